@@ -1,0 +1,222 @@
+/* krasis.h: the whole C ABI of libkrasis_cpu.
+ *
+ * Plain pointers and sizes in, an error code out. The library knows neither torch nor Python, keeps no
+ * global state but the CPU probe, and never prints. Every function that works on tensors takes a pool;
+ * the pool carries the threads and the instruction set. Results are bit-identical for any thread count,
+ * and, because every output element is accumulated in one fixed order (block after block along k), a
+ * batch of n tokens gives the same bits as n batches of one.
+ *
+ * Names: T tokens, n output features (rows of a weight), k input features, E experts.
+ * Shapes are row-major. Sizes that end in _bytes are bytes, others are elements.
+ */
+#ifndef KRASIS_H
+#define KRASIS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define KRASIS_ABI_VERSION 1
+
+#if defined(_WIN32)
+#define KRASIS_API __declspec(dllexport)
+#else
+#define KRASIS_API __attribute__((visibility("default")))
+#endif
+
+typedef enum krasis_status {
+    KRASIS_OK = 0,
+    KRASIS_ERR_ARGUMENT = 1,  /* null pointer, negative size, unknown enum value */
+    KRASIS_ERR_SHAPE = 2,     /* a size is not a multiple of the layout's tile */
+    KRASIS_ERR_NONFINITE = 3, /* NaN or infinity among the weights */
+    KRASIS_ERR_ISA = 4,       /* this CPU lacks the instruction set asked for */
+    KRASIS_ERR_MEMORY = 5,    /* allocation failed or workspace too small */
+    KRASIS_ERR_THREAD = 6,    /* a thread could not be started */
+    KRASIS_ERR_SYSTEM = 7,    /* a system call failed: errno is set */
+    KRASIS_ERR_RANGE = 8      /* an index (expert id, position) is out of range */
+} krasis_status;
+
+typedef enum krasis_isa { KRASIS_ISA_AUTO = 0, KRASIS_ISA_AVX2 = 1, KRASIS_ISA_AVX512_VNNI = 2 } krasis_isa;
+
+typedef enum krasis_dtype { KRASIS_F32 = 0, KRASIS_BF16 = 1, KRASIS_F16 = 2 } krasis_dtype;
+
+/* Formats of CPU weights, see formats/layouts and docs/FORMAT.md. */
+typedef enum krasis_tiles {
+    KRASIS_TILES_Q8 = 0, /* cpu-q8-r32-b32: 32 rows x 32 k: int8 [8 k4][32 rows][4 k], then f16 scales [32 rows] (1088 B) */
+    KRASIS_TILES_I4 = 1  /* cpu-i4-r32-b32: 32 rows x 32 k: u8 [8 k4][16][4 k], low nibble = row j, high = row 16+j,
+                            code u = q + 8; then f16 scales [32 rows] (576 B) */
+} krasis_tiles;
+
+#define KRASIS_TILE_ROWS 32
+#define KRASIS_BLOCK_K 32
+#define KRASIS_Q8_TILE_BYTES 1088
+#define KRASIS_I4_TILE_BYTES 576
+
+/* ---- library, CPU, pool -------------------------------------------------------------------------------- */
+
+typedef struct krasis_cpu_info {
+    int32_t has_avx2, has_fma, has_f16c, has_avx512f, has_avx512bw, has_avx512vl, has_avx512_vnni, has_avx_vnni,
+        has_avx512_bf16, has_amx_int8;
+    int32_t num_logical_cpus; /* that this process may run on (affinity mask) */
+    int32_t num_numa_nodes;
+    int64_t l2_bytes, l3_bytes; /* 0 if unknown */
+    char brand[64];
+} krasis_cpu_info;
+
+typedef struct krasis_pool krasis_pool;
+
+KRASIS_API int32_t krasis_abi_version(void);
+KRASIS_API const char *krasis_status_name(int32_t status);
+KRASIS_API int32_t krasis_cpu_probe(krasis_cpu_info *info);
+
+/* num_threads counts the calling thread; 0 = all CPUs of the affinity mask. */
+KRASIS_API int32_t krasis_pool_create(int32_t num_threads, int32_t isa, krasis_pool **pool);
+KRASIS_API void krasis_pool_destroy(krasis_pool *pool);
+KRASIS_API int32_t krasis_pool_num_threads(const krasis_pool *pool);
+KRASIS_API int32_t krasis_pool_isa(const krasis_pool *pool); /* the one chosen, never AUTO */
+
+/* ---- files and memory ---------------------------------------------------------------------------------- */
+
+/* Maps a whole file read-only and shared at an address that is a multiple of alignment_bytes (a power of two, >= 4096),
+ * with MADV_HUGEPAGE. bytes is the file's size; the mapping must be released with krasis_unmap_file(address, bytes). */
+KRASIS_API int32_t krasis_map_file(int32_t fd, int64_t bytes, int64_t alignment_bytes, void **address);
+KRASIS_API int32_t krasis_unmap_file(void *address, int64_t bytes);
+/* Brings a mapped range into memory (MADV_POPULATE_READ, else touching); blocks; safe from any thread. */
+KRASIS_API int32_t krasis_prefault(const void *address, int64_t bytes);
+/* Reads the range once with all threads of the pool and returns the seconds: the ceiling for decode. */
+KRASIS_API int32_t krasis_read_bandwidth(krasis_pool *pool, const void *address, int64_t bytes, double *seconds);
+
+/* ---- packing (converter) --------------------------------------------------------------------------------
+ * src is [n, k] of dtype, rows row_stride elements apart. stats may be NULL; otherwise it is ADDED to (squared_error
+ * against src after dequantisation). On KRASIS_ERR_NONFINITE stats->nonfinite_row names the first bad row of src. */
+
+typedef struct krasis_pack_stats {
+    double squared_error, squared_sum;
+    double max_abs_error;
+    int64_t count;
+    int64_t nonfinite_row; /* -1: none */
+} krasis_pack_stats;
+
+/* Marlin, bits 4 or 8, written into columns [n_offset, n_offset + n) of a weight of n_total columns.
+ * codes: uint32 [k/16, n_total*bits/2] (4 bits: 2*n_total words a row; 8 bits: 4*n_total). scales: 16-bit floats of scale_dtype
+ * (BF16 or F16), [k/group, n_total], permuted as Marlin wants. group: 32, 64, 128, or k (one scale a channel).
+ * k % 16 == 0, n % 64 == 0, n_offset % 64 == 0, k % group == 0. importance: NULL or float [k], weights of the squared error.
+ * 4 bits: scale by an MSE grid over magnitude and both signs; codes u = q + 8. 8 bits: absmax/127, u = q + 128. */
+KRASIS_API int32_t krasis_pack_marlin(krasis_pool *pool, const void *src, int32_t dtype, int64_t n, int64_t k,
+                                      int64_t row_stride, int32_t bits, int64_t group, int64_t n_offset, int64_t n_total,
+                                      const float *importance, uint32_t *codes, uint16_t *scales, int32_t scale_dtype,
+                                      krasis_pack_stats *stats);
+
+/* CPU tiles. Row r of src goes to row (r / part_rows) * KRASIS_TILE_ROWS + part_offset + r % part_rows of the packed weight:
+ * part_rows = 32, part_offset = 0 packs a plain weight; gate and up are fused with part_rows = 16 and part_offset 0 / 16.
+ * dst holds n * 32 / part_rows rows in all: tile t (32 rows) is a strip of k/32 consecutive tiles.
+ * k % 32 == 0, n % part_rows == 0. Scales are f16: Q8 absmax/127 as Q8_0 does; I4 by the MSE grid, importance as above. */
+KRASIS_API int32_t krasis_pack_cpu_tiles(krasis_pool *pool, int32_t tiles, const void *src, int32_t dtype, int64_t n,
+                                         int64_t k, int64_t row_stride, int64_t part_rows, int64_t part_offset,
+                                         const float *importance, uint8_t *dst, krasis_pack_stats *stats);
+
+/* Lossless: src is ggml Q8_0, [n, k/32] blocks of {f16 scale; int8 q[32]} (34 B), rows contiguous. Refuses non-finite scales. */
+KRASIS_API int32_t krasis_pack_cpu_tiles_from_q8_0(krasis_pool *pool, const void *src, int64_t n, int64_t k,
+                                                   int64_t part_rows, int64_t part_offset, uint8_t *dst,
+                                                   krasis_pack_stats *stats);
+
+/* INT8 rows (dense weights): dst int8 [n/32, k/4, 32, 4], scales f32 [n] = absmax/127. n % 32 == 0, k % 32 == 0.
+ * dst and scales point at the first row of this part: a fused weight is packed part by part at 32-row boundaries. */
+KRASIS_API int32_t krasis_pack_int8_rows(krasis_pool *pool, const void *src, int32_t dtype, int64_t n, int64_t k,
+                                         int64_t row_stride, int8_t *dst, float *scales, krasis_pack_stats *stats);
+
+/* ---- compute (runtime) -----------------------------------------------------------------------------------
+ * Activations are quantised to int8 per block of 32: x ~ q * scale[block], scale = absmax/127 (0 for a zero block),
+ * q = round half to even(x / scale); sum[block] = sum of q (lets kernels use unsigned weights). */
+
+typedef struct krasis_acts {
+    int8_t *q;      /* [T, k] , 64-byte aligned */
+    float *scale;   /* [T, k/32] */
+    int32_t *sum;   /* [T, k/32] */
+    int64_t tokens; /* T */
+    int64_t k;
+} krasis_acts;
+
+KRASIS_API int32_t krasis_quantize_acts(krasis_pool *pool, const float *x, int64_t ldx, const krasis_acts *out);
+
+/* out = x / rms(x) * weight. out_f32 may be NULL (contiguous [T, k]); acts may be NULL. */
+KRASIS_API int32_t krasis_rms_norm(krasis_pool *pool, const float *x, int64_t tokens, int64_t k, const float *weight,
+                                   float eps, float *out_f32, const krasis_acts *acts);
+
+/* out[T, ldo] (+)= acts x W^T; W in int8 rows [n/32, k/4, 32, 4] with f32 scales [n]. accumulate != 0 adds to out. */
+KRASIS_API int32_t krasis_gemm_int8_rows(krasis_pool *pool, const krasis_acts *acts, const int8_t *weight,
+                                         const float *scales, int64_t n, float *out, int64_t ldo, int32_t accumulate);
+
+/* out[T, n] = x[T, k] x W[n, k]^T in f32; W of dtype F32, BF16 or F16 (router). */
+KRASIS_API int32_t krasis_gemm_float(krasis_pool *pool, const float *x, int64_t tokens, int64_t k, const void *weight,
+                                     int32_t dtype, int64_t n, float *out);
+
+/* softmax over E in f32, then the top_k largest (ties: lower id first), weights renormalised if normalize != 0. */
+KRASIS_API int32_t krasis_route_topk(krasis_pool *pool, const float *logits, int64_t tokens, int64_t num_experts,
+                                     int64_t top_k, int32_t normalize, int32_t *ids, float *weights);
+
+/* The routed experts of one layer: out[T, hidden] += sum_j weights[t, j] * W2_e (silu(gate) * up), e = ids[t, j].
+ * blob: [E, expert_stride_bytes]; within an expert w13 tiles (2*intermediate rows x hidden, gate/up interleaved by 16),
+ * then w2 tiles (hidden rows x intermediate). An id of -1 is skipped. Terms are added in the order j = 0..top_k-1.
+ * The intermediate is quantised to int8 per 32 again. *executed (may be NULL) is increased by the number of (token, expert)
+ * pairs computed. workspace: krasis_moe_workspace_bytes(...) bytes, 64-byte aligned. */
+typedef struct krasis_moe_args {
+    const uint8_t *blob;
+    int64_t expert_stride_bytes;
+    int32_t tiles; /* krasis_tiles */
+    int32_t reserved;
+    int64_t num_experts, hidden, intermediate, top_k;
+    const krasis_acts *acts; /* [T, hidden] */
+    const int32_t *ids;      /* [T, top_k] */
+    const float *weights;    /* [T, top_k] */
+    float *out;              /* [T, hidden] */
+    void *workspace;
+    int64_t workspace_bytes;
+    int64_t *executed;
+} krasis_moe_args;
+
+KRASIS_API int64_t krasis_moe_workspace_bytes(int64_t tokens, int64_t hidden, int64_t intermediate, int64_t num_experts,
+                                              int64_t top_k);
+KRASIS_API int32_t krasis_moe(krasis_pool *pool, const krasis_moe_args *args);
+
+/* qkv: f32 [T, (num_heads + 2*num_kv_heads) * head_dim]. Applies RMSNorm over each head of q and k (q_norm/k_norm weights
+ * f32 [head_dim]; NULL: none), then rotary embedding (rotate-half form: x1 = x[:D/2], x2 = x[D/2:]) with f32 tables
+ * cos/sin [max_positions, D/2] at positions start..start+T-1. q is written back in place; k and v go to the caches
+ * [num_kv_heads, capacity, head_dim] of kv_dtype (F32 or F16) at those positions. */
+typedef struct krasis_qkv_args {
+    float *qkv;
+    int64_t tokens, start, num_heads, num_kv_heads, head_dim;
+    const float *q_norm, *k_norm;
+    float eps;
+    int32_t kv_dtype;
+    const float *cos, *sin;
+    int64_t max_positions;
+    void *k_cache, *v_cache;
+    int64_t capacity;
+} krasis_qkv_args;
+KRASIS_API int32_t krasis_qk_norm_rope_store(krasis_pool *pool, const krasis_qkv_args *args);
+
+/* Causal grouped-query attention of T queries at positions start..start+T-1 over cache positions 0..own position.
+ * q: f32 [T, ldq] (head h at h*head_dim), out: f32 [T, num_heads*head_dim]. Softmax in f32, in fixed blocks of keys, so that
+ * the result does not depend on T, start or threads. head_dim % 16 == 0, <= 256. */
+typedef struct krasis_attention_args {
+    const float *q;
+    int64_t ldq, tokens, start, num_heads, num_kv_heads, head_dim;
+    const void *k_cache, *v_cache;
+    int64_t capacity;
+    int32_t kv_dtype;
+    float scale;
+    float *out;
+    void *workspace;
+    int64_t workspace_bytes;
+} krasis_attention_args;
+KRASIS_API int64_t krasis_attention_workspace_bytes(int64_t tokens, int64_t start, int64_t num_heads, int64_t head_dim);
+KRASIS_API int32_t krasis_attention(krasis_pool *pool, const krasis_attention_args *args);
+
+#ifdef __cplusplus
+}
+#endif
+#endif /* KRASIS_H */

@@ -1,0 +1,77 @@
+"""The errors a user can meet. Each says what went wrong, where, what was found, what is allowed, and what to do.
+
+>>> str(FormatError("tensor is outside the file", where="a.safetensors: 'x'", got="end 900", limit="800 bytes",
+...                 hint="the download may be incomplete"))
+"a.safetensors: 'x': tensor is outside the file (got end 900; limit 800 bytes). Hint: the download may be incomplete"
+"""
+
+from __future__ import annotations
+
+
+class KrasisError(Exception):
+    """Base of every error that Krasis raises on purpose. ``exit_code`` is what a command returns for it."""
+
+    exit_code = 1
+
+    def __init__(
+        self, what: str, *, where: str = "", got: object = None, limit: object = None, hint: str = ""
+    ) -> None:
+        self.what, self.where, self.got, self.limit, self.hint = what, where, got, limit, hint
+        super().__init__(self._sentence())
+
+    def _sentence(self) -> str:
+        details = []
+        if self.got is not None:
+            details.append(f"got {self.got}")
+        if self.limit is not None:
+            details.append(f"limit {self.limit}")
+        sentence = f"{self.where}: {self.what}" if self.where else self.what
+        if details:
+            sentence += f" ({'; '.join(details)})"
+        if self.hint:
+            sentence += f". Hint: {self.hint}"
+        return sentence
+
+
+class UsageError(KrasisError):
+    """The command line or a setting is unusable."""
+
+    exit_code = 2
+
+
+class FormatError(KrasisError):
+    """A file is damaged, hostile or not of the format it claims."""
+
+    exit_code = 3
+
+
+class VersionError(FormatError):
+    """A bundle of a newer format version than this program reads."""
+
+
+class ChecksumError(FormatError):
+    """Bytes on disk differ from the checksum in the manifest."""
+
+
+class UnsupportedModelError(KrasisError):
+    """A sound model that this version does not handle (architecture, shape, feature)."""
+
+    exit_code = 4
+
+
+class MismatchError(KrasisError):
+    """Two inputs that should describe one model do not, or a resumed conversion's inputs or settings changed."""
+
+    exit_code = 5
+
+
+class ResourceError(KrasisError):
+    """Not enough disk, memory or address space, or the system refused an operation."""
+
+    exit_code = 6
+
+
+class NativeError(KrasisError):
+    """The native library is missing, of another ABI, or refused its arguments (a bug in a wrapper)."""
+
+    exit_code = 7
