@@ -1,0 +1,157 @@
+"""The ``krasis-convert`` command."""
+
+from __future__ import annotations
+
+import errno
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+from krasis.convert.conversion import Summary, convert, describe_plan, dry_run, prepare, tool_version
+from krasis.convert.partial import partial_path
+from krasis.convert.progress import Reporter
+from krasis.convert.settings import (
+    GPU_GROUPS,
+    ConvertSettings,
+    format_bytes,
+    format_seconds,
+    parse_size,
+    parse_tiers,
+)
+from krasis.formats.errors import KrasisError, ResourceError
+
+EXIT_INTERRUPTED = 130
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument(
+    "inputs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="[BF16_DIR] [GGUF]"
+)
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The bundle to write.")
+@click.option("--gpu-bits", type=click.Choice(["4", "8"]), default="4", show_default=True)
+@click.option(
+    "--gpu-group",
+    type=click.Choice(list(GPU_GROUPS)),
+    default="128",
+    show_default=True,
+    help="Input features that share a scale.",
+)
+@click.option("--gpu-scales", type=click.Choice(["bf16", "f16"]), default="bf16", show_default=True)
+@click.option("--cpu-format", type=click.Choice(["q8", "int4"]), default="q8", show_default=True)
+@click.option(
+    "--tiers", default="gpu,cpu", show_default=True, help="Copies of the experts to write: gpu, cpu or both."
+)
+@click.option("--shard-size", default="32GiB", show_default=True, help="Largest file of the bundle.")
+@click.option("--threads", type=click.IntRange(0), default=0, help="Packing threads [default: all CPUs].")
+@click.option("--memory-limit", default=None, help="Bound on memory beyond the page cache, such as 2GiB.")
+@click.option(
+    "--calibration", type=click.Path(path_type=Path), default=None, help="HDF5 file of importance weights."
+)
+@click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
+@click.option("--force", is_flag=True, help="Replace an existing bundle (at the very end, atomically).")
+@click.option(
+    "--resume/--restart",
+    "resume",
+    default=True,
+    help="Continue a matching unfinished conversion (default), or discard it.",
+)
+@click.option(
+    "--verify/--no-verify",
+    default=False,
+    help="Read everything back from the disk and compare checksums. A sample is always compared.",
+)
+@click.option("-q", "--quiet", is_flag=True, help="Errors and quality notes only.")
+@click.option("-v", "--verbose", is_flag=True, help="Say more.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary (or the plan) as JSON on stdout.")
+@click.version_option(tool_version(), prog_name="krasis-convert")
+def main(inputs: tuple[Path, ...], output: Path, *, dry_run: bool, as_json: bool, **options: Any) -> None:
+    """Convert a Qwen3-MoE checkpoint into a bundle that krasis-run starts from at once.
+
+    Give a Hugging Face folder (BF16), a GGUF, or both in any order. With both, GPU experts and everything else come from
+    the checkpoint and CPU experts from the GGUF (Q8_0 without loss). The same command continues an interrupted run.
+    """
+    try:
+        reporter = Reporter(0 if options["quiet"] else 2 if options["verbose"] else 1)
+        _run(inputs, output, _settings(options), reporter, plan_only=dry_run, as_json=as_json)
+    except KeyboardInterrupt:
+        held = partial_path(output).exists() and not dry_run
+        text = "run the same command to continue" if held else "nothing was written"
+        print(f"krasis-convert: stopped; {text}", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+    except KrasisError as error:
+        _fail(error)
+    except OSError as error:
+        _fail(_from_os_error(error))
+    except MemoryError:
+        _fail(ResourceError("out of memory", hint="use --memory-limit or fewer --threads"))
+
+
+def _settings(options: dict[str, Any]) -> ConvertSettings:
+    limit = options["memory_limit"]
+    return ConvertSettings(
+        tiers=parse_tiers(options["tiers"]),
+        gpu_bits=8 if options["gpu_bits"] == "8" else 4,
+        gpu_group=GPU_GROUPS[options["gpu_group"]],
+        gpu_scales=options["gpu_scales"],
+        cpu_format=options["cpu_format"],
+        shard_bytes=parse_size(options["shard_size"], "--shard-size"),
+        calibration=options["calibration"],
+        num_threads=options["threads"],
+        memory_limit_bytes=None if limit is None else parse_size(limit, "--memory-limit"),
+        replace=options["force"],
+        restart=not options["resume"],
+        full_verify=options["verify"],
+    )
+
+
+def _run(
+    inputs: tuple[Path, ...],
+    output: Path,
+    settings: ConvertSettings,
+    reporter: Reporter,
+    *,
+    plan_only: bool,
+    as_json: bool,
+) -> None:
+    prepared = prepare(inputs, output, settings, reporter)
+    if plan_only:
+        plan = dry_run(prepared)
+        if as_json:
+            print(json.dumps(asdict(plan), indent=2, default=str))
+        else:
+            print("\n".join(describe_plan(plan)))
+        return
+    summary = convert(prepared, reporter)
+    if as_json:
+        print(json.dumps({**asdict(summary), "gb_per_s": summary.gb_per_s}, indent=2, default=str))
+    for line in _describe(summary):
+        reporter.say(line)
+
+
+def _describe(summary: Summary) -> list[str]:
+    tiers = ", ".join(f"{tier} {format_bytes(size)}" for tier, size in summary.tier_bytes.items())
+    width = max(len(kind) for kind in summary.quality)
+    return [
+        f"{summary.out}: {format_bytes(summary.total_bytes)} ({tiers})",
+        f"{format_bytes(summary.source_bytes)} of source in {format_seconds(summary.elapsed_s)}, "
+        f"{summary.gb_per_s:.2f} GB/s; peak memory {format_bytes(summary.peak_bytes)} beyond the page cache",
+        "relative squared error after quantisation:",
+        *(f"  {kind:{width}s}  {100 * row['relative_mse']:.4f} %" for kind, row in summary.quality.items()),
+        f"next: krasis-run {summary.out}",
+    ]
+
+
+def _from_os_error(error: OSError) -> ResourceError:
+    hint = ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        hint = "free some disk space, then run the same command again to continue"
+    where = str(error.filename) if error.filename else ""
+    return ResourceError(f"the system refused: {error.strerror or error}", where=where, hint=hint)
+
+
+def _fail(error: KrasisError) -> None:
+    print(f"krasis-convert: error: {error}", file=sys.stderr)
+    sys.exit(error.exit_code)

@@ -1,0 +1,270 @@
+"""One conversion from beginning to end: checks, plan, units, verification, and the bundle's name at last."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from krasis.convert.crosscheck import CrossCheck, check_same_model
+from krasis.convert.estimate import Estimate, estimate
+from krasis.convert.importance import Calibration, load_calibration
+from krasis.convert.inputs import recognise
+from krasis.convert.journal import JOURNAL_NAME
+from krasis.convert.notices import notices
+from krasis.convert.opening import OpenInputs, open_inputs
+from krasis.convert.partial import Partial, is_resumable, open_partial, partial_path
+from krasis.convert.pipeline import PipelineResult, run_units
+from krasis.convert.plan import ConversionPlan, plan_conversion
+from krasis.convert.progress import Reporter
+from krasis.convert.quality import REPORT_NAME, manifest_quality, report_bytes
+from krasis.convert.resources import allocated_bytes, check_disk, check_memory, free_disk_bytes
+from krasis.convert.settings import ConvertSettings, format_bytes, format_seconds
+from krasis.convert.verify import verify_checksums, verify_sample
+from krasis.formats.errors import UsageError
+from krasis.formats.file_ops import FileOps
+from krasis.formats.manifest import AssetRecord, Manifest, SourceRecord
+from krasis.formats.publish import check_replaceable
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What a finished conversion reports. source_bytes and elapsed_s: of this run; a resumed one did only the rest."""
+
+    out: Path
+    tier_bytes: Mapping[str, int]
+    total_bytes: int
+    source_bytes: int
+    elapsed_s: float
+    peak_bytes: int
+    quality: Mapping[str, Mapping[str, float]]
+    resumed_units: int
+
+    @property
+    def gb_per_s(self) -> float:
+        """Source input by wall time."""
+        return self.source_bytes / max(self.elapsed_s, 1e-9) / 1e9
+
+
+@dataclass(frozen=True, slots=True)
+class DryRun:
+    """What would be done. output_bytes: on disk, padding and text files aside."""
+
+    tier_bytes: Mapping[str, int]
+    output_bytes: int
+    num_files: int
+    source_bytes: int
+    free_disk_bytes: int
+    memory_bytes: int
+    estimate: Estimate
+    layouts: Mapping[str, str]
+    resumable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Inputs opened and checked, nothing written yet."""
+
+    inputs: OpenInputs
+    settings: ConvertSettings
+    plan: ConversionPlan
+    cross_check: CrossCheck | None
+    calibration: Calibration | None
+    out: Path
+
+
+def tool_version() -> str:
+    """Of the installed distribution."""
+    try:
+        return version("krasis-bundle")
+    except PackageNotFoundError:
+        return "0+unknown"
+
+
+def prepare(paths: Sequence[Path], out: Path, settings: ConvertSettings, reporter: Reporter) -> Prepared:
+    """Everything that can be refused without reading much: kinds, headers, architecture, output, cross-check, plan."""
+    recognised = recognise(paths)
+    check_output(out, recognised.paths(), settings)
+    inputs = open_inputs(recognised)
+    for source in inputs.sources():
+        reporter.detail(f"{source.kind}: {source.path}, {len(source.files)} files")
+    cross_check = None
+    if inputs.hf is not None and inputs.gguf is not None:
+        cross_check = check_same_model(inputs.hf, inputs.gguf)
+        reporter.say(
+            f"both inputs hold the same model: {cross_check.num_tensors} tensors sampled, largest relative error "
+            f"{cross_check.worst_relative_error:.2g} ({cross_check.worst_tensor})"
+        )
+    plan = plan_conversion(inputs.hf, inputs.gguf, settings)
+    calibration = None
+    if settings.calibration is not None:
+        calibration = load_calibration(settings.calibration, plan.architecture)
+    for notice in notices(plan, inputs):
+        reporter.warn(notice)
+    return Prepared(inputs, settings, plan, cross_check, calibration, out)
+
+
+def check_output(out: Path, sources: Sequence[Path], settings: ConvertSettings) -> None:
+    """Raises UsageError when the output exists (without --force), lies inside an input, or has no parent folder."""
+    resolved = out.resolve()
+    for source in sources:
+        inside = source.resolve()
+        if resolved == inside or inside in resolved.parents:
+            raise UsageError("the output lies inside an input", where=str(out), got=str(source))
+        if resolved in inside.parents:
+            raise UsageError("an input lies inside the output", where=str(out), got=str(source))
+    if not out.parent.is_dir():
+        raise UsageError("the folder for the output does not exist", where=str(out.parent))
+    if not out.exists() and not out.is_symlink():
+        return
+    if not settings.replace:
+        raise UsageError("the output exists already", where=str(out), hint="--force replaces it")
+    check_replaceable(out, replace=True)
+
+
+def dry_run(prepared: Prepared) -> DryRun:
+    """The plan with sizes, memory, disk and time. Writes nothing."""
+    plan = prepared.plan
+    return DryRun(
+        tier_bytes=plan.tier_bytes(),
+        output_bytes=plan.shards.total_bytes,
+        num_files=len(plan.shards.files),
+        source_bytes=plan.source_bytes,
+        free_disk_bytes=free_disk_bytes(prepared.out),
+        memory_bytes=plan.memory.total_bytes,
+        estimate=estimate(plan),
+        layouts=prepared.settings.layouts(),
+        resumable=is_resumable(prepared.out),
+    )
+
+
+def fingerprint(prepared: Prepared) -> dict[str, Any]:
+    """What a resume must find unchanged, as JSON types."""
+    plan = prepared.plan
+    places = "".join(
+        f"{file.name} {file.num_bytes} {blob.spec.name} {blob.offset_bytes} {blob.spec.num_bytes}\n"
+        for file in plan.shards.files
+        for blob in file.blobs
+    )
+    return {
+        "tool_version": tool_version(),
+        "recipe": recipe(prepared),
+        "sources": {
+            source.kind: [file.fingerprint() for file in source.files] for source in prepared.inputs.sources()
+        },
+        "assets": {
+            name: xxhash.xxh3_128_hexdigest(data) for name, data in sorted(prepared.inputs.assets.items())
+        },
+        "plan": xxhash.xxh3_128_hexdigest(places.encode()),
+    }
+
+
+def recipe(prepared: Prepared) -> dict[str, Any]:
+    """The settings and roles that decide the bundle's bytes."""
+    plan, settings = prepared.plan, prepared.settings
+    record = settings.recipe()
+    record["dense_from"] = plan.dense_source.kind
+    for tier in settings.tiers:
+        source = plan.expert_source(tier)
+        record[f"{tier}_experts_from"] = f"{source.kind}: {', '.join(source.expert_types())}"
+    if prepared.calibration is not None:
+        record["calibration"] = prepared.calibration.digest
+    return record
+
+
+def convert(prepared: Prepared, reporter: Reporter, io: FileOps | None = None) -> Summary:
+    """Writes the bundle, or continues an earlier run. Raises KrasisError; whatever happens, the output is whole or absent."""
+    io = io or FileOps()
+    plan, out, settings = prepared.plan, prepared.out, prepared.settings
+    begin_s = time.monotonic()
+    check_memory(plan.memory.total_bytes)
+    held_bytes = 0 if settings.restart else allocated_bytes(partial_path(out))
+    check_disk(out, plan.shards.total_bytes, held_bytes)
+    with open_partial(out, plan.shards, fingerprint(prepared), io, restart=settings.restart) as partial:
+        if partial.finished:
+            reporter.say(
+                f"continuing {partial_path(out)}: {len(partial.finished)} of {len(plan.units)} steps are done"
+            )
+        result = _write(prepared, partial, reporter)
+    return Summary(
+        out=out,
+        tier_bytes=plan.tier_bytes(),
+        total_bytes=sum(file.stat().st_size for file in out.iterdir()),
+        source_bytes=result.source_bytes,
+        elapsed_s=time.monotonic() - begin_s,
+        peak_bytes=result.peak_bytes,
+        quality=_quality(prepared, result),
+        resumed_units=len(partial.finished),
+    )
+
+
+def _write(prepared: Prepared, partial: Partial, reporter: Reporter) -> PipelineResult:
+    plan, settings, writer = prepared.plan, prepared.settings, partial.writer
+    result = run_units(plan, writer, partial.journal, partial.finished, prepared.calibration, reporter)
+    quality = [result.quality[unit.name] for unit in plan.units]
+    assets = [writer.write_asset(name, data) for name, data in sorted(prepared.inputs.assets.items())]
+    assets.append(writer.write_asset(REPORT_NAME, report_bytes(quality, plan.architecture.num_layers)))
+    num_compared = verify_sample(plan, writer.path, result.quality)
+    reporter.detail(f"{num_compared} experts read back and compared with their source")
+    if settings.full_verify:
+        reporter.say(f"reading back {format_bytes(sum(plan.tier_bytes().values()))} to check every checksum")
+        verify_checksums(plan, writer.path, result.blobs)
+    manifest = _manifest(prepared, result, assets)
+    writer.finish(manifest, prepared.out, replace=settings.replace, scratch=[JOURNAL_NAME])
+    return result
+
+
+def _quality(prepared: Prepared, result: PipelineResult) -> dict[str, Any]:
+    samples = {}
+    if prepared.cross_check is not None:
+        samples["gguf.experts.sampled"] = prepared.cross_check.experts
+    return manifest_quality([result.quality[unit.name] for unit in prepared.plan.units], samples)
+
+
+def _manifest(prepared: Prepared, result: PipelineResult, assets: Sequence[AssetRecord]) -> Manifest:
+    plan = prepared.plan
+    sources = []
+    for source in prepared.inputs.sources():
+        for file in source.files:
+            digest = result.digests.combined(source.kind, file.tensors)
+            if digest is not None:  # else nothing of this file went into the bundle
+                sources.append(SourceRecord(file.name, source.kind, file.num_bytes, digest))
+    return Manifest(
+        tool_version=tool_version(),
+        architecture=plan.architecture,
+        layouts=prepared.settings.layouts(),
+        files=plan.shards.file_records(),
+        blobs=plan.shards.blob_records(result.blobs),
+        assets=tuple(assets),
+        sources=tuple(sources),
+        recipe=recipe(prepared),
+        quality=_quality(prepared, result),
+    )
+
+
+def describe_plan(plan: DryRun) -> list[str]:
+    """Lines for a person."""
+    lines = [
+        f"  {tier:6s} {format_bytes(size):>10s}  {plan.layouts[tier]}"
+        for tier, size in plan.tier_bytes.items()
+    ]
+    time_s = plan.estimate.pack_s
+    return [
+        "would write:",
+        *lines,
+        f"  total  {format_bytes(plan.output_bytes):>10s}  in {plan.num_files} files",
+        f"disk:    {format_bytes(plan.free_disk_bytes)} free",
+        f"memory:  {format_bytes(plan.memory_bytes)} beyond the page cache",
+        f"reads:   {format_bytes(plan.source_bytes)} of source",
+        f"time:    about {format_seconds(time_s)} ({plan.estimate.gb_per_s:.2f} GB/s of source, measured by packing a "
+        "few experts here), if the disks keep up",
+        *(
+            ["an unfinished conversion is there: it would be continued if nothing has changed"]
+            if plan.resumable
+            else []
+        ),
+    ]

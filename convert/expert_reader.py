@@ -1,0 +1,101 @@
+"""Reads experts ahead of the packer: disk, source digests and dequantisation overlap with packing."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+from krasis.convert.digests import ContentDigests
+from krasis.convert.names import PARTS
+from krasis.convert.slices import TensorSlice
+from krasis.convert.sources import WeightSource
+from krasis.formats.layouts.matrix import MatrixView
+
+READ_AHEAD_EXPERTS = 3
+_ROWS_PER_TASK = 256
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertWeights:
+    """One expert, ready to pack: gate, up and down with the slices they came from."""
+
+    views: tuple[MatrixView, ...]
+    pieces: tuple[TensorSlice, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Source bytes of the expert."""
+        return sum(piece.raw.nbytes for piece in self.pieces)
+
+
+class ExpertReader:
+    """Yields a layer's experts in order, ``decode_slots`` of them dequantised ahead."""
+
+    def __init__(self, digests: ContentDigests, num_threads: int, decode_slots: int) -> None:
+        self._digests = digests
+        self._decode_slots = decode_slots
+        # One thread reads and hashes, so that digests see slices in file order.
+        self._reader = ThreadPoolExecutor(1, "krasis-read")
+        num_workers = num_threads or len(os.sched_getaffinity(0))
+        self._decoders = ThreadPoolExecutor(num_workers, "krasis-decode")
+
+    def __enter__(self) -> ExpertReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._reader.shutdown(wait=True, cancel_futures=True)
+        self._decoders.shutdown(wait=True, cancel_futures=True)
+
+    def experts(self, source: WeightSource, layer: int, *, keep_q8_0: bool) -> Iterator[ExpertWeights]:
+        """All experts of a layer. keep_q8_0: hand over Q8_0 matrices as raw blocks."""
+        num_experts = source.architecture.num_experts
+        ahead = max(1, min(READ_AHEAD_EXPERTS, num_experts))
+        reads: deque[Future[list[TensorSlice]]] = deque()
+        decodes: deque[_Decode] = deque()
+        next_read = 0
+        for _ in range(num_experts):
+            while next_read < num_experts and len(reads) + len(decodes) < ahead + self._decode_slots:
+                reads.append(self._reader.submit(self._read, source, layer, next_read))
+                next_read += 1
+            while reads and len(decodes) < max(1, self._decode_slots):
+                decodes.append(_Decode(reads.popleft().result(), self._decoders, keep_q8_0=keep_q8_0))
+            yield decodes.popleft().result()
+
+    def _read(self, source: WeightSource, layer: int, expert: int) -> list[TensorSlice]:
+        pieces = [source.expert(layer, expert, part) for part in PARTS]
+        for piece in pieces:
+            piece.touch()
+            self._digests.add(source.kind, piece)
+        return pieces
+
+
+class _Decode:
+    """An expert on its way to MatrixViews: quantised parts are dequantised in row blocks on all decoder threads."""
+
+    def __init__(self, pieces: list[TensorSlice], pool: ThreadPoolExecutor, *, keep_q8_0: bool) -> None:
+        self._pieces = pieces
+        self._futures: list[Future[None]] = []
+        self._views = [self._start(piece, pool, keep_q8_0) for piece in pieces]
+
+    def _start(self, piece: TensorSlice, pool: ThreadPoolExecutor, keep_q8_0: bool) -> MatrixView:
+        if keep_q8_0 and piece.dtype == "Q8_0":
+            return piece.blocks()
+        if piece.is_float:
+            return piece.matrix()
+        out = np.empty(piece.shape, np.float32)
+
+        def decode(start: int) -> None:
+            block = piece.rows(start, start + _ROWS_PER_TASK)
+            out[start : start + block.shape[0]] = block.decode()
+
+        self._futures.extend(pool.submit(decode, start) for start in range(0, piece.shape[0], _ROWS_PER_TASK))
+        return MatrixView(out, "F32")
+
+    def result(self) -> ExpertWeights:
+        for future in self._futures:
+            future.result()
+        return ExpertWeights(tuple(self._views), tuple(self._pieces))

@@ -1,0 +1,119 @@
+"""What the tensors of a Qwen3-MoE model are called: in our bundle, on the Hugging Face hub and in a GGUF.
+
+A family with other names adds its own ``ModelNames``; nothing else in the converter knows a tensor's name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from krasis.formats.architecture import Architecture
+
+Part = Literal["gate", "up", "down"]
+PARTS: tuple[Part, ...] = ("gate", "up", "down")
+
+
+@dataclass(frozen=True, slots=True)
+class DenseName:
+    """One non-expert tensor. ``{i}`` stands for the layer; shape is in elements, ``[n, k]`` or ``[n]``."""
+
+    ours: str
+    hf: str
+    gguf: str
+    shape: tuple[str, ...]
+    per_layer: bool = True
+
+
+# Shapes by the name of an architecture property, or one of the sizes of _sizes.
+DENSE: tuple[DenseName, ...] = (
+    DenseName(
+        "embedding", "model.embed_tokens.weight", "token_embd.weight", ("vocab", "hidden"), per_layer=False
+    ),
+    DenseName("final_norm", "model.norm.weight", "output_norm.weight", ("hidden",), per_layer=False),
+    DenseName("lm_head", "lm_head.weight", "output.weight", ("vocab", "hidden"), per_layer=False),
+    DenseName(
+        "attention.q", "model.layers.{i}.self_attn.q_proj.weight", "blk.{i}.attn_q.weight", ("q", "hidden")
+    ),
+    DenseName(
+        "attention.k", "model.layers.{i}.self_attn.k_proj.weight", "blk.{i}.attn_k.weight", ("kv", "hidden")
+    ),
+    DenseName(
+        "attention.v", "model.layers.{i}.self_attn.v_proj.weight", "blk.{i}.attn_v.weight", ("kv", "hidden")
+    ),
+    DenseName(
+        "attention.output",
+        "model.layers.{i}.self_attn.o_proj.weight",
+        "blk.{i}.attn_output.weight",
+        ("hidden", "q"),
+    ),
+    DenseName(
+        "attention.q_norm",
+        "model.layers.{i}.self_attn.q_norm.weight",
+        "blk.{i}.attn_q_norm.weight",
+        ("head_dim",),
+    ),
+    DenseName(
+        "attention.k_norm",
+        "model.layers.{i}.self_attn.k_norm.weight",
+        "blk.{i}.attn_k_norm.weight",
+        ("head_dim",),
+    ),
+    DenseName(
+        "attention.norm", "model.layers.{i}.input_layernorm.weight", "blk.{i}.attn_norm.weight", ("hidden",)
+    ),
+    DenseName(
+        "experts.norm",
+        "model.layers.{i}.post_attention_layernorm.weight",
+        "blk.{i}.ffn_norm.weight",
+        ("hidden",),
+    ),
+    DenseName(
+        "experts.router",
+        "model.layers.{i}.mlp.gate.weight",
+        "blk.{i}.ffn_gate_inp.weight",
+        ("experts", "hidden"),
+    ),
+)
+BY_OURS = {name.ours: name for name in DENSE}
+
+HF_EXPERT = "model.layers.{i}.mlp.experts.{e}.{part}_proj.weight"
+HF_FUSED_GATE_UP = "model.layers.{i}.mlp.experts.gate_up_proj"  # [experts, 2 * intermediate, hidden]
+HF_FUSED_DOWN = "model.layers.{i}.mlp.experts.down_proj"  # [experts, hidden, intermediate]
+GGUF_MERGED = "blk.{i}.ffn_{part}_exps.weight"  # [experts, n, k]
+GGUF_EXPERT = "blk.{i}.ffn_{part}.{e}.weight"
+
+# Buffers that some exporters keep beside the weights; the runtime derives them from the config.
+IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "rope_freqs.weight")
+
+
+def dense_shape(architecture: Architecture, name: DenseName) -> tuple[int, ...]:
+    """Shape of a dense tensor in elements, as both file kinds give it (row-major, outputs first)."""
+    sizes = {
+        "vocab": architecture.vocab_size,
+        "hidden": architecture.hidden_size,
+        "q": architecture.attention_size,
+        "kv": architecture.num_kv_heads * architecture.head_dim,
+        "head_dim": architecture.head_dim,
+        "experts": architecture.num_experts,
+    }
+    return tuple(sizes[size] for size in name.shape)
+
+
+def expert_shape(architecture: Architecture, part: Part) -> tuple[int, int]:
+    """``(n, k)`` of one expert's matrix: gate and up ``[intermediate, hidden]``, down ``[hidden, intermediate]``."""
+    hidden, intermediate = architecture.hidden_size, architecture.expert_intermediate_size
+    return (hidden, intermediate) if part == "down" else (intermediate, hidden)
+
+
+def dense_keys(architecture: Architecture) -> Iterator[tuple[DenseName, int | None]]:
+    """Every dense tensor a model must have, with its layer (None for the model's own). A tied head is left out."""
+    for name in DENSE:
+        if name.ours == "lm_head" and architecture.tie_word_embeddings:
+            continue
+        if not name.per_layer:
+            yield name, None
+            continue
+        for layer in range(architecture.num_layers):
+            yield name, layer

@@ -1,0 +1,36 @@
+"""What the choice of inputs means for quality, said plainly before the work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from krasis.convert.opening import OpenInputs
+from krasis.convert.plan import ConversionPlan
+from krasis.convert.sources import quantised_types
+
+
+def notices(plan: ConversionPlan, inputs: OpenInputs) -> Iterator[str]:
+    """One sentence each."""
+    settings = plan.settings
+    gguf_types = plan.cpu_source.expert_types() if plan.cpu_source.kind == "gguf" else ()
+    rounded = ", ".join(quantised_types(gguf_types))
+    if inputs.hf is None and rounded:
+        if "gpu" in settings.tiers:
+            yield (
+                f"without a BF16 checkpoint the GPU experts are made from the GGUF's {rounded} weights: their rounding "
+                f"comes on top of that to {settings.gpu_bits} bits. For best quality give the checkpoint too"
+            )
+        yield "without a BF16 checkpoint attention and output head are made from the GGUF's weights, rounded twice"
+    if inputs.gguf is None and "cpu" in settings.tiers:
+        what = "8-bit blocks (as good as a Q8_0 GGUF)" if settings.cpu_format == "q8" else "4 bits"
+        yield f"without a GGUF the CPU experts are made from the checkpoint, rounded to {what}"
+    if "cpu" in settings.tiers and gguf_types:
+        lossless = {"Q8_0"} if settings.cpu_format == "q8" else set()
+        again = sorted(set(quantised_types(gguf_types)) - lossless)
+        if again:
+            to = "8-bit blocks" if settings.cpu_format == "q8" else "4 bits"
+            yield f"the GGUF's {', '.join(again)} experts are dequantised and rounded again, to {to}"
+        elif settings.cpu_format == "q8" and rounded:
+            yield "the GGUF's Q8_0 experts are kept as they are, without loss"
+    if "tokenizer.json" not in inputs.assets:
+        yield "there is no tokenizer among the inputs: the bundle will take token ids only"

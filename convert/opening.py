@@ -1,0 +1,103 @@
+"""Opens the recognised inputs as weight sources, with their text assets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import xxhash
+from krasis.convert.inputs import Inputs
+from krasis.convert.slices import Bytes
+from krasis.convert.sources import SourceFile, TensorInfo, TensorTable, WeightSource
+from krasis.convert.text_assets import assets_from_folder, assets_from_gguf
+from krasis.formats.architecture import from_gguf_metadata, from_hf_config
+from krasis.formats.gguf import GgufCheckpoint
+from krasis.formats.limits import MAX_CONFIG_BYTES
+from krasis.formats.regular_file import read_small_file
+from krasis.formats.safetensors import ShardedCheckpoint
+from krasis.formats.strict_json import parse_json_object
+
+
+@dataclass(frozen=True, slots=True)
+class OpenInputs:
+    """Sources (at least one is set) and the text files that go into the bundle, by name."""
+
+    hf: WeightSource | None
+    gguf: WeightSource | None
+    assets: Mapping[str, bytes]
+
+    def sources(self) -> tuple[WeightSource, ...]:
+        """Those given."""
+        return tuple(source for source in (self.hf, self.gguf) if source is not None)
+
+
+class _Table:
+    """A checkpoint of either kind as a TensorTable."""
+
+    def __init__(self, checkpoint: ShardedCheckpoint | GgufCheckpoint) -> None:
+        self._checkpoint = checkpoint
+        self._infos: dict[str, TensorInfo] = {}
+        if isinstance(checkpoint, GgufCheckpoint):
+            for name, gguf in checkpoint.tensors.items():
+                self._infos[name] = TensorInfo(gguf.ggml_type, gguf.shape, gguf.offset_bytes, gguf.num_bytes)
+        else:
+            for name, info in checkpoint.tensors.items():
+                self._infos[name] = TensorInfo(info.dtype, info.shape, info.offset_bytes, info.num_bytes)
+
+    def infos(self) -> Mapping[str, TensorInfo]:
+        return self._infos
+
+    def view(self, name: str) -> Bytes:
+        return self._checkpoint.view(name)
+
+    def where(self, name: str) -> str:
+        return f"{self._checkpoint.file_of(name).path}: '{name}'"
+
+    def release(self, name: str) -> None:
+        self._checkpoint.release(name)
+
+    def files(self) -> tuple[SourceFile, ...]:
+        """Name, size, time and a digest of what the headers say, per file."""
+        tensors: dict[Path, list[str]] = {file.path: [] for file in self._checkpoint.files}
+        for name in sorted(self._infos):
+            tensors[self._checkpoint.file_of(name).path].append(name)
+        return tuple(self._file(path, names) for path, names in tensors.items())
+
+    def _file(self, path: Path, names: list[str]) -> SourceFile:
+        header = "".join(f"{name} {self._infos[name]}\n" for name in names)
+        status = path.stat()
+        digest = xxhash.xxh3_128_hexdigest(header.encode())
+        return SourceFile(path.name, status.st_size, status.st_mtime_ns, digest, tuple(names))
+
+
+def open_inputs(inputs: Inputs) -> OpenInputs:
+    """Opens and checks every header, shape and type; reads no weights. Raises KrasisError."""
+    hf, hf_assets = _open_hf(inputs.hf) if inputs.hf is not None else (None, {})
+    gguf, metadata = _open_gguf(inputs.gguf) if inputs.gguf is not None else (None, {})
+    if "tokenizer.json" in hf_assets or gguf is None:
+        return OpenInputs(hf, gguf, hf_assets)
+    # Without a checkpoint, or with one that lacks its tokenizer. What the folder has goes first.
+    return OpenInputs(hf, gguf, {**assets_from_gguf(metadata, str(gguf.path)), **hf_assets})
+
+
+def _open_hf(path: Path) -> tuple[WeightSource, dict[str, bytes]]:
+    folder = path if path.is_dir() else path.parent
+    config_path = folder / "config.json"
+    data = read_small_file(config_path, MAX_CONFIG_BYTES, follow_links=True)
+    config = parse_json_object(data, str(config_path), max_bytes=MAX_CONFIG_BYTES)
+    architecture = from_hf_config(config, str(config_path))
+    table = _Table(ShardedCheckpoint.open(path))
+    source = WeightSource("hf", path, architecture, _as_table(table), table.files())
+    return source, assets_from_folder(folder)
+
+
+def _open_gguf(path: Path) -> tuple[WeightSource, Mapping[str, object]]:
+    checkpoint = GgufCheckpoint.open(path)
+    architecture = from_gguf_metadata(checkpoint.metadata, checkpoint.tensors, str(path))
+    table = _Table(checkpoint)
+    return WeightSource("gguf", path, architecture, _as_table(table), table.files()), checkpoint.metadata
+
+
+def _as_table(table: _Table) -> TensorTable:
+    return table

@@ -1,0 +1,160 @@
+"""Runs the units of a plan: read, pack and write overlap; each finished unit is synced and journalled."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from krasis.convert.dense import DensePacker
+from krasis.convert.digests import ContentDigests
+from krasis.convert.expert_reader import ExpertReader, ExpertWeights
+from krasis.convert.importance import Calibration
+from krasis.convert.journal import Journal, UnitRecord
+from krasis.convert.names import PARTS
+from krasis.convert.plan import ConversionPlan, Unit, expert_record
+from krasis.convert.progress import Reporter
+from krasis.convert.quality import UnitQuality
+from krasis.convert.resources import anonymous_bytes
+from krasis.convert.writer_thread import Bytes, StagingRing, WriterThread
+from krasis.formats.bundle_writer import BundleWriter
+from krasis.formats.errors import FormatError
+from krasis.formats.layouts.expert_record import ExpertImportance, clear_padding
+from krasis.formats.layouts.matrix import PackStats
+from krasis.formats.native import Pool
+
+
+@dataclass(slots=True)
+class PipelineResult:
+    """What the finished units add up to, those of earlier runs included. peak_bytes: memory beyond the page cache."""
+
+    digests: ContentDigests
+    blobs: dict[str, str] = field(default_factory=dict)
+    quality: dict[str, UnitQuality] = field(default_factory=dict)
+    peak_bytes: int = 0
+    source_bytes: int = 0
+
+
+def run_units(
+    plan: ConversionPlan,
+    writer: BundleWriter,
+    journal: Journal,
+    finished: Mapping[str, UnitRecord],
+    calibration: Calibration | None,
+    reporter: Reporter,
+) -> PipelineResult:
+    """Does what ``finished`` lacks, in the plan's order. Interrupted at any point, the journal stays true."""
+    result = PipelineResult(ContentDigests())
+    for record in finished.values():
+        result.digests.restore(record.tensors)
+    done_bytes = sum(unit.source_bytes for unit in plan.units if unit.name in finished)
+    reporter.begin(plan.source_bytes, done_bytes)
+    settings = plan.settings
+    files = {name: file.name for name, (file, _) in plan.places().items()}
+    known = set(result.digests.finished())
+    try:
+        with (
+            Pool(settings.num_threads) as pool,
+            WriterThread() as thread,
+            ExpertReader(result.digests, settings.num_threads, plan.memory.decode_slots) as reader,
+        ):
+            worker = _Worker(plan, writer, pool, thread, reader, calibration, reporter, result)
+            for unit in plan.units:
+                record = finished.get(unit.name)
+                if record is None:
+                    blobs, quality = worker.pack(unit)
+                    for blob in {files[blob]: blob for blob in unit.blobs}.values():
+                        writer.sync_blob(blob)  # each shard once
+                    tensors = result.digests.take_new(known)
+                    known.update(tensors)
+                    record = UnitRecord(unit.name, blobs, tensors, quality.to_json())
+                    journal.append(record)
+                    result.source_bytes += unit.source_bytes
+                result.blobs.update(record.blobs)
+                result.quality[unit.name] = UnitQuality.from_json(record.quality)
+    finally:
+        reporter.end()
+    return result
+
+
+class _Worker:
+    """What packing a unit needs, made once."""
+
+    def __init__(
+        self,
+        plan: ConversionPlan,
+        writer: BundleWriter,
+        pool: Pool,
+        thread: WriterThread,
+        reader: ExpertReader,
+        calibration: Calibration | None,
+        reporter: Reporter,
+        result: PipelineResult,
+    ) -> None:
+        self._plan, self._writer, self._pool, self._thread = plan, writer, pool, thread
+        self._reader, self._calibration, self._reporter, self._result = reader, calibration, reporter, result
+        records = [expert_record(plan.architecture, plan.settings, tier) for tier in plan.settings.tiers]
+        self._ring = StagingRing(plan.memory.staging_slots, max(record.record_bytes for record in records))
+        self._dense = DensePacker(pool, plan.dense_source, writer, thread, result.digests, self._advance)
+
+    def pack(self, unit: Unit) -> tuple[dict[str, str], UnitQuality]:
+        """Writes the unit's blobs. Their digests and errors."""
+        if unit.kind == "dense":
+            return self._dense.pack(unit)
+        return self._pack_experts(unit)
+
+    def _pack_experts(self, unit: Unit) -> tuple[dict[str, str], UnitQuality]:
+        if unit.layer is None:
+            raise FormatError("a unit of experts has no layer", where=unit.name)
+        plan, tier = self._plan, unit.kind
+        source = plan.expert_source(tier)
+        record_bytes = expert_record(plan.architecture, plan.settings, tier).record_bytes
+        keep_q8_0 = tier == "cpu" and plan.settings.cpu_format == "q8"
+        quality = UnitQuality(unit.layer)
+        (name,) = unit.blobs
+        with self._writer.open_blob(name) as sink:
+            experts = self._reader.experts(source, unit.layer, keep_q8_0=keep_q8_0)
+            for number, expert in enumerate(experts):
+                buffer = self._ring.take(self._thread)
+                staging = buffer[:record_bytes]
+                self._pack_expert(unit, number, expert, staging, quality)
+                self._thread.write(sink, staging, functools.partial(self._ring.release, buffer))
+                self._advance(expert.num_bytes)
+                source.release(expert.pieces)
+            self._thread.flush()
+            return {name: sink.close()}, quality
+
+    def _pack_expert(
+        self, unit: Unit, number: int, expert: ExpertWeights, out: Bytes, quality: UnitQuality
+    ) -> None:
+        plan, tier = self._plan, unit.kind
+        arch = plan.architecture
+        layout = plan.settings.layout(tier)
+        importance = self._importance(unit, number)
+        clear_padding(out, layout.expert_record(arch.hidden_size, arch.expert_intermediate_size))
+        w13 = PackStats()
+        for part, view, piece in zip(PARTS, expert.views, expert.pieces, strict=True):
+            stats = layout.pack_part(
+                self._pool,
+                part,
+                view,
+                out,
+                hidden=arch.hidden_size,
+                intermediate=arch.expert_intermediate_size,
+                importance=None if importance is None else importance.of(part),
+                where=piece.where,
+            )
+            if part == "down":
+                quality.add_expert(f"experts.{tier}.w2", stats)
+            else:
+                w13 = w13 + stats
+        quality.add_expert(f"experts.{tier}.w13", w13)
+
+    def _importance(self, unit: Unit, number: int) -> ExpertImportance | None:
+        if self._calibration is None or unit.layer is None:
+            return None
+        return self._calibration.expert(unit.layer, number)
+
+    def _advance(self, num_bytes: int) -> None:
+        self._result.peak_bytes = max(self._result.peak_bytes, anonymous_bytes())
+        self._reporter.advance(num_bytes)

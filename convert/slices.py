@@ -1,0 +1,105 @@
+"""A contiguous piece of a source tensor, as it lies in its memory-mapped file, and its decoding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from krasis.formats.errors import FormatError
+from krasis.formats.ggml_blocks import dequantize
+from krasis.formats.layouts.matrix import MatrixView
+
+Bytes = npt.NDArray[np.uint8]
+Floats = npt.NDArray[np.float32]
+
+FLOAT_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
+NUMPY_FORM = {"F32": np.dtype("<f4"), "BF16": np.dtype("<u2"), "F16": np.dtype("<f2")}
+_TOUCH_STRIDE_BYTES = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSlice:
+    """Whole rows of a tensor, contiguous in its file.
+
+    tensor: its name in the file. where: file and tensor, for messages. dtype: ``F32``, ``BF16``, ``F16`` or a ggml
+    type name. shape: in elements, ``(n, k)`` or ``(n,)``. raw: its bytes. offset_bytes: where raw begins in the tensor.
+    total_bytes: size of the tensor.
+    """
+
+    tensor: str
+    where: str
+    dtype: str
+    shape: tuple[int, ...]
+    raw: Bytes
+    offset_bytes: int
+    total_bytes: int
+
+    @property
+    def is_float(self) -> bool:
+        """Whether the elements are plain floats, readable without dequantisation."""
+        return self.dtype in FLOAT_BYTES
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row (of one element for a vector)."""
+        return self.raw.nbytes // self.shape[0]
+
+    def rows(self, start: int, stop: int) -> TensorSlice:
+        """Rows ``start`` to ``stop`` (clipped to the last)."""
+        stop = min(stop, self.shape[0])
+        row_bytes = self.row_bytes
+        return TensorSlice(
+            tensor=self.tensor,
+            where=self.where,
+            dtype=self.dtype,
+            shape=(stop - start, *self.shape[1:]),
+            raw=self.raw[start * row_bytes : stop * row_bytes],
+            offset_bytes=self.offset_bytes + start * row_bytes,
+            total_bytes=self.total_bytes,
+        )
+
+    def floats(self) -> npt.NDArray[np.generic]:
+        """The elements in their own type, zero copy; BF16 as uint16. Only for ``is_float``."""
+        if not self.is_float:
+            raise FormatError("not a plain float tensor", where=self.where, got=self.dtype)
+        return self.raw.view(NUMPY_FORM[self.dtype]).reshape(self.shape)
+
+    def decode(self) -> Floats:
+        """The elements as float32, any type."""
+        if not self.is_float:
+            return dequantize(self.raw, self.dtype, self.shape, self.where)
+        values = self.floats()
+        if self.dtype == "BF16":
+            return (values.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        return values.astype(np.float32)
+
+    def matrix(self) -> MatrixView:
+        """The slice for a packer, dequantised to float32 where it is not a plain float type."""
+        if self.is_float:
+            values = self.floats()
+            # A safetensors header may end anywhere; native code wants aligned elements.
+            return MatrixView(values if values.flags.aligned else values.copy(), self.dtype)
+        return MatrixView(self.decode(), "F32")
+
+    def blocks(self) -> MatrixView:
+        """The raw Q8_0 blocks for the lossless packer."""
+        if self.dtype != "Q8_0":
+            raise FormatError("not a Q8_0 tensor", where=self.where, got=self.dtype)
+        return MatrixView(self.raw.reshape(self.shape[0], -1), "Q8_0")
+
+    def touch(self) -> None:
+        """Brings the bytes into memory without holding the interpreter lock during the disk's work."""
+        if self.raw.nbytes:
+            np.add.reduce(self.raw[::_TOUCH_STRIDE_BYTES], dtype=np.uint64)
+
+
+def first_nonfinite_row(piece: TensorSlice) -> int | None:
+    """The first row of a plain float slice that holds NaN or infinity, or None."""
+    values = piece.floats().reshape(piece.shape[0], -1)
+    if piece.dtype == "BF16":
+        bad = (values & np.uint16(0x7F80)) == np.uint16(0x7F80)
+    else:
+        bad = ~np.isfinite(values)
+    rows = bad.any(axis=1)
+    return int(rows.argmax()) if rows.any() else None

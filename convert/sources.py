@@ -1,0 +1,260 @@
+"""Weights by what they are, whatever kind of file holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+from krasis.convert.names import (
+    BY_OURS,
+    GGUF_EXPERT,
+    GGUF_MERGED,
+    HF_EXPERT,
+    HF_FUSED_DOWN,
+    HF_FUSED_GATE_UP,
+    IGNORED_SUFFIXES,
+    PARTS,
+    DenseName,
+    Part,
+    dense_keys,
+    dense_shape,
+    expert_shape,
+)
+from krasis.convert.slices import FLOAT_BYTES, Bytes, TensorSlice
+from krasis.formats.architecture import Architecture
+from krasis.formats.errors import FormatError, UnsupportedModelError
+from krasis.formats.ggml_blocks import SUPPORTED_TYPES, tensor_bytes
+
+SourceKind = Literal["hf", "gguf"]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """dtype: ``BF16``, ``Q8_0``, ... shape: row-major, in elements. offset_bytes: in its file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset_bytes: int
+    num_bytes: int
+
+
+class TensorTable(Protocol):
+    """What both kinds of checkpoint offer, reduced to what the converter needs."""
+
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """All tensors by name."""
+
+    def view(self, name: str) -> Bytes:
+        """The tensor's bytes, mapped."""
+
+    def where(self, name: str) -> str:
+        """File and tensor, for messages."""
+
+    def release(self, name: str) -> None:
+        """The mapped pages are not needed for now."""
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """A file of a source, for the record and for noticing changes. header_digest covers names, types, shapes, offsets."""
+
+    name: str
+    num_bytes: int
+    mtime_ns: int
+    header_digest: str
+    tensors: tuple[str, ...]
+
+    def fingerprint(self) -> dict[str, str | int]:
+        """What a resume must find unchanged."""
+        return {
+            "name": self.name,
+            "num_bytes": self.num_bytes,
+            "mtime_ns": self.mtime_ns,
+            "header_digest": self.header_digest,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertTensors:
+    """Where one part of one expert lies: a tensor, and the expert's first row in it."""
+
+    tensor: str
+    first_row: int
+
+
+class WeightSource:
+    """One input model. Construction checks that every tensor is there, of a usable type and the right shape."""
+
+    def __init__(
+        self,
+        kind: SourceKind,
+        path: Path,
+        architecture: Architecture,
+        table: TensorTable,
+        files: tuple[SourceFile, ...],
+    ) -> None:
+        self.kind: SourceKind = kind
+        self.path = path
+        self.architecture = architecture
+        self.files = files
+        self._table = table
+        self._infos = table.infos()
+        self._check_complete()
+
+    def dense(self, ours: str, layer: int | None = None) -> TensorSlice:
+        """A whole dense tensor by our name (``attention.q``). A tied ``lm_head`` is the embedding."""
+        if ours == "lm_head" and self.architecture.tie_word_embeddings:
+            ours = "embedding"
+        name = BY_OURS[ours]
+        return self._slice(self._dense_tensor(name, layer), dense_shape(self.architecture, name), 0)
+
+    def expert(self, layer: int, expert: int, part: Part) -> TensorSlice:
+        """One matrix of one expert, ``[n, k]``."""
+        place = self._expert_place(layer, expert, part)
+        return self._slice(place.tensor, expert_shape(self.architecture, part), place.first_row)
+
+    def release(self, pieces: Iterable[TensorSlice]) -> None:
+        """Unmaps the pages of these slices' tensors; they stay in the page cache as long as the system likes."""
+        for tensor in {piece.tensor for piece in pieces}:
+            self._table.release(tensor)
+
+    def expert_types(self) -> tuple[str, ...]:
+        """The types of all expert tensors, sorted."""
+        arch = self.architecture
+        types = set()
+        for layer in range(arch.num_layers):
+            for part in PARTS:
+                tensors = {
+                    self._expert_place(layer, expert, part).tensor for expert in range(arch.num_experts)
+                }
+                types.update(self._infos[tensor].dtype for tensor in tensors)
+        return tuple(sorted(types))
+
+    def expert_bytes(self, layer: int) -> int:
+        """Source bytes of one layer's experts."""
+        return self.architecture.num_experts * sum(self.expert(layer, 0, part).raw.nbytes for part in PARTS)
+
+    # ---- where things lie -------------------------------------------------------------------------------
+
+    def _dense_tensor(self, name: DenseName, layer: int | None) -> str:
+        template = name.hf if self.kind == "hf" else name.gguf
+        return template if layer is None else template.format(i=layer)
+
+    def _expert_place(self, layer: int, expert: int, part: Part) -> ExpertTensors:
+        rows, _ = expert_shape(self.architecture, part)
+        if self.kind == "gguf":
+            merged = GGUF_MERGED.format(i=layer, part=part)
+            if merged in self._infos:
+                return ExpertTensors(merged, expert * rows)
+            return ExpertTensors(GGUF_EXPERT.format(i=layer, part=part, e=expert), 0)
+        fused = (HF_FUSED_DOWN if part == "down" else HF_FUSED_GATE_UP).format(i=layer)
+        if fused not in self._infos:
+            return ExpertTensors(HF_EXPERT.format(i=layer, e=expert, part=part), 0)
+        if part == "down":
+            return ExpertTensors(fused, expert * rows)
+        return ExpertTensors(fused, (2 * expert + (part == "up")) * rows)
+
+    def _slice(self, tensor: str, shape: tuple[int, ...], first_row: int) -> TensorSlice:
+        dtype = self._infos[tensor].dtype
+        per_row = tensor_bytes(dtype, shape[1:] or (1,))
+        view = self._table.view(tensor)
+        begin = first_row * per_row
+        return TensorSlice(
+            tensor=tensor,
+            where=self._table.where(tensor),
+            dtype=dtype,
+            shape=shape,
+            raw=view[begin : begin + shape[0] * per_row],
+            offset_bytes=begin,
+            total_bytes=view.nbytes,
+        )
+
+    # ---- checks -----------------------------------------------------------------------------------------
+
+    def _check_complete(self) -> None:
+        expected: set[str] = set()
+        for name, layer in dense_keys(self.architecture):
+            tensor = self._dense_tensor(name, layer)
+            self._check_tensor(tensor, dense_shape(self.architecture, name))
+            expected.add(tensor)
+        for layer in range(self.architecture.num_layers):
+            for part in PARTS:
+                expected.update(self._check_experts(layer, part))
+        self._check_no_others(expected)
+
+    def _check_experts(self, layer: int, part: Part) -> set[str]:
+        num_experts = self.architecture.num_experts
+        rows, columns = expert_shape(self.architecture, part)
+        first = self._expert_place(layer, 0, part).tensor
+        last = self._expert_place(layer, num_experts - 1, part).tensor
+        if first == last and num_experts > 1:
+            fused = 2 if self.kind == "hf" and part != "down" else 1
+            self._check_tensor(first, (num_experts, fused * rows, columns))
+            return {first}
+        tensors = [self._expert_place(layer, expert, part).tensor for expert in range(num_experts)]
+        for tensor in tensors:
+            self._check_tensor(tensor, (rows, columns))
+        return set(tensors)
+
+    def _check_tensor(self, tensor: str, shape: tuple[int, ...]) -> None:
+        if tensor not in self._infos:
+            raise FormatError(
+                f"tensor '{tensor}' is missing",
+                where=str(self.path),
+                hint="the model is incomplete, or not of the architecture its header names",
+            )
+        where = self._table.where(tensor)
+        found = self._infos[tensor].shape
+        if found != shape and _without_ones(found) != _without_ones(shape):
+            raise FormatError("wrong shape", where=where, got=list(found), limit=list(shape))
+        dtype = self._infos[tensor].dtype
+        if self.kind == "hf" and dtype not in FLOAT_BYTES:
+            raise FormatError(
+                "unsupported weight type",
+                where=where,
+                got=dtype,
+                limit=", ".join(FLOAT_BYTES),
+                hint="give the unquantised (BF16) checkpoint",
+            )
+        if self.kind == "gguf" and dtype not in SUPPORTED_TYPES:
+            raise FormatError(
+                "unsupported GGUF type", where=where, got=dtype, limit=", ".join(SUPPORTED_TYPES)
+            )
+        if len(shape) == 1 and dtype not in FLOAT_BYTES:
+            raise FormatError(
+                "a vector must not be quantised", where=where, got=dtype, limit=", ".join(FLOAT_BYTES)
+            )
+
+    def _check_no_others(self, expected: set[str]) -> None:
+        tied_head = BY_OURS["lm_head"]
+        allowed = expected | {tied_head.hf, tied_head.gguf}
+        others = sorted(
+            name for name in self._infos if name not in allowed and not name.endswith(IGNORED_SUFFIXES)
+        )
+        if others:
+            raise UnsupportedModelError(
+                f"tensor '{others[0]}' is not part of a {self.architecture.model_type} model",
+                where=str(self.path),
+                got=f"{len(others)} such tensors",
+                hint="the model has a feature (a bias, shared experts, dense layers, ...) that would be dropped",
+            )
+
+
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(size for size in shape if size != 1)
+
+
+def quantised_types(types: Iterable[str]) -> list[str]:
+    """Those that lose precision against BF16 weights."""
+    return [name for name in types if name not in FLOAT_BYTES]
+
+
+def dense_types(source: WeightSource) -> Mapping[str, int]:
+    """How many dense tensors there are of each type."""
+    counts: dict[str, int] = {}
+    for name, layer in dense_keys(source.architecture):
+        dtype = source.dense(name.ours, layer).dtype
+        counts[dtype] = counts.get(dtype, 0) + 1
+    return counts

@@ -1,0 +1,235 @@
+// attention_kernel.h: online softmax over blocks of keys, compiled once per instruction set.
+#pragma once
+
+#include "attention_tiles.h"
+
+namespace krasis::KRASIS_ISA_NAMESPACE {
+
+namespace {
+
+constexpr float kNone = -__builtin_inff();
+
+// Everything a task needs besides its inputs: 280 KiB of the thread's stack, of which head_dim 128 touches half.
+struct Scratch {
+    alignas(64) float queries[kMaxRows * kMaxHeadDim];   // panels of [dim][rows of the panel], scaled
+    alignas(64) float out[kMaxRows * kMaxHeadDim];       // [rows][dim], not yet divided by sum
+    alignas(64) float scores[kMaxRows * kBlockKeys];     // [rows][kBlockKeys]
+    alignas(64) float keys[kBlockKeys * kKeyStride];     // [kBlockKeys][kKeyStride]
+    alignas(64) float values[kBlockKeys * kMaxHeadDim];  // F16 caches: [kBlockKeys][dim]
+    float max[kMaxRows], sum[kMaxRows];
+};
+
+KRASIS_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+KRASIS_INLINE float exp_of(float x) { return _mm256_cvtss_f32(exp(V8::set1(x)).v); }
+
+// Packs the rows of a task into panels; rows of padding are zero.
+void load_queries(const krasis_attention_args &args, const AttentionTask &task, float *packed) {
+    const int64_t dim = args.head_dim, rows = task.num_tokens * task.num_heads;
+    const V8 scale = V8::set1(args.scale);
+    for (int64_t first = 0; first < rows;) {
+        const int64_t width = panel_width(rows - first);
+        for (int64_t row = first; row < first + width; row += 8) {
+            const float *q[8];
+            for (int i = 0; i < 8; ++i) {
+                const int64_t token = task.first_token + (row + i) / task.num_heads;
+                const int64_t head = task.first_head + (row + i) % task.num_heads;
+                q[i] = row + i < rows ? args.q + token * args.ldq + head * dim : nullptr;
+            }
+            for (int64_t d = 0; d < dim; d += 8) {
+                V8 block[8];
+                for (int i = 0; i < 8; ++i) block[i] = q[i] ? mul(V8::load(q[i] + d), scale) : V8::zero();
+                transpose8(block);
+                for (int i = 0; i < 8; ++i) block[i].store(packed + first * dim + (d + i) * width + row - first);
+            }
+        }
+        first += width;
+    }
+}
+
+void score_block(const Scratch &scratch, int64_t rows, int64_t num_keys, int64_t dim, const Ahead &ahead,
+                 float *scores) {
+    const Ahead nothing;
+    for (int64_t first = 0; first < rows;) {
+        const int64_t width = panel_width(rows - first);
+        const float *queries = scratch.queries + first * dim;
+        float *to = scores + first * kBlockKeys;
+        const Ahead &now = first == 0 ? ahead : nothing;
+        if (width == kPanelRows) {
+            score_panel<V, 2>(queries, scratch.keys, num_keys, dim, now, to);
+        } else if (width == kLanes) {
+            score_panel<V, 1>(queries, scratch.keys, num_keys, dim, now, to);
+        } else {
+            score_panel<V8, 1>(queries, scratch.keys, num_keys, dim, now, to);
+        }
+        first += width;
+    }
+}
+
+// One row of scores -> weights, of which the first num_keys count; updates the row's maximum, sum and output.
+void softmax_scores(float *scores, int64_t num_keys, int64_t dim, float &row_max, float &row_sum, float *out) {
+    for (int64_t key = num_keys; key < kBlockKeys; ++key) scores[key] = kNone;
+    V16 x[4];
+    for (int i = 0; i < 4; ++i) x[i] = V16::load(scores + 16 * i);
+    const float block_max = hmax(max(max(x[0], x[1]), max(x[2], x[3])));
+    if (block_max > row_max) {
+        const float shrink = exp_of(row_max - block_max);
+        row_max = block_max;
+        row_sum *= shrink;
+        const V factor = V::set1(shrink);
+        int64_t d = 0;
+        for (; d + kLanes <= dim; d += kLanes) mul(V::load(out + d), factor).store(out + d);
+    }
+    const V16 shift = V16::set1(row_max);
+    for (int i = 0; i < 4; ++i) {
+        x[i] = exp(sub(x[i], shift));
+        x[i].store(scores + 16 * i);
+    }
+    row_sum += hsum(add(add(x[0], x[1]), add(x[2], x[3])));
+}
+
+template <class Cache>
+void load_keys(const Cache *keys, int64_t num_keys, int64_t dim, float *to) {
+    for (int64_t key = 0; key < num_keys; ++key) {
+        for (int64_t d = 0; d < dim; d += 8) load8(keys + key * dim + d).store(to + key * kKeyStride + d);
+    }
+}
+
+const float *load_values(const float *values, int64_t, int64_t, float *) { return values; }
+
+const float *load_values(const uint16_t *values, int64_t num_keys, int64_t dim, float *buffer) {
+    for (int64_t i = 0; i < num_keys * dim; i += 16) V16::load_f16(values + i).store(buffer + i);
+    return buffer;
+}
+
+// The block of keys at begin (none at or beyond end) for all rows of the task; a row uses those up to its own position.
+template <class Cache>
+void attend_block(const krasis_attention_args &args, const AttentionTask &task, int64_t begin, int64_t end,
+                  Scratch &scratch) {
+    const int64_t num_keys = smaller(end - begin, kBlockKeys);
+    const int64_t dim = args.head_dim, heads = task.num_heads, rows = task.num_tokens * heads;
+    const int64_t offset = (task.kv_head * args.capacity + begin) * dim;
+    const Cache *k_cache = static_cast<const Cache *>(args.k_cache) + offset;
+    const Cache *v_cache = static_cast<const Cache *>(args.v_cache) + offset;
+    const int64_t row_bytes = dim * static_cast<int64_t>(sizeof(Cache));
+    load_keys(k_cache, num_keys, dim, scratch.keys);
+    score_block(scratch, rows, num_keys, dim, {v_cache, num_keys, row_bytes}, scratch.scores);
+    const int64_t first_visible = args.start + task.first_token + 1 - begin;  // keys that the first token sees
+    for (int64_t row = 0; row < rows; ++row) {
+        const int64_t visible = first_visible + row / heads;
+        if (visible <= 0) continue;
+        softmax_scores(scratch.scores + row * kBlockKeys, smaller(visible, num_keys), dim, scratch.max[row],
+                       scratch.sum[row], scratch.out + row * dim);
+    }
+    const float *values = load_values(v_cache, num_keys, dim, scratch.values);
+    if (first_visible >= num_keys) {
+        const Ahead next{k_cache + num_keys * dim, smaller(end - begin - num_keys, kBlockKeys), row_bytes};
+        return add_values(rows, scratch.scores, values, num_keys, dim, next, scratch.out);
+    }
+    for (int64_t token = 0; token < task.num_tokens;
+         ++token) {  // the diagonal: every token sees another number of keys
+        const int64_t visible = first_visible + token, row = token * heads;
+        if (visible <= 0) continue;
+        add_values(heads, scratch.scores + row * kBlockKeys, values, smaller(visible, num_keys), dim, Ahead{},
+                   scratch.out + row * dim);
+    }
+}
+
+// Keys of one split, from nothing, into scratch.out, max and sum.
+void run_split(const krasis_attention_args &args, const AttentionTask &task, int64_t split, Scratch &scratch) {
+    const int64_t rows = task.num_tokens * task.num_heads;
+    for (int64_t row = 0; row < rows; ++row) {
+        scratch.max[row] = kNone;
+        scratch.sum[row] = 0.0f;
+    }
+    for (int64_t i = 0; i < rows * args.head_dim; i += kLanes) V::zero().store(scratch.out + i);
+    const int64_t keys = args.start + task.first_token + task.num_tokens;  // that the last token sees
+    const int64_t end = smaller(keys, (split + 1) * kSplitKeys);
+    for (int64_t begin = split * kSplitKeys; begin < end; begin += kBlockKeys) {
+        if (args.kv_dtype == KRASIS_F16) {
+            attend_block<uint16_t>(args, task, begin, end, scratch);
+        } else {
+            attend_block<float>(args, task, begin, end, scratch);
+        }
+    }
+}
+
+// Adds one split's (out, max, sum) to a row's running total. The first split comes to kNone, 0 and zeros.
+void merge(const float *out, float part_max, float part_sum, int64_t dim, float *total, float &row_max,
+           float &row_sum) {
+    const float largest = part_max > row_max ? part_max : row_max;
+    const float keep = exp_of(row_max - largest), take = exp_of(part_max - largest);
+    row_max = largest;
+    row_sum = row_sum * keep + part_sum * take;
+    const V keeps = V::set1(keep), takes = V::set1(take);
+    for (int64_t d = 0; d < dim; d += kLanes) {
+        fma(V::load(out + d), takes, mul(V::load(total + d), keeps)).store(total + d);
+    }
+}
+
+void zero_row(float *total, int64_t dim) {
+    for (int64_t d = 0; d < dim; d += kLanes) V::zero().store(total + d);
+}
+
+void finish_row(float *total, int64_t dim, float sum) {
+    const V inverse = V::set1(1.0f / sum);
+    for (int64_t d = 0; d < dim; d += kLanes) mul(V::load(total + d), inverse).store(total + d);
+}
+
+}  // namespace
+
+void attend_task(const krasis_attention_args &args, const AttentionTask &task) {
+    Scratch scratch;
+    float max[kMaxRows], sum[kMaxRows];
+    const int64_t dim = args.head_dim, rows = task.num_tokens * task.num_heads;
+    const auto total = [&](int64_t row) {
+        const int64_t token = task.first_token + row / task.num_heads;
+        return args.out + (token * args.num_heads + task.first_head + row % task.num_heads) * dim;
+    };
+    load_queries(args, task, scratch.queries);
+    for (int64_t row = 0; row < rows; ++row) {
+        max[row] = kNone;
+        sum[row] = 0.0f;
+        zero_row(total(row), dim);
+    }
+    const int64_t first_position = args.start + task.first_token;
+    const int64_t splits = num_splits(first_position + task.num_tokens);
+    for (int64_t split = 0; split < splits; ++split) {
+        run_split(args, task, split, scratch);
+        for (int64_t row = 0; row < rows; ++row) {
+            if (first_position + row / task.num_heads < split * kSplitKeys) continue;
+            merge(scratch.out + row * dim, scratch.max[row], scratch.sum[row], dim, total(row), max[row], sum[row]);
+        }
+    }
+    for (int64_t row = 0; row < rows; ++row) finish_row(total(row), dim, sum[row]);
+}
+
+void attend_split(const krasis_attention_args &args, const AttentionTask &task, int64_t split, float *partials) {
+    Scratch scratch;
+    const int64_t dim = args.head_dim, splits = num_splits(args.start + args.tokens);
+    load_queries(args, task, scratch.queries);
+    run_split(args, task, split, scratch);
+    for (int64_t row = 0; row < task.num_tokens * task.num_heads; ++row) {
+        const int64_t token = task.first_token + row / task.num_heads;
+        const int64_t index = token * args.num_heads + task.first_head + row % task.num_heads;
+        float *partial = partials + (index * splits + split) * (dim + kPartialTail);
+        for (int64_t d = 0; d < dim; d += kLanes) V::load(scratch.out + row * dim + d).store(partial + d);
+        partial[dim] = scratch.max[row];
+        partial[dim + 1] = scratch.sum[row];
+    }
+}
+
+void merge_splits(const krasis_attention_args &args, int64_t row, const float *partials) {
+    const int64_t dim = args.head_dim, splits = num_splits(args.start + args.tokens);
+    const int64_t own_splits = num_splits(args.start + row / args.num_heads + 1);
+    float *total = args.out + row * dim;
+    float max = kNone, sum = 0.0f;
+    zero_row(total, dim);
+    for (int64_t split = 0; split < own_splits; ++split) {
+        const float *partial = partials + (row * splits + split) * (dim + kPartialTail);
+        merge(partial, partial[dim], partial[dim + 1], dim, total, max, sum);
+    }
+    finish_row(total, dim, sum);
+}
+
+}  // namespace krasis::KRASIS_ISA_NAMESPACE

@@ -1,0 +1,2 @@
+// acts.cpp: csrc/cpu/acts_kernel.h for AVX2.
+#include "../acts_kernel.h"

@@ -1,0 +1,2 @@
+// attention.cpp: csrc/cpu/attention_kernel.h for AVX2.
+#include "../attention_kernel.h"

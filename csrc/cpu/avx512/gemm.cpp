@@ -1,0 +1,121 @@
+// avx512/gemm.cpp: strip kernels for AVX-512 VNNI.
+//
+// vpdpbusd multiplies unsigned by signed bytes: codes are made unsigned (int8: xor 0x80 adds 128; int4: stored as u = q + 8)
+// and the accumulators start at the panel's offset, -128 or -8 times the sum of the activations.
+#include "../gemm_strip.h"
+
+#include <cstring>
+
+namespace krasis::avx512 {
+namespace {
+
+KRASIS_INLINE int32_t load32(const uint8_t *p) {
+    int32_t value;
+    std::memcpy(&value, p, sizeof value);
+    return value;
+}
+
+KRASIS_INLINE float load_float(const uint8_t *p) {
+    float value;
+    std::memcpy(&value, p, sizeof value);
+    return value;
+}
+
+// Unsigned codes of 4 k for rows 0-15 and 16-31.
+template <StripFormat kFormat> KRASIS_INLINE void load_codes(const uint8_t *block, int k4, __m512i *w0, __m512i *w1) {
+    if constexpr (kFormat == StripFormat::kI4) {
+        const __m512i nibble = _mm512_set1_epi8(15);
+        const __m512i both = _mm512_loadu_si512(block + k4 * 64);
+        *w0 = _mm512_and_si512(both, nibble);
+        *w1 = _mm512_and_si512(_mm512_srli_epi16(both, 4), nibble);
+    } else {
+        const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x80));
+        *w0 = _mm512_xor_si512(_mm512_loadu_si512(block + k4 * 128), flip);
+        *w1 = _mm512_xor_si512(_mm512_loadu_si512(block + k4 * 128 + 64), flip);
+    }
+}
+
+template <StripFormat kFormat> constexpr int64_t kCodeBytes = kFormat == StripFormat::kI4 ? 512 : 1024;
+template <StripFormat kFormat> constexpr int64_t kBlockBytes =
+    kFormat == StripFormat::kRows ? 1024 : kCodeBytes<kFormat> + 64;
+
+// How far ahead of the multiplication a lone stream of weights is fetched.
+constexpr int64_t kAheadBytes = 4096;
+
+template <StripFormat kFormat, int kWidth> void kernel(const StripCall &call) {
+    __m512 acc[kWidth][2];
+    for (int t = 0; t < kWidth; ++t) {
+        acc[t][0] = call.first ? _mm512_setzero_ps() : _mm512_loadu_ps(call.acc + t * 32);
+        acc[t][1] = call.first ? _mm512_setzero_ps() : _mm512_loadu_ps(call.acc + t * 32 + 16);
+    }
+    const uint8_t *block = call.weight, *panel = call.panel, *fetch = call.fetch;
+    for (int64_t b = 0; b < call.blocks; ++b) {
+        if (call.fetch_lines == 0) {
+#pragma GCC unroll 17
+            for (int64_t i = 0; i < kBlockBytes<kFormat>; i += 64) {
+                _mm_prefetch(reinterpret_cast<const char *>(block + kAheadBytes + i), _MM_HINT_T0);
+            }
+        } else {
+            for (int64_t i = 0; i < call.fetch_lines; ++i, fetch += 64) {
+                _mm_prefetch(reinterpret_cast<const char *>(fetch), _MM_HINT_T1);
+            }
+        }
+        __m512i sum[kWidth][2];
+#pragma GCC unroll 8
+        for (int t = 0; t < kWidth; ++t) {
+            sum[t][0] = sum[t][1] = _mm512_set1_epi32(load32(panel + kWidth * 36 + t * 4));
+        }
+#pragma GCC unroll 8
+        for (int k4 = 0; k4 < 8; ++k4) {
+            __m512i w0, w1;
+            load_codes<kFormat>(block, k4, &w0, &w1);
+#pragma GCC unroll 8
+            for (int t = 0; t < kWidth; ++t) {
+                const __m512i a = _mm512_set1_epi32(load32(panel + t * 32 + k4 * 4));
+                sum[t][0] = _mm512_dpbusd_epi32(sum[t][0], w0, a);
+                sum[t][1] = _mm512_dpbusd_epi32(sum[t][1], w1, a);
+            }
+        }
+        V16 scale0, scale1;
+        if constexpr (kFormat != StripFormat::kRows) {
+            const uint16_t *scales = reinterpret_cast<const uint16_t *>(block + kCodeBytes<kFormat>);
+            scale0 = V16::load_f16(scales);
+            scale1 = V16::load_f16(scales + 16);
+        }
+#pragma GCC unroll 8
+        for (int t = 0; t < kWidth; ++t) {
+            const __m512 a = _mm512_set1_ps(load_float(panel + kWidth * 32 + t * 4));
+            __m512 s0 = a, s1 = a;
+            if constexpr (kFormat != StripFormat::kRows) {
+                s0 = _mm512_mul_ps(scale0.v, a);
+                s1 = _mm512_mul_ps(scale1.v, a);
+            }
+            acc[t][0] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[t][0]), s0, acc[t][0]);
+            acc[t][1] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[t][1]), s1, acc[t][1]);
+        }
+        block += kBlockBytes<kFormat>;
+        panel += kWidth * kPanelTokenBytes;
+    }
+    for (int t = 0; t < kWidth; ++t) {
+        _mm512_storeu_ps(call.acc + t * 32, acc[t][0]);
+        _mm512_storeu_ps(call.acc + t * 32 + 16, acc[t][1]);
+    }
+}
+
+template <StripFormat kFormat> StripKernel kernel_of_width(int64_t width) {
+    static constexpr StripKernel kKernels[kPanelTokens] = {kernel<kFormat, 1>, kernel<kFormat, 2>, kernel<kFormat, 3>,
+                                                           kernel<kFormat, 4>, kernel<kFormat, 5>, kernel<kFormat, 6>};
+    return kKernels[width - 1];
+}
+
+}  // namespace
+
+StripKernel strip_kernel(StripFormat format, int64_t width) {
+    if (format == StripFormat::kQ8) return kernel_of_width<StripFormat::kQ8>(width);
+    if (format == StripFormat::kI4) return kernel_of_width<StripFormat::kI4>(width);
+    return kernel_of_width<StripFormat::kRows>(width);
+}
+
+}  // namespace krasis::avx512
+
+#include "../gemm_units.h"

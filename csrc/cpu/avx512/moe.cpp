@@ -1,0 +1,2 @@
+// avx512/moe.cpp: the pieces of krasis_moe for this instruction set.
+#include "../moe_units.h"

@@ -1,0 +1,40 @@
+// gemm_strip.h: the strip product per instruction set; only for the files under cpu/avx2 and cpu/avx512.
+#pragma once
+
+#include "gemm.h"
+#include "simd.h"
+
+namespace krasis::KRASIS_ISA_NAMESPACE {
+
+// Accumulates `blocks` blocks of one panel into acc [width][32]; first: acc is written, else added to. Every element is
+//   acc = fma(float(sum of q*w over the block), weight_scale * activation_scale, acc)
+// (kRows: weight_scale is absent), block after block, whatever the width and the instruction set.
+// fetch/fetch_lines: cache lines to prefetch beside each block (0: none), the first at fetch, then one after another.
+struct StripCall {
+    const uint8_t *weight = nullptr;
+    const uint8_t *panel = nullptr;
+    float *acc = nullptr;
+    int64_t blocks = 0;
+    bool first = true;
+    const uint8_t *fetch = nullptr;
+    int64_t fetch_lines = 0;
+};
+using StripKernel = void (*)(const StripCall &call);
+
+// Tokens of a panel: what keeps the integer sums of 32 (AVX2: 16) rows in registers.
+#if defined(__AVX512F__)
+constexpr int64_t kPanelTokens = 6;
+#else
+constexpr int64_t kPanelTokens = 4;
+#endif
+static_assert(kPanelTokens <= kMaxPanelTokens);
+
+// The kernel for a format and 1 <= width <= kPanelTokens.
+StripKernel strip_kernel(StripFormat format, int64_t width);
+
+// acc [cut.width summed over panels begin..end][32] = those panels x strip. Weights pass block group after block group, so
+// that a group stays in the first-level cache while all panels use it.
+void multiply_strip(StripFormat format, const uint8_t *strip, const uint8_t *panels, const PanelCut &cut, int64_t begin,
+                    int64_t end, float *acc);
+
+}  // namespace krasis::KRASIS_ISA_NAMESPACE

@@ -1,0 +1,99 @@
+// moe_units.h: the pieces of krasis_moe. Included once by cpu/avx2/moe.cpp and once by cpu/avx512/moe.cpp.
+#pragma once
+
+#include <cstring>
+
+#include "acts_block.h"
+#include "gemm_strip.h"
+#include "moe.h"
+
+namespace krasis::KRASIS_ISA_NAMESPACE {
+
+constexpr int64_t kMoePanels = 8;  // panels that go through a strip together
+
+KRASIS_INLINE V16 silu_times(V16 gate, V16 up) {
+    const V16 denominator = add(V16::set1(1.0f), exp(sub(V16::zero(), gate)));
+    return mul(div(gate, denominator), up);
+}
+
+// Tokens in panels [begin, end).
+KRASIS_INLINE int64_t tokens_between(const PanelCut &cut, int64_t begin, int64_t end) {
+    return (end < cut.count ? cut.first(end) : cut.tokens) - cut.first(begin);
+}
+
+// even/odd: [tokens][16 gate, 16 up] of two neighbouring strips -> 32 intermediate elements of a token.
+KRASIS_INLINE void write_middle(const float *even, const float *odd, int32_t offset_factor, uint8_t *q, uint8_t *scale,
+                                uint8_t *offset) {
+    const V16 first = silu_times(V16::load(even), V16::load(even + 16));
+    const V16 second = silu_times(V16::load(odd), V16::load(odd + 16));
+    float step;
+    int32_t sum;
+    quantize_block(low(first), high(first), low(second), high(second), reinterpret_cast<int8_t *>(q), &step, &sum);
+    sum *= -offset_factor;
+    std::memcpy(scale, &step, sizeof step);
+    std::memcpy(offset, &sum, sizeof sum);
+}
+
+void moe_gate_up(const MoeJob &job, int64_t group_index, int64_t block) {
+    const MoeGroup &group = job.groups[group_index];
+    const PanelCut cut(group.tokens, job.hidden, job.panel_width);
+    const PanelCut middle_cut(group.tokens, job.intermediate, job.panel_width);
+    const int64_t strip_bytes = cut.blocks * strip_block_bytes(job.format);
+    const uint8_t *strips = job.blob + group.expert * job.expert_stride_bytes + 2 * block * strip_bytes;
+    alignas(64) float even[kMoePanels * kPanelTokens * kStripRows], odd[kMoePanels * kPanelTokens * kStripRows];
+    for (int64_t begin = 0; begin < cut.count; begin += kMoePanels) {
+        const int64_t end = std::min(begin + kMoePanels, cut.count);
+        multiply_strip(job.format, strips, job.input_of(group), cut, begin, end, even);
+        multiply_strip(job.format, strips + strip_bytes, job.input_of(group), cut, begin, end, odd);
+        const float *from_even = even, *from_odd = odd;
+        for (int64_t p = begin; p < end; ++p) {
+            const int64_t width = cut.width(p);
+            uint8_t *to = job.middle_of(group) + middle_cut.offset_bytes(p) + block * width * kPanelTokenBytes;
+            for (int64_t t = 0; t < width; ++t, from_even += kStripRows, from_odd += kStripRows) {
+                write_middle(from_even, from_odd, job.offset_factor, to + t * kBlock, to + width * kBlock + t * 4,
+                             to + width * (kBlock + 4) + t * 4);
+            }
+        }
+    }
+}
+
+void moe_down(const MoeColumns &columns, int64_t group_index, int64_t strip) {
+    const MoeJob &job = *columns.job;
+    const MoeGroup &group = job.groups[group_index];
+    const PanelCut cut(group.tokens, job.intermediate, job.panel_width);
+    const int64_t strip_bytes = cut.blocks * strip_block_bytes(job.format);
+    const uint8_t *weight = job.blob + group.expert * job.expert_stride_bytes + job.w2_offset_bytes +
+                            (columns.begin / kStripRows + strip) * strip_bytes;
+    alignas(64) float acc[kMoePanels * kPanelTokens * kStripRows];
+    float *to = job.partial + group.first * columns.count() + strip * kStripRows;
+    for (int64_t begin = 0; begin < cut.count; begin += kMoePanels) {
+        const int64_t end = std::min(begin + kMoePanels, cut.count);
+        multiply_strip(job.format, weight, job.middle_of(group), cut, begin, end, acc);
+        const int64_t tokens = tokens_between(cut, begin, end);
+        for (int64_t t = 0; t < tokens; ++t, to += columns.count()) {
+            V16::load(acc + t * kStripRows).store(to);
+            V16::load(acc + t * kStripRows + 16).store(to + 16);
+        }
+    }
+}
+
+void moe_reduce(const MoeColumns &columns, int64_t token, int64_t from, int64_t to) {
+    const MoeJob &job = *columns.job;
+    const int32_t *position = job.position + token * job.top_k;
+    const float *weights = job.weights + token * job.top_k;
+    float *out = job.out + token * job.hidden;
+    for (int64_t c = from; c < to; c += kStripRows) {
+        V16 sum0 = V16::zero(), sum1 = V16::zero();
+        for (int64_t j = 0; j < job.top_k; ++j) {
+            if (position[j] < 0) continue;
+            const float *value = job.partial + position[j] * columns.count() + (c - columns.begin);
+            const V16 weight = V16::set1(weights[j]);
+            sum0 = fma(weight, V16::load(value), sum0);
+            sum1 = fma(weight, V16::load(value + 16), sum1);
+        }
+        add(V16::load(out + c), sum0).store(out + c);
+        add(V16::load(out + c + 16), sum1).store(out + c + 16);
+    }
+}
+
+}  // namespace krasis::KRASIS_ISA_NAMESPACE

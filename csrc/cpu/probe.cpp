@@ -1,0 +1,135 @@
+// probe.cpp: CPU features as the CPU and the operating system together offer them.
+#include "probe.h"
+
+#include <cpuid.h>
+#include <sched.h>
+#include <unistd.h>
+
+#include <cstdio>
+#include <cstring>
+
+namespace krasis {
+namespace {
+
+struct Registers {
+    uint32_t a = 0, b = 0, c = 0, d = 0;
+};
+
+Registers cpuid(uint32_t leaf, uint32_t subleaf = 0) {
+    Registers r;
+    if (!__get_cpuid_count(leaf, subleaf, &r.a, &r.b, &r.c, &r.d)) return Registers{};
+    return r;
+}
+
+bool bit(uint32_t value, int index) { return (value >> index) & 1u; }
+
+// XCR0: which register states the OS saves. Zero without OSXSAVE.
+uint64_t saved_states() {
+    if (!bit(cpuid(1).c, 27)) return 0;
+    uint32_t low, high;
+    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return (static_cast<uint64_t>(high) << 32) | low;
+}
+
+void read_brand(char *brand, size_t capacity) {
+    char text[49] = {};
+    for (uint32_t i = 0; i < 3; ++i) {
+        const Registers r = cpuid(0x80000002u + i);
+        const uint32_t words[4] = {r.a, r.b, r.c, r.d};
+        std::memcpy(text + 16 * i, words, 16);
+    }
+    const char *start = text;
+    while (*start == ' ') ++start;
+    std::snprintf(brand, capacity, "%s", start);
+    for (size_t n = std::strlen(brand); n > 0 && brand[n - 1] == ' '; --n) brand[n - 1] = '\0';
+}
+
+// Counts a list such as "0-3,5".
+int32_t count_ranges(const char *text) {
+    int32_t count = 0;
+    int first, last, used;
+    while (std::sscanf(text, "%d%n", &first, &used) == 1) {
+        text += used;
+        last = first;
+        if (*text == '-' && std::sscanf(text + 1, "%d%n", &last, &used) == 1) text += 1 + used;
+        if (last >= first) count += last - first + 1;
+        if (*text != ',') break;
+        ++text;
+    }
+    return count;
+}
+
+int32_t num_numa_nodes() {
+    std::FILE *file = std::fopen("/sys/devices/system/node/online", "re");
+    if (!file) return 1;
+    char text[256] = {};
+    const bool ok = std::fgets(text, sizeof text, file) != nullptr;
+    std::fclose(file);
+    const int32_t count = ok ? count_ranges(text) : 0;
+    return count > 0 ? count : 1;
+}
+
+int64_t cache_bytes(int name) {
+    const long value = sysconf(name);
+    return value > 0 ? value : 0;
+}
+
+void read_features(krasis_cpu_info *info) {
+    const uint64_t states = saved_states();
+    const bool ymm = (states & 0x6) == 0x6;
+    const bool zmm = ymm && (states & 0xe0) == 0xe0;
+    const bool tiles = (states & 0x60000) == 0x60000;
+    const Registers one = cpuid(1), seven = cpuid(7, 0), seven_one = seven.a >= 1 ? cpuid(7, 1) : Registers{};
+    info->has_avx2 = ymm && bit(seven.b, 5) && bit(seven.b, 8);  // the AVX2 files are built with BMI2 too
+    info->has_fma = ymm && bit(one.c, 12);
+    info->has_f16c = ymm && bit(one.c, 29);
+    info->has_avx512f = zmm && bit(seven.b, 16) && bit(seven.b, 17);  // with DQ, which every such CPU but Xeon Phi has
+    info->has_avx512bw = zmm && bit(seven.b, 30);
+    info->has_avx512vl = zmm && bit(seven.b, 31);
+    info->has_avx512_vnni = zmm && bit(seven.c, 11);
+    info->has_avx_vnni = ymm && bit(seven_one.a, 4);
+    info->has_avx512_bf16 = zmm && bit(seven_one.a, 5);
+    info->has_amx_int8 = tiles && bit(seven.d, 24) && bit(seven.d, 25);
+}
+
+}  // namespace
+
+int32_t num_available_cpus() {
+    // The kernel refuses a mask smaller than its own: grow until it fits.
+    for (int capacity = 1024; capacity <= 1 << 18; capacity *= 4) {
+        cpu_set_t *set = CPU_ALLOC(capacity);
+        if (!set) break;
+        const size_t bytes = CPU_ALLOC_SIZE(capacity);
+        const bool ok = sched_getaffinity(0, bytes, set) == 0;
+        const int count = ok ? CPU_COUNT_S(bytes, set) : 0;
+        CPU_FREE(set);
+        if (ok) return count > 0 ? count : 1;
+    }
+    const long online = sysconf(_SC_NPROCESSORS_ONLN);
+    return online > 0 ? static_cast<int32_t>(online) : 1;
+}
+
+int32_t resolve_isa(int32_t requested) {
+    krasis_cpu_info info{};
+    read_features(&info);
+    const bool avx2 = info.has_avx2 && info.has_fma && info.has_f16c;
+    const bool avx512 =
+        avx2 && info.has_avx512f && info.has_avx512bw && info.has_avx512vl && info.has_avx512_vnni;
+    if (avx512 && (requested == KRASIS_ISA_AUTO || requested == KRASIS_ISA_AVX512_VNNI)) return KRASIS_ISA_AVX512_VNNI;
+    if (avx2 && (requested == KRASIS_ISA_AUTO || requested == KRASIS_ISA_AVX2)) return KRASIS_ISA_AVX2;
+    return KRASIS_ISA_AUTO;
+}
+
+}  // namespace krasis
+
+int32_t krasis_cpu_probe(krasis_cpu_info *info) {
+    if (!info) return KRASIS_ERR_ARGUMENT;
+    *info = krasis_cpu_info{};
+    krasis::read_features(info);
+    info->num_logical_cpus = krasis::num_available_cpus();
+    info->num_numa_nodes = krasis::num_numa_nodes();
+    info->l2_bytes = krasis::cache_bytes(_SC_LEVEL2_CACHE_SIZE);
+    info->l3_bytes = krasis::cache_bytes(_SC_LEVEL3_CACHE_SIZE);
+    krasis::read_brand(info->brand, sizeof info->brand);
+    return KRASIS_OK;
+}

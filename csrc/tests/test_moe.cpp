@@ -1,0 +1,254 @@
+// test_moe.cpp: krasis_moe against double precision on dequantised weights; bits independent of batch, threads, ISA.
+#include <memory>
+
+#include "reference.h"
+
+namespace {
+
+using test::Acts;
+using test::Buffer;
+using test::Pool;
+using test::Random;
+using test::Tiles;
+
+struct MoeCase {
+    int32_t format;
+    int64_t experts, hidden, intermediate, top_k;
+    Acts acts;
+    Buffer<uint8_t> blob;
+    int64_t stride;
+    Buffer<int32_t> ids;
+    Buffer<float> weights, start;
+    int64_t num_pairs = 0;
+
+    MoeCase(Random &random, int32_t tiles, int64_t tokens, int64_t e, int64_t h, int64_t i, int64_t k, bool repeats = false)
+        : format(tiles), experts(e), hidden(h), intermediate(i), top_k(k), acts(random, tokens, h) {
+        stride = (w13(0).bytes() + w2(0).bytes() + 4095) / 4096 * 4096;
+        blob.resize(e * stride);
+        for (int64_t x = 0; x < e; ++x) {
+            w13(x).fill(random);
+            w2(x).fill(random);
+        }
+        ids.resize(tokens * k);
+        weights.resize(tokens * k);
+        start.resize(tokens * h);
+        for (float &value : start) value = random.normal();
+        for (int64_t t = 0; t < tokens; ++t) route(random, t, repeats);
+    }
+    void route(Random &random, int64_t t, bool repeats) {
+        for (int64_t j = 0; j < top_k; ++j) {
+            int32_t id;
+            do {
+                id = static_cast<int32_t>(random.below(experts));
+            } while (!repeats && std::find(&ids[t * top_k], &ids[t * top_k] + j, id) != &ids[t * top_k] + j);
+            ids[t * top_k + j] = id;
+            weights[t * top_k + j] = static_cast<float>(random.uniform());
+        }
+        for (int64_t j = 0; j < top_k; ++j) {  // only now, so that the search above ends
+            if (random.below(8) == 0) ids[t * top_k + j] = -1;
+            num_pairs += ids[t * top_k + j] >= 0;
+        }
+    }
+    Tiles w13(int64_t e) { return {format, 2 * intermediate, hidden, blob.data() + e * stride}; }
+    Tiles w2(int64_t e) { return {format, hidden, intermediate, blob.data() + e * stride + w13(e).bytes()}; }
+
+    // One expert applied to one token; the intermediate quantised to int8 per 32, or not.
+    std::vector<double> expert(int64_t e, int64_t t, bool quantized) {
+        const Tiles in = w13(e), down = w2(e);
+        std::vector<double> middle(intermediate), out(hidden);
+        const auto dot = [&](int64_t row) {
+            double sum = 0;
+            for (int64_t i = 0; i < hidden; ++i) sum += acts.value(t, i) * in.code(row, i) * in.scale(row, i);
+            return sum;
+        };
+        for (int64_t i = 0; i < intermediate; ++i) {
+            const double gate = dot(i / 16 * 32 + i % 16), up = dot(i / 16 * 32 + 16 + i % 16);
+            middle[i] = gate / (1 + std::exp(-gate)) * up;
+        }
+        for (int64_t b = 0; quantized && b < intermediate; b += 32) {
+            double most = 0;
+            for (int64_t i = b; i < b + 32; ++i) most = std::max(most, std::abs(middle[i]));
+            const double step = most / 127;
+            for (int64_t i = b; i < b + 32 && step > 0; ++i) middle[i] = std::nearbyint(middle[i] / step) * step;
+        }
+        for (int64_t r = 0; r < hidden; ++r) {
+            for (int64_t i = 0; i < intermediate; ++i) out[r] += middle[i] * down.code(r, i) * down.scale(r, i);
+        }
+        return out;
+    }
+    // Norm of the error over the norm of what was added, all tokens together.
+    double relative_error(const Buffer<float> &got, bool quantized) {
+        double error = 0, norm = 0;
+        for (int64_t t = 0; t < acts.tokens; ++t) {
+            std::vector<double> sum(hidden);
+            for (int64_t j = 0; j < top_k; ++j) {
+                if (ids[t * top_k + j] < 0) continue;
+                const std::vector<double> one = expert(ids[t * top_k + j], t, quantized);
+                for (int64_t r = 0; r < hidden; ++r) sum[r] += weights[t * top_k + j] * one[r];
+            }
+            for (int64_t r = 0; r < hidden; ++r) {
+                const double difference = got[t * hidden + r] - (start[t * hidden + r] + sum[r]);
+                error += difference * difference;
+                norm += sum[r] * sum[r];
+            }
+        }
+        return norm > 0 ? std::sqrt(error / norm) : std::sqrt(error);
+    }
+    krasis_moe_args arguments(const krasis_acts *view, int64_t t, Buffer<float> &out, Buffer<uint8_t> &workspace,
+                              int64_t *executed) {
+        krasis_moe_args args{};
+        args.blob = blob.data();
+        args.expert_stride_bytes = stride;
+        args.tiles = format;
+        args.num_experts = experts;
+        args.hidden = hidden;
+        args.intermediate = intermediate;
+        args.top_k = top_k;
+        args.acts = view;
+        args.ids = ids.data() + t * top_k;
+        args.weights = weights.data() + t * top_k;
+        args.out = out.data() + t * hidden;
+        args.workspace = workspace.data();
+        args.workspace_bytes = static_cast<int64_t>(workspace.size());
+        args.executed = executed;
+        return args;
+    }
+    Buffer<float> run(krasis_pool *pool, int64_t batch) {
+        Buffer<float> out = start;
+        int64_t executed = 5;
+        for (int64_t t = 0; t < acts.tokens; t += batch) {
+            const krasis_acts view = acts.view(t, std::min(batch, acts.tokens - t));
+            Buffer<uint8_t> workspace(krasis_moe_workspace_bytes(view.tokens, hidden, intermediate, experts, top_k), 0xff);
+            const krasis_moe_args args = arguments(&view, t, out, workspace, &executed);
+            CHECK_OK(krasis_moe(pool, &args));
+        }
+        CHECK(executed == 5 + num_pairs);
+        return out;
+    }
+};
+
+void compare(MoeCase &c, bool check_values = true) {
+    std::unique_ptr<Buffer<float>> first;
+    for (int32_t isa : test::available_isas()) {
+        for (int32_t threads : {1, 2, 3, 5}) {
+            Pool pool(threads, isa);
+            const Buffer<float> out = c.run(pool, std::max<int64_t>(c.acts.tokens, 1));
+            if (!first) first = std::make_unique<Buffer<float>>(out);
+            CHECK(test::same_bits(out, *first));
+            if (threads == 2) CHECK(test::same_bits(c.run(pool, 1), *first));
+            if (threads == 3) CHECK(test::same_bits(c.run(pool, 3), *first));
+        }
+    }
+    if (!check_values) return;
+    CHECK(c.relative_error(*first, true) < 2e-3);
+    CHECK(c.relative_error(*first, false) < 2e-2);
+}
+
+void shapes() {
+    Random random(21);
+    struct Shape {
+        int64_t tokens, experts, hidden, intermediate, top_k;
+    };
+    const Shape shapes[] = {{0, 4, 64, 64, 2},  {1, 4, 64, 64, 1},  {1, 8, 256, 128, 8}, {2, 8, 128, 64, 2}, {3, 3, 192, 64, 3},
+                            {7, 8, 64, 192, 2}, {13, 2, 64, 64, 2}, {37, 5, 128, 64, 4}, {65, 1, 64, 64, 1}, {5, 300, 64, 64, 4}};
+    for (int32_t format : {KRASIS_TILES_Q8, KRASIS_TILES_I4}) {
+        for (const Shape &s : shapes) {
+            MoeCase c(random, format, s.tokens, s.experts, s.hidden, s.intermediate, s.top_k);
+            compare(c);
+        }
+        MoeCase repeated(random, format, 6, 3, 64, 64, 3, true);
+        compare(repeated);
+        MoeCase one(random, format, 1, 2, 64, 64, 2, true);
+        one.ids[0] = one.ids[1] = 1;
+        one.num_pairs = 2;
+        compare(one);
+    }
+}
+
+// Several chunks of tokens, several ranges of columns, groups of many panels and several weight groups.
+void large() {
+    Random random(22);
+    MoeCase chunks(random, KRASIS_TILES_Q8, 2 * 16384 / 8 + 5, 16, 64, 64, 8);
+    MoeCase ranges(random, KRASIS_TILES_I4, 700, 16, 512, 64, 8);
+    MoeCase deep(random, KRASIS_TILES_Q8, 26, 2, 1536, 64, 2);
+    for (MoeCase *c : {&chunks, &ranges, &deep}) {
+        std::unique_ptr<Buffer<float>> first;
+        for (int32_t isa : test::available_isas()) {
+            Pool pool(3, isa);
+            const Buffer<float> out = c->run(pool, c->acts.tokens);
+            if (!first) first = std::make_unique<Buffer<float>>(out);
+            CHECK(test::same_bits(out, *first));
+            CHECK(test::same_bits(c->run(pool, 11), *first));
+        }
+    }
+}
+
+// Gates far outside the range of exp, and infinite or NaN activations scales, which must show in the result.
+void extremes() {
+    Random random(23);
+    for (int32_t isa : test::available_isas()) {
+        Pool pool(2, isa);
+        MoeCase c(random, KRASIS_TILES_Q8, 2, 2, 64, 64, 2);
+        for (float &scale : c.acts.scale) scale *= 1e4f;
+        for (int32_t &id : c.ids) id = std::abs(id) % 2;
+        c.num_pairs = 4;
+        for (float value : c.run(pool, 2)) CHECK(std::isfinite(value));
+        CHECK(c.relative_error(c.run(pool, 2), true) < 2e-3);
+        c.acts.scale[0] = std::nanf("");
+        const Buffer<float> out = c.run(pool, 2);
+        CHECK(std::isnan(out[0]));
+        CHECK(std::isfinite(out[64]));
+    }
+}
+
+void arguments() {
+    Random random(24);
+    MoeCase c(random, KRASIS_TILES_Q8, 2, 4, 64, 64, 2);
+    Pool pool(1, KRASIS_ISA_AUTO);
+    const krasis_acts view = c.acts.view(0, 2);
+    Buffer<float> out = c.start;
+    Buffer<uint8_t> workspace(krasis_moe_workspace_bytes(2, 64, 64, 4, 2) + 64);
+    int64_t executed = 0;
+    const krasis_moe_args good = c.arguments(&view, 0, out, workspace, &executed);
+    const auto status = [&](auto change) {
+        krasis_moe_args args = good;
+        change(args);
+        return krasis_moe(pool, &args);
+    };
+    CHECK(krasis_moe(nullptr, &good) == KRASIS_ERR_ARGUMENT);
+    CHECK(krasis_moe(pool, nullptr) == KRASIS_ERR_ARGUMENT);
+    CHECK(status([](krasis_moe_args &a) { a.acts = nullptr; }) == KRASIS_ERR_ARGUMENT);
+    CHECK(status([](krasis_moe_args &a) { a.blob = nullptr; }) == KRASIS_ERR_ARGUMENT);
+    CHECK(status([](krasis_moe_args &a) { a.ids = nullptr; }) == KRASIS_ERR_ARGUMENT);
+    CHECK(status([](krasis_moe_args &a) { a.weights = nullptr; }) == KRASIS_ERR_ARGUMENT);
+    CHECK(status([](krasis_moe_args &a) { a.out = nullptr; }) == KRASIS_ERR_ARGUMENT);
+    CHECK(status([](krasis_moe_args &a) { a.workspace = nullptr; }) == KRASIS_ERR_ARGUMENT);
+    CHECK(status([](krasis_moe_args &a) { a.workspace = static_cast<uint8_t *>(a.workspace) + 4; }) == KRASIS_ERR_ARGUMENT);
+    CHECK(status([](krasis_moe_args &a) { a.workspace_bytes = 100; }) == KRASIS_ERR_MEMORY);
+    CHECK(status([](krasis_moe_args &a) { a.tiles = 2; }) == KRASIS_ERR_ARGUMENT);
+    CHECK(status([](krasis_moe_args &a) { a.top_k = 5; }) == KRASIS_ERR_ARGUMENT);
+    CHECK(status([](krasis_moe_args &a) { a.hidden = 128; }) == KRASIS_ERR_ARGUMENT);
+    CHECK(status([](krasis_moe_args &a) { a.intermediate = 48; }) == KRASIS_ERR_SHAPE);
+    CHECK(status([](krasis_moe_args &a) { a.expert_stride_bytes = 1088; }) == KRASIS_ERR_SHAPE);
+    CHECK(status([](krasis_moe_args &a) { a.num_experts = 0; }) == KRASIS_ERR_ARGUMENT);
+    CHECK(executed == 0 && test::same_bits(out, c.start));
+    c.ids[3] = 4;
+    CHECK(krasis_moe(pool, &good) == KRASIS_ERR_RANGE);
+    c.ids[3] = -2;
+    CHECK(krasis_moe(pool, &good) == KRASIS_ERR_RANGE);
+    CHECK(executed == 0 && test::same_bits(out, c.start));
+    CHECK(krasis_moe_workspace_bytes(1, 64, 64, 4, 5) < 0);
+    CHECK(krasis_moe_workspace_bytes(-1, 64, 64, 4, 2) < 0);
+    // 200 000 tokens of the largest model fit in a bounded workspace.
+    CHECK(krasis_moe_workspace_bytes(200000, 4096, 1536, 128, 8) < int64_t{256} << 20);
+}
+
+}  // namespace
+
+int main() {
+    shapes();
+    large();
+    extremes();
+    arguments();
+    return test::finish("moe");
+}

@@ -1,0 +1,146 @@
+// test_pool.cpp: every index exactly once, phases in order, no hang and no loss under stress.
+#include "cpu/pool.h"
+
+#include <atomic>
+#include <thread>
+
+#include "test.h"
+
+const char *krasis_status_name(int32_t status) { return status == KRASIS_OK ? "ok" : "an error"; }
+
+namespace {
+
+using test::Pool;
+using test::Random;
+
+void every_index_once(krasis_pool *pool, int64_t count, int64_t grain) {
+    const int32_t num_threads = krasis_pool_num_threads(pool);
+    std::vector<std::atomic<int>> seen(static_cast<size_t>(count));
+    std::atomic<int> bad{0};
+    krasis::parallel_for(pool, count, grain, [&](int64_t begin, int64_t end, int32_t thread) {
+        if (thread < 0 || thread >= num_threads || begin >= end || begin % grain != 0 || end - begin > grain) ++bad;
+        for (int64_t i = begin; i < end; ++i) ++seen[static_cast<size_t>(i)];
+    });
+    for (const auto &times : seen) bad += times != 1;
+    CHECK(bad == 0);
+}
+
+void counts_and_grains() {
+    Random random(1);
+    for (int32_t threads : {1, 2, 3, 5, 9}) {
+        Pool pool(threads, KRASIS_ISA_AUTO);
+        for (int64_t count : {0, 1, 2, 7, 64, 1000}) {
+            for (int64_t grain : {1, 3, 64, 5000}) every_index_once(pool, count, grain);
+        }
+        for (int i = 0; i < 300; ++i) every_index_once(pool, random.below(200), random.between(1, 20));
+    }
+}
+
+// Phase p may only see what phase p - 1 left complete.
+void phases_in_order() {
+    Random random(2);
+    for (int32_t threads : {1, 2, 4, 8}) {
+        Pool pool(threads, KRASIS_ISA_AUTO);
+        for (int round = 0; round < 300; ++round) {
+            constexpr int kPhases = 6;
+            struct Step {
+                std::atomic<int64_t> total{0};
+                int64_t expected_before = 0;
+                Step *before = nullptr;
+                std::atomic<int> *bad = nullptr;
+            };
+            std::atomic<int> bad{0};
+            Step steps[kPhases];
+            krasis::Phase phases[kPhases];
+            for (int p = 0; p < kPhases; ++p) {
+                steps[p].bad = &bad;
+                steps[p].before = p > 0 ? &steps[p - 1] : nullptr;
+                steps[p].expected_before = p > 0 ? phases[p - 1].count : 0;
+                phases[p].context = &steps[p];
+                phases[p].count = random.below(4) ? random.below(100) : 0;
+                phases[p].grain = random.between(1, 4);
+                phases[p].max_grain = random.below(30);
+                phases[p].fn = [](void *context, int64_t begin, int64_t end, int32_t) {
+                    Step &step = *static_cast<Step *>(context);
+                    if (step.before && step.before->total.load() != step.expected_before) ++*step.bad;
+                    step.total += end - begin;
+                };
+            }
+            krasis::parallel_phases(pool, phases, kPhases);
+            for (int p = 0; p < kPhases; ++p) CHECK(steps[p].total == phases[p].count);
+            CHECK(bad == 0);
+        }
+    }
+}
+
+void several_callers() {
+    Pool pool(3, KRASIS_ISA_AUTO);
+    std::atomic<int64_t> total{0};
+    std::vector<std::thread> callers;
+    for (int c = 0; c < 4; ++c) {
+        callers.emplace_back([&] {
+            for (int i = 0; i < 500; ++i) {
+                krasis::parallel_for(pool, 16, 1, [&](int64_t begin, int64_t end, int32_t) { total += end - begin; });
+            }
+        });
+    }
+    for (std::thread &caller : callers) caller.join();
+    CHECK(total == 4 * 500 * 16);
+}
+
+// Threads asleep between jobs, threads still spinning, pools that never ran anything.
+void many_small_jobs() {
+    for (int32_t threads : {2, 6}) {
+        Pool pool(threads, KRASIS_ISA_AUTO);
+        std::atomic<int64_t> total{0};
+        for (int i = 0; i < 20000; ++i) {
+            krasis::parallel_for(pool, 4, 1, [&](int64_t begin, int64_t end, int32_t) { total += end - begin; });
+            if (i % 4000 == 0) std::this_thread::sleep_for(std::chrono::milliseconds(2));
+        }
+        CHECK(total == 80000);
+    }
+    for (int i = 0; i < 200; ++i) {
+        Pool pool(1 + i % 7, KRASIS_ISA_AUTO);
+        if (i % 2) every_index_once(pool, 10, 1);
+    }
+}
+
+void scratch() {
+    Pool pool(2, KRASIS_ISA_AUTO);
+    krasis::PoolSession session(pool);
+    for (size_t bytes : {1, 5000, 100, 1 << 20}) {
+        void *block = session.scratch(bytes);
+        CHECK(block && reinterpret_cast<uintptr_t>(block) % 64 == 0);
+        std::memset(block, 1, bytes);
+    }
+}
+
+void arguments() {
+    krasis_pool *pool = nullptr;
+    CHECK(krasis_pool_create(1, KRASIS_ISA_AUTO, nullptr) == KRASIS_ERR_ARGUMENT);
+    CHECK(krasis_pool_create(-1, KRASIS_ISA_AUTO, &pool) == KRASIS_ERR_ARGUMENT);
+    CHECK(krasis_pool_create(1 << 20, KRASIS_ISA_AUTO, &pool) == KRASIS_ERR_ARGUMENT);
+    CHECK(krasis_pool_create(1, 7, &pool) == KRASIS_ERR_ARGUMENT);
+    CHECK(pool == nullptr);
+    krasis_pool_destroy(nullptr);
+    krasis_cpu_info info;
+    CHECK(krasis_cpu_probe(nullptr) == KRASIS_ERR_ARGUMENT);
+    CHECK(krasis_cpu_probe(&info) == KRASIS_OK);
+    CHECK(info.num_logical_cpus >= 1 && info.num_numa_nodes >= 1 && info.brand[0] != '\0');
+    CHECK(krasis_pool_create(0, KRASIS_ISA_AUTO, &pool) == KRASIS_OK);
+    CHECK(krasis_pool_num_threads(pool) == info.num_logical_cpus);
+    CHECK(krasis_pool_isa(pool) == (info.has_avx512_vnni ? KRASIS_ISA_AVX512_VNNI : KRASIS_ISA_AVX2));
+    krasis_pool_destroy(pool);
+}
+
+}  // namespace
+
+int main() {
+    arguments();
+    counts_and_grains();
+    phases_in_order();
+    several_callers();
+    many_small_jobs();
+    scratch();
+    return test::finish("pool");
+}

@@ -1,0 +1,260 @@
+"""Opens a bundle: manifest and shard headers are checked in full, data is mapped when asked for and never copied."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from krasis.formats.architecture import Architecture
+from krasis.formats.assets import decompress_asset
+from krasis.formats.dtypes import BUNDLE_DTYPES
+from krasis.formats.errors import ChecksumError, FormatError, ResourceError
+from krasis.formats.file_mapping import FileMapping, prefault
+from krasis.formats.limits import MAX_ASSET_BYTES, MAX_MANIFEST_BYTES, MIB
+from krasis.formats.manifest import MANIFEST_NAME, AssetRecord, BlobRecord, FileRecord, Manifest
+from krasis.formats.names import shown
+from krasis.formats.publish import PARTIAL_SUFFIX
+from krasis.formats.regular_file import open_regular, read_range, read_small_file
+from krasis.formats.safetensors import Header, TensorInfo, parse_header
+from krasis.formats.shard_plan import FILLER_PREFIX
+
+_PREFAULT_BYTES = 64 * MIB
+_NOT_FINISHED = "conversion incomplete; run the same krasis-convert command to resume"
+
+
+class Bundle:
+    """A bundle that was opened. Blobs are views of mapped files; they stay valid after ``close``.
+
+    Attributes: path, manifest, architecture; fillers: file name -> the zero-filled ranges between its blobs.
+    """
+
+    path: Path
+    manifest: Manifest
+    fillers: dict[str, tuple[TensorInfo, ...]]
+    _blobs: dict[str, BlobRecord]
+    _assets: dict[str, AssetRecord]
+
+    def __init__(self) -> None:
+        """Use ``Bundle.open``."""
+        self._directory = -1
+        self._fds: dict[str, int] = {}
+        self._mappings: dict[str, FileMapping] = {}
+        self._lock = threading.Lock()
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Bundle:
+        """Reads the manifest and checks every shard's size and header; touches no data.
+
+        Raises FormatError for anything that is not a sound, finished bundle (VersionError for a newer one, ChecksumError
+        for altered bytes), ResourceError if the system refuses.
+        """
+        self = cls()
+        self.path = Path(path)
+        self.fillers = {}
+        try:
+            self._directory = _open_directory(self.path)
+            self.manifest = Manifest.from_bytes(self._read_manifest(), str(self.path / MANIFEST_NAME))
+            blobs: dict[str, dict[str, BlobRecord]] = {file.name: {} for file in self.manifest.files}
+            for blob in self.manifest.blobs:
+                blobs[blob.file][blob.name] = blob
+            for file in self.manifest.files:
+                self._open_shard(file, blobs[file.name])
+        except BaseException:
+            self.close()
+            raise
+        self._blobs = {blob.name: blob for blob in self.manifest.blobs}
+        self._assets = {asset.name: asset for asset in self.manifest.assets}
+        return self
+
+    def _read_manifest(self) -> bytes:
+        path = self.path / MANIFEST_NAME
+        try:
+            os.stat(MANIFEST_NAME, dir_fd=self._directory, follow_symlinks=False)
+        except FileNotFoundError as error:
+            names = os.listdir(self._directory)
+            is_shard = any(name.startswith(("dense-", "gpu-", "cpu-")) for name in names)
+            raise FormatError(
+                _NOT_FINISHED if is_shard else "not a bundle: it has no manifest",
+                where=str(path),
+                hint="" if is_shard else "give the directory that krasis-convert wrote",
+            ) from error
+        return read_small_file(path, MAX_MANIFEST_BYTES, follow_links=False, dir_fd=self._directory)
+
+    def _open_shard(self, file: FileRecord, blobs: dict[str, BlobRecord]) -> None:
+        where = str(self.path / file.name)
+        fd = open_regular(self.path / file.name, follow_links=False, dir_fd=self._directory)
+        self._fds[file.name] = fd
+        size = os.fstat(fd).st_size
+        if size != file.num_bytes:
+            raise FormatError(
+                "shard has another size than the manifest says",
+                where=where,
+                got=f"{size} bytes",
+                limit=f"{file.num_bytes} bytes",
+                hint="the download may be incomplete",
+            )
+        raw = read_range(fd, 0, file.header_bytes, where)
+        if xxhash.xxh3_128_hexdigest(raw) != file.header_xxh3_128:
+            raise ChecksumError("shard's header was altered", where=where, hint="get this file again")
+        if int.from_bytes(raw[:8], "little") != file.header_bytes - 8:
+            raise FormatError(
+                "header has another size than the manifest says",
+                where=where,
+                got=int.from_bytes(raw[:8], "little") + 8,
+                limit=file.header_bytes,
+            )
+        header = parse_header(raw, size, where)
+        self.fillers[file.name] = _match_shard(header, blobs, where)
+
+    @property
+    def architecture(self) -> Architecture:
+        """The model's shapes and constants."""
+        return self.manifest.architecture
+
+    def blob(self, name: str) -> BlobRecord:
+        """A blob's record. FormatError if the bundle has none of that name."""
+        blob = self._blobs.get(name)
+        if blob is None:
+            raise FormatError("the bundle has no such blob", where=f"{self.path}: {shown(name)}")
+        return blob
+
+    def map(self, name: str) -> npt.NDArray[np.generic]:
+        """A read-only view of a blob in its shape: U8 uint8, I8 int8, BF16 uint16 (bit patterns), F16, F32.
+
+        Its file is mapped at the first use. Raises FormatError for an unknown name, ResourceError if it cannot be mapped.
+        """
+        blob = self.blob(name)
+        flat = self._mapping(blob.file).view()[blob.offset_bytes : blob.offset_bytes + blob.num_bytes]
+        return flat.view(BUNDLE_DTYPES[blob.dtype]).reshape(blob.shape)
+
+    def mapping_of(self, file: str) -> tuple[int, int]:
+        """(address, bytes) of a shard's mapping: valid while the bundle is open or a view of it is kept."""
+        mapping = self._mapping(file)
+        return mapping.address, mapping.num_bytes
+
+    def _mapping(self, file: str) -> FileMapping:
+        with self._lock:
+            mapping = self._mappings.get(file)
+            if mapping is None:
+                fd = self._fds.get(file)
+                if fd is None:
+                    raise FormatError(
+                        "the bundle is closed or has no such file", where=f"{self.path}: {shown(file)}"
+                    )
+                mapping = self._mappings[file] = FileMapping(fd, os.fstat(fd).st_size)
+            return mapping
+
+    def read_file_range(self, file: str, offset: int, num_bytes: int) -> bytes:
+        """Bytes of a shard through the page cache, without mapping it. Errors as ``regular_file.read_range``."""
+        fd = self._fds.get(file)
+        if fd is None:
+            raise FormatError("the bundle is closed or has no such file", where=f"{self.path}: {shown(file)}")
+        return read_range(fd, offset, num_bytes, str(self.path / file))
+
+    def asset(self, name: str) -> bytes:
+        """A text file's contents. FormatError if there is none or it is not what the manifest says, or ChecksumError."""
+        record = self._assets.get(name)
+        if record is None:
+            raise FormatError("the bundle has no such text file", where=f"{self.path}: {shown(name)}")
+        where = str(self.path / record.file)
+        return decompress_asset(self.read_asset_file(record), record.decompressed_bytes, where)
+
+    def read_asset_file(self, record: AssetRecord) -> bytes:
+        """An asset as it is stored, checked against the manifest's size and digest."""
+        path = self.path / record.file
+        packed = read_small_file(path, MAX_ASSET_BYTES, follow_links=False, dir_fd=self._directory)
+        if len(packed) != record.num_bytes:
+            raise FormatError(
+                "text file has another size than the manifest says",
+                where=str(path),
+                got=f"{len(packed)} bytes",
+                limit=f"{record.num_bytes} bytes",
+            )
+        if xxhash.xxh3_128_hexdigest(packed) != record.xxh3_128:
+            raise ChecksumError("text file was altered", where=str(path), hint="get this file again")
+        return packed
+
+    def prefault(self, tier: str, num_threads: int) -> int:
+        """Brings all blobs of a tier into memory with several threads; returns the bytes. ResourceError if unreadable."""
+        ranges = []
+        for blob in self.manifest.blobs:
+            if blob.tier == tier:
+                address, _ = self.mapping_of(blob.file)
+                ranges += list(_pieces(address + blob.offset_bytes, blob.num_bytes))
+        with ThreadPoolExecutor(max(1, num_threads)) as pool:
+            for _ in pool.map(lambda piece: prefault(*piece), ranges):
+                pass
+        return sum(num_bytes for _, num_bytes in ranges)
+
+    def entries(self) -> list[str]:
+        """Names of everything in the bundle's directory, sorted."""
+        return sorted(os.listdir(self._directory))
+
+    def close(self) -> None:
+        """Closes the files. Views that were made stay valid, new ones are refused. Calling it again does nothing."""
+        while self._fds:
+            os.close(self._fds.popitem()[1])
+        if self._directory >= 0:
+            os.close(self._directory)
+            self._directory = -1
+        self._mappings.clear()
+
+    def __enter__(self) -> Bundle:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _open_directory(path: Path) -> int:
+    if path.name.endswith(PARTIAL_SUFFIX):
+        raise FormatError(_NOT_FINISHED, where=str(path))
+    try:
+        return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if not path.exists() and path.with_name(path.name + PARTIAL_SUFFIX).is_dir():
+            raise FormatError(_NOT_FINISHED, where=str(path)) from error
+        raise FormatError(
+            "not a directory" if path.exists() else "there is no such bundle",
+            where=str(path),
+            hint="a bundle is the directory that krasis-convert wrote",
+        ) from error
+    except OSError as error:
+        raise ResourceError("bundle cannot be opened", where=str(path), got=error.strerror) from error
+
+
+def _match_shard(header: Header, blobs: dict[str, BlobRecord], where: str) -> tuple[TensorInfo, ...]:
+    """The fillers of a shard, after checking that all its other tensors are exactly the manifest's blobs."""
+    fillers = []
+    for name, info in header.tensors.items():
+        blob = blobs.get(name)
+        if blob is None:
+            if not name.startswith(FILLER_PREFIX) or info.dtype != "U8":
+                raise FormatError(
+                    "shard has a tensor that the manifest does not list", where=f"{where}: {shown(name)}"
+                )
+            fillers.append(info)
+        elif (info.dtype, info.shape, info.offset_bytes) != (blob.dtype, blob.shape, blob.offset_bytes):
+            raise FormatError(
+                "shard and manifest disagree about a blob",
+                where=f"{where}: {shown(name)}",
+                got=f"{info.dtype} {list(info.shape)} at {info.offset_bytes}",
+                limit=f"{blob.dtype} {list(blob.shape)} at {blob.offset_bytes}",
+            )
+    missing = sorted(blobs.keys() - header.tensors.keys())
+    if missing:
+        raise FormatError("shard lacks a blob that the manifest lists", where=f"{where}: {shown(missing[0])}")
+    return tuple(fillers)
+
+
+def _pieces(address: int, num_bytes: int) -> Iterator[tuple[int, int]]:
+    """Ranges of at most 64 MiB, so that threads share the work evenly."""
+    for begin in range(0, num_bytes, _PREFAULT_BYTES):
+        yield address + begin, min(_PREFAULT_BYTES, num_bytes - begin)

@@ -1,0 +1,184 @@
+"""Reads GGUF files, whole or split, without copying. The header's parser trusts nothing it reads.
+
+Layout, all little-endian: magic ``GGUF``, u32 version, u64 tensors, u64 metadata pairs; the pairs; the tensors' records;
+padding to the alignment; data. Sizes of a tensor are stored fastest first; here shapes are row-major.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from krasis.formats.errors import FormatError
+from krasis.formats.gguf_header import GgufTensor, GgufValue, parse_gguf_header
+from krasis.formats.names import shown
+from krasis.formats.regular_file import Bytes, MappedFile, open_regular
+
+_SPLIT_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+_MAX_PARTS = 99_999
+_MIN_FILE_BYTES = 24
+
+
+class GgufFile:
+    """One GGUF file: metadata, tensors, views of their bytes. Views keep the mapping alive; there is nothing to close."""
+
+    __slots__ = ("_mapping", "file_bytes", "metadata", "path", "tensors")
+
+    path: Path
+    metadata: Mapping[str, GgufValue]
+    tensors: Mapping[str, GgufTensor]
+    file_bytes: int
+    _mapping: MappedFile
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> GgufFile:
+        """Maps the file and checks its header. FormatError if it is not sound, ResourceError if the system refuses."""
+        self = cls()
+        self.path = Path(path)
+        fd = open_regular(self.path, follow_links=True)
+        try:
+            self.file_bytes = os.fstat(fd).st_size
+            if self.file_bytes < _MIN_FILE_BYTES:
+                raise FormatError(
+                    "file is too short for a GGUF header",
+                    where=str(self.path),
+                    got=f"{self.file_bytes} bytes",
+                    limit=f">= {_MIN_FILE_BYTES}",
+                    hint="the download may be incomplete",
+                )
+            self._mapping = MappedFile(fd, self.file_bytes, self.path)
+        finally:
+            os.close(fd)
+        self.metadata, self.tensors = parse_gguf_header(self._mapping.bytes.data, str(self.path))
+        return self
+
+    def info(self, name: str) -> GgufTensor:
+        """A tensor's record. FormatError if there is none of that name."""
+        info = self.tensors.get(name)
+        if info is None:
+            raise FormatError("tensor is missing", where=f"{self.path}: {shown(name)}")
+        return info
+
+    def view(self, name: str) -> Bytes:
+        """uint8 [num_bytes], read-only, a view of the mapped file."""
+        info = self.info(name)
+        return self._mapping.bytes[info.offset_bytes : info.offset_bytes + info.num_bytes]
+
+    def release(self, name: str) -> None:
+        """Tells the system that the tensor's pages are not needed now; they are read again if touched."""
+        info = self.info(name)
+        self._mapping.release(info.offset_bytes, info.num_bytes)
+
+
+class GgufCheckpoint:
+    """A model in one GGUF file or in split parts, seen as one table of tensors. Metadata is that of the first part."""
+
+    __slots__ = ("_owner", "files", "metadata", "path", "tensors")
+
+    path: Path
+    files: tuple[GgufFile, ...]
+    metadata: Mapping[str, GgufValue]
+    tensors: Mapping[str, GgufTensor]
+    _owner: dict[str, GgufFile]
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> GgufCheckpoint:
+        """path: a GGUF file, any part of a split one, or a directory that holds exactly one of these.
+
+        Raises FormatError for damage, a missing part (named), or parts that do not belong together.
+        """
+        self = cls()
+        self.path = Path(path)
+        paths = _part_paths(_find_file(self.path) if self.path.is_dir() else self.path)
+        self.files = tuple(GgufFile.open(part) for part in paths)
+        _check_parts(self.files)
+        self._owner = {}
+        for file in self.files:
+            for name in file.tensors:
+                if name in self._owner:
+                    raise FormatError(
+                        "two parts have the same tensor",
+                        where=f"{file.path}: {shown(name)}",
+                        got=f"also in {self._owner[name].path.name}",
+                    )
+                self._owner[name] = file
+        self.metadata = self.files[0].metadata
+        self.tensors = {name: file.tensors[name] for name, file in self._owner.items()}
+        return self
+
+    def file_of(self, name: str) -> GgufFile:
+        """The part that holds a tensor. FormatError if there is none."""
+        file = self._owner.get(name)
+        if file is None:
+            raise FormatError("tensor is missing", where=f"{self.path}: {shown(name)}")
+        return file
+
+    def view(self, name: str) -> Bytes:
+        """uint8 [num_bytes], read-only, a view of the mapped file."""
+        return self.file_of(name).view(name)
+
+    def release(self, name: str) -> None:
+        """The tensor's pages are not needed now; see ``GgufFile.release``."""
+        self.file_of(name).release(name)
+
+
+def _find_file(directory: Path) -> Path:
+    names = sorted(item.name for item in directory.iterdir() if item.name.endswith(".gguf"))
+    models = {
+        (match["stem"], match["count"]) if (match := _SPLIT_NAME.fullmatch(name)) else name for name in names
+    }
+    if len(models) == 1:
+        return directory / names[0]
+    raise FormatError(
+        "directory has several GGUF models" if names else "directory has no GGUF file",
+        where=str(directory),
+        got=", ".join(names[:3]) or None,
+        hint="name the file to read",
+    )
+
+
+def _part_paths(path: Path) -> list[Path]:
+    """All parts of the model that ``path`` is a part of, in order."""
+    match = _SPLIT_NAME.fullmatch(path.name)
+    if match is None:
+        return [path]
+    count, number = int(match["count"]), int(match["number"])
+    if not 1 <= number <= count <= _MAX_PARTS:
+        raise FormatError("name says an impossible part", where=str(path), got=f"{number} of {count}")
+    parts = [
+        path.with_name(f"{match['stem']}-{part:05d}-of-{count:05d}.gguf") for part in range(1, count + 1)
+    ]
+    for part in parts:
+        if not part.exists():
+            raise FormatError(
+                f"part {shown(part.name)} is missing",
+                where=str(path.parent),
+                hint="the download may be incomplete",
+            )
+    return parts
+
+
+def _check_parts(files: tuple[GgufFile, ...]) -> None:
+    """The parts' own numbering agrees with their names."""
+    for number, file in enumerate(files):
+        count = file.metadata.get("split.count", 0)
+        expected = len(files) if len(files) > 1 else count if count in (0, 1) else 1
+        if count != expected or (len(files) > 1 and file.metadata.get("split.no") != number):
+            raise FormatError(
+                "file is not the part that its name says",
+                where=str(file.path),
+                got=f"part {shown(file.metadata.get('split.no'))} of {shown(count)}, counted from 0",
+                limit=f"part {number} of {len(files)}",
+                hint="keep the parts' original names, ...-00001-of-000NN.gguf, in one directory",
+            )
+    total = files[0].metadata.get("split.tensors.count")
+    found = sum(len(file.tensors) for file in files)
+    if len(files) > 1 and total is not None and total != found:
+        raise FormatError(
+            "parts have another number of tensors than the first says",
+            where=str(files[0].path),
+            got=found,
+            limit=shown(total),
+        )

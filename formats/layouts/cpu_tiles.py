@@ -1,0 +1,212 @@
+"""Weights for the CPU kernels: tiles of 32 rows x 32 columns in the order they are read, scales inside.
+
+A tile of ``q8``: int8 [8 k4][32 rows][4 k], then 32 float16 scales (1088 bytes).
+A tile of ``i4``: uint8 [8 k4][16][4 k], low nibble row j, high nibble row 16 + j, code q + 8, then the scales
+(576 bytes). The tiles of 32 rows lie one after the other along k. In w13, rows 0..15 of tile row t are rows
+16t.. of gate, rows 16..31 those of up, so that one tile gives both halves of the gated unit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from krasis.formats.errors import FormatError, UnsupportedModelError
+from krasis.formats.layouts import native_pack
+from krasis.formats.layouts.expert_record import (
+    ExpertImportance,
+    ExpertRecord,
+    Part,
+    check_expert_sizes,
+    check_part,
+    check_record,
+    lay_out,
+    pack_parts,
+)
+from krasis.formats.layouts.matrix import MatrixView, PackStats
+from krasis.formats.native import Pool
+
+TILE_ROWS, BLOCK_K = 32, 32
+TILE_BYTES = {"q8": 1088, "i4": 576}
+SECTION_ALIGNMENT_BYTES = 64
+
+Array = npt.NDArray[Any]
+
+
+def pack_tiles(
+    codes: npt.NDArray[np.int8], scales: npt.NDArray[np.float16], tiles: str
+) -> npt.NDArray[np.uint8]:
+    """Codes int8 [n, k] (i4: -8..7) and scales float16 [n, k/32] as tiles uint8 [n/32, k/32, tile bytes]."""
+    n, k = codes.shape
+    if n % TILE_ROWS or k % BLOCK_K or scales.shape != (n, k // BLOCK_K) or scales.dtype != np.float16:
+        raise FormatError(
+            "codes and scales do not form tiles", got=f"codes {codes.shape}, scales {scales.shape}"
+        )
+    # [n/32, 32 rows, k/32, 8 k4, 4 k] -> [n/32, k/32, k4, rows, 4 k]
+    split = codes.reshape(n // 32, 32, k // 32, 8, 4).transpose(0, 2, 3, 1, 4)
+    if tiles == "i4":
+        biased = (split + np.int8(8)).astype(np.uint8)
+        body = biased[:, :, :, :16] | (biased[:, :, :, 16:] << np.uint8(4))
+    else:
+        body = (
+            split.view(np.uint8) if split.flags.c_contiguous else np.ascontiguousarray(split).view(np.uint8)
+        )
+    tail = np.ascontiguousarray(scales.reshape(n // 32, 32, k // 32).transpose(0, 2, 1)).view(np.uint8)
+    return np.concatenate([body.reshape(n // 32, k // 32, -1), tail.reshape(n // 32, k // 32, -1)], axis=2)
+
+
+def unpack_tiles(
+    packed: npt.NDArray[np.uint8], tiles: str
+) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float16]]:
+    """Inverse of ``pack_tiles``: codes int8 [n, k] and scales float16 [n, k/32]."""
+    strips, blocks, tile_bytes = packed.shape
+    if tile_bytes != TILE_BYTES[tiles] or packed.dtype != np.uint8:
+        raise FormatError(
+            "not tiles", got=f"{packed.dtype} {packed.shape}", limit=f"{TILE_BYTES[tiles]} bytes a tile"
+        )
+    body, tail = packed[:, :, : tile_bytes - 64], packed[:, :, tile_bytes - 64 :]
+    if tiles == "i4":
+        pairs = body.reshape(strips, blocks, 8, 16, 4)
+        biased = np.concatenate([pairs & np.uint8(15), pairs >> np.uint8(4)], axis=3)
+        split = biased.view(np.int8) - np.int8(8)
+    else:
+        split = np.ascontiguousarray(body).view(np.int8).reshape(strips, blocks, 8, 32, 4)
+    codes = np.ascontiguousarray(split.transpose(0, 3, 1, 2, 4)).reshape(strips * 32, blocks * 32)
+    scales = np.ascontiguousarray(tail).view(np.float16).reshape(strips, blocks, 32)
+    return codes, np.ascontiguousarray(scales.transpose(0, 2, 1)).reshape(strips * 32, blocks)
+
+
+def fuse_rows(gate: Array, up: Array) -> Array:
+    """Rows of gate and up [n, ...] interleaved by 16: [2n, ...]."""
+    parts = [part.reshape(-1, 1, 16, *part.shape[1:]) for part in (gate, up)]
+    return np.concatenate(parts, axis=1).reshape(-1, *gate.shape[1:])
+
+
+def split_rows(fused: Array) -> tuple[Array, Array]:
+    """Inverse of ``fuse_rows``."""
+    parts = fused.reshape(-1, 2, 16, *fused.shape[1:])
+    gate, up = (np.ascontiguousarray(parts[:, i]).reshape(-1, *fused.shape[1:]) for i in (0, 1))
+    return gate, up
+
+
+@dataclass(frozen=True, slots=True)
+class CpuTileLayout:
+    """Experts for the CPU. tiles: ``q8`` or ``i4``. Raises UnsupportedModelError for others."""
+
+    tiles: str = "q8"
+
+    def __post_init__(self) -> None:
+        if self.tiles not in TILE_BYTES:
+            raise UnsupportedModelError("no such CPU tiles", got=self.tiles, limit=", ".join(TILE_BYTES))
+
+    @property
+    def layout_id(self) -> str:
+        """The name a bundle stores: ``cpu-q8-r32-b32`` or ``cpu-i4-r32-b32``."""
+        return f"cpu-{self.tiles}-r32-b32"
+
+    def weight_bytes(self, n: int, k: int) -> int:
+        """Bytes of a tiled weight [n, k]."""
+        return (n // TILE_ROWS) * (k // BLOCK_K) * TILE_BYTES[self.tiles]
+
+    def expert_record(self, hidden: int, intermediate: int) -> ExpertRecord:
+        """Sections of one expert; scales are inside the tiles. Raises UnsupportedModelError for odd sizes."""
+        check_expert_sizes(hidden, intermediate, self.layout_id)
+        return lay_out(
+            {
+                "w13_codes": self.weight_bytes(2 * intermediate, hidden),
+                "w13_scales": 0,
+                "w2_codes": self.weight_bytes(hidden, intermediate),
+                "w2_scales": 0,
+            },
+            SECTION_ALIGNMENT_BYTES,
+        )
+
+    def pack_part(
+        self,
+        pool: Pool,
+        part: Part,
+        matrix: MatrixView,
+        out: npt.NDArray[np.uint8],
+        *,
+        hidden: int,
+        intermediate: int,
+        importance: npt.NDArray[np.float32] | None = None,
+        where: str = "",
+    ) -> PackStats:
+        """Packs one matrix of an expert (Q8_0 without loss) into its rows of a record, ``out``."""
+        check_part(part, matrix, hidden, intermediate, where)
+        spec = self.expert_record(hidden, intermediate)
+        check_record(out, spec, where, writable=True)
+        section = spec.w2_codes if part == "down" else spec.w13_codes
+        return native_pack.pack_cpu_tiles(
+            pool,
+            matrix,
+            section.of(out),
+            tiles=self.tiles,
+            part_rows=32 if part == "down" else 16,
+            part_offset=16 if part == "up" else 0,
+            importance=importance,
+            where=where,
+        )
+
+    def pack_expert(
+        self,
+        pool: Pool,
+        gate: MatrixView,
+        up: MatrixView,
+        down: MatrixView,
+        out: npt.NDArray[np.uint8],
+        importance: ExpertImportance | None = None,
+        *,
+        where: str = "",
+    ) -> PackStats:
+        """Packs gate, up [intermediate, hidden] and down [hidden, intermediate] into a record, padding too.
+
+        Matrices of Q8_0 keep their codes and scales (``q8`` tiles only). Raises FormatError, naming the row,
+        for weights that are not finite or too large for float16 scales.
+        """
+        return pack_parts(self, pool, {"gate": gate, "up": up, "down": down}, out, importance, where)
+
+    def pack_expert_from_q8_0(
+        self,
+        pool: Pool,
+        gate: npt.NDArray[np.uint8],
+        up: npt.NDArray[np.uint8],
+        down: npt.NDArray[np.uint8],
+        out: npt.NDArray[np.uint8],
+        *,
+        where: str = "",
+    ) -> PackStats:
+        """The same from raw Q8_0 blocks: gate, up uint8 [intermediate, hidden/32*34], down the reverse."""
+        parts: dict[Part, Array] = {"gate": gate, "up": up, "down": down}
+        views = {part: MatrixView(blocks, "Q8_0") for part, blocks in parts.items()}
+        return pack_parts(self, pool, views, out, None, where)
+
+    def unpack_codes(
+        self, record: npt.NDArray[np.uint8], hidden: int, intermediate: int
+    ) -> tuple[tuple[Array, Array], tuple[Array, Array], tuple[Array, Array]]:
+        """(codes int8 [n, k], scales float16 [n, k/32]) of gate, up and down, exactly as stored."""
+        spec = self.expert_record(hidden, intermediate)
+        check_record(record, spec, self.layout_id, writable=False)
+        tile_bytes = TILE_BYTES[self.tiles]
+        w13 = spec.w13_codes.of(record).reshape(2 * intermediate // 32, hidden // 32, tile_bytes)
+        w2 = spec.w2_codes.of(record).reshape(hidden // 32, intermediate // 32, tile_bytes)
+        codes, scales = unpack_tiles(w13, self.tiles)
+        (gate, up), (gate_scales, up_scales) = split_rows(codes), split_rows(scales)
+        return (gate, gate_scales), (up, up_scales), unpack_tiles(w2, self.tiles)
+
+    def unpack_expert(
+        self, record: npt.NDArray[np.uint8], hidden: int, intermediate: int
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """gate, up [intermediate, hidden] and down [hidden, intermediate], dequantised."""
+        gate, up, down = (dequantize(*part) for part in self.unpack_codes(record, hidden, intermediate))
+        return gate, up, down
+
+
+def dequantize(codes: npt.NDArray[np.int8], scales: npt.NDArray[np.float16]) -> npt.NDArray[np.float32]:
+    """Codes [n, k] times scales [n, k/32], in float32."""
+    n, k = codes.shape
+    blocks = codes.reshape(n, k // BLOCK_K, BLOCK_K).astype(np.float32)
+    return (blocks * scales.astype(np.float32)[:, :, None]).reshape(n, k)

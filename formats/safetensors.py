@@ -1,0 +1,362 @@
+"""Reads safetensors files and sharded checkpoints without copying: headers are checked in full, data is mapped.
+
+The header: 8 bytes little-endian length, then that many bytes of JSON, then the data; offsets count from there.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from krasis.formats.dtypes import ITEM_BYTES, NUMPY_DTYPES
+from krasis.formats.errors import FormatError
+from krasis.formats.limits import (
+    MAX_FILES,
+    MAX_HEADER_BYTES,
+    MAX_INDEX_BYTES,
+    MAX_RANK,
+    MAX_TENSORS,
+    checked_mul,
+)
+from krasis.formats.names import check_file_name, check_tensor_name, shown
+from krasis.formats.regular_file import Bytes, MappedFile, open_regular, read_range, read_small_file
+from krasis.formats.strict_json import parse_json_object
+
+LENGTH_BYTES = 8
+INDEX_SUFFIX = ".safetensors.index.json"
+_METADATA_KEY = "__metadata__"
+_ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
+_HEADER_DEPTH = 4
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """A tensor of a file. offset_bytes counts from the start of the file, shape is row-major."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset_bytes: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """A checked header. header_bytes counts everything before the data, the length field included."""
+
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+    header_bytes: int
+
+
+def read_header_bytes(fd: int, file_bytes: int, where: str) -> bytes:
+    """The length field and the JSON of an open file, bounded before anything is read."""
+    if file_bytes < LENGTH_BYTES:
+        raise FormatError(
+            "file is too short for a safetensors header",
+            where=where,
+            got=f"{file_bytes} bytes",
+            limit=f">= {LENGTH_BYTES}",
+            hint="the download may be incomplete",
+        )
+    json_bytes = int.from_bytes(read_range(fd, 0, LENGTH_BYTES, where), "little")
+    if json_bytes > MAX_HEADER_BYTES:
+        raise FormatError(
+            "header is too long",
+            where=where,
+            got=f"{json_bytes} bytes",
+            limit=f"{MAX_HEADER_BYTES} bytes",
+            hint="this may not be a safetensors file",
+        )
+    if LENGTH_BYTES + json_bytes > file_bytes:
+        raise FormatError(
+            "file ends inside its header",
+            where=where,
+            got=f"{file_bytes} bytes",
+            limit=f"{LENGTH_BYTES + json_bytes} needed",
+            hint="the download may be incomplete",
+        )
+    return read_range(fd, 0, LENGTH_BYTES + json_bytes, where)
+
+
+def parse_header(header: bytes, file_bytes: int, where: str) -> Header:
+    """Checks a header (length field and JSON) against the file's size.
+
+    Every byte after the header must belong to exactly one tensor. Raises FormatError naming the tensor.
+    """
+    if not header.startswith(b"{", LENGTH_BYTES):
+        raise FormatError("header must begin with '{'", where=where, got=ascii(header[LENGTH_BYTES:][:8]))
+    entries = parse_json_object(
+        memoryview(header)[LENGTH_BYTES:], where, max_bytes=MAX_HEADER_BYTES, max_depth=_HEADER_DEPTH
+    )
+    metadata = _metadata(entries.pop(_METADATA_KEY, {}), where)
+    if len(entries) > MAX_TENSORS:
+        raise FormatError("too many tensors", where=where, got=len(entries), limit=MAX_TENSORS)
+    tensors = {name: _entry(name, entry, len(header), where) for name, entry in entries.items()}
+    _check_coverage(tensors, len(header), file_bytes, where)
+    return Header(tensors, metadata, len(header))
+
+
+def _metadata(value: Any, where: str) -> dict[str, str]:
+    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+        raise FormatError(
+            "metadata must map text to text", where=f"{where}: {_METADATA_KEY}", got=shown(value)
+        )
+    return value
+
+
+def _entry(name: str, entry: Any, header_bytes: int, where: str) -> TensorInfo:
+    check_tensor_name(name, where)
+    where = f"{where}: {shown(name)}"
+    if not isinstance(entry, dict) or entry.keys() != _ENTRY_KEYS:
+        got = sorted(entry) if isinstance(entry, dict) else entry
+        raise FormatError(
+            "tensor entry has other keys", where=where, got=shown(got), limit=", ".join(sorted(_ENTRY_KEYS))
+        )
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        raise FormatError("unknown dtype", where=where, got=shown(dtype), limit=", ".join(ITEM_BYTES))
+    if not _are_sizes(shape) or len(shape) > MAX_RANK:
+        raise FormatError(
+            "shape is not a short list of sizes", where=where, got=shown(shape), limit=f"rank {MAX_RANK}"
+        )
+    if not _are_sizes(offsets) or len(offsets) != 2:
+        raise FormatError("data_offsets must be two sizes", where=where, got=shown(offsets))
+    begin, end = offsets
+    num_bytes = checked_mul([*shape, ITEM_BYTES[dtype]], where)
+    if end - begin != num_bytes:
+        raise FormatError(
+            "data_offsets do not fit the shape",
+            where=where,
+            got=f"{end} - {begin} bytes",
+            limit=f"{num_bytes} bytes",
+        )
+    return TensorInfo(name, dtype, tuple(shape), header_bytes + begin, num_bytes)
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+
+
+def _check_coverage(tensors: dict[str, TensorInfo], header_bytes: int, file_bytes: int, where: str) -> None:
+    """Tensors lie end to end, from the header to the end of the file."""
+    position = header_bytes
+    # The end first: a file that is merely cut short should say so, not complain about some tensor.
+    needed = max((info.offset_bytes + info.num_bytes for info in tensors.values()), default=header_bytes)
+    if needed > file_bytes:
+        raise FormatError(
+            f"file ends at {file_bytes}, its header needs {needed}",
+            where=where,
+            got=f"{file_bytes} bytes",
+            limit=f"{needed} bytes",
+            hint="the download may be incomplete",
+        )
+    for info in sorted(tensors.values(), key=lambda info: (info.offset_bytes, info.num_bytes)):
+        if info.offset_bytes != position:
+            what = "tensors overlap" if info.offset_bytes < position else "there is a hole before a tensor"
+            raise FormatError(
+                what,
+                where=f"{where}: {shown(info.name)}",
+                got=f"offset {info.offset_bytes}",
+                limit=f"offset {position}",
+            )
+        position += info.num_bytes
+    if position != file_bytes:
+        raise FormatError(
+            "file goes on after its last tensor",
+            where=where,
+            got=f"{file_bytes} bytes",
+            limit=f"{position} bytes",
+        )
+
+
+class SafetensorsFile:
+    """One file: its tensors and views of their bytes. The views keep the mapping alive; there is nothing to close."""
+
+    __slots__ = ("_mapping", "file_bytes", "header_bytes", "metadata", "path", "tensors")
+
+    path: Path
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str]
+    file_bytes: int
+    header_bytes: int
+    _mapping: MappedFile
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> SafetensorsFile:
+        """Reads and checks the header and maps the file. FormatError if it is not sound, ResourceError if refused."""
+        self = cls()
+        self.path = Path(path)
+        fd = open_regular(self.path, follow_links=True)
+        try:
+            self.file_bytes = os.fstat(fd).st_size
+            raw = read_header_bytes(fd, self.file_bytes, str(self.path))
+            header = parse_header(raw, self.file_bytes, str(self.path))
+            self._mapping = MappedFile(fd, self.file_bytes, self.path)
+        finally:
+            os.close(fd)
+        self.tensors, self.metadata, self.header_bytes = header.tensors, header.metadata, header.header_bytes
+        return self
+
+    def info(self, name: str) -> TensorInfo:
+        """A tensor's record. FormatError if there is none of that name."""
+        info = self.tensors.get(name)
+        if info is None:
+            raise FormatError("tensor is missing", where=f"{self.path}: {shown(name)}")
+        return info
+
+    def view(self, name: str) -> Bytes:
+        """uint8 [num_bytes], read-only, a view of the mapped file."""
+        info = self.info(name)
+        return self._mapping.bytes[info.offset_bytes : info.offset_bytes + info.num_bytes]
+
+    def array(self, name: str) -> npt.NDArray[np.generic]:
+        """A view of the tensor in its shape and NumPy type (BF16 as uint16). FormatError for types NumPy lacks."""
+        info = self.info(name)
+        dtype = NUMPY_DTYPES.get(info.dtype)
+        if dtype is None:
+            raise FormatError("dtype has no NumPy form", where=f"{self.path}: {shown(name)}", got=info.dtype)
+        # Checkpoints need not align tensors; NumPy handles an unaligned view.
+        return self.view(name).view(dtype).reshape(info.shape)
+
+    def release(self, name: str) -> None:
+        """Tells the system that the tensor's pages are not needed now; they are read again if touched."""
+        info = self.info(name)
+        self._mapping.release(info.offset_bytes, info.num_bytes)
+
+
+class ShardedCheckpoint:
+    """A checkpoint of one or several safetensors files, seen as one table of tensors."""
+
+    __slots__ = ("_owner", "files", "metadata", "path", "tensors")
+
+    path: Path
+    files: tuple[SafetensorsFile, ...]
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str]
+    _owner: dict[str, SafetensorsFile]
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> ShardedCheckpoint:
+        """path: a ``.safetensors`` file, an index (``*.safetensors.index.json``), or a directory with either.
+
+        Raises FormatError for a missing or truncated shard (named), an index that contradicts its shards, or damage.
+        """
+        self = cls()
+        self.path = Path(path)
+        entry = _find_entry(self.path) if self.path.is_dir() else self.path
+        if entry.name.endswith(INDEX_SUFFIX):
+            weight_map = _read_index(entry)
+            self.files = tuple(_open_shard(entry, name) for name in sorted(set(weight_map.values())))
+            self._owner = _match_index(weight_map, self.files, entry)
+        else:
+            self.files = (SafetensorsFile.open(entry),)
+            self._owner = dict.fromkeys(self.files[0].tensors, self.files[0])
+        self.tensors = {name: file.tensors[name] for name, file in self._owner.items()}
+        self.metadata = self.files[0].metadata
+        return self
+
+    def file_of(self, name: str) -> SafetensorsFile:
+        """The file that holds a tensor. FormatError if there is none."""
+        file = self._owner.get(name)
+        if file is None:
+            raise FormatError("tensor is missing", where=f"{self.path}: {shown(name)}")
+        return file
+
+    def view(self, name: str) -> Bytes:
+        """uint8 [num_bytes], read-only, a view of the mapped file."""
+        return self.file_of(name).view(name)
+
+    def array(self, name: str) -> npt.NDArray[np.generic]:
+        """The tensor in its shape and NumPy type; see ``SafetensorsFile.array``."""
+        return self.file_of(name).array(name)
+
+    def release(self, name: str) -> None:
+        """The tensor's pages are not needed now; see ``SafetensorsFile.release``."""
+        self.file_of(name).release(name)
+
+
+def _find_entry(directory: Path) -> Path:
+    """The index, else the only safetensors file, of a directory."""
+    names = sorted(item.name for item in directory.iterdir())
+    indexes = [name for name in names if name.endswith(INDEX_SUFFIX)]
+    shards = [name for name in names if name.endswith(".safetensors")]
+    for found, what in ((indexes, "indexes"), (shards, "safetensors files and no index")):
+        if len(found) == 1:
+            return directory / found[0]
+        if found:
+            raise FormatError(
+                f"directory has several {what}",
+                where=str(directory),
+                got=", ".join(found[:3]),
+                hint="name the file or index to read; model.safetensors.index.json may not have been downloaded",
+            )
+    raise FormatError(
+        "directory has no safetensors file", where=str(directory), hint="is this the right directory?"
+    )
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """The index's tensor -> file table, names checked."""
+    where = str(path)
+    index = parse_json_object(
+        read_small_file(path, MAX_INDEX_BYTES, follow_links=True), where, max_bytes=MAX_INDEX_BYTES
+    )
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise FormatError("index has no weight_map", where=where, got=shown(weight_map))
+    if len(weight_map) > MAX_TENSORS:
+        raise FormatError("too many tensors", where=where, got=len(weight_map), limit=MAX_TENSORS)
+    for name, file_name in weight_map.items():
+        check_tensor_name(name, where)
+        if not isinstance(file_name, str):
+            raise FormatError("file name must be text", where=f"{where}: {shown(name)}", got=shown(file_name))
+    file_names = set(weight_map.values())
+    if len(file_names) > MAX_FILES:
+        raise FormatError("too many files", where=where, got=len(file_names), limit=MAX_FILES)
+    for file_name in file_names:
+        check_file_name(file_name, where)
+    return weight_map
+
+
+def _open_shard(index: Path, name: str) -> SafetensorsFile:
+    path = index.with_name(name)
+    if not path.exists():
+        raise FormatError(
+            f"shard {shown(name)} is missing",
+            where=str(index.parent),
+            got=f"named by {index.name}",
+            hint="the download may be incomplete",
+        )
+    return SafetensorsFile.open(path)
+
+
+def _match_index(
+    weight_map: dict[str, str], files: tuple[SafetensorsFile, ...], index: Path
+) -> dict[str, SafetensorsFile]:
+    """tensor -> file, after checking that index and shards agree on every tensor."""
+    by_name = {file.path.name: file for file in files}
+    for name, file_name in weight_map.items():
+        if name not in by_name[file_name].tensors:
+            raise FormatError(
+                "the index names a tensor that its shard does not have",
+                where=f"{index}: {shown(name)}",
+                got=file_name,
+                hint="index and shards may be of different versions",
+            )
+    for file in files:
+        for name in file.tensors:
+            if weight_map.get(name) != file.path.name:
+                raise FormatError(
+                    "a shard has a tensor that the index does not place there",
+                    where=f"{file.path}: {shown(name)}",
+                    got=f"index says {shown(weight_map.get(name))}",
+                    hint="index and shards may be of different versions",
+                )
+    return {name: by_name[file_name] for name, file_name in weight_map.items()}

@@ -1,0 +1,136 @@
+"""JSON from files that nobody vouches for: bounded before it is parsed, and without JSON's ambiguities.
+
+Refused: more bytes, more nesting or denser structure than asked for (before the parser allocates anything), duplicate
+keys, NaN and Infinity, integers beyond 64 bits, floats that overflow, lone surrogates, bytes that are not UTF-8.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from typing import Any, NoReturn
+
+from krasis.formats.errors import FormatError
+from krasis.formats.limits import MAX_JSON_DEPTH
+from krasis.formats.names import shown
+
+# Steps from bracket to bracket over strings and everything else. Possessive, and an unterminated string matches to
+# the end: linear in the input whatever it is.
+_TO_BRACKET = re.compile(rb'(?:[^"\[\]{}]++|"(?:[^"\\]++|\\.?)*+"?)*+([\[\]{}])', re.DOTALL)
+_SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
+_INT64_DIGITS = 20  # with a sign
+# An object or array costs the parser about 70 bytes however few it has in the file. Real headers have 15 or more bytes
+# a bracket pair; a file of nothing but brackets is an attack on memory.
+_MIN_BYTES_PER_CONTAINER = 8
+_FREE_CONTAINERS = 4096
+
+
+class _RefusedError(ValueError):
+    """A hook's complaint on its way through the parser."""
+
+
+def parse_json(
+    data: bytes | memoryview, where: str, *, max_bytes: int, max_depth: int = MAX_JSON_DEPTH
+) -> Any:
+    """The value in ``data`` (UTF-8). FormatError with ``where`` for anything refused, see the module's list."""
+    if len(data) > max_bytes:
+        raise FormatError("JSON text is too long", where=where, got=f"{len(data)} bytes", limit=max_bytes)
+    _check_structure(data, where, max_depth)
+    try:
+        text = str(data, "utf-8")
+    except UnicodeDecodeError as error:
+        raise FormatError("JSON is not UTF-8", where=where, got=f"bad byte at {error.start}") from error
+    try:
+        value = json.loads(
+            text,
+            object_pairs_hook=_object,
+            parse_int=_integer,
+            parse_float=_float,
+            parse_constant=_constant,
+        )
+    except json.JSONDecodeError as error:
+        raise FormatError(
+            f"not valid JSON: {error.msg}",
+            where=where,
+            got=f"at byte {error.pos}, line {error.lineno}",
+            hint="the file may be damaged or incomplete",
+        ) from error
+    except _RefusedError as error:
+        raise FormatError(f"JSON is refused: {error}", where=where) from error
+    if _SURROGATE_ESCAPE.search(data):
+        _check_encodable(value, where)
+    return value
+
+
+def parse_json_object(
+    data: bytes | memoryview, where: str, *, max_bytes: int, max_depth: int = MAX_JSON_DEPTH
+) -> dict[str, Any]:
+    """As ``parse_json``; the value must be an object."""
+    value = parse_json(data, where, max_bytes=max_bytes, max_depth=max_depth)
+    if not isinstance(value, dict):
+        raise FormatError("JSON must be an object", where=where, got=type(value).__name__)
+    return value
+
+
+def _check_structure(data: bytes | memoryview, where: str, max_depth: int) -> None:
+    """Bounds depth and number of containers without parsing. Linear time, no memory."""
+    depth = containers = 0
+    limit = _FREE_CONTAINERS + len(data) // _MIN_BYTES_PER_CONTAINER
+    for match in _TO_BRACKET.finditer(data):
+        if data[match.start(1)] in b"[{":
+            depth += 1
+            containers += 1
+            if depth > max_depth:
+                raise FormatError(
+                    "JSON is nested too deeply", where=where, got=f"byte {match.end()}", limit=max_depth
+                )
+            if containers > limit:
+                raise FormatError("JSON has too many objects and arrays", where=where, limit=limit)
+        else:
+            depth -= 1
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise _RefusedError(f"key {shown(twice)} occurs twice in an object")
+    return result
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > _INT64_DIGITS or not -(1 << 63) <= (value := int(digits)) < 1 << 64:
+        raise _RefusedError(f"integer of {len(digits)} digits exceeds 64 bits")
+    return value
+
+
+def _float(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise _RefusedError("number is too large")
+    return value
+
+
+def _constant(name: str) -> NoReturn:
+    raise _RefusedError(f"{name} is not JSON")
+
+
+def _check_encodable(value: Any, where: str) -> None:
+    """Refuses lone surrogates: such a string cannot be printed or written."""
+    stack = [value]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, dict):
+            stack.extend(item.keys())
+            stack.extend(item.values())
+        elif isinstance(item, list):
+            stack.extend(item)
+        elif isinstance(item, str):
+            try:
+                item.encode()
+            except UnicodeEncodeError as error:
+                raise FormatError(
+                    "JSON has half a character (lone surrogate)", where=where, got=shown(item)
+                ) from error

@@ -1,0 +1,209 @@
+"""``krasis-run``: chat with a bundle, or answer one prompt."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import click
+from krasis.formats.errors import KrasisError, UsageError
+
+if TYPE_CHECKING:
+    from krasis.runtime.engine import Engine
+    from krasis.runtime.settings import SamplingSettings
+
+INTERRUPTED = 130  # what a shell reports for a command that Ctrl-C ended
+SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+
+
+class CommandError(click.ClickException):
+    """A KrasisError on its way out: one line on stderr and the class's exit code."""
+
+    def __init__(self, error: KrasisError) -> None:
+        super().__init__(" ".join(str(error).split()))
+        self.exit_code = error.exit_code  # type: ignore[misc]  # click declares it a constant of the class
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        """Prints the line."""
+        click.echo(f"krasis-run: {self.message}", file=file or sys.stderr)
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--prompt", metavar="TEXT", help="Answer TEXT and leave.")
+@click.option(
+    "--file",
+    "prompt_file",
+    metavar="FILE",
+    type=click.Path(path_type=Path, allow_dash=True),
+    help="Answer the text of FILE (- is stdin) and leave.",
+)
+@click.option("--raw", is_flag=True, help="Continue the text as it is, without the chat template.")
+@click.option("--system", metavar="TEXT", help="System message.")
+@click.option("--stop", metavar="TEXT", multiple=True, help="End an answer at TEXT. May be repeated.")
+@click.option(
+    "--max-tokens",
+    metavar="N",
+    type=int,
+    help="Longest answer. [default: until it ends or the context is full]",
+)
+@click.option(
+    "--ctx", metavar="N", type=int, help="Tokens of context. [default: the model's maximum, at most 8192]"
+)
+@click.option("--threads", metavar="N", type=int, default=0, help="CPU threads. [default: all]")
+@click.option(
+    "--isa", type=click.Choice(["auto", "avx2", "avx512_vnni"]), default="auto", help="Instruction set."
+)
+@click.option("--temperature", metavar="X", type=float, help="0 picks the most likely token.")
+@click.option("--top-k", metavar="N", type=int, help="Draw from the N most likely tokens; 0 = all.")
+@click.option("--top-p", metavar="X", type=float, help="Draw from the most likely tokens that make up X.")
+@click.option(
+    "--min-p", metavar="X", type=float, help="Drop tokens less likely than X times the most likely."
+)
+@click.option(
+    "--repeat-penalty", "repetition_penalty", metavar="X", type=float, help="Above 1 discourages repetition."
+)
+@click.option("--seed", metavar="N", type=int, help="Makes drawing repeatable.")
+@click.option(
+    "--kv-dtype", type=click.Choice(["f16", "f32"]), default="f16", help="Precision of the KV cache."
+)
+@click.option(
+    "--activations",
+    type=click.Choice(["int8", "float32"]),
+    default="int8",
+    help="float32 is a slow reference.",
+)
+@click.option(
+    "--experts",
+    type=click.Choice(["cpu", "gpu"]),
+    default="cpu",
+    help="Which copy of the experts; gpu needs --activations float32 here.",
+)
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object: text, counts, timings, settings."
+)
+@click.option("--no-stream", is_flag=True, help="Print the answer when it is complete.")
+@click.option("-v", "--verbose", count=True, help="Say what is chosen and why; -vv says more.")
+def main(bundle: Path, prompt: str | None, prompt_file: Path | None, verbose: int, **options: Any) -> None:
+    """Chat with the model in BUNDLE (a folder made by krasis-convert), or answer one prompt.
+
+    Without --prompt and --file, a text piped to stdin is the prompt; at a terminal a chat begins.
+    Sampling follows the model's generation_config.json where no option says otherwise.
+    """
+    _configure_logging(verbose)
+    try:
+        text = _prompt_text(prompt, prompt_file)
+        if text is None and (options["raw"] or options["as_json"]):
+            raise UsageError(
+                "--raw and --json answer one prompt", hint="give it by --prompt, --file or a pipe"
+            )
+        code = _run(bundle, text, options)
+    except KrasisError as error:
+        raise CommandError(error) from error
+    if code:
+        raise click.exceptions.Exit(code)
+
+
+def _run(bundle: Path, text: str | None, options: dict[str, Any]) -> int:
+    """Opens the bundle and does what was asked; gives the exit code."""
+    from krasis.runtime.engine import Engine
+    from krasis.runtime.settings import EngineSettings
+
+    settings = EngineSettings(
+        context=options["ctx"],
+        threads=options["threads"],
+        isa=options["isa"],
+        activations=options["activations"],
+        experts=options["experts"],
+        kv_dtype=options["kv_dtype"],
+    )
+    with Engine.open(bundle, settings) as engine:
+        sampling = _sampling(engine, options)
+        if text is None:
+            return _chat(engine, sampling, options)
+        return _answer_once(engine, text, sampling, options)
+
+
+def _chat(engine: Engine, sampling: SamplingSettings, options: dict[str, Any]) -> int:
+    from krasis.runtime.chat import missing_template
+    from krasis.runtime.conversation import Conversation
+    from krasis.runtime.terminal import Terminal
+
+    if engine.text.template is None:
+        raise missing_template(str(engine.bundle.path))
+    conversation = Conversation(engine, sampling, options["max_tokens"], options["system"])
+    Terminal(conversation, options["stop"]).run()
+    return 0
+
+
+def _answer_once(engine: Engine, text: str, sampling: SamplingSettings, options: dict[str, Any]) -> int:
+    import json
+
+    from krasis.runtime.chat import Message
+    from krasis.runtime.output import PrefillBar, note, stream_answer, write_text
+    from krasis.runtime.report import json_report, summary_line
+
+    if options["raw"] and options["system"]:
+        raise UsageError("--system needs the chat template", hint="leave out --raw or --system")
+    system = [Message("system", options["system"])] if options["system"] else []
+    prompt = text if options["raw"] else [*system, Message("user", text)]
+    streaming = not (options["as_json"] or options["no_stream"])
+    with PrefillBar() as bar:
+        answer = engine.generate(
+            prompt, sampling, max_tokens=options["max_tokens"], stop=options["stop"], progress=bar.update
+        )
+        stats = stream_answer(answer, bar, show=streaming)
+    if options["as_json"]:
+        write_text(json.dumps(json_report(engine, stats, sampling, options["max_tokens"]), indent=1) + "\n")
+    elif not streaming:
+        write_text(stats.text + "\n")
+    if stats.stop_reason == "context":
+        note(f"the context of {engine.context} tokens is full: a larger --ctx makes longer answers possible")
+    note(summary_line(stats, engine.load_s))
+    return INTERRUPTED if stats.stop_reason == "interrupted" else 0
+
+
+def _sampling(engine: Engine, options: dict[str, Any]) -> SamplingSettings:
+    given = {name: options[name] for name in SAMPLING_OPTIONS if options[name] is not None}
+    return replace(engine.text.sampling, **given)
+
+
+def _prompt_text(prompt: str | None, path: Path | None) -> str | None:
+    """The one prompt to answer, None for a chat. Raises UsageError if it is empty, unreadable or given
+    twice."""
+    if prompt is not None and path is not None:
+        raise UsageError("--prompt and --file exclude each other")
+    if prompt is None:
+        if path is not None and str(path) != "-":
+            prompt = _read_file(path)
+        elif path is not None or not sys.stdin.isatty():
+            prompt = _decode(sys.stdin.buffer.read(), "stdin")
+        else:
+            return None
+    if not prompt.strip():
+        raise UsageError("the prompt is empty")
+    return prompt
+
+
+def _read_file(path: Path) -> str:
+    try:
+        return _decode(path.read_bytes(), str(path))
+    except OSError as error:
+        raise UsageError("the prompt cannot be read", where=str(path), got=error.strerror) from error
+
+
+def _decode(data: bytes, where: str) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            "the prompt is not UTF-8 text", where=where, got=f"bad byte at {error.start}"
+        ) from error
+
+
+def _configure_logging(verbose: int) -> None:
+    level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
+    logging.basicConfig(level=level, format="%(name)s: %(message)s", stream=sys.stderr)

@@ -1,0 +1,242 @@
+"""The library's face: opens a bundle, computes logits, generates text. One conversation at a time, one
+thread at a time."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import numpy.typing as npt
+from krasis.formats.architecture import Architecture
+from krasis.formats.bundle_reader import Bundle
+from krasis.formats.errors import UsageError
+from krasis.runtime.chat import Message, missing_template
+from krasis.runtime.generation import Answer, Generation, GenerationPlan, Piece, StopStrings, run
+from krasis.runtime.model.backend import Backend
+from krasis.runtime.model.registry import open_backend
+from krasis.runtime.prefault import Prefault, files_of_tiers
+from krasis.runtime.sampler import Sampler
+from krasis.runtime.settings import EngineSettings, SamplingSettings
+from krasis.runtime.text_assets import TextAssets
+
+logger = logging.getLogger(__name__)
+
+Logits = npt.NDArray[np.float32]
+# Called with (prompt tokens done, prompt tokens to do) as a prompt is computed.
+Progress = Callable[[int, int], None]
+Prompt = str | Sequence[int] | Sequence[Message] | Sequence[Mapping[str, str]]
+
+
+class Engine:
+    """A bundle ready to run. Use ``Engine.open``; close it, or use ``with``.
+
+    ``tokens`` are the ids whose keys and values the cache holds. load_s: seconds ``open`` took.
+    """
+
+    def __init__(self, bundle: Bundle, backend: Backend, settings: EngineSettings) -> None:
+        self.bundle, self.settings = bundle, settings
+        self.text = TextAssets(bundle)
+        self.load_s = 0.0
+        self._backend = backend
+        self._tokens: list[int] = []
+        self._prefault: Prefault | None = None
+
+    @classmethod
+    def open(cls, path: str | Path, settings: EngineSettings | None = None) -> Engine:
+        """Maps a bundle and makes it ready; time does not depend on its size.
+
+        Raises FormatError for a damaged bundle, UnsupportedModelError, ResourceError, and NativeError for a
+        missing library.
+        """
+        settings = settings or EngineSettings()
+        begin = time.perf_counter()
+        with ExitStack() as undo:
+            bundle = undo.enter_context(Bundle.open(Path(path)))
+            backend = open_backend(bundle, settings)
+            undo.callback(backend.close)
+            engine = cls(bundle, backend, settings)
+            if settings.prefault:
+                engine._prefault = Prefault(bundle, files_of_tiers(bundle, ("dense", settings.experts)))
+            undo.pop_all()
+        engine.load_s = time.perf_counter() - begin
+        logger.info("opened %s in %.3f s: %s", path, engine.load_s, engine._backend.description)
+        return engine
+
+    @property
+    def architecture(self) -> Architecture:
+        """The model's shapes."""
+        return self.bundle.architecture
+
+    @property
+    def description(self) -> str:
+        """One line: what runs the model, and how."""
+        return self._backend.description
+
+    @property
+    def context(self) -> int:
+        """Tokens the cache can hold."""
+        return self._backend.capacity
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """The ids computed so far."""
+        return tuple(self._tokens)
+
+    def prefill(
+        self, tokens: Sequence[int], *, all_logits: bool = False, progress: Progress | None = None
+    ) -> Logits:
+        """Computes tokens after those held; gives f32 logits [vocab] of the last, or [len(tokens), vocab]
+        of all.
+
+        Raises UsageError for no tokens, an id outside the vocabulary, or too many for the context.
+        """
+        ids = self._checked(tokens)
+        chunks: list[Logits] = []
+        last: Logits | None = None
+        for begin in range(0, len(ids), self._backend.prefill_chunk):
+            chunk = ids[begin : begin + self._backend.prefill_chunk]
+            last = self._backend.prefill(chunk, len(self._tokens), all_logits)
+            self._tokens.extend(chunk.tolist())
+            if all_logits:
+                chunks.append(last.copy())
+            if progress is not None:
+                progress(begin + len(chunk), len(ids))
+        return np.concatenate(chunks) if all_logits else cast("Logits", last)[-1].copy()
+
+    def decode(self, token: int) -> Logits:
+        """Computes one token; gives its logits [vocab], a view that the next call overwrites. Raises as
+        ``prefill``."""
+        position = len(self._tokens)
+        if position >= self._backend.capacity or not 0 <= token < self.architecture.vocab_size:
+            self._checked([token])
+        logits = self._backend.decode(token, position)
+        self._tokens.append(token)
+        return logits
+
+    def truncate(self, num_tokens: int) -> None:
+        """Forgets all but the first num_tokens tokens. Raises UsageError if fewer are held."""
+        if not 0 <= num_tokens <= len(self._tokens):
+            raise UsageError("cannot keep more tokens than are held", got=num_tokens, limit=len(self._tokens))
+        del self._tokens[num_tokens:]
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        self._tokens.clear()
+
+    def keep_prefix(self, tokens: Sequence[int]) -> int:
+        """Keeps what the cache shares with tokens, but not the last of them; gives how many were kept.
+
+        The last token is always left to compute: its logits are what comes next.
+        """
+        count = 0
+        limit = min(len(self._tokens), len(tokens) - 1)
+        while count < limit and self._tokens[count] == tokens[count]:
+            count += 1
+        self.truncate(count)
+        return count
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of plain text, of messages (by the chat template), or of ids (as they are).
+
+        Raises UsageError if messages are given and the bundle has no chat template.
+        """
+        if isinstance(prompt, str):
+            return self.text.tokenizer.encode(prompt, special=True)
+        if all(isinstance(one, (int, np.integer)) for one in prompt):
+            return [int(one) for one in cast("Sequence[int]", prompt)]
+        messages = [
+            one if isinstance(one, Message) else Message(one["role"], one["content"])
+            for one in cast("Sequence[Message | Mapping[str, str]]", prompt)
+        ]
+        if self.text.template is None:
+            raise missing_template(str(self.bundle.path))
+        return self.text.tokenizer.encode(self.text.template.render(messages))
+
+    def generate(
+        self,
+        prompt: Prompt,
+        sampling: SamplingSettings | None = None,
+        *,
+        max_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        progress: Progress | None = None,
+    ) -> Answer:
+        """Text that follows the prompt, piece by piece; ``.stats`` of the result has counts and times.
+
+        What the cache already holds of the prompt is not computed again. sampling: None = as
+        generation_config.json
+        suggests. max_tokens: None = until an end token or the context is full. Raises UsageError if the
+        prompt does not
+        fit the context.
+        """
+        ids = self.encode(prompt)
+        if not ids or len(ids) > self.context:
+            self._refuse_length(len(ids), 0)
+        stats = Generation(num_prompt_tokens=len(ids))
+        limit = self.context if max_tokens is None else max_tokens
+        if limit < 1:
+            raise UsageError("max_tokens must be positive", got=max_tokens)
+        return Answer(
+            self._generate(ids, sampling or self.text.sampling, limit, stop, progress, stats), stats
+        )
+
+    def _generate(
+        self,
+        ids: list[int],
+        sampling: SamplingSettings,
+        max_tokens: int,
+        stop: Sequence[str],
+        progress: Progress | None,
+        stats: Generation,
+    ) -> Generator[Piece]:
+        stats.num_cached_tokens = kept = self.keep_prefix(ids)
+        plan = GenerationPlan(
+            first=lambda: self.prefill(ids[kept:], progress=progress),
+            step=self.decode,
+            context=self._tokens,
+            room=self.context - len(ids),
+            sampler=Sampler(sampling),
+            stream=self.text.tokenizer.stream(),
+            end_tokens=self.text.end_tokens,
+            stops=StopStrings(stop),
+            max_tokens=max_tokens,
+        )
+        yield from run(plan, stats)
+
+    def close(self) -> None:
+        """Frees threads and mappings. Calling it again does nothing."""
+        if self._prefault is not None:
+            self._prefault.stop()
+            self._prefault = None
+        self._backend.close()
+        self.bundle.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _checked(self, tokens: Sequence[int]) -> npt.NDArray[np.int64]:
+        ids = np.asarray(tokens, dtype=np.int64)
+        if ids.ndim != 1 or not ids.size or len(self._tokens) + ids.size > self.context:
+            self._refuse_length(ids.size, len(self._tokens))
+        vocab = self.architecture.vocab_size
+        if ids.min() < 0 or ids.max() >= vocab:
+            raise UsageError("a token id is outside the vocabulary", got=int(ids.max()), limit=vocab)
+        return ids
+
+    def _refuse_length(self, count: int, held: int) -> None:
+        if not count:
+            raise UsageError("the prompt is empty")
+        raise UsageError(
+            "the context is full",
+            got=f"{count} tokens" + (f" after {held}" if held else ""),
+            limit=f"{self.context} tokens",
+            hint="shorten the prompt, or open with a larger context (--ctx)",
+        )

@@ -1,0 +1,163 @@
+"""From logits to text: the loop that picks tokens, finds stop strings and keeps the time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+from krasis.runtime.sampler import Sampler
+from krasis.runtime.tokenizer import TokenStream
+
+Logits = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one step adds: a token, None for the last piece of text, and text, possibly empty."""
+
+    token: int | None
+    text: str
+
+
+@dataclass(slots=True)
+class Generation:
+    """What a generation did. Filled while it runs; times in seconds.
+
+    num_prompt_tokens: of the whole prompt; num_cached_tokens: of these, found in the KV cache and not
+    computed again.
+    stop_reason: ``end`` (an end token), ``stop`` (a stop string), ``length`` (max_tokens), ``context`` (the
+    cache is full),
+    ``interrupted`` (the caller stopped reading), and ``""`` while it runs.
+    """
+
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_decode_steps: int = 0
+    prefill_s: float = 0.0
+    time_to_first_token_s: float = 0.0
+    decode_s: float = 0.0
+    stop_reason: str = ""
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+
+    @property
+    def prefill_tokens_per_s(self) -> float:
+        """Prompt tokens computed in a second; 0 if none were."""
+        computed = self.num_prompt_tokens - self.num_cached_tokens
+        return computed / self.prefill_s if self.prefill_s > 0 else 0.0
+
+    @property
+    def decode_tokens_per_s(self) -> float:
+        """Tokens after the first, which comes from prefill, in a second; 0 if there were none."""
+        return self.num_decode_steps / self.decode_s if self.decode_s > 0 else 0.0
+
+
+class StopStrings:
+    """Finds the first stop string in text that arrives in pieces, and holds back what may be the beginning
+    of one."""
+
+    __slots__ = ("_held", "_stops")
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = [stop for stop in stops if stop]
+        self._held = ""
+
+    def push(self, text: str) -> tuple[str, bool]:
+        """(text that may be shown, whether a stop string was met). The stop string itself is never shown."""
+        held = self._held + text
+        found = [at for stop in self._stops if (at := held.find(stop)) >= 0]
+        if found:
+            self._held = ""
+            return held[: min(found)], True
+        keep = max((_overlap(held, stop) for stop in self._stops), default=0)
+        self._held = held[len(held) - keep :]
+        return held[: len(held) - keep], False
+
+    def finish(self) -> str:
+        """What was held back."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """The longest end of text that begins stop."""
+    return next(
+        (size for size in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-size:])), 0
+    )
+
+
+class Answer(Iterator[Piece]):
+    """The pieces of a generation as they come, and its ``stats``. Closing it, or no longer reading, stops
+    the work."""
+
+    __slots__ = ("_pieces", "stats")
+
+    def __init__(self, pieces: Generator[Piece], stats: Generation) -> None:
+        self._pieces = pieces
+        self.stats = stats
+
+    def __next__(self) -> Piece:
+        return next(self._pieces)
+
+    def close(self) -> None:
+        """Ends the generation."""
+        self._pieces.close()
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationPlan:
+    """Everything the loop needs: where logits come from and when to end.
+
+    first: computes the prompt and gives its last token's logits, f32 [vocab]. step: feeds one token and
+    gives the next
+    logits. room: tokens the context still has after the prompt. context: all ids so far, for the repetition
+    penalty.
+    """
+
+    first: Callable[[], Logits]
+    step: Callable[[int], Logits]
+    context: Sequence[int]
+    room: int
+    sampler: Sampler
+    stream: TokenStream
+    end_tokens: frozenset[int]
+    stops: StopStrings
+    max_tokens: int
+
+
+def run(plan: GenerationPlan, stats: Generation) -> Generator[Piece]:
+    """The decode loop. The caller may stop reading at any piece; stats then say ``interrupted``."""
+    begin = time.perf_counter()
+    logits = plan.first()
+    stats.prefill_s = time.perf_counter() - begin
+    stats.stop_reason = "interrupted"
+    # The last token is shown but needs no place in the cache: nothing attends to it.
+    limit = min(plan.max_tokens, plan.room + 1)
+    for count in range(1, limit + 1):
+        token = plan.sampler.pick(logits, plan.context)
+        now = time.perf_counter() - begin
+        if count == 1:
+            stats.time_to_first_token_s = now
+        stats.decode_s, stats.num_decode_steps = now - stats.time_to_first_token_s, count - 1
+        if token in plan.end_tokens:
+            stats.stop_reason = "end"
+            break
+        stats.tokens.append(token)
+        text, stopped = plan.stops.push(plan.stream.push(token))
+        stats.text += text
+        yield Piece(token, text)
+        if stopped:
+            stats.stop_reason = "stop"
+            return
+        if count < limit:
+            logits = plan.step(token)
+    else:
+        stats.stop_reason = "length" if limit == plan.max_tokens else "context"
+    text, stopped = plan.stops.push(plan.stream.finish())
+    text += "" if stopped else plan.stops.finish()
+    if text:
+        stats.text += text
+        yield Piece(None, text)

@@ -1,0 +1,64 @@
+"""The keys and values of every layer, [num_layers, num_kv_heads, capacity, head_dim], memory taken as it is
+used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from krasis.formats.architecture import Architecture
+from krasis.formats.errors import ResourceError
+
+KV_NUMPY: dict[str, type[np.generic]] = {"f16": np.float16, "f32": np.float32}
+MEMINFO = Path("/proc/meminfo")
+
+
+class KvCache:
+    """keys, values: [num_layers, num_kv_heads, capacity, head_dim]. Raises ResourceError if it cannot fit
+    in RAM."""
+
+    __slots__ = ("capacity", "dtype", "keys", "values")
+
+    def __init__(self, architecture: Architecture, capacity: int, dtype: str) -> None:
+        num_bytes = kv_cache_bytes(architecture, capacity, dtype)
+        available = available_memory_bytes()
+        hint = "use a smaller --ctx" + (", or --kv-dtype f16" if dtype == "f32" else "")
+        if available is not None and num_bytes > available:
+            raise ResourceError(
+                "the KV cache does not fit in memory",
+                got=f"{num_bytes} bytes",
+                limit=f"{available} bytes",
+                hint=hint,
+            )
+        shape = (architecture.num_layers, architecture.num_kv_heads, capacity, architecture.head_dim)
+        self.capacity, self.dtype = capacity, dtype
+        try:
+            # zeros, not empty: large ones come from fresh pages, which cost nothing until a position is
+            # written.
+            self.keys: npt.NDArray[Any] = np.zeros(shape, dtype=KV_NUMPY[dtype])
+            self.values: npt.NDArray[Any] = np.zeros(shape, dtype=KV_NUMPY[dtype])
+        except MemoryError as error:
+            raise ResourceError(
+                "the KV cache does not fit in memory", got=f"{num_bytes} bytes", hint=hint
+            ) from error
+
+
+def kv_cache_bytes(architecture: Architecture, capacity: int, dtype: str) -> int:
+    """Bytes of keys and values at full length."""
+    per_position = 2 * architecture.num_layers * architecture.num_kv_heads * architecture.head_dim
+    return per_position * capacity * np.dtype(KV_NUMPY[dtype]).itemsize
+
+
+def available_memory_bytes() -> int | None:
+    """RAM that can be had without swapping, page cache included; None where the system does not say."""
+    try:
+        lines = MEMINFO.read_text("ascii").splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        name, _, value = line.partition(":")
+        if name == "MemAvailable":
+            return int(value.split()[0]) * 1024
+    return None

@@ -1,0 +1,70 @@
+"""Rotary embedding tables: plain, linear and YaRN (https://arxiv.org/abs/2309.00071), as transformers
+computes them."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+from krasis.formats.architecture import Architecture, RopeScaling
+from krasis.formats.errors import UnsupportedModelError
+
+FloatArray = npt.NDArray[np.float32]
+
+
+def rope_tables(architecture: Architecture, num_positions: int) -> tuple[FloatArray, FloatArray]:
+    """(cos, sin), f32 [num_positions, head_dim/2], YaRN's attention factor included.
+
+    Angles are formed in f32, as transformers does: the model was trained with that rounding.
+    """
+    frequencies, factor = inverse_frequencies(
+        architecture.head_dim, architecture.rope_theta, architecture.rope_scaling
+    )
+    positions = np.arange(num_positions, dtype=np.float32)
+    angles = (positions[:, None] * frequencies[None, :]).astype(np.float64)
+    scale = np.float32(factor)
+    return np.cos(angles).astype(np.float32) * scale, np.sin(angles).astype(np.float32) * scale
+
+
+def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> tuple[FloatArray, float]:
+    """(f32 [head_dim/2], factor on cos and sin). Raises UnsupportedModelError for an unknown kind."""
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    periods = np.power(np.float32(theta), exponents, dtype=np.float32)
+    plain = (np.float32(1.0) / periods).astype(np.float32)
+    if scaling.kind == "none":
+        return plain, 1.0
+    if scaling.kind == "linear":
+        return (plain / np.float32(scaling.factor)).astype(np.float32), 1.0
+    if scaling.kind == "yarn":
+        stretched = (np.float32(1.0) / (np.float32(scaling.factor) * periods)).astype(np.float32)
+        keep = np.float32(1.0) - _yarn_ramp(head_dim, theta, scaling)
+        mixed = stretched * (np.float32(1.0) - keep) + plain * keep
+        return mixed.astype(np.float32), _yarn_attention_factor(scaling)
+    raise UnsupportedModelError(
+        "unknown scaling of the rotary embedding", got=scaling.kind, limit="none, linear, yarn"
+    )
+
+
+def _yarn_ramp(head_dim: int, theta: float, scaling: RopeScaling) -> FloatArray:
+    """f32 [head_dim/2]: 0 where a frequency turns often enough to be kept, 1 where it is stretched."""
+
+    def dimension(rotations: float) -> float:
+        turns = scaling.original_max_positions / (rotations * 2 * math.pi)
+        return head_dim * math.log(turns) / (2 * math.log(theta))
+
+    low, high = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    if low == high:
+        high += 0.001  # a step instead of a division by zero
+    ramp = (np.arange(head_dim // 2, dtype=np.float32) - np.float32(low)) / np.float32(high - low)
+    clipped: FloatArray = np.clip(ramp, 0.0, 1.0).astype(np.float32)
+    return clipped
+
+
+def _yarn_attention_factor(scaling: RopeScaling) -> float:
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+    return 1.0 if scaling.factor <= 1.0 else 0.1 * math.log(scaling.factor) + 1.0

@@ -1,0 +1,122 @@
+"""ctypes prototypes of the compute functions and structures of ``csrc/krasis.h``; nothing here checks arrays.
+
+``prototype(name)`` gives a function of the loaded library with its argument types set once. Pointers are
+plain integers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from krasis.formats.errors import NativeError
+from krasis.formats.native import library
+
+_I32, _I64, _F32, _PTR = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+
+
+class ActsStruct(ctypes.Structure):
+    """``krasis_acts``: int8 activations with a scale and a sum per block of 32."""
+
+    _fields_ = (("q", _PTR), ("scale", _PTR), ("sum", _PTR), ("tokens", _I64), ("k", _I64))
+
+
+class QkvArgs(ctypes.Structure):
+    """``krasis_qkv_args``."""
+
+    _fields_ = (
+        ("qkv", _PTR),
+        ("tokens", _I64),
+        ("start", _I64),
+        ("num_heads", _I64),
+        ("num_kv_heads", _I64),
+        ("head_dim", _I64),
+        ("q_norm", _PTR),
+        ("k_norm", _PTR),
+        ("eps", _F32),
+        ("kv_dtype", _I32),
+        ("cos", _PTR),
+        ("sin", _PTR),
+        ("max_positions", _I64),
+        ("k_cache", _PTR),
+        ("v_cache", _PTR),
+        ("capacity", _I64),
+    )
+
+
+class AttentionArgs(ctypes.Structure):
+    """``krasis_attention_args``."""
+
+    _fields_ = (
+        ("q", _PTR),
+        ("ldq", _I64),
+        ("tokens", _I64),
+        ("start", _I64),
+        ("num_heads", _I64),
+        ("num_kv_heads", _I64),
+        ("head_dim", _I64),
+        ("k_cache", _PTR),
+        ("v_cache", _PTR),
+        ("capacity", _I64),
+        ("kv_dtype", _I32),
+        ("scale", _F32),
+        ("out", _PTR),
+        ("workspace", _PTR),
+        ("workspace_bytes", _I64),
+    )
+
+
+class MoeArgs(ctypes.Structure):
+    """``krasis_moe_args``."""
+
+    _fields_ = (
+        ("blob", _PTR),
+        ("expert_stride_bytes", _I64),
+        ("tiles", _I32),
+        ("reserved", _I32),
+        ("num_experts", _I64),
+        ("hidden", _I64),
+        ("intermediate", _I64),
+        ("top_k", _I64),
+        ("acts", _PTR),
+        ("ids", _PTR),
+        ("weights", _PTR),
+        ("out", _PTR),
+        ("workspace", _PTR),
+        ("workspace_bytes", _I64),
+        ("executed", _PTR),
+    )
+
+
+# name: (result, arguments). The first argument of every function with a pool is the pool.
+_PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "krasis_map_file": (_I32, (_I32, _I64, _I64, ctypes.POINTER(_PTR))),
+    "krasis_unmap_file": (_I32, (_PTR, _I64)),
+    "krasis_prefault": (_I32, (_PTR, _I64)),
+    "krasis_read_bandwidth": (_I32, (_PTR, _PTR, _I64, ctypes.POINTER(ctypes.c_double))),
+    "krasis_quantize_acts": (_I32, (_PTR, _PTR, _I64, _PTR)),
+    "krasis_rms_norm": (_I32, (_PTR, _PTR, _I64, _I64, _PTR, _F32, _PTR, _PTR)),
+    "krasis_gemm_int8_rows": (_I32, (_PTR, _PTR, _PTR, _PTR, _I64, _PTR, _I64, _I32)),
+    "krasis_gemm_float": (_I32, (_PTR, _PTR, _I64, _I64, _PTR, _I32, _I64, _PTR)),
+    "krasis_route_topk": (_I32, (_PTR, _PTR, _I64, _I64, _I64, _I32, _PTR, _PTR)),
+    "krasis_moe_workspace_bytes": (_I64, (_I64, _I64, _I64, _I64, _I64)),
+    "krasis_moe": (_I32, (_PTR, _PTR)),
+    "krasis_qk_norm_rope_store": (_I32, (_PTR, _PTR)),
+    "krasis_attention_workspace_bytes": (_I64, (_I64, _I64, _I64, _I64)),
+    "krasis_attention": (_I32, (_PTR, _PTR)),
+}
+
+
+@functools.cache
+def prototype(name: str) -> Callable[..., int]:
+    """The function of that name. Raises NativeError if the library lacks it or it is not in the table."""
+    try:
+        result, arguments = _PROTOTYPES[name]
+        function = getattr(library(), name)
+    except (KeyError, AttributeError) as error:
+        raise NativeError("the native library has no such function", where=name, hint="rebuild it") from error
+    function.restype = result
+    function.argtypes = list(arguments)
+    return function  # type: ignore[no-any-return]

@@ -1,0 +1,77 @@
+"""What krasis-run writes: answers to stdout as they come, notes and a progress bar to stderr."""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import TYPE_CHECKING, Any
+
+from krasis.runtime.generation import Answer, Generation
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+# A bar appears only for prompts that take more than one pass.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def note(text: str) -> None:
+    """A line on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def safe_for_terminal(text: str) -> str:
+    """text without control characters but newline and tab: a model must not drive the user's terminal."""
+    return _CONTROL.sub("", text)
+
+
+def write_text(text: str) -> None:
+    """Part of an answer on stdout, at once."""
+    sys.stdout.write(safe_for_terminal(text) if sys.stdout.isatty() else text)
+    sys.stdout.flush()
+
+
+class PrefillBar:
+    """A bar on stderr while a long prompt is computed; nothing where stderr is no terminal."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm[Any] | None = None
+
+    def update(self, done: int, total: int) -> None:
+        """A prefill's progress callback."""
+        if self._bar is None and done < total and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, unit="tok", desc="prompt", leave=False, file=sys.stderr)
+        if self._bar is not None:
+            self._bar.update(done - self._bar.n)
+            if done == total:
+                self.close()
+
+    def close(self) -> None:
+        """Removes the bar."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def __enter__(self) -> PrefillBar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def stream_answer(answer: Answer, bar: PrefillBar, *, show: bool = True) -> Generation:
+    """Writes an answer as it comes. Ctrl-C ends it, not the program: the stats then say ``interrupted``."""
+    try:
+        for piece in answer:
+            bar.close()
+            if show:
+                write_text(piece.text)
+    except KeyboardInterrupt:
+        answer.stats.stop_reason = "interrupted"
+    finally:
+        answer.close()
+    if show and (sys.stdout.isatty() or not answer.stats.text.endswith("\n")):
+        write_text("\n")
+    return answer.stats

@@ -1,0 +1,117 @@
+"""Where the host's RAM goes: CPU experts mapped from the page cache, GPU experts pinned, or mapped behind a
+pinned ring.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from krasis.formats.architecture import Architecture
+from krasis.formats.errors import ResourceError
+from krasis.runtime.format_units import format_bytes
+from krasis.runtime.planning import assumptions as assumed
+from krasis.runtime.planning.hardware import HardwareSpec
+from krasis.runtime.planning.sizes import ModelSizes
+from krasis.runtime.planning.types import ExpertStore, GpuPlacement, HostPlacement, Workload
+
+
+def cpu_workspace_bytes(arch: Architecture, batch_tokens: int) -> int:
+    """Activations of one CPU pass of ``batch_tokens``: f32 residual, normed and quantised input, qkv,
+    attention, experts' rows.
+    """
+    per_token = 9 * arch.hidden_size + 4 * (arch.qkv_rows + arch.attention_size)
+    per_row = 9 * arch.expert_intermediate_size + 4 * arch.hidden_size
+    return batch_tokens * (per_token + arch.num_experts_per_token * per_row)
+
+
+def host_reserve_bytes(ram_bytes: int) -> int:
+    """RAM left to the system."""
+    return min(assumed.HOST_RESERVE_BYTES, ram_bytes // 8)
+
+
+@dataclass(frozen=True, slots=True)
+class _Store:
+    kind: ExpertStore
+    pinned_bytes: int
+    page_cache_bytes: int
+    from_disk_bytes: int
+    reason: str
+
+
+def place_on_host(
+    sizes: ModelSizes,
+    hardware: HardwareSpec,
+    workload: Workload,
+    batch_tokens: int,
+    gpus: Sequence[GpuPlacement],
+) -> HostPlacement:
+    """The RAM's parts. Raises ResourceError with the numbers if what must stay in RAM does not fit."""
+    arch = sizes.architecture
+    ram_bytes = int(hardware.ram_bytes.value)
+    all_resident = bool(gpus) and all(gpu.num_groups == 0 for gpu in gpus)
+    # With GPUs only the embedding table is read on the host; without, everything is.
+    dense = sizes.embedding_bytes + (0 if gpus else sizes.dense_bytes)
+    kv_bytes = 0 if gpus else sizes.kv_bytes(workload.context, workload.kv_dtype)
+    cpu_experts = 0 if all_resident else sizes.cpu_experts_bytes
+    workspace = cpu_workspace_bytes(arch, 1 if gpus else batch_tokens)
+    if not all_resident and cpu_experts == 0:
+        raise ResourceError("this bundle has no CPU experts", hint="convert it with a CPU tier")
+    reserve = host_reserve_bytes(ram_bytes)
+    needed = reserve + dense + kv_bytes + cpu_experts + workspace
+    ring = sum(assumed.RING_BUFFERS * gpu.group_experts * sizes.gpu_expert_bytes for gpu in gpus)
+    if needed + ring > ram_bytes:
+        raise _too_little_ram(needed, ring, ram_bytes, cpu_experts, sizes)
+    store = _expert_store(sizes, gpus, ram_bytes - needed, ring)
+    return HostPlacement(
+        ram_bytes=ram_bytes,
+        expert_store=store.kind,
+        reserve_bytes=reserve,
+        dense_bytes=dense,
+        cpu_experts_bytes=cpu_experts,
+        pinned_bytes=store.pinned_bytes,
+        page_cache_bytes=store.page_cache_bytes,
+        kv_bytes=kv_bytes,
+        workspace_bytes=workspace,
+        spare_bytes=ram_bytes - needed - store.pinned_bytes - store.page_cache_bytes,
+        from_disk_bytes=store.from_disk_bytes,
+        reason=store.reason,
+    )
+
+
+def _expert_store(
+    sizes: ModelSizes, gpus: Sequence[GpuPlacement], free_bytes: int, ring_bytes: int
+) -> _Store:
+    if not gpus:
+        return _Store("none", 0, 0, 0, "no GPU: only the CPU experts are used")
+    resident = sum(gpu.resident_experts for gpu in gpus)
+    streamed = (sizes.num_experts - resident) * sizes.gpu_expert_bytes
+    if streamed == 0:
+        return _Store("none", 0, 0, 0, "all experts live in VRAM")
+    # Resident experts change with use, so the arena holds every expert.
+    arena = sizes.gpu_experts_bytes
+    if arena <= free_bytes:
+        return _Store(
+            "pinned-arena", arena, 0, 0, f"the RAM holds all GPU experts ({format_bytes(arena)}) pinned"
+        )
+    cached = min(arena, free_bytes - ring_bytes)
+    from_disk = min(streamed, arena - cached)
+    reason = f"an arena of {format_bytes(arena)} does not fit in the {format_bytes(free_bytes)} that are left"
+    return _Store("mapped-with-ring", ring_bytes, cached, from_disk, reason)
+
+
+def _too_little_ram(
+    needed: int, ring: int, ram_bytes: int, cpu_experts: int, sizes: ModelSizes
+) -> ResourceError:
+    detail = f"CPU experts {format_bytes(cpu_experts)}"
+    if ring:
+        detail += f", pinned ring {format_bytes(ring)}"
+    hint = "a machine with more RAM"
+    if not sizes.cpu_layout.startswith("cpu-i4"):
+        hint = "convert with INT4 CPU experts (about half the bytes), or " + hint
+    return ResourceError(
+        "the model does not fit in RAM",
+        got=f"needs {format_bytes(needed + ring)}: {detail}, the rest dense weights, KV cache and reserve",
+        limit=f"has {format_bytes(ram_bytes)}",
+        hint=hint,
+    )

@@ -1,0 +1,181 @@
+"""Where a model's bytes go on each GPU, and the largest prompt batch that all of them can carry."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from krasis.formats.architecture import Architecture
+from krasis.formats.errors import ResourceError, UsageError
+from krasis.runtime.format_units import format_bytes
+from krasis.runtime.planning import assumptions as assumed
+from krasis.runtime.planning.hardware import GpuSpec
+from krasis.runtime.planning.sizes import ModelSizes
+from krasis.runtime.planning.types import GpuPlacement, Workload
+
+
+def rank_experts(num_experts: int, num_ranks: int) -> list[tuple[int, int]]:
+    """(first, count) of each rank's experts; counts differ by at most one, the larger first (128 / 3: 43, 43,
+    42).
+    """
+    base, extra = divmod(num_experts, num_ranks)
+    counts = [base + (rank < extra) for rank in range(num_ranks)]
+    return [(sum(counts[:rank]), count) for rank, count in enumerate(counts)]
+
+
+def gpu_workspace_bytes(arch: Architecture, batch_tokens: int, num_ranks: int) -> int:
+    """Activations of one pass of ``batch_tokens`` on one of ``num_ranks`` GPUs.
+
+    Own tokens: f32 residual, bf16 normed input, qkv, attention output. All tokens (gathered): bf16 hidden
+    states in and out, top-k ids and weights. Rows routed to this rank's experts: bf16 gate+up, their product,
+    and the expert's output.
+    """
+    own_tokens = math.ceil(batch_tokens / num_ranks)
+    per_own = 6 * arch.hidden_size + 2 * arch.qkv_rows + 2 * arch.attention_size
+    per_gathered = 4 * arch.hidden_size + 8 * arch.num_experts_per_token + 4 * arch.num_experts
+    rows = math.ceil(batch_tokens * arch.num_experts_per_token / num_ranks)
+    per_row = 2 * (3 * arch.expert_intermediate_size + arch.hidden_size)
+    return own_tokens * per_own + batch_tokens * per_gathered + rows * per_row
+
+
+@dataclass(frozen=True, slots=True)
+class _Rank:
+    """One GPU's share before the batch is known. ``free_bytes``: VRAM after reserve, dense weights and KV."""
+
+    rank: int
+    spec: GpuSpec
+    first_expert: int
+    num_experts: int
+    dense_bytes: int
+    kv_bytes: int
+    free_bytes: int
+
+
+def place_on_gpus(
+    sizes: ModelSizes, gpus: Sequence[GpuSpec], workload: Workload
+) -> tuple[int, tuple[GpuPlacement, ...]]:
+    """The batch and each GPU's placement.
+
+    The batch comes first (every further pass streams all experts again), then the fewest groups, then
+    resident experts. Raises ResourceError with the numbers if something does not fit, UsageError if there are
+    more GPUs than experts.
+    """
+    arch = sizes.architecture
+    if len(gpus) > arch.num_experts:
+        raise UsageError("more GPUs than experts", got=len(gpus), limit=arch.num_experts)
+    if sizes.gpu_expert_bytes == 0:
+        raise ResourceError(
+            "this bundle has no GPU experts", hint="convert it with a GPU tier, or --gpus none"
+        )
+    ranks = _ranks(sizes, gpus, workload)
+    most = workload.prompt_tokens
+    enough = min(most, assumed.RESIDENT_PREFILL_BATCH)
+    if all(_fits_resident(sizes, rank, enough, len(ranks)) for rank in ranks):
+        batch = min(_resident_batch(sizes, rank, most, len(ranks)) for rank in ranks)
+    else:
+        batch = min(_streamed_batch(sizes, rank, most, len(ranks)) for rank in ranks)
+    return batch, tuple(_place(sizes, rank, batch, most, len(ranks)) for rank in ranks)
+
+
+def _ranks(sizes: ModelSizes, gpus: Sequence[GpuSpec], workload: Workload) -> list[_Rank]:
+    kv_bytes = sizes.kv_bytes(workload.context, workload.kv_dtype)
+    ranks = []
+    for rank, (first, count) in enumerate(rank_experts(sizes.architecture.num_experts, len(gpus))):
+        needed = assumed.GPU_RESERVE_BYTES + sizes.dense_bytes + kv_bytes
+        free = gpus[rank].vram_bytes - needed
+        if free <= 0:
+            raise ResourceError(
+                "the dense weights and the KV cache do not fit in VRAM",
+                where=f"GPU {rank}",
+                got=f"needs {format_bytes(needed)}: dense {format_bytes(sizes.dense_bytes)}, "
+                f"KV of {workload.context} tokens {format_bytes(kv_bytes)}, "
+                f"reserve {format_bytes(assumed.GPU_RESERVE_BYTES)}",
+                limit=f"has {format_bytes(gpus[rank].vram_bytes)}",
+                hint="a shorter --context, a larger GPU, or none (--gpus none)",
+            )
+        ranks.append(_Rank(rank, gpus[rank], first, count, sizes.dense_bytes, kv_bytes, free))
+    return ranks
+
+
+def _buffer_bytes(sizes: ModelSizes, group_experts: int) -> int:
+    return 2 * group_experts * sizes.gpu_expert_bytes
+
+
+def _all_resident_bytes(sizes: ModelSizes, rank: _Rank) -> int:
+    return rank.num_experts * sizes.architecture.num_layers * sizes.gpu_expert_bytes
+
+
+def _fits_resident(sizes: ModelSizes, rank: _Rank, batch: int, num_ranks: int) -> bool:
+    workspace = gpu_workspace_bytes(sizes.architecture, batch, num_ranks)
+    return _all_resident_bytes(sizes, rank) + workspace <= rank.free_bytes
+
+
+def _batch_within(arch: Architecture, room_bytes: int, most_tokens: int, num_ranks: int) -> int:
+    """The largest batch <= ``most_tokens`` whose workspace fits in ``room_bytes``; 0 if none does."""
+    low, high = 0, most_tokens
+    while low < high:
+        middle = (low + high + 1) // 2
+        if gpu_workspace_bytes(arch, middle, num_ranks) <= room_bytes:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _resident_batch(sizes: ModelSizes, rank: _Rank, prompt_tokens: int, num_ranks: int) -> int:
+    room = rank.free_bytes - _all_resident_bytes(sizes, rank)
+    return _batch_within(sizes.architecture, room, prompt_tokens, num_ranks)
+
+
+def _streamed_batch(sizes: ModelSizes, rank: _Rank, prompt_tokens: int, num_ranks: int) -> int:
+    arch = sizes.architecture
+    least = min(prompt_tokens, assumed.MIN_PREFILL_BATCH)
+    preferred = min(rank.num_experts, assumed.PREFERRED_GROUP_EXPERTS)
+    room = rank.free_bytes - _buffer_bytes(sizes, preferred)
+    batch = _batch_within(arch, room, prompt_tokens, num_ranks)
+    if batch >= least:
+        return batch
+    needed = _buffer_bytes(sizes, 1) + gpu_workspace_bytes(arch, least, num_ranks)
+    if needed > rank.free_bytes:
+        raise ResourceError(
+            "no room for two expert buffers and a batch of activations",
+            where=f"GPU {rank.rank}",
+            got=f"needs {format_bytes(needed)} beside dense weights and KV cache",
+            limit=f"{format_bytes(rank.free_bytes)} of {format_bytes(rank.spec.vram_bytes)} are left",
+            hint="a shorter --context, a larger GPU, or none (--gpus none)",
+        )
+    return least
+
+
+def _place(sizes: ModelSizes, rank: _Rank, batch: int, prompt_tokens: int, num_ranks: int) -> GpuPlacement:
+    arch = sizes.architecture
+    workspace = gpu_workspace_bytes(arch, batch, num_ranks)
+    room = rank.free_bytes - workspace
+    total = rank.num_experts * arch.num_layers
+    if total * sizes.gpu_expert_bytes <= room:
+        groups, group_experts, resident = 0, 0, total
+    else:
+        # A batch cut short by VRAM takes what a larger group would, so that groups do not jump with the
+        # batch.
+        most = rank.num_experts if batch == prompt_tokens else assumed.PREFERRED_GROUP_EXPERTS
+        groups = math.ceil(rank.num_experts / min(room // _buffer_bytes(sizes, 1), most, rank.num_experts))
+        group_experts = math.ceil(rank.num_experts / groups)
+        resident = (room - _buffer_bytes(sizes, group_experts)) // sizes.gpu_expert_bytes
+    buffers = _buffer_bytes(sizes, group_experts)
+    return GpuPlacement(
+        rank=rank.rank,
+        vram_bytes=rank.spec.vram_bytes,
+        first_expert=rank.first_expert,
+        num_experts=rank.num_experts,
+        num_groups=groups,
+        group_experts=group_experts,
+        resident_experts=resident,
+        reserve_bytes=assumed.GPU_RESERVE_BYTES,
+        dense_bytes=rank.dense_bytes,
+        kv_bytes=rank.kv_bytes,
+        workspace_bytes=workspace,
+        buffer_bytes=buffers,
+        resident_bytes=resident * sizes.gpu_expert_bytes,
+        spare_bytes=room - buffers - resident * sizes.gpu_expert_bytes,
+    )

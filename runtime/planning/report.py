@@ -1,0 +1,222 @@
+"""A plan as text and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from itertools import groupby
+from typing import Any
+
+from krasis.runtime.format_units import (
+    format_binary,
+    format_bytes,
+    format_count,
+    format_rate,
+    format_seconds,
+    text_fields,
+    text_table,
+)
+from krasis.runtime.planning.assumptions import DESCRIPTIONS
+from krasis.runtime.planning.hardware import Figure, GpuSpec
+from krasis.runtime.planning.sizes import count_parameters
+from krasis.runtime.planning.types import Decode, GpuPlacement, HostPlacement, Plan, Prefill
+
+_PATHS = {
+    "gpu-streamed": "on the GPU, experts streamed from RAM",
+    "gpu-resident": "on the GPU, experts in VRAM",
+    "cpu-experts": "attention on the GPU, experts on the CPU (sooner than streaming them)",
+    "cpu": "on the CPU",
+}
+_STORES = {
+    "pinned-arena": "pinned arena",
+    "mapped-with-ring": "mapped file and pinned ring",
+    "none": "none in RAM",
+}
+
+
+def plan_to_json(plan: Plan, notes: Sequence[str] = ()) -> dict[str, Any]:
+    """Plain JSON types; figures are ``{value, source, note}``, sizes bytes, times seconds."""
+    return {
+        "notes": list(notes),
+        "assumptions": {
+            name: {"value": value, "source": "assumed", "note": text}
+            for name, (value, text) in DESCRIPTIONS.items()
+        },
+        **asdict(plan),
+    }
+
+
+def plan_to_text(plan: Plan, notes: Sequence[str] = ()) -> str:
+    """The human form, at most about 110 columns."""
+    arch, work = plan.sizes.architecture, plan.workload
+    title = (
+        f"Plan: {arch.model_type}, {format_count(count_parameters(arch).total)} parameters "
+        f"(sizes from the {plan.sizes.source}), prompt of {work.prompt_tokens:,} tokens, "
+        f"context {work.context:,}, KV {work.kv_dtype}"
+    )
+    parts = [title, "Hardware\n" + text_fields(_hardware_fields(plan))]
+    if plan.gpus:
+        parts.append("VRAM (decimal units)\n" + _indent(_gpu_table(plan.gpus)) + "\n" + _group_lines(plan))
+    parts.append("RAM\n" + text_fields(_host_fields(plan.host)))
+    parts.append("Expected\n" + text_fields(_time_fields(plan)))
+    parts.append("Assumed throughout\n" + text_fields(_assumption_fields()))
+    if notes:
+        parts.append("Notes\n" + "\n".join(f"  {note}" for note in notes))
+    return "\n\n".join(parts)
+
+
+def _indent(text: str) -> str:
+    return "\n".join("  " + line for line in text.splitlines())
+
+
+def _figure(figure: Figure, unit: str) -> str:
+    note = f": {figure.note}" if figure.note else ""
+    return f"{figure.value:.4g} {unit} ({figure.source}{note})"
+
+
+def _hardware_fields(plan: Plan) -> list[tuple[str, str]]:
+    hardware = plan.hardware
+    fields: list[tuple[str, str]] = []
+    for spec, same in groupby(hardware.gpus):
+        fields.extend(_gpu_fields(spec, len(list(same))))
+    ram = hardware.ram_bytes
+    size = f"{format_binary(int(ram.value))} ({ram.source}{': ' + ram.note if ram.note else ''})"
+    return [
+        *(fields or [("GPUs", "none")]),
+        ("RAM", size),
+        ("RAM reads", _figure(hardware.ram_gbps, "GB/s")),
+        ("CPU cores", _figure(hardware.num_cores, "cores")),
+        ("CPU int8", _figure(hardware.cpu_gmacs, "G multiply-adds/s")),
+        ("disk", _figure(hardware.disk_gbps, "GB/s")),
+    ]
+
+
+def _gpu_fields(spec: GpuSpec, count: int) -> list[tuple[str, str]]:
+    size = format_bytes(spec.vram_bytes)
+    return [
+        ("GPUs", f"{count} x {format_binary(spec.vram_bytes)} of VRAM ({size} each)"),
+        ("  link", _figure(spec.link_gbps, "GB/s each")),
+        ("  memory", _figure(spec.memory_gbps, "GB/s")),
+        ("  bf16", _figure(spec.bf16_tflops, "TFLOP/s")),
+    ]
+
+
+def _alike(gpus: Sequence[GpuPlacement]) -> Iterator[tuple[str, GpuPlacement]]:
+    """Neighbours that differ only in which experts they own, as (``0-1``, the first of them)."""
+    for _, group in groupby(gpus, key=lambda gpu: replace(gpu, rank=0, first_expert=0)):
+        same = list(group)
+        yield (f"{same[0].rank}-{same[-1].rank}" if len(same) > 1 else str(same[0].rank)), same[0]
+
+
+def _gpu_table(gpus: Sequence[GpuPlacement]) -> str:
+    header = [
+        "GPU",
+        "experts",
+        "dense",
+        "KV",
+        "workspace",
+        "buffers",
+        "resident",
+        "reserve",
+        "spare",
+        "total",
+    ]
+    rows = []
+    for names, key in _alike(gpus):
+        parts = (
+            key.dense_bytes,
+            key.kv_bytes,
+            key.workspace_bytes,
+            key.buffer_bytes,
+            key.resident_bytes,
+            key.reserve_bytes,
+            key.spare_bytes,
+            key.vram_bytes,
+        )
+        rows.append([names, f"{key.num_experts}/layer", *[format_bytes(part) for part in parts]])
+    return text_table(header, rows, "ll" + "r" * 8)
+
+
+def _group_lines(plan: Plan) -> str:
+    fields = []
+    batch = f"{plan.batch_tokens:,} tokens"
+    passes = plan.prefill.num_passes
+    fields.append(("prefill batch", f"{batch}: {passes} pass{'es' if passes > 1 else ''} over the experts"))
+    for names, gpu in _alike(plan.gpus):
+        if gpu.num_groups == 0:
+            text = f"all {gpu.resident_experts:,} experts live in VRAM, nothing is streamed"
+        else:
+            share = gpu.resident_experts / (gpu.num_experts * plan.sizes.architecture.num_layers)
+            text = (
+                f"{gpu.num_groups} group{'s' if gpu.num_groups > 1 else ''} a layer of {gpu.group_experts} "
+                f"experts, double-buffered; {gpu.resident_experts:,} hot experts resident ({share:.1%})"
+            )
+        fields.append((f"GPU {names}", text))
+    return text_fields(fields)
+
+
+def _host_fields(host: HostPlacement) -> list[tuple[str, str]]:
+    parts = [
+        ("CPU experts", host.cpu_experts_bytes, "mapped from the bundle (page cache)"),
+        ("GPU experts", host.pinned_bytes, f"{_STORES[host.expert_store]}: {host.reason}"),
+        ("page cache", host.page_cache_bytes, "GPU experts behind the ring"),
+        ("from disk", host.from_disk_bytes, "GPU experts that RAM cannot hold, read in every pass"),
+        ("dense", host.dense_bytes, "mapped"),
+        ("KV cache", host.kv_bytes, ""),
+        ("workspace", host.workspace_bytes, ""),
+        ("reserve", host.reserve_bytes, "left to the system"),
+    ]
+    fields = [
+        (name, f"{format_bytes(num_bytes):>9}  {text}")
+        for name, num_bytes, text in parts
+        if num_bytes or name == "GPU experts"
+    ]
+    return [*fields, ("spare", f"{format_bytes(host.spare_bytes):>9}  of {format_bytes(host.ram_bytes)}")]
+
+
+def _assumption_fields() -> list[tuple[str, str]]:
+    forms = {"bytes": format_bytes, "s": format_seconds}
+    return [
+        (forms.get(name.rsplit("_", 1)[-1], "{:g}".format)(value), text)
+        for name, (value, text) in DESCRIPTIONS.items()
+    ]
+
+
+def _time_fields(plan: Plan) -> list[tuple[str, str]]:
+    prefill, decode, start = plan.prefill, plan.decode, plan.start_up
+    warm = format_seconds(start.warm_s) if start.warm_s else "no time"
+    return [
+        (
+            "prefill",
+            f"{format_seconds(prefill.total_s)}, {format_rate(prefill.tokens_per_s)}, {_PATHS[prefill.path]}",
+        ),
+        ("", _prefill_parts(prefill)),
+        ("decode", f"{format_rate(decode.tokens_per_s)}, {format_seconds(decode.total_s)} a token"),
+        ("", _decode_parts(decode)),
+        (
+            "start-up",
+            f"{warm} from the page cache, {format_seconds(start.cold_s)} from a cold disk",
+        ),
+    ]
+
+
+def _prefill_parts(prefill: Prefill) -> str:
+    parts = [
+        ("expert DMA", prefill.dma_s),
+        ("expert matmuls", prefill.expert_s),
+        ("dense", prefill.dense_s),
+        ("attention", prefill.attention_s),
+        ("exchange", prefill.exchange_s),
+    ]
+    return "; ".join(f"{name} {format_seconds(seconds)}" for name, seconds in parts if seconds)
+
+
+def _decode_parts(decode: Decode) -> str:
+    parts = [
+        ("dense", decode.dense_s),
+        ("KV", decode.kv_s),
+        (f"CPU experts ({format_bytes(decode.cpu_experts_bytes)})", decode.cpu_experts_s),
+        ("GPU experts", decode.gpu_experts_s),
+        ("hand-over", decode.handover_s),
+    ]
+    return "; ".join(f"{name} {format_seconds(seconds)}" for name, seconds in parts if seconds)

@@ -1,0 +1,160 @@
+"""The hardware a plan uses when no flag describes it: cores, RAM limit, and a quick read of memory at full
+speed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import time
+from dataclasses import dataclass
+
+from krasis.formats import native
+from krasis.formats.errors import KrasisError
+from krasis.runtime import environment
+from krasis.runtime.planning.hardware import Figure, GpuSpec, HardwareSpec, describe_gpu, describe_host, given
+
+_MIB = 2**20
+_CHUNK_BYTES = 32 * _MIB
+_LEAST_BUFFER_BYTES = 256 * _MIB
+_MOST_BUFFER_BYTES = 1024 * _MIB
+_TOUCH_BUDGET_S = 0.25
+_READ_BUDGET_S = 0.2
+_MAX_REPEATS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class HardwareFlags:
+    """What the command line said; None means not said. Sizes in bytes, rates in 10^9/s (TFLOP/s: 10^12)."""
+
+    gpu_vram_bytes: tuple[int, ...] | None = None
+    pcie_gbps: float | None = None
+    gpu_gbps: float | None = None
+    gpu_tflops: float | None = None
+    ram_bytes: int | None = None
+    ram_gbps: float | None = None
+    num_cpus: int | None = None
+    cpu_gmacs: float | None = None
+    disk_gbps: float | None = None
+
+
+def hardware_from_flags(flags: HardwareFlags) -> tuple[HardwareSpec, tuple[str, ...]]:
+    """The machine described by the flags, completed by this one; and notes on what was chosen and why.
+
+    Once --ram or --cpus describes another host, nothing of this one is measured for it.
+    """
+    notes: list[str] = []
+    gpus = _gpus(flags, notes)
+    this_host = flags.ram_bytes is None and flags.num_cpus is None
+    cpu = environment.probe_cpu()
+    memory = environment.probe_memory()
+    cores = _or_measured(flags.num_cpus, note="CPUs of this process's affinity mask", value=cpu.num_cpus)
+    ram = _or_measured(flags.ram_bytes, note=memory.limit_reason, value=memory.limit_bytes)
+    ram_gbps = given(flags.ram_gbps) if flags.ram_gbps is not None else None
+    if ram_gbps is None and this_host:
+        ram_gbps = measure_read_bandwidth(cpu.l3_bytes, memory.available_bytes, notes)
+    hardware = describe_host(
+        gpus,
+        ram_bytes=ram,
+        num_cores=cores,
+        ram_gbps=ram_gbps,
+        cpu_gmacs=given(flags.cpu_gmacs) if flags.cpu_gmacs is not None else None,
+        disk_gbps=given(flags.disk_gbps) if flags.disk_gbps is not None else None,
+        isa=(cpu.isa if this_host else "") or "avx2",
+    )
+    return hardware, tuple(notes)
+
+
+def _or_measured(flag: int | None, *, note: str, value: int) -> Figure:
+    return given(flag) if flag is not None else Figure(value, "measured", note)
+
+
+def _gpus(flags: HardwareFlags, notes: list[str]) -> tuple[GpuSpec, ...]:
+    sizes = flags.gpu_vram_bytes
+    cuda_problem = environment.probe_libraries().cuda_problem
+    if sizes is None:
+        sizes = _this_machines_gpus(cuda_problem, notes)
+    elif sizes and cuda_problem:
+        notes.append(f"this installation cannot use a GPU yet: {cuda_problem}")
+    return tuple(
+        describe_gpu(
+            vram,
+            link_gbps=flags.pcie_gbps,
+            memory_gbps=flags.gpu_gbps,
+            bf16_tflops=flags.gpu_tflops,
+        )
+        for vram in sizes
+    )
+
+
+def _this_machines_gpus(cuda_problem: str, notes: list[str]) -> tuple[int, ...]:
+    if not environment.nvidia_driver_loaded():
+        notes.append("no GPU: no NVIDIA driver is loaded on this machine")
+        return ()
+    if cuda_problem:
+        notes.append(f"no GPU is used: {cuda_problem}")
+        return ()
+    torch = environment.probe_torch()
+    if torch.problem:
+        notes.append(f"no GPU is used: {torch.problem}")
+    return tuple(device.vram_bytes for device in torch.devices)
+
+
+def measure_read_bandwidth(l3_bytes: int, available_bytes: int, notes: list[str]) -> Figure | None:
+    """Reads a buffer larger than the L3 cache with every thread, in about half a second.
+
+    None (with the reason in ``notes``) if the native library cannot.
+    """
+    most_bytes = min(max(_LEAST_BUFFER_BYTES, 4 * l3_bytes), _MOST_BUFFER_BYTES)
+    most_bytes = max(min(most_bytes, available_bytes // 8), _CHUNK_BYTES)
+    try:
+        rate, num_bytes = _best_rate(most_bytes - most_bytes % _CHUNK_BYTES)
+    except KrasisError as error:
+        notes.append(f"RAM bandwidth is not measured: {error}")
+        return None
+    except AttributeError:
+        notes.append("RAM bandwidth is not measured: the native library lacks krasis_read_bandwidth")
+        return None
+    if num_bytes < 2 * l3_bytes:
+        notes.append(f"RAM bandwidth may include the L3 cache: only {num_bytes // _MIB} MiB were read")
+    return Figure(rate / 1e9, "measured", f"best of reads of {num_bytes // _MIB} MiB by all threads")
+
+
+def _best_rate(most_bytes: int) -> tuple[float, int]:
+    """(bytes/s of the fastest pass, bytes read in one). Raises NativeError or ResourceError."""
+    read = native.library().krasis_read_bandwidth
+    read.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.POINTER(ctypes.c_double)]
+    read.restype = ctypes.c_int32
+    seconds = ctypes.c_double()
+    best = 0.0
+    with (
+        native.Pool() as pool,
+        mmap.mmap(-1, most_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as buffer,
+    ):
+        # A kernel without huge pages refuses: 4 KiB pages are then what decode gets too.
+        with contextlib.suppress(OSError):
+            buffer.madvise(mmap.MADV_HUGEPAGE)
+        view = (ctypes.c_char * most_bytes).from_buffer(buffer)
+        try:
+            num_bytes = _touch(ctypes.addressof(view), most_bytes)
+            start = time.monotonic()
+            for _ in range(_MAX_REPEATS):
+                status = read(pool.handle, ctypes.addressof(view), num_bytes, ctypes.byref(seconds))
+                native.check(status, "krasis_read_bandwidth")
+                best = max(best, num_bytes / max(seconds.value, 1e-9))
+                if time.monotonic() - start > _READ_BUDGET_S:
+                    break
+        finally:
+            del view  # mmap refuses to close under it
+    return best, num_bytes
+
+
+def _touch(address: int, most_bytes: int) -> int:
+    """Writes to the buffer until the time is up; bytes written. (Unwritten pages are all one zero page.)"""
+    start = time.monotonic()
+    num_bytes = 0
+    while num_bytes < most_bytes and (num_bytes == 0 or time.monotonic() - start < _TOUCH_BUDGET_S):
+        ctypes.memset(address + num_bytes, 1, _CHUNK_BYTES)
+        num_bytes += _CHUNK_BYTES
+    return num_bytes

@@ -1,0 +1,48 @@
+"""What krasis-run says about its own work: the last line, and the JSON object of --json."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from krasis.runtime.engine import Engine
+from krasis.runtime.generation import Generation
+from krasis.runtime.settings import SamplingSettings
+
+
+def summary_line(stats: Generation, load_s: float) -> str:
+    """``load 0.02 s; prompt 12 tokens, 410 tok/s; answer 80 tokens, 95 tok/s; first token 0.03 s``."""
+    cached = f" ({stats.num_cached_tokens} cached)" if stats.num_cached_tokens else ""
+    return (
+        f"load {load_s:.2f} s; "
+        f"prompt {stats.num_prompt_tokens} tokens{cached}, {stats.prefill_tokens_per_s:.1f} tok/s; "
+        f"answer {len(stats.tokens)} tokens, {stats.decode_tokens_per_s:.1f} tok/s; "
+        f"first token {stats.time_to_first_token_s:.2f} s"
+    )
+
+
+def json_report(
+    engine: Engine, stats: Generation, sampling: SamplingSettings, max_tokens: int | None
+) -> dict[str, Any]:
+    """Text, counts, seconds, rates and settings of one answer."""
+    return {
+        "text": stats.text,
+        "tokens": stats.tokens,
+        "stop_reason": stats.stop_reason,
+        "num_prompt_tokens": stats.num_prompt_tokens,
+        "num_cached_tokens": stats.num_cached_tokens,
+        "num_tokens": len(stats.tokens),
+        "load_s": engine.load_s,
+        "prefill_s": stats.prefill_s,
+        "time_to_first_token_s": stats.time_to_first_token_s,
+        "decode_s": stats.decode_s,
+        "prefill_tokens_per_s": stats.prefill_tokens_per_s,
+        "decode_tokens_per_s": stats.decode_tokens_per_s,
+        "settings": {
+            "bundle": str(engine.bundle.path),
+            **asdict(engine.settings),
+            "context": engine.context,
+            **asdict(sampling),
+            "max_tokens": max_tokens,
+        },
+    }

@@ -1,0 +1,87 @@
+"""Picks the next token from logits.
+
+The order is transformers': repetition penalty, temperature, top-k, top-p, min-p, then one draw. Ties go to
+the lower id.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+from krasis.formats.errors import NativeError
+from krasis.runtime.settings import SamplingSettings
+
+Logits = npt.NDArray[np.float32]
+Ids = npt.NDArray[np.int64]
+Probabilities = npt.NDArray[np.float64]
+
+
+class Sampler:
+    """One generation's sampler. The same settings, seed and logits give the same tokens (PCG64)."""
+
+    __slots__ = ("_random", "settings")
+
+    def __init__(self, settings: SamplingSettings) -> None:
+        self.settings = settings
+        self._random = np.random.Generator(np.random.PCG64(settings.seed))
+
+    def pick(self, logits: Logits, context: Sequence[int] = ()) -> int:
+        """The next token's id. logits: f32 [vocab], not changed. context: ids the repetition penalty
+        applies to.
+
+        Raises NativeError if the logits hold NaN or infinity.
+        """
+        if not np.isfinite(logits).all():
+            raise NativeError(
+                "the model produced NaN or infinite logits", hint="krasis-info --verify the bundle"
+            )
+        logits = penalize_repetition(logits, context, self.settings.repetition_penalty)
+        if self.settings.temperature == 0.0:
+            return int(np.argmax(logits))
+        ids, probabilities = distribution(logits, self.settings)
+        # The inverse of the cumulative distribution; the last entry absorbs what rounding leaves.
+        index = int(np.searchsorted(np.cumsum(probabilities), self._random.random(), side="right"))
+        return int(ids[min(index, len(ids) - 1)])
+
+
+def penalize_repetition(logits: Logits, context: Sequence[int], penalty: float) -> Logits:
+    """Divides positive and multiplies negative logits of the ids in context by penalty. Returns a copy if
+    it changes any."""
+    if penalty == 1.0 or not len(context):
+        return logits
+    ids = np.unique(np.asarray(context, dtype=np.int64))
+    penalized = logits.copy()
+    seen = penalized[ids]
+    penalized[ids] = np.where(seen > 0, seen / np.float32(penalty), seen * np.float32(penalty))
+    return penalized
+
+
+def distribution(logits: Logits, settings: SamplingSettings) -> tuple[Ids, Probabilities]:
+    """(ids, probabilities), most likely first: what a token is drawn from at a temperature above 0."""
+    ids = _largest(logits, settings.top_k)
+    scaled = logits[ids].astype(np.float64) / settings.temperature
+    weights = np.exp(scaled - scaled[0])
+    weights /= weights.sum()
+    if settings.top_p < 1.0:
+        # A token stays while those before it hold less than top_p; the first always stays.
+        before = np.cumsum(weights) - weights
+        keep = max(int(np.count_nonzero(before < settings.top_p)), 1)
+        ids, weights = ids[:keep], weights[:keep]
+    if settings.min_p > 0.0:
+        keep = int(np.count_nonzero(weights >= settings.min_p * weights[0]))
+        ids, weights = ids[:keep], weights[:keep]
+    return ids, weights / weights.sum()
+
+
+def _largest(logits: Logits, count: int) -> Ids:
+    """Ids of the count largest logits (all if 0), largest first, ties by id."""
+    if 0 < count < len(logits):
+        threshold = np.partition(logits, len(logits) - count)[len(logits) - count]
+        candidates = np.flatnonzero(logits >= threshold)
+    else:
+        candidates = np.arange(len(logits))
+        count = len(logits)
+    order = np.argsort(-logits[candidates], kind="stable")
+    return candidates[order[:count]]

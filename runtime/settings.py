@@ -1,0 +1,123 @@
+"""What a caller can choose: how the engine runs, and how tokens are picked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from krasis.formats.errors import FormatError, UsageError
+
+DEFAULT_CONTEXT = 8192
+ISAS = ("auto", "avx2", "avx512_vnni")
+ACTIVATIONS = ("int8", "float32")
+EXPERT_TIERS = ("cpu", "gpu")
+KV_DTYPES = ("f16", "f32")
+MAX_THREADS = 4096
+MAX_PREFILL_CHUNK = 65536
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise UsageError(f"unknown value of {name}", got=value, limit=", ".join(allowed))
+
+
+def _between(name: str, value: float, low: float, high: float) -> None:
+    if not math.isfinite(value) or not low <= value <= high:
+        raise UsageError(f"{name} is out of range", got=value, limit=f"{low} to {high}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSettings:
+    """How to run a bundle. Raises UsageError for a value out of range.
+
+    context: tokens the KV cache holds; None = the model's maximum, at most 8192.
+    threads: of the CPU kernels; 0 = every CPU of the affinity mask. isa: ``auto``, ``avx2``, ``avx512_vnni``.
+    activations: ``int8`` (the fast kernels) or ``float32`` (a slow reference on dequantised weights).
+    experts: tier the experts are taken from; ``gpu`` (the Marlin copy) needs activations ``float32`` on a
+    CPU.
+    kv_dtype: ``f16`` or ``f32``. prefill_chunk: most tokens computed in one pass (memory, not results,
+    depends on it).
+    prefault: read the weights into memory in the background.
+    """
+
+    context: int | None = None
+    threads: int = 0
+    isa: str = "auto"
+    activations: str = "int8"
+    experts: str = "cpu"
+    kv_dtype: str = "f16"
+    prefill_chunk: int = 512
+    prefault: bool = True
+
+    def __post_init__(self) -> None:
+        if self.context is not None:
+            _between("context", self.context, 1, 2**31 - 1)
+        _between("threads", self.threads, 0, MAX_THREADS)
+        _between("prefill_chunk", self.prefill_chunk, 1, MAX_PREFILL_CHUNK)
+        _one_of("isa", self.isa, ISAS)
+        _one_of("activations", self.activations, ACTIVATIONS)
+        _one_of("experts", self.experts, EXPERT_TIERS)
+        _one_of("kv_dtype", self.kv_dtype, KV_DTYPES)
+        if self.experts == "gpu" and self.activations == "int8":
+            raise UsageError(
+                "GPU experts cannot be run by the int8 kernels of the CPU",
+                hint='use activations="float32" (slow, for measurements), or experts="cpu"',
+            )
+
+    def context_for(self, max_positions: int) -> int:
+        """The tokens the KV cache shall hold. Raises UsageError beyond the model's maximum."""
+        if self.context is None:
+            return min(max_positions, DEFAULT_CONTEXT)
+        if self.context > max_positions:
+            raise UsageError(
+                "the context is longer than the model allows", got=self.context, limit=max_positions
+            )
+        return self.context
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingSettings:
+    """How the next token is picked; see ``sampler.Sampler`` for the order. Raises UsageError when out of
+    range.
+
+    temperature: 0 = the most likely token. top_k: 0 = off. top_p: 1 = off. min_p: 0 = off.
+    repetition_penalty: 1 = off. seed: None = fresh entropy for every generation.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        _between("temperature", self.temperature, 0.0, 100.0)
+        _between("top_k", self.top_k, 0, 2**31 - 1)
+        _between("top_p", self.top_p, 0.0, 1.0)
+        _between("min_p", self.min_p, 0.0, 1.0)
+        _between("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
+        if self.seed is not None:
+            _between("seed", self.seed, 0, 2**64 - 1)
+
+    @classmethod
+    def from_generation_config(cls, config: Mapping[str, Any], where: str) -> SamplingSettings:
+        """Hugging Face's ``generation_config.json``. Raises FormatError for a value no sampler can use."""
+        known: dict[str, Any] = {}
+        for field in fields(cls):
+            value = config.get(field.name)
+            if field.name == "seed" or value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise FormatError(f"{field.name} must be a number", where=where, got=value)
+            known[field.name] = int(value) if field.name == "top_k" else float(value)
+        if config.get("do_sample") is not True:
+            known["temperature"] = 0.0
+        elif "temperature" not in known:
+            known["temperature"] = 1.0
+        try:
+            return cls(**known)
+        except UsageError as error:
+            raise FormatError(error.what, where=where, got=error.got, limit=error.limit) from error

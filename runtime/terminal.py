@@ -1,0 +1,219 @@
+"""krasis-run's interactive chat: line editing, /commands, streaming, Ctrl-C that stops the answer and not
+the program."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from krasis.formats.errors import KrasisError, UsageError
+from krasis.runtime.conversation import Conversation
+from krasis.runtime.generation import Generation
+from krasis.runtime.output import PrefillBar, note, stream_answer
+from krasis.runtime.report import summary_line
+from krasis.runtime.settings import SamplingSettings
+
+PROMPT, MORE = ">>> ", "... "
+QUOTES = '"""'
+
+
+class QuitError(Exception):
+    """The user wants to leave. Never reaches the user."""
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A /command. argument: its name in /help, empty if it takes none."""
+
+    argument: str
+    help: str
+    run: Callable[[Terminal, str], None]
+
+
+class Terminal:
+    """Reads questions until the user leaves. stop: strings that end an answer."""
+
+    def __init__(self, conversation: Conversation, stop: tuple[str, ...] = ()) -> None:
+        self.conversation = conversation
+        self._stop = stop
+        self._last: Generation | None = None
+
+    def run(self) -> None:
+        """The session."""
+        _enable_line_editing()
+        note("/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves.")
+        interrupted = False
+        while True:
+            try:
+                text = read_question()
+            except EOFError:
+                note("")
+                return
+            except KeyboardInterrupt:
+                if interrupted:
+                    note("")
+                    return
+                interrupted = True
+                note("\n(Ctrl-C again, Ctrl-D or /quit leaves)")
+                continue
+            interrupted = False
+            try:
+                self._handle(text)
+            except QuitError:
+                return
+            except KrasisError as error:
+                note(f"{error}")
+
+    def _handle(self, text: str) -> None:
+        if not text.strip():
+            return
+        if not text.startswith("/"):
+            self._answer(text)
+            return
+        name, _, argument = text[1:].partition(" ")
+        command = COMMANDS.get(name)
+        if command is None:
+            raise UsageError("unknown command", got=f"/{name}", hint="/help lists them")
+        argument = argument.strip()
+        if bool(argument) != bool(command.argument) and not command.argument.startswith("["):
+            raise UsageError("wrong use", where=f"/{name}", hint=f"/{name} {command.argument}".rstrip())
+        command.run(self, argument)
+
+    def _answer(self, question: str | None) -> None:
+        """Answers a question, or the last one again if None; a Ctrl-C keeps what was written so far."""
+        with PrefillBar() as bar:
+            conversation = self.conversation
+            if question is None:
+                answer = conversation.ask_again(bar.update, self._stop)
+            else:
+                answer = conversation.ask(question, bar.update, self._stop)
+            stats = stream_answer(answer, bar)
+        self.conversation.add_answer(stats.text)
+        self._last = stats
+        if stats.stop_reason == "context":
+            note("the context is full: /reset or /undo makes room, --ctx makes it larger")
+
+    def regenerate(self, _: str) -> None:
+        """/regen."""
+        self._answer(None)
+
+    def undo(self, _: str) -> None:
+        """/undo."""
+        self.conversation.undo()
+        note("forgot the last question and its answer")
+
+    def reset(self, _: str) -> None:
+        """/reset."""
+        self.conversation.reset()
+        note("forgot the conversation")
+
+    def set_system(self, text: str) -> None:
+        """/system."""
+        self.conversation.system = text or None
+        note("system message set" if text else "system message removed")
+
+    def save(self, name: str) -> None:
+        """/save."""
+        self.conversation.save(Path(name).expanduser())
+        note(f"saved {name}")
+
+    def load(self, name: str) -> None:
+        """/load."""
+        self.conversation.load(Path(name).expanduser())
+        note(f"loaded {len(self.conversation.turns)} messages")
+
+    def show_stats(self, _: str) -> None:
+        """/stats."""
+        engine = self.conversation.engine
+        if self._last is not None:
+            note(summary_line(self._last, engine.load_s))
+        note(f"context {len(engine.tokens)} of {engine.context} tokens; {engine.description}")
+
+    def set_value(self, text: str) -> None:
+        """/set NAME VALUE; alone it shows the settings."""
+        name, _, value = text.partition(" ")
+        if text:
+            set_option(self.conversation, name.replace("-", "_"), value.strip())
+        sampling = self.conversation.sampling
+        shown = [f"{field.name} {getattr(sampling, field.name)}" for field in fields(sampling)]
+        note(", ".join([*shown, f"max_tokens {self.conversation.max_tokens}"]))
+
+    def show_help(self, _: str) -> None:
+        """/help."""
+        for name, command in COMMANDS.items():
+            note(f"  /{name + ' ' + command.argument:<22}{command.help}")
+        note(f"  A line ending in \\ goes on in the next; {QUOTES} begins and ends a text of several lines.")
+
+    def quit(self, _: str) -> None:
+        """/quit."""
+        raise QuitError
+
+
+COMMANDS = {
+    "help": Command("", "this list", Terminal.show_help),
+    "reset": Command("", "forget the conversation", Terminal.reset),
+    "system": Command("[TEXT]", "set the system message; without TEXT remove it", Terminal.set_system),
+    "regen": Command("", "answer the last question again", Terminal.regenerate),
+    "undo": Command("", "forget the last question and its answer", Terminal.undo),
+    "save": Command("FILE", "write the conversation to a new file", Terminal.save),
+    "load": Command("FILE", "read a conversation", Terminal.load),
+    "stats": Command("", "speed of the last answer, context used", Terminal.show_stats),
+    "set": Command("[NAME VALUE]", "change a setting, such as temperature 0.7", Terminal.set_value),
+    "quit": Command("", "leave", Terminal.quit),
+}
+
+
+def set_option(conversation: Conversation, name: str, text: str) -> None:
+    """Changes a sampling setting or max_tokens. Raises UsageError for an unknown name or a bad value;
+    ``none`` unsets."""
+    known = [field.name for field in fields(SamplingSettings)]
+    if name not in (*known, "max_tokens"):
+        raise UsageError("unknown setting", got=name, limit=", ".join([*known, "max_tokens"]))
+    whole = name in ("top_k", "seed", "max_tokens")
+    try:
+        value: Any = None if text == "none" else int(text) if whole else float(text)
+    except ValueError as error:
+        raise UsageError(f"{name} must be a number", got=text) from error
+    if value is None and name not in ("seed", "max_tokens"):
+        raise UsageError(f"{name} must be a number", got=text)
+    if name != "max_tokens":
+        conversation.sampling = replace(conversation.sampling, **{name: value})
+    elif value is not None and value < 1:
+        raise UsageError("max_tokens must be positive", got=text)
+    else:
+        conversation.max_tokens = value
+
+
+def read_question() -> str:
+    """One question: a line, lines joined by trailing backslashes, or lines between triple quotes.
+
+    Raises EOFError and KeyboardInterrupt as ``input`` does.
+    """
+    line = input(PROMPT)
+    if line.lstrip().startswith(QUOTES):
+        return _quoted(line.lstrip().removeprefix(QUOTES))
+    lines = []
+    while line.endswith("\\"):
+        lines.append(line[:-1])
+        line = input(MORE)
+    return "\n".join([*lines, line])
+
+
+def _quoted(line: str) -> str:
+    lines = []
+    while QUOTES not in line:
+        lines.append(line)
+        line = input(MORE)
+    return "\n".join([*lines, line.partition(QUOTES)[0]]).strip("\n")
+
+
+def _enable_line_editing() -> None:
+    if sys.stdin.isatty():
+        try:
+            import readline
+        except ImportError:  # a Python built without it: input() still works, plainly
+            return
+        readline.set_auto_history(True)

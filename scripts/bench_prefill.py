@@ -1,0 +1,80 @@
+#!/usr/bin/env python3
+"""Measures prefill of the routed experts: batches of tokens through a stack of MoE layers of a real shape.
+
+    python scripts/bench_prefill.py --shape qwen3-30b-a3b --tokens 512 --threads 1,2
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import bench_common as common
+import click
+from krasis.formats.native import Pool
+
+NUM_ROUTINGS = 3
+
+
+def measure(pool: Pool, stack: common.ExpertStack, tokens: int, repeats: int) -> dict[str, Any]:
+    """Samples of one pool and stack: tokens/s through its layers, 10^9 multiply-adds a second, read bandwidth."""
+    shape = stack.shape
+    batch = common.MoeBatch(shape, tokens, NUM_ROUTINGS)
+    meter = common.BandwidthMeter(pool, stack)
+    batch.run(pool, [batch.arguments(stack, stack.num_layers - 1)])
+    rates, gmacs, bandwidth = [], [], [meter.gbps()]
+    for _ in range(repeats):
+        calls = [batch.arguments(stack, i) for i in range(shape.num_layers)]
+        seconds = batch.run(pool, calls)
+        rates.append(tokens / seconds)
+        gmacs.append(len(calls) * tokens * shape.top_k * shape.expert_weights / seconds / 1e9)
+        bandwidth.append(meter.gbps())
+    return {"tokens_per_s": rates, "gmacs": gmacs, "read_gbps": bandwidth}
+
+
+@click.command(help=__doc__)
+@common.common_options
+@click.option("--tokens", default="512", show_default=True, callback=common.thread_counts, help="Batch sizes.")
+def main(
+    shapes: list[str],
+    layers: int,
+    formats: str,
+    isa: str,
+    threads: list[int],
+    repeats: int,
+    json_path: Path | None,
+    bundle_path: Path | None,
+    tokens: list[int],
+) -> None:
+    """Prints a row a case: medians with lower and upper quartiles."""
+    rows = []
+    click.echo(
+        f"{'shape':<16} {'tiles':<5} {'isa':<12} thr tokens  {'tok/s through the stack':<28} "
+        f"{'GMAC/s':<8} {'per thread':<11} read GB/s"
+    )
+    for case in common.cases(shapes, layers, formats, bundle_path):
+        stack = case.stack()
+        for name in common.instruction_sets(isa):
+            for count in threads:
+                with Pool(count, name) as pool:
+                    for num_tokens in tokens:
+                        samples = measure(pool, stack, num_tokens, repeats)
+                        rows.append(
+                            {"shape": case.shape.name, "tiles": case.tiles, "isa": name, "threads": count}
+                            | {"layers": case.shape.num_layers, "tokens": num_tokens}
+                            | samples
+                        )
+                        low, middle, high = common.quartiles(samples["tokens_per_s"])
+                        gmacs = common.quartiles(samples["gmacs"])[1]
+                        rate = f"{middle:6.0f} ({low:.0f}-{high:.0f}) x {case.shape.num_layers} layers"
+                        click.echo(
+                            f"{case.shape.name:<16} {case.tiles:<5} {name:<12} {count:3} {num_tokens:6}  {rate:<28} "
+                            f"{gmacs:<8.0f} {gmacs / count:<11.0f} "
+                            f"{common.quartiles(samples['read_gbps'])[1]:.1f}"
+                        )
+        stack.close()
+    common.write_json(json_path, "prefill", rows)
+
+
+if __name__ == "__main__":
+    main()

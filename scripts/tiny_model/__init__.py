@@ -1,0 +1,1 @@
+"""Parts of `make_tiny_model.py`: corpus, tokenizer, network, training and export."""

@@ -1,0 +1,136 @@
+"""Expected seconds against arithmetic done by hand for Qwen3-235B, 10,000 tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from krasis.runtime.planning import make_plan, make_workload
+from krasis.runtime.planning.cost import attention_macs, distinct_experts
+
+FAST = {"tflops": 1e6}  # compute is free: what is left is the link
+
+# FLOPs of 10,000 tokens, 94 layers: projections (4096 x 9216 + 4096 x 8192) and router (4096 x 128), top-8
+# experts, causal attention (64 heads of 128, scores and values, 10,000 * 10,001 / 2 pairs)
+DENSE_FLOPS = 2 * 10_000 * 94 * (4096 * 9216 + 4096 * 8192 + 4096 * 128)
+EXPERT_FLOPS = 2 * 10_000 * 94 * 8 * 18_874_368
+ATTENTION_FLOPS = 2 * 2 * 8192 * 50_005_000 * 94
+EXPERT_GB = 117.096579072
+
+
+@pytest.mark.parametrize(("num_gpus", "share", "about_s"), [(1, 1, 9.0), (2, 1 / 2, 4.5), (3, 43 / 128, 3.0)])
+def test_links_stream_all_experts_in_the_designs_seconds(qwen_235b, machine, num_gpus, share, about_s):
+    plan = make_plan(qwen_235b, machine(num_gpus), make_workload(qwen_235b.architecture))
+    owned = 94 * plan.gpus[0].num_experts
+    resident = plan.gpus[0].resident_experts / owned
+    assert plan.prefill.dma_s == pytest.approx(EXPERT_GB * share * (1 - resident) / 13, rel=1e-6)
+    assert plan.prefill.dma_s / (1 - resident) == pytest.approx(about_s, abs=0.05)
+
+
+def test_one_slow_gpu_is_bound_by_compute(qwen_235b, machine):
+    plan = make_plan(qwen_235b, machine(1), make_workload(qwen_235b.architecture))
+    assert plan.prefill.path == "gpu-streamed"
+    assert plan.prefill.expert_s == pytest.approx(EXPERT_FLOPS / 34e12, rel=1e-9)
+    assert plan.prefill.dense_s == pytest.approx(DENSE_FLOPS / 34e12, rel=1e-9)
+    assert plan.prefill.attention_s == pytest.approx(ATTENTION_FLOPS / 34e12, rel=1e-9)
+    # one group: the whole next layer arrives under this layer's work, so the sum of compute is all there is
+    assert plan.prefill.total_s == pytest.approx(
+        (EXPERT_FLOPS + DENSE_FLOPS + ATTENTION_FLOPS) / 34e12, rel=1e-9
+    )
+    assert plan.prefill.total_s == pytest.approx(16.85, abs=0.01)
+    assert plan.prefill.tokens_per_s == pytest.approx(593, abs=1)
+
+
+def test_one_fast_gpu_is_bound_by_its_link(qwen_235b, machine):
+    plan = make_plan(qwen_235b, machine(1, **FAST), make_workload(qwen_235b.architecture))
+    assert plan.prefill.total_s == pytest.approx(plan.prefill.dma_s, rel=1e-9)
+    assert plan.prefill.total_s == pytest.approx(9.0, rel=0.02)  # 1.7 % of the experts are resident
+
+
+def test_a_second_pass_streams_the_experts_again(qwen_235b, machine):
+    work = make_workload(qwen_235b.architecture, context=10_000)
+    plan = make_plan(qwen_235b, machine(1, 21 * 2**29, **FAST), work)
+    passes = plan.prefill.num_passes
+    assert passes == 3  # 10.5 GiB leave 0.96 GB for activations, 4,457 tokens of 215,616 bytes
+    share = 1 - plan.gpus[0].resident_experts / (94 * 128)
+    assert plan.prefill.dma_s == pytest.approx(passes * 9.007 * share, rel=1e-3)
+
+
+def test_the_card_that_holds_everything_pays_compute_only(qwen_235b, machine):
+    card = machine(1, 141 * 10**9, link=55.0, memory=4800.0, tflops=600.0)
+    plan = make_plan(qwen_235b, card, make_workload(qwen_235b.architecture))
+    assert plan.prefill.total_s == pytest.approx(
+        (EXPERT_FLOPS + DENSE_FLOPS + ATTENTION_FLOPS) / 600e12, rel=1e-9
+    )
+    # start-up: dense and experts through a 55 GB/s link
+    assert plan.start_up.warm_s == pytest.approx((7.43 + EXPERT_GB) / 55, rel=1e-3)
+    assert plan.decode.cpu_experts_bytes == 0
+    # a token reads dense 7.43 GB, KV 1.93 GB and 752 experts of 9.73 MB, at 0.8 of 4800 GB/s; no hand-over
+    assert plan.decode.total_s == pytest.approx(
+        (7.4306 + 1.92512 + 752 * 0.009732096) / (0.8 * 4800), rel=1e-4
+    )
+
+
+def test_exchange_between_three_gpus(qwen_235b, machine):
+    plan = make_plan(qwen_235b, machine(3), make_workload(qwen_235b.architecture))
+    # hidden states out and in, 10,000 x 4096 x 2 bytes, two thirds from other ranks, each layer, 13 GB/s
+    assert plan.prefill.exchange_s == pytest.approx(94 * 2 * 81_920_000 * (2 / 3) / 13e9, rel=1e-9)
+
+
+def test_cpu_decode_reads_dense_experts_and_kv_from_ram(qwen_235b, machine):
+    plan = make_plan(qwen_235b, machine(0), make_workload(qwen_235b.architecture))
+    assert plan.decode.cpu_experts_bytes == 752 * 20_054_016
+    assert plan.decode.cpu_experts_bytes / 34 * 32 == 14_193_524_736  # the design's 14.2e9 weights
+    reads = 7_430_603_264 + 752 * 20_054_016 + 192_512 * 10_000
+    assert plan.decode.total_s == pytest.approx(reads / (0.8 * 140e9), rel=1e-9)
+
+
+def test_hybrid_decode_splits_by_memory(qwen_235b, machine):
+    plan = make_plan(qwen_235b, machine(1), make_workload(qwen_235b.architecture))
+    gpu = (7_430_603_264 + 192_512 * 10_000) / (0.8 * 224e9)
+    cold = 1 - plan.gpus[0].resident_experts / 12_032
+    cpu = cold * 752 * 20_054_016 / (0.8 * 140e9)
+    assert plan.decode.total_s == pytest.approx(gpu + cpu + 94 * 25e-6, rel=1e-6)
+
+
+def test_cpu_prefill_is_bound_by_multiply_adds(qwen_235b, machine):
+    # 20 full passes of 512: a shorter last one would be bound by reading its experts
+    plan = make_plan(qwen_235b, machine(0), make_workload(qwen_235b.architecture, prompt_tokens=10_240))
+    assert plan.prefill.path == "cpu"
+    assert plan.prefill.num_passes == 20
+    pairs = 10_240 * 10_241 / 2
+    seconds = 1.024 * (EXPERT_FLOPS + DENSE_FLOPS) / 2 / 3200e9 + 94 * 2 * 8192 * pairs / (0.25 * 3200e9)
+    assert plan.prefill.total_s == pytest.approx(seconds, rel=1e-6)
+
+
+def test_a_short_prompt_prefers_the_cpu_over_streaming(qwen_235b, machine):
+    work = make_workload(qwen_235b.architecture, prompt_tokens=4)
+    plan = make_plan(qwen_235b, machine(1), work)
+    assert plan.prefill.path == "cpu-experts"
+    # four tokens touch at most 32 of 128 experts a layer, from RAM: 60.3 GB at 140 GB/s
+    assert plan.prefill.expert_s < 94 * 32 * 20_054_016 / 140e9
+    assert plan.prefill.total_s < 0.5
+
+
+def test_a_short_prompt_streams_only_the_experts_it_touches(qwen_235b, machine):
+    slow_cpu = machine(1, ram_gbps=1.0, gmacs=1.0)
+    plan = make_plan(
+        qwen_235b, slow_cpu, make_workload(qwen_235b.architecture, prompt_tokens=1, context=12_048)
+    )
+    assert plan.prefill.path == "gpu-streamed"
+    assert plan.prefill.dma_s == pytest.approx(9.007 * 8 / 128, rel=0.15)  # less the resident ones
+
+
+def test_distinct_experts(qwen_235b):
+    arch = qwen_235b.architecture
+    assert distinct_experts(arch, 1) == pytest.approx(8)
+    assert distinct_experts(arch, 2) == pytest.approx(8 + 8 * (120 / 128))
+    assert distinct_experts(arch, 10_000) == pytest.approx(128)
+    dense = dataclasses.replace(arch, num_experts=8)
+    assert distinct_experts(dense, 1) == 8
+
+
+def test_attention_in_pieces_is_attention_at_once(qwen_235b):
+    arch = qwen_235b.architecture
+    assert attention_macs(arch, 0, 1) == 2 * 8192
+    assert attention_macs(arch, 0, 300) + attention_macs(arch, 300, 700) == attention_macs(arch, 0, 1000)

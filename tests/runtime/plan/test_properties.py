@@ -1,0 +1,154 @@
+"""For any model and machine: nothing exceeds the hardware, and more hardware never makes it worse."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from krasis.formats.architecture import Architecture, RopeScaling
+from krasis.formats.errors import ResourceError
+from krasis.runtime.planning import (
+    Figure,
+    HardwareSpec,
+    ModelSizes,
+    Plan,
+    Workload,
+    describe_gpu,
+    describe_host,
+    make_plan,
+)
+from krasis.runtime.planning.planner import least_vram_bytes
+
+EXAMPLES = settings(max_examples=80, deadline=None, derandomize=True)
+
+
+@st.composite
+def models(draw: st.DrawFn) -> ModelSizes:
+    hidden, intermediate = 64 * draw(st.integers(1, 64)), 64 * draw(st.integers(1, 24))
+    num_experts = draw(st.integers(1, 160))
+    arch = Architecture(
+        model_type="qwen3_moe",
+        num_layers=draw(st.integers(1, 96)),
+        hidden_size=hidden,
+        num_heads=4 * draw(st.integers(1, 16)),
+        num_kv_heads=4,
+        head_dim=64,
+        num_experts=num_experts,
+        num_experts_per_token=draw(st.integers(1, min(16, num_experts))),
+        expert_intermediate_size=intermediate,
+        vocab_size=4096,
+        max_positions=65536,
+        rms_norm_eps=1e-6,
+        rope_theta=1e6,
+        rope_scaling=RopeScaling(),
+        norm_topk_prob=True,
+        tie_word_embeddings=False,
+    )
+    weights = 3 * hidden * intermediate
+    return ModelSizes(
+        architecture=arch,
+        dense_bytes=draw(st.integers(10**6, 10**9)),
+        embedding_bytes=2 * 4096 * hidden,
+        gpu_expert_bytes=-(-weights * 33 // 64 // 4096) * 4096,
+        cpu_expert_bytes=-(-weights * 17 // 16 // 4096) * 4096,
+        gpu_layout="marlin-u4b8-g128-bf16",
+        cpu_layout="cpu-q8-r32-b32",
+        source="shape",
+    )
+
+
+workloads = st.builds(
+    lambda prompt, more: Workload(prompt + more, prompt), st.integers(1, 20_000), st.integers(0, 4096)
+)
+rates = st.floats(0.1, 1000)
+
+
+def hardware(num_gpus: int, vram: int, link: float, ram: int = 2**42, tflops: float = 40.0) -> HardwareSpec:
+    gpu = describe_gpu(vram, link_gbps=link, memory_gbps=300.0, bf16_tflops=tflops)
+    return describe_host([gpu] * num_gpus, ram_bytes=Figure(ram, "given"), num_cores=Figure(8, "given"))
+
+
+def plan_or_none(sizes: ModelSizes, machine: HardwareSpec, work: Workload) -> Plan | None:
+    try:
+        return make_plan(sizes, machine, work)
+    except ResourceError:
+        return None
+
+
+@EXAMPLES
+@given(models(), workloads, st.integers(1, 4), st.integers(2**20, 2**36), st.integers(0, 2**34))
+def test_more_vram_never_gives_more_groups_or_a_refusal(sizes, work, num_gpus, beyond, more):
+    assume(num_gpus <= sizes.architecture.num_experts)
+    vram = least_vram_bytes(sizes, work) - 2**20 + beyond
+    small = plan_or_none(sizes, hardware(num_gpus, vram, 13.0), work)
+    large = plan_or_none(sizes, hardware(num_gpus, vram + more, 13.0), work)
+    assume(small is not None)
+    assert large is not None
+    for before, after in zip(small.gpus, large.gpus, strict=True):
+        assert after.num_groups <= before.num_groups
+    if large.gpus[0].num_groups:  # with every expert in VRAM, smaller passes cost nothing
+        assert large.batch_tokens >= small.batch_tokens
+
+
+@EXAMPLES
+@given(models(), workloads, st.integers(1, 4), st.integers(2**20, 2**36), rates, rates, rates)
+def test_more_link_speed_never_gives_a_longer_prefill(sizes, work, num_gpus, beyond, link, more, tflops):
+    assume(num_gpus <= sizes.architecture.num_experts)
+    vram = least_vram_bytes(sizes, work) + beyond
+    slow = make_plan(sizes, hardware(num_gpus, vram, link, tflops=tflops), work)
+    fast = make_plan(sizes, hardware(num_gpus, vram, link + more, tflops=tflops), work)
+    assert fast.prefill.total_s <= slow.prefill.total_s
+    assert fast.start_up.warm_s <= slow.start_up.warm_s
+    assert fast.batch_tokens == slow.batch_tokens
+
+
+@EXAMPLES
+@given(
+    models(), workloads, st.integers(0, 4), st.integers(2**20, 2**36), st.integers(2**20, 2**40), st.data()
+)
+def test_the_plan_never_exceeds_the_hardware(sizes, work, num_gpus, beyond, ram, data):
+    assume(num_gpus <= sizes.architecture.num_experts)
+    vram = least_vram_bytes(sizes, work) + beyond
+    if data.draw(st.booleans()):
+        ram += sizes.cpu_experts_bytes
+    plan = plan_or_none(sizes, hardware(num_gpus, vram, 13.0, ram), work)
+    assume(plan is not None)
+    for gpu in plan.gpus:
+        parts = [
+            gpu.reserve_bytes,
+            gpu.dense_bytes,
+            gpu.kv_bytes,
+            gpu.workspace_bytes,
+            gpu.buffer_bytes,
+            gpu.resident_bytes,
+            gpu.spare_bytes,
+        ]
+        assert min(parts) >= 0
+        assert sum(parts) == gpu.vram_bytes
+        assert gpu.num_groups * gpu.group_experts >= gpu.num_experts or gpu.num_groups == 0
+        assert gpu.buffer_bytes == 2 * gpu.group_experts * sizes.gpu_expert_bytes
+    host = dataclasses.asdict(plan.host)
+    parts = [
+        value
+        for name, value in host.items()
+        if name.endswith("_bytes") and name not in ("ram_bytes", "from_disk_bytes")
+    ]
+    assert min(parts) >= 0
+    assert sum(parts) == plan.host.ram_bytes
+    if plan.host.expert_store == "mapped-with-ring":
+        assert plan.host.page_cache_bytes + plan.host.from_disk_bytes <= sizes.gpu_experts_bytes
+    assert 1 <= plan.batch_tokens <= work.prompt_tokens
+    assert plan.prefill.total_s > 0
+    assert plan.decode.total_s > 0
+
+
+@EXAMPLES
+@given(models(), workloads, st.integers(1, 4), st.integers(2**20, 2**36))
+def test_every_expert_belongs_to_one_rank(sizes, work, num_gpus, beyond):
+    assume(num_gpus <= sizes.architecture.num_experts)
+    plan = make_plan(sizes, hardware(num_gpus, least_vram_bytes(sizes, work) + beyond, 13.0), work)
+    owned = [
+        expert for gpu in plan.gpus for expert in range(gpu.first_expert, gpu.first_expert + gpu.num_experts)
+    ]
+    assert owned == list(range(sizes.architecture.num_experts))

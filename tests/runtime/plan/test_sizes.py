@@ -1,0 +1,62 @@
+"""Model sizes against the figures of DESIGN section 1 and of the published models."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from krasis.formats.errors import UsageError
+from krasis.runtime.planning import ModelSizes, count_parameters, sizes_of_shape
+from krasis.runtime.planning.presets import SHAPES, shape
+
+
+def test_qwen3_235b_has_the_published_parameter_counts():
+    counted = count_parameters(shape("qwen3-235b-a22b"))
+    assert counted.total == 235_093_634_560  # the checkpoint's safetensors index
+    assert counted.active == pytest.approx(22.2e9, rel=0.005)
+    assert counted.experts == 227_096_395_776
+
+
+def test_qwen3_30b_has_the_published_parameter_counts():
+    counted = count_parameters(shape("qwen3-30b-a3b"))
+    assert counted.total == 30_532_122_624  # the checkpoint's safetensors index
+    assert counted.active == pytest.approx(3.35e9, rel=0.005)
+
+
+def test_a_tied_head_is_counted_once():
+    arch = shape("qwen3-30b-a3b")
+    tied = count_parameters(dataclasses.replace(arch, tie_word_embeddings=True))
+    assert count_parameters(arch).total - tied.total == 151_936 * 2048
+
+
+def test_experts_of_qwen3_235b_weigh_what_the_design_says(qwen_235b: ModelSizes):
+    assert qwen_235b.gpu_experts_bytes == pytest.approx(117e9, rel=0.002)
+    assert qwen_235b.cpu_experts_bytes == pytest.approx(241e9, rel=0.002)
+
+
+def test_sizes_of_a_shape_equal_the_hand_computed(qwen_235b: ModelSizes):
+    assert sizes_of_shape(shape("qwen3-235b-a22b")) == qwen_235b
+
+
+def test_dense_bytes_by_hand(qwen_235b: ModelSizes):
+    qkv, output = 9216 * 4096, 4096 * 8192
+    scales = 4 * (9216 + 4096)
+    own = 2 * (128 * 4096 + 4096 + 4096 + 128 + 128)
+    head = 151_936 * 4096 + 4 * 151_936
+    assert qwen_235b.dense_bytes == 94 * (qkv + output + scales + own) + head + 2 * 4096
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("f16", 192_512), ("bf16", 192_512), ("f32", 385_024)])
+def test_kv_bytes_of_one_token(qwen_235b: ModelSizes, dtype: str, expected: int):
+    assert qwen_235b.kv_bytes(1, dtype) == expected  # 94 layers x (k, v) x 4 heads x 128 x 2 or 4 bytes
+
+
+def test_unknown_kv_dtype_is_refused(qwen_235b: ModelSizes):
+    with pytest.raises(UsageError, match="f16, bf16, f32"):
+        qwen_235b.kv_bytes(1, "q8")
+
+
+def test_an_unknown_shape_names_the_known_ones():
+    with pytest.raises(UsageError) as caught:
+        shape("gpt-9")
+    assert all(name in str(caught.value) for name in SHAPES)

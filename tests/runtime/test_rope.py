@@ -1,0 +1,91 @@
+"""Rotary tables equal transformers' for every kind of scaling."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from krasis.formats.architecture import Architecture, RopeScaling
+from krasis.formats.errors import UnsupportedModelError
+from krasis.runtime.model.rope import inverse_frequencies, rope_tables
+
+ARCHITECTURE = Architecture(
+    model_type="qwen3_moe",
+    num_layers=1,
+    hidden_size=256,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=128,
+    num_experts=4,
+    num_experts_per_token=2,
+    expert_intermediate_size=64,
+    vocab_size=100,
+    max_positions=40960,
+    rms_norm_eps=1e-6,
+    rope_theta=1_000_000.0,
+    rope_scaling=RopeScaling(),
+    norm_topk_prob=True,
+    tie_word_embeddings=False,
+)
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+CASES: dict[str, tuple[dict[str, Any], RopeScaling]] = {
+    "plain": ({"rope_type": "default"}, RopeScaling()),
+    "linear": ({"rope_type": "linear", "factor": 3.0}, RopeScaling("linear", 3.0)),
+    "yarn": (YARN, RopeScaling("yarn", 4.0, 32768)),
+    "yarn given factor": ({**YARN, "attention_factor": 0.8}, RopeScaling("yarn", 4.0, 32768, 0.8)),
+    "yarn betas": (
+        {**YARN, "beta_fast": 16.0, "beta_slow": 2.0},
+        RopeScaling("yarn", 4.0, 32768, None, 16.0, 2.0),
+    ),
+    "yarn no truncation": ({**YARN, "truncate": False}, RopeScaling("yarn", 4.0, 32768, truncate=False)),
+    "yarn tiny factor": ({**YARN, "factor": 1.0}, RopeScaling("yarn", 1.0, 32768)),
+    "yarn short original": (
+        {**YARN, "original_max_position_embeddings": 64},
+        RopeScaling("yarn", 4.0, 64),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("head_dim", "theta"), [(128, 1_000_000.0), (64, 10_000.0)])
+def test_tables_equal_transformers(case: str, head_dim: int, theta: float) -> None:
+    torch = pytest.importorskip("torch")
+    from transformers import Qwen3MoeConfig
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRotaryEmbedding
+
+    parameters, scaling = CASES[case]
+    config = Qwen3MoeConfig(
+        hidden_size=256,
+        num_attention_heads=4,
+        head_dim=head_dim,
+        max_position_embeddings=40960,
+        rope_parameters={"rope_theta": theta, **parameters},
+    )
+    embedding = Qwen3MoeRotaryEmbedding(config)
+    # One step of float32 apart where the two libraries' power functions round differently.
+    frequencies, factor = inverse_frequencies(head_dim, theta, scaling)
+    np.testing.assert_allclose(frequencies, embedding.inv_freq.numpy(), rtol=3e-7)
+    assert factor == pytest.approx(embedding.attention_scaling, rel=1e-12)
+    num_positions = 512
+    positions = torch.arange(num_positions)[None]
+    cos, sin = embedding(torch.zeros(1, 1, dtype=torch.float32), positions)
+    architecture = replace(ARCHITECTURE, head_dim=head_dim, rope_theta=theta, rope_scaling=scaling)
+    our_cos, our_sin = rope_tables(architecture, num_positions)
+    # An angle of 512 moves by 1.5e-4 with its frequency's last bit.
+    np.testing.assert_allclose(our_cos, cos[0, :, : head_dim // 2].numpy(), atol=2e-4)
+    np.testing.assert_allclose(our_sin, sin[0, :, : head_dim // 2].numpy(), atol=2e-4)
+    assert our_cos.dtype == our_sin.dtype == np.float32
+
+
+def test_far_positions_stay_exact() -> None:
+    cos, sin = rope_tables(replace(ARCHITECTURE, rope_theta=10_000.0), 40960)
+    angle = np.float64(np.float32(40959) * np.float32(1.0))
+    assert cos[40959, 0] == np.float32(np.cos(angle))
+    np.testing.assert_allclose(cos**2 + sin**2, 1.0, atol=1e-6)
+
+
+def test_an_unknown_kind_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="longrope"):
+        inverse_frequencies(64, 10_000.0, RopeScaling("longrope", 2.0))
