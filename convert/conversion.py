@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -77,6 +78,7 @@ class Prepared:
     out: Path
 
 
+@functools.cache
 def tool_version() -> str:
     """Of the installed distribution."""
     try:

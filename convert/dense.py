@@ -85,12 +85,7 @@ class DensePacker:
         return digests
 
     def _matrices(self, parts: list[TensorSlice]) -> Iterator[tuple[MatrixView, str]]:
-        """The parts in blocks of whole row tiles; as one block when a part ends inside a tile (tiny models only)."""
-        if any(piece.shape[0] % ROW_TILE for piece in parts[:-1]):
-            for piece in parts:
-                self._read(piece)
-            yield MatrixView(np.concatenate([piece.decode() for piece in parts]), "F32"), parts[0].where
-            return
+        """The parts in blocks of whole row tiles (every part is a multiple of the tile, see check_architecture)."""
         for piece in parts:
             for block in _row_blocks(piece, ROW_TILE):
                 self._read(block)

@@ -1,6 +1,8 @@
-"""One declarative record of a model, from a Hugging Face ``config.json`` or GGUF metadata; the runtime reads nothing else.
+"""One declarative record of a model, from a Hugging Face ``config.json`` or GGUF metadata; the runtime reads
+nothing else.
 
-A new family adds its ``model_type`` to ``SUPPORTED_MODEL_TYPES`` and a function from its config to the record.
+A new family adds its ``model_type`` to ``SUPPORTED_MODEL_TYPES`` and a function from its config to the
+record.
 """
 
 from krasis.formats.architecture_record import (

@@ -17,8 +17,8 @@ SUPPORTED_MODEL_TYPES = ("qwen3_moe",)
 class RopeScaling:
     """Long-context scaling of the rotary embedding.
 
-    kind: ``none``, ``linear`` or ``yarn``. factor: context length over the original. The other fields are YaRN's
-    (https://arxiv.org/abs/2309.00071) as transformers' ``_compute_yarn_parameters`` reads them.
+    kind: ``none``, ``linear`` or ``yarn``. factor: context length over the original. The other fields are
+    YaRN's (https://arxiv.org/abs/2309.00071) as transformers' ``_compute_yarn_parameters`` reads them.
     """
 
     kind: str = "none"
@@ -67,7 +67,9 @@ class Architecture:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any], where: str = "architecture") -> Architecture:
-        """Reads ``to_json``'s form. Unknown, missing or ill-typed fields and impossible sizes raise FormatError."""
+        """Reads ``to_json``'s form. Unknown, missing or ill-typed fields and impossible sizes raise
+        FormatError.
+        """
         values = _typed_fields(cls, record, where, skip=("rope_scaling",))
         scaling = record.get("rope_scaling")
         if not isinstance(scaling, Mapping):
@@ -97,7 +99,9 @@ MAX_HEAD_DIM = 256  # of the attention kernels
 
 
 def check_architecture(architecture: Architecture, where: str) -> None:
-    """FormatError for sizes that no model can have, UnsupportedModelError for sound ones that the kernels cannot take."""
+    """FormatError for sizes that no model can have, UnsupportedModelError for sound ones that the kernels
+    cannot take.
+    """
     for name, limit in _SIZE_LIMITS.items():
         value = getattr(architecture, name)
         if not 1 <= value <= limit:

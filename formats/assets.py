@@ -6,7 +6,7 @@ import zstandard
 
 from krasis.formats.errors import FormatError
 from krasis.formats.limits import MAX_ASSET_BYTES
-from krasis.formats.manifest import max_asset_bytes
+from krasis.formats.manifest_records import max_asset_bytes
 
 _LEVEL = 19
 _MAX_WINDOW_BYTES = 128 << 20
@@ -33,7 +33,7 @@ def compress_asset(data: bytes, where: str) -> bytes:
 
 
 def decompress_asset(packed: bytes, num_bytes: int, where: str) -> bytes:
-    """Exactly ``num_bytes`` from one frame. FormatError otherwise; never produces more than that and a chunk."""
+    """Exactly ``num_bytes`` from one frame. FormatError otherwise; never makes more than that and a chunk."""
     parts: list[bytes] = []
     total = 0
     try:

@@ -1,4 +1,6 @@
-"""Opens a bundle: manifest and shard headers are checked in full, data is mapped when asked for and never copied."""
+"""Opens a bundle: manifest and shard headers are checked in full, data is mapped when asked for and never
+copied.
+"""
 
 from __future__ import annotations
 
@@ -52,8 +54,8 @@ class Bundle:
     def open(cls, path: str | os.PathLike[str]) -> Bundle:
         """Reads the manifest and checks every shard's size and header; touches no data.
 
-        Raises FormatError for anything that is not a sound, finished bundle (VersionError for a newer one, ChecksumError
-        for altered bytes), ResourceError if the system refuses.
+        Raises FormatError for anything that is not a sound, finished bundle (VersionError for a newer one,
+        ChecksumError for altered bytes), ResourceError if the system refuses.
         """
         self = cls()
         self.path = Path(path)
@@ -78,7 +80,7 @@ class Bundle:
         try:
             os.stat(MANIFEST_NAME, dir_fd=self._directory, follow_symlinks=False)
         except FileNotFoundError as error:
-            names = os.listdir(self._directory)
+            names = self.entries()
             is_shard = any(name.startswith(("dense-", "gpu-", "cpu-")) for name in names)
             raise FormatError(
                 _NOT_FINISHED if is_shard else "not a bundle: it has no manifest",
@@ -128,7 +130,8 @@ class Bundle:
     def map(self, name: str) -> npt.NDArray[np.generic]:
         """A read-only view of a blob in its shape: U8 uint8, I8 int8, BF16 uint16 (bit patterns), F16, F32.
 
-        Its file is mapped at the first use. Raises FormatError for an unknown name, ResourceError if it cannot be mapped.
+        Its file is mapped at the first use. Raises FormatError for an unknown name, ResourceError if it
+        cannot be mapped.
         """
         blob = self.blob(name)
         flat = self._mapping(blob.file).view()[blob.offset_bytes : blob.offset_bytes + blob.num_bytes]
@@ -152,14 +155,16 @@ class Bundle:
             return mapping
 
     def read_file_range(self, file: str, offset: int, num_bytes: int) -> bytes:
-        """Bytes of a shard through the page cache, without mapping it. Errors as ``regular_file.read_range``."""
+        """Bytes of a shard, read and not mapped. Errors as ``regular_file.read_range``."""
         fd = self._fds.get(file)
         if fd is None:
             raise FormatError("the bundle is closed or has no such file", where=f"{self.path}: {shown(file)}")
         return read_range(fd, offset, num_bytes, str(self.path / file))
 
     def asset(self, name: str) -> bytes:
-        """A text file's contents. FormatError if there is none or it is not what the manifest says, or ChecksumError."""
+        """A text file's contents. FormatError if there is none or it is not what the manifest says, or
+        ChecksumError.
+        """
         record = self._assets.get(name)
         if record is None:
             raise FormatError("the bundle has no such text file", where=f"{self.path}: {shown(name)}")
@@ -182,7 +187,9 @@ class Bundle:
         return packed
 
     def prefault(self, tier: str, num_threads: int) -> int:
-        """Brings all blobs of a tier into memory with several threads; returns the bytes. ResourceError if unreadable."""
+        """Brings all blobs of a tier into memory with several threads; returns the bytes. ResourceError if
+        unreadable.
+        """
         ranges = []
         for blob in self.manifest.blobs:
             if blob.tier == tier:
@@ -195,10 +202,12 @@ class Bundle:
 
     def entries(self) -> list[str]:
         """Names of everything in the bundle's directory, sorted."""
-        return sorted(os.listdir(self._directory))
+        return sorted(os.listdir(self._directory))  # noqa: PTH208 -- of the directory that was opened
 
     def close(self) -> None:
-        """Closes the files. Views that were made stay valid, new ones are refused. Calling it again does nothing."""
+        """Closes the files. Views that were made stay valid, new ones are refused. Calling it again does
+        nothing.
+        """
         while self._fds:
             os.close(self._fds.popitem()[1])
         if self._directory >= 0:

@@ -1,4 +1,6 @@
-"""Checks every byte of a bundle: blobs and assets against their digests, fillers for zeros, the directory for strangers."""
+"""Checks every byte of a bundle: blobs and assets against their digests, fillers for zeros, the directory for
+strangers.
+"""
 
 from __future__ import annotations
 
@@ -40,8 +42,9 @@ def verify_bundle(
 ) -> list[Problem]:
     """Reads the whole bundle and lists what is wrong, in order of file and place; an empty list means intact.
 
-    progress: called with the number of bytes just checked, from several threads; they add up to ``verify_bytes``.
-    num_threads: 0 = as many as this process has CPUs. A bundle that cannot even be opened gives its one problem.
+    progress: called with the number of bytes just checked, from several threads; they add up to
+    ``verify_bytes``. num_threads: 0 = as many as this process has CPUs. A bundle that cannot even be opened
+    gives its one problem.
     """
     report = progress or (lambda _: None)
     try:

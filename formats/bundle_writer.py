@@ -1,6 +1,8 @@
-"""Writes a bundle into ``X.partial``: shards preallocated, blobs in any order, the manifest last, then one rename.
+"""Writes a bundle into ``X.partial``: shards preallocated, blobs in any order, the manifest last, then one
+rename.
 
-All changes to the file system go through ``FileOps``. Until ``finish`` has renamed the directory, nothing opens as a bundle.
+All changes to the file system go through ``FileOps``. Until ``finish`` has renamed the directory, nothing
+opens as a bundle.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from krasis.formats.assets import compress_asset
 from krasis.formats.errors import FormatError, MismatchError
 from krasis.formats.file_ops import FileOps, io_errors, sync_directory, write_all
 from krasis.formats.limits import HUGE_PAGE_BYTES, MIB
-from krasis.formats.manifest import ASSET_SUFFIX, MANIFEST_NAME, AssetRecord, Manifest
+from krasis.formats.manifest import MANIFEST_NAME, AssetRecord, Manifest
+from krasis.formats.manifest_records import ASSET_SUFFIX
 from krasis.formats.names import check_file_name, shown
 from krasis.formats.publish import PARTIAL_SUFFIX, publish
 from krasis.formats.regular_file import open_regular, read_range
@@ -62,7 +65,8 @@ class BundleWriter:
         self._lock = threading.Lock()
 
     def create(self) -> None:
-        """Makes the directory (which must not exist) and all shards at full size, headers written and durable.
+        """Makes the directory (which must not exist) and all shards at full size, headers written and
+        durable.
 
         Raises ResourceError if the disk is too small or the system refuses.
         """
@@ -81,7 +85,7 @@ class BundleWriter:
         sync_directory(self.path, self._io)
 
     def reopen(self) -> None:
-        """Opens the shards of an interrupted conversion. MismatchError if they are not exactly this plan's."""
+        """Opens an interrupted conversion's shards. MismatchError if they are not exactly this plan's."""
         for file in self.plan.files:
             path = self.path / file.name
             try:
@@ -108,7 +112,9 @@ class BundleWriter:
         )
 
     def open_blob(self, name: str) -> BlobSink:
-        """A sink for a planned blob, which is then written from its start. FormatError if it is unknown or already open."""
+        """A sink for a planned blob, which is then written from its start. FormatError if it is unknown or
+        already open.
+        """
         place = self._places.get(name)
         if place is None:
             raise FormatError("blob is not part of the plan", where=shown(name))
@@ -126,7 +132,9 @@ class BundleWriter:
             self._io.fdatasync(self._fd(file.name))
 
     def write_asset(self, name: str, data: bytes) -> AssetRecord:
-        """Writes ``name``.zst (replacing one of an interrupted conversion), durable. Returns the manifest's record."""
+        """Writes ``name``.zst (replacing one of an interrupted conversion), durable. Returns the manifest's
+        record.
+        """
         check_file_name(name, "asset")
         path = self.path / (name + ASSET_SUFFIX)
         packed = compress_asset(data, str(path))
@@ -141,11 +149,12 @@ class BundleWriter:
         *,
         scratch: Iterable[str] = (),
     ) -> None:
-        """Syncs everything, writes the manifest, renames the directory to ``final_dir``. The writer is closed.
+        """Syncs everything, writes the manifest, renames the directory to ``final_dir``. The writer is
+        closed.
 
-        scratch: names of the conversion's own files in the directory, removed at the very end. May be repeated after a
-        failure. Raises MismatchError if the manifest is not of this plan, UsageError if ``final_dir`` exists and may not be
-        replaced, ResourceError if the system refuses.
+        scratch: names of the conversion's own files in the directory, removed at the very end. May be
+        repeated after a failure. Raises MismatchError if the manifest is not of this plan, UsageError if
+        ``final_dir`` exists and may not be replaced, ResourceError if the system refuses.
         """
         self._check_manifest(manifest)
         data = manifest.to_bytes()
@@ -209,9 +218,11 @@ class BundleWriter:
 
 
 class BlobSink:
-    """Takes a blob's bytes in order and hashes them. ``close`` must follow, or leaving ``with`` gives the blob up.
+    """Takes a blob's bytes in order and hashes them. ``close`` must follow, or leaving ``with`` gives the
+    blob up.
 
-    Writes end at multiples of 2 MiB of the file where they can: the page cache then keeps the file in huge pages.
+    Writes end at multiples of 2 MiB of the file where they can: the page cache then keeps the file in huge
+    pages.
     """
 
     __slots__ = ("_blob", "_file", "_hash", "_is_closed", "_position", "_tail", "_writer")
@@ -224,7 +235,9 @@ class BlobSink:
         self._is_closed = False
 
     def write(self, data: Buffer) -> None:
-        """Appends bytes (any C-contiguous buffer). FormatError beyond the blob's size, ResourceError on I/O errors."""
+        """Appends bytes (any C-contiguous buffer). FormatError beyond the blob's size, ResourceError on I/O
+        errors.
+        """
         name = self._blob.spec.name
         if self._is_closed:
             raise FormatError("blob is closed", where=shown(name))
@@ -251,9 +264,9 @@ class BlobSink:
             self._tail += view
             return
         if self._tail:
-            # Up to the next boundary from the tail, so that what follows can be written from the caller's buffer.
-            first = min(-(-start // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES, boundary)
-            first = first if first > start else start + HUGE_PAGE_BYTES
+            # Up to the next boundary from the tail, so that what follows can be written from the caller's
+            # buffer.
+            first = (start // HUGE_PAGE_BYTES + 1) * HUGE_PAGE_BYTES
             taken = first - start - len(self._tail)
             self._tail += view[:taken]
             self._put(memoryview(self._tail), start)
@@ -269,7 +282,9 @@ class BlobSink:
             write_all(self._writer._io, fd, view[begin : begin + _MAX_WRITE_BYTES], offset + begin)
 
     def close(self) -> str:
-        """Writes what is left and returns the XXH3-128 digest (hex). FormatError if data is missing. Idempotent."""
+        """Writes what is left and returns the XXH3-128 digest (hex). FormatError if data is missing.
+        Idempotent.
+        """
         if not self._is_closed:
             spec = self._blob.spec
             written = self._position - self._blob.offset_bytes

@@ -1,4 +1,6 @@
-"""Shards mapped by the native library at addresses that are multiples of 2 MiB, so that huge pages can back them."""
+"""Shards mapped by the native library at addresses that are multiples of 2 MiB, so that huge pages can back
+them.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +17,16 @@ from krasis.formats.native import check, library
 class FileMapping:
     """A read-only mapping of a whole file; unmapped when the last view of it is gone.
 
-    The object describes itself to NumPy, so that every array made of it keeps it alive: no view can outlive the mapping.
+    The object describes itself to NumPy, so that every array made of it keeps it alive: no view can outlive
+    the mapping.
     """
 
     __slots__ = ("_unmap", "address", "num_bytes")
 
     def __init__(self, fd: int, num_bytes: int) -> None:
-        """Maps ``num_bytes`` (> 0), the file's size; the descriptor may be closed afterwards. ResourceError if refused."""
+        """Maps ``num_bytes`` (> 0), the file's size; the descriptor may be closed afterwards. ResourceError
+        if refused.
+        """
         native = library()
         self.address = 0
         self.num_bytes = num_bytes
@@ -50,7 +55,9 @@ class FileMapping:
 
 
 def prefault(address: int, num_bytes: int) -> None:
-    """Brings a mapped range into memory; blocks, without the interpreter's lock. ResourceError if it cannot be read."""
+    """Brings a mapped range into memory; blocks, without the interpreter's lock. ResourceError if it cannot
+    be read.
+    """
     function = library().krasis_prefault
     function.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     function.restype = ctypes.c_int32

@@ -1,4 +1,6 @@
-"""Every system call by which a bundle comes into being, in one class: tests replace it to fail or to die at any call."""
+"""Every system call by which a bundle comes into being, in one class: tests replace it to fail or to die at
+any call.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ class FileOps:
         os.mkdir(path)  # noqa: PTH102 -- one system call a method
 
     def fallocate(self, fd: int, num_bytes: int) -> None:
-        """Reserves the whole file, so that a full disk is met here. Where that is impossible: sets its size, and says so."""
+        """Reserves the whole file, so that a full disk is met here. Where that is impossible: sets its size,
+        and says so.
+        """
         call = _libc.fallocate
         call.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
         if call(fd, 0, 0, num_bytes) == 0:

@@ -30,7 +30,7 @@ _FLOATS: dict[str, np.dtype[np.floating[Any]]] = {
 
 
 def _is_dequantizable(name: str) -> bool:
-    """Asks the package itself, with one block of zeros: its own table is private and changes with versions."""
+    """Asks the package itself, with one block of zeros: its table is private and changes with versions."""
     block = np.zeros((1, BLOCK_SIZES[name][1]), dtype=np.uint8)
     try:
         quants.dequantize(block, gguf.GGMLQuantizationType[name])
@@ -66,7 +66,9 @@ def row_bytes(type_name: str, num_elements: int, where: str = "") -> int:
 
 
 def tensor_bytes(type_name: str, shape: Sequence[int], where: str = "") -> int:
-    """Bytes of a tensor with row-major ``shape``. FormatError if a row is not a whole number of blocks, or on overflow."""
+    """Bytes of a tensor with row-major ``shape``. FormatError if a row is not a whole number of blocks, or on
+    overflow.
+    """
     elements, num_bytes = block_size(type_name, where)
     if shape and shape[-1] % elements:
         raise FormatError(
@@ -81,7 +83,8 @@ def tensor_bytes(type_name: str, shape: Sequence[int], where: str = "") -> int:
 def dequantize(raw: Bytes, type_name: str, shape: Sequence[int], where: str = "") -> npt.NDArray[np.float32]:
     """float32 array of ``shape`` from a tensor's bytes (uint8, any shape, C-contiguous).
 
-    Raises FormatError for a type that cannot be dequantised or bytes that do not fit the shape. Non-finite weights pass.
+    Raises FormatError for a type that cannot be dequantised or bytes that do not fit the shape. Non-finite
+    weights pass.
     """
     if type_name not in SUPPORTED_TYPES:
         raise FormatError(

@@ -1,7 +1,8 @@
 """Reads GGUF files, whole or split, without copying. The header's parser trusts nothing it reads.
 
-Layout, all little-endian: magic ``GGUF``, u32 version, u64 tensors, u64 metadata pairs; the pairs; the tensors' records;
-padding to the alignment; data. Sizes of a tensor are stored fastest first; here shapes are row-major.
+Layout, all little-endian: magic ``GGUF``, u32 version, u64 tensors, u64 metadata pairs; the pairs; the
+tensors' records; padding to the alignment; data. Sizes of a tensor are stored fastest first; here shapes are
+row-major.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ _MIN_FILE_BYTES = 24
 
 
 class GgufFile:
-    """One GGUF file: metadata, tensors, views of their bytes. Views keep the mapping alive; there is nothing to close."""
+    """One GGUF file: metadata, tensors, views of their bytes. Views keep the mapping alive; there is nothing
+    to close.
+    """
 
     __slots__ = ("_mapping", "file_bytes", "metadata", "path", "tensors")
 
@@ -34,7 +37,9 @@ class GgufFile:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> GgufFile:
-        """Maps the file and checks its header. FormatError if it is not sound, ResourceError if the system refuses."""
+        """Maps the file and checks its header. FormatError if it is not sound, ResourceError if the system
+        refuses.
+        """
         self = cls()
         self.path = Path(path)
         fd = open_regular(self.path, follow_links=True)
@@ -73,7 +78,9 @@ class GgufFile:
 
 
 class GgufCheckpoint:
-    """A model in one GGUF file or in split parts, seen as one table of tensors. Metadata is that of the first part."""
+    """A model in one GGUF file or in split parts, seen as one table of tensors. Metadata is that of the first
+    part.
+    """
 
     __slots__ = ("_owner", "files", "metadata", "path", "tensors")
 

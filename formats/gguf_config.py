@@ -35,10 +35,11 @@ class SizedTensor(Protocol):
 def from_gguf_metadata(
     metadata: Mapping[str, Any], tensors: Mapping[str, SizedTensor], where: str = "GGUF metadata"
 ) -> Architecture:
-    """The architecture that a GGUF's metadata describes. tensors: all of the model's (they tell vocabulary and tying).
+    """The architecture that a GGUF's metadata describes. tensors: all of the model's (they tell vocabulary
+    and tying).
 
-    Raises UnsupportedModelError for another architecture or a feature the runtime lacks, FormatError for missing,
-    ill-typed or impossible values.
+    Raises UnsupportedModelError for another architecture or a feature the runtime lacks, FormatError for
+    missing, ill-typed or impossible values.
     """
     name = metadata.get("general.architecture")
     if name not in SUPPORTED_GGUF_ARCHITECTURES:

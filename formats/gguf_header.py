@@ -1,4 +1,6 @@
-"""The parser of GGUF headers: a cursor over mapped bytes in which every step is bounded by what the file still has."""
+"""The parser of GGUF headers: a cursor over mapped bytes in which every step is bounded by what the file
+still has.
+"""
 
 from __future__ import annotations
 
@@ -103,7 +105,9 @@ class _Cursor:
             )
 
     def count_items(self, count: int) -> None:
-        """FormatError if the header's arrays have too many items: in Python each costs more than it does in the file."""
+        """FormatError if the header's arrays have too many items: in Python each costs more than it does in
+        the file.
+        """
         self._items_left -= count
         if self._items_left < 0:
             raise FormatError("arrays are too long", where=self.location(), got=count, limit=_MAX_ARRAY_ITEMS)

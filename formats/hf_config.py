@@ -39,8 +39,8 @@ _ROPE_KEYS = {
 def from_hf_config(config: Mapping[str, Any], where: str) -> Architecture:
     """The architecture that a ``config.json`` describes. where: the file, for messages.
 
-    Raises UnsupportedModelError for another model type or a feature the runtime lacks (naming the field), FormatError
-    for missing, ill-typed or impossible fields.
+    Raises UnsupportedModelError for another model type or a feature the runtime lacks (naming the field),
+    FormatError for missing, ill-typed or impossible fields.
     """
     model_type = config.get("model_type")
     if model_type not in SUPPORTED_MODEL_TYPES:
@@ -114,8 +114,8 @@ def _refuse_features(config: Mapping[str, Any], where: str) -> None:
 def _read_rope(config: Mapping[str, Any], max_positions: int, where: str) -> tuple[float, RopeScaling]:
     """(theta, scaling) from ``rope_theta`` + ``rope_scaling`` (transformers 4) or ``rope_parameters`` (5).
 
-    As in transformers, a ``rope_scaling`` that is there wins over ``rope_parameters``, and a theta inside the table over
-    the one beside it.
+    As in transformers, a ``rope_scaling`` that is there wins over ``rope_parameters``, and a theta inside the
+    table over the one beside it.
     """
     field = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     table = config.get(field) or {}

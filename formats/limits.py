@@ -1,7 +1,7 @@
 """Checked sizes and the bounds that every parser of this package obeys.
 
-Python integers do not overflow, but the numbers end up in file offsets, in NumPy and in C: every product or sum of sizes
-that come from a file goes through here, so that an absurd number is refused where it is read.
+Python integers do not overflow, but the numbers end up in file offsets, in NumPy and in C: every product or
+sum of sizes that come from a file goes through here, so that an absurd number is refused where it is read.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ PAGE_BYTES = 4 * KIB
 
 
 def checked_mul(factors: Iterable[int], where: str, limit: int = MAX_SIZE) -> int:
-    """The product of non-negative sizes. FormatError if a factor is negative or the product exceeds ``limit``."""
+    """The product of non-negative sizes. FormatError if a factor is negative or the product exceeds
+    ``limit``.
+    """
     product = 1
     for factor in factors:
         if factor < 0:
@@ -65,5 +67,5 @@ def align_up(size: int, alignment: int) -> int:
 
 
 def _short(number: int) -> str:
-    """A number for a message; huge ones by their length, because printing them may itself be refused or slow."""
+    """A number for a message; huge ones by their length: printing them may be slow or refused."""
     return str(number) if number.bit_length() <= 256 else f"a number of {number.bit_length()} bits"

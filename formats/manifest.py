@@ -1,13 +1,12 @@
 """``manifest.json``: what a bundle holds. Written last, canonical, and strict when read.
 
-Canonical means: the same manifest is always the same bytes (sorted keys, one-space indent, ASCII, no time stamps), and
-bytes that are not canonical are refused. The field ``checksum`` covers all others.
+Canonical means: the same manifest is always the same bytes (sorted keys, one-space indent, ASCII, no time
+stamps), and bytes that are not canonical are refused. The field ``checksum`` covers all others.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -15,33 +14,39 @@ from typing import Any, TypeVar
 import xxhash
 
 from krasis.formats.architecture import Architecture
-from krasis.formats.dtypes import BUNDLE_DTYPES
 from krasis.formats.errors import ChecksumError, FormatError, VersionError
-from krasis.formats.limits import (
-    MAX_ASSET_BYTES,
-    MAX_ASSET_EXPANSION,
-    MAX_FILES,
-    MAX_MANIFEST_BYTES,
-    MAX_RANK,
-    MAX_TENSORS,
-    MIB,
-    PAGE_BYTES,
-    checked_add,
-    checked_mul,
+from krasis.formats.limits import MAX_FILES, MAX_MANIFEST_BYTES, MAX_TENSORS
+from krasis.formats.manifest_records import (
+    AssetRecord,
+    BlobRecord,
+    FileRecord,
+    SourceRecord,
+    check_assets,
+    check_blobs,
+    check_files,
+    check_layouts,
+    check_sources,
 )
-from krasis.formats.names import check_file_name, check_tensor_name, shown
+from krasis.formats.names import shown
 from krasis.formats.strict_json import parse_json_object
+
+__all__ = [
+    "FORMAT_MAJOR",
+    "FORMAT_MINOR",
+    "MANIFEST_NAME",
+    "AssetRecord",
+    "BlobRecord",
+    "FileRecord",
+    "Manifest",
+    "SourceRecord",
+    "canonical_json",
+]
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_NAME = "krasis-bundle"
 FORMAT_MAJOR = 1
 FORMAT_MINOR = 0
-TIERS = ("dense", "gpu", "cpu")
-ASSET_SUFFIX = ".zst"
 
-_DIGEST = re.compile(r"[0-9a-f]{32}")
-_LAYOUT_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
-_SHARD_NAME = re.compile(r"(dense|gpu|cpu)-\d{3,6}\.safetensors")
 _MAX_TEXT = 1000
 _KEYS = {
     "architecture",
@@ -61,52 +66,6 @@ _KEYS = {
 
 
 @dataclass(frozen=True, slots=True)
-class FileRecord:
-    """A shard. header_bytes: everything before the data; header_xxh3_128: the digest of those bytes."""
-
-    name: str
-    num_bytes: int
-    header_bytes: int
-    header_xxh3_128: str
-
-
-@dataclass(frozen=True, slots=True)
-class BlobRecord:
-    """A tensor of a shard. offset_bytes counts from the start of the file, shape is in elements of ``dtype``."""
-
-    name: str
-    tier: str
-    file: str
-    offset_bytes: int
-    num_bytes: int
-    dtype: str
-    shape: tuple[int, ...]
-    layout: str
-    xxh3_128: str
-
-
-@dataclass(frozen=True, slots=True)
-class AssetRecord:
-    """A text file, compressed. num_bytes and the digest are of the compressed file."""
-
-    name: str
-    file: str
-    num_bytes: int
-    decompressed_bytes: int
-    xxh3_128: str
-
-
-@dataclass(frozen=True, slots=True)
-class SourceRecord:
-    """A file that the bundle was made from. kind and digest are free text, for people and for comparison."""
-
-    name: str
-    kind: str
-    num_bytes: int
-    digest: str
-
-
-@dataclass(frozen=True, slots=True)
 class Manifest:
     """All of a bundle but its data. layouts: tier -> layout id. recipe and quality: any JSON objects."""
 
@@ -123,7 +82,7 @@ class Manifest:
     format_minor: int = FORMAT_MINOR
 
     def to_bytes(self) -> bytes:
-        """The file's bytes. FormatError if the manifest contradicts itself (see ``check``) or is too large."""
+        """The file's bytes. FormatError if the manifest contradicts itself or is too large."""
         self.check(MANIFEST_NAME)
         record = {
             "format": FORMAT_NAME,
@@ -150,8 +109,8 @@ class Manifest:
     def from_bytes(cls, data: bytes, where: str = MANIFEST_NAME) -> Manifest:
         """Reads ``to_bytes``'s form.
 
-        Raises VersionError for a newer format, ChecksumError for altered bytes, FormatError for anything else that is
-        not exactly a manifest.
+        Raises VersionError for a newer format, ChecksumError for altered bytes, FormatError for anything else
+        that is not exactly a manifest.
         """
         record = parse_json_object(data, where, max_bytes=MAX_MANIFEST_BYTES)
         is_newer = _check_version(record, where)
@@ -181,28 +140,20 @@ class Manifest:
         return manifest
 
     def check(self, where: str) -> None:
-        """FormatError unless names are plain and unique, and every blob lies in its file, aligned, apart from others."""
-        _check_unique([item.name for item in self.files], f"{where}: files")
-        _check_unique([item.name for item in self.blobs], f"{where}: blobs")
-        _check_unique([item.name for item in self.assets], f"{where}: assets")
-        _check_unique([item.file for item in self.assets], f"{where}: assets")
-        for tier, layout in self.layouts.items():
-            _check_tier(tier, f"{where}: layouts")
-            check_layout_id(layout, f"{where}: layouts.{tier}")
-        for file in self.files:
-            _check_file(file, where)
-        by_name = {file.name: file for file in self.files}
-        ends = {file.name: file.header_bytes for file in self.files}
-        for blob in sorted(self.blobs, key=lambda blob: blob.offset_bytes):
-            _check_blob(blob, by_name, ends, where)
-        for asset in self.assets:
-            _check_asset(asset, where)
-        for source in self.sources:
-            _check_size(source.num_bytes, f"{where}: {shown(source.name)}")
+        """FormatError unless names are plain and unique, and every blob lies in its file, aligned, apart from
+        others.
+        """
+        check_layouts(self.layouts, where)
+        check_files(self.files, where)
+        check_blobs(self.blobs, self.files, where)
+        check_assets(self.assets, where)
+        check_sources(self.sources, where)
 
 
 def canonical_json(value: Mapping[str, Any]) -> bytes:
-    """Sorted keys, indent 1, ASCII, one newline at the end. FormatError for what JSON cannot hold (NaN, infinity)."""
+    """Sorted keys, indent 1, ASCII, one newline at the end. FormatError for what JSON cannot hold (NaN,
+    infinity).
+    """
     try:
         text = json.dumps(value, sort_keys=True, indent=1, ensure_ascii=True, allow_nan=False)
     except (ValueError, TypeError) as error:
@@ -210,19 +161,13 @@ def canonical_json(value: Mapping[str, Any]) -> bytes:
     return text.encode("ascii") + b"\n"
 
 
-def check_layout_id(layout: str, where: str) -> None:
-    """FormatError unless the id is one word of lower-case letters, digits and dashes. Whether it is known is for readers."""
-    if not isinstance(layout, str) or not _LAYOUT_ID.fullmatch(layout):
-        raise FormatError(
-            "not a layout id", where=where, got=shown(layout), limit="like marlin-u4b8-g128-bf16"
-        )
-
-
 # ---- reading -----------------------------------------------------------------------------------------------
 
 
 def _check_version(record: Mapping[str, Any], where: str) -> bool:
-    """Whether the minor version is newer than ours. Comes before all other checks: a newer format may change anything."""
+    """Whether the minor version is newer than ours. Comes before all other checks: a newer format may change
+    anything.
+    """
     if record.get("format") != FORMAT_NAME:
         raise FormatError(
             "not the manifest of a bundle", where=f"{where}: format", got=shown(record.get("format"))
@@ -236,10 +181,11 @@ def _check_version(record: Mapping[str, Any], where: str) -> bool:
 
 
 def _newer(record: Mapping[str, Any], where: str, what: str) -> VersionError:
+    writer = shown(record.get("tool_version"))
     return VersionError(
         f"the bundle has a newer format than this program reads: {what}",
         where=where,
-        got=f"format {record['format_major']}.{record['format_minor']}, written by {shown(record.get('tool_version'))}",
+        got=f"format {record['format_major']}.{record['format_minor']}, written by {writer}",
         limit=f"format {FORMAT_MAJOR}.{FORMAT_MINOR}",
         hint="upgrade krasis-bundle, or convert the model again with this version",
     )
@@ -317,105 +263,3 @@ def _object(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise FormatError("field must be an object", where=where, got=shown(value))
     return value
-
-
-# ---- consistency -------------------------------------------------------------------------------------------
-
-
-def _check_unique(names: list[str], where: str) -> None:
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
-            raise FormatError("name occurs twice", where=where, got=shown(name))
-        seen.add(name)
-
-
-def _check_size(num_bytes: int, where: str) -> None:
-    checked_add([num_bytes], where)
-
-
-def _check_digest(digest: str, where: str) -> None:
-    if not _DIGEST.fullmatch(digest):
-        raise FormatError(
-            "not an XXH3-128 digest", where=where, got=shown(digest), limit="32 hexadecimal digits"
-        )
-
-
-def _check_tier(tier: str, where: str) -> None:
-    if tier not in TIERS:
-        raise FormatError("unknown tier", where=where, got=shown(tier), limit=", ".join(TIERS))
-
-
-def _check_file(file: FileRecord, where: str) -> None:
-    check_file_name(file.name, f"{where}: files")
-    where = f"{where}: {shown(file.name)}"
-    if not _SHARD_NAME.fullmatch(file.name):
-        raise FormatError("not the name of a shard", where=where, limit="like cpu-000.safetensors")
-    _check_size(file.num_bytes, where)
-    if not PAGE_BYTES <= file.header_bytes <= file.num_bytes or file.header_bytes % PAGE_BYTES:
-        raise FormatError(
-            "impossible size of a header", where=where, got=file.header_bytes, limit=file.num_bytes
-        )
-    _check_digest(file.header_xxh3_128, where)
-
-
-def _check_blob(blob: BlobRecord, files: Mapping[str, FileRecord], ends: dict[str, int], where: str) -> None:
-    """Blobs come in order of offset; ends has the end of the last one of each file, and is advanced."""
-    check_tensor_name(blob.name, f"{where}: blobs")
-    where = f"{where}: {shown(blob.name)}"
-    _check_tier(blob.tier, where)
-    check_layout_id(blob.layout, where)
-    _check_digest(blob.xxh3_128, where)
-    file = files.get(blob.file)
-    if file is None:
-        raise FormatError(
-            "blob is in a file that the manifest does not list", where=where, got=shown(blob.file)
-        )
-    if not blob.file.startswith(f"{blob.tier}-"):
-        raise FormatError(
-            "blob is in a file of another tier", where=where, got=shown(blob.file), limit=blob.tier
-        )
-    if blob.dtype not in BUNDLE_DTYPES:
-        raise FormatError("unknown dtype", where=where, got=shown(blob.dtype), limit=", ".join(BUNDLE_DTYPES))
-    if not 1 <= len(blob.shape) <= MAX_RANK:
-        raise FormatError(
-            "blob has an impossible rank", where=where, got=len(blob.shape), limit=f"1..{MAX_RANK}"
-        )
-    num_bytes = checked_mul([*blob.shape, BUNDLE_DTYPES[blob.dtype].itemsize], where)
-    if num_bytes != blob.num_bytes or num_bytes == 0:
-        raise FormatError(
-            "blob has another size than its shape", where=where, got=blob.num_bytes, limit=num_bytes
-        )
-    if blob.offset_bytes < 0 or blob.offset_bytes % PAGE_BYTES:
-        raise FormatError(
-            "blob is not aligned", where=where, got=blob.offset_bytes, limit=f"multiples of {PAGE_BYTES}"
-        )
-    if blob.offset_bytes < ends[blob.file]:
-        raise FormatError(
-            "blobs overlap", where=where, got=f"offset {blob.offset_bytes}", limit=f">= {ends[blob.file]}"
-        )
-    end = checked_add([blob.offset_bytes, num_bytes], where)
-    if end > file.num_bytes:
-        raise FormatError(
-            "blob exceeds its file", where=where, got=f"end {end}", limit=f"{file.num_bytes} bytes"
-        )
-    ends[blob.file] = end
-
-
-def _check_asset(asset: AssetRecord, where: str) -> None:
-    check_file_name(asset.name, f"{where}: assets")
-    where = f"{where}: {shown(asset.name)}"
-    if asset.file != asset.name + ASSET_SUFFIX or asset.name.startswith("."):
-        raise FormatError(
-            "asset has an unexpected file name", where=where, got=shown(asset.file), limit=asset.name + ".zst"
-        )
-    _check_digest(asset.xxh3_128, where)
-    _check_size(asset.num_bytes, where)
-    limit = max_asset_bytes(asset.num_bytes)
-    if not 0 <= asset.decompressed_bytes <= limit:
-        raise FormatError("asset would be too large", where=where, got=asset.decompressed_bytes, limit=limit)
-
-
-def max_asset_bytes(compressed_bytes: int) -> int:
-    """What an asset of that size on disk may decompress to: text does not shrink a thousandfold, bombs do."""
-    return min(MAX_ASSET_BYTES, MIB + MAX_ASSET_EXPANSION * compressed_bytes)

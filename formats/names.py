@@ -12,7 +12,7 @@ _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def shown(name: object, max_chars: int = 80) -> str:
-    """A name as it appears in a message: quoted, escaped and cut, so that a hostile one does no harm there."""
+    """A name as it appears in a message: quoted, escaped and cut: a hostile one does no harm there."""
     if not isinstance(name, str):
         return f"{type(name).__name__} {str(name)[:max_chars]}"
     text = ascii(name[:max_chars])

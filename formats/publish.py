@@ -1,7 +1,8 @@
-"""The last step of a conversion: ``X.partial`` becomes ``X`` in one rename, or takes the place of an older bundle.
+"""The last step of a conversion: ``X.partial`` becomes ``X`` in one rename, or takes the place of an older
+bundle.
 
-Whatever happens in between, ``X`` is the old bundle, the new one, or (only on file systems that cannot exchange names)
-for a moment absent, with the old one beside it.
+Whatever happens in between, ``X`` is the old bundle, the new one, or (only on file systems that cannot
+exchange names) for a moment absent, with the old one beside it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from pathlib import Path
 
 from krasis.formats.errors import UsageError
 from krasis.formats.file_ops import FileOps, io_errors, sync_directory
-from krasis.formats.manifest import ASSET_SUFFIX, MANIFEST_NAME
+from krasis.formats.manifest import MANIFEST_NAME
+from krasis.formats.manifest_records import ASSET_SUFFIX
 
 PARTIAL_SUFFIX = ".partial"
 REPLACED_SUFFIX = ".replaced"
@@ -32,8 +34,8 @@ def publish(
 ) -> None:
     """Renames a finished partial directory (its manifest written and synced) to its final name.
 
-    scratch: files of the conversion itself inside ``partial`` (a journal), removed once the new name is durable.
-    replace: an older bundle at ``final`` is exchanged with the new one atomically, then removed.
+    scratch: files of the conversion itself inside ``partial`` (a journal), removed once the new name is
+    durable. replace: an older bundle at ``final`` is exchanged with the new one atomically, then removed.
     Raises UsageError if something is there that may not be replaced, ResourceError if the system refuses.
     """
     io = io or FileOps()
@@ -61,7 +63,9 @@ def publish(
 
 
 def check_replaceable(path: Path, *, replace: bool) -> None:
-    """UsageError unless ``replace`` is set and ``path`` is a directory that holds nothing but a bundle (or nothing)."""
+    """UsageError unless ``replace`` is set and ``path`` is a directory that holds nothing but a bundle (or
+    nothing).
+    """
     where = str(path)
     if not replace:
         raise UsageError(
@@ -97,7 +101,7 @@ def remove_bundle(path: Path, *, io: FileOps | None = None) -> None:
 
 def _foreign_entries(path: Path) -> list[str]:
     """Entries that neither a bundle nor a conversion puts there."""
-    names = sorted((entry.name for entry in path.iterdir()))
+    names = sorted(entry.name for entry in path.iterdir())
     is_bundle = MANIFEST_NAME in names or path.name.endswith((PARTIAL_SUFFIX, REPLACED_SUFFIX))
     foreign = []
     for name in names:

@@ -1,4 +1,6 @@
-"""Opening and reading files that may not be what they seem: only regular files, never blocking, never a device."""
+"""Opening and reading files that may not be what they seem: only regular files, never blocking, never a
+device.
+"""
 
 from __future__ import annotations
 
@@ -28,15 +30,16 @@ _KINDS = (
 def open_regular(path: Path, *, follow_links: bool, dir_fd: int | None = None) -> int:
     """A read-only descriptor of a regular file.
 
-    follow_links: sources may be links (the Hugging Face cache is made of them) if they lead to a regular file; files of a
-    bundle may not. dir_fd: the directory that ``path.name`` is looked up in instead of following ``path``.
-    Raises FormatError if it is missing or not a regular file, ResourceError if the system refuses.
+    follow_links: sources may be links (the Hugging Face cache is made of them) if they lead to a regular
+    file; files of a bundle may not. dir_fd: the directory that ``path.name`` is looked up in instead of
+    following ``path``. Raises FormatError if it is missing or not a regular file, ResourceError if the system
+    refuses.
     """
     target: str | Path = path if dir_fd is None else path.name
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY | (0 if follow_links else os.O_NOFOLLOW)
     try:
-        # Looked at before it is opened, because opening a device can act on it; and again after, because it may have
-        # been exchanged in between.
+        # Looked at before it is opened, because opening a device can act on it; and again after, because it
+        # may have been exchanged in between.
         _check_kind(os.stat(target, dir_fd=dir_fd, follow_symlinks=follow_links), path)
         fd = os.open(target, flags, dir_fd=dir_fd)
     except OSError as error:
@@ -69,7 +72,9 @@ def _open_error(error: OSError, path: Path) -> FormatError | ResourceError:
 
 
 def read_range(fd: int, offset: int, num_bytes: int, where: str) -> bytes:
-    """Exactly ``num_bytes`` bytes from ``offset``. FormatError if the file ends before, ResourceError on I/O errors."""
+    """Exactly ``num_bytes`` bytes from ``offset``. FormatError if the file ends before, ResourceError on I/O
+    errors.
+    """
     parts = []
     done = 0
     while done < num_bytes:
@@ -91,7 +96,9 @@ def read_range(fd: int, offset: int, num_bytes: int, where: str) -> bytes:
 
 
 def read_small_file(path: Path, max_bytes: int, *, follow_links: bool, dir_fd: int | None = None) -> bytes:
-    """The whole of a regular file of at most ``max_bytes``. Errors as ``open_regular``; FormatError if it is larger."""
+    """The whole of a regular file of at most ``max_bytes``. Errors as ``open_regular``; FormatError if it is
+    larger.
+    """
     fd = open_regular(path, follow_links=follow_links, dir_fd=dir_fd)
     try:
         size = os.fstat(fd).st_size
@@ -107,7 +114,8 @@ def read_small_file(path: Path, max_bytes: int, *, follow_links: bool, dir_fd: i
 class MappedFile:
     """A read-only shared mapping of a source file, as bytes. Views of it keep it alive.
 
-    Another process that truncates the file while it is mapped kills this one with SIGBUS; nothing can be done about it.
+    Another process that truncates the file while it is mapped kills this one with SIGBUS; nothing can be done
+    about it.
     """
 
     __slots__ = ("_mmap", "bytes", "path")

@@ -1,6 +1,8 @@
-"""Reads safetensors files and sharded checkpoints without copying: headers are checked in full, data is mapped.
+"""Reads safetensors files and sharded checkpoints without copying: headers are checked in full, data is
+mapped.
 
-The header: 8 bytes little-endian length, then that many bytes of JSON, then the data; offsets count from there.
+The header: 8 bytes little-endian length, then that many bytes of JSON, then the data; offsets count from
+there.
 """
 
 from __future__ import annotations
@@ -177,7 +179,9 @@ def _check_coverage(tensors: dict[str, TensorInfo], header_bytes: int, file_byte
 
 
 class SafetensorsFile:
-    """One file: its tensors and views of their bytes. The views keep the mapping alive; there is nothing to close."""
+    """One file: its tensors and views of their bytes. The views keep the mapping alive; there is nothing to
+    close.
+    """
 
     __slots__ = ("_mapping", "file_bytes", "header_bytes", "metadata", "path", "tensors")
 
@@ -190,7 +194,9 @@ class SafetensorsFile:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> SafetensorsFile:
-        """Reads and checks the header and maps the file. FormatError if it is not sound, ResourceError if refused."""
+        """Reads and checks the header and maps the file. FormatError if it is not sound, ResourceError if
+        refused.
+        """
         self = cls()
         self.path = Path(path)
         fd = open_regular(self.path, follow_links=True)
@@ -217,7 +223,9 @@ class SafetensorsFile:
         return self._mapping.bytes[info.offset_bytes : info.offset_bytes + info.num_bytes]
 
     def array(self, name: str) -> npt.NDArray[np.generic]:
-        """A view of the tensor in its shape and NumPy type (BF16 as uint16). FormatError for types NumPy lacks."""
+        """A view of the tensor in its shape and NumPy type (BF16 as uint16). FormatError for types NumPy
+        lacks.
+        """
         info = self.info(name)
         dtype = NUMPY_DTYPES.get(info.dtype)
         if dtype is None:
@@ -246,7 +254,8 @@ class ShardedCheckpoint:
     def open(cls, path: str | os.PathLike[str]) -> ShardedCheckpoint:
         """path: a ``.safetensors`` file, an index (``*.safetensors.index.json``), or a directory with either.
 
-        Raises FormatError for a missing or truncated shard (named), an index that contradicts its shards, or damage.
+        Raises FormatError for a missing or truncated shard (named), an index that contradicts its shards, or
+        damage.
         """
         self = cls()
         self.path = Path(path)
@@ -295,7 +304,7 @@ def _find_entry(directory: Path) -> Path:
                 f"directory has several {what}",
                 where=str(directory),
                 got=", ".join(found[:3]),
-                hint="name the file or index to read; model.safetensors.index.json may not have been downloaded",
+                hint="name the one to read; the index may not have been downloaded",
             )
     raise FormatError(
         "directory has no safetensors file", where=str(directory), hint="is this the right directory?"

@@ -20,7 +20,7 @@ from krasis.formats.limits import (
     align_up,
     checked_mul,
 )
-from krasis.formats.manifest import TIERS, BlobRecord, FileRecord, check_layout_id
+from krasis.formats.manifest_records import TIERS, BlobRecord, FileRecord, check_layout_id
 from krasis.formats.names import check_tensor_name, shown
 
 DEFAULT_SHARD_BYTES = 32 * GIB
@@ -102,7 +102,9 @@ class ShardPlan:
         return tuple(file.record() for file in self.files)
 
     def blob_records(self, digests: Mapping[str, str]) -> tuple[BlobRecord, ...]:
-        """The manifest's list of blobs. digests: blob name -> what ``BlobSink.close`` returned. FormatError if one lacks."""
+        """The manifest's list of blobs. digests: blob name -> what ``BlobSink.close`` returned. FormatError
+        if one lacks.
+        """
         records = []
         for file in self.files:
             for blob in file.blobs:
@@ -125,7 +127,9 @@ class ShardPlan:
         return tuple(records)
 
     def place(self, name: str) -> tuple[ShardFile, PlacedBlob]:
-        """The shard and place of a blob. FormatError if it is not planned. Linear: the writer keeps its own table."""
+        """The shard and place of a blob. FormatError if it is not planned. Linear: the writer keeps its own
+        table.
+        """
         for file in self.files:
             for blob in file.blobs:
                 if blob.spec.name == name:
@@ -134,9 +138,11 @@ class ShardPlan:
 
 
 def plan_shards(blobs: Sequence[BlobSpec], shard_bytes: int = DEFAULT_SHARD_BYTES) -> ShardPlan:
-    """Lays the blobs out: by tier, in the given order, in shards of at most ``shard_bytes`` (a larger blob has its own).
+    """Lays the blobs out: by tier, in the given order, in shards of at most ``shard_bytes`` (a larger blob
+    has its own).
 
-    Equal arguments give equal plans, bytes of the headers included. Raises FormatError for a blob that cannot be written.
+    Equal arguments give equal plans, bytes of the headers included. Raises FormatError for a blob that cannot
+    be written.
     """
     _check_specs(blobs)
     files = []

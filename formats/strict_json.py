@@ -1,7 +1,8 @@
 """JSON from files that nobody vouches for: bounded before it is parsed, and without JSON's ambiguities.
 
-Refused: more bytes, more nesting or denser structure than asked for (before the parser allocates anything), duplicate
-keys, NaN and Infinity, integers beyond 64 bits, floats that overflow, lone surrogates, bytes that are not UTF-8.
+Refused: more bytes, more nesting or denser structure than asked for (before the parser allocates anything),
+duplicate keys, NaN and Infinity, integers beyond 64 bits, floats that overflow, lone surrogates, bytes that
+are not UTF-8.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from krasis.formats.errors import FormatError
 from krasis.formats.limits import MAX_JSON_DEPTH
 from krasis.formats.names import shown
 
-# Steps from bracket to bracket over strings and everything else. Possessive, and an unterminated string matches to
-# the end: linear in the input whatever it is.
-_TO_BRACKET = re.compile(rb'(?:[^"\[\]{}]++|"(?:[^"\\]++|\\.?)*+"?)*+([\[\]{}])', re.DOTALL)
+# Steps from bracket to bracket (or to the end) over strings and all else. Possessive, never failing, and an
+# unterminated string reaches to the end: linear in the input whatever it is.
+_TO_BRACKET = re.compile(rb'(?:[^"\[\]{}]++|"(?:[^"\\]++|\\.?)*+"?)*+([\[\]{}]|\Z)', re.DOTALL)
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 _INT64_DIGITS = 20  # with a sign
-# An object or array costs the parser about 70 bytes however few it has in the file. Real headers have 15 or more bytes
-# a bracket pair; a file of nothing but brackets is an attack on memory.
+# An object or array costs the parser about 70 bytes however few it has in the file. Real headers have 15 or
+# more bytes a bracket pair; a file of nothing but brackets is an attack on memory.
 _MIN_BYTES_PER_CONTAINER = 8
 _FREE_CONTAINERS = 4096
 
@@ -33,7 +34,7 @@ class _RefusedError(ValueError):
 def parse_json(
     data: bytes | memoryview, where: str, *, max_bytes: int, max_depth: int = MAX_JSON_DEPTH
 ) -> Any:
-    """The value in ``data`` (UTF-8). FormatError with ``where`` for anything refused, see the module's list."""
+    """The value in ``data`` (UTF-8). FormatError for anything on the module's list."""
     if len(data) > max_bytes:
         raise FormatError("JSON text is too long", where=where, got=f"{len(data)} bytes", limit=max_bytes)
     _check_structure(data, where, max_depth)
@@ -78,6 +79,8 @@ def _check_structure(data: bytes | memoryview, where: str, max_depth: int) -> No
     depth = containers = 0
     limit = _FREE_CONTAINERS + len(data) // _MIN_BYTES_PER_CONTAINER
     for match in _TO_BRACKET.finditer(data):
+        if match.start(1) == len(data):
+            return
         if data[match.start(1)] in b"[{":
             depth += 1
             containers += 1

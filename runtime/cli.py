@@ -132,7 +132,8 @@ def _chat(engine: Engine, sampling: SamplingSettings, options: dict[str, Any]) -
     from krasis.runtime.conversation import Conversation
     from krasis.runtime.terminal import Terminal
 
-    if engine.text.template is None:
+    # Before the first prompt, so that nobody types in vain.
+    if engine.text.tokenizer and engine.text.template is None:
         raise missing_template(str(engine.bundle.path))
     conversation = Conversation(engine, sampling, options["max_tokens"], options["system"])
     Terminal(conversation, options["stop"]).run()
@@ -157,7 +158,7 @@ def _answer_once(engine: Engine, text: str, sampling: SamplingSettings, options:
         )
         stats = stream_answer(answer, bar, show=streaming)
     if options["as_json"]:
-        write_text(json.dumps(json_report(engine, stats, sampling, options["max_tokens"]), indent=1) + "\n")
+        write_text(json.dumps(json_report(engine, stats, sampling, options["max_tokens"])) + "\n")
     elif not streaming:
         write_text(stats.text + "\n")
     if stats.stop_reason == "context":

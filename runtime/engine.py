@@ -153,9 +153,10 @@ class Engine:
             one if isinstance(one, Message) else Message(one["role"], one["content"])
             for one in cast("Sequence[Message | Mapping[str, str]]", prompt)
         ]
+        tokenizer = self.text.tokenizer
         if self.text.template is None:
             raise missing_template(str(self.bundle.path))
-        return self.text.tokenizer.encode(self.text.template.render(messages))
+        return tokenizer.encode(self.text.template.render(messages))
 
     def generate(
         self,

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from krasis.runtime.environment import Cpu, Environment, Memory, NativeLibraries, Torch
-from krasis.runtime.format_units import format_binary, text_fields
+from krasis.runtime.format_units import format_binary, text_fields, text_paragraphs
 
 
 def environment_to_json(found: Environment) -> dict[str, Any]:
@@ -23,7 +23,7 @@ def environment_to_text(found: Environment) -> str:
     ]
     if found.torch is not None:
         parts.append("torch\n" + text_fields(_torch_fields(found.torch)))
-    findings = "\n".join(f"  - {finding}" for finding in found.findings) or "  nothing"
+    findings = text_paragraphs(found.findings) or "  nothing"
     return "\n\n".join([*parts, "What is off, and why\n" + findings])
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterable, Sequence
 
 from krasis.formats.errors import UsageError
 
@@ -125,3 +126,19 @@ def text_fields(pairs: Sequence[tuple[str, str]], indent: int = 2) -> str:
     """``name   value`` lines with the values aligned."""
     width = max((len(name) for name, _ in pairs), default=0)
     return "\n".join(f"{' ' * indent}{name.ljust(width)}  {value}".rstrip() for name, value in pairs)
+
+
+def text_paragraphs(sentences: Iterable[str], width: int = 108) -> str:
+    """``  - sentence`` for each, wrapped (but no word or path is broken)."""
+    wrapped = (
+        textwrap.fill(
+            sentence,
+            width,
+            initial_indent="  - ",
+            subsequent_indent="    ",
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        for sentence in sentences
+    )
+    return "\n".join(wrapped)

@@ -104,7 +104,7 @@ def bundle_to_text(summary: Mapping[str, Any]) -> str:
         "Needs\n" + text_fields(_need_fields(summary["needs"])),
         "Recipe\n" + (text_fields(_flat(summary["recipe"])) or "  (not recorded)"),
         "Sources\n" + _source_table(summary["sources"]),
-        "Quality (relative squared error against the source)\n" + _quality_text(summary["quality"]),
+        "Quality (squared error over squared sum, against the source)\n" + _quality_text(summary["quality"]),
         "Assets\n" + _asset_text(summary["assets"]),
     ]
     return "\n\n".join(parts)
@@ -210,24 +210,30 @@ def _source_table(sources: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _quality_text(quality: Mapping[str, Any]) -> str:
-    """Numbers under a name with ``mse`` in it are fractions, shown in percent; anything else as it is."""
-    if not quality:
-        return "  (not recorded)"
-    fields = []
-    for name, value in _flat_values(quality):
-        is_fraction = "mse" in name and isinstance(value, float | int) and not isinstance(value, bool)
-        fields.append((name, f"{100 * value:.4g} %" if is_fraction else _scalar(value)))
-    return text_fields(fields)
+    """A line for each tensor kind with its relative MSE in percent; anything else that was recorded below."""
+    measured = {name: record for name, record in quality.items() if _is_measured(record)}
+    others = {name: record for name, record in quality.items() if name not in measured}
+    rows = [
+        [
+            name,
+            f"{100 * record['relative_mse']:.4f} %" if record["relative_mse"] else "none (lossless)",
+            _scalar(record.get("max_abs_error")),
+            f"{record['count']:,}" if isinstance(record.get("count"), int) else "-",
+        ]
+        for name, record in measured.items()
+    ]
+    header = ["tensor kind", "relative MSE", "largest error", "weights"]
+    parts = [_indent(text_table(header, rows, "lrrr"))] if rows else []
+    if others:
+        parts.append(text_fields(_flat(others)))
+    return "\n".join(parts) or "  (not recorded)"
 
 
-def _flat_values(record: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    fields: list[tuple[str, Any]] = []
-    for name, value in record.items():
-        if isinstance(value, Mapping):
-            fields.extend(_flat_values(value, f"{prefix}{name}."))
-        else:
-            fields.append((f"{prefix}{name}", value))
-    return fields
+def _is_measured(record: object) -> bool:
+    if not isinstance(record, Mapping):
+        return False
+    error = record.get("relative_mse")
+    return isinstance(error, int | float) and not isinstance(error, bool)
 
 
 def _asset_text(assets: Sequence[Mapping[str, Any]]) -> str:
@@ -273,7 +279,7 @@ def tensors_to_text(tensors: Sequence[Mapping[str, Any]]) -> str:
             tensor["dtype"],
             "x".join(str(size) for size in tensor["shape"]),
             tensor["layout"],
-            tensor["file"],
+            tensor["file"].removesuffix(".safetensors"),
             f"{tensor['offset_bytes']}",
             f"{tensor['num_bytes']}",
         ]

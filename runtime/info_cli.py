@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from krasis.formats.errors import KrasisError, UsageError
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from krasis.formats.bundle_verify import Problem
     from krasis.formats.manifest import Manifest
     from krasis.runtime.planning.sizes import ModelSizes
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
 
 EXIT_DAMAGED = 3
 JSON_VERSION = 1
@@ -51,7 +54,17 @@ class _Request:
     kv_dtype: str
 
 
-_POSITIVE = click.FloatRange(min=0, min_open=True)
+def _positive(_: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
+    """click's FloatRange lets NaN and infinity pass."""
+    if value is not None and not 0 < value < float("inf"):
+        raise click.BadParameter("not a positive number", param=parameter)
+    return value
+
+
+def _rate(flag: str, text: str) -> Callable[[_Command], _Command]:
+    return click.option(flag, type=float, callback=_positive, help=text)
+
+
 _AT_LEAST_1 = click.IntRange(min=1)
 
 
@@ -74,14 +87,14 @@ _AT_LEAST_1 = click.IntRange(min=1)
 @click.option(
     "--gpus", help="GPUs of the planned machine: 3x16GiB, 16GiB,24GiB or none.  [default: this machine's]"
 )
-@click.option("--pcie-gbps", type=_POSITIVE, help="Pinned host-to-device rate of each GPU's link, GB/s.")
-@click.option("--gpu-gbps", type=_POSITIVE, help="VRAM bandwidth, GB/s.")
-@click.option("--gpu-tflops", type=_POSITIVE, help="Attainable bf16 matmul rate, TFLOP/s.")
+@_rate("--pcie-gbps", "Pinned host-to-device rate of each GPU's link, GB/s.")
+@_rate("--gpu-gbps", "VRAM bandwidth, GB/s.")
+@_rate("--gpu-tflops", "Attainable bf16 matmul rate, TFLOP/s.")
 @click.option("--ram", help="RAM, e.g. 1TiB.  [default: this machine's, or its cgroup's limit]")
-@click.option("--ram-gbps", type=_POSITIVE, help="Read bandwidth of RAM, GB/s.  [default: measured here]")
+@_rate("--ram-gbps", "Read bandwidth of RAM, GB/s.  [default: measured here]")
 @click.option("--cpus", type=_AT_LEAST_1, help="CPU cores.  [default: those this process may use]")
-@click.option("--cpu-gmacs", type=_POSITIVE, help="int8 multiply-adds of all cores, 10^9/s.")
-@click.option("--disk-gbps", type=_POSITIVE, help="Sequential read rate of the disk, GB/s.")
+@_rate("--cpu-gmacs", "int8 multiply-adds of all cores, 10^9/s.")
+@_rate("--disk-gbps", "Sequential read rate of the disk, GB/s.")
 @click.option("--context", type=_AT_LEAST_1, help="Positions of KV cache.  [default: the prompt + 2048]")
 @click.option("--prompt-tokens", type=_AT_LEAST_1, help="Length of the prompt.  [default: 10000]")
 @click.option("--kv-dtype", type=click.Choice(["f16", "bf16", "f32"]), default="f16", show_default=True)
@@ -185,14 +198,13 @@ def _add_verification(path: Path, record: dict[str, Any], texts: list[str]) -> b
 
 def _verify_with_progress(path: Path) -> tuple[int, float, list[Problem]]:
     """(bytes checked, seconds, problems). The bar goes to stderr, and only if that is a terminal."""
-    from tqdm import tqdm
-
     from krasis.formats.bundle_verify import verify_bundle
+    from tqdm import tqdm
 
     done = 0
     lock = Lock()
-    start = time.perf_counter()
     total = _bytes_to_verify(path)
+    start = time.perf_counter()
     with tqdm(total=total, unit="B", unit_scale=True, desc="verify", disable=None, leave=False) as bar:
 
         def advance(num_bytes: int) -> None:

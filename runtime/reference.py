@@ -33,7 +33,7 @@ class QuantizedActs:
 
 def quantize(x: Array) -> QuantizedActs:
     """int8 per block of 32 of x [T, k]: scale = absmax/127, q = round half to even(x/scale), else 0."""
-    blocks = x.reshape(len(x), -1, BLOCK_K)
+    blocks = x.reshape(len(x), x.shape[1] // BLOCK_K, BLOCK_K)
     scale = np.abs(blocks).max(axis=-1) / np.asarray(127, x.dtype)
     safe = np.where(scale == 0, np.asarray(1, x.dtype), scale)
     q = np.clip(np.rint(np.where(scale[..., None] == 0, 0, blocks / safe[..., None])), -127, 127).astype(
@@ -74,7 +74,8 @@ def qk_norm_rope(
     sin: Array,
 ) -> tuple[Array, Array, Array]:
     """(q [T, num_heads, D], k, v [T, num_kv_heads, D]) of qkv; cos, sin [T, D/2]; norms [D]."""
-    heads = qkv.reshape(len(qkv), num_heads + 2 * num_kv_heads, -1)
+    num_all = num_heads + 2 * num_kv_heads
+    heads = qkv.reshape(len(qkv), num_all, qkv.shape[1] // num_all)
     q, k = heads[:, :num_heads], heads[:, num_heads : num_heads + num_kv_heads]
     if q_norm is not None:
         q = rms_norm(q, q_norm, eps)

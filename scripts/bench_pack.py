@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measures the packers on one expert's shape: GB/s of BF16 input per layout, instruction set and thread count.
+"""Measures the packers on the shape of one expert: GB/s of BF16 input per layout, ISA and threads.
 
     python scripts/bench_pack.py --hidden 2048 --intermediate 768 --threads 1,2
 
@@ -109,9 +109,8 @@ def bench(pool: Pool, experts: Sequence[Expert], seconds: float) -> None:
     )
     for name, function, num_bytes in lines:
         rate, stats = measure(function, num_bytes, seconds)
-        print(
-            f"{pool.isa:12} {pool.num_threads:3} threads {name:32} {rate:7.2f} GB/s  MSE {stats.relative_mse:.3e}"
-        )
+        heading = f"{pool.isa:12} {pool.num_threads:3} threads  {name:30}"
+        print(f"{heading} {rate:6.2f} GB/s   relative MSE {stats.relative_mse:.3e}")
 
 
 def main() -> None:

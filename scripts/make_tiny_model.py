@@ -34,6 +34,7 @@ logger = logging.getLogger("make_tiny_model")
 
 WINDOW = 512
 SAMPLE_TOKENS = 120
+CPU_SAMPLE_TOKENS = 16  # every token recomputes the whole text
 CHECK_TOKENS = 256
 
 
@@ -181,7 +182,13 @@ def train(
         compile=on_gpu if use_compile is None else use_compile,
     )
     request = TrainRequest(
-        out=out, seed=seed, device=where, settings=settings, dropout=dropout, stdlib=stdlib
+        out=out,
+        seed=seed,
+        device=where,
+        settings=settings,
+        dropout=dropout,
+        stdlib=stdlib,
+        sample_tokens=SAMPLE_TOKENS if on_gpu else CPU_SAMPLE_TOKENS,
     )
     try:
         train_model(request)

@@ -14,20 +14,33 @@ KRASIS_INLINE float largest_weight(int32_t scale_dtype, int32_t num_bits) {
     return scale_dtype == KRASIS_F16 ? 65504.0f * (num_bits == 4 ? 8 : 127) : 0x1.fffffep127f;
 }
 
-KRASIS_INLINE const uint8_t *element(const PackSource &src, int64_t row, int64_t column) {
-    return src.data + (row * src.row_stride + column) * element_bytes(src.dtype);
+// kLanes rows of k columns that begin here.
+struct Place {
+    int64_t row, column;
+};
+
+KRASIS_INLINE const uint8_t *element(const PackSource &src, Place at) {
+    return src.data + (at.row * src.row_stride + at.column) * element_bytes(src.dtype);
 }
 
-// Loads rows [row, row + kLanes) and columns [column, column + k), transposed. False, and the row in out, if any weight
+// Loads what begins at `at`, transposed, and prefetches what begins at `next`. False, and the row in out, if any weight
 // is not finite or above limit.
-inline bool load_rows(const PackSource &src, int64_t row, int64_t column, int64_t k, float limit, float *w,
-                      float *absmax, PackPartial &out) {
-    load_transposed(src.dtype, element(src, row, column), src.row_stride * element_bytes(src.dtype), k, w, absmax);
+inline bool load_rows(const PackSource &src, Place at, Place next, int64_t k, float limit, float *w, float *absmax,
+                      PackPartial &out) {
+    load_transposed(src.dtype, element(src, at), element(src, next), src.row_stride * element_bytes(src.dtype), k, w,
+                    absmax);
     const int lane = first_bad_lane(absmax, limit);
-    if (lane >= 0 && (out.bad_row < 0 || row + lane < out.bad_row)) {
-        out.bad_row = row + lane;
+    if (lane >= 0 && (out.bad_row < 0 || at.row + lane < out.bad_row)) {
+        out.bad_row = at.row + lane;
     }
     return lane < 0;
+}
+
+// Where a loop over columns will be in a while: kAhead blocks further, or at the row's last block.
+constexpr int64_t kAhead = 4 * KRASIS_BLOCK_K;
+KRASIS_INLINE Place ahead(const PackSource &src, Place at) {
+    const int64_t column = at.column + kAhead;
+    return {at.row, column < src.k ? column : src.k - KRASIS_BLOCK_K};
 }
 
 inline void add_sums(const GroupSums &sums, V magnitude, PackPartial &out) {
@@ -93,7 +106,10 @@ inline void marlin_task(const MarlinJob &job, int64_t task, uint8_t *scratch, Pa
     alignas(64) uint16_t scales[kMarlinStrip];
     for (int64_t column = begin; column < end; column += job.group) {
         for (int64_t r = 0; r < kMarlinStrip; r += kLanes) {
-            if (!load_rows(job.src, row + r, column, job.group, limit, w, absmax, out)) {
+            const Place next = r + kLanes < kMarlinStrip
+                                   ? Place{row + r + kLanes, column}
+                                   : Place{row, column + job.group < end ? column + job.group : column};
+            if (!load_rows(job.src, {row + r, column}, next, job.group, limit, w, absmax, out)) {
                 return;
             }
             const Group group{w, job.group, job.importance ? job.importance + column : nullptr, V::load(absmax),
@@ -175,7 +191,8 @@ inline void tiles_task(const TilesJob &job, int64_t task, uint8_t *scratch, Pack
         uint8_t *const tile_scales = tile + KRASIS_BLOCK_K * KRASIS_TILE_ROWS / (q8 ? 1 : 2) + job.part_offset * 2;
         alignas(64) uint16_t scales[KRASIS_TILE_ROWS];
         for (int64_t r = 0; r < job.part_rows; r += kLanes) {
-            if (!load_rows(job.src, strip * job.part_rows + r, column, KRASIS_BLOCK_K, limit, w, absmax, out)) {
+            const Place at{strip * job.part_rows + r, column};
+            if (!load_rows(job.src, at, ahead(job.src, at), KRASIS_BLOCK_K, limit, w, absmax, out)) {
                 return;
             }
             if (q8) {
@@ -280,7 +297,8 @@ inline void int8_rows_task(const RowsJob &job, int64_t task, uint8_t *scratch, P
         const int64_t row = task * KRASIS_TILE_ROWS + r;
         V most = V::zero();
         for (int64_t column = 0; column < job.src.k; column += KRASIS_BLOCK_K) {
-            if (!load_rows(job.src, row, column, KRASIS_BLOCK_K, 0x1.fffffep127f, w, absmax, out)) {
+            const Place at{row, column};
+            if (!load_rows(job.src, at, ahead(job.src, at), KRASIS_BLOCK_K, 0x1.fffffep127f, w, absmax, out)) {
                 return;
             }
             most = max(most, V::load(absmax));
@@ -289,7 +307,8 @@ inline void int8_rows_task(const RowsJob &job, int64_t task, uint8_t *scratch, P
         const V safe = where_less(scale, least, V::set1(1), scale);
         const V inverse = where_less(scale, least, V::zero(), div(V::set1(1), safe));
         for (int64_t column = 0; column < job.src.k; column += KRASIS_BLOCK_K) {
-            load_rows(job.src, row, column, KRASIS_BLOCK_K, 0x1.fffffep127f, w, absmax, out);
+            const Place at{row, column};
+            load_rows(job.src, at, at, KRASIS_BLOCK_K, 0x1.fffffep127f, w, absmax, out);
             GroupSums sums{V::zero(), V::zero(), V::zero()};
             quantise_row_words(w, safe, inverse, strip + column / 4 * KRASIS_TILE_ROWS * 4 + r * 4, sums);
             add_sums(sums, safe, out);

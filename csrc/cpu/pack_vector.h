@@ -158,13 +158,20 @@ KRASIS_INLINE void transpose_8x8(__m256 (&x)[8]) {
 }
 
 // kLanes rows of kDtype, k columns (a multiple of 8), to out[k][kLanes] floats. absmax: of each row; a NaN or an
-// infinity among the weights leaves bits >= 0x7f800000 there, because magnitudes are compared as integers.
+// infinity among the weights leaves bits >= 0x7f800000 there, because magnitudes are compared as integers. next: rows
+// that will be loaded later, of the same stride and columns; they are only prefetched. Strided rows defeat the
+// hardware's own prefetching.
 template <int kDtype>
-inline void load_transposed(const uint8_t *rows, int64_t row_bytes, int64_t k, float *out, float *absmax) {
+inline void load_transposed(const uint8_t *rows, const uint8_t *next, int64_t row_bytes, int64_t k, float *out,
+                            float *absmax) {
+    constexpr int64_t kLine = 64 / element_bytes(kDtype);
     for (int half = 0; half < kLanes; half += 8) {
         __m256i most = _mm256_setzero_si256();
         const uint8_t *const first = rows + half * row_bytes;
         for (int64_t i = 0; i < k; i += 8) {
+            for (int r = 0; r < 8 && i % kLine == 0; ++r) {
+                _mm_prefetch(next + (half + r) * row_bytes + i * element_bytes(kDtype), _MM_HINT_T0);
+            }
             __m256 x[8];
             for (int r = 0; r < 8; ++r) {
                 x[r] = load_8<kDtype>(first + r * row_bytes + i * element_bytes(kDtype));
@@ -180,14 +187,14 @@ inline void load_transposed(const uint8_t *rows, int64_t row_bytes, int64_t k, f
     }
 }
 
-inline void load_transposed(int32_t dtype, const uint8_t *rows, int64_t row_bytes, int64_t k, float *out,
-                            float *absmax) {
+inline void load_transposed(int32_t dtype, const uint8_t *rows, const uint8_t *next, int64_t row_bytes, int64_t k,
+                            float *out, float *absmax) {
     if (dtype == KRASIS_F32) {
-        load_transposed<KRASIS_F32>(rows, row_bytes, k, out, absmax);
+        load_transposed<KRASIS_F32>(rows, next, row_bytes, k, out, absmax);
     } else if (dtype == KRASIS_BF16) {
-        load_transposed<KRASIS_BF16>(rows, row_bytes, k, out, absmax);
+        load_transposed<KRASIS_BF16>(rows, next, row_bytes, k, out, absmax);
     } else {
-        load_transposed<KRASIS_F16>(rows, row_bytes, k, out, absmax);
+        load_transposed<KRASIS_F16>(rows, next, row_bytes, k, out, absmax);
     }
 }
 

@@ -79,7 +79,7 @@ def _better_sign(w: Floats, absmax: Floats) -> Floats:
 
 
 def search_int4_scale(w: Floats, scale_dtype: str, importance: Floats | None = None) -> tuple[Floats, Floats]:
-    """(magnitude, sign) [groups] of the scales of groups w [groups, k]. importance: [groups, k], at most 1."""
+    """(magnitude, sign) [groups] of the scales of groups w [groups, k]. importance: alike, at most 1."""
     absmax = np.abs(w).max(axis=1)
     base = np.maximum(absmax, LEAST_SCALE[scale_dtype])
     narrow = importance is None and w.shape[1] <= NARROW_GROUP
@@ -145,7 +145,7 @@ def quantize_marlin_int8(
 
 
 def quantize_q8_0(weights: Floats) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float16]]:
-    """Codes [n, k] and float16 scales [n, k/32] as ggml's Q8_0: d = absmax / 127, rounded half away from zero."""
+    """Codes [n, k] and float16 scales [n, k/32] as ggml's Q8_0: d = absmax / 127, ties away from 0."""
     n, k = weights.shape
     w = weights.reshape(-1, 32)
     d = np.abs(w).max(axis=1) / _F32(127)

@@ -83,7 +83,7 @@ def _expert_store(
     sizes: ModelSizes, gpus: Sequence[GpuPlacement], free_bytes: int, ring_bytes: int
 ) -> _Store:
     if not gpus:
-        return _Store("none", 0, 0, 0, "no GPU: only the CPU experts are used")
+        return _Store("none", 0, 0, 0, "without a GPU only CPU experts are used")
     resident = sum(gpu.resident_experts for gpu in gpus)
     streamed = (sizes.num_experts - resident) * sizes.gpu_expert_bytes
     if streamed == 0:

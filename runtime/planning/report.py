@@ -14,6 +14,7 @@ from krasis.runtime.format_units import (
     format_rate,
     format_seconds,
     text_fields,
+    text_paragraphs,
     text_table,
 )
 from krasis.runtime.planning.assumptions import DESCRIPTIONS
@@ -30,7 +31,7 @@ _PATHS = {
 _STORES = {
     "pinned-arena": "pinned arena",
     "mapped-with-ring": "mapped file and pinned ring",
-    "none": "none in RAM",
+    "none": "not in RAM",
 }
 
 
@@ -61,7 +62,7 @@ def plan_to_text(plan: Plan, notes: Sequence[str] = ()) -> str:
     parts.append("Expected\n" + text_fields(_time_fields(plan)))
     parts.append("Assumed throughout\n" + text_fields(_assumption_fields()))
     if notes:
-        parts.append("Notes\n" + "\n".join(f"  {note}" for note in notes))
+        parts.append("Notes\n" + text_paragraphs(notes))
     return "\n\n".join(parts)
 
 

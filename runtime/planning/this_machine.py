@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import mmap
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from krasis.formats import native
@@ -16,7 +17,7 @@ from krasis.runtime import environment
 from krasis.runtime.planning.hardware import Figure, GpuSpec, HardwareSpec, describe_gpu, describe_host, given
 
 _MIB = 2**20
-_CHUNK_BYTES = 32 * _MIB
+_CHUNK_BYTES = 8 * _MIB
 _LEAST_BUFFER_BYTES = 256 * _MIB
 _MOST_BUFFER_BYTES = 1024 * _MIB
 _TOUCH_BUDGET_S = 0.25
@@ -137,7 +138,7 @@ def _best_rate(most_bytes: int) -> tuple[float, int]:
             buffer.madvise(mmap.MADV_HUGEPAGE)
         view = (ctypes.c_char * most_bytes).from_buffer(buffer)
         try:
-            num_bytes = _touch(ctypes.addressof(view), most_bytes)
+            num_bytes = _touch(ctypes.addressof(view), most_bytes, pool.num_threads)
             start = time.monotonic()
             for _ in range(_MAX_REPEATS):
                 status = read(pool.handle, ctypes.addressof(view), num_bytes, ctypes.byref(seconds))
@@ -150,11 +151,18 @@ def _best_rate(most_bytes: int) -> tuple[float, int]:
     return best, num_bytes
 
 
-def _touch(address: int, most_bytes: int) -> int:
+def _touch(address: int, most_bytes: int, num_threads: int) -> int:
     """Writes to the buffer until the time is up; bytes written. (Unwritten pages are all one zero page.)"""
-    start = time.monotonic()
+    deadline = time.monotonic() + _TOUCH_BUDGET_S
     num_bytes = 0
-    while num_bytes < most_bytes and (num_bytes == 0 or time.monotonic() - start < _TOUCH_BUDGET_S):
-        ctypes.memset(address + num_bytes, 1, _CHUNK_BYTES)
-        num_bytes += _CHUNK_BYTES
+    with ThreadPoolExecutor(num_threads) as threads:
+        while num_bytes < most_bytes and (num_bytes == 0 or time.monotonic() < deadline):
+            round_bytes = min(num_threads * _CHUNK_BYTES, most_bytes - num_bytes)
+            chunks = range(address + num_bytes, address + num_bytes + round_bytes, _CHUNK_BYTES)
+            list(threads.map(_fill, chunks))  # ctypes lets go of the interpreter's lock
+            num_bytes += round_bytes
     return num_bytes
+
+
+def _fill(address: int) -> None:
+    ctypes.memset(address, 1, _CHUNK_BYTES)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,12 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 import pytest
+import xxhash
+
+from krasis.convert.conversion import Summary, convert, prepare
+from krasis.convert.progress import Reporter
+from krasis.convert.settings import ConvertSettings
+from krasis.formats.file_ops import FileOps
 
 Floats = npt.NDArray[np.float32]
 
@@ -353,3 +362,60 @@ def hf_dir(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def q8_gguf(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its Q8_0 GGUF."""
     return model.write_gguf(tmp_path_factory.mktemp("gguf") / "tiny-q8_0.gguf")
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A converted bundle with its summary."""
+
+    path: Path
+    summary: Summary
+    messages: str
+
+    def files(self) -> dict[str, str]:
+        """Name to digest of every file."""
+        return tree_digests(self.path)
+
+
+def tree_digests(folder: Path) -> dict[str, str]:
+    """Name to digest of every file in a folder."""
+    return {path.name: xxhash.xxh3_128_hexdigest(path.read_bytes()) for path in sorted(folder.iterdir())}
+
+
+def run_conversion(
+    paths: list[Path], out: Path, io: FileOps | None = None, verbosity: int = 0, **settings: Any
+) -> Bundle:
+    """Prepares and converts in this process."""
+    stream = StringIO()
+    reporter = Reporter(verbosity, stream)
+    prepared = prepare(paths, out, ConvertSettings(**settings), reporter)
+    return Bundle(out, convert(prepared, reporter, io), stream.getvalue())
+
+
+@pytest.fixture(scope="session")
+def run() -> Callable[..., Bundle]:
+    """``run(paths, out, io=None, **settings)``."""
+    return run_conversion
+
+
+@pytest.fixture(scope="session")
+def digests_of() -> Callable[[Path], dict[str, str]]:
+    """``tree_digests``."""
+    return tree_digests
+
+
+@pytest.fixture(scope="session")
+def bundle(hf_dir: Path, q8_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The usual model converted with the usual settings. Read-only."""
+    return run_conversion([hf_dir, q8_gguf], tmp_path_factory.mktemp("bundle") / "tiny.krasis")
+
+
+@pytest.fixture
+def fast_dir(tmp_path: Path) -> Iterator[Path]:
+    """A folder in memory where there is one: these tests sync thousands of times."""
+    shared = Path("/dev/shm")
+    if not os.access(shared, os.W_OK):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir=shared, prefix="krasis-test-") as folder:
+        yield Path(folder)

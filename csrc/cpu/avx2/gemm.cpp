@@ -24,12 +24,17 @@ KRASIS_INLINE __m256 broadcast_float(const uint8_t *p) {
     return _mm256_set1_ps(value);
 }
 
+// GCC turns a chain of integer additions into a tree, whose leaves do not fit the sixteen registers. An empty statement that
+// claims to change the sum keeps the chain.
+KRASIS_INLINE void keep_in_chain(__m256i &sum) { __asm__("" : "+x"(sum)); }
+
 template <StripFormat kFormat> constexpr int64_t kCodeBytes = kFormat == StripFormat::kI4 ? 512 : 1024;
 template <StripFormat kFormat> constexpr int64_t kBlockBytes =
     kFormat == StripFormat::kRows ? 1024 : kCodeBytes<kFormat> + 64;
 
-// How far ahead of the multiplication a lone stream of weights is fetched.
-constexpr int64_t kAheadBytes = 4096;
+// How far ahead of the multiplication a lone stream of weights is fetched. Longer than for AVX-512: a block takes three times
+// the instructions, so the core itself looks less far ahead. Never a multiple of 4096: see avx512/gemm.cpp.
+constexpr int64_t kAheadBytes = 9792;
 
 // The 8-row groups of a block are handled kGroups at a time: all four for one token, two for several. For int4 the groups of
 // one pass share their bytes: group g of pass h is 8 * (h + 2 * g) with two, and 8 * (g / 2) + ... in load order with four.
@@ -64,6 +69,8 @@ KRASIS_INLINE void block_sums(const uint8_t *block, const uint8_t *panel, int pa
                     const __m256i a = broadcast32(panel + t * 32 + k4 * 4);
                     sum[t][g] = _mm256_add_epi16(sum[t][g], _mm256_maddubs_epi16(w0, a));
                     sum[t][g + 1] = _mm256_add_epi16(sum[t][g + 1], _mm256_maddubs_epi16(w1, a));
+                    keep_in_chain(sum[t][g]);
+                    keep_in_chain(sum[t][g + 1]);
                 }
             }
         }
@@ -91,6 +98,7 @@ KRASIS_INLINE void block_sums(const uint8_t *block, const uint8_t *panel, int pa
                 for (int g = 0; g < kGroups; ++g) {
                     const __m256i pairs = _mm256_maddubs_epi16(magnitude[g], _mm256_sign_epi8(a, w[g]));
                     sum[t][g] = _mm256_add_epi32(sum[t][g], _mm256_madd_epi16(pairs, ones));
+                    keep_in_chain(sum[t][g]);
                 }
             }
         }
@@ -137,7 +145,10 @@ template <StripFormat kFormat, int kWidth> void kernel(const StripCall &call) {
             block_pass<kFormat, kWidth, 4>(block, panel, 0, acc);
         } else {
             block_pass<kFormat, kWidth, 2>(block, panel, 0, acc);
-            block_pass<kFormat, kWidth, 2>(block, panel, 1, acc);
+            // Else GCC broadcasts the activations once for both passes and spills them.
+            const uint8_t *again = panel;
+            __asm__("" : "+r"(again));
+            block_pass<kFormat, kWidth, 2>(block, again, 1, acc);
         }
         block += kBlockBytes<kFormat>;
         panel += kWidth * kPanelTokenBytes;

@@ -1,0 +1,199 @@
+"""krasis-run's chat on a real pseudo-terminal: streaming, commands, several lines, Ctrl-C and Ctrl-D."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+RUN = [sys.executable, "-c", "from krasis.runtime.cli import main; main(prog_name='krasis-run')"]
+PROMPT = ">>> "
+CTRL_C, CTRL_D = "\x03", "\x04"
+
+
+class Session:
+    """A krasis-run that believes a person is typing."""
+
+    def __init__(self, bundle: Path, *arguments: str) -> None:
+        master, slave = pty.openpty()
+        # A session of its own with this terminal, so that Ctrl-C reaches it as it would from a keyboard.
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", _WITH_TERMINAL, *RUN, str(bundle), *arguments],
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            start_new_session=True,
+            env={**os.environ, "TERM": "dumb", "PYTHONUNBUFFERED": "1"},
+        )
+        os.close(slave)
+        self.master = master
+        self.unread = ""
+
+    def type(self, text: str) -> None:
+        os.write(self.master, text.encode())
+
+    def until(self, pattern: str, seconds: float = 30) -> str:
+        """Everything up to and including what matches. Fails when it does not come in time."""
+        deadline = time.monotonic() + seconds
+        while not (match := re.search(pattern, self.unread)):
+            ready, _, _ = select.select([self.master], [], [], max(deadline - time.monotonic(), 0))
+            if not ready:
+                pytest.fail(f"waited for {pattern!r}, saw {self.unread[-2000:]!r}")
+            try:
+                data = os.read(self.master, 65536)
+            except OSError:  # the other side is gone
+                data = b""
+            if not data:
+                pytest.fail(f"it ended before {pattern!r}: {self.unread[-2000:]!r}")
+            self.unread += data.decode("utf-8", "replace").replace("\r\n", "\n")
+        text, self.unread = self.unread[: match.end()], self.unread[match.end() :]
+        return text
+
+    def command(self, line: str, answer: str) -> str:
+        """Types a line and waits for an answer and the next prompt."""
+        self.type(line + "\n")
+        text = self.until(answer)
+        self.until(re.escape(PROMPT))
+        return text
+
+    def ended(self) -> int:
+        """The exit code, once it has ended."""
+        deadline = time.monotonic() + 20
+        while self.process.poll() is None and time.monotonic() < deadline:
+            ready, _, _ = select.select([self.master], [], [], 0.05)
+            if ready:
+                try:
+                    self.unread += os.read(self.master, 65536).decode("utf-8", "replace")
+                except OSError:
+                    pass
+        code = self.process.poll()
+        if code is None:
+            pytest.fail(f"it did not end: {self.unread[-2000:]!r}")
+        return code
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        os.close(self.master)
+
+
+_WITH_TERMINAL = (
+    "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+)
+
+
+@pytest.fixture
+def session(chat_bundle: Path) -> Iterator[Session]:
+    session = Session(chat_bundle, "--threads", "2", "--ctx", "32768", "--max-tokens", "10", "--seed", "3")
+    session.until(re.escape(PROMPT))
+    yield session
+    session.close()
+
+
+def test_commands(session: Session, tmp_path: Path) -> None:
+    saved = tmp_path / "talk.json"
+    session.command("/help", "/regen")
+    session.command("/nothing", "unknown command")
+    session.command("/undo", "nothing to undo")
+    session.command("/set temperature 0", r"temperature 0\.0")
+    session.command("/set temperature warm", "must be a number")
+    session.command("/set colour red", "unknown setting")
+    session.command("/set top-k -3", "out of range")
+    session.command("/system Speak in riddles.", "system message set")
+    session.command("hello", "hello\n")
+    session.command(f"/save {saved}", "saved")
+    messages = json.loads(saved.read_text())["messages"]
+    assert [one["role"] for one in messages] == ["system", "user", "assistant"]
+    assert messages[:2] == [
+        {"role": "system", "content": "Speak in riddles."},
+        {"role": "user", "content": "hello"},
+    ]
+    session.command(f"/save {saved}", "cannot be saved")
+    session.command("/stats", "answer 10 tokens")
+    session.command("/regen", "regen\n")
+    again = tmp_path / "again.json"
+    session.command(f"/save {again}", "saved")
+    # At temperature 0 the same question has the same answer.
+    assert json.loads(again.read_text()) == json.loads(saved.read_text())
+    session.command("/undo", "forgot")
+    session.command("/undo", "nothing to undo")
+    session.command(f"/load {saved}", "loaded 2 messages")
+    session.command("/load /nowhere", "cannot be read")
+    session.command("/reset", "forgot the conversation")
+    session.command("/regen", "nothing to answer")
+    session.type("/quit\n")
+    assert session.ended() == 0
+
+
+def test_several_lines(session: Session, tmp_path: Path) -> None:
+    session.type("one \\\ntwo\n")
+    session.until(r"\.\.\. ")
+    session.until(re.escape(PROMPT))
+    session.type('"""three\n\nfour\n"""\n')
+    session.until(r"\.\.\. ")
+    session.until(re.escape(PROMPT))
+    session.command(f"/save {tmp_path / 'talk'}", "saved")
+    contents = [one["content"] for one in json.loads((tmp_path / "talk").read_text())["messages"]]
+    assert contents[0] == "one \ntwo"
+    assert contents[2] == "three\n\nfour"
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(session: Session, tmp_path: Path) -> None:
+    session.command("/set max_tokens none", "max_tokens None")
+    session.type("hello\n")
+    session.until("hello\n")
+    session.until(r"[^\n]{20}")  # the answer has begun
+    time.sleep(0.3)
+    session.type(CTRL_C)
+    session.until(re.escape(PROMPT))
+    session.command(f"/save {tmp_path / 'talk'}", "saved")
+    answer = json.loads((tmp_path / "talk").read_text())["messages"][1]
+    assert answer["role"] == "assistant"
+    assert answer["content"]
+    # What was said stays in the cache: the next question does not compute it again.
+    session.command("/set max_tokens 5", "max_tokens 5")
+    session.command("and now?", r"now\?\n")
+    stats = session.command("/stats", r"prompt \d+ tokens \(\d+ cached\)")
+    prompt, cached = map(int, re.findall(r"prompt (\d+) tokens \((\d+) cached\)", stats)[0])
+    assert cached > 10
+    assert prompt - cached < prompt
+    session.type(CTRL_C)
+    session.until("Ctrl-C again")
+    session.until(re.escape(PROMPT))
+    session.command("/stats", "context")  # anything else in between, and it takes two again
+    session.type(CTRL_C)
+    session.until("Ctrl-C again")
+    session.type(CTRL_C)
+    assert session.ended() == 0
+
+
+def test_ctrl_d_leaves(session: Session) -> None:
+    session.type(CTRL_D)
+    assert session.ended() == 0
+
+
+def test_a_question_beyond_the_context_is_refused_and_forgotten(chat_bundle: Path) -> None:
+    session = Session(chat_bundle, "--ctx", "48", "--threads", "2")
+    session.until(re.escape(PROMPT))
+    session.command("word " * 60, "context is full")
+    session.command("/undo", "nothing to undo")
+    session.command("hello", "the context is full: /reset")
+    session.type("/quit\n")
+    assert session.ended() == 0
+    session.close()
+
+
+def test_control_characters_do_not_reach_the_terminal() -> None:
+    from krasis.runtime.output import safe_for_terminal
+
+    assert safe_for_terminal("a\x1b[2Jb\x07\x9bc\r\n\td\x7f é🙂") == "a[2Jbc\n\td é🙂"
