@@ -70,8 +70,9 @@ EXIT_INTERRUPTED = 130
 def main(inputs: tuple[Path, ...], output: Path, *, dry_run: bool, as_json: bool, **options: Any) -> None:
     """Convert a Qwen3-MoE checkpoint into a bundle that krasis-run starts from at once.
 
-    Give a Hugging Face folder (BF16), a GGUF, or both in any order. With both, GPU experts and everything else come from
-    the checkpoint and CPU experts from the GGUF (Q8_0 without loss). The same command continues an interrupted run.
+    Give a Hugging Face folder (BF16), a GGUF, or both in any order. With both, GPU experts and everything
+    else come from the checkpoint and CPU experts from the GGUF (Q8_0 without loss). The same command
+    continues an interrupted run.
     """
     try:
         reporter = Reporter(0 if options["quiet"] else 2 if options["verbose"] else 1)
@@ -124,7 +125,12 @@ def _run(
         else:
             print("\n".join(describe_plan(plan)))
         return
-    summary = convert(prepared, reporter)
+    try:
+        summary = convert(prepared, reporter)
+    except KrasisError:
+        if partial_path(output).exists():
+            reporter.warn(f"what is finished so far is kept in {partial_path(output)}")
+        raise
     if as_json:
         print(json.dumps({**asdict(summary), "gb_per_s": summary.gb_per_s}, indent=2, default=str))
     for line in _describe(summary):

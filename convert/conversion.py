@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -34,7 +35,10 @@ from krasis.formats.publish import check_replaceable
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What a finished conversion reports. source_bytes and elapsed_s: of this run; a resumed one did only the rest."""
+    """What a finished conversion reports.
+
+    source_bytes and elapsed_s: of this run; a resumed one did only the rest.
+    """
 
     out: Path
     tier_bytes: Mapping[str, int]
@@ -88,7 +92,9 @@ def tool_version() -> str:
 
 
 def prepare(paths: Sequence[Path], out: Path, settings: ConvertSettings, reporter: Reporter) -> Prepared:
-    """Everything that can be refused without reading much: kinds, headers, architecture, output, cross-check, plan."""
+    """Everything that can be refused without long reading: headers, shapes, output, cross-check, plan."""
+    if not out.name or out.name == "..":
+        out = Path(os.path.abspath(out))  # noqa: PTH100 -- resolve would follow links
     recognised = recognise(paths)
     check_output(out, recognised.paths(), settings)
     inputs = open_inputs(recognised)
@@ -98,8 +104,8 @@ def prepare(paths: Sequence[Path], out: Path, settings: ConvertSettings, reporte
     if inputs.hf is not None and inputs.gguf is not None:
         cross_check = check_same_model(inputs.hf, inputs.gguf)
         reporter.say(
-            f"both inputs hold the same model: {cross_check.num_tensors} tensors sampled, largest relative error "
-            f"{cross_check.worst_relative_error:.2g} ({cross_check.worst_tensor})"
+            f"both inputs hold the same model: {cross_check.num_tensors} tensors sampled, largest relative "
+            f"error {cross_check.worst_relative_error:.2g} ({cross_check.worst_tensor})"
         )
     plan = plan_conversion(inputs.hf, inputs.gguf, settings)
     calibration = None
@@ -111,7 +117,9 @@ def prepare(paths: Sequence[Path], out: Path, settings: ConvertSettings, reporte
 
 
 def check_output(out: Path, sources: Sequence[Path], settings: ConvertSettings) -> None:
-    """Raises UsageError when the output exists (without --force), lies inside an input, or has no parent folder."""
+    """UsageError when the output exists (without --force), lies inside an input, or has no parent folder."""
+    if not out.name:
+        raise UsageError("the output needs a name", got=str(out))
     resolved = out.resolve()
     for source in sources:
         inside = source.resolve()
@@ -179,13 +187,16 @@ def recipe(prepared: Prepared) -> dict[str, Any]:
 
 
 def convert(prepared: Prepared, reporter: Reporter, io: FileOps | None = None) -> Summary:
-    """Writes the bundle, or continues an earlier run. Raises KrasisError; whatever happens, the output is whole or absent."""
+    """Writes the bundle, or continues an earlier run.
+
+    Raises KrasisError; whatever happens, the output is whole or absent.
+    """
     io = io or FileOps()
     plan, out, settings = prepared.plan, prepared.out, prepared.settings
     begin_s = time.monotonic()
     check_memory(plan.memory.total_bytes)
-    held_bytes = 0 if settings.restart else allocated_bytes(partial_path(out))
-    check_disk(out, plan.shards.total_bytes, held_bytes)
+    # What an earlier run holds is used again, or freed first.
+    check_disk(out, plan.shards.total_bytes, allocated_bytes(partial_path(out)))
     with open_partial(out, plan.shards, fingerprint(prepared), io, restart=settings.restart) as partial:
         if partial.finished:
             reporter.say(
@@ -262,8 +273,8 @@ def describe_plan(plan: DryRun) -> list[str]:
         f"disk:    {format_bytes(plan.free_disk_bytes)} free",
         f"memory:  {format_bytes(plan.memory_bytes)} beyond the page cache",
         f"reads:   {format_bytes(plan.source_bytes)} of source",
-        f"time:    about {format_seconds(time_s)} ({plan.estimate.gb_per_s:.2f} GB/s of source, measured by packing a "
-        "few experts here), if the disks keep up",
+        f"time:    about {format_seconds(time_s)} ({plan.estimate.gb_per_s:.2f} GB/s of source, measured by "
+        "packing a few experts here), if the disks keep up",
         *(
             ["an unfinished conversion is there: it would be continued if nothing has changed"]
             if plan.resumable

@@ -18,8 +18,9 @@ NUM_SAMPLED_LAYERS = 6
 NUM_SAMPLED_EXPERTS = 3
 NUM_SAMPLED_ROWS = 4
 
-# Largest relative error (root of squared error over squared weights) that each type's rounding explains, with room for
-# heavy tails; two unrelated matrices differ by about 1.4. Plain floats hold BF16 weights (almost) exactly.
+# Largest relative error (root of squared error over squared weights) that each type's rounding explains, with
+# room for heavy tails; two unrelated matrices differ by about 1.4. Plain floats hold BF16 weights (almost)
+# exactly.
 _LIMITS = {
     "F32": 1e-3,
     "F16": 4e-3,
@@ -63,7 +64,10 @@ _CLOSE_FIELDS = ("rms_norm_eps", "rope_theta")
 
 @dataclass(frozen=True, slots=True)
 class CrossCheck:
-    """What the comparison found. experts: errors of the GGUF's sampled expert rows against the checkpoint's."""
+    """What the comparison found.
+
+    experts: errors of the GGUF's sampled expert rows against the checkpoint's.
+    """
 
     num_tensors: int
     worst_tensor: str
@@ -77,7 +81,7 @@ def error_limit(dtype: str) -> float:
 
 
 def check_same_model(hf: WeightSource, gguf: WeightSource) -> CrossCheck:
-    """Raises MismatchError naming the field or tensor that differs, FormatError for NaN or infinity in a sample."""
+    """MismatchError naming the field or tensor that differs, FormatError for NaN or infinity in a sample."""
     _check_architectures(hf.architecture, gguf.architecture, str(gguf.path))
     num_tensors, worst, worst_share = 0, ("", 0.0), -1.0
     experts = PackStats(0.0, 0.0, 0.0, 0)
@@ -87,7 +91,7 @@ def check_same_model(hf: WeightSource, gguf: WeightSource) -> CrossCheck:
         limit = error_limit(theirs.dtype)
         if not relative <= limit:
             raise MismatchError(
-                f"the weights are not those of '{ours.tensor}' in {hf.path}: they are of another model or version",
+                f"the weights are not those of '{ours.tensor}' in {hf.path}, but of another model or version",
                 where=theirs.where,
                 got=f"relative error {relative:.3g}",
                 limit=f"{limit:g} for {theirs.dtype}",
@@ -126,7 +130,8 @@ def _pairs(hf: WeightSource, gguf: WeightSource) -> Iterator[tuple[TensorSlice, 
     arch = hf.architecture
     sampled = set(spread(arch.num_layers, NUM_SAMPLED_LAYERS))
     for name in DENSE:
-        # Norms are small and kept as floats: every layer's is compared, which tells apart even close relatives.
+        # Norms are small and kept as floats: every layer's is compared, which tells apart even close
+        # relatives.
         layers = range(arch.num_layers) if len(name.shape) == 1 else sorted(sampled)
         for layer in layers if name.per_layer else (None,):
             yield hf.dense(name.ours, layer), gguf.dense(name.ours, layer), False

@@ -69,7 +69,7 @@ class DensePacker:
             return {name: sink.close()}
 
     def _int8(self, name: str, parts: list[TensorSlice], rows: int, quality: UnitQuality) -> dict[str, str]:
-        """parts: stacked row-wise, each but the last a multiple of the row tile; zero rows fill up to ``rows``."""
+        """parts: stacked row-wise; zero rows fill the last one up to ``rows``."""
         kind = name.split(".", 2)[-1]
         scales = np.zeros(rows, np.float32)
         with ExitStack() as stack:
@@ -85,7 +85,7 @@ class DensePacker:
         return digests
 
     def _matrices(self, parts: list[TensorSlice]) -> Iterator[tuple[MatrixView, str]]:
-        """The parts in blocks of whole row tiles (every part is a multiple of the tile, see check_architecture)."""
+        """The parts in blocks of whole row tiles; check_architecture made sure that parts end at tiles."""
         for piece in parts:
             for block in _row_blocks(piece, ROW_TILE):
                 self._read(block)

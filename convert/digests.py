@@ -28,7 +28,7 @@ class ContentDigests:
             return  # a second reading, while another tier's first one is unfinished
         if hasher is None:
             hasher = xxhash.xxh3_128()
-        hasher.update(piece.raw)
+        hasher.update(piece.raw.data)
         position += piece.raw.nbytes
         if position < piece.total_bytes:
             self._open[key] = (hasher, position)

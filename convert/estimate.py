@@ -24,7 +24,10 @@ class Estimate:
 
 
 def estimate(plan: ConversionPlan) -> Estimate:
-    """Packs experts of the first layer for about half a second a tier. Dense tensors count as experts of their size."""
+    """Packs experts of the first layer for about half a second a tier.
+
+    Dense tensors count as experts of their size.
+    """
     arch, settings = plan.architecture, plan.settings
     total_s, expert_bytes = 0.0, 0
     with (

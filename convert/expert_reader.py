@@ -16,7 +16,9 @@ from krasis.convert.sources import WeightSource
 from krasis.formats.layouts.matrix import MatrixView
 
 READ_AHEAD_EXPERTS = 3
-_ROWS_PER_TASK = 256
+# NumPy code holds the interpreter lock half of the time: more threads only need more memory.
+MAX_DECODE_THREADS = 16
+_ROWS_PER_TASK = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +43,7 @@ class ExpertReader:
         # One thread reads and hashes, so that digests see slices in file order.
         self._reader = ThreadPoolExecutor(1, "krasis-read")
         num_workers = num_threads or len(os.sched_getaffinity(0))
-        self._decoders = ThreadPoolExecutor(num_workers, "krasis-decode")
+        self._decoders = ThreadPoolExecutor(min(num_workers, MAX_DECODE_THREADS), "krasis-decode")
 
     def __enter__(self) -> ExpertReader:
         return self
@@ -74,7 +76,7 @@ class ExpertReader:
 
 
 class _Decode:
-    """An expert on its way to MatrixViews: quantised parts are dequantised in row blocks on all decoder threads."""
+    """An expert on its way to MatrixViews; quantised parts are dequantised in row blocks on all threads."""
 
     def __init__(self, pieces: list[TensorSlice], pool: ThreadPoolExecutor, *, keep_q8_0: bool) -> None:
         self._pieces = pieces

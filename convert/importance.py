@@ -1,7 +1,8 @@
 """Importance weights from a calibration file: which input features of each expert matter most.
 
-An HDF5 file that our runtime collected: ``layers/{i}/hidden`` float [experts, hidden_size] holds E[x^2] of the inputs of
-gate and up, ``layers/{i}/intermediate`` float [experts, expert_intermediate_size] those of down.
+An HDF5 file that our runtime collected: ``layers/{i}/hidden`` float [experts, hidden_size] holds E[x^2] of
+the inputs of gate and up, ``layers/{i}/intermediate`` float [experts, expert_intermediate_size] those of
+down.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """Loaded weights. layers: ``(hidden [experts, hidden], intermediate [experts, intermediate])`` by layer."""
+    """Loaded weights.
+
+    layers: ``(hidden [experts, hidden], intermediate [experts, intermediate])`` by layer.
+    """
 
     layers: Mapping[int, tuple[Floats, Floats]]
     digest: str
@@ -46,8 +50,8 @@ def load_calibration(path: Path, architecture: Architecture) -> Calibration:
         raise FormatError("not a readable HDF5 file", where=str(path), got=error) from error
     digest = xxhash.xxh3_128()
     for hidden, intermediate in layers.values():
-        digest.update(np.ascontiguousarray(hidden))
-        digest.update(np.ascontiguousarray(intermediate))
+        digest.update(hidden.tobytes())
+        digest.update(intermediate.tobytes())
     return Calibration(layers, digest.hexdigest())
 
 

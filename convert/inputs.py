@@ -1,4 +1,4 @@
-"""Recognises what the command line names: a Hugging Face checkpoint or a GGUF, by content and in any order."""
+"""Recognises the inputs by what they are: a Hugging Face checkpoint or a GGUF, in any order."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ _SPLIT_NAME = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """At least one of the two is set. ``hf`` is a folder or a .safetensors file, ``gguf`` a (first split) file."""
+    """At least one of the two is set.
+
+    ``hf`` is a folder or a .safetensors file, ``gguf`` a (first split) file.
+    """
 
     hf: Path | None
     gguf: Path | None
@@ -26,7 +29,10 @@ class Inputs:
 
 
 def recognise(paths: Sequence[Path]) -> Inputs:
-    """Sorts one or two inputs into kinds. Raises UsageError for none, three, or two of a kind, FormatError for others."""
+    """Sorts one or two inputs into kinds.
+
+    Raises UsageError for none, three, or two of a kind, FormatError for others.
+    """
     if not 1 <= len(paths) <= 2:
         raise UsageError(
             "one or two inputs are needed: a BF16 folder, a GGUF, or both",

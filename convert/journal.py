@@ -1,8 +1,8 @@
 """The record of finished work that makes a conversion resumable.
 
-``journal.jsonl`` in the partial bundle: a header line, then a line a finished unit, each ``xxh3-64 SPACE json LF``.
-A line is appended (and synced) only after the unit's bytes are on disk. A line that is torn or damaged ends the
-journal: what it and later lines described is done again.
+``journal.jsonl`` in the partial bundle: a header line, then a line a finished unit, each ``xxh3-64 SPACE json
+LF``. A line is appended (and synced) only after the unit's bytes are on disk. A line that is torn or damaged
+ends the journal: what it and later lines described is done again.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _MAX_JOURNAL_BYTES = 256 << 20
 
 @dataclass(frozen=True, slots=True)
 class UnitRecord:
-    """A finished unit: its blobs' digests, the digests of tensors first read for it, and its quality record."""
+    """A finished unit: digests of its blobs and of the source tensors first read for it, and its errors."""
 
     unit: str
     blobs: dict[str, str]
@@ -80,7 +80,7 @@ def read_journal(folder: Path) -> tuple[dict[str, Any] | None, list[UnitRecord],
 
 
 class Journal:
-    """Appends records durably to the journal in ``folder``; what lies beyond ``sound_bytes`` is cut off first."""
+    """Appends records durably to the journal in ``folder``; first cuts off what is beyond ``sound_bytes``."""
 
     def __init__(self, folder: Path, io: FileOps, sound_bytes: int) -> None:
         self._io = io

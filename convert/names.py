@@ -102,13 +102,16 @@ def dense_shape(architecture: Architecture, name: DenseName) -> tuple[int, ...]:
 
 
 def expert_shape(architecture: Architecture, part: Part) -> tuple[int, int]:
-    """``(n, k)`` of one expert's matrix: gate and up ``[intermediate, hidden]``, down ``[hidden, intermediate]``."""
+    """``(n, k)`` of one matrix: gate, up ``[intermediate, hidden]``, down ``[hidden, intermediate]``."""
     hidden, intermediate = architecture.hidden_size, architecture.expert_intermediate_size
     return (hidden, intermediate) if part == "down" else (intermediate, hidden)
 
 
 def dense_keys(architecture: Architecture) -> Iterator[tuple[DenseName, int | None]]:
-    """Every dense tensor a model must have, with its layer (None for the model's own). A tied head is left out."""
+    """Every dense tensor a model must have, with its layer (None for the model's own).
+
+    A tied head is left out.
+    """
     for name in DENSE:
         if name.ours == "lm_head" and architecture.tie_word_embeddings:
             continue

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from krasis.convert.opening import OpenInputs
 from krasis.convert.plan import ConversionPlan
-from krasis.convert.sources import quantised_types
+from krasis.convert.sources import dense_types, quantised_types
 
 
 def notices(plan: ConversionPlan, inputs: OpenInputs) -> Iterator[str]:
@@ -14,13 +14,17 @@ def notices(plan: ConversionPlan, inputs: OpenInputs) -> Iterator[str]:
     settings = plan.settings
     gguf_types = plan.cpu_source.expert_types() if plan.cpu_source.kind == "gguf" else ()
     rounded = ", ".join(quantised_types(gguf_types))
-    if inputs.hf is None and rounded:
-        if "gpu" in settings.tiers:
-            yield (
-                f"without a BF16 checkpoint the GPU experts are made from the GGUF's {rounded} weights: their rounding "
-                f"comes on top of that to {settings.gpu_bits} bits. For best quality give the checkpoint too"
-            )
-        yield "without a BF16 checkpoint attention and output head are made from the GGUF's weights, rounded twice"
+    if inputs.hf is None and rounded and "gpu" in settings.tiers:
+        yield (
+            f"without a BF16 checkpoint the GPU experts are made from the GGUF's {rounded} weights: their "
+            f"rounding comes on top of that to {settings.gpu_bits} bits. For best quality give both"
+        )
+    rounded_dense = ", ".join(quantised_types(dense_types(plan.dense_source)))
+    if inputs.hf is None and rounded_dense:
+        yield (
+            f"without a BF16 checkpoint attention and output head are made from the GGUF's {rounded_dense} "
+            "weights and rounded again, to 8 bits"
+        )
     if inputs.gguf is None and "cpu" in settings.tiers:
         what = "8-bit blocks (as good as a Q8_0 GGUF)" if settings.cpu_format == "q8" else "4 bits"
         yield f"without a GGUF the CPU experts are made from the checkpoint, rounded to {what}"

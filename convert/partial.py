@@ -46,8 +46,8 @@ def open_partial(
 ) -> Iterator[Partial]:
     """Continues a matching partial bundle, or begins one; holds its lock meanwhile.
 
-    Raises MismatchError when the earlier run had other inputs or settings, UsageError when something else lies there,
-    ResourceError when another conversion holds it or the disk is full.
+    Raises MismatchError when the earlier run had other inputs or settings, UsageError when something else
+    lies there, ResourceError when another conversion holds it or the disk is full.
     """
     folder = partial_path(out)
     writer = BundleWriter(folder, shards, io=io)
@@ -78,7 +78,7 @@ def open_partial(
 def _resume(
     folder: Path, fingerprint: Mapping[str, Any], io: FileOps, locks: list[int], *, restart: bool
 ) -> tuple[list[UnitRecord], int] | None:
-    """Finished units and the journal's sound bytes; None when a new bundle is to be begun (the old one is removed)."""
+    """Finished units and the journal's sound bytes; None (and nothing left there) to begin a new bundle."""
     if not os.path.lexists(folder):
         return None
     if folder.is_symlink() or not folder.is_dir():

@@ -26,7 +26,10 @@ from krasis.formats.native import Pool
 
 @dataclass(slots=True)
 class PipelineResult:
-    """What the finished units add up to, those of earlier runs included. peak_bytes: memory beyond the page cache."""
+    """What the finished units add up to, those of earlier runs included.
+
+    peak_bytes: memory beyond the page cache.
+    """
 
     digests: ContentDigests
     blobs: dict[str, str] = field(default_factory=dict)
@@ -45,8 +48,8 @@ def run_units(
 ) -> PipelineResult:
     """Does what ``finished`` lacks, in the plan's order. Interrupted at any point, the journal stays true."""
     result = PipelineResult(ContentDigests())
-    for record in finished.values():
-        result.digests.restore(record.tensors)
+    for earlier in finished.values():
+        result.digests.restore(earlier.tensors)
     done_bytes = sum(unit.source_bytes for unit in plan.units if unit.name in finished)
     reporter.begin(plan.source_bytes, done_bytes)
     settings = plan.settings

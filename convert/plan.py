@@ -1,4 +1,4 @@
-"""What a conversion will write and in which order: a pure function of architecture, settings and source sizes."""
+"""What a conversion will write and in which order: a pure function of settings and source headers."""
 
 from __future__ import annotations
 
@@ -44,7 +44,10 @@ class Unit:
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """Buffers of the pipeline. staging_slots: packed experts in flight. decode_slots: experts dequantised ahead."""
+    """Buffers of the pipeline.
+
+    staging_slots: packed experts in flight. decode_slots: experts dequantised ahead.
+    """
 
     staging_slots: int
     decode_slots: int
@@ -107,9 +110,9 @@ def plan_conversion(
 ) -> ConversionPlan:
     """Decides which source gives what, and lays everything out.
 
-    Dense tensors and GPU experts come from the Hugging Face checkpoint when there is one, CPU experts from the GGUF.
-    Raises UsageError without a source or for a group that does not divide the model's sizes, ResourceError when the
-    buffers exceed ``settings.memory_limit_bytes``.
+    Dense tensors and GPU experts come from the Hugging Face checkpoint when there is one, CPU experts from
+    the GGUF. Raises UsageError without a source or for a group that does not divide the model's sizes,
+    ResourceError when the buffers exceed ``settings.memory_limit_bytes``.
     """
     dense_source = hf or gguf
     cpu_source = gguf or hf
@@ -155,7 +158,8 @@ def plan_memory(
     """The deepest buffers within the usual budget, shallower under ``memory_limit_bytes``. Pure."""
     record_bytes = max(expert_record(arch, settings, tier).record_bytes for tier in settings.tiers)
     expert_floats = 3 * arch.hidden_size * arch.expert_intermediate_size * 4
-    # The gguf package builds each matrix twice while it dequantises: half as much again for one of three at a time.
+    # The gguf package builds each matrix twice while it dequantises: half as much again for one of three at a
+    # time.
     decode_bytes = 2 * expert_floats if _decodes(settings, dense_source, cpu_source) else 0
     fixed = BASE_BYTES + _dense_buffer_bytes(arch)
     staging = max(2, min(8, STAGING_BYTES // record_bytes))

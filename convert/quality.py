@@ -90,7 +90,10 @@ def manifest_quality(units: Iterable[UnitQuality], samples: Mapping[str, PackSta
 
 
 def report_bytes(units: list[UnitQuality], num_layers: int) -> bytes:
-    """The HDF5 report: a group a kind, with datasets over layers (and experts). The same input gives the same bytes."""
+    """The HDF5 report: a group a kind, with datasets over layers (and experts).
+
+    The same input gives the same bytes.
+    """
     buffer = io.BytesIO()
     with h5py.File(buffer, "w", libver=("v110", "v110"), track_order=False) as file:
         file.attrs["title"] = (

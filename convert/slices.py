@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from krasis.formats.errors import FormatError
 from krasis.formats.ggml_blocks import dequantize
-from krasis.formats.layouts.matrix import MatrixView
+from krasis.formats.layouts.matrix import MatrixView, bf16_to_float32
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 
 FLOAT_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
-NUMPY_FORM = {"F32": np.dtype("<f4"), "BF16": np.dtype("<u2"), "F16": np.dtype("<f2")}
+NUMPY_FORM: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype("<f4"),
+    "BF16": np.dtype("<u2"),
+    "F16": np.dtype("<f2"),
+}
 _TOUCH_STRIDE_BYTES = 4096
 
 
@@ -22,9 +27,9 @@ _TOUCH_STRIDE_BYTES = 4096
 class TensorSlice:
     """Whole rows of a tensor, contiguous in its file.
 
-    tensor: its name in the file. where: file and tensor, for messages. dtype: ``F32``, ``BF16``, ``F16`` or a ggml
-    type name. shape: in elements, ``(n, k)`` or ``(n,)``. raw: its bytes. offset_bytes: where raw begins in the tensor.
-    total_bytes: size of the tensor.
+    tensor: its name in the file. where: file and tensor, for messages. dtype: ``F32``, ``BF16``, ``F16`` or a
+    ggml type name. shape: in elements, ``(n, k)`` or ``(n,)``. raw: its bytes. offset_bytes: where raw begins
+    in the tensor. total_bytes: size of the tensor.
     """
 
     tensor: str
@@ -59,7 +64,7 @@ class TensorSlice:
             total_bytes=self.total_bytes,
         )
 
-    def floats(self) -> npt.NDArray[np.generic]:
+    def floats(self) -> npt.NDArray[Any]:
         """The elements in their own type, zero copy; BF16 as uint16. Only for ``is_float``."""
         if not self.is_float:
             raise FormatError("not a plain float tensor", where=self.where, got=self.dtype)
@@ -70,9 +75,7 @@ class TensorSlice:
         if not self.is_float:
             return dequantize(self.raw, self.dtype, self.shape, self.where)
         values = self.floats()
-        if self.dtype == "BF16":
-            return (values.astype(np.uint32) << np.uint32(16)).view(np.float32)
-        return values.astype(np.float32)
+        return bf16_to_float32(values) if self.dtype == "BF16" else values.astype(np.float32)
 
     def matrix(self) -> MatrixView:
         """The slice for a packer, dequantised to float32 where it is not a plain float type."""
@@ -97,9 +100,6 @@ class TensorSlice:
 def first_nonfinite_row(piece: TensorSlice) -> int | None:
     """The first row of a plain float slice that holds NaN or infinity, or None."""
     values = piece.floats().reshape(piece.shape[0], -1)
-    if piece.dtype == "BF16":
-        bad = (values & np.uint16(0x7F80)) == np.uint16(0x7F80)
-    else:
-        bad = ~np.isfinite(values)
-    rows = bad.any(axis=1)
+    is_bf16 = piece.dtype == "BF16"  # NumPy sees its bits: all ones in the exponent
+    rows = ((values & 0x7F80) == 0x7F80 if is_bf16 else ~np.isfinite(values)).any(axis=1)
     return int(rows.argmax()) if rows.any() else None

@@ -58,7 +58,10 @@ class TensorTable(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """A file of a source, for the record and for noticing changes. header_digest covers names, types, shapes, offsets."""
+    """A file of a source, for the record and for noticing changes.
+
+    header_digest covers names, types, shapes, offsets.
+    """
 
     name: str
     num_bytes: int
@@ -85,7 +88,10 @@ class ExpertTensors:
 
 
 class WeightSource:
-    """One input model. Construction checks that every tensor is there, of a usable type and the right shape."""
+    """One input model.
+
+    Construction checks that every tensor is there, of a usable type and the right shape.
+    """
 
     def __init__(
         self,
@@ -116,14 +122,14 @@ class WeightSource:
         return self._slice(place.tensor, expert_shape(self.architecture, part), place.first_row)
 
     def release(self, pieces: Iterable[TensorSlice]) -> None:
-        """Unmaps the pages of these slices' tensors; they stay in the page cache as long as the system likes."""
+        """Unmaps the pages of these slices' tensors; the page cache keeps them as long as it likes."""
         for tensor in {piece.tensor for piece in pieces}:
             self._table.release(tensor)
 
     def expert_types(self) -> tuple[str, ...]:
         """The types of all expert tensors, sorted."""
         arch = self.architecture
-        types = set()
+        types: set[str] = set()
         for layer in range(arch.num_layers):
             for part in PARTS:
                 tensors = {
@@ -238,7 +244,7 @@ class WeightSource:
                 f"tensor '{others[0]}' is not part of a {self.architecture.model_type} model",
                 where=str(self.path),
                 got=f"{len(others)} such tensors",
-                hint="the model has a feature (a bias, shared experts, dense layers, ...) that would be dropped",
+                hint="it has a feature (a bias, shared experts, dense layers, ...) that would be dropped",
             )
 
 
@@ -251,10 +257,6 @@ def quantised_types(types: Iterable[str]) -> list[str]:
     return [name for name in types if name not in FLOAT_BYTES]
 
 
-def dense_types(source: WeightSource) -> Mapping[str, int]:
-    """How many dense tensors there are of each type."""
-    counts: dict[str, int] = {}
-    for name, layer in dense_keys(source.architecture):
-        dtype = source.dense(name.ours, layer).dtype
-        counts[dtype] = counts.get(dtype, 0) + 1
-    return counts
+def dense_types(source: WeightSource) -> list[str]:
+    """The types of all dense tensors, sorted."""
+    return sorted({source.dense(name.ours, layer).dtype for name, layer in dense_keys(source.architecture)})

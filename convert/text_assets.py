@@ -1,4 +1,4 @@
-"""Tokenizer, chat template and configs: copied from a checkpoint's folder, or rebuilt from a GGUF's metadata."""
+"""Tokenizer, chat template and configs: copied from a checkpoint, or rebuilt from a GGUF's metadata."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ HF_ASSETS = (
 )
 MAX_ASSET_BYTES = 128 << 20
 
-# How Qwen2 and Qwen3 split text before merging: contractions, words with one leading mark, single digits, punctuation,
-# line ends, spaces. The GGUF only names it.
+# How Qwen2 and Qwen3 split text before merging: contractions, words with one leading mark, single digits,
+# punctuation, line ends, spaces. The GGUF only names it.
 _SPLITS = {
     "qwen2": (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -51,9 +51,10 @@ def assets_from_folder(folder: Path) -> dict[str, bytes]:
 
 
 def assets_from_gguf(metadata: Mapping[str, Any], where: str) -> dict[str, bytes]:
-    """tokenizer.json, tokenizer_config.json, generation_config.json and the chat template, as far as a GGUF has them.
+    """tokenizer.json, its config, generation_config.json and the chat template, as far as a GGUF has them.
 
-    Empty without a tokenizer. Raises UnsupportedModelError for a kind of tokenizer that cannot be rebuilt exactly.
+    Empty without a tokenizer. Raises UnsupportedModelError for a kind of tokenizer that cannot be rebuilt
+    exactly.
     """
     tokens = metadata.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list) or not tokens:
@@ -83,10 +84,12 @@ def _tokenizer(tokens: list[str], metadata: Mapping[str, Any], split: str, where
     types = metadata.get("tokenizer.ggml.token_type")
     if not isinstance(merges_text, list) or not isinstance(types, list) or len(types) != len(tokens):
         raise FormatError("tokenizer without merges or token types", where=where)
-    # Special tokens are in the vocabulary too: that keeps their ids. Padding rows of the embedding are no tokens.
+    # Special tokens are in the vocabulary too: that keeps their ids. Padding rows of the embedding are no
+    # tokens.
     vocab = {token: i for i, token in enumerate(tokens) if types[i] != _UNUSED}
     added = [i for i in vocab.values() if types[i] in (_CONTROL, _USER_DEFINED)]
-    merges = [tuple(line.split(" ", 1)) for line in merges_text if isinstance(line, str) and " " in line]
+    pairs = [str(line).partition(" ") for line in merges_text]
+    merges = [(left, right) for left, _, right in pairs]
     try:
         tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     except Exception as error:

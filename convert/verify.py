@@ -1,4 +1,4 @@
-"""Reads back what was written, before the bundle gets its name: a sample against the source, or every checksum."""
+"""Reads back what was written, before the bundle gets its name: a sample, or every checksum."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ _READ_BYTES = 16 << 20
 def verify_sample(plan: ConversionPlan, folder: Path, quality: Mapping[str, UnitQuality]) -> int:
     """Unpacks a few experts from the shards with NumPy; their error must be what packing measured.
 
-    Returns the number of experts compared. Raises ChecksumError when one differs: the disk or memory is faulty.
+    Returns the number of experts compared. Raises ChecksumError when one differs: the disk or memory is
+    faulty.
     """
     arch, places, count = plan.architecture, plan.places(), 0
     layers = set(spread(arch.num_layers, NUM_SAMPLED_LAYERS))

@@ -53,7 +53,10 @@ class WriterThread:
         self._thread.start()
 
     def write(self, sink: BlobSink, data: Bytes, release: Callable[[], None] | None = None) -> None:
-        """Queues ``data`` for ``sink``. It must stay unchanged until ``release`` is called (or ``flush`` returns)."""
+        """Queues ``data`` for ``sink``.
+
+        It must stay unchanged until ``release`` is called (or ``flush`` returns).
+        """
         self.raise_failure()
         self._queue.put(_Write(sink, data, release))
 

@@ -22,7 +22,7 @@ from krasis.formats.errors import FormatError, MismatchError
 from krasis.formats.file_ops import FileOps, io_errors, sync_directory, write_all
 from krasis.formats.limits import HUGE_PAGE_BYTES, MIB
 from krasis.formats.manifest import MANIFEST_NAME, AssetRecord, Manifest
-from krasis.formats.manifest_records import ASSET_SUFFIX
+from krasis.formats.manifest_records import ASSET_SUFFIX, BlobRecord, FileRecord
 from krasis.formats.names import check_file_name, shown
 from krasis.formats.publish import PARTIAL_SUFFIX, publish
 from krasis.formats.regular_file import open_regular, read_range
@@ -172,14 +172,11 @@ class BundleWriter:
         publish(self.path, Path(final_dir), replace=replace, scratch=scratch, io=self._io)
 
     def _check_manifest(self, manifest: Manifest) -> None:
-        planned = self.plan.blob_records({blob.name: blob.xxh3_128 for blob in manifest.blobs})
-        is_same_files = sorted(manifest.files, key=lambda file: file.name) == sorted(
-            self.plan.file_records(), key=lambda file: file.name
+        digests = {blob.name: blob.xxh3_128 for blob in manifest.blobs}
+        is_ours = digests.keys() == self._places.keys() and _by_name(manifest.files) == _by_name(
+            self.plan.file_records()
         )
-        is_same_blobs = sorted(manifest.blobs, key=lambda blob: blob.name) == sorted(
-            planned, key=lambda blob: blob.name
-        )
-        if not is_same_files or not is_same_blobs:
+        if not is_ours or _by_name(manifest.blobs) != _by_name(self.plan.blob_records(digests)):
             raise MismatchError(
                 "the manifest does not describe the shards that were written", where=str(self.path)
             )
@@ -215,6 +212,10 @@ class BundleWriter:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _by_name(records: Iterable[FileRecord | BlobRecord]) -> dict[str, FileRecord | BlobRecord]:
+    return {record.name: record for record in records}
 
 
 class BlobSink:

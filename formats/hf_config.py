@@ -134,7 +134,7 @@ def _read_rope(config: Mapping[str, Any], max_positions: int, where: str) -> tup
             limit="1.0",
         )
     kind = table.get("rope_type", table.get("type", "default"))
-    if kind not in _ROPE_KEYS:
+    if not isinstance(kind, str) or kind not in _ROPE_KEYS:
         raise UnsupportedModelError(
             "this kind of rope scaling is not supported",
             where=f"{where_table}: rope_type",

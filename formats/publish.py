@@ -47,11 +47,7 @@ def publish(
         if not is_old:
             io.rename_noreplace(partial, final)
         elif not io.rename_exchange(partial, final):
-            aside = final.with_name(final.name + REPLACED_SUFFIX)
-            _log.info("this file system cannot exchange names: the old bundle is moved to %s first", aside)
-            io.rename_noreplace(final, aside)
-            io.rename_noreplace(partial, final)
-            partial = aside
+            partial = _rename_twice(partial, final, io)
     sync_directory(parent, io)
     for name in scratch:
         with io_errors("removing a scratch file", final / name):
@@ -60,6 +56,23 @@ def publish(
     if is_old:
         remove_bundle(partial, io=io)
         sync_directory(parent, io)
+
+
+def _rename_twice(partial: Path, final: Path, io: FileOps) -> Path:
+    """The exchange of a file system that has none. Returns where the old bundle is now."""
+    aside = final.with_name(final.name + REPLACED_SUFFIX)
+    _log.info("this file system cannot exchange names: the old bundle is moved to %s first", aside)
+    if os.path.lexists(aside):
+        remove_bundle(
+            aside, io=io
+        )  # left over from a replacement that was interrupted after its second rename
+    io.rename_noreplace(final, aside)
+    try:
+        io.rename_noreplace(partial, final)
+    except OSError:
+        io.rename_noreplace(aside, final)
+        raise
+    return aside
 
 
 def check_replaceable(path: Path, *, replace: bool) -> None:

@@ -224,7 +224,10 @@ class Engine:
         self.close()
 
     def _checked(self, tokens: Sequence[int]) -> npt.NDArray[np.int64]:
-        ids = np.asarray(tokens, dtype=np.int64)
+        try:
+            ids = np.asarray(tokens, dtype=np.int64)
+        except OverflowError as error:
+            raise UsageError("a token id is outside the vocabulary", got=error) from error
         if ids.ndim != 1 or not ids.size or len(self._tokens) + ids.size > self.context:
             self._refuse_length(ids.size, len(self._tokens))
         vocab = self.architecture.vocab_size

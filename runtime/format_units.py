@@ -107,7 +107,7 @@ def parse_gpus(text: str, where: str = "--gpus") -> tuple[int, ...]:
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], right: str = "") -> str:
     """Aligned columns under a header, two spaces apart. ``right``: one ``l`` or ``r`` for each column."""
-    lines = [list(header), *[list(row) for row in rows]]
+    lines = [[printable(cell) for cell in line] for line in (header, *rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     sides = right.ljust(len(header), "l")
     out = []
@@ -125,7 +125,13 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], right: str 
 def text_fields(pairs: Sequence[tuple[str, str]], indent: int = 2) -> str:
     """``name   value`` lines with the values aligned."""
     width = max((len(name) for name, _ in pairs), default=0)
-    return "\n".join(f"{' ' * indent}{name.ljust(width)}  {value}".rstrip() for name, value in pairs)
+    lines = (f"{' ' * indent}{printable(name).ljust(width)}  {printable(value)}" for name, value in pairs)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def printable(text: str) -> str:
+    """Text of a file without what would steer a terminal: control characters and escape sequences."""
+    return text if text.isprintable() else "".join(char if char.isprintable() else "?" for char in text)
 
 
 def text_paragraphs(sentences: Iterable[str], width: int = 108) -> str:

@@ -1,10 +1,11 @@
-"""What bench_decode and bench_prefill share: expert stacks in memory, random routing, calls of krasis_moe, statistics."""
+"""What bench_decode and bench_prefill share: experts in memory, random routing, krasis_moe, statistics."""
 
 from __future__ import annotations
 
 import ctypes
 import json
 import mmap
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -63,7 +64,7 @@ SHAPES = {
 class ExpertStack:
     """Experts of several layers in one piece of anonymous memory with huge pages, or in a bundle's mapping.
 
-    Values are random codes with small scales; experts differ in where they start in one block of random tiles.
+    Values are random codes with small scales; experts start at different places of a block of random tiles.
     """
 
     def __init__(self, shape: LayerShape, tiles: str, least_bytes: int, bundle: Bundle | None = None) -> None:
@@ -71,6 +72,7 @@ class ExpertStack:
         self.layer_bytes = shape.num_experts * shape.stride_bytes(tiles)
         self._memory: mmap.mmap | None = None
         if bundle is not None:
+            bundle.prefault("cpu", os.cpu_count() or 1)
             self.layers = [
                 address_of(bundle.map(f"layers.{i}.experts.cpu"))
                 for i in range(bundle.architecture.num_layers)
@@ -172,7 +174,8 @@ class MoeBatch:
         elapsed = time.perf_counter() - start
         expected = len(calls) * self.tokens * self.shape.top_k
         if self._executed.value != expected or not np.isfinite(self._out).all():
-            raise RuntimeError(f"{self._executed.value} of {expected} pairs computed, or a result is not finite")
+            got = self._executed.value
+            raise RuntimeError(f"{got} of {expected} pairs computed, or a result is not finite")
         return elapsed
 
 
@@ -200,9 +203,8 @@ class BandwidthMeter:
         address = self._stack.layers[layer] + window * self._window_bytes
         seconds = ctypes.c_double()
         read = prototype("krasis_read_bandwidth")
-        check(
-            read(self._pool.handle, address, self._window_bytes, ctypes.byref(seconds)), "krasis_read_bandwidth"
-        )
+        status = read(self._pool.handle, address, self._window_bytes, ctypes.byref(seconds))
+        check(status, "krasis_read_bandwidth")
         return self._window_bytes / seconds.value / 1e9
 
 
@@ -240,13 +242,15 @@ def instruction_sets(choice: str) -> list[str]:
 
 def common_options(command: Callable[..., None]) -> Callable[..., None]:
     """The options of both scripts."""
+    path = click.Path(path_type=Path)
+    isas, formats = click.Choice(["all", "avx2", "avx512_vnni"]), click.Choice(["both", "q8", "i4"])
     for option in (
-        click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all samples there."),
-        click.option("--repeats", default=9, show_default=True, type=click.IntRange(1), help="Samples of each."),
+        click.option("--json", "json_path", type=path, help="Write all samples there."),
+        click.option("--repeats", default=9, show_default=True, type=click.IntRange(1), help="Samples."),
         click.option("--threads", default="1,2", show_default=True, callback=thread_counts),
-        click.option("--isa", default="all", show_default=True, type=click.Choice(["all", "avx2", "avx512_vnni"])),
-        click.option("--format", "formats", default="both", show_default=True, type=click.Choice(["both", "q8", "i4"])),
-        click.option("--layers", default=0, help="Layers of the stack; 0: 4 of 30B, 2 of 235B.", show_default=True),
+        click.option("--isa", default="all", show_default=True, type=isas),
+        click.option("--format", "formats", default="both", show_default=True, type=formats),
+        click.option("--layers", default=0, help="Layers of the stack; 0: 4 of 30B, 2 of 235B."),
         click.option(
             "--shape",
             "shapes",
@@ -288,7 +292,7 @@ def cases(shapes: Sequence[str], layers: int, formats: str, bundle_path: Path | 
         shape = LayerShape(
             bundle_path.name,
             arch.hidden_size,
-            arch.moe_intermediate_size,
+            arch.expert_intermediate_size,
             arch.num_experts,
             arch.num_experts_per_token,
             arch.num_layers,

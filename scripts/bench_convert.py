@@ -86,12 +86,21 @@ def convert(sources: list[Path], output: Path, extra: tuple[str, ...]) -> Conver
 
 
 def start(bundle: Path) -> Start:
-    arguments = [command("krasis-run"), str(bundle), "--prompt", "def main():", "--raw", "--max-tokens", "1", "--json"]
+    arguments = [
+        command("krasis-run"),
+        str(bundle),
+        "--prompt",
+        "def main():",
+        "--raw",
+        "--max-tokens",
+        "1",
+        "--json",
+    ]
     begin = time.perf_counter()
     result = subprocess.run(arguments, check=True, capture_output=True, text=True)
     command_s = time.perf_counter() - begin
-    timings = json.loads(result.stdout)["timings"]
-    return Start(timings["load_s"], timings["time_to_first_token_s"], command_s)
+    record = json.loads(result.stdout)
+    return Start(record["load_s"], record["time_to_first_token_s"], command_s)
 
 
 def huge_page_coverage(bundle: Path) -> tuple[int, int]:
@@ -119,7 +128,14 @@ def make_model(work: Path, shape: str, layers: int, with_gguf: bool) -> list[Pat
     model = work / f"{shape}-{layers}l"
     gguf = work / f"{shape}-{layers}l-q8_0.gguf"
     if not (model / "config.json").exists() or (with_gguf and not gguf.exists()):
-        arguments = [sys.executable, str(HERE / "make_random_model.py"), "--shape", shape, "--layers", str(layers)]
+        arguments = [
+            sys.executable,
+            str(HERE / "make_random_model.py"),
+            "--shape",
+            shape,
+            "--layers",
+            str(layers),
+        ]
         arguments += ["--out", str(model)] + (["--gguf", str(gguf)] if with_gguf else [])
         subprocess.run(arguments, check=True)
     return [model, gguf] if with_gguf else [model]
@@ -131,7 +147,9 @@ def make_model(work: Path, shape: str, layers: int, with_gguf: bool) -> list[Pat
 @click.option("--layers", default=4, show_default=True)
 @click.option("--gguf/--no-gguf", "with_gguf", default=True, help="Give the converter a Q8_0 GGUF too.")
 @click.option("--starts", default=5, show_default=True, help="Warm starts to time.")
-@click.option("--convert-option", multiple=True, help="Passed to krasis-convert, e.g. --convert-option=--threads=1.")
+@click.option(
+    "--convert-option", multiple=True, help="Passed to krasis-convert, e.g. --convert-option=--threads=1."
+)
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the figures there too.")
 @click.option("--clean", is_flag=True, help="Remove the work folder afterwards.")
 def main(
@@ -156,7 +174,9 @@ def main(
     runs = [start(bundle) for _ in range(starts + 1)][1:]
     for name in ("load_s", "first_token_s", "command_s"):
         values = [getattr(run, name) for run in runs]
-        click.echo(f"warm start {name}: median {statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})")
+        click.echo(
+            f"warm start {name}: median {statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+        )
     bundle_bytes = tree_bytes(bundle, "*.safetensors")
     pmd_bytes, mapped_bytes = huge_page_coverage(bundle)
     click.echo(

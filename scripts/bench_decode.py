@@ -1,10 +1,9 @@
 #!/usr/bin/env python3
-"""Measures decode of the routed experts: one token after another through a stack of MoE layers of a real shape.
+"""Measures decode of the routed experts: token after token through a stack of MoE layers of a real shape.
 
-Every sample is taken between two measurements of the read bandwidth over the same memory with the same threads; the
-fraction is of their mean. Experts are drawn anew for every token and layer, from gigabytes, so weights come from RAM.
-
-    python scripts/bench_decode.py --shape qwen3-30b-a3b --threads 1,2
+Every sample is taken between two measurements of the read bandwidth over the same memory with the same
+threads; the fraction is of their mean. Experts are drawn anew for every token and layer, from gigabytes, so
+that weights come from RAM. Example: python scripts/bench_decode.py --shape qwen3-30b-a3b --threads 1,2
 """
 
 from __future__ import annotations
@@ -16,12 +15,12 @@ import bench_common as common
 import click
 from krasis.formats.native import Pool
 
-SAMPLE_BYTES = 4 << 30  # weights read in one sample, roughly
+SAMPLE_GB = 4.0
 NUM_ROUTINGS = 509  # prime, so that layers and routings do not go round together
 
 
 def measure(pool: Pool, stack: common.ExpertStack, repeats: int, sample_bytes: int) -> dict[str, Any]:
-    """Samples of one pool and stack: GB/s of weights, read bandwidth before and after, their ratio, tokens/s."""
+    """Samples of one pool and stack: GB/s of weights, read bandwidth around them, their ratio, tokens/s."""
     shape = stack.shape
     token_bytes = shape.top_k * shape.expert_bytes(stack.tiles)  # of one layer
     num_calls = max(sample_bytes // token_bytes, 4)
@@ -42,9 +41,21 @@ def measure(pool: Pool, stack: common.ExpertStack, repeats: int, sample_bytes: i
     return {"decode_gbps": decode, "read_gbps": bandwidth, "fraction": fractions, "tokens_per_s": tokens}
 
 
+def row_text(row: dict[str, Any]) -> str:
+    """A line of the table: medians, with lower and upper quartiles."""
+    low, middle, high = common.quartiles(row["decode_gbps"])
+    part_low, part, part_high = common.quartiles(row["fraction"])
+    return (
+        f"{row['shape']:<16} {row['tiles']:<5} {row['isa']:<12} {row['threads']:3}   "
+        f"{middle:5.2f} ({low:5.2f}-{high:5.2f})  {common.quartiles(row['read_gbps'])[1]:7.2f}    "
+        f"{part:5.1%} ({part_low:5.1%}-{part_high:5.1%})  "
+        f"{common.quartiles(row['tokens_per_s'])[1]:7.2f} x {row['layers']} layers"
+    )
+
+
 @click.command(help=__doc__)
 @common.common_options
-@click.option("--sample-gb", default=SAMPLE_BYTES / 1e9, show_default=True, help="Weights read by one sample.")
+@click.option("--sample-gb", default=SAMPLE_GB, show_default=True, help="Weights read by one sample.")
 def main(
     shapes: list[str],
     layers: int,
@@ -73,15 +84,7 @@ def main(
                     | {"layers": case.shape.num_layers}
                     | samples
                 )
-                low, middle, high = common.quartiles(samples["decode_gbps"])
-                part_low, part, part_high = common.quartiles(samples["fraction"])
-                click.echo(
-                    f"{case.shape.name:<16} {case.tiles:<5} {name:<12} {count:3}   "
-                    f"{middle:5.2f} ({low:5.2f}-{high:5.2f})  "
-                    f"{common.quartiles(samples['read_gbps'])[1]:7.2f}    "
-                    f"{part:5.1%} ({part_low:5.1%}-{part_high:5.1%})  "
-                    f"{common.quartiles(samples['tokens_per_s'])[1]:7.2f} x {case.shape.num_layers} layers"
-                )
+                click.echo(row_text(rows[-1]))
         stack.close()
     common.write_json(json_path, "decode", rows)
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measures prefill of the routed experts: batches of tokens through a stack of MoE layers of a real shape.
 
-    python scripts/bench_prefill.py --shape qwen3-30b-a3b --tokens 512 --threads 1,2
+Example: python scripts/bench_prefill.py --shape qwen3-30b-a3b --tokens 512 --threads 1,2
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ NUM_ROUTINGS = 3
 
 
 def measure(pool: Pool, stack: common.ExpertStack, tokens: int, repeats: int) -> dict[str, Any]:
-    """Samples of one pool and stack: tokens/s through its layers, 10^9 multiply-adds a second, read bandwidth."""
+    """Samples of one pool and stack: tokens/s, 10^9 multiply-adds a second, read bandwidth."""
     shape = stack.shape
     batch = common.MoeBatch(shape, tokens, NUM_ROUTINGS)
     meter = common.BandwidthMeter(pool, stack)
@@ -32,9 +32,21 @@ def measure(pool: Pool, stack: common.ExpertStack, tokens: int, repeats: int) ->
     return {"tokens_per_s": rates, "gmacs": gmacs, "read_gbps": bandwidth}
 
 
+def row_text(row: dict[str, Any]) -> str:
+    """A line of the table: medians, with lower and upper quartiles of the rate."""
+    low, middle, high = common.quartiles(row["tokens_per_s"])
+    gmacs = common.quartiles(row["gmacs"])[1]
+    rate = f"{middle:6.0f} ({low:.0f}-{high:.0f}) x {row['layers']} layers"
+    return (
+        f"{row['shape']:<16} {row['tiles']:<5} {row['isa']:<12} {row['threads']:3} {row['tokens']:6}  "
+        f"{rate:<28} "
+        f"{gmacs:<8.0f} {gmacs / row['threads']:<11.0f} {common.quartiles(row['read_gbps'])[1]:.1f}"
+    )
+
+
 @click.command(help=__doc__)
 @common.common_options
-@click.option("--tokens", default="512", show_default=True, callback=common.thread_counts, help="Batch sizes.")
+@click.option("--tokens", default="512", show_default=True, callback=common.thread_counts, help="Batches.")
 def main(
     shapes: list[str],
     layers: int,
@@ -64,14 +76,7 @@ def main(
                             | {"layers": case.shape.num_layers, "tokens": num_tokens}
                             | samples
                         )
-                        low, middle, high = common.quartiles(samples["tokens_per_s"])
-                        gmacs = common.quartiles(samples["gmacs"])[1]
-                        rate = f"{middle:6.0f} ({low:.0f}-{high:.0f}) x {case.shape.num_layers} layers"
-                        click.echo(
-                            f"{case.shape.name:<16} {case.tiles:<5} {name:<12} {count:3} {num_tokens:6}  {rate:<28} "
-                            f"{gmacs:<8.0f} {gmacs / count:<11.0f} "
-                            f"{common.quartiles(samples['read_gbps'])[1]:.1f}"
-                        )
+                        click.echo(row_text(rows[-1]))
         stack.close()
     common.write_json(json_path, "prefill", rows)
 

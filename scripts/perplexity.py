@@ -1,10 +1,14 @@
 #!/usr/bin/env python3
-"""Held-out perplexity, side by side: the BF16 checkpoint, and its bundle with Q8, CPU INT4 and GPU INT4 experts.
+"""Held-out perplexity, side by side: the BF16 checkpoint, and its bundle with Q8, CPU INT4 and GPU INT4
+experts.
 
-    python scripts/perplexity.py --model tests/assets/tiny-qwen3-moe --text tests/assets/tiny-qwen3-moe/heldout.txt
+    python scripts/perplexity.py --model tests/assets/tiny-qwen3-moe --text
+    tests/assets/tiny-qwen3-moe/heldout.txt
 
-BF16 is transformers in float32 on the checkpoint. The CPU formats run through the int8 kernels, as krasis-run does; the GPU
-format (Marlin INT4) runs through the float32 reference, on a CPU too. All bundles have INT8 attention and output head.
+BF16 is transformers in float32 on the checkpoint. The CPU formats run through the int8 kernels, as
+krasis-run does; the GPU
+format (Marlin INT4) runs through the float32 reference, on a CPU too. All bundles have INT8 attention and
+output head.
 """
 
 from __future__ import annotations
@@ -22,13 +26,12 @@ from typing import Any
 import click
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
-
 from krasis.convert.conversion import convert, prepare
 from krasis.convert.progress import Reporter
 from krasis.convert.settings import ConvertSettings
 from krasis.formats.errors import KrasisError, UsageError
 from krasis.runtime import Engine, EngineSettings
+from tqdm import tqdm
 
 Logits = npt.NDArray[np.float32]
 Model = Callable[[list[int]], Logits]  # tokens -> logits [tokens, vocab]
@@ -54,6 +57,7 @@ class Row:
 
 def windows(tokens: Sequence[int], context: int, stride: int) -> Iterator[Window]:
     """Windows of at most context tokens, stride apart, that count every token but the first exactly once."""
+    # stride is at least one less than the context: a target needs a token before it in its window.
     counted = 1
     for end in range(min(context, len(tokens)), len(tokens) + stride, stride):
         stop = min(end, len(tokens))
@@ -88,7 +92,8 @@ def checkpoint_model(folder: Path) -> Model:
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.train(False)
 
     def run(tokens: list[int]) -> Logits:
         with torch.no_grad():
@@ -116,7 +121,13 @@ def build(sources: list[Path], out: Path, settings: ConvertSettings) -> Path:
 
 
 def measure(
-    sources: list[Path], bundles: dict[str, Path], text: str, context: int, stride: int, threads: int, limit: int | None
+    sources: list[Path],
+    bundles: dict[str, Path],
+    text: str,
+    context: int,
+    stride: int,
+    threads: int,
+    limit: int | None,
 ) -> tuple[list[Row], int]:
     """All rows, and the number of tokens."""
     base = EngineSettings(context=context, threads=threads)
@@ -148,15 +159,29 @@ def report(rows: list[Row], num_tokens: int) -> str:
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--model", "checkpoint", required=True, type=click.Path(path_type=Path), help="Hugging Face folder, BF16.")
+@click.option(
+    "--model", "checkpoint", required=True, type=click.Path(path_type=Path), help="Hugging Face folder, BF16."
+)
 @click.option("--gguf", type=click.Path(path_type=Path), help="Take the Q8 experts from this GGUF.")
-@click.option("--text", "text_file", required=True, type=click.Path(path_type=Path), help="Held-out UTF-8 text.")
-@click.option("--bundle", type=click.Path(path_type=Path), help="Q8 bundle to use, with a GPU tier [default: made].")
-@click.option("--int4-bundle", type=click.Path(path_type=Path), help="Bundle with INT4 CPU experts [default: made].")
-@click.option("--context", default=512, show_default=True, type=click.IntRange(2), help="Tokens a model sees at once.")
-@click.option("--stride", type=click.IntRange(1), help="Tokens from window to window [default: half the context].")
+@click.option(
+    "--text", "text_file", required=True, type=click.Path(path_type=Path), help="Held-out UTF-8 text."
+)
+@click.option(
+    "--bundle", type=click.Path(path_type=Path), help="Q8 bundle to use, with a GPU tier [default: made]."
+)
+@click.option(
+    "--int4-bundle", type=click.Path(path_type=Path), help="Bundle with INT4 CPU experts [default: made]."
+)
+@click.option(
+    "--context", default=512, show_default=True, type=click.IntRange(2), help="Tokens a model sees at once."
+)
+@click.option(
+    "--stride", type=click.IntRange(1), help="Tokens from window to window [default: half the context]."
+)
 @click.option("--max-tokens", type=click.IntRange(2), help="Measure the text's first tokens only.")
-@click.option("--gpu-group", default=128, show_default=True, help="Group of the GPU experts, if a bundle is made.")
+@click.option(
+    "--gpu-group", default=128, show_default=True, help="Group of the GPU experts, if a bundle is made."
+)
 @click.option("--threads", default=0, help="CPU threads [default: all].")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def main(checkpoint: Path, text_file: Path, context: int, **options: Any) -> None:
@@ -173,14 +198,24 @@ def main(checkpoint: Path, text_file: Path, context: int, **options: Any) -> Non
             }
             text = text_file.read_text(encoding="utf-8")
             rows, num_tokens = measure(
-                sources, bundles, text, context, min(stride, context), options["threads"], options["max_tokens"]
+                sources,
+                bundles,
+                text,
+                context,
+                min(stride, context - 1),
+                options["threads"],
+                options["max_tokens"],
             )
     except KrasisError as error:
         click.echo(f"perplexity: {error}", err=True)
         sys.exit(error.exit_code)
     if options["as_json"]:
         record = {"num_tokens": num_tokens, "context": context, "stride": stride}
-        click.echo(json.dumps({**record, "rows": [{name: getattr(row, name) for name in Row.__slots__} for row in rows]}))
+        click.echo(
+            json.dumps(
+                {**record, "rows": [{name: getattr(row, name) for name in Row.__slots__} for row in rows]}
+            )
+        )
     else:
         click.echo(report(rows, num_tokens))
 

@@ -7,6 +7,7 @@ namespace {
 
 using namespace krasis;
 
+constexpr int64_t kMostPositions = int64_t{1} << 40, kMostHeads = 1 << 16;  // keep sizes far from overflow
 constexpr int64_t kSmallWork = 200000;  // multiply-adds that one core does in some 10 us
 
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -72,7 +73,10 @@ void run(krasis_pool *pool, int64_t count, bool small, F &&f) {
 }  // namespace
 
 int64_t krasis_attention_workspace_bytes(int64_t tokens, int64_t start, int64_t num_heads, int64_t head_dim) {
-    if (tokens < 0 || start < 0 || num_heads <= 0 || head_dim <= 0) return -1;
+    if (tokens < 0 || start < 0 || tokens > kMostPositions || start > kMostPositions || num_heads <= 0 ||
+        num_heads > kMostHeads || head_dim <= 0 || head_dim > kMaxHeadDim) {
+        return -1;
+    }
     const int64_t splits = num_splits(start + tokens);
     if (splits < 2) return 0;
     return smaller(tokens, kSplitTokens) * num_heads * splits * (head_dim + kPartialTail) *

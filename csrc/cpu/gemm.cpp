@@ -9,10 +9,10 @@
 namespace krasis {
 namespace {
 
-constexpr int64_t kChunkTokens = 1024;      // bounds the scratch: 40 bytes a token and block
-constexpr int64_t kUnitPanels = 8;          // token panels of one unit
-constexpr int64_t kMinUnitMacs = 64 * 1024;  // smaller units are dealt several at a time
-constexpr int64_t kFloatRows = 16, kFloatTokens = 16;
+constexpr int64_t kChunkTokens = 1024;                 // bounds the scratch: 40 bytes a token and block
+constexpr int64_t kUnitPanels = 8;                     // token panels of one unit
+constexpr int64_t kMinUnitMacs = 64 * 1024;            // smaller units are dealt several at a time
+constexpr int64_t kFloatRows = 16, kFloatTokens = 48;  // 48: whole numbers of 3 and of 4
 
 struct RowsJob {
     const krasis_acts *acts;

@@ -25,15 +25,21 @@ inline int64_t strip_block_bytes(StripFormat format) {
     return format == StripFormat::kI4 ? KRASIS_I4_TILE_BYTES : kStripRows * kBlock;
 }
 
-// How `tokens` rows of activations are cut into panels: as few as possible, of widths that differ by one at most.
+// How `tokens` rows of activations are cut into panels: as few as possible, of widths that differ by one at most. At
+// least one token.
 struct PanelCut {
     int64_t tokens = 0, count = 0, blocks = 0;
+    int64_t least_width = 0, num_wider = 0;  // the first num_wider panels hold one token more
 
     PanelCut() = default;
     PanelCut(int64_t num_tokens, int64_t k, int64_t max_width)
-        : tokens(num_tokens), count((num_tokens + max_width - 1) / max_width), blocks(k / kBlock) {}
-    int64_t first(int64_t panel) const { return panel * (tokens / count) + std::min(panel, tokens % count); }
-    int64_t width(int64_t panel) const { return tokens / count + (panel < tokens % count ? 1 : 0); }
+        : tokens(num_tokens),
+          count((num_tokens + max_width - 1) / max_width),
+          blocks(k / kBlock),
+          least_width(num_tokens / count),
+          num_wider(num_tokens % count) {}
+    int64_t first(int64_t panel) const { return panel * least_width + std::min(panel, num_wider); }
+    int64_t width(int64_t panel) const { return least_width + (panel < num_wider); }
     int64_t offset_bytes(int64_t panel) const { return first(panel) * blocks * kPanelTokenBytes; }
 };
 
@@ -71,10 +77,10 @@ struct FloatUnit {
     float *out = nullptr;
 };
 
-#define KRASIS_DECLARE_GEMM(isa)               \
-    namespace isa {                            \
-    int64_t panel_tokens();                    \
-    void gemm_rows_unit(const RowsUnit &unit); \
+#define KRASIS_DECLARE_GEMM(isa)                 \
+    namespace isa {                              \
+    int64_t panel_tokens();                      \
+    void gemm_rows_unit(const RowsUnit &unit);   \
     void gemm_float_unit(const FloatUnit &unit); \
     }
 KRASIS_DECLARE_GEMM(avx2)

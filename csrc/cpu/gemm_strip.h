@@ -29,11 +29,11 @@ constexpr int64_t kPanelTokens = 4;
 #endif
 static_assert(kPanelTokens <= kMaxPanelTokens);
 
-// The kernel for a format and 1 <= width <= kPanelTokens.
-StripKernel strip_kernel(StripFormat format, int64_t width);
+// The kernels of a format for widths 1 to kPanelTokens.
+const StripKernel *strip_kernels(StripFormat format);
 
-// acc [cut.width summed over panels begin..end][32] = those panels x strip. Weights pass block group after block group, so
-// that a group stays in the first-level cache while all panels use it.
+// acc [cut.width summed over panels begin..end][32] = those panels x strip. Weights pass block group after block group,
+// so that a group stays in the first-level cache while all panels use it.
 void multiply_strip(StripFormat format, const uint8_t *strip, const uint8_t *panels, const PanelCut &cut, int64_t begin,
                     int64_t end, float *acc);
 

@@ -6,8 +6,8 @@
 
 namespace krasis::KRASIS_ISA_NAMESPACE {
 
-// Bytes of weights that stay in the first-level cache while the panels pass (it is 32 KiB or more, and holds a piece of the
-// activations besides).
+// Bytes of weights that stay in the first-level cache while the panels pass (it is 32 KiB or more, and holds a piece of
+// the activations besides).
 constexpr int64_t kGroupBytes = 16 * 1024;
 constexpr int64_t kLineBytes = 64;
 
@@ -15,10 +15,13 @@ void multiply_strip(StripFormat format, const uint8_t *strip, const uint8_t *pan
                     int64_t end, float *acc) {
     const int64_t block_bytes = strip_block_bytes(format);
     const int64_t num_panels = end - begin;
-    const int64_t group = num_panels == 1 ? cut.blocks : std::max<int64_t>(kGroupBytes / block_bytes, 1);
+    const int64_t most = num_panels == 1 ? cut.blocks : std::max<int64_t>(kGroupBytes / block_bytes, 1);
+    const int64_t num_groups = (cut.blocks + most - 1) / most;
+    const int64_t group = (cut.blocks + num_groups - 1) / num_groups;
     const int64_t first_token = cut.first(begin);
     const int64_t block_lines = (block_bytes + kLineBytes - 1) / kLineBytes;
     const int64_t lines = (block_lines + num_panels - 1) / num_panels;
+    const StripKernel *kernels = strip_kernels(format);
     for (int64_t b = 0; b < cut.blocks; b += group) {
         StripCall call;
         call.blocks = std::min(group, cut.blocks - b);
@@ -29,10 +32,10 @@ void multiply_strip(StripFormat format, const uint8_t *strip, const uint8_t *pan
             call.panel = panels + cut.offset_bytes(p) + b * width * kPanelTokenBytes;
             call.acc = acc + (cut.first(p) - first_token) * kStripRows;
             if (num_panels > 1) {  // each panel fetches its share of the next group
-                call.fetch = call.weight + (group + (p - begin) * lines * group / block_lines) * block_bytes;
+                call.fetch = call.weight + group * block_bytes + (p - begin) * lines * group * kLineBytes;
                 call.fetch_lines = lines;
             }
-            strip_kernel(format, width)(call);
+            kernels[width - 1](call);
         }
     }
 }
@@ -66,7 +69,8 @@ void gemm_rows_unit(const RowsUnit &unit) {
 
 // ---- float -------------------------------------------------------------------------------------------------
 
-template <int kDtype> struct FloatWeight {
+template <int kDtype>
+struct FloatWeight {
     static constexpr int64_t kBytes = kDtype == KRASIS_F32 ? 4 : 2;
     static KRASIS_INLINE V16 load(const uint8_t *p) {
         if constexpr (kDtype == KRASIS_F32) return V16::load(reinterpret_cast<const float *>(p));
@@ -75,59 +79,58 @@ template <int kDtype> struct FloatWeight {
     }
 };
 
-// Dot products of kTokens rows of x and kRows rows of the weight. Element k goes to lane k % 32, lanes are added in a fixed
-// tree, so the bits depend on nothing but the two rows.
+// Dot products of kTokens rows of x and kRows rows of the weight. Element k goes to lane k % 16, lanes are added in a
+// fixed tree, so the bits depend on nothing but the two rows.
 template <int kDtype, int kTokens, int kRows>
-KRASIS_INLINE void float_dots(const FloatUnit &unit, int64_t t0, int64_t n0) {
+void float_dots(const FloatUnit &unit, int64_t t0, int64_t n0) {
     using W = FloatWeight<kDtype>;
     const uint8_t *weight = static_cast<const uint8_t *>(unit.weight) + n0 * unit.k * W::kBytes;
     const float *x = unit.x + t0 * unit.k;
-    V16 sum[kTokens][kRows][2];
+    V16 sum[kTokens][kRows];
     for (auto &of_token : sum) {
-        for (auto &of_row : of_token) of_row[0] = of_row[1] = V16::zero();
+        for (V16 &of_row : of_token) of_row = V16::zero();
     }
-    const auto step = [&](const float *xs, int64_t ldx, const uint8_t *ws, int64_t ldw) {
-#pragma GCC unroll 2
-        for (int half = 0; half < 2; ++half) {
-            V16 w[kRows];
-#pragma GCC unroll 4
-            for (int n = 0; n < kRows; ++n) w[n] = W::load(ws + n * ldw + half * 16 * W::kBytes);
-#pragma GCC unroll 4
-            for (int t = 0; t < kTokens; ++t) {
-                const V16 a = V16::load(xs + t * ldx + half * 16);
-#pragma GCC unroll 4
-                for (int n = 0; n < kRows; ++n) sum[t][n][half] = fma(a, w[n], sum[t][n][half]);
-            }
+    const auto step = [&](const float *xs, int64_t ldx, const uint8_t *ws, int64_t ldw) __attribute__((always_inline)) {
+        V16 w[kRows];
+#pragma GCC unroll 8
+        for (int n = 0; n < kRows; ++n) w[n] = W::load(ws + n * ldw);
+#pragma GCC unroll 8
+        for (int t = 0; t < kTokens; ++t) {
+            const V16 a = V16::load(xs + t * ldx);
+#pragma GCC unroll 8
+            for (int n = 0; n < kRows; ++n) sum[t][n] = fma(a, w[n], sum[t][n]);
         }
     };
     int64_t k = 0;
-    for (; k + 32 <= unit.k; k += 32) step(x + k, unit.k, weight + k * W::kBytes, unit.k * W::kBytes);
+    for (; k + 16 <= unit.k; k += 16) step(x + k, unit.k, weight + k * W::kBytes, unit.k * W::kBytes);
     if (k < unit.k) {  // the rest, padded with zeros
-        alignas(64) float xs[kTokens * 32] = {};
-        alignas(64) uint8_t ws[kRows * 32 * W::kBytes] = {};
-        for (int t = 0; t < kTokens; ++t) std::copy_n(x + t * unit.k + k, unit.k - k, xs + t * 32);
+        alignas(64) float xs[kTokens * 16] = {};
+        alignas(64) uint8_t ws[kRows * 16 * W::kBytes] = {};
+        for (int t = 0; t < kTokens; ++t) std::copy_n(x + t * unit.k + k, unit.k - k, xs + t * 16);
         for (int n = 0; n < kRows; ++n) {
-            std::copy_n(weight + (n * unit.k + k) * W::kBytes, (unit.k - k) * W::kBytes, ws + n * 32 * W::kBytes);
+            std::copy_n(weight + (n * unit.k + k) * W::kBytes, (unit.k - k) * W::kBytes, ws + n * 16 * W::kBytes);
         }
-        step(xs, 32, ws, 32 * W::kBytes);
+        step(xs, 16, ws, 16 * W::kBytes);
     }
     for (int t = 0; t < kTokens; ++t) {
-        for (int n = 0; n < kRows; ++n) unit.out[(t0 + t) * unit.n + n0 + n] = hsum(add(sum[t][n][0], sum[t][n][1]));
+        for (int n = 0; n < kRows; ++n) unit.out[(t0 + t) * unit.n + n0 + n] = hsum(sum[t][n]);
     }
 }
 
-template <int kDtype> void float_unit(const FloatUnit &unit) {
-    constexpr int kTokens = kLanes == 16 ? 4 : 2, kRows = kLanes == 16 ? 2 : 1;
-    for (int64_t n = unit.n_begin; n < unit.n_end;) {
-        const bool full = n + kRows <= unit.n_end;
-        int64_t t = unit.t_begin;
-        for (; t + kTokens <= unit.t_end; t += kTokens) {
-            full ? float_dots<kDtype, kTokens, kRows>(unit, t, n) : float_dots<kDtype, kTokens, 1>(unit, t, n);
-        }
-        for (; t < unit.t_end; ++t) {
-            full ? float_dots<kDtype, 1, kRows>(unit, t, n) : float_dots<kDtype, 1, 1>(unit, t, n);
-        }
-        n += full ? kRows : 1;
+// Few tokens: many rows at once hide the latency. More tokens: as many sums as there are registers.
+template <int kDtype>
+void float_unit(const FloatUnit &unit) {
+    constexpr int kTokens = kLanes == 16 ? 4 : 3, kRows = kLanes == 16 ? 4 : 2, kLoneRows = kLanes == 16 ? 8 : 4;
+    int64_t t = unit.t_begin;
+    for (; t + kTokens <= unit.t_end; t += kTokens) {
+        int64_t n = unit.n_begin;
+        for (; n + kRows <= unit.n_end; n += kRows) float_dots<kDtype, kTokens, kRows>(unit, t, n);
+        for (; n < unit.n_end; ++n) float_dots<kDtype, kTokens, 1>(unit, t, n);
+    }
+    for (; t < unit.t_end; ++t) {
+        int64_t n = unit.n_begin;
+        for (; n + kLoneRows <= unit.n_end; n += kLoneRows) float_dots<kDtype, 1, kLoneRows>(unit, t, n);
+        for (; n < unit.n_end; ++n) float_dots<kDtype, 1, 1>(unit, t, n);
     }
 }
 

@@ -1,7 +1,7 @@
 // moe.cpp: routed experts: groups (token, slot) pairs by expert and deals the strips of the experts to the pool.
 //
-// One job per chunk of tokens: regroup activations -> gate/up strips -> per range of output columns: down strips, weighted
-// sum in slot order. A chunk is a few thousand tokens, so that the workspace stays bounded.
+// One job per chunk of tokens: regroup activations -> gate/up strips -> per range of output columns: down strips,
+// weighted sum in slot order. A chunk is a few thousand tokens, so that the workspace stays bounded.
 #include "moe.h"
 
 #include <cstring>
@@ -12,8 +12,9 @@
 namespace krasis {
 namespace {
 
-constexpr int64_t kMaxPairs = 16384;              // of a chunk
-constexpr int64_t kPartialBytes = 8 * 1024 * 1024;  // aimed at: it is written and read back, so it should stay in the cache
+constexpr int64_t kMaxPairs = 16384;  // of a chunk
+constexpr int64_t kPartialBytes =
+    8 * 1024 * 1024;  // aimed at: it is written and read back, so it should stay in the cache
 constexpr int64_t kMinColumns = 256;
 constexpr int64_t kMaxRanges = 16;
 constexpr int64_t kMaxSize = 1 << 24, kMaxExperts = 1 << 20;
@@ -78,7 +79,10 @@ class Chunk {
     int64_t run();
 
   private:
-    template <class T> T *at(int64_t offset) { return reinterpret_cast<T *>(static_cast<uint8_t *>(args_.workspace) + offset); }
+    template <class T>
+    T *at(int64_t offset) {
+        return reinterpret_cast<T *>(static_cast<uint8_t *>(args_.workspace) + offset);
+    }
     void sort();
     void make_groups();
     void pack(int64_t begin, int64_t end);
@@ -144,7 +148,8 @@ void Chunk::make_groups() {
         const int32_t begin = e > 0 ? counts[e - 1] : 0;
         if (counts[e] == begin) continue;
         const PanelCut cut(counts[e] - begin, job_.hidden, job_.panel_width);
-        groups[job_.num_groups] = {static_cast<int32_t>(e), begin, counts[e] - begin, static_cast<int32_t>(num_panels_)};
+        groups[job_.num_groups] = {static_cast<int32_t>(e), begin, counts[e] - begin,
+                                   static_cast<int32_t>(num_panels_)};
         for (int64_t p = 0; p < cut.count; ++p) panel_group[num_panels_++] = static_cast<int32_t>(job_.num_groups);
         ++job_.num_groups;
     }
@@ -182,7 +187,8 @@ int64_t Chunk::run() {
         const Range &range = *static_cast<Range *>(context);
         const int64_t strips = range.count() / kStripRows;
         for (int64_t u = begin; u < end; ++u) {
-            range.wide ? avx512::moe_down(range, u / strips, u % strips) : avx2::moe_down(range, u / strips, u % strips);
+            range.wide ? avx512::moe_down(range, u / strips, u % strips)
+                       : avx2::moe_down(range, u / strips, u % strips);
         }
     };
     static constexpr auto reduce = [](void *context, int64_t begin, int64_t end, int32_t) {

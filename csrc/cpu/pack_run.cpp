@@ -1,5 +1,4 @@
 // pack_run.cpp: argument checks and the running of packing tasks, the same for every layout.
-#include <atomic>
 #include <cmath>
 #include <cstdlib>
 #include <limits>
@@ -49,6 +48,8 @@ int32_t normalise_importance(const float *importance, int64_t k, std::vector<flo
 
 namespace {
 
+constexpr int64_t kStackK = 128;  // 16 KiB
+
 struct Free {
     void operator()(void *p) const { std::free(p); }
 };
@@ -79,23 +80,27 @@ int64_t add_partials(const std::vector<PackPartial> &partials, int64_t count, kr
 
 int32_t run_pack_tasks(krasis_pool *pool, int64_t num_tasks, int64_t scratch_k, PackTask task, const void *job,
                        int64_t count, krasis_pack_stats *stats) {
+    const bool on_stack = scratch_k <= kStackK;  // else one scale a channel: a megabyte a thread
     const int64_t scratch_bytes = ceil_div(scratch_k * kScratchBytesPerK, 4096) * 4096;
-    const int64_t num_threads = krasis_pool_num_threads(pool);
-    const std::unique_ptr<void, Free> scratch(
-        std::aligned_alloc(4096, static_cast<size_t>(scratch_bytes * num_threads)));
+    std::unique_ptr<uint8_t, Free> heap;
     std::vector<PackPartial> partials;
     try {
         partials.resize(static_cast<size_t>(num_tasks));
     } catch (const std::bad_alloc &) {
         return KRASIS_ERR_MEMORY;
     }
-    if (!scratch) {
-        return KRASIS_ERR_MEMORY;
+    if (!on_stack) {
+        const size_t all_bytes = static_cast<size_t>(scratch_bytes * krasis_pool_num_threads(pool));
+        heap.reset(static_cast<uint8_t *>(std::aligned_alloc(4096, all_bytes)));
+        if (!heap) {
+            return KRASIS_ERR_MEMORY;
+        }
     }
-    uint8_t *const memory = static_cast<uint8_t *>(scratch.get());
     parallel_for(pool, num_tasks, 1, [&](int64_t begin, int64_t end, int32_t thread) {
+        alignas(64) uint8_t stack[kStackK * kScratchBytesPerK];
+        uint8_t *const scratch = on_stack ? stack : heap.get() + thread * scratch_bytes;
         for (int64_t i = begin; i < end; ++i) {
-            task(job, i, memory + thread * scratch_bytes, partials[static_cast<size_t>(i)]);
+            task(job, i, scratch, partials[static_cast<size_t>(i)]);
         }
     });
     return add_partials(partials, count, stats) < 0 ? KRASIS_OK : KRASIS_ERR_NONFINITE;

@@ -103,14 +103,14 @@ inline void marlin_task(const MarlinJob &job, int64_t task, uint8_t *scratch, Pa
     uint8_t *const codes = scratch + job.group * 16 * 4;
     const float limit = largest_weight(job.scale_dtype, job.bits);
     alignas(64) float absmax[kLanes];
-    alignas(64) uint16_t scales[kMarlinStrip];
+    alignas(64) uint16_t scales[kMarlinStrip] = {};
     for (int64_t column = begin; column < end; column += job.group) {
         for (int64_t r = 0; r < kMarlinStrip; r += kLanes) {
             const Place next = r + kLanes < kMarlinStrip
                                    ? Place{row + r + kLanes, column}
                                    : Place{row, column + job.group < end ? column + job.group : column};
             if (!load_rows(job.src, {row + r, column}, next, job.group, limit, w, absmax, out)) {
-                return;
+                continue;  // the call fails; later columns may hold an earlier bad row
             }
             const Group group{w, job.group, job.importance ? job.importance + column : nullptr, V::load(absmax),
                               job.scale_dtype};
@@ -189,11 +189,11 @@ inline void tiles_task(const TilesJob &job, int64_t task, uint8_t *scratch, Pack
     for (int64_t column = begin; column < end; column += KRASIS_BLOCK_K) {
         uint8_t *const tile = tile_at(job, strip, column, q8 ? KRASIS_Q8_TILE_BYTES : KRASIS_I4_TILE_BYTES);
         uint8_t *const tile_scales = tile + KRASIS_BLOCK_K * KRASIS_TILE_ROWS / (q8 ? 1 : 2) + job.part_offset * 2;
-        alignas(64) uint16_t scales[KRASIS_TILE_ROWS];
+        alignas(64) uint16_t scales[KRASIS_TILE_ROWS] = {};
         for (int64_t r = 0; r < job.part_rows; r += kLanes) {
             const Place at{strip * job.part_rows + r, column};
             if (!load_rows(job.src, at, ahead(job.src, at), KRASIS_BLOCK_K, limit, w, absmax, out)) {
-                return;
+                continue;
             }
             if (q8) {
                 q8_rows(w, V::load(absmax), tile + (job.part_offset + r) * 4, scales + r, out);
@@ -298,10 +298,11 @@ inline void int8_rows_task(const RowsJob &job, int64_t task, uint8_t *scratch, P
         V most = V::zero();
         for (int64_t column = 0; column < job.src.k; column += KRASIS_BLOCK_K) {
             const Place at{row, column};
-            if (!load_rows(job.src, at, ahead(job.src, at), KRASIS_BLOCK_K, 0x1.fffffep127f, w, absmax, out)) {
-                return;
-            }
+            load_rows(job.src, at, ahead(job.src, at), KRASIS_BLOCK_K, 0x1.fffffep127f, w, absmax, out);
             most = max(most, V::load(absmax));
+        }
+        if (out.bad_row >= 0) {
+            return;
         }
         const V scale = div(most, V::set1(127)), least = V::set1(0x1p-126f);
         const V safe = where_less(scale, least, V::set1(1), scale);

@@ -1,12 +1,12 @@
 // pool.cpp: the thread pool.
 //
-// A job is a list of phases. The pieces of the current phase are dealt through one 64-bit ticket, (phase number << 32) |
-// next piece, by compare-and-swap; whoever finishes the last piece of a phase opens the next one. Nobody waits for a
+// A job is a list of phases. The pieces of the current phase are dealt through one 64-bit ticket, (phase number << 32)
+// | next piece, by compare-and-swap; whoever finishes the last piece of a phase opens the next one. Nobody waits for a
 // thread that holds no piece: one that is asleep or descheduled costs nothing, which is what keeps throughput up when
 // the cores are shared with other work.
 //
-// The description of the current phase is read before the claim and is valid if the claim succeeds: the ticket is closed
-// before the description changes, and phase numbers are not reused within 2^31 phases.
+// The description of the current phase is read before the claim and is valid if the claim succeeds: the ticket is
+// closed before the description changes, and phase numbers are not reused within 2^31 phases.
 //
 // Idle threads spin briefly, then sleep on a futex. With more threads than CPUs they sleep at once.
 #include "pool.h"

@@ -30,8 +30,8 @@ struct Phase {
 // All phases with one wake of the threads.
 void parallel_phases(krasis_pool *pool, const Phase *phases, int64_t num_phases);
 
-// Holds the pool for several jobs of one caller and lends its scratch memory, which grows and is kept. Jobs started through
-// a session see the scratch; it is void once the session ends.
+// Holds the pool for several jobs of one caller and lends its scratch memory, which grows and is kept. Jobs started
+// through a session see the scratch; it is void once the session ends.
 class PoolSession {
   public:
     explicit PoolSession(krasis_pool *pool);
@@ -48,7 +48,8 @@ class PoolSession {
 };
 
 // A phase around a callable that outlives it: f(begin, end, thread).
-template <class F> Phase make_phase(F &f, int64_t count, int64_t grain, int64_t max_grain = 0) {
+template <class F>
+Phase make_phase(F &f, int64_t count, int64_t grain, int64_t max_grain = 0) {
     Phase phase;
     phase.fn = [](void *context, int64_t begin, int64_t end, int32_t thread) {
         (*static_cast<F *>(context))(begin, end, thread);
@@ -61,7 +62,8 @@ template <class F> Phase make_phase(F &f, int64_t count, int64_t grain, int64_t 
 }
 
 // parallel_run with a callable: f(begin, end, thread).
-template <class F> void parallel_for(krasis_pool *pool, int64_t count, int64_t grain, F &&f) {
+template <class F>
+void parallel_for(krasis_pool *pool, int64_t count, int64_t grain, F &&f) {
     using Body = std::remove_reference_t<F>;
     parallel_run(
         pool, count, grain,

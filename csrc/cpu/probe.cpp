@@ -113,8 +113,7 @@ int32_t resolve_isa(int32_t requested) {
     krasis_cpu_info info{};
     read_features(&info);
     const bool avx2 = info.has_avx2 && info.has_fma && info.has_f16c;
-    const bool avx512 =
-        avx2 && info.has_avx512f && info.has_avx512bw && info.has_avx512vl && info.has_avx512_vnni;
+    const bool avx512 = avx2 && info.has_avx512f && info.has_avx512bw && info.has_avx512vl && info.has_avx512_vnni;
     if (avx512 && (requested == KRASIS_ISA_AUTO || requested == KRASIS_ISA_AVX512_VNNI)) return KRASIS_ISA_AVX512_VNNI;
     if (avx2 && (requested == KRASIS_ISA_AUTO || requested == KRASIS_ISA_AVX2)) return KRASIS_ISA_AVX2;
     return KRASIS_ISA_AUTO;

@@ -30,7 +30,11 @@ struct Acts {
     int64_t tokens, k;
 
     Acts(Random &random, int64_t num_tokens, int64_t size)
-        : q(num_tokens * size), scale(num_tokens * size / 32), sum(num_tokens * size / 32), tokens(num_tokens), k(size) {
+        : q(num_tokens * size),
+          scale(num_tokens * size / 32),
+          sum(num_tokens * size / 32),
+          tokens(num_tokens),
+          k(size) {
         for (int8_t &code : q) code = static_cast<int8_t>(random.between(-127, 127));
         if (!q.empty()) std::fill_n(q.begin(), 32, random.below(2) ? 127 : -127);  // the extreme sums
         for (float &s : scale) s = static_cast<float>(random.uniform() * 0.02);
@@ -42,7 +46,9 @@ struct Acts {
     krasis_acts view(int64_t first, int64_t count) {
         return {q.data() + first * k, scale.data() + first * (k / 32), sum.data() + first * (k / 32), count, k};
     }
-    double value(int64_t row, int64_t i) const { return q[row * k + i] * static_cast<double>(scale[(row * k + i) / 32]); }
+    double value(int64_t row, int64_t i) const {
+        return q[row * k + i] * static_cast<double>(scale[(row * k + i) / 32]);
+    }
 };
 
 // The element every strip kernel computes: block sums as exact integers, then one fma a block.

@@ -14,21 +14,21 @@ namespace test {
 
 inline int failures = 0;
 
-#define CHECK(condition)                                                                  \
-    do {                                                                                  \
-        if (!(condition)) {                                                               \
-            std::printf("%s:%d: %s is false\n", __FILE__, __LINE__, #condition);          \
-            if (++test::failures > 20) std::exit(1);                                      \
-        }                                                                                 \
+#define CHECK(condition)                                                         \
+    do {                                                                         \
+        if (!(condition)) {                                                      \
+            std::printf("%s:%d: %s is false\n", __FILE__, __LINE__, #condition); \
+            if (++test::failures > 20) std::exit(1);                             \
+        }                                                                        \
     } while (0)
 
-#define CHECK_OK(call)                                                                                     \
-    do {                                                                                                   \
-        const int32_t check_status = (call);                                                               \
-        if (check_status != KRASIS_OK) {                                                                   \
+#define CHECK_OK(call)                                                                                           \
+    do {                                                                                                         \
+        const int32_t check_status = (call);                                                                     \
+        if (check_status != KRASIS_OK) {                                                                         \
             std::printf("%s:%d: %s returned %s\n", __FILE__, __LINE__, #call, krasis_status_name(check_status)); \
-            if (++test::failures > 20) std::exit(1);                                                       \
-        }                                                                                                  \
+            if (++test::failures > 20) std::exit(1);                                                             \
+        }                                                                                                        \
     } while (0)
 
 inline int finish(const char *name) {
@@ -60,17 +60,21 @@ class Random {
     uint64_t state_;
 };
 
-template <class T> struct AlignedAllocator {
+template <class T>
+struct AlignedAllocator {
     using value_type = T;
     AlignedAllocator() = default;
-    template <class U> AlignedAllocator(const AlignedAllocator<U> &) {}
+    template <class U>
+    AlignedAllocator(const AlignedAllocator<U> &) {}
     T *allocate(size_t n) { return static_cast<T *>(::operator new(n * sizeof(T), std::align_val_t{64})); }
     void deallocate(T *p, size_t) { ::operator delete(p, std::align_val_t{64}); }
     bool operator==(const AlignedAllocator &) const { return true; }
 };
-template <class T> using Buffer = std::vector<T, AlignedAllocator<T>>;
+template <class T>
+using Buffer = std::vector<T, AlignedAllocator<T>>;
 
-template <class T> bool same_bits(const Buffer<T> &a, const Buffer<T> &b) {
+template <class T>
+bool same_bits(const Buffer<T> &a, const Buffer<T> &b) {
     return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
 }
 

@@ -1,4 +1,5 @@
-// test_gemm.cpp: krasis_gemm_int8_rows and krasis_gemm_float against scalar forms; bits independent of batch, threads, ISA.
+// test_gemm.cpp: krasis_gemm_int8_rows and krasis_gemm_float against scalar forms; bits independent of batch, threads,
+// ISA.
 #include <memory>
 
 #include "reference.h"
@@ -17,12 +18,19 @@ struct RowsCase {
     Buffer<float> scales, start;
 
     RowsCase(Random &random, int64_t tokens, int64_t k, int64_t rows)
-        : acts(random, tokens, k), n(rows), ldo(rows + random.below(9)), weight(rows * k), scales(rows), start(tokens * ldo) {
+        : acts(random, tokens, k),
+          n(rows),
+          ldo(rows + random.below(9)),
+          weight(rows * k),
+          scales(rows),
+          start(tokens * ldo) {
         for (int8_t &code : weight) code = static_cast<int8_t>(random.next());
         for (float &scale : scales) scale = static_cast<float>(random.uniform() * 0.01);
         for (float &value : start) value = random.normal();
     }
-    int code(int64_t row, int64_t i) const { return weight[(row / 32 * (acts.k / 4) + i / 4) * 128 + row % 32 * 4 + i % 4]; }
+    int code(int64_t row, int64_t i) const {
+        return weight[(row / 32 * (acts.k / 4) + i / 4) * 128 + row % 32 * 4 + i % 4];
+    }
     Buffer<float> expected(bool accumulate) const {
         Buffer<float> out = start;
         for (int64_t t = 0; t < acts.tokens; ++t) {
@@ -95,8 +103,9 @@ void float_product() {
                 std::memcpy(&weight[i * 4], &value, 4);
                 continue;
             }
-            const uint16_t code = dtype == KRASIS_BF16 ? static_cast<uint16_t>(bits >> 16)
-                                                       : static_cast<uint16_t>(random.below(0x7c00) | (random.below(2) << 15));
+            const uint16_t code = dtype == KRASIS_BF16
+                                      ? static_cast<uint16_t>(bits >> 16)
+                                      : static_cast<uint16_t>(random.below(0x7c00) | (random.below(2) << 15));
             weight_values[i] = dtype == KRASIS_BF16 ? test::bfloat_to_float(code) : test::half_to_float(code);
             std::memcpy(&weight[i * 2], &code, 2);
         }

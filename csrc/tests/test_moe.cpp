@@ -21,7 +21,8 @@ struct MoeCase {
     Buffer<float> weights, start;
     int64_t num_pairs = 0;
 
-    MoeCase(Random &random, int32_t tiles, int64_t tokens, int64_t e, int64_t h, int64_t i, int64_t k, bool repeats = false)
+    MoeCase(Random &random, int32_t tiles, int64_t tokens, int64_t e, int64_t h, int64_t i, int64_t k,
+            bool repeats = false)
         : format(tiles), experts(e), hidden(h), intermediate(i), top_k(k), acts(random, tokens, h) {
         stride = (w13(0).bytes() + w2(0).bytes() + 4095) / 4096 * 4096;
         blob.resize(e * stride);
@@ -118,7 +119,8 @@ struct MoeCase {
         int64_t executed = 5;
         for (int64_t t = 0; t < acts.tokens; t += batch) {
             const krasis_acts view = acts.view(t, std::min(batch, acts.tokens - t));
-            Buffer<uint8_t> workspace(krasis_moe_workspace_bytes(view.tokens, hidden, intermediate, experts, top_k), 0xff);
+            Buffer<uint8_t> workspace(krasis_moe_workspace_bytes(view.tokens, hidden, intermediate, experts, top_k),
+                                      0xff);
             const krasis_moe_args args = arguments(&view, t, out, workspace, &executed);
             CHECK_OK(krasis_moe(pool, &args));
         }
@@ -149,8 +151,9 @@ void shapes() {
     struct Shape {
         int64_t tokens, experts, hidden, intermediate, top_k;
     };
-    const Shape shapes[] = {{0, 4, 64, 64, 2},  {1, 4, 64, 64, 1},  {1, 8, 256, 128, 8}, {2, 8, 128, 64, 2}, {3, 3, 192, 64, 3},
-                            {7, 8, 64, 192, 2}, {13, 2, 64, 64, 2}, {37, 5, 128, 64, 4}, {65, 1, 64, 64, 1}, {5, 300, 64, 64, 4}};
+    const Shape shapes[] = {{0, 4, 64, 64, 2},  {1, 4, 64, 64, 1},  {1, 8, 256, 128, 8}, {2, 8, 128, 64, 2},
+                            {3, 3, 192, 64, 3}, {7, 8, 64, 192, 2}, {13, 2, 64, 64, 2},  {37, 5, 128, 64, 4},
+                            {65, 1, 64, 64, 1}, {5, 300, 64, 64, 4}};
     for (int32_t format : {KRASIS_TILES_Q8, KRASIS_TILES_I4}) {
         for (const Shape &s : shapes) {
             MoeCase c(random, format, s.tokens, s.experts, s.hidden, s.intermediate, s.top_k);
@@ -180,6 +183,36 @@ void large() {
             CHECK(test::same_bits(out, *first));
             CHECK(test::same_bits(c->run(pool, 11), *first));
         }
+    }
+}
+
+// The terms of a token are added in slot order, each by one fma, and the sum then goes onto what was there: the same
+// bits must come from the slots run one by one.
+void slot_order() {
+    Random random(25);
+    for (int32_t isa : test::available_isas()) {
+        Pool pool(2, isa);
+        MoeCase c(random, KRASIS_TILES_Q8, 5, 6, 96, 64, 4);
+        const Buffer<float> whole = c.run(pool, 5), start = c.start;
+        const Buffer<int32_t> ids = c.ids;
+        const Buffer<float> weights = c.weights;
+        Buffer<float> sum(start.size());
+        c.weights.assign(weights.size(), 1.0f);
+        for (int64_t j = 0; j < 4; ++j) {
+            c.ids.assign(ids.size(), -1);
+            c.num_pairs = 0;
+            for (int64_t t = 0; t < 5; ++t) {
+                c.ids[t * 4 + j] = ids[t * 4 + j];
+                c.num_pairs += ids[t * 4 + j] >= 0;
+            }
+            c.start.assign(start.size(), 0.0f);
+            const Buffer<float> one = c.run(pool, 5);
+            for (int64_t i = 0; i < 5 * 96; ++i) {
+                if (ids[i / 96 * 4 + j] >= 0) sum[i] = std::fma(weights[i / 96 * 4 + j], one[i], sum[i]);
+            }
+        }
+        for (size_t i = 0; i < sum.size(); ++i) sum[i] = start[i] + sum[i];
+        CHECK(test::same_bits(whole, sum));
     }
 }
 
@@ -223,7 +256,8 @@ void arguments() {
     CHECK(status([](krasis_moe_args &a) { a.weights = nullptr; }) == KRASIS_ERR_ARGUMENT);
     CHECK(status([](krasis_moe_args &a) { a.out = nullptr; }) == KRASIS_ERR_ARGUMENT);
     CHECK(status([](krasis_moe_args &a) { a.workspace = nullptr; }) == KRASIS_ERR_ARGUMENT);
-    CHECK(status([](krasis_moe_args &a) { a.workspace = static_cast<uint8_t *>(a.workspace) + 4; }) == KRASIS_ERR_ARGUMENT);
+    CHECK(status([](krasis_moe_args &a) { a.workspace = static_cast<uint8_t *>(a.workspace) + 4; }) ==
+          KRASIS_ERR_ARGUMENT);
     CHECK(status([](krasis_moe_args &a) { a.workspace_bytes = 100; }) == KRASIS_ERR_MEMORY);
     CHECK(status([](krasis_moe_args &a) { a.tiles = 2; }) == KRASIS_ERR_ARGUMENT);
     CHECK(status([](krasis_moe_args &a) { a.top_k = 5; }) == KRASIS_ERR_ARGUMENT);
@@ -248,6 +282,7 @@ void arguments() {
 int main() {
     shapes();
     large();
+    slot_order();
     extremes();
     arguments();
     return test::finish("moe");

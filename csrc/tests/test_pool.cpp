@@ -1,9 +1,8 @@
 // test_pool.cpp: every index exactly once, phases in order, no hang and no loss under stress.
-#include "cpu/pool.h"
-
 #include <atomic>
 #include <thread>
 
+#include "cpu/pool.h"
 #include "test.h"
 
 const char *krasis_status_name(int32_t status) { return status == KRASIS_OK ? "ok" : "an error"; }

@@ -21,6 +21,7 @@ from krasis.runtime.kernels import (
 )
 from krasis.runtime.kv_cache import KvCache
 from krasis.runtime.model.backend import Logits, TokenIds
+from krasis.runtime.model.recorded_calls import RecordedCalls
 from krasis.runtime.model.rope import rope_tables
 from krasis.runtime.model.weights import LayerWeights, ModelWeights
 from krasis.runtime.native_arrays import Array, aligned_empty
@@ -108,6 +109,8 @@ class CpuBackend:
         self._one_logits = self._logits[:1]
         self._pool = Pool(settings.threads, settings.isa)
         self._kernels = Kernels(self._pool)
+        self._one_token = RecordedCalls(self._pool)
+        self._run_layers(self._one_token, weights, 0, self._one)
         self.description = (
             f"CPU, {self._pool.isa} kernels ({settings.isa} asked for), {self._pool.num_threads} threads, "
             f"{layout.layout_id} experts, int8 activations, "
@@ -117,32 +120,37 @@ class CpuBackend:
     def prefill(self, tokens: TokenIds, start: int, want_all: bool) -> Logits:
         """See ``backend.Backend``."""
         buffers = self._buffers.first(len(tokens))
-        self._forward(tokens, start, buffers)
+        weights = self._open_weights()
+        buffers.hidden[...] = weights.embedding.rows(tokens)
+        self._run_layers(self._kernels, weights, start, buffers)
         if want_all:
             return self._all_logits(buffers.hidden)
         return self._last_logits(buffers.hidden[-1:])
 
     def decode(self, token: int, position: int) -> Logits:
         """See ``backend.Backend``."""
-        self._forward(np.array([token]), position, self._one)
-        return self._last_logits(self._one.hidden)[0]
+        one = self._one
+        one.hidden[...] = self._open_weights().embedding.rows(np.array([token]))
+        self._one_token.replay(position)
+        logits: Logits = self._last_logits(one.hidden)[0]
+        return logits
 
     def close(self) -> None:
         """See ``backend.Backend``."""
         self._weights = None
         self._pool.close()
 
-    def _forward(self, tokens: TokenIds, start: int, buffers: Buffers) -> None:
-        """Runs all layers; the result is in buffers.hidden."""
-        weights = self._open_weights()
-        buffers.hidden[...] = weights.embedding.rows(tokens)
+    def _run_layers(self, run: Kernels, weights: ModelWeights, start: int, buffers: Buffers) -> None:
+        """From the embedding to the last layer's output, both in buffers.hidden."""
         for layer, (keys, values) in zip(weights.layers, self._caches, strict=True):
-            self._attend(layer, keys, values, start, buffers)
-            self._run_experts(layer, buffers)
+            self._attend(run, layer, keys, values, start, buffers)
+            self._run_experts(run, layer, buffers)
 
-    def _attend(self, layer: LayerWeights, keys: Array, values: Array, start: int, buffers: Buffers) -> None:
+    def _attend(
+        self, run: Kernels, layer: LayerWeights, keys: Array, values: Array, start: int, buffers: Buffers
+    ) -> None:
         """hidden += output(attention(norm(hidden)))."""
-        run, eps, heads = self._kernels, self._architecture.rms_norm_eps, self._heads
+        eps, heads = self._architecture.rms_norm_eps, self._heads
         run.rms_norm(buffers.hidden, layer.attention_norm, eps, acts=buffers.hidden_acts)
         run.gemm_int8_rows(buffers.hidden_acts, layer.qkv.codes, layer.qkv.scales, buffers.qkv)
         run.qk_norm_rope_store(
@@ -156,9 +164,9 @@ class CpuBackend:
             buffers.attended_acts, output.codes, output.scales, buffers.hidden, accumulate=True
         )
 
-    def _run_experts(self, layer: LayerWeights, buffers: Buffers) -> None:
+    def _run_experts(self, run: Kernels, layer: LayerWeights, buffers: Buffers) -> None:
         """hidden += the routed experts of norm(hidden). Raises NativeError if one was left out."""
-        run, a = self._kernels, self._architecture
+        a = self._architecture
         ids, weights = buffers.expert_ids, buffers.expert_weights
         run.rms_norm(buffers.hidden, layer.experts_norm, a.rms_norm_eps, buffers.normed, buffers.hidden_acts)
         run.gemm_float(buffers.normed, layer.router.data, buffers.router_logits)

@@ -56,7 +56,8 @@ class FloatBackend:
 
     def decode(self, token: int, position: int) -> Logits:
         """See ``backend.Backend``."""
-        return self.prefill(np.array([token]), position, False)[0]
+        logits: Logits = self.prefill(np.array([token]), position, False)[0]
+        return logits
 
     def close(self) -> None:
         """See ``backend.Backend``."""
@@ -93,13 +94,12 @@ class FloatBackend:
         ids, weights = reference.route_topk(logits, a.num_experts_per_token, a.norm_topk_prob)
         layout = self._open_weights().expert_layout
 
-        def expert(number: int) -> tuple[Array, ...]:
-            return self._unpacked.get(
-                (index, number),
-                lambda: layout.unpack_expert(
-                    layer.experts[number], a.hidden_size, a.expert_intermediate_size
-                ),
-            )
+        def unpack(number: int) -> tuple[Array, ...]:
+            return layout.unpack_expert(layer.experts[number], a.hidden_size, a.expert_intermediate_size)
+
+        def expert(number: int) -> tuple[Array, Array, Array]:
+            gate, up, down = self._unpacked.get((index, number), lambda: unpack(number))
+            return gate, up, down
 
         return reference.moe(normed, ids, weights, expert)
 

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-
 from krasis.convert.journal import JOURNAL_NAME
 from krasis.formats.file_ops import FileOps
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from krasis.convert.partial import partial_path
 from krasis.formats.errors import (
     FormatError,
@@ -89,7 +88,9 @@ class TestModels:
         refuse(run, [copy], out, UnsupportedModelError, "qwen3_moe")
 
     def test_missing_tensor(self, run, model, out, tmp_path):
-        weights = {k: v for k, v in model.weights.items() if k != "model.layers.1.mlp.experts.2.up_proj.weight"}
+        weights = {
+            k: v for k, v in model.weights.items() if k != "model.layers.1.mlp.experts.2.up_proj.weight"
+        }
         hf = type(model)(model.shape, 0, weights).write_hf(tmp_path / "hf")
         refuse(run, [hf], out, FormatError, r"experts\.2\.up_proj\.weight' is missing")
 
@@ -136,7 +137,9 @@ class TestModels:
             weights[tensor] = weights[tensor].copy()
             weights[tensor][row, 3] = value
             hf = type(model)(model.shape, 0, weights).write_hf(tmp_path / f"hf-{name}-{row}")
-            with pytest.raises(FormatError, match=f"NaN or infinity among the weights.*row {row}\\b") as caught:
+            with pytest.raises(
+                FormatError, match=f"NaN or infinity among the weights.*row {row}\\b"
+            ) as caught:
                 run([hf], out)
             assert tensor in str(caught.value)
             assert not out.exists()
@@ -210,6 +213,16 @@ class TestOutput:
     def test_inside_an_input(self, run, copy, out):
         refuse(run, [copy], copy / "tiny.krasis", UsageError, "inside an input")
 
+    def test_no_name(self, run, hf_dir, tmp_path, monkeypatch):
+        with pytest.raises(UsageError, match="needs a name"):
+            run([hf_dir], Path("/"))
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "thesis.tex").write_text("years of work")
+        with pytest.raises(UsageError, match="exists already"):
+            run([hf_dir], Path())
+        with pytest.raises(UsageError, match="not touched"):
+            run([hf_dir], Path(), replace=True)
+
     def test_no_parent(self, run, hf_dir, tmp_path):
         with pytest.raises(UsageError, match="does not exist"):
             run([hf_dir], tmp_path / "a" / "b.krasis")
@@ -282,7 +295,9 @@ class TestResume:
 
     def test_changed_source(self, run, begun, out):
         os.utime(begun / "model-00002-of-00002.safetensors", (1, 1))
-        refuse(run, [begun], out, MismatchError, r"model-00002-of-00002\.safetensors has changed \(time stamp\)")
+        refuse(
+            run, [begun], out, MismatchError, r"model-00002-of-00002\.safetensors has changed \(time stamp\)"
+        )
 
     def test_changed_text_file(self, run, begun, out):
         (begun / "tokenizer.json").write_text("{}")

@@ -1,11 +1,10 @@
-"""Every kind of input: either alone, split and per-expert GGUFs, their types, fused checkpoints, other layouts."""
+"""Every kind of input: either alone, split and per-expert GGUFs, all their types, fused checkpoints."""
 
 from __future__ import annotations
 
 import gguf
 import numpy as np
 import pytest
-
 from krasis.convert.slices import TensorSlice
 from krasis.formats.bundle_reader import Bundle
 from krasis.formats.layouts import layout_from_id
@@ -170,6 +169,15 @@ def test_large_tensors_are_dealt_with_in_chunks(run, hf_dir, q8_gguf, bundle, tm
     # Statistics are summed in another order; the weights are the same.
     for name in ("cpu-000.safetensors", "gpu-000.safetensors", "dense-000.safetensors"):
         assert files[name] == bundle.files()[name]
+
+
+def test_a_checkpoint_made_of_links_is_read(run, hf_dir, q8_gguf, bundle, tmp_path):
+    """As the Hugging Face cache keeps them."""
+    links = tmp_path / "snapshot"
+    links.mkdir()
+    for path in hf_dir.iterdir():
+        (links / path.name).symlink_to(path)
+    assert run([links, q8_gguf], tmp_path / "out.krasis").files() == bundle.files()
 
 
 def test_misaligned_safetensors_are_read(run, model, tmp_path, bundle):

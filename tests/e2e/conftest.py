@@ -76,7 +76,9 @@ def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def write_checkpoint(folder: Path, config: dict[str, Any], seed: int = 0, tokenizer: bytes | None = None) -> Path:
+def write_checkpoint(
+    folder: Path, config: dict[str, Any], seed: int = 0, tokenizer: bytes | None = None
+) -> Path:
     """Random BF16 weights of about the size trained ones have; with a tokenizer, a chat model."""
     import torch
     from safetensors.torch import save_file
@@ -89,19 +91,26 @@ def write_checkpoint(folder: Path, config: dict[str, Any], seed: int = 0, tokeni
         if name == "model.embed_tokens.weight":
             scale = 0.5
         if name.endswith("mlp.gate.weight"):
-            # Trained routers decide; a random one of this size has near-ties, and the least rounding of an activation
+            # Trained routers decide; a random one of this size has near-ties, and the least rounding of an
+            # activation
             # then picks another expert, which says nothing about the arithmetic.
             scale = 4.0 / shape[-1] ** 0.5
         tensors[name] = (torch.randn(shape, generator=random).mul_(scale).add_(mean)).to(torch.bfloat16)
     if tokenizer is not None and "lm_head.weight" in tensors:
         # An average logit is never among the most likely: an answer goes on until it is stopped.
-        end = next(one["id"] for one in json.loads(tokenizer)["added_tokens"] if one["content"] == "<|im_end|>")
+        end = next(
+            one["id"] for one in json.loads(tokenizer)["added_tokens"] if one["content"] == "<|im_end|>"
+        )
         tensors["lm_head.weight"][end] = 0
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config))
     if tokenizer is not None:
         (folder / "tokenizer.json").write_bytes(tokenizer)
-        tokens = {"eos_token": "<|im_end|>", "chat_template": CHAT_TEMPLATE, "tokenizer_class": "Qwen2Tokenizer"}
+        tokens = {
+            "eos_token": "<|im_end|>",
+            "chat_template": CHAT_TEMPLATE,
+            "tokenizer_class": "Qwen2Tokenizer",
+        }
         (folder / "tokenizer_config.json").write_text(json.dumps(tokens))
         generation = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95}
         (folder / "generation_config.json").write_text(json.dumps(generation))
@@ -124,7 +133,9 @@ def convert(sources: list[Path], out: Path, **settings: Any) -> Path:
 def make_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """(config, seed, tokenizer, **convert settings) -> a bundle of a random checkpoint."""
 
-    def make(config: dict[str, Any], *, seed: int = 0, tokenizer: bytes | None = None, **settings: Any) -> Path:
+    def make(
+        config: dict[str, Any], *, seed: int = 0, tokenizer: bytes | None = None, **settings: Any
+    ) -> Path:
         folder = tmp_path_factory.mktemp("bundle")
         checkpoint = write_checkpoint(folder / "hf", config, seed, tokenizer)
         return convert([checkpoint], folder / "model.krasis", **settings)
@@ -159,7 +170,9 @@ def tokenizer_json() -> bytes:
         vocab_size=270, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
     library.train_from_iterator(["def main() -> None: return the quick brown fox"] * 3, trainer=trainer)
-    library.add_special_tokens([AddedToken("<|im_start|>", special=True), AddedToken("<|im_end|>", special=True)])
+    library.add_special_tokens(
+        [AddedToken("<|im_start|>", special=True), AddedToken("<|im_end|>", special=True)]
+    )
     return library.to_str().encode()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
@@ -71,10 +72,8 @@ class Session:
         while self.process.poll() is None and time.monotonic() < deadline:
             ready, _, _ = select.select([self.master], [], [], 0.05)
             if ready:
-                try:
+                with contextlib.suppress(OSError):
                     self.unread += os.read(self.master, 65536).decode("utf-8", "replace")
-                except OSError:
-                    pass
         code = self.process.poll()
         if code is None:
             pytest.fail(f"it did not end: {self.unread[-2000:]!r}")
@@ -88,7 +87,8 @@ class Session:
 
 
 _WITH_TERMINAL = (
-    "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+    "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+    "os.execv(sys.argv[1], sys.argv[1:])"
 )
 
 

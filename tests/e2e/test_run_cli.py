@@ -32,7 +32,9 @@ def expected_text(bundle: Path, prompt: Any, num_tokens: int = 12) -> str:
         return "".join(piece.text for piece in answer)
 
 
-def test_the_library_and_transformers_agree(trained_bundle: Path, reference_logits: Callable[..., Any]) -> None:
+def test_the_library_and_transformers_agree(
+    trained_bundle: Path, reference_logits: Callable[..., Any]
+) -> None:
     from krasis.formats.bundle_reader import Bundle
     from krasis.runtime.model.weights import load_weights
 
@@ -105,7 +107,9 @@ def test_sampling_defaults_come_from_the_model_and_seeds_repeat(chat_bundle: Pat
 
 def test_isa_threads_and_streaming_do_not_change_the_text(chat_bundle: Path) -> None:
     plain = run(chat_bundle, "--prompt", "hello", *GREEDY).stdout
-    assert run(chat_bundle, "--prompt", "hello", *GREEDY, "--no-stream").stdout.rstrip("\n") == plain.rstrip("\n")
+    assert run(chat_bundle, "--prompt", "hello", *GREEDY, "--no-stream").stdout.rstrip("\n") == plain.rstrip(
+        "\n"
+    )
     assert run(chat_bundle, "--prompt", "hello", *GREEDY, "--threads", "1").stdout == plain
     assert run(chat_bundle, "--prompt", "hello", *GREEDY, "--isa", "avx2").exit_code == 0
 
@@ -128,7 +132,11 @@ def test_a_full_context_says_so(chat_bundle: Path) -> None:
 
 def test_verbose_says_what_was_chosen(chat_bundle: Path) -> None:
     done = subprocess.run(
-        [*RUN, str(chat_bundle), "--prompt", "hi", *GREEDY, "-v"], capture_output=True, text=True, timeout=60, check=True
+        [*RUN, str(chat_bundle), "--prompt", "hi", *GREEDY, "-v"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
     )
     for word in ("threads", "cpu-q8-r32-b32", "avx", "prefault", "GB/s"):
         assert word in done.stderr
@@ -192,22 +200,29 @@ def test_help_does_not_load_the_engine() -> None:
         "heavy = {'numpy', 'torch', 'transformers', 'h5py', 'tokenizers', 'jinja2'} & set(sys.modules);"
         "print('heavy', sorted(heavy))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
     assert "heavy []" in done.stdout
 
 
 def test_running_does_not_load_torch(chat_bundle: Path) -> None:
+    arguments = [str(chat_bundle), "--prompt", "x", "--max-tokens", "3"]
     code = (
-        f"import sys; from krasis.runtime.cli import main; main([{str(chat_bundle)!r}, '--prompt', 'x', '--max-tokens', '3'],"
-        "standalone_mode=False); print('heavy', sorted({'torch', 'transformers', 'h5py', 'gguf'} & set(sys.modules)))"
+        f"import sys; from krasis.runtime.cli import main; main({arguments!r}, standalone_mode=False);"
+        "print('heavy', sorted({'torch', 'transformers', 'h5py', 'gguf'} & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
     assert "heavy []" in done.stdout
 
 
 def test_ctrl_c_stops_a_one_shot_answer_and_keeps_what_was_said(chat_bundle: Path) -> None:
     command = [*RUN, str(chat_bundle), "--prompt", "hello", "--ctx", "32768", "--seed", "1"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL
+    ) as process:
         assert process.stdout is not None
         assert os.read(process.stdout.fileno(), 1)
         time.sleep(0.2)

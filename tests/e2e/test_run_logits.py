@@ -29,13 +29,19 @@ QWEN3_30B_LAYER = {
     "vocab_size": 1024,
 }
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "tied": ({"tie_word_embeddings": True, "num_hidden_layers": 3}, {}),
+    "tied": ({"tie_word_embeddings": True}, {}),
     "yarn, untied, q8": (
         {"rope_scaling": YARN, "num_attention_heads": 6, "num_key_value_heads": 1, "vocab_size": 333},
         {"gpu_group": 32},
     ),
     "int4 experts, weights not normalised": (
-        {"norm_topk_prob": False, "num_experts": 9, "num_experts_per_tok": 4, "hidden_size": 256, "head_dim": 64},
+        {
+            "norm_topk_prob": False,
+            "num_experts": 9,
+            "num_experts_per_tok": 4,
+            "hidden_size": 256,
+            "head_dim": 64,
+        },
         {"cpu_format": "int4"},
     ),
     "Qwen3-30B-A3B layer": (QWEN3_30B_LAYER, {}),
@@ -43,9 +49,15 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.fixture(
-    scope="module", params=["trained", *[pytest.param(case, marks=pytest.mark.slow) if "30B" in case else case for case in CASES]]
+    scope="module",
+    params=[
+        "trained",
+        *[pytest.param(case, marks=pytest.mark.slow) if "30B" in case else case for case in CASES],
+    ],
 )
-def bundle(request: pytest.FixtureRequest, make_bundle: Callable[..., Path], make_config: Callable[..., Any]) -> Path:
+def bundle(
+    request: pytest.FixtureRequest, make_bundle: Callable[..., Path], make_config: Callable[..., Any]
+) -> Path:
     if request.param == "trained":
         return request.getfixturevalue("trained_bundle")
     config, settings = CASES[request.param]
@@ -65,12 +77,15 @@ def tokens(weights: ModelWeights) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def expected(weights: ModelWeights, tokens: list[int], reference_logits: Callable[..., np.ndarray]) -> np.ndarray:
+def expected(
+    weights: ModelWeights, tokens: list[int], reference_logits: Callable[..., np.ndarray]
+) -> np.ndarray:
     return reference_logits(weights, tokens)
 
 
 @pytest.mark.parametrize(
-    ("activations", "kv_dtype", "limit"), [("int8", "f16", 2e-2), ("float32", "f16", 1e-3), ("float32", "f32", 1e-4)]
+    ("activations", "kv_dtype", "limit"),
+    [("int8", "f16", 2e-2), ("float32", "f16", 1e-3), ("float32", "f32", 1e-4)],
 )
 def test_prefill_and_decode_equal_transformers(
     bundle: Path,
@@ -81,7 +96,9 @@ def test_prefill_and_decode_equal_transformers(
     kv_dtype: str,
     limit: float,
 ) -> None:
-    settings = EngineSettings(context=128, threads=2, activations=activations, kv_dtype=kv_dtype, prefault=False)
+    settings = EngineSettings(
+        context=128, threads=2, activations=activations, kv_dtype=kv_dtype, prefault=False
+    )
     with Engine.open(bundle, settings) as engine:
         error = relative_error(engine.prefill(tokens, all_logits=True), expected)
         print(f"relative error of {bundle.parent.name}, {activations}, {kv_dtype}: {error:.2e}")
@@ -114,4 +131,6 @@ def test_gpu_experts_run_in_float(
         weights = load_weights(opened, "gpu")
     tokens = random_tokens(50, 300)
     with Engine.open(bundle, EngineSettings(activations="float32", experts="gpu", kv_dtype="f32")) as engine:
-        assert relative_error(engine.prefill(tokens, all_logits=True), reference_logits(weights, tokens)) <= 1e-4
+        assert (
+            relative_error(engine.prefill(tokens, all_logits=True), reference_logits(weights, tokens)) <= 1e-4
+        )

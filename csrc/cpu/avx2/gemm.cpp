@@ -1,11 +1,11 @@
 // avx2/gemm.cpp: strip kernels for AVX2.
 //
 // vpmaddubsw multiplies unsigned by signed bytes into pairs of 16 bits. Int8 codes: |w| times a with the sign of w; two
-// products are at most 2 * 128 * 127, so nothing saturates. Int4 codes are stored unsigned (u = q + 8); eight pairs are at
-// most 8 * 2 * 15 * 127 and so are summed in 16 bits over the whole block, and the panel's offset takes the 8 away.
-#include "../gemm_strip.h"
-
+// products are at most 2 * 128 * 127, so nothing saturates. Int4 codes are stored unsigned (u = q + 8); eight pairs are
+// at most 8 * 2 * 15 * 127 and so are summed in 16 bits over the whole block, and the panel's offset takes the 8 away.
 #include <cstring>
+
+#include "../gemm_strip.h"
 
 namespace krasis::avx2 {
 namespace {
@@ -24,21 +24,24 @@ KRASIS_INLINE __m256 broadcast_float(const uint8_t *p) {
     return _mm256_set1_ps(value);
 }
 
-// GCC turns a chain of integer additions into a tree, whose leaves do not fit the sixteen registers. An empty statement that
-// claims to change the sum keeps the chain.
+// GCC turns a chain of integer additions into a tree, whose leaves do not fit the sixteen registers. An empty statement
+// that claims to change the sum keeps the chain.
 KRASIS_INLINE void keep_in_chain(__m256i &sum) { __asm__("" : "+x"(sum)); }
 
-template <StripFormat kFormat> constexpr int64_t kCodeBytes = kFormat == StripFormat::kI4 ? 512 : 1024;
-template <StripFormat kFormat> constexpr int64_t kBlockBytes =
-    kFormat == StripFormat::kRows ? 1024 : kCodeBytes<kFormat> + 64;
+template <StripFormat kFormat>
+constexpr int64_t kCodeBytes = kFormat == StripFormat::kI4 ? 512 : 1024;
+template <StripFormat kFormat>
+constexpr int64_t kBlockBytes = kFormat == StripFormat::kRows ? 1024 : kCodeBytes<kFormat> + 64;
 
-// How far ahead of the multiplication a lone stream of weights is fetched. Longer than for AVX-512: a block takes three times
-// the instructions, so the core itself looks less far ahead. Never a multiple of 4096: see avx512/gemm.cpp.
+// How far ahead of the multiplication a lone stream of weights is fetched. Longer than for AVX-512: a block takes three
+// times the instructions, so the core itself looks less far ahead. Never a multiple of 4096: see avx512/gemm.cpp.
 constexpr int64_t kAheadBytes = 9792;
 
-// The 8-row groups of a block are handled kGroups at a time: all four for one token, two for several. For int4 the groups of
-// one pass share their bytes: group g of pass h is 8 * (h + 2 * g) with two, and 8 * (g / 2) + ... in load order with four.
-template <StripFormat kFormat, int kGroups> KRASIS_INLINE int group_row(int pass, int g) {
+// The 8-row groups of a block are handled kGroups at a time: all four for one token, two for several. For int4 the
+// groups of one pass share their bytes: group g of pass h is 8 * (h + 2 * g) with two, and 8 * (g / 2) + ... in load
+// order with four.
+template <StripFormat kFormat, int kGroups>
+KRASIS_INLINE int group_row(int pass, int g) {
     if constexpr (kFormat == StripFormat::kI4) {
         const int bytes = kGroups == 4 ? g / 2 : pass;  // which half of the 64 bytes
         return 8 * bytes + 16 * (g % 2);
@@ -126,7 +129,8 @@ KRASIS_INLINE void block_pass(const uint8_t *block, const uint8_t *panel, int pa
     }
 }
 
-template <StripFormat kFormat, int kWidth> void kernel(const StripCall &call) {
+template <StripFormat kFormat, int kWidth>
+void kernel(const StripCall &call) {
     alignas(32) float acc[kWidth * 32];
     for (int i = 0; i < kWidth * 32; i += 8) (call.first ? V8::zero() : V8::load(call.acc + i)).store(acc + i);
     const uint8_t *block = call.weight, *panel = call.panel, *fetch = call.fetch;
@@ -138,7 +142,7 @@ template <StripFormat kFormat, int kWidth> void kernel(const StripCall &call) {
             }
         } else {
             for (int64_t i = 0; i < call.fetch_lines; ++i, fetch += 64) {
-                _mm_prefetch(reinterpret_cast<const char *>(fetch), _MM_HINT_T1);
+                _mm_prefetch(reinterpret_cast<const char *>(fetch), _MM_HINT_T0);
             }
         }
         if constexpr (kWidth == 1) {
@@ -156,18 +160,16 @@ template <StripFormat kFormat, int kWidth> void kernel(const StripCall &call) {
     for (int i = 0; i < kWidth * 32; i += 8) V8::load(acc + i).store(call.acc + i);
 }
 
-template <StripFormat kFormat> StripKernel kernel_of_width(int64_t width) {
-    static constexpr StripKernel kKernels[kPanelTokens] = {kernel<kFormat, 1>, kernel<kFormat, 2>, kernel<kFormat, 3>,
-                                                           kernel<kFormat, 4>};
-    return kKernels[width - 1];
-}
+template <StripFormat kFormat>
+constexpr StripKernel kKernels[kPanelTokens] = {kernel<kFormat, 1>, kernel<kFormat, 2>, kernel<kFormat, 3>,
+                                                kernel<kFormat, 4>};
 
 }  // namespace
 
-StripKernel strip_kernel(StripFormat format, int64_t width) {
-    if (format == StripFormat::kQ8) return kernel_of_width<StripFormat::kQ8>(width);
-    if (format == StripFormat::kI4) return kernel_of_width<StripFormat::kI4>(width);
-    return kernel_of_width<StripFormat::kRows>(width);
+const StripKernel *strip_kernels(StripFormat format) {
+    if (format == StripFormat::kQ8) return kKernels<StripFormat::kQ8>;
+    if (format == StripFormat::kI4) return kKernels<StripFormat::kI4>;
+    return kKernels<StripFormat::kRows>;
 }
 
 }  // namespace krasis::avx2

@@ -1,10 +1,10 @@
 // avx512/gemm.cpp: strip kernels for AVX-512 VNNI.
 //
-// vpdpbusd multiplies unsigned by signed bytes: codes are made unsigned (int8: xor 0x80 adds 128; int4: stored as u = q + 8)
-// and the accumulators start at the panel's offset, -128 or -8 times the sum of the activations.
-#include "../gemm_strip.h"
-
+// vpdpbusd multiplies unsigned by signed bytes: codes are made unsigned (int8: xor 0x80 adds 128; int4: stored as u = q
+// + 8) and the accumulators start at the panel's offset, -128 or -8 times the sum of the activations.
 #include <cstring>
+
+#include "../gemm_strip.h"
 
 namespace krasis::avx512 {
 namespace {
@@ -22,7 +22,8 @@ KRASIS_INLINE float load_float(const uint8_t *p) {
 }
 
 // Unsigned codes of 4 k for rows 0-15 and 16-31.
-template <StripFormat kFormat> KRASIS_INLINE void load_codes(const uint8_t *block, int k4, __m512i *w0, __m512i *w1) {
+template <StripFormat kFormat>
+KRASIS_INLINE void load_codes(const uint8_t *block, int k4, __m512i *w0, __m512i *w1) {
     if constexpr (kFormat == StripFormat::kI4) {
         const __m512i nibble = _mm512_set1_epi8(15);
         const __m512i both = _mm512_loadu_si512(block + k4 * 64);
@@ -35,15 +36,18 @@ template <StripFormat kFormat> KRASIS_INLINE void load_codes(const uint8_t *bloc
     }
 }
 
-template <StripFormat kFormat> constexpr int64_t kCodeBytes = kFormat == StripFormat::kI4 ? 512 : 1024;
-template <StripFormat kFormat> constexpr int64_t kBlockBytes =
-    kFormat == StripFormat::kRows ? 1024 : kCodeBytes<kFormat> + 64;
+template <StripFormat kFormat>
+constexpr int64_t kCodeBytes = kFormat == StripFormat::kI4 ? 512 : 1024;
+template <StripFormat kFormat>
+constexpr int64_t kBlockBytes = kFormat == StripFormat::kRows ? 1024 : kCodeBytes<kFormat> + 64;
 
-// How far ahead of the multiplication a lone stream of weights is fetched. Never a multiple of 4096: loads and prefetches
-// that share their low twelve address bits get in each other's way (10 % on Zen 5).
-template <StripFormat kFormat> constexpr int64_t kAheadBytes = 6 * kBlockBytes<kFormat> + (kFormat == StripFormat::kRows) * 192;
+// How far ahead of the multiplication a lone stream of weights is fetched. Never a multiple of 4096: loads and
+// prefetches that share their low twelve address bits get in each other's way (10 % on Zen 5).
+template <StripFormat kFormat>
+constexpr int64_t kAheadBytes = 6 * kBlockBytes<kFormat> + (kFormat == StripFormat::kRows) * 192;
 
-template <StripFormat kFormat, int kWidth> void kernel(const StripCall &call) {
+template <StripFormat kFormat, int kWidth>
+void kernel(const StripCall &call) {
     __m512 acc[kWidth][2];
     for (int t = 0; t < kWidth; ++t) {
         acc[t][0] = call.first ? _mm512_setzero_ps() : _mm512_loadu_ps(call.acc + t * 32);
@@ -58,7 +62,7 @@ template <StripFormat kFormat, int kWidth> void kernel(const StripCall &call) {
             }
         } else {
             for (int64_t i = 0; i < call.fetch_lines; ++i, fetch += 64) {
-                _mm_prefetch(reinterpret_cast<const char *>(fetch), _MM_HINT_T1);
+                _mm_prefetch(reinterpret_cast<const char *>(fetch), _MM_HINT_T0);
             }
         }
         __m512i sum[kWidth][2];
@@ -103,18 +107,16 @@ template <StripFormat kFormat, int kWidth> void kernel(const StripCall &call) {
     }
 }
 
-template <StripFormat kFormat> StripKernel kernel_of_width(int64_t width) {
-    static constexpr StripKernel kKernels[kPanelTokens] = {kernel<kFormat, 1>, kernel<kFormat, 2>, kernel<kFormat, 3>,
-                                                           kernel<kFormat, 4>, kernel<kFormat, 5>, kernel<kFormat, 6>};
-    return kKernels[width - 1];
-}
+template <StripFormat kFormat>
+constexpr StripKernel kKernels[kPanelTokens] = {kernel<kFormat, 1>, kernel<kFormat, 2>, kernel<kFormat, 3>,
+                                                kernel<kFormat, 4>, kernel<kFormat, 5>, kernel<kFormat, 6>};
 
 }  // namespace
 
-StripKernel strip_kernel(StripFormat format, int64_t width) {
-    if (format == StripFormat::kQ8) return kernel_of_width<StripFormat::kQ8>(width);
-    if (format == StripFormat::kI4) return kernel_of_width<StripFormat::kI4>(width);
-    return kernel_of_width<StripFormat::kRows>(width);
+const StripKernel *strip_kernels(StripFormat format) {
+    if (format == StripFormat::kQ8) return kKernels<StripFormat::kQ8>;
+    if (format == StripFormat::kI4) return kKernels<StripFormat::kI4>;
+    return kKernels<StripFormat::kRows>;
 }
 
 }  // namespace krasis::avx512

@@ -78,6 +78,7 @@ def test_q8_from_floats_is_ggml_q8_0(pool, view, weights, tiled, kind, dtype):
 def test_q8_ties_round_away_from_zero_as_ggml(pool, tiled):
     """absmax 127 makes d = 1, so that halves are ties."""
     values = np.tile(np.concatenate([[127.0], np.arange(-15, 16) + 0.5]), (32, 1)).astype(np.float32)
+    values[:, -1] = np.nextafter(np.float32(0.5), np.float32(0))  # plus one half is 1.0 in float32
     values[16:] *= -1
     packed, _ = tiled(pool, MatrixView(values, "F32"), "q8")
     expected, _ = split_blocks(blocks_of(values))

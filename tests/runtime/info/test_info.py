@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 from krasis.formats.bundle_reader import Bundle
+from krasis.formats.manifest import SourceRecord
 from krasis.runtime.info import bundle_to_json, bundle_to_text
 from krasis.runtime.info_cli import main
 
@@ -226,6 +227,19 @@ def test_an_empty_record_is_said_to_be_empty(pristine: Path):
     text = bundle_to_text(bundle_to_json(bare, "bare.krasis"))
     assert text.count("(not recorded)") == 3
     assert "no tokenizer" in text
+
+
+def test_escape_sequences_of_a_hostile_bundle_do_not_reach_the_terminal(pristine: Path):
+    nasty = "\x1b]0;owned\x07\r\nintact"
+    with Bundle.open(pristine) as opened:
+        sources = (SourceRecord(nasty, nasty, 1, nasty),)
+        hostile = {nasty: {"relative_mse": 0.5}, "other": {nasty: nasty}}
+        manifest = dataclasses.replace(
+            opened.manifest, tool_version=nasty, sources=sources, recipe={nasty: [nasty]}, quality=hostile
+        )
+    text = bundle_to_text(bundle_to_json(manifest, "x.krasis"))
+    assert all(line.isprintable() for line in text.split("\n"))
+    assert not any(line.startswith("intact") for line in text.split("\n"))
 
 
 def test_plan_of_a_bundle_on_a_described_machine(pristine: Path):

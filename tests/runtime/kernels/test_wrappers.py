@@ -223,9 +223,10 @@ def test_acts_buffers():
             Acts.allocate(1, k)
 
 
-def test_negative_sizes_are_refused():
-    with pytest.raises(NativeError, match="krasis_attention_workspace_bytes"):
-        attention_workspace_bytes(-1, 0, Heads(1, 1, 16))
+def test_impossible_sizes_are_refused():
+    for tokens, start, dim in ((-1, 0, 16), (0, -1, 16), (2**41, 0, 16), (1, 2**62, 16), (1, 1, 272)):
+        with pytest.raises(NativeError, match="krasis_attention_workspace_bytes"):
+            attention_workspace_bytes(tokens, start, Heads(1, 1, dim))
     with pytest.raises(NativeError, match="krasis_moe_workspace_bytes"):
         moe_workspace_bytes(-1, 64, 64, 2, 2)
 

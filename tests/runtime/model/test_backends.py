@@ -121,10 +121,20 @@ def test_going_back_overwrites(weights: ModelWeights, tokens: list[int]) -> None
 
 def test_an_expert_left_out_is_an_error(weights: ModelWeights, monkeypatch: pytest.MonkeyPatch) -> None:
     backend = open_backend(weights)
+    backend.decode(1, 0)
     run = backend._kernels.moe
     monkeypatch.setattr("krasis.runtime.kernels.Kernels.moe", lambda self, *args: run(*args) - 1)
     with pytest.raises(NativeError, match="not every routed expert"):
+        backend.prefill(np.array([1]), 0, False)
+    backend._one_token._expected += 1
+    with pytest.raises(NativeError, match="not every routed expert"):
         backend.decode(1, 0)
+
+
+def test_a_native_error_in_a_recorded_call_is_raised(weights: ModelWeights) -> None:
+    backend = open_backend(weights)
+    with pytest.raises(NativeError, match="krasis_qk_norm_rope_store"):
+        backend.decode(1, 128)  # beyond the capacity
 
 
 def test_a_closed_backend_refuses(weights: ModelWeights) -> None:

@@ -134,3 +134,12 @@ def test_attention_in_pieces_is_attention_at_once(qwen_235b):
     arch = qwen_235b.architecture
     assert attention_macs(arch, 0, 1) == 2 * 8192
     assert attention_macs(arch, 0, 300) + attention_macs(arch, 300, 700) == attention_macs(arch, 0, 1000)
+
+
+def test_small_groups_hide_little_dma_under_attention(qwen_235b, machine):
+    """With 16 groups two buffers are an eighth of a layer: the rest of the DMA waits for attention."""
+    plan = make_plan(qwen_235b, machine(1, 21 * 2**29), make_workload(qwen_235b.architecture, context=10_000))
+    assert plan.gpus[0].num_groups == 16
+    # every pass: dense and attention exceed 12 ms a layer, an eighth of 95 ms of DMA; matmuls are shorter
+    expected = plan.prefill.dense_s + plan.prefill.attention_s + plan.prefill.dma_s * 7 / 8
+    assert plan.prefill.total_s == pytest.approx(expected, rel=1e-9)

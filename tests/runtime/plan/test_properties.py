@@ -152,3 +152,34 @@ def test_every_expert_belongs_to_one_rank(sizes, work, num_gpus, beyond):
         expert for gpu in plan.gpus for expert in range(gpu.first_expert, gpu.first_expert + gpu.num_experts)
     ]
     assert owned == list(range(sizes.architecture.num_experts))
+
+
+def test_groups_do_not_jump_with_the_batch():
+    """Experts smaller than a token's activations: what one more token leaves must not change groups."""
+    arch = Architecture(
+        model_type="qwen3_moe",
+        num_layers=2,
+        hidden_size=64,
+        num_heads=64,
+        num_kv_heads=4,
+        head_dim=64,
+        num_experts=160,
+        num_experts_per_token=1,
+        expert_intermediate_size=64,
+        vocab_size=4096,
+        max_positions=65536,
+        rms_norm_eps=1e-6,
+        rope_theta=1e6,
+        rope_scaling=RopeScaling(),
+        norm_topk_prob=True,
+        tie_word_embeddings=False,
+    )
+    sizes = ModelSizes(arch, 10**6, 2 * 4096 * 64, 4096, 16384, "marlin", "cpu-q8", "shape")
+    work = Workload(20_000, 20_000)
+    least = least_vram_bytes(sizes, work)
+    groups = [
+        make_plan(sizes, hardware(1, least + extra, 13.0), work).gpus[0].num_groups
+        for extra in range(0, 400_000, 1000)
+    ]
+    assert groups == sorted(groups, reverse=True)
+    assert set(groups) >= {20}  # of 8 experts

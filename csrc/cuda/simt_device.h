@@ -1,0 +1,132 @@
+// simt_device.h: the shim on a GPU (sm_80 and later): thin wrappers of PTX. Their host twins are in simt_host.h.
+#pragma once
+
+#include <cuda_runtime.h>
+
+namespace krasis::simt {
+
+KRASIS_DEVICE unsigned thread_x() { return threadIdx.x; }
+KRASIS_DEVICE unsigned block_x() { return blockIdx.x; }
+KRASIS_DEVICE unsigned num_threads() { return blockDim.x; }
+KRASIS_DEVICE unsigned num_blocks() { return gridDim.x; }
+
+KRASIS_DEVICE uint8_t *shared_memory() {
+    extern __shared__ __align__(128) uint8_t krasis_shared_memory[];
+    return krasis_shared_memory;
+}
+
+// ---- barriers and collectives: every lane of the mask must take part
+
+KRASIS_DEVICE void sync_threads() { __syncthreads(); }
+
+template <class T>
+KRASIS_DEVICE T shuffle(T value, int source_lane) {
+    return __shfl_sync(kAllLanes, value, source_lane);
+}
+template <class T>
+KRASIS_DEVICE T shuffle_up(T value, int distance) {
+    return __shfl_up_sync(kAllLanes, value, distance);
+}
+template <class T>
+KRASIS_DEVICE T shuffle_xor(T value, int lane_mask) {
+    return __shfl_xor_sync(kAllLanes, value, lane_mask);
+}
+KRASIS_DEVICE uint32_t ballot(bool predicate) { return __ballot_sync(kAllLanes, predicate); }
+
+// ---- memory
+
+template <class T>
+KRASIS_DEVICE T shared_load(const void *shared) {
+    return *static_cast<const T *>(shared);
+}
+template <class T>
+KRASIS_DEVICE void shared_store(void *shared, T value) {
+    *static_cast<T *>(shared) = value;
+}
+KRASIS_DEVICE int32_t shared_atomic_add(int32_t *shared, int32_t value) { return atomicAdd(shared, value); }
+KRASIS_DEVICE void global_atomic_add(int32_t *global, int32_t value) { atomicAdd(global, value); }
+KRASIS_DEVICE void global_atomic_add(unsigned long long *global, unsigned long long value) { atomicAdd(global, value); }
+
+KRASIS_DEVICE uint32_t shared_address(const void *shared) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+}
+
+// Starts copying 16 bytes to shared memory, or clearing them if not valid (global is then not read).
+KRASIS_DEVICE void cp_async16(void *shared, const void *global, bool valid) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
+                 "r"(valid ? 16 : 0)
+                 : "memory");
+}
+KRASIS_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits until at most kPending of this thread's groups are under way.
+template <int kPending>
+KRASIS_DEVICE void cp_async_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// ---- tensor cores
+
+// Four 8x8 matrices of 16-bit elements; lanes 8i..8i+7 name the rows of matrix i.
+KRASIS_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void *shared_row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(shared_row))
+                 : "memory");
+}
+KRASIS_DEVICE void ldmatrix_x2(uint32_t (&r)[2], const void *shared_row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(r[0]), "=r"(r[1])
+                 : "r"(shared_address(shared_row))
+                 : "memory");
+}
+
+// d [16, 8] += a [16, 16] x b [16, 8], fp32 sums.
+KRASIS_DEVICE void mma(Bf16, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+KRASIS_DEVICE void mma(F16, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// ---- words
+
+// a + b in each half. Callers keep to values where the sum is exact.
+KRASIS_DEVICE uint32_t add2(F16, uint32_t a, uint32_t b) {
+    uint32_t sum;
+    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(sum) : "r"(a), "r"(b));
+    return sum;
+}
+KRASIS_DEVICE uint32_t add2(Bf16, uint32_t a, uint32_t b) {
+    uint32_t sum;  // add.bf16x2 needs sm_90; a fused multiply-add with one is the same
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(0x3f803f80u), "r"(b));
+    return sum;
+}
+KRASIS_DEVICE uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
+KRASIS_DEVICE float fused_multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+KRASIS_DEVICE float exp_float(float x) { return __expf(x); }
+KRASIS_DEVICE float reciprocal_sqrt(float x) { return rsqrtf(x); }
+
+// ---- launching, from host code
+
+template <auto kKernel, class Params>
+bool launch(const LaunchShape &shape, const Params &params, void *stream, const char **error) {
+    cudaError_t status = cudaSuccess;
+    if (shape.shared_bytes > 48 * 1024) {
+        status = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      static_cast<int>(shape.shared_bytes));
+    }
+    if (status == cudaSuccess) {
+        kKernel<<<shape.blocks, shape.threads, shape.shared_bytes, static_cast<cudaStream_t>(stream)>>>(params);
+        status = cudaGetLastError();
+    }
+    if (status != cudaSuccess) *error = cudaGetErrorString(status);
+    return status == cudaSuccess;
+}
+
+}  // namespace krasis::simt

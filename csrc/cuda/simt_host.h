@@ -1,0 +1,131 @@
+// simt_host.h: the shim on the host. Blocks run one after another; the threads of a block are fibers that switch at
+// barriers and collectives. What a GPU would leave undefined is an error here, with a sentence that says what happened:
+// lanes missing from a collective, threads missing from a barrier, and, for shared memory, reading what nothing wrote,
+// reading bytes of a cp.async before it was waited for, and any access that races with another thread's since the last
+// barrier. The first error ends the launch. One launch at a time: the state is global.
+#pragma once
+
+#include <type_traits>
+
+namespace krasis::simt {
+
+// ---- the running thread (simt_host.cpp)
+
+struct Thread;
+extern Thread *current;
+
+unsigned thread_x();
+unsigned block_x();
+unsigned num_threads();
+unsigned num_blocks();
+uint8_t *shared_memory();
+
+// Ends the launch with a report. Does not return; nothing on the fiber's stack is destroyed, so callers own no memory.
+[[noreturn, gnu::format(printf, 1, 2)]] void fail(const char *format, ...);
+
+bool run(const LaunchShape &shape, void (*entry)(const void *), const void *params);
+// What went wrong in the last launch; empty if nothing did.
+const char *last_report();
+
+// ---- barriers and collectives
+
+void sync_threads();
+
+// Called by each lane of a warp with its own argument; the last one to come performs the operation for all 32.
+using Perform = void (*)(void *const *lanes);
+void collective(const char *name, void *argument, Perform perform);
+
+template <class T>
+struct ShuffleArgument {
+    T in, out;
+    int source;
+};
+
+template <class T>
+T shuffle_from(const char *name, T value, int source) {
+    ShuffleArgument<T> argument{value, value, source};
+    collective(name, &argument, [](void *const *lanes) {
+        for (int lane = 0; lane < kWarp; ++lane) {
+            auto *own = static_cast<ShuffleArgument<T> *>(lanes[lane]);
+            own->out = static_cast<ShuffleArgument<T> *>(lanes[own->source])->in;
+        }
+    });
+    return argument.out;
+}
+template <class T>
+T shuffle(T value, int source_lane) {
+    return shuffle_from("shuffle", value, source_lane & 31);
+}
+template <class T>
+T shuffle_up(T value, int distance) {
+    const int lane = static_cast<int>(thread_x() % kWarp);
+    return shuffle_from("shuffle_up", value, lane < distance ? lane : lane - distance);
+}
+template <class T>
+T shuffle_xor(T value, int lane_mask) {
+    return shuffle_from("shuffle_xor", value, static_cast<int>(thread_x() % kWarp) ^ lane_mask);
+}
+uint32_t ballot(bool predicate);
+
+// ---- shared memory, watched (simt_host_memory.cpp)
+
+void watch_read(const void *shared, size_t bytes);
+void watch_write(const void *shared, size_t bytes);
+
+template <class T>
+T shared_load(const void *shared) {
+    static_assert(std::is_trivially_copyable_v<T>);
+    watch_read(shared, sizeof(T));
+    T value;
+    memcpy(&value, shared, sizeof(T));
+    return value;
+}
+template <class T>
+void shared_store(void *shared, T value) {
+    static_assert(std::is_trivially_copyable_v<T>);
+    watch_write(shared, sizeof(T));
+    memcpy(shared, &value, sizeof(T));
+}
+int32_t shared_atomic_add(int32_t *shared, int32_t value);
+inline void global_atomic_add(int32_t *global, int32_t value) { *global += value; }
+inline void global_atomic_add(unsigned long long *global, unsigned long long value) { *global += value; }
+
+// The bytes arrive when the group is waited for; until then the destination holds NaNs and may not be touched.
+void cp_async16(void *shared, const void *global, bool valid);
+void cp_async_commit();
+void cp_async_wait_for(int pending);
+template <int kPending>
+void cp_async_wait() {
+    cp_async_wait_for(kPending);
+}
+
+// ---- tensor cores (simt_host_mma.cpp)
+
+void ldmatrix_x4(uint32_t (&r)[4], const void *shared_row);
+void ldmatrix_x2(uint32_t (&r)[2], const void *shared_row);
+void mma(Bf16, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
+void mma(F16, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
+
+// ---- words
+
+template <class Type>
+uint32_t add2(Type, uint32_t a, uint32_t b) {
+    auto half = [](uint32_t word, int shift) { return Type::to_float(static_cast<uint16_t>(word >> shift)); };
+    return pack2<Type>(half(a, 0) + half(b, 0), half(a, 16) + half(b, 16));
+}
+uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector);
+float fused_multiply_add(float a, float b, float c);
+float exp_float(float x);
+float reciprocal_sqrt(float x);
+
+// ---- launching
+
+template <auto kKernel, class Params>
+bool launch(const LaunchShape &shape, const Params &params, void *, const char **error) {
+    const bool ok = run(
+        shape, [](const void *p) { kKernel(*static_cast<const Params *>(p)); }, &params);
+    if (!ok) *error = last_report();
+    return ok;
+}
+
+}  // namespace krasis::simt

@@ -1,0 +1,85 @@
+// simt_host_mma.cpp: ldmatrix and mma with the fragment layouts that the PTX ISA documents for m8n8.b16 and m16n8k16.
+#include "simt_host_state.h"
+
+namespace krasis::simt {
+namespace {
+
+template <int kMatrices>
+struct LoadArgument {
+    const uint8_t *row;
+    uint32_t out[kMatrices];
+};
+
+template <int kMatrices>
+void load_matrices(const char *name, uint32_t *r, const void *shared_row) {
+    using Argument = LoadArgument<kMatrices>;
+    Argument own{static_cast<const uint8_t *>(shared_row), {}};
+    collective(name, &own, [](void *const *lanes) {
+        for (int matrix = 0; matrix < kMatrices; ++matrix) {
+            for (int row = 0; row < 8; ++row) {
+                const uint8_t *source = static_cast<Argument *>(lanes[8 * matrix + row])->row;
+                // The row goes to four lanes: even the thread that wrote it needs a barrier before.
+                watch_read_by(source, 16, Cell::kSeveral);
+                for (int pair = 0; pair < 4; ++pair) {
+                    memcpy(&static_cast<Argument *>(lanes[4 * row + pair])->out[matrix], source + 4 * pair, 4);
+                }
+            }
+        }
+    });
+    memcpy(r, own.out, sizeof(own.out));
+}
+
+struct MmaArgument {
+    float *d;
+    const uint32_t *a, *b;
+};
+
+// Lane l holds, with g = l / 4 and q = l % 4:
+//   a[0] row g, a[1] row g+8, columns 2q, 2q+1; a[2] row g, a[3] row g+8, columns 2q+8, 2q+9
+//   b[0] rows 2q, 2q+1, column g; b[1] rows 2q+8, 2q+9, column g
+//   d[0], d[1] row g, columns 2q, 2q+1; d[2], d[3] row g+8
+template <class Type>
+void multiply(void *const *lanes) {
+    float a[16][16], b[8][16];  // b transposed
+    for (int lane = 0; lane < kWarp; ++lane) {
+        const auto *own = static_cast<const MmaArgument *>(lanes[lane]);
+        const int g = lane / 4, q = lane % 4;
+        for (int half = 0; half < 2; ++half) {
+            for (int i = 0; i < 4; ++i) {
+                a[g + 8 * (i % 2)][2 * q + half + 8 * (i / 2)] =
+                    Type::to_float(static_cast<uint16_t>(own->a[i] >> (16 * half)));
+            }
+            for (int i = 0; i < 2; ++i) {
+                b[g][2 * q + half + 8 * i] = Type::to_float(static_cast<uint16_t>(own->b[i] >> (16 * half)));
+            }
+        }
+    }
+    for (int lane = 0; lane < kWarp; ++lane) {
+        float *d = static_cast<MmaArgument *>(lanes[lane])->d;
+        for (int i = 0; i < 4; ++i) {
+            const float *row = a[lane / 4 + 8 * (i / 2)], *column = b[2 * (lane % 4) + i % 2];
+            float sum = d[i];
+            for (int k = 0; k < 16; ++k) sum += row[k] * column[k];
+            d[i] = sum;
+        }
+    }
+}
+
+}  // namespace
+
+void ldmatrix_x4(uint32_t (&r)[4], const void *shared_row) { load_matrices<4>("ldmatrix.x4", r, shared_row); }
+void ldmatrix_x2(uint32_t (&r)[2], const void *shared_row) {
+    // Lanes 16 to 31 name no row.
+    load_matrices<2>("ldmatrix.x2", r, shared_row);
+}
+
+void mma(Bf16, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    MmaArgument own{d, a, b};
+    collective("mma.bf16", &own, multiply<Bf16>);
+}
+void mma(F16, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    MmaArgument own{d, a, b};
+    collective("mma.f16", &own, multiply<F16>);
+}
+
+}  // namespace krasis::simt
