@@ -24,7 +24,13 @@ from krasis.convert.pipeline import PipelineResult, run_units
 from krasis.convert.plan import ConversionPlan, plan_conversion
 from krasis.convert.progress import Reporter
 from krasis.convert.quality import REPORT_NAME, manifest_quality, report_bytes
-from krasis.convert.resources import allocated_bytes, check_disk, check_memory, free_disk_bytes
+from krasis.convert.resources import (
+    DISK_RESERVE_BYTES,
+    allocated_bytes,
+    check_disk,
+    check_memory,
+    free_disk_bytes,
+)
 from krasis.convert.settings import ConvertSettings, format_bytes, format_seconds
 from krasis.convert.verify import verify_checksums, verify_sample
 from krasis.formats.errors import UsageError
@@ -266,11 +272,12 @@ def describe_plan(plan: DryRun) -> list[str]:
         for tier, size in plan.tier_bytes.items()
     ]
     time_s = plan.estimate.pack_s
+    fits = plan.resumable or plan.free_disk_bytes >= plan.output_bytes + DISK_RESERVE_BYTES
     return [
         "would write:",
         *lines,
         f"  total  {format_bytes(plan.output_bytes):>10s}  in {plan.num_files} files",
-        f"disk:    {format_bytes(plan.free_disk_bytes)} free",
+        f"disk:    {format_bytes(plan.free_disk_bytes)} free{'' if fits else ', which is NOT enough'}",
         f"memory:  {format_bytes(plan.memory_bytes)} beyond the page cache",
         f"reads:   {format_bytes(plan.source_bytes)} of source",
         f"time:    about {format_seconds(time_s)} ({plan.estimate.gb_per_s:.2f} GB/s of source, measured by "

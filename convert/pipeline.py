@@ -17,7 +17,7 @@ from krasis.convert.progress import Reporter
 from krasis.convert.quality import UnitQuality
 from krasis.convert.resources import anonymous_bytes
 from krasis.convert.writer_thread import Bytes, StagingRing, WriterThread
-from krasis.formats.bundle_writer import BundleWriter
+from krasis.formats.bundle_writer import BlobSink, BundleWriter
 from krasis.formats.errors import FormatError
 from krasis.formats.layouts.expert_record import ExpertImportance, clear_padding
 from krasis.formats.layouts.matrix import PackStats
@@ -96,8 +96,7 @@ class _Worker:
     ) -> None:
         self._plan, self._writer, self._pool, self._thread = plan, writer, pool, thread
         self._reader, self._calibration, self._reporter, self._result = reader, calibration, reporter, result
-        records = [expert_record(plan.architecture, plan.settings, tier) for tier in plan.settings.tiers]
-        self._ring = StagingRing(plan.memory.staging_slots, max(record.record_bytes for record in records))
+        self._ring = StagingRing(plan.memory.staging_slots, plan.memory.slot_bytes)
         self._dense = DensePacker(pool, plan.dense_source, writer, thread, result.digests, self._advance)
 
     def pack(self, unit: Unit) -> tuple[dict[str, str], UnitQuality]:
@@ -117,15 +116,21 @@ class _Worker:
         (name,) = unit.blobs
         with self._writer.open_blob(name) as sink:
             experts = self._reader.experts(source, unit.layer, keep_q8_0=keep_q8_0)
+            slab, filled = self._ring.take(self._thread), 0
             for number, expert in enumerate(experts):
-                buffer = self._ring.take(self._thread)
-                staging = buffer[:record_bytes]
-                self._pack_expert(unit, number, expert, staging, quality)
-                self._thread.write(sink, staging, functools.partial(self._ring.release, buffer))
+                if filled + record_bytes > slab.nbytes:
+                    self._write(sink, slab, filled)
+                    slab, filled = self._ring.take(self._thread), 0
+                self._pack_expert(unit, number, expert, slab[filled : filled + record_bytes], quality)
+                filled += record_bytes
                 self._advance(expert.num_bytes)
                 source.release(expert.pieces)
+            self._write(sink, slab, filled)
             self._thread.flush()
             return {name: sink.close()}, quality
+
+    def _write(self, sink: BlobSink, slab: Bytes, filled: int) -> None:
+        self._thread.write(sink, slab[:filled], functools.partial(self._ring.release, slab))
 
     def _pack_expert(
         self, unit: Unit, number: int, expert: ExpertWeights, out: Bytes, quality: UnitQuality

@@ -20,10 +20,11 @@ ROW_TILE = 32
 PLAIN_LAYER = ("attention.q_norm", "attention.k_norm", "attention.norm", "experts.norm", "experts.router")
 
 _MIB = 1 << 20
-BASE_BYTES = (
-    320 * _MIB
-)  # the interpreter, NumPy, HDF5, thread stacks, the parsed headers of thousands of tensors
-STAGING_BYTES = 256 * _MIB
+# The interpreter, NumPy, HDF5, thread stacks, the parsed headers of thousands of tensors.
+BASE_BYTES = 320 * _MIB
+# Buffers of packed experts between packer and writer, as (number, bytes of each), best first. Large ones make
+# large writes; a buffer holds at least one expert.
+STAGING_CHOICES = ((4, 32 * _MIB), (3, 32 * _MIB), (2, 32 * _MIB), (2, 8 * _MIB), (2, 0))
 DECODE_BYTES = 512 * _MIB
 CHUNK_BYTES = 32 * _MIB  # of float32 decoded at once from a dense tensor
 
@@ -46,10 +47,11 @@ class Unit:
 class MemoryPlan:
     """Buffers of the pipeline.
 
-    staging_slots: packed experts in flight. decode_slots: experts dequantised ahead.
+    staging_slots: buffers of slot_bytes for packed experts. decode_slots: experts dequantised ahead.
     """
 
     staging_slots: int
+    slot_bytes: int
     decode_slots: int
     total_bytes: int
 
@@ -158,26 +160,23 @@ def plan_memory(
     """The deepest buffers within the usual budget, shallower under ``memory_limit_bytes``. Pure."""
     record_bytes = max(expert_record(arch, settings, tier).record_bytes for tier in settings.tiers)
     expert_floats = 3 * arch.hidden_size * arch.expert_intermediate_size * 4
-    # The gguf package builds each matrix twice while it dequantises: half as much again for one of three at a
-    # time.
+    # The gguf package builds each matrix twice while it dequantises it.
     decode_bytes = 2 * expert_floats if _decodes(settings, dense_source, cpu_source) else 0
+    most = max(1, min(8, DECODE_BYTES // decode_bytes)) if decode_bytes else 0
     fixed = BASE_BYTES + _dense_buffer_bytes(arch)
-    staging = max(2, min(8, STAGING_BYTES // record_bytes))
-    decoding = max(1, min(8, DECODE_BYTES // decode_bytes)) if decode_bytes else 0
-    limit = settings.memory_limit_bytes
-    while limit is not None and fixed + staging * record_bytes + decoding * decode_bytes > limit:
-        if decoding > 1:
-            decoding -= 1
-        elif staging > 2:
-            staging -= 1
-        else:
-            raise ResourceError(
-                "the memory limit is too small for this model",
-                got=f"{limit / _MIB:.0f} MiB allowed",
-                limit=f"{(fixed + staging * record_bytes + decoding * decode_bytes) / _MIB:.0f} MiB needed",
-                hint="raise --memory-limit",
-            )
-    return MemoryPlan(staging, decoding, fixed + staging * record_bytes + decoding * decode_bytes)
+    smallest = 0
+    for slots, slab_bytes in STAGING_CHOICES:
+        slot_bytes = max(record_bytes, slab_bytes)
+        for decode_slots in range(most, min(most, 1) - 1, -1):
+            smallest = fixed + slots * slot_bytes + decode_slots * decode_bytes
+            if settings.memory_limit_bytes is None or smallest <= settings.memory_limit_bytes:
+                return MemoryPlan(slots, slot_bytes, decode_slots, smallest)
+    raise ResourceError(
+        "the memory limit is too small for this model",
+        got=f"{(settings.memory_limit_bytes or 0) / _MIB:.0f} MiB allowed",
+        limit=f"{smallest / _MIB:.0f} MiB needed",
+        hint="raise --memory-limit",
+    )
 
 
 def _decodes(settings: ConvertSettings, dense_source: WeightSource, cpu_source: WeightSource) -> bool:

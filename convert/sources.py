@@ -107,6 +107,7 @@ class WeightSource:
         self.files = files
         self._table = table
         self._infos = table.infos()
+        self._expert_types: tuple[str, ...] | None = None
         self._check_complete()
 
     def dense(self, ours: str, layer: int | None = None) -> TensorSlice:
@@ -128,15 +129,16 @@ class WeightSource:
 
     def expert_types(self) -> tuple[str, ...]:
         """The types of all expert tensors, sorted."""
-        arch = self.architecture
-        types: set[str] = set()
-        for layer in range(arch.num_layers):
-            for part in PARTS:
-                tensors = {
-                    self._expert_place(layer, expert, part).tensor for expert in range(arch.num_experts)
-                }
-                types.update(self._infos[tensor].dtype for tensor in tensors)
-        return tuple(sorted(types))
+        if self._expert_types is None:
+            experts = range(self.architecture.num_experts)
+            tensors = {
+                self._expert_place(layer, expert, part).tensor
+                for layer in range(self.architecture.num_layers)
+                for part in PARTS
+                for expert in experts
+            }
+            self._expert_types = tuple(sorted({self._infos[tensor].dtype for tensor in tensors}))
+        return self._expert_types
 
     def expert_bytes(self, layer: int) -> int:
         """Source bytes of one layer's experts."""

@@ -49,6 +49,7 @@ class WriterThread:
     def __init__(self, max_queued: int = 4) -> None:
         self._queue: queue.Queue[_Write | None] = queue.Queue(max_queued)
         self._failure: BaseException | None = None
+        self._discard = False
         self._thread = threading.Thread(target=self._run, name="krasis-writer", daemon=True)
         self._thread.start()
 
@@ -70,21 +71,22 @@ class WriterThread:
         if self._failure is not None:
             raise self._failure
 
-    def close(self) -> None:
-        """Ends the thread; what is still queued is written unless it failed. Never raises."""
+    def close(self, *, discard: bool = False) -> None:
+        """Ends the thread; what is still queued is written unless it failed, or is dropped. Never raises."""
+        self._discard = discard
         self._queue.put(None)
         self._thread.join()
 
     def __enter__(self) -> WriterThread:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(discard=kind is not None)
 
     def _run(self) -> None:
         while (item := self._queue.get()) is not None:
             try:
-                if self._failure is None:
+                if self._failure is None and not self._discard:
                     item.sink.write(item.data)
             except BaseException as error:  # noqa: BLE001 -- raised again in the calling thread
                 self._failure = error

@@ -73,7 +73,7 @@ class Architecture:
         values = _typed_fields(cls, record, where, skip=("rope_scaling",))
         scaling = record.get("rope_scaling")
         if not isinstance(scaling, Mapping):
-            raise FormatError("field must be an object", where=f"{where}.rope_scaling", got=scaling)
+            raise FormatError("field must be an object", where=f"{where}.rope_scaling", got=shown(scaling))
         values["rope_scaling"] = RopeScaling(**_typed_fields(RopeScaling, scaling, f"{where}.rope_scaling"))
         architecture = cls(**values)
         check_architecture(architecture, where)

@@ -10,7 +10,7 @@ from krasis.formats.manifest_records import max_asset_bytes
 
 _LEVEL = 19
 _MAX_WINDOW_BYTES = 128 << 20
-_CHUNK_BYTES = 1 << 20
+_CHUNK_BYTES = 1 << 16
 
 
 def compress_asset(data: bytes, where: str) -> bytes:

@@ -65,6 +65,8 @@ def parse_gguf_header(data: memoryview, where: str) -> tuple[dict[str, GgufValue
     metadata: dict[str, GgufValue] = {}
     for _ in range(num_pairs):
         key = cursor.string("metadata key", _MAX_KEY_BYTES)
+        if not key:
+            raise FormatError("metadata key is empty", where=where, got=f"before byte {cursor.position}")
         if key in metadata:
             raise FormatError("metadata key occurs twice", where=f"{where}: {shown(key)}")
         cursor.what = key

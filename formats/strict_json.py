@@ -18,13 +18,15 @@ from krasis.formats.names import shown
 
 # Steps from bracket to bracket (or to the end) over strings and all else. Possessive, never failing, and an
 # unterminated string reaches to the end: linear in the input whatever it is.
-_TO_BRACKET = re.compile(rb'(?:[^"\[\]{}]++|"(?:[^"\\]++|\\.?)*+"?)*+([\[\]{}]|\Z)', re.DOTALL)
+_TO_BRACKET = re.compile(rb'(?:[^"\[\]{}]++|"(?:[^"\\]++|\\.?)*+(?:"|(?P<open>)))*+([\[\]{}]|\Z)', re.DOTALL)
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 _INT64_DIGITS = 20  # with a sign
 # An object or array costs the parser about 70 bytes however few it has in the file. Real headers have 15 or
 # more bytes a bracket pair; a file of nothing but brackets is an attack on memory.
 _MIN_BYTES_PER_CONTAINER = 8
 _FREE_CONTAINERS = 4096
+_FREE_BYTES = 1 << 20
+_FOUR_BYTE_CHARACTER = re.compile(rb"[\xf0-\xff]")
 
 
 class _RefusedError(ValueError):
@@ -79,9 +81,14 @@ def _check_structure(data: bytes | memoryview, where: str, max_depth: int) -> No
     depth = containers = 0
     limit = _FREE_CONTAINERS + len(data) // _MIN_BYTES_PER_CONTAINER
     for match in _TO_BRACKET.finditer(data):
-        if match.start(1) == len(data):
-            return
-        if data[match.start(1)] in b"[{":
+        if match["open"] is not None:
+            raise FormatError(
+                "not valid JSON: a string has no end", where=where, hint="the file may be incomplete"
+            )
+        bracket = data[match.start(2) : match.end(2)]
+        if not bracket:
+            break
+        if bracket in (b"[", b"{"):
             depth += 1
             containers += 1
             if depth > max_depth:
@@ -92,6 +99,11 @@ def _check_structure(data: bytes | memoryview, where: str, max_depth: int) -> No
                 raise FormatError("JSON has too many objects and arrays", where=where, limit=limit)
         else:
             depth -= 1
+    if len(data) > _FREE_BYTES and _FOUR_BYTE_CHARACTER.search(data):
+        # One of them makes Python keep four bytes for every character of the text.
+        raise FormatError(
+            "long JSON must not have raw characters beyond U+FFFF", where=where, limit=_FREE_BYTES
+        )
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

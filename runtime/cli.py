@@ -90,8 +90,8 @@ class CommandError(click.ClickException):
 def main(bundle: Path, prompt: str | None, prompt_file: Path | None, verbose: int, **options: Any) -> None:
     """Chat with the model in BUNDLE (a folder made by krasis-convert), or answer one prompt.
 
-    Without --prompt and --file, a text piped to stdin is the prompt; at a terminal a chat begins.
-    Sampling follows the model's generation_config.json where no option says otherwise.
+    Without --prompt and --file, a text piped to stdin is the prompt; at a terminal a chat begins. Sampling
+    follows the model's generation_config.json where no option says otherwise.
     """
     _configure_logging(verbose)
     try:
@@ -103,6 +103,8 @@ def main(bundle: Path, prompt: str | None, prompt_file: Path | None, verbose: in
         code = _run(bundle, text, options)
     except KrasisError as error:
         raise CommandError(error) from error
+    except KeyboardInterrupt:  # while loading; a chat and an answer handle their own
+        code = INTERRUPTED
     if code:
         raise click.exceptions.Exit(code)
 
@@ -173,8 +175,7 @@ def _sampling(engine: Engine, options: dict[str, Any]) -> SamplingSettings:
 
 
 def _prompt_text(prompt: str | None, path: Path | None) -> str | None:
-    """The one prompt to answer, None for a chat. Raises UsageError if it is empty, unreadable or given
-    twice."""
+    """The one prompt to answer, None for a chat. Raises UsageError if it is empty, unreadable or doubled."""
     if prompt is not None and path is not None:
         raise UsageError("--prompt and --file exclude each other")
     if prompt is None:

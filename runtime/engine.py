@@ -1,5 +1,5 @@
-"""The library's face: opens a bundle, computes logits, generates text. One conversation at a time, one
-thread at a time."""
+"""The library's face: opens a bundle, computes logits, generates text. One conversation at a time, one thread
+at a time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from krasis.runtime.chat import Message, missing_template
 from krasis.runtime.generation import Answer, Generation, GenerationPlan, Piece, StopStrings, run
 from krasis.runtime.model.backend import Backend
 from krasis.runtime.model.registry import open_backend
-from krasis.runtime.prefault import Prefault, files_of_tiers
+from krasis.runtime.prefault import Prefault, start_prefault
 from krasis.runtime.sampler import Sampler
 from krasis.runtime.settings import EngineSettings, SamplingSettings
 from krasis.runtime.text_assets import TextAssets
@@ -61,7 +61,7 @@ class Engine:
             undo.callback(backend.close)
             engine = cls(bundle, backend, settings)
             if settings.prefault:
-                engine._prefault = Prefault(bundle, files_of_tiers(bundle, ("dense", settings.experts)))
+                engine._prefault = start_prefault(bundle, ("dense", settings.experts))
             undo.pop_all()
         engine.load_s = time.perf_counter() - begin
         logger.info("opened %s in %.3f s: %s", path, engine.load_s, engine._backend.description)
@@ -90,8 +90,8 @@ class Engine:
     def prefill(
         self, tokens: Sequence[int], *, all_logits: bool = False, progress: Progress | None = None
     ) -> Logits:
-        """Computes tokens after those held; gives f32 logits [vocab] of the last, or [len(tokens), vocab]
-        of all.
+        """Computes tokens after those held; gives f32 logits [vocab] of the last, or [len(tokens), vocab] of
+        all.
 
         Raises UsageError for no tokens, an id outside the vocabulary, or too many for the context.
         """
@@ -170,10 +170,8 @@ class Engine:
         """Text that follows the prompt, piece by piece; ``.stats`` of the result has counts and times.
 
         What the cache already holds of the prompt is not computed again. sampling: None = as
-        generation_config.json
-        suggests. max_tokens: None = until an end token or the context is full. Raises UsageError if the
-        prompt does not
-        fit the context.
+        generation_config.json suggests. max_tokens: None = until an end token or the context is full. Raises
+        UsageError if the prompt does not fit the context.
         """
         ids = self.encode(prompt)
         if not ids or len(ids) > self.context:

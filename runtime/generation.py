@@ -29,8 +29,7 @@ class Generation:
     num_prompt_tokens: of the whole prompt; num_cached_tokens: of these, found in the KV cache and not
     computed again.
     stop_reason: ``end`` (an end token), ``stop`` (a stop string), ``length`` (max_tokens), ``context`` (the
-    cache is full),
-    ``interrupted`` (the caller stopped reading), and ``""`` while it runs.
+    cache is full), ``interrupted`` (the caller stopped reading), and ``""`` while it runs.
     """
 
     num_prompt_tokens: int = 0
@@ -56,8 +55,8 @@ class Generation:
 
 
 class StopStrings:
-    """Finds the first stop string in text that arrives in pieces, and holds back what may be the beginning
-    of one."""
+    """Finds the first stop string in text that arrives in pieces, and holds back what may be the beginning of
+    one."""
 
     __slots__ = ("_held", "_stops")
 
@@ -90,8 +89,8 @@ def _overlap(text: str, stop: str) -> int:
 
 
 class Answer(Iterator[Piece]):
-    """The pieces of a generation as they come, and its ``stats``. Closing it, or no longer reading, stops
-    the work."""
+    """The pieces of a generation as they come, and its ``stats``. Closing it, or no longer reading, stops the
+    work."""
 
     __slots__ = ("_pieces", "stats")
 
@@ -111,10 +110,9 @@ class Answer(Iterator[Piece]):
 class GenerationPlan:
     """Everything the loop needs: where logits come from and when to end.
 
-    first: computes the prompt and gives its last token's logits, f32 [vocab]. step: feeds one token and
-    gives the next
-    logits. room: tokens the context still has after the prompt. context: all ids so far, for the repetition
-    penalty.
+    first: computes the prompt and gives its last token's logits, f32 [vocab]. step: feeds one token and gives
+    the next logits. room: tokens the context still has after the prompt. context: all ids so far, for the
+    repetition penalty.
     """
 
     first: Callable[[], Logits]

@@ -16,8 +16,8 @@ MEMINFO = Path("/proc/meminfo")
 
 
 class KvCache:
-    """keys, values: [num_layers, num_kv_heads, capacity, head_dim]. Raises ResourceError if it cannot fit
-    in RAM."""
+    """keys, values: [num_layers, num_kv_heads, capacity, head_dim]. Raises ResourceError if it cannot fit in
+    RAM."""
 
     __slots__ = ("capacity", "dtype", "keys", "values")
 

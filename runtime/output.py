@@ -11,7 +11,6 @@ from krasis.runtime.generation import Answer, Generation
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-# A bar appears only for prompts that take more than one pass.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
@@ -42,7 +41,10 @@ class PrefillBar:
         if self._bar is None and done < total and sys.stderr.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=total, unit="tok", desc="prompt", leave=False, file=sys.stderr)
+            # The first chunk took an unknown time: the rate counts from the second.
+            self._bar = tqdm(
+                total=total, initial=done, unit="tok", desc="prompt", leave=False, file=sys.stderr
+            )
         if self._bar is not None:
             self._bar.update(done - self._bar.n)
             if done == total:

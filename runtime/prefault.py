@@ -1,5 +1,5 @@
-"""Reads mapped weights into memory in the background, so that the first tokens do not wait for the disk
-page by page."""
+"""Reads mapped weights into memory in the background, so that the first tokens do not wait for the disk page
+by page."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from krasis.formats.bundle_reader import Bundle
 from krasis.formats.errors import KrasisError
 from krasis.formats.file_mapping import prefault
+from krasis.runtime.kv_cache import available_memory_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +86,23 @@ class Prefault:
             self._num_bytes / 1e9 / seconds,
             stopped,
         )
+
+
+def start_prefault(bundle: Bundle, tiers: Sequence[str]) -> Prefault | None:
+    """Reads the tiers' weights in the background; None, with a warning, if they are more than memory can
+    hold."""
+    num_bytes = sum(blob.num_bytes for blob in bundle.manifest.blobs if blob.tier in tiers)
+    available = available_memory_bytes()
+    if available is not None and num_bytes > available:
+        logger.warning(
+            "%s: %.1f GB of weights do not fit in the %.1f GB of memory available: "
+            "they will be read from disk again and again, which is slow",
+            bundle.path,
+            num_bytes / 1e9,
+            available / 1e9,
+        )
+        return None
+    return Prefault(bundle, files_of_tiers(bundle, tiers))
 
 
 def files_of_tiers(bundle: Bundle, tiers: Sequence[str]) -> list[str]:

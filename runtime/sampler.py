@@ -28,8 +28,8 @@ class Sampler:
         self._random = np.random.Generator(np.random.PCG64(settings.seed))
 
     def pick(self, logits: Logits, context: Sequence[int] = ()) -> int:
-        """The next token's id. logits: f32 [vocab], not changed. context: ids the repetition penalty
-        applies to.
+        """The next token's id. logits: f32 [vocab], not changed. context: ids the repetition penalty applies
+        to.
 
         Raises NativeError if the logits hold NaN or infinity.
         """
@@ -47,8 +47,8 @@ class Sampler:
 
 
 def penalize_repetition(logits: Logits, context: Sequence[int], penalty: float) -> Logits:
-    """Divides positive and multiplies negative logits of the ids in context by penalty. Returns a copy if
-    it changes any."""
+    """Divides positive and multiplies negative logits of the ids in context by penalty. Returns a copy if it
+    changes any."""
     if penalty == 1.0 or not len(context):
         return logits
     ids = np.unique(np.asarray(context, dtype=np.int64))

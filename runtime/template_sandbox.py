@@ -2,9 +2,8 @@
 spend.
 
 Beyond Jinja's own sandbox: every step of a loop and every macro call is counted, ranges are short, strings
-and powers
-cannot be multiplied into gigabytes. The functions, filters and tags are those templates of Hugging Face
-models use.
+and powers cannot be multiplied into gigabytes. The functions, filters and tags are those templates of Hugging
+Face models use.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""krasis-run's interactive chat: line editing, /commands, streaming, Ctrl-C that stops the answer and not
-the program."""
+"""krasis-run's interactive chat: line editing, /commands, streaming, Ctrl-C that stops the answer and not the
+program."""
 
 from __future__ import annotations
 

@@ -57,8 +57,8 @@ class TokenStream:
     """Turns tokens into text as they arrive; never gives half a character.
 
     The pieces of ``push`` and the last of ``finish`` together are the text of all the tokens. A trailing
-    U+FFFD may be
-    the beginning of a character whose other bytes are in later tokens, so it is held until more arrives.
+    U+FFFD may be the beginning of a character whose other bytes are in later tokens, so it is held until more
+    arrives.
     """
 
     __slots__ = ("_given", "_ids", "_tokenizer")
@@ -88,8 +88,7 @@ class TokenStream:
         return piece
 
     def _forget(self, text: str) -> None:
-        """Keeps a few tokens of context, if they begin with a whole character and read as they did in
-        text."""
+        """Keeps a few tokens of context, if they begin with a whole character and read as in text."""
         kept = self._ids[-CONTEXT_TOKENS:]
         ending = self._tokenizer.decode(kept)
         if text.endswith(ending) and not ending.startswith(REPLACEMENT):

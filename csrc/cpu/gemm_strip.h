@@ -6,16 +6,16 @@
 
 namespace krasis::KRASIS_ISA_NAMESPACE {
 
-// Accumulates `blocks` blocks of one panel into acc [width][32]; first: acc is written, else added to. Every element is
+// Adds `blocks` blocks of one panel to acc [width][32]. Every element is
 //   acc = fma(float(sum of q*w over the block), weight_scale * activation_scale, acc)
 // (kRows: weight_scale is absent), block after block, whatever the width and the instruction set.
-// fetch/fetch_lines: cache lines to prefetch beside each block (0: none), the first at fetch, then one after another.
+// fetch/fetch_lines: cache lines to prefetch beside each block, the first at fetch, then one after another. Without
+// them (0) the weight is taken for a lone stream from memory and is fetched ahead of its use.
 struct StripCall {
     const uint8_t *weight = nullptr;
     const uint8_t *panel = nullptr;
     float *acc = nullptr;
     int64_t blocks = 0;
-    bool first = true;
     const uint8_t *fetch = nullptr;
     int64_t fetch_lines = 0;
 };

@@ -22,11 +22,12 @@ void multiply_strip(StripFormat format, const uint8_t *strip, const uint8_t *pan
     const int64_t block_lines = (block_bytes + kLineBytes - 1) / kLineBytes;
     const int64_t lines = (block_lines + num_panels - 1) / num_panels;
     const StripKernel *kernels = strip_kernels(format);
+    const int64_t end_token = end < cut.count ? cut.first(end) : cut.tokens;
+    std::fill_n(acc, (end_token - first_token) * kStripRows, 0.0f);
     for (int64_t b = 0; b < cut.blocks; b += group) {
         StripCall call;
         call.blocks = std::min(group, cut.blocks - b);
         call.weight = strip + b * block_bytes;
-        call.first = b == 0;
         for (int64_t p = begin; p < end; ++p) {
             const int64_t width = cut.width(p);
             call.panel = panels + cut.offset_bytes(p) + b * width * kPanelTokenBytes;

@@ -72,6 +72,34 @@ struct Workspace {
     }
 };
 
+// Strips of k elements worth one piece, for the least busy kind: one token.
+int64_t grain_of(int64_t k) { return std::max<int64_t>(kMinUnitMacs / (kStripRows * k), 1); }
+
+// A range of output columns as its two phases see it.
+struct Range : MoeColumns {
+    bool wide = false;
+
+    int64_t reduce_units() const { return (count() + kReduceColumns - 1) / kReduceColumns; }
+};
+
+void run_down(void *context, int64_t begin, int64_t end, int32_t) {
+    const Range &range = *static_cast<Range *>(context);
+    const int64_t strips = range.count() / kStripRows;
+    for (int64_t u = begin; u < end; ++u) {
+        range.wide ? avx512::moe_down(range, u / strips, u % strips) : avx2::moe_down(range, u / strips, u % strips);
+    }
+}
+
+void run_reduce(void *context, int64_t begin, int64_t end, int32_t) {
+    const Range &range = *static_cast<Range *>(context);
+    const int64_t units = range.reduce_units();
+    for (int64_t u = begin; u < end; ++u) {
+        const int64_t from = range.begin + u % units * kReduceColumns;
+        const int64_t to = std::min(from + kReduceColumns, range.end), token = u / units;
+        range.wide ? avx512::moe_reduce(range, token, from, to) : avx2::moe_reduce(range, token, from, to);
+    }
+}
+
 class Chunk {
   public:
     Chunk(krasis_pool *pool, const krasis_moe_args &args, const Sizes &sizes, int64_t first, int64_t tokens);
@@ -172,34 +200,13 @@ int64_t Chunk::run() {
     sort();
     make_groups();
     if (num_pairs_ == 0) return 0;
-    const int64_t blocks = job_.intermediate / kBlock, groups = job_.num_groups;
+    const int64_t blocks = job_.intermediate / kBlock;
     auto pack_panels = [&](int64_t begin, int64_t end, int32_t) { pack(begin, end); };
     auto gate_up = [&](int64_t begin, int64_t end, int32_t) {
         for (int64_t u = begin; u < end; ++u) {
             wide_ ? avx512::moe_gate_up(job_, u / blocks, u % blocks) : avx2::moe_gate_up(job_, u / blocks, u % blocks);
         }
     };
-    struct Range : MoeColumns {
-        bool wide;
-        int64_t reduce_units;
-    };
-    static constexpr auto down = [](void *context, int64_t begin, int64_t end, int32_t) {
-        const Range &range = *static_cast<Range *>(context);
-        const int64_t strips = range.count() / kStripRows;
-        for (int64_t u = begin; u < end; ++u) {
-            range.wide ? avx512::moe_down(range, u / strips, u % strips)
-                       : avx2::moe_down(range, u / strips, u % strips);
-        }
-    };
-    static constexpr auto reduce = [](void *context, int64_t begin, int64_t end, int32_t) {
-        const Range &range = *static_cast<Range *>(context);
-        for (int64_t u = begin; u < end; ++u) {
-            const int64_t from = range.begin + u % range.reduce_units * kReduceColumns;
-            const int64_t to = std::min(from + kReduceColumns, range.end), token = u / range.reduce_units;
-            range.wide ? avx512::moe_reduce(range, token, from, to) : avx2::moe_reduce(range, token, from, to);
-        }
-    };
-
     Phase phases[2 + 2 * kMaxRanges];
     Range ranges[kMaxRanges];
     int64_t num_phases = 0, num_ranges = 0;
@@ -209,11 +216,8 @@ int64_t Chunk::run() {
     } else {
         phases[num_phases++] = make_phase(pack_panels, num_packed, 4, 32);
     }
-    const auto grain_of = [&](int64_t k) {  // a strip of the least busy kind: one token
-        return std::max<int64_t>(kMinUnitMacs / (kStripRows * k), 1);
-    };
-    const int64_t longest = job_.tokens == 1 ? 16 : 4;
-    phases[num_phases++] = make_phase(gate_up, groups * blocks, grain_of(2 * job_.hidden), longest);
+    const int64_t longest = job_.tokens == 1 ? 16 : 4;  // pieces of many tokens are long enough
+    phases[num_phases++] = make_phase(gate_up, job_.num_groups * blocks, grain_of(2 * job_.hidden), longest);
     const int64_t columns = sizes_.columns();
     for (int64_t begin = 0; begin < job_.hidden; begin += columns) {
         Range &range = ranges[num_ranges++];
@@ -221,10 +225,9 @@ int64_t Chunk::run() {
         range.begin = begin;
         range.end = std::min(begin + columns, job_.hidden);
         range.wide = wide_;
-        range.reduce_units = (range.count() + kReduceColumns - 1) / kReduceColumns;
-        const int64_t grain = grain_of(job_.intermediate);
-        phases[num_phases++] = {down, &range, groups * (range.count() / kStripRows), grain, longest * grain};
-        phases[num_phases++] = {reduce, &range, job_.tokens * range.reduce_units, 4, 64};
+        const int64_t grain = grain_of(job_.intermediate), strips = range.count() / kStripRows;
+        phases[num_phases++] = {run_down, &range, job_.num_groups * strips, grain, longest * grain};
+        phases[num_phases++] = {run_reduce, &range, job_.tokens * range.reduce_units(), 4, 64};
     }
     parallel_phases(pool_, phases, num_phases);
     return num_pairs_;

@@ -47,6 +47,7 @@ namespace krasis::simt {
 
 Thread *current = nullptr;
 Block block;
+FaultPlan planned_fault;
 
 namespace {
 
@@ -190,6 +191,7 @@ void fail(const char *format, ...) {
 }
 
 void sync_threads() {
+    if (planned_fault.fault == Fault::kNoBarrier && current->num_barriers++ >= planned_fault.from) return;
     for (const Thread &thread : block.threads) {
         if (thread.wait == Wait::kDone) fail("at a barrier, but thread %u has ended", thread.index);
     }

@@ -23,6 +23,14 @@ uint8_t *shared_memory();
 // Ends the launch with a report. Does not return; nothing on the fiber's stack is destroyed, so callers own no memory.
 [[noreturn, gnu::format(printf, 1, 2)]] void fail(const char *format, ...);
 
+// Mistakes that tests put into kernels from outside, to see that the watch would have noticed them.
+enum class Fault { kNone, kNoWait, kWaitOneLess, kNoBarrier };
+struct FaultPlan {
+    Fault fault = Fault::kNone;
+    unsigned from = 0;  // each thread's waits, or barriers, before this one are as they should be
+};
+extern FaultPlan planned_fault;
+
 bool run(const LaunchShape &shape, void (*entry)(const void *), const void *params);
 // What went wrong in the last launch; empty if nothing did.
 const char *last_report();

@@ -91,6 +91,9 @@ void cp_async_commit() {
 }
 
 void cp_async_wait_for(int pending) {
+    const bool faulty = planned_fault.fault != Fault::kNone && current->num_waits++ >= planned_fault.from;
+    if (faulty && planned_fault.fault == Fault::kNoWait) return;
+    if (faulty && planned_fault.fault == Fault::kWaitOneLess) ++pending;
     auto &groups = current->committed;
     while (groups.size() > static_cast<size_t>(pending)) {
         for (const AsyncCopy &copy : groups.front()) {

@@ -21,6 +21,7 @@ struct Thread {
     Wait wait = Wait::kNone;
     const char *collective_name = nullptr;
     void *argument = nullptr;
+    unsigned num_barriers = 0, num_waits = 0;
     std::vector<AsyncCopy> open;                   // issued, not committed
     std::vector<std::vector<AsyncCopy>> committed;  // oldest first
     void *stack_pointer = nullptr;

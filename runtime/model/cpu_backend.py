@@ -1,5 +1,4 @@
-"""A Qwen3-MoE style decoder on the CPU: INT8 dense weights, tiled experts, int8 activations, native
-kernels."""
+"""A Qwen3-MoE decoder on the CPU: INT8 dense weights, tiled experts, int8 activations, native kernels."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """The same decoder in float32 on dequantised weights, in NumPy: slow, for measuring what quantisation costs.
 
-It runs any tier: the CPU's tiles, or the Marlin experts that a GPU would run. Weights are unpacked when
-they are used
-and kept while a bounded cache has room.
+It runs any tier: the CPU's tiles, or the Marlin experts that a GPU would run. Weights are unpacked when they
+are used and kept while a bounded cache has room.
 """
 
 from __future__ import annotations

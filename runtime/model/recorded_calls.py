@@ -1,8 +1,8 @@
 """A sequence of native calls with all arguments resolved, to be made again for every token.
 
-The wrappers of ``kernels`` check shapes and look addresses up, which for one token takes as long as the smaller kernels
-themselves. One token always uses the same buffers, so its calls are checked once, while they are recorded, and then only
-the position changes.
+The wrappers of ``kernels`` check shapes and look addresses up, which for one token takes as long as the
+smaller kernels themselves. One token always uses the same buffers, so its calls are checked once, while they
+are recorded, and then only the position changes.
 """
 
 from __future__ import annotations

@@ -86,8 +86,8 @@ def to_float32(data: Array, dtype: str) -> FloatArray:
 def load_weights(bundle: Bundle, tier: str) -> ModelWeights:
     """Maps the dense weights and the experts of tier (``cpu`` or ``gpu``).
 
-    Raises FormatError where the manifest contradicts the architecture, MismatchError if the bundle lacks
-    the tier.
+    Raises FormatError where the manifest contradicts the architecture, MismatchError if the bundle lacks the
+    tier.
     """
     reader = _Reader(bundle)
     architecture = bundle.architecture

@@ -55,13 +55,16 @@ def test_json_summary(invoke, hf_dir, tmp_path):
     assert summary["gb_per_s"] > 0
 
 
-def test_dry_run_prints_the_plan_and_writes_nothing(invoke, hf_dir, q8_gguf, tmp_path, bundle):
+def test_dry_run_prints_the_plan_and_writes_nothing(invoke, hf_dir, q8_gguf, tmp_path, bundle, monkeypatch):
     out = tmp_path / "tiny.krasis"
     result = invoke(hf_dir, q8_gguf, "-o", out, "--dry-run")
     assert result.exit_code == 0, result.output
     for text in ("gpu", "marlin-u4b8-g128-bf16", "cpu-q8-r32-b32", "free", "beyond the page cache", "time:"):
         assert text in result.stdout
     assert list(tmp_path.iterdir()) == []
+    assert "NOT enough" not in result.stdout
+    monkeypatch.setattr("krasis.convert.conversion.free_disk_bytes", lambda _: 1 << 20)
+    assert "1.05 MB free, which is NOT enough" in invoke(hf_dir, "-o", out, "--dry-run").stdout
     plan = json.loads(invoke(hf_dir, q8_gguf, "-o", out, "--dry-run", "--json").stdout)
     assert plan["tier_bytes"] == dict(bundle.summary.tier_bytes)
     assert plan["output_bytes"] == sum(p.stat().st_size for p in bundle.path.glob("*.safetensors"))

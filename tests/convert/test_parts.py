@@ -93,8 +93,10 @@ def test_memory_of_the_largest_model_stays_under_a_gigabyte(hf_dir, q8_gguf, tmp
     memory = plan_memory(large, ConvertSettings(), source, source)
     assert memory.total_bytes < 1 << 30
     assert memory.staging_slots >= 4
-    tight = plan_memory(large, ConvertSettings(memory_limit_bytes=560 << 20), source, source)
-    assert 2 <= tight.staging_slots < memory.staging_slots
+    tight = plan_memory(large, ConvertSettings(memory_limit_bytes=535 << 20), source, source)
+    assert tight.staging_slots == 2
+    assert tight.slot_bytes < memory.slot_bytes
+    assert tight.total_bytes <= 535 << 20
     with pytest.raises(ResourceError, match="needed"):
         plan_memory(large, ConvertSettings(memory_limit_bytes=300 << 20), source, source)
 

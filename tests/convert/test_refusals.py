@@ -7,6 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 from krasis.convert.partial import partial_path
@@ -86,6 +87,15 @@ class TestModels:
     def test_unknown_architecture_names_the_supported(self, run, copy, out):
         edit_config(copy, model_type="llama")
         refuse(run, [copy], out, UnsupportedModelError, "qwen3_moe")
+
+    def test_gguf_of_an_unknown_architecture(self, run, out, tmp_path):
+        writer = gguf.GGUFWriter(tmp_path / "llama.gguf", "llama")
+        writer.add_tensor("token_embd.weight", np.zeros((4, 4), np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        refuse(run, [tmp_path / "llama.gguf"], out, UnsupportedModelError, "qwen3moe")
 
     def test_missing_tensor(self, run, model, out, tmp_path):
         weights = {

@@ -171,6 +171,14 @@ def test_large_tensors_are_dealt_with_in_chunks(run, hf_dir, q8_gguf, bundle, tm
         assert files[name] == bundle.files()[name]
 
 
+@pytest.mark.parametrize("slab_bytes", [0, 130_000])
+def test_buffers_of_any_size_give_the_same_bytes(
+    run, hf_dir, q8_gguf, bundle, tmp_path, monkeypatch, slab_bytes
+):
+    monkeypatch.setattr("krasis.convert.plan.STAGING_CHOICES", ((2, slab_bytes),))
+    assert run([hf_dir, q8_gguf], tmp_path / "out.krasis").files() == bundle.files()
+
+
 def test_a_checkpoint_made_of_links_is_read(run, hf_dir, q8_gguf, bundle, tmp_path):
     """As the Hugging Face cache keeps them."""
     links = tmp_path / "snapshot"

@@ -191,9 +191,3 @@ def test_a_question_beyond_the_context_is_refused_and_forgotten(chat_bundle: Pat
     session.type("/quit\n")
     assert session.ended() == 0
     session.close()
-
-
-def test_control_characters_do_not_reach_the_terminal() -> None:
-    from krasis.runtime.output import safe_for_terminal
-
-    assert safe_for_terminal("a\x1b[2Jb\x07\x9bc\r\n\td\x7f é🙂") == "a[2Jbc\n\td é🙂"

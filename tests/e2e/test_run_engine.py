@@ -170,3 +170,28 @@ def test_loading_maps_and_does_not_copy(chat_bundle: Path) -> None:
             assert layer.experts.ctypes.data % 2**21 == 0
             assert not layer.experts.flags.writeable
         assert engine.load_s < 0.5
+
+
+def test_prefault_reads_the_tiers_that_are_used(chat_bundle: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from krasis.formats.bundle_reader import Bundle
+    from krasis.runtime.prefault import files_of_tiers, start_prefault
+
+    with Bundle.open(chat_bundle) as bundle, caplog.at_level("INFO"):
+        prefault = start_prefault(bundle, ("dense", "cpu"))
+        assert prefault is not None
+        prefault.wait()
+        files = files_of_tiers(bundle, ("dense", "cpu"))
+        assert files == ["dense-000.safetensors", "cpu-000.safetensors"]
+        num_bytes = sum(bundle.mapping_of(file)[1] for file in files)
+        prefault.stop()
+    assert f"{num_bytes / 1e9:.2f} GB" in caplog.text
+    assert "GB/s" in caplog.text
+
+
+def test_weights_beyond_memory_are_not_prefaulted(
+    chat_bundle: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("krasis.runtime.prefault.available_memory_bytes", lambda: 1000)
+    with Engine.open(chat_bundle) as engine:
+        assert engine.prefill([1, 2]).shape == (300,)
+    assert "do not fit in the 0.0 GB of memory" in caplog.text

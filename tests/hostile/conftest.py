@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 import tracemalloc
@@ -24,12 +25,16 @@ FREE_BYTES = 1 << 20
 def refuses(tmp_path: Path) -> Callable[..., KrasisError]:
     """refuses(action, "part of the sentence", ..., header_bytes=n, error=FormatError) -> the error.
 
-    The action must raise exactly that class of error, name the file (anything below tmp_path) or the given place, and
-    allocate less than twice the header and a MiB.
+    The action must raise exactly that class of error, name the file (anything below tmp_path) or the given
+    place, and allocate less than twice the header and a MiB.
     """
 
     def check(
-        action: Callable[[], Any], *parts: str, header_bytes: int, error: type[KrasisError] = FormatError, where: str = ""
+        action: Callable[[], Any],
+        *parts: str,
+        header_bytes: int,
+        error: type[KrasisError] = FormatError,
+        where: str = "",
     ) -> KrasisError:
         start = time.process_time()
         tracemalloc.start()
@@ -70,3 +75,9 @@ def put(tmp_path: Path) -> Callable[[str, bytes], Path]:
 def sound_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Made once; tests work on copies."""
     return format_builders.write_bundle(tmp_path_factory.mktemp("sound") / "model.krasis")
+
+
+@pytest.fixture
+def bundle(sound_bundle: Path, tmp_path: Path) -> Path:
+    """A copy of a sound bundle, to be made unsound."""
+    return shutil.copytree(sound_bundle, tmp_path / "model.krasis")

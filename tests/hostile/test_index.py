@@ -20,18 +20,30 @@ CASES = {
     "index_without_weight_map": (b'{"metadata": {}}', ["no weight_map"]),
     "index_with_empty_weight_map": (index({}), ["no weight_map"]),
     "index_is_a_list": (b"[]", ["must be an object"]),
-    "index_names_a_parent_directory": (index({"w": "../secret.safetensors"}), ["not a plain name", "'../secret.safetensors'"]),
+    "index_names_a_parent_directory": (
+        index({"w": "../secret.safetensors"}),
+        ["not a plain name", "'../secret.safetensors'"],
+    ),
     "index_names_an_absolute_path": (index({"w": "/etc/passwd"}), ["not a plain name", "'/etc/passwd'"]),
     "index_names_a_nul": (index({"w": "a\0.safetensors"}), ["control characters"]),
     "index_names_a_dot": (index({"w": ".."}), ["not a plain name"]),
     "index_names_an_endless_file_name": (index({"w": "x" * 100_000}), ["too long"]),
     "index_names_a_number": (index({"w": 7}), ["must be text"]),
     "index_names_a_missing_shard": (index({"w": "gone.safetensors"}), ["'gone.safetensors' is missing"]),
-    "index_names_a_missing_tensor": (index({"w": "one.safetensors", "ghost": "one.safetensors"}), ["'ghost'", "does not have"]),
-    "index_omits_a_tensor": (index({"w": "one.safetensors", "v": "two.safetensors"}), ["'u'", "does not place"]),
-    "index_names_a_tensor_twice": (b'{"weight_map": {"w": "one.safetensors", "w": "two.safetensors"}}', ["'w' occurs twice"]),
+    "index_names_a_missing_tensor": (
+        index({"w": "one.safetensors", "ghost": "one.safetensors"}),
+        ["'ghost'", "does not have"],
+    ),
+    "index_omits_a_tensor": (
+        index({"w": "one.safetensors", "v": "two.safetensors"}),
+        ["'u'", "does not place"],
+    ),
+    "index_names_a_tensor_twice": (
+        b'{"weight_map": {"w": "one.safetensors", "w": "two.safetensors"}}',
+        ["'w' occurs twice"],
+    ),
     "index_nested_too_deeply": (b'{"weight_map":' + b'{"a":' * 100_000, ["nested too deeply"]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -132,7 +132,7 @@ KRASIS_INLINE void block_pass(const uint8_t *block, const uint8_t *panel, int pa
 template <StripFormat kFormat, int kWidth>
 void kernel(const StripCall &call) {
     alignas(32) float acc[kWidth * 32];
-    for (int i = 0; i < kWidth * 32; i += 8) (call.first ? V8::zero() : V8::load(call.acc + i)).store(acc + i);
+    for (int i = 0; i < kWidth * 32; i += 8) V8::load(call.acc + i).store(acc + i);
     const uint8_t *block = call.weight, *panel = call.panel, *fetch = call.fetch;
     for (int64_t b = 0; b < call.blocks; ++b) {
         if (call.fetch_lines == 0) {

@@ -41,29 +41,31 @@ constexpr int64_t kCodeBytes = kFormat == StripFormat::kI4 ? 512 : 1024;
 template <StripFormat kFormat>
 constexpr int64_t kBlockBytes = kFormat == StripFormat::kRows ? 1024 : kCodeBytes<kFormat> + 64;
 
-// How far ahead of the multiplication a lone stream of weights is fetched. Never a multiple of 4096: loads and
-// prefetches that share their low twelve address bits get in each other's way (10 % on Zen 5).
+// How far ahead of the multiplication a lone stream of weights is fetched; 0: left to the CPU's own prefetcher, which
+// on Zen 5 follows the 8-bit stream best undisturbed (fetching only some of the lines is worst of all), while 4-bit
+// blocks go by too fast for it. Never a multiple of 4096: loads and prefetches that share their low twelve address bits
+// get in each other's way (10 %).
 template <StripFormat kFormat>
-constexpr int64_t kAheadBytes = 6 * kBlockBytes<kFormat> + (kFormat == StripFormat::kRows) * 192;
+constexpr int64_t kAheadBytes = kFormat == StripFormat::kI4 ? 12 * kBlockBytes<kFormat> : 0;
 
 template <StripFormat kFormat, int kWidth>
 void kernel(const StripCall &call) {
     __m512 acc[kWidth][2];
+#pragma GCC unroll 8
     for (int t = 0; t < kWidth; ++t) {
-        acc[t][0] = call.first ? _mm512_setzero_ps() : _mm512_loadu_ps(call.acc + t * 32);
-        acc[t][1] = call.first ? _mm512_setzero_ps() : _mm512_loadu_ps(call.acc + t * 32 + 16);
+        acc[t][0] = _mm512_loadu_ps(call.acc + t * 32);
+        acc[t][1] = _mm512_loadu_ps(call.acc + t * 32 + 16);
     }
     const uint8_t *block = call.weight, *panel = call.panel, *fetch = call.fetch;
     for (int64_t b = 0; b < call.blocks; ++b) {
-        if (call.fetch_lines == 0) {
+        if (kAheadBytes<kFormat> > 0 && call.fetch_lines == 0) {
 #pragma GCC unroll 17
             for (int64_t i = 0; i < kBlockBytes<kFormat>; i += 64) {
                 _mm_prefetch(reinterpret_cast<const char *>(block + kAheadBytes<kFormat> + i), _MM_HINT_T0);
             }
-        } else {
-            for (int64_t i = 0; i < call.fetch_lines; ++i, fetch += 64) {
-                _mm_prefetch(reinterpret_cast<const char *>(fetch), _MM_HINT_T0);
-            }
+        }
+        for (int64_t i = 0; i < call.fetch_lines; ++i, fetch += 64) {
+            _mm_prefetch(reinterpret_cast<const char *>(fetch), _MM_HINT_T0);
         }
         __m512i sum[kWidth][2];
 #pragma GCC unroll 8
@@ -101,6 +103,7 @@ void kernel(const StripCall &call) {
         block += kBlockBytes<kFormat>;
         panel += kWidth * kPanelTokenBytes;
     }
+#pragma GCC unroll 8
     for (int t = 0; t < kWidth; ++t) {
         _mm512_storeu_ps(call.acc + t * 32, acc[t][0]);
         _mm512_storeu_ps(call.acc + t * 32 + 16, acc[t][1]);

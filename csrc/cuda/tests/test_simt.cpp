@@ -6,6 +6,7 @@
 
 #include "check.h"
 #include "simt.h"
+#include "suites.h"
 
 using namespace krasis;
 namespace simt = krasis::simt;
@@ -210,11 +211,14 @@ void check_conversions() {
 
 }  // namespace
 
-int main() {
+namespace test {
+
+void run_simt() {
     check_conversions();
     check_mma<Bf16>();
     check_mma<F16>();
     check_collectives();
     check_mistakes();
-    return test::finish("simt");
 }
+
+}  // namespace test

@@ -1,0 +1,89 @@
+// marlin_moe.cu: checks, choice of tile and launch of the grouped product.
+#include "marlin_moe.cuh"
+
+#include <algorithm>
+
+#include "status.h"
+
+namespace krasis::cuda {
+namespace {
+
+int32_t check(const krasis_cuda_moe_gemm_args &a) {
+    const bool pointers = a.activations && a.expert_base && a.sorted_slots && a.block_experts && a.first_block && a.out;
+    const bool counts = a.num_slots >= 0 && a.num_slots <= INT32_MAX && a.slots_per_row > 0 && a.slots_per_row <= INT32_MAX &&
+                        a.k > 0 && a.n > 0 && a.max_blocks_launched >= 0 && a.codes_offset >= 0 && a.scales_offset >= 0;
+    const bool kinds = is_16_bit(a.dtype) && is_16_bit(a.scale_dtype) && (a.out_dtype == a.dtype || a.out_dtype == KRASIS_F32);
+    if (!pointers || !counts || !kinds) return KRASIS_ERR_ARGUMENT;
+    if (a.expert_begin < 0 || a.expert_begin > a.expert_end || a.expert_end > a.num_experts) return KRASIS_ERR_RANGE;
+    const bool block = a.m_block == 16 || a.m_block == 32 || a.m_block == 64;
+    const bool group = a.group == 32 || a.group == 64 || a.group == 128 || a.group == a.k;
+    const int64_t out_columns = a.gated ? a.n / 2 : a.n;
+    const bool sizes = a.k % 64 == 0 && a.n % (a.gated ? 128 : 64) == 0 && a.k <= INT32_MAX && a.n <= INT32_MAX;
+    if (!block || !group || !sizes || a.k % a.group) return KRASIS_ERR_SHAPE;
+    if (a.activation_stride < a.k || a.activation_stride % 8) return KRASIS_ERR_SHAPE;
+    if (a.out_stride < out_columns || a.out_stride % 8) return KRASIS_ERR_SHAPE;
+    const bool aligned = is_aligned(a.activations) && is_aligned(a.out) && a.codes_offset % 16 == 0 && a.scales_offset % 16 == 0;
+    return aligned ? KRASIS_OK : KRASIS_ERR_SHAPE;
+}
+
+int32_t group_shift(const krasis_cuda_moe_gemm_args &a) {
+    if (a.group == a.k) return 0;  // stored as one scale a channel, whatever the group is called
+    return a.group == 32 ? 1 : a.group == 64 ? 2 : 3;
+}
+
+MoeGemmParams parameters(const krasis_cuda_moe_gemm_args &a) {
+    MoeGemmParams p{};
+    p.activations = static_cast<const uint8_t *>(a.activations);
+    p.activation_stride_bytes = a.activation_stride * 2;
+    p.expert_base = a.expert_base;
+    p.codes_offset = a.codes_offset;
+    p.scales_offset = a.scales_offset;
+    p.sorted_slots = a.sorted_slots;
+    p.block_experts = a.block_experts;
+    p.first_block = a.first_block;
+    p.out = static_cast<uint8_t *>(a.out);
+    p.out_stride = a.out_stride;
+    p.num_executed = reinterpret_cast<unsigned long long *>(a.num_executed);
+    p.slots_per_row = static_cast<int32_t>(a.slots_per_row);
+    p.expert_begin = a.expert_begin;
+    p.expert_end = a.expert_end;
+    p.k_steps = static_cast<int32_t>(a.k / 64);
+    p.column_tiles = static_cast<int32_t>(a.n / 64);
+    p.group_shift = group_shift(a);
+    p.gate_tiles = a.gated ? p.column_tiles / 2 : 0;
+    p.column_blocks = (p.column_tiles + 3) / 4;
+    p.scale_is_bf16 = a.scale_dtype == KRASIS_BF16;
+    p.out_is_float = a.out_dtype == KRASIS_F32;
+    return p;
+}
+
+template <class Type, int kWarpsM, int kTilesM>
+int32_t launch_tile(const MoeGemmParams &params, int64_t blocks, void *stream) {
+    using Tile = MoeTile<Type, kWarpsM, kTilesM>;
+    const simt::LaunchShape shape{static_cast<unsigned>(blocks), Tile::kThreads, Tile::kSharedBytes};
+    return launch<moe_gemm_kernel<Type, kWarpsM, kTilesM>>(shape, params, stream);
+}
+
+template <class Type>
+int32_t launch_type(int32_t m_block, const MoeGemmParams &params, int64_t blocks, void *stream) {
+    if (m_block == 16) return launch_tile<Type, 1, 1>(params, blocks, stream);
+    if (m_block == 32) return launch_tile<Type, 1, 2>(params, blocks, stream);
+    return launch_tile<Type, 2, 2>(params, blocks, stream);
+}
+
+}  // namespace
+}  // namespace krasis::cuda
+
+int32_t krasis_cuda_moe_gemm(const krasis_cuda_moe_gemm_args *args, void *stream) {
+    using namespace krasis::cuda;
+    if (args == nullptr) return KRASIS_ERR_ARGUMENT;
+    const int32_t status = check(*args);
+    if (status != KRASIS_OK || args->num_slots == 0) return status;
+    const MoeGemmParams params = parameters(*args);
+    const int64_t num_experts = args->expert_end - args->expert_begin;
+    const int64_t row_blocks = krasis_cuda_align_max_blocks(args->num_slots, num_experts, args->m_block);
+    int64_t blocks = std::min(row_blocks * params.column_blocks, kMaxBlocks);
+    if (args->max_blocks_launched) blocks = std::min<int64_t>(blocks, args->max_blocks_launched);
+    return args->dtype == KRASIS_BF16 ? launch_type<krasis::Bf16>(args->m_block, params, blocks, stream)
+                                      : launch_type<krasis::F16>(args->m_block, params, blocks, stream);
+}

@@ -1,0 +1,115 @@
+// moe_rows.cu: row by row work around the grouped product: silu(gate) * up, and the weighted sum of a token's slots.
+#include <algorithm>
+
+#include "status.h"
+
+namespace krasis::cuda {
+namespace {
+
+constexpr int kThreads = 256, kVector = 8;
+
+// Eight elements from index on, as floats. dtype is the same for all threads of a launch.
+KRASIS_DEVICE void load8(const void *from, int64_t index, int32_t dtype, float (&values)[kVector]) {
+    if (dtype == KRASIS_F32) {
+        KRASIS_UNROLL
+        for (int i = 0; i < 2; ++i) {
+            const simt::Words4 words = reinterpret_cast<const simt::Words4 *>(static_cast<const float *>(from) + index)[i];
+            KRASIS_UNROLL
+            for (int j = 0; j < 4; ++j) values[4 * i + j] = bits_float(words.w[j]);
+        }
+        return;
+    }
+    const simt::Words4 words = *reinterpret_cast<const simt::Words4 *>(static_cast<const uint16_t *>(from) + index);
+    KRASIS_UNROLL
+    for (int i = 0; i < kVector; ++i) {
+        const auto bits = static_cast<uint16_t>(words.w[i / 2] >> (16 * (i % 2)));
+        values[i] = dtype == KRASIS_BF16 ? bf16_to_float(bits) : f16_to_float(bits);
+    }
+}
+
+KRASIS_DEVICE void store8(void *to, int64_t index, int32_t dtype, const float (&values)[kVector]) {
+    if (dtype == KRASIS_F32) {
+        KRASIS_UNROLL
+        for (int i = 0; i < 2; ++i) {
+            simt::Words4 words;
+            KRASIS_UNROLL
+            for (int j = 0; j < 4; ++j) words.w[j] = float_bits(values[4 * i + j]);
+            reinterpret_cast<simt::Words4 *>(static_cast<float *>(to) + index)[i] = words;
+        }
+        return;
+    }
+    simt::Words4 words;
+    KRASIS_UNROLL
+    for (int i = 0; i < 4; ++i) {
+        words.w[i] = dtype == KRASIS_BF16 ? pack2<Bf16>(values[2 * i], values[2 * i + 1])
+                                          : pack2<F16>(values[2 * i], values[2 * i + 1]);
+    }
+    *reinterpret_cast<simt::Words4 *>(static_cast<uint16_t *>(to) + index) = words;
+}
+
+struct SiluParams {
+    const void *x;
+    void *out;
+    int64_t rows, n;
+    int32_t dtype;
+};
+
+KRASIS_KERNEL(kThreads, 1)
+silu_mul_kernel(const SiluParams p) {
+    const int64_t vectors = p.n / kVector, total = p.rows * vectors;
+    const int64_t stride = static_cast<int64_t>(simt::num_blocks()) * kThreads;
+    for (int64_t i = static_cast<int64_t>(simt::block_x()) * kThreads + simt::thread_x(); i < total; i += stride) {
+        const int64_t row = i / vectors, column = i % vectors * kVector;
+        float gate[kVector], up[kVector];
+        load8(p.x, row * 2 * p.n + column, p.dtype, gate);
+        load8(p.x, row * 2 * p.n + p.n + column, p.dtype, up);
+        KRASIS_UNROLL
+        for (int j = 0; j < kVector; ++j) gate[j] = gate[j] / (1.0f + simt::exp_float(-gate[j])) * up[j];
+        store8(p.out, row * p.n + column, p.dtype, gate);
+    }
+}
+
+// One block a token.
+KRASIS_KERNEL(kThreads, 1)
+moe_reduce_kernel(const krasis_cuda_moe_reduce_args p) {
+    const int64_t token = simt::block_x();
+    for (int64_t column = static_cast<int64_t>(simt::thread_x()) * kVector; column < p.n; column += kThreads * kVector) {
+        float sum[kVector] = {};
+        if (p.residual) load8(p.residual, token * p.n + column, p.out_dtype, sum);
+        for (int64_t slot = token * p.top_k; slot < (token + 1) * p.top_k; ++slot) {
+            const int id = p.ids[slot];
+            if (id < 0 || id >= p.num_experts) continue;
+            float values[kVector];
+            load8(p.slots, slot * p.n + column, p.slots_dtype, values);
+            const float weight = p.weights[slot];
+            KRASIS_UNROLL
+            for (int j = 0; j < kVector; ++j) sum[j] = simt::fused_multiply_add(weight, values[j], sum[j]);
+        }
+        store8(p.out, token * p.n + column, p.out_dtype, sum);
+    }
+}
+
+bool is_dtype(int32_t dtype) { return dtype == KRASIS_F32 || is_16_bit(dtype); }
+
+}  // namespace
+}  // namespace krasis::cuda
+
+int32_t krasis_cuda_silu_mul(const void *x, int64_t rows, int64_t n, int32_t dtype, void *out, void *stream) {
+    using namespace krasis::cuda;
+    if (rows < 0 || n <= 0 || !is_dtype(dtype) || (rows > 0 && (!x || !out))) return KRASIS_ERR_ARGUMENT;
+    if (n % kVector || !is_aligned(x) || !is_aligned(out)) return KRASIS_ERR_SHAPE;
+    const int64_t blocks = std::min<int64_t>(ceil_div(rows * (n / kVector), kThreads), 1 << 16);
+    return launch<silu_mul_kernel>({static_cast<unsigned>(blocks), kThreads, 0}, SiluParams{x, out, rows, n, dtype}, stream);
+}
+
+int32_t krasis_cuda_moe_reduce(const krasis_cuda_moe_reduce_args *args, void *stream) {
+    using namespace krasis::cuda;
+    if (args == nullptr) return KRASIS_ERR_ARGUMENT;
+    const krasis_cuda_moe_reduce_args &a = *args;
+    const bool counts = a.tokens >= 0 && a.tokens <= kMaxBlocks && a.top_k > 0 && a.n > 0 && a.num_experts > 0;
+    if (!counts || !is_dtype(a.slots_dtype) || !is_dtype(a.out_dtype)) return KRASIS_ERR_ARGUMENT;
+    if (a.tokens > 0 && (!a.slots || !a.ids || !a.weights || !a.out)) return KRASIS_ERR_ARGUMENT;
+    const bool aligned = is_aligned(a.slots) && is_aligned(a.out) && is_aligned(a.residual);
+    if (a.n % kVector || !aligned) return KRASIS_ERR_SHAPE;
+    return launch<moe_reduce_kernel>({static_cast<unsigned>(a.tokens), kThreads, 0}, a, stream);
+}

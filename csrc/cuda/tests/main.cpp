@@ -1,0 +1,45 @@
+// main.cpp: runs all parts and says how long each took. Arguments: names of parts; none: all.
+#include <chrono>
+#include <cstring>
+
+#include "check.h"
+#include "simt.h"
+#include "suites.h"
+
+namespace {
+
+struct Suite {
+    const char *name;
+    void (*run)();
+};
+
+constexpr Suite kSuites[] = {
+#if !KRASIS_SIMT_DEVICE
+    {"simt", test::run_simt},
+#endif
+    {"moe_align", test::run_moe_align},
+    {"moe_rows", test::run_moe_rows},
+    {"moe_gemm", test::run_moe_gemm},
+};
+
+bool is_wanted(const char *name, int argc, char **argv) {
+    for (int i = 1; i < argc; ++i) {
+        if (std::strcmp(argv[i], name) == 0) return true;
+    }
+    return argc == 1;
+}
+
+}  // namespace
+
+int main(int argc, char **argv) {
+    for (const Suite &suite : kSuites) {
+        if (!is_wanted(suite.name, argc, argv)) continue;
+        const auto start = std::chrono::steady_clock::now();
+        const int before = test::failures;
+        suite.run();
+        const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - start;
+        std::printf("%-12s %s  %.2f s\n", suite.name, test::failures == before ? "ok" : "FAILED", taken.count());
+        std::fflush(stdout);
+    }
+    return test::finish("cuda kernels");
+}

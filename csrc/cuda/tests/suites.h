@@ -1,0 +1,11 @@
+// suites.h: the parts of the kernels' test, run by main.cpp.
+#pragma once
+
+namespace test {
+
+void run_simt();  // the host shim itself; not on a device
+void run_moe_gemm();
+void run_moe_align();
+void run_moe_rows();
+
+}  // namespace test

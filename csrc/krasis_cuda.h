@@ -1,0 +1,98 @@
+/* krasis_cuda.h: the C ABI of libkrasis_cuda.
+ *
+ * Every pointer inside an argument struct is a device address unless it says otherwise; a stream is a cudaStream_t passed as
+ * void *. Calls check sizes, enqueue kernels on the stream and return at once; they never allocate, synchronise or print.
+ * Status codes are krasis_status plus KRASIS_ERR_CUDA, after which krasis_cuda_last_error() has CUDA's words. Results do not
+ * depend on the order in which blocks run: the same inputs give the same bits, and a row the same bits in any batch that
+ * runs with the same m_block.
+ *
+ * Slots: the routed copies of tokens; slot = token * top_k + choice. Names: k input, n output features.
+ */
+#ifndef KRASIS_CUDA_H
+#define KRASIS_CUDA_H
+
+#include "krasis.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define KRASIS_CUDA_ABI_VERSION 1
+#define KRASIS_ERR_CUDA 100 /* a CUDA call failed */
+
+KRASIS_API int32_t krasis_cuda_abi_version(void);
+/* The words of the last KRASIS_ERR_CUDA of this thread; empty if there was none. */
+KRASIS_API const char *krasis_cuda_last_error(void);
+
+/* ---- routing: which rows belong to which expert -----------------------------------------------------------------
+ * Sorts slots by expert, in slot order within one, each expert padded to whole blocks of m_block rows. The number of
+ * blocks is known only on the device; buffers are sized by krasis_cuda_align_max_blocks. */
+
+/* Rows a block of the grouped product should have for about this many slots spread over this many experts: 16, 32 or 64. */
+KRASIS_API int32_t krasis_cuda_moe_m_block(int64_t num_slots, int64_t num_experts);
+KRASIS_API int64_t krasis_cuda_align_max_blocks(int64_t num_slots, int64_t num_experts, int32_t m_block);
+
+typedef struct krasis_cuda_align_args {
+    const int32_t *ids; /* [num_slots] expert of each slot; -1: none */
+    int64_t num_slots;
+    int32_t num_experts; /* at most 8192 */
+    int32_t m_block;
+    int32_t *sorted_slots;  /* out [max_blocks * m_block]: slots, -1 where padded; rows past the last block are untouched */
+    int32_t *block_experts; /* out [max_blocks]: expert of each block; past the last untouched */
+    int32_t *first_block;   /* out [num_experts + 1]: first block of each expert; the last is the number of blocks */
+    int32_t *counts;        /* out [num_experts]: slots of each expert */
+    int32_t *num_invalid;   /* out [1]: ids that are neither -1 nor an expert; such slots are left out */
+} krasis_cuda_align_args;
+KRASIS_API int32_t krasis_cuda_moe_align(const krasis_cuda_align_args *args, void *stream);
+
+/* ---- the grouped product ------------------------------------------------------------------------------------------
+ * For every slot s of experts [expert_begin, expert_end):  out[s] = activations[s / slots_per_row] x W_e,
+ * W_e [k, n] in Marlin layout, 4 bits, at expert_base[e] + codes_offset, its scales at expert_base[e] + scales_offset.
+ * gated: n = 2 * intermediate, columns gate then up, and out[s] = silu(gate) * up has intermediate columns.
+ * Sums and scales are fp32; out is rounded once. An expert whose expert_base is null is computed elsewhere: skipped.
+ * k % 64 == 0; n % 64 == 0 (gated: n % 128 == 0); all addresses and strides multiples of 16 bytes. */
+typedef struct krasis_cuda_moe_gemm_args {
+    const void *activations; /* [rows, k] of dtype */
+    int64_t activation_stride; /* elements */
+    int64_t slots_per_row;     /* top_k where rows are tokens, 1 where they are slots */
+    int32_t dtype;             /* KRASIS_BF16 or KRASIS_F16 */
+    int32_t gated;
+    const void *const *expert_base; /* [num_experts] device addresses */
+    int64_t codes_offset, scales_offset;
+    int32_t scale_dtype; /* KRASIS_BF16 or KRASIS_F16 */
+    int32_t m_block;     /* as given to krasis_cuda_moe_align: 16, 32 or 64 */
+    int64_t group;       /* 32, 64, 128, or k: one scale a channel */
+    int64_t k, n;
+    int64_t num_slots;
+    int32_t num_experts, expert_begin, expert_end;
+    int32_t max_blocks_launched; /* 0: as many as can be needed; otherwise so many share the work */
+    const int32_t *sorted_slots, *block_experts, *first_block;
+    void *out;          /* [num_slots, n or n/2] of out_dtype; rows of slots not computed are untouched */
+    int64_t out_stride; /* elements */
+    int32_t out_dtype;  /* dtype, or KRASIS_F32 */
+    int32_t reserved;
+    int64_t *num_executed; /* increased by the slots computed; may be NULL */
+} krasis_cuda_moe_gemm_args;
+KRASIS_API int32_t krasis_cuda_moe_gemm(const krasis_cuda_moe_gemm_args *args, void *stream);
+
+/* out[r, i] = silu(x[r, i]) * x[r, n + i], for products that were not gated. x [rows, 2n], out [rows, n] of dtype. n % 8 == 0 */
+KRASIS_API int32_t krasis_cuda_silu_mul(const void *x, int64_t rows, int64_t n, int32_t dtype, void *out, void *stream);
+
+/* out[t] = residual[t] + sum over j of weights[t, j] * slots[t * top_k + j], in fp32 and in the order j = 0..top_k-1; a slot
+ * with id -1 (or no expert) is left out. n % 8 == 0; addresses multiples of 16 bytes. */
+typedef struct krasis_cuda_moe_reduce_args {
+    const void *slots; /* [tokens * top_k, n] of slots_dtype */
+    int32_t slots_dtype, out_dtype;
+    const int32_t *ids;   /* [tokens, top_k] */
+    const float *weights; /* [tokens, top_k] */
+    const void *residual; /* [tokens, n] of out_dtype; NULL: none. May be out. */
+    void *out;            /* [tokens, n] */
+    int64_t tokens, top_k, n;
+    int32_t num_experts, reserved;
+} krasis_cuda_moe_reduce_args;
+KRASIS_API int32_t krasis_cuda_moe_reduce(const krasis_cuda_moe_reduce_args *args, void *stream);
+
+#ifdef __cplusplus
+}
+#endif
+#endif /* KRASIS_CUDA_H */

@@ -1,0 +1,56 @@
+"""A short deterministic run of every parser's fuzzer. KRASIS_FUZZ_SECONDS=600 runs each for ten minutes instead."""
+
+import os
+import random
+
+import fuzzing
+import pytest
+
+from krasis.formats.errors import FormatError
+
+SEED = 20261123
+NUM_INPUTS = {"manifest": 1200, "safetensors": 5000, "gguf": 5000, "config": 4000}
+# Fewer kinds of refusal than this mean that the damage no longer reaches the parser's depths.
+MIN_SENTENCES = {"manifest": 30, "safetensors": 22, "gguf": 35, "config": 12}
+
+
+@pytest.mark.parametrize("name", fuzzing.TARGETS)
+def test_only_our_errors_escape(name, tmp_path):
+    seconds = os.environ.get("KRASIS_FUZZ_SECONDS")
+    limits = {"seconds": float(seconds)} if seconds else {"num_inputs": NUM_INPUTS[name]}
+    seed = random.SystemRandom().randrange(1 << 32) if seconds else SEED
+    result = fuzzing.run(fuzzing.TARGETS[name], tmp_path, seed=seed, **limits)
+    assert [complaint for _, complaint in result.crashes] == [], f"seed {seed}; tests/fuzz/run.py keeps such inputs"
+    assert len(result.sentences) >= MIN_SENTENCES[name], sorted(result.sentences)
+    assert result.num_accepted > 0
+
+
+@pytest.mark.parametrize("name", ["manifest", "safetensors", "gguf"])
+def test_the_corpus_is_kept(name):
+    assert len(fuzzing.corpus_of(name)) >= 15
+
+
+def test_runs_are_deterministic(tmp_path):
+    one, two = (fuzzing.run(fuzzing.TARGETS["gguf"], tmp_path, seed=7, num_inputs=300) for _ in range(2))
+    assert one.sentences == two.sentences
+    assert one.fresh == two.fresh
+
+
+def test_the_fuzzer_finds_what_it_looks_for(tmp_path):
+    """A parser with a bug, a memory hog, and one that complains in control characters."""
+
+    def buggy(data, scratch):
+        if b"\xff" in data:
+            raise IndexError("list index out of range")
+
+    def greedy(data, scratch):
+        bytearray(100_000_000)
+
+    def rude(data, scratch):
+        raise FormatError("\x1b[2J")
+
+    for parse, complaint in ((buggy, "IndexError"), (greedy, "bytes allocated"), (rude, "unprintable")):
+        base = fuzzing.TARGETS["gguf"]
+        target = fuzzing.Target("none", parse, base.mutate, base.seeds)
+        result = fuzzing.run(target, tmp_path, seed=1, num_inputs=300)
+        assert complaint in result.crashes[0][1]
