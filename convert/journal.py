@@ -109,6 +109,12 @@ class Journal:
             self._io.fdatasync(self._fd)
         self._position += len(line)
 
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """Closes the file; the journal stays."""
         if self._fd >= 0:

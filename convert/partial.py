@@ -6,7 +6,7 @@ import fcntl
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,29 +50,28 @@ def open_partial(
     lies there, ResourceError when another conversion holds it or the disk is full.
     """
     folder = partial_path(out)
-    writer = BundleWriter(folder, shards, io=io)
     locks: list[int] = []
-    journal: Journal | None = None
-    try:
+    with ExitStack() as stack:
+        stack.callback(_close_all, locks)  # first in, so last out
+        writer = stack.enter_context(BundleWriter(folder, shards, io=io))
         # The parent's lock covers the moment in which the folder exists but is not locked yet.
         with _parent_lock(folder.parent):
             units = _resume(folder, fingerprint, io, locks, restart=restart)
             if units is None:
                 writer.create()
                 locks.append(_lock(folder))
-                journal = Journal(folder, io, 0)
+                journal = stack.enter_context(Journal(folder, io, 0))
                 journal.append_header(fingerprint)
             else:
                 writer.reopen()
-                journal = Journal(folder, io, units[1])
+                journal = stack.enter_context(Journal(folder, io, units[1]))
         finished = {} if units is None else {unit.unit: unit for unit in units[0]}
         yield Partial(writer, journal, finished)
-    finally:
-        for fd in locks:
-            os.close(fd)
-        if journal is not None:
-            journal.close()
-        writer.close()
+
+
+def _close_all(fds: list[int]) -> None:
+    for fd in fds:
+        os.close(fd)
 
 
 def _resume(
@@ -86,8 +85,8 @@ def _resume(
             "this is in the way of the unfinished bundle", where=str(folder), hint="move it away"
         )
     locks.append(_lock(folder))
-    header, units, sound_bytes = read_journal(folder)
-    if header is not None and not restart:
+    header, units, sound_bytes = (None, [], 0) if restart else read_journal(folder)
+    if header is not None:
         difference = describe_difference(header.get("fingerprint", {}), fingerprint)
         if difference is not None:
             raise MismatchError(

@@ -123,9 +123,13 @@ class WeightSource:
         return self._slice(place.tensor, expert_shape(self.architecture, part), place.first_row)
 
     def release(self, pieces: Iterable[TensorSlice]) -> None:
-        """Unmaps the pages of these slices' tensors; the page cache keeps them as long as it likes."""
-        for tensor in {piece.tensor for piece in pieces}:
-            self._table.release(tensor)
+        """Unmaps the tensors of which these are the last slices; the page cache keeps what it likes.
+
+        Without this, the page tables of half a terabyte of mappings would take a gigabyte.
+        """
+        for piece in pieces:
+            if piece.offset_bytes + piece.raw.nbytes == piece.total_bytes:
+                self._table.release(piece.tensor)
 
     def expert_types(self) -> tuple[str, ...]:
         """The types of all expert tensors, sorted."""

@@ -25,7 +25,7 @@ TILE_CODES = {"q8": 0, "i4": 1}
 TILE_ROWS = 32
 RECORD_ALIGNMENT_BYTES = 4096
 LEAST_STACK_BYTES = 2 << 30  # far beyond any cache
-BANDWIDTH_WINDOW_BYTES = 512 << 20
+BANDWIDTH_WINDOW_BYTES = 256 << 20
 HUGE_PAGE_BYTES = 2 << 20
 
 
@@ -79,7 +79,9 @@ class ExpertStack:
             ]
             return
         num_layers = max(shape.num_layers, -(-least_bytes // self.layer_bytes))
-        self._memory = mmap.mmap(-1, num_layers * self.layer_bytes + HUGE_PAGE_BYTES)
+        # Private: Linux does not give shared anonymous memory huge pages by default.
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        self._memory = mmap.mmap(-1, num_layers * self.layer_bytes + HUGE_PAGE_BYTES, flags)
         self._memory.madvise(mmap.MADV_HUGEPAGE)
         array = np.frombuffer(self._memory, np.uint8)
         start = -address_of(array) % HUGE_PAGE_BYTES
@@ -246,7 +248,7 @@ def common_options(command: Callable[..., None]) -> Callable[..., None]:
     isas, formats = click.Choice(["all", "avx2", "avx512_vnni"]), click.Choice(["both", "q8", "i4"])
     for option in (
         click.option("--json", "json_path", type=path, help="Write all samples there."),
-        click.option("--repeats", default=9, show_default=True, type=click.IntRange(1), help="Samples."),
+        click.option("--repeats", default=15, show_default=True, type=click.IntRange(1), help="Samples."),
         click.option("--threads", default="1,2", show_default=True, callback=thread_counts),
         click.option("--isa", default="all", show_default=True, type=isas),
         click.option("--format", "formats", default="both", show_default=True, type=formats),

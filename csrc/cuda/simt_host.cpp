@@ -107,9 +107,18 @@ void yield(bool forever = false) {
             return;
         }
     }
+    const Thread *stuck[2] = {};
     for (const Thread &thread : block.threads) {
-        if (thread.wait != Wait::kDone) fail("no thread can go on; for one, %s", describe_thread(thread).text);
+        if (thread.wait == Wait::kLanes) stuck[0] = &thread;
+        if (thread.wait == Wait::kBlock) stuck[1] = &thread;
     }
+    if (stuck[0]) {
+        const Thread *warp = &block.threads[stuck[0]->index / kWarp * kWarp];
+        int absent = 0;
+        while (warp[absent].wait == Wait::kLanes) ++absent;
+        fail("%s, but %s", describe_thread(*stuck[0]).text, describe_thread(warp[absent]).text);
+    }
+    if (stuck[1]) fail("no thread can go on; for one, %s", describe_thread(*stuck[1]).text);
     switch_to(launcher, forever);
 }
 
@@ -208,21 +217,18 @@ void sync_threads() {
 
 void collective(const char *name, void *argument, Perform perform) {
     Thread *warp = &block.threads[current->index / kWarp * kWarp];
-    current->wait = Wait::kLanes;
-    current->collective_name = name;
-    current->argument = argument;
-    void *lanes[kWarp];
-    bool complete = true;
-    for (int lane = 0; lane < kWarp; ++lane) {
-        const Thread &other = warp[lane];
-        if (other.wait == Wait::kNone) {
-            complete = false;
-        } else if (other.wait != Wait::kLanes || strcmp(other.collective_name, name) != 0) {
-            fail("in %s, but %s", name, describe_thread(other).text);
-        }
-        lanes[lane] = other.argument;
+    // The warp's state of affairs: how many lanes have come, and to what. Kept by lane 0.
+    unsigned &num_waiting = warp->num_lanes_waiting;
+    if (num_waiting && warp->warp_collective != name && strcmp(warp->warp_collective, name) != 0) {
+        fail("in %s, but other lanes wait in %s", name, warp->warp_collective);
     }
-    if (!complete) return yield();
+    current->wait = Wait::kLanes;
+    current->collective_name = warp->warp_collective = name;
+    current->argument = argument;
+    if (++num_waiting < kWarp) return yield();
+    num_waiting = 0;
+    void *lanes[kWarp];
+    for (int lane = 0; lane < kWarp; ++lane) lanes[lane] = warp[lane].argument;
     perform(lanes);
     for (int lane = 0; lane < kWarp; ++lane) warp[lane].wait = Wait::kNone;
 }

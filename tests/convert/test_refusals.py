@@ -10,6 +10,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+from krasis.convert.journal import encode_line
 from krasis.convert.partial import partial_path
 from krasis.formats.errors import (
     FormatError,
@@ -321,6 +322,14 @@ class TestResume:
         os.truncate(shard, 1000)
         with pytest.raises(MismatchError, match="1000 bytes instead of"):
             run([begun], out)
+
+    def test_a_journal_of_another_version(self, run, begun, out):
+        journal = partial_path(out) / "journal.jsonl"
+        header = journal.read_bytes().splitlines(keepends=True)[0]
+        journal.write_bytes(header + encode_line({"unit": "x", "something": "else"}))
+        refuse(run, [begun], out, MismatchError, "begun by another version")
+        run([begun], out, restart=True)
+        assert out.exists()
 
     def test_two_at_once(self, run, begun, out):
         with pytest.raises(ResourceError, match="another conversion is writing here"):

@@ -35,7 +35,7 @@ struct Matrix {
         std::memcpy(&bits, bytes.data() + 2 * i, 2);
         return to_double(bits, dtype);
     }
-    double rounding() const { return dtype == KRASIS_F32 ? 1e-6 : dtype == KRASIS_BF16 ? 0x1.02p-9 : 0x1.02p-11; }
+    double rounding() const { return dtype == KRASIS_F32 ? 1e-6 : dtype == KRASIS_BF16 ? 0x1.02p-8 : 0x1.02p-11; }
 };
 
 void check_silu(int32_t dtype) {

@@ -165,7 +165,7 @@ void check_mistakes() {
     expected[kNeverWaited] = "ended with a cp.async not waited for";
     expected[kMissingBarrier] = "ended";
     expected[kMissingLane] = "ended";
-    expected[kMixedCollectives] = "waits in";
+    expected[kMixedCollectives] = "other lanes wait in";
     expected[kBarrierInBranch] = "barrier";
     expected[kOutside] = "outside";
     expected[kMisaligned] = "misaligned";

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import random
 import re
 import struct
 import time
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,7 @@ MAX_BYTES_PER_BYTE, FREE_BYTES = 40, 4 << 20
 _TRACED_EVERY = 8
 _VARIABLE = re.compile(r"'.*'|\d+|: .*")  # names and numbers do not make a new kind of sentence
 
-Parser = Callable[[bytes, Path], None]
+Parser = Callable[[bytes], None]
 Mutator = Callable[[bytes, list[bytes], random.Random], bytes]
 
 
@@ -63,24 +65,24 @@ def corpus_of(name: str) -> list[bytes]:
     return [path.read_bytes() for path in sorted((CORPUS / name).glob("*")) if path.is_file()]
 
 
-def run(target: Target, scratch: Path, *, seed: int, num_inputs: int | None = None, seconds: float | None = None) -> Result:
+def run(target: Target, *, seed: int, num_inputs: int | None = None, seconds: float | None = None) -> Result:
     """First every seed and corpus file as it is, then damaged ones until the count or the time is up."""
     rng = random.Random(seed)
     result = Result()
     pool = [*target.seeds(), *corpus_of(target.name)]
     end = time.monotonic() + (seconds if seconds is not None else 1e9)
     for data in pool.copy():
-        _try(target, data, scratch, result, is_traced=True)
+        _try(target, data, result, is_traced=True)
     while (num_inputs is None or result.num_inputs < num_inputs) and time.monotonic() < end:
         base = rng.choice(pool)
         data = target.mutate(base, pool, rng) if rng.random() < 0.6 else mutations.mutate_bytes(base, pool, rng)
-        if _try(target, data, scratch, result, is_traced=result.num_inputs % _TRACED_EVERY == 0):
+        if _try(target, data, result, is_traced=result.num_inputs % _TRACED_EVERY == 0):
             pool.append(data)
             result.fresh.append(data)
     return result
 
 
-def _try(target: Target, data: bytes, scratch: Path, result: Result, *, is_traced: bool) -> bool:
+def _try(target: Target, data: bytes, result: Result, *, is_traced: bool) -> bool:
     """Whether the input led to a sentence that was not seen before."""
     result.num_inputs += 1
     sentence = "accepted"
@@ -88,7 +90,7 @@ def _try(target: Target, data: bytes, scratch: Path, result: Result, *, is_trace
     if is_traced:
         tracemalloc.start()
     try:
-        target.parse(data, scratch)
+        target.parse(data)
         result.num_accepted += 1
     except KrasisError as error:
         sentence = f"{type(error).__name__}: {_VARIABLE.sub('#', error.what)}"
@@ -112,10 +114,21 @@ def _try(target: Target, data: bytes, scratch: Path, result: Result, *, is_trace
 # ---- manifest ----------------------------------------------------------------------------------------------
 
 
-def _parse_manifest(data: bytes, scratch: Path) -> None:
+@contextlib.contextmanager
+def memory_file(data: bytes) -> Iterator[Path]:
+    """A file that never meets a disk: a hundred times faster to make."""
+    fd = os.memfd_create("input")
+    try:
+        os.pwrite(fd, data, 0)
+        yield Path(f"/proc/self/fd/{fd}")
+    finally:
+        os.close(fd)
+
+
+def _parse_manifest(data: bytes) -> None:
     manifest = Manifest.from_bytes(data)
-    if manifest.to_bytes() != data:
-        raise ValueError("accepted bytes are not reproduced")
+    if Manifest.from_bytes(manifest.to_bytes()) != manifest:
+        raise ValueError("an accepted manifest is not reproduced")
 
 
 def _mutate_manifest(data: bytes, pool: list[bytes], rng: random.Random) -> bytes:
@@ -142,10 +155,9 @@ def _manifest_seeds() -> list[bytes]:
 # ---- safetensors -------------------------------------------------------------------------------------------
 
 
-def _parse_safetensors(data: bytes, scratch: Path) -> None:
-    path = scratch / "input.safetensors"
-    path.write_bytes(data)
-    file = SafetensorsFile.open(path)
+def _parse_safetensors(data: bytes) -> None:
+    with memory_file(data) as path:
+        file = SafetensorsFile.open(path)
     covered = sum(file.view(name).nbytes for name in file.tensors)
     if covered != len(data) - file.header_bytes:
         raise ValueError("accepted tensors do not cover the data exactly")
@@ -179,14 +191,13 @@ def _safetensors_seeds() -> list[bytes]:
 # ---- GGUF --------------------------------------------------------------------------------------------------
 
 
-def _parse_gguf(data: bytes, scratch: Path) -> None:
-    path = scratch / "input.gguf"
-    path.write_bytes(data)
-    file = GgufFile.open(path)
+def _parse_gguf(data: bytes) -> None:
+    with memory_file(data) as path:
+        file = GgufFile.open(path)
     for name in file.tensors:
         file.view(name)
-    from_gguf_metadata(file.metadata, file.tensors, str(path))
-    tokenizer_assets(file.metadata, str(path))
+    from_gguf_metadata(file.metadata, file.tensors, "input")
+    tokenizer_assets(file.metadata, "input")
 
 
 def _mutate_gguf(data: bytes, pool: list[bytes], rng: random.Random) -> bytes:
@@ -215,7 +226,7 @@ def _gguf_seeds() -> list[bytes]:
 # ---- config.json -------------------------------------------------------------------------------------------
 
 
-def _parse_config(data: bytes, scratch: Path) -> None:
+def _parse_config(data: bytes) -> None:
     from_hf_config(parse_json_object(data, "config.json", max_bytes=MAX_CONFIG_BYTES), "config.json")
 
 

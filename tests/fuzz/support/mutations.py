@@ -59,13 +59,13 @@ def mutate_json(value: Any, rng: random.Random) -> Any:
     for _ in range(rng.choice((1, 1, 2, 3))):
         places = _places(value)
         if not places:
-            return rng.choice(ODD_VALUES)
+            return copy.deepcopy(rng.choice(ODD_VALUES))
         parent, key = rng.choice(places)
         match rng.randrange(6):
             case 0 if isinstance(parent, dict):
                 del parent[key]
             case 1 if isinstance(parent, dict):
-                parent[rng.choice(("extra", "", "\x00", str(key) * 2, "__metadata__"))] = parent[key]
+                parent[rng.choice(("extra", "", "\x00", str(key) * 2, "__metadata__"))] = copy.deepcopy(parent[key])
             case 2 if isinstance(parent, list):
                 parent.insert(rng.randrange(len(parent) + 1), copy.deepcopy(parent[key]))
             case 3:
@@ -76,7 +76,7 @@ def mutate_json(value: Any, rng: random.Random) -> Any:
             case _:
                 old = parent[key]
                 is_number = isinstance(old, int) and rng.random() < 0.5
-                parent[key] = old + rng.choice((-1, 1, 8, 4096, -4096)) if is_number else rng.choice(ODD_VALUES)
+                parent[key] = old + rng.choice((-1, 1, 8, 4096, -4096)) if is_number else copy.deepcopy(rng.choice(ODD_VALUES))
     return value
 
 
