@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+
 from krasis.convert.conversion import Summary, convert, describe_plan, dry_run, prepare, tool_version
 from krasis.convert.partial import partial_path
 from krasis.convert.progress import Reporter

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
+
 from krasis.convert.crosscheck import CrossCheck, check_same_model
 from krasis.convert.estimate import Estimate, estimate
 from krasis.convert.importance import Calibration, load_calibration

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+
 from krasis.convert.names import DENSE, PARTS
 from krasis.convert.slices import TensorSlice
 from krasis.convert.sources import WeightSource

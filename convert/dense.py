@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+
 from krasis.convert.digests import ContentDigests
 from krasis.convert.plan import CHUNK_BYTES, PLAIN_LAYER, ROW_TILE, Unit, padded_vocab
 from krasis.convert.quality import UnitQuality

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 import xxhash
+
 from krasis.convert.slices import TensorSlice
 
 

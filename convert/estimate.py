@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass
 
 import numpy as np
+
 from krasis.convert.digests import ContentDigests
 from krasis.convert.expert_reader import ExpertReader
 from krasis.convert.names import PARTS

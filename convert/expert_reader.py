@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
+
 from krasis.convert.digests import ContentDigests
 from krasis.convert.names import PARTS
 from krasis.convert.slices import TensorSlice

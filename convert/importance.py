@@ -16,6 +16,7 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 import xxhash
+
 from krasis.formats.architecture import Architecture
 from krasis.formats.errors import FormatError
 from krasis.formats.layouts.expert_record import ExpertImportance

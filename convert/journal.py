@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
+
 from krasis.formats.errors import MismatchError, ResourceError
 from krasis.formats.file_ops import FileOps, io_errors, write_all
 from krasis.formats.regular_file import read_small_file

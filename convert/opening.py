@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import xxhash
+
 from krasis.convert.inputs import Inputs
 from krasis.convert.slices import Bytes
 from krasis.convert.sources import SourceFile, TensorInfo, TensorTable, WeightSource

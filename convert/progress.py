@@ -6,8 +6,9 @@ import sys
 import time
 from typing import Any, TextIO
 
-from krasis.convert.settings import format_bytes, format_seconds
 from tqdm import tqdm
+
+from krasis.convert.settings import format_bytes, format_seconds
 
 PLAIN_INTERVAL_S = 10.0
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import h5py
 import numpy as np
+
 from krasis.formats.layouts.matrix import PackStats
 
 REPORT_NAME = "quality.h5"

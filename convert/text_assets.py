@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from krasis.formats.errors import FormatError, ResourceError, UnsupportedModelError
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from krasis.formats.errors import FormatError, ResourceError, UnsupportedModelError
 
 # Copied as they are. config.json is a record only: the runtime reads the manifest's architecture.
 HF_ASSETS = (

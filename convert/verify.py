@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import xxhash
+
 from krasis.convert.crosscheck import spread
 from krasis.convert.names import PARTS
 from krasis.convert.plan import ConversionPlan, Unit, expert_record

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+
 from krasis.formats.bundle_writer import BlobSink
 
 Bytes = npt.NDArray[np.uint8]

@@ -45,9 +45,10 @@ typedef enum krasis_dtype { KRASIS_F32 = 0, KRASIS_BF16 = 1, KRASIS_F16 = 2 } kr
 
 /* Formats of CPU weights, see formats/layouts and docs/FORMAT.md. */
 typedef enum krasis_tiles {
-    KRASIS_TILES_Q8 = 0, /* cpu-q8-r32-b32: 32 rows x 32 k: int8 [8 k4][32 rows][4 k], then f16 scales [32 rows] (1088 B) */
-    KRASIS_TILES_I4 = 1  /* cpu-i4-r32-b32: 32 rows x 32 k: u8 [8 k4][16][4 k], low nibble = row j, high = row 16+j,
-                            code u = q + 8; then f16 scales [32 rows] (576 B) */
+    KRASIS_TILES_Q8 =
+        0, /* cpu-q8-r32-b32: 32 rows x 32 k: int8 [8 k4][32 rows][4 k], then f16 scales [32 rows] (1088 B) */
+    KRASIS_TILES_I4 = 1 /* cpu-i4-r32-b32: 32 rows x 32 k: u8 [8 k4][16][4 k], low nibble = row j, high = row 16+j,
+                           code u = q + 8; then f16 scales [32 rows] (576 B) */
 } krasis_tiles;
 
 #define KRASIS_TILE_ROWS 32
@@ -101,24 +102,27 @@ typedef struct krasis_pack_stats {
 } krasis_pack_stats;
 
 /* Marlin, bits 4 or 8, written into columns [n_offset, n_offset + n) of a weight of n_total columns.
- * codes: uint32 [k/16, n_total*bits/2] (4 bits: 2*n_total words a row; 8 bits: 4*n_total). scales: 16-bit floats of scale_dtype
- * (BF16 or F16), [k/group, n_total], permuted as Marlin wants. group: 32, 64, 128, or k (one scale a channel).
- * k % 16 == 0, n % 64 == 0, n_offset % 64 == 0, k % group == 0. importance: NULL or float [k], weights of the squared error.
- * 4 bits: scale by an MSE grid over magnitude and both signs; codes u = q + 8. 8 bits: absmax/127, u = q + 128. */
+ * codes: uint32 [k/16, n_total*bits/2] (4 bits: 2*n_total words a row; 8 bits: 4*n_total). scales: 16-bit floats of
+ * scale_dtype (BF16 or F16), [k/group, n_total], permuted as Marlin wants. group: 32, 64, 128, or k (one scale a
+ * channel). k % 16 == 0, n % 64 == 0, n_offset % 64 == 0, k % group == 0. importance: NULL or float [k], weights of the
+ * squared error. 4 bits: scale by an MSE grid over magnitude and both signs; codes u = q + 8. 8 bits: absmax/127, u = q
+ * + 128. */
 KRASIS_API int32_t krasis_pack_marlin(krasis_pool *pool, const void *src, int32_t dtype, int64_t n, int64_t k,
-                                      int64_t row_stride, int32_t bits, int64_t group, int64_t n_offset, int64_t n_total,
-                                      const float *importance, uint32_t *codes, uint16_t *scales, int32_t scale_dtype,
-                                      krasis_pack_stats *stats);
+                                      int64_t row_stride, int32_t bits, int64_t group, int64_t n_offset,
+                                      int64_t n_total, const float *importance, uint32_t *codes, uint16_t *scales,
+                                      int32_t scale_dtype, krasis_pack_stats *stats);
 
-/* CPU tiles. Row r of src goes to row (r / part_rows) * KRASIS_TILE_ROWS + part_offset + r % part_rows of the packed weight:
- * part_rows = 32, part_offset = 0 packs a plain weight; gate and up are fused with part_rows = 16 and part_offset 0 / 16.
- * dst holds n * 32 / part_rows rows in all: tile t (32 rows) is a strip of k/32 consecutive tiles.
- * k % 32 == 0, n % part_rows == 0. Scales are f16: Q8 absmax/127 as Q8_0 does; I4 by the MSE grid, importance as above. */
+/* CPU tiles. Row r of src goes to row (r / part_rows) * KRASIS_TILE_ROWS + part_offset + r % part_rows of the packed
+ * weight: part_rows = 32, part_offset = 0 packs a plain weight; gate and up are fused with part_rows = 16 and
+ * part_offset 0 / 16; other values are refused. Two parts of one I4 weight share bytes and must not be packed at the
+ * same time. dst holds n * 32 / part_rows rows in all: tile t (32 rows) is a strip of k/32 consecutive tiles. k % 32 ==
+ * 0, n % part_rows == 0. Scales are f16: Q8 absmax/127 as Q8_0 does; I4 by the MSE grid, importance as above. */
 KRASIS_API int32_t krasis_pack_cpu_tiles(krasis_pool *pool, int32_t tiles, const void *src, int32_t dtype, int64_t n,
                                          int64_t k, int64_t row_stride, int64_t part_rows, int64_t part_offset,
                                          const float *importance, uint8_t *dst, krasis_pack_stats *stats);
 
-/* Lossless: src is ggml Q8_0, [n, k/32] blocks of {f16 scale; int8 q[32]} (34 B), rows contiguous. Refuses non-finite scales. */
+/* Lossless: src is ggml Q8_0, [n, k/32] blocks of {f16 scale; int8 q[32]} (34 B), rows contiguous. Refuses non-finite
+ * scales. */
 KRASIS_API int32_t krasis_pack_cpu_tiles_from_q8_0(krasis_pool *pool, const void *src, int64_t n, int64_t k,
                                                    int64_t part_rows, int64_t part_offset, uint8_t *dst,
                                                    krasis_pack_stats *stats);
@@ -161,8 +165,8 @@ KRASIS_API int32_t krasis_route_topk(krasis_pool *pool, const float *logits, int
 /* The routed experts of one layer: out[T, hidden] += sum_j weights[t, j] * W2_e (silu(gate) * up), e = ids[t, j].
  * blob: [E, expert_stride_bytes]; within an expert w13 tiles (2*intermediate rows x hidden, gate/up interleaved by 16),
  * then w2 tiles (hidden rows x intermediate). An id of -1 is skipped. Terms are added in the order j = 0..top_k-1.
- * The intermediate is quantised to int8 per 32 again. *executed (may be NULL) is increased by the number of (token, expert)
- * pairs computed. workspace: krasis_moe_workspace_bytes(...) bytes, 64-byte aligned. */
+ * The intermediate is quantised to int8 per 32 again. *executed (may be NULL) is increased by the number of (token,
+ * expert) pairs computed. workspace: krasis_moe_workspace_bytes(...) bytes, 64-byte aligned. */
 typedef struct krasis_moe_args {
     const uint8_t *blob;
     int64_t expert_stride_bytes;
@@ -178,14 +182,15 @@ typedef struct krasis_moe_args {
     int64_t *executed;
 } krasis_moe_args;
 
+/* Both ..._workspace_bytes functions return -1 for impossible sizes and never shrink when tokens or start grow. */
 KRASIS_API int64_t krasis_moe_workspace_bytes(int64_t tokens, int64_t hidden, int64_t intermediate, int64_t num_experts,
                                               int64_t top_k);
 KRASIS_API int32_t krasis_moe(krasis_pool *pool, const krasis_moe_args *args);
 
-/* qkv: f32 [T, (num_heads + 2*num_kv_heads) * head_dim]. Applies RMSNorm over each head of q and k (q_norm/k_norm weights
- * f32 [head_dim]; NULL: none), then rotary embedding (rotate-half form: x1 = x[:D/2], x2 = x[D/2:]) with f32 tables
- * cos/sin [max_positions, D/2] at positions start..start+T-1. q is written back in place; k and v go to the caches
- * [num_kv_heads, capacity, head_dim] of kv_dtype (F32 or F16) at those positions. */
+/* qkv: f32 [T, (num_heads + 2*num_kv_heads) * head_dim]. Applies RMSNorm over each head of q and k (q_norm/k_norm
+ * weights f32 [head_dim]; NULL: none), then rotary embedding (rotate-half form: x1 = x[:D/2], x2 = x[D/2:]) with f32
+ * tables cos/sin [max_positions, D/2] at positions start..start+T-1. q is written back in place; k and v go to the
+ * caches [num_kv_heads, capacity, head_dim] of kv_dtype (F32 or F16) at those positions. */
 typedef struct krasis_qkv_args {
     float *qkv;
     int64_t tokens, start, num_heads, num_kv_heads, head_dim;
@@ -200,8 +205,8 @@ typedef struct krasis_qkv_args {
 KRASIS_API int32_t krasis_qk_norm_rope_store(krasis_pool *pool, const krasis_qkv_args *args);
 
 /* Causal grouped-query attention of T queries at positions start..start+T-1 over cache positions 0..own position.
- * q: f32 [T, ldq] (head h at h*head_dim), out: f32 [T, num_heads*head_dim]. Softmax in f32, in fixed blocks of keys, so that
- * the result does not depend on T, start or threads. head_dim % 16 == 0, <= 256. */
+ * q: f32 [T, ldq] (head h at h*head_dim), out: f32 [T, num_heads*head_dim]. Softmax in f32, in fixed blocks of keys, so
+ * that the result does not depend on T, start or threads. head_dim % 16 == 0, <= 256. */
 typedef struct krasis_attention_args {
     const float *q;
     int64_t ldq, tokens, start, num_heads, num_kv_heads, head_dim;

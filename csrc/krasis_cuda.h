@@ -92,6 +92,52 @@ typedef struct krasis_cuda_moe_reduce_args {
 } krasis_cuda_moe_reduce_args;
 KRASIS_API int32_t krasis_cuda_moe_reduce(const krasis_cuda_moe_reduce_args *args, void *stream);
 
+/* ---- dense layers -----------------------------------------------------------------------------------------------
+ * out[t] = (residual[t] +) x[t] x W^T, W int8 [n/32, k/4, 32, 4] with fp32 scales [n], sums and scales in fp32, out rounded
+ * once. Up to 8 tokens run as a matrix-vector product bound by memory, more on tensor cores; the two add in different
+ * orders. k % 64 == 0, n % 32 == 0; addresses and strides multiples of 16 bytes. */
+typedef struct krasis_cuda_int8_gemm_args {
+    const void *x; /* [tokens, k] of dtype, rows x_stride elements apart */
+    int64_t x_stride, tokens, k, n;
+    int32_t dtype;     /* KRASIS_BF16 or KRASIS_F16 */
+    int32_t out_dtype; /* dtype, or KRASIS_F32 */
+    const int8_t *weight;
+    const float *scales;
+    const void *residual; /* [tokens, n] like out; NULL: none. May be out. */
+    void *out;            /* [tokens, n], rows out_stride elements apart */
+    int64_t out_stride;
+} krasis_cuda_int8_gemm_args;
+KRASIS_API int32_t krasis_cuda_int8_gemm(const krasis_cuda_int8_gemm_args *args, void *stream);
+
+/* out[t] = x[t] / rms(x[t]) * weight, in fp32, rounded once. x, weight and out each of their own dtype; rows contiguous.
+ * k % 8 == 0, addresses multiples of 16 bytes. */
+typedef struct krasis_cuda_rms_norm_args {
+    const void *x;
+    const void *weight; /* [k] */
+    void *out;
+    int64_t tokens, k;
+    int32_t x_dtype, weight_dtype, out_dtype;
+    float eps;
+} krasis_cuda_rms_norm_args;
+KRASIS_API int32_t krasis_cuda_rms_norm(const krasis_cuda_rms_norm_args *args, void *stream);
+
+/* As krasis_qk_norm_rope_store, with qkv and the caches of one 16-bit dtype: norms q and k head by head (NULL weights: not),
+ * rotates both (halves x[:D/2], x[D/2:]) by fp32 tables [max_positions, D/2] at positions start..start+tokens-1, writes q
+ * back in place and k and v to caches [num_kv_heads, capacity, head_dim]. head_dim % 16 == 0, <= 256. */
+typedef struct krasis_cuda_qkv_args {
+    void *qkv; /* [tokens, (num_heads + 2 * num_kv_heads) * head_dim] */
+    int64_t tokens, start, num_heads, num_kv_heads, head_dim;
+    const void *q_norm, *k_norm; /* [head_dim] of norm_dtype */
+    int32_t dtype, norm_dtype;
+    float eps;
+    int32_t reserved;
+    const float *cos, *sin;
+    int64_t max_positions;
+    void *k_cache, *v_cache;
+    int64_t capacity;
+} krasis_cuda_qkv_args;
+KRASIS_API int32_t krasis_cuda_qk_norm_rope_store(const krasis_cuda_qkv_args *args, void *stream);
+
 #ifdef __cplusplus
 }
 #endif

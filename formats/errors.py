@@ -1,8 +1,9 @@
-"""The errors a user can meet. Each says what went wrong, where, what was found, what is allowed, and what to do.
+"""The errors a user can meet. Each says what went wrong, where, what was found, what is allowed, what to do.
 
->>> str(FormatError("tensor is outside the file", where="a.safetensors: 'x'", got="end 900", limit="800 bytes",
-...                 hint="the download may be incomplete"))
-"a.safetensors: 'x': tensor is outside the file (got end 900; limit 800 bytes). Hint: the download may be incomplete"
+>>> str(FormatError("tensor ends outside the file", where="a.safetensors", got="900", limit="800 bytes"))
+'a.safetensors: tensor ends outside the file (got 900; limit 800 bytes)'
+>>> str(UsageError("no bundle given", hint="name a .krasis folder"))
+'no bundle given. Hint: name a .krasis folder'
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class UnsupportedModelError(KrasisError):
 
 
 class MismatchError(KrasisError):
-    """Two inputs that should describe one model do not, or a resumed conversion's inputs or settings changed."""
+    """Two inputs that should hold one model do not, or a resumed conversion's inputs or settings changed."""
 
     exit_code = 5
 

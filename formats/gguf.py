@@ -15,7 +15,7 @@ from pathlib import Path
 from krasis.formats.errors import FormatError
 from krasis.formats.gguf_header import GgufTensor, GgufValue, parse_gguf_header
 from krasis.formats.names import shown
-from krasis.formats.regular_file import Bytes, MappedFile, open_regular
+from krasis.formats.regular_file import Bytes, MappedFile, list_names, open_regular
 
 _SPLIT_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 _MAX_PARTS = 99_999
@@ -132,7 +132,7 @@ class GgufCheckpoint:
 
 
 def _find_file(directory: Path) -> Path:
-    names = sorted(item.name for item in directory.iterdir() if item.name.endswith(".gguf"))
+    names = [name for name in list_names(directory) if name.endswith(".gguf")]
     models = {
         (match["stem"], match["count"]) if (match := _SPLIT_NAME.fullmatch(name)) else name for name in names
     }

@@ -1,4 +1,4 @@
-"""Loads ``libkrasis_cpu`` and turns its status codes into errors. The ABI itself is described in ``csrc/krasis.h``.
+"""Loads ``libkrasis_cpu`` and turns its status codes into errors. ``csrc/krasis.h`` describes the ABI itself.
 
 The library is looked for in ``$KRASIS_LIB_DIR``, then in ``krasis/_lib`` of the installed distribution.
 """
@@ -73,7 +73,9 @@ def library() -> ctypes.CDLL:
             try:
                 loaded = ctypes.CDLL(str(path), use_errno=True)
             except OSError as error:
-                raise NativeError("the native library cannot be loaded", where=str(path), got=error) from error
+                raise NativeError(
+                    "the native library cannot be loaded", where=str(path), got=error
+                ) from error
             loaded.krasis_abi_version.restype = ctypes.c_int32
             version = loaded.krasis_abi_version()
             if version != ABI_VERSION:
@@ -104,7 +106,9 @@ def check(status: int, function: str) -> None:
 def address(array: npt.NDArray[np.generic]) -> int:
     """The address of a C-contiguous array's first element. Raises NativeError for any other array."""
     if not array.flags.c_contiguous:
-        raise NativeError("array must be C-contiguous", got=f"strides {array.strides} for shape {array.shape}")
+        raise NativeError(
+            "array must be C-contiguous", got=f"strides {array.strides} for shape {array.shape}"
+        )
     return int(array.ctypes.data)
 
 

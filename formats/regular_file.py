@@ -71,6 +71,14 @@ def _open_error(error: OSError, path: Path) -> FormatError | ResourceError:
     return ResourceError("file cannot be opened", where=str(path), got=error.strerror)
 
 
+def list_names(directory: Path) -> list[str]:
+    """Names of a directory's entries, sorted. ResourceError if the system refuses."""
+    try:
+        return sorted(entry.name for entry in directory.iterdir())
+    except OSError as error:
+        raise ResourceError("directory cannot be read", where=str(directory), got=error.strerror) from error
+
+
 def read_range(fd: int, offset: int, num_bytes: int, where: str) -> bytes:
     """Exactly ``num_bytes`` bytes from ``offset``. FormatError if the file ends before, ResourceError on I/O
     errors.

@@ -27,7 +27,14 @@ from krasis.formats.limits import (
     checked_mul,
 )
 from krasis.formats.names import check_file_name, check_tensor_name, shown
-from krasis.formats.regular_file import Bytes, MappedFile, open_regular, read_range, read_small_file
+from krasis.formats.regular_file import (
+    Bytes,
+    MappedFile,
+    list_names,
+    open_regular,
+    read_range,
+    read_small_file,
+)
 from krasis.formats.strict_json import parse_json_object
 
 LENGTH_BYTES = 8
@@ -293,7 +300,7 @@ class ShardedCheckpoint:
 
 def _find_entry(directory: Path) -> Path:
     """The index, else the only safetensors file, of a directory."""
-    names = sorted(item.name for item in directory.iterdir())
+    names = list_names(directory)
     indexes = [name for name in names if name.endswith(INDEX_SUFFIX)]
     shards = [name for name in names if name.endswith(".safetensors")]
     for found, what in ((indexes, "indexes"), (shards, "safetensors files and no index")):

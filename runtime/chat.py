@@ -11,6 +11,7 @@ from krasis.formats.errors import FormatError, UsageError
 
 if TYPE_CHECKING:
     from jinja2 import Template
+
     from krasis.runtime.template_sandbox import LimitedEnvironment
 
 MAX_TEMPLATE_CHARACTERS = 256 * 1024
@@ -42,6 +43,7 @@ class ChatTemplate:
 
     def __init__(self, source: str, tokens: Mapping[str, str], where: str = "chat template") -> None:
         from jinja2 import TemplateError
+
         from krasis.runtime.template_sandbox import LimitedEnvironment
 
         self._where = where

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import click
+
 from krasis.formats.errors import KrasisError, UsageError
 
 if TYPE_CHECKING:

@@ -12,6 +12,7 @@ from typing import cast
 
 import numpy as np
 import numpy.typing as npt
+
 from krasis.formats.architecture import Architecture
 from krasis.formats.bundle_reader import Bundle
 from krasis.formats.errors import UsageError

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
+
 from krasis.runtime.sampler import Sampler
 from krasis.runtime.tokenizer import TokenStream
 

@@ -16,6 +16,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
 from krasis.formats.errors import KrasisError, UsageError
 
 if TYPE_CHECKING:
@@ -198,8 +199,9 @@ def _add_verification(path: Path, record: dict[str, Any], texts: list[str]) -> b
 
 def _verify_with_progress(path: Path) -> tuple[int, float, list[Problem]]:
     """(bytes checked, seconds, problems). The bar goes to stderr, and only if that is a terminal."""
-    from krasis.formats.bundle_verify import verify_bundle
     from tqdm import tqdm
+
+    from krasis.formats.bundle_verify import verify_bundle
 
     done = 0
     lock = Lock()

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
 from krasis.formats.errors import NativeError
 
 Array = npt.NDArray[Any]

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+
 from krasis.runtime.native_arrays import Array
 
 BLOCK_K = 32

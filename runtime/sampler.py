@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+
 from krasis.formats.errors import NativeError
 from krasis.runtime.settings import SamplingSettings
 

@@ -16,6 +16,7 @@ from typing import Any
 import click
 import numpy as np
 import numpy.typing as npt
+
 from krasis.formats.bundle_reader import Bundle
 from krasis.formats.native import Pool, check
 from krasis.runtime.native import ActsStruct, MoeArgs, prototype

@@ -1,14 +1,16 @@
 """Converts a model of real layer shape and starts it: rates, peak memory, huge-page coverage, start-up times.
 
-Makes the random-weight model if it is not there (4 layers of Qwen3-30B-A3B shape: about 5 GB of BF16), converts it in a
-process of its own while sampling that process's anonymous memory, then starts ``krasis-run`` on the warm bundle.
+Makes the random-weight model if it is not there (4 layers of Qwen3-30B-A3B shape: about 6 GB of BF16 with its
+embeddings), converts it in a process of its own while sampling that process's anonymous memory, then starts
+``krasis-run`` on the warm bundle.
 
-    python scripts/bench_convert.py --work /tmp/krasis-bench
+    python scripts/bench_convert.py --work models/bench
 """
 
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 import statistics
 import subprocess
@@ -67,9 +69,16 @@ def command(name: str) -> str:
     return str(Path(sys.executable).parent / name)
 
 
+def children_cpu_s() -> float:
+    """CPU seconds of all finished child processes so far."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
 def convert(sources: list[Path], output: Path, extra: tuple[str, ...]) -> Conversion:
     input_bytes = sum(tree_bytes(path, "*.safetensors") for path in sources if path.is_dir())
     arguments = [command("krasis-convert"), *map(str, sources), "-o", str(output), "--force", *extra]
+    cpu_before_s = children_cpu_s()
     begin = time.perf_counter()
     process = subprocess.Popen(arguments)
     peak_bytes = 0
@@ -79,10 +88,7 @@ def convert(sources: list[Path], output: Path, extra: tuple[str, ...]) -> Conver
     wall_s = time.perf_counter() - begin
     if process.returncode != 0:
         raise click.ClickException(f"{' '.join(arguments)} returned {process.returncode}")
-    import resource
-
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return Conversion(input_bytes, wall_s, usage.ru_utime + usage.ru_stime, peak_bytes)
+    return Conversion(input_bytes, wall_s, children_cpu_s() - cpu_before_s, peak_bytes)
 
 
 def start(bundle: Path) -> Start:
@@ -104,7 +110,7 @@ def start(bundle: Path) -> Start:
 
 
 def huge_page_coverage(bundle: Path) -> tuple[int, int]:
-    """(FilePmdMapped bytes, mapped bytes) of the expert shards after reading them once, from /proc/self/smaps."""
+    """(FilePmdMapped, mapped) bytes of the expert shards after reading their blobs once, from smaps."""
     from krasis.formats.bundle_reader import Bundle
 
     pmd_bytes = mapped_bytes = 0
@@ -142,7 +148,7 @@ def make_model(work: Path, shape: str, layers: int, with_gguf: bool) -> list[Pat
 
 
 @click.command(help=__doc__)
-@click.option("--work", type=click.Path(path_type=Path), default=Path("/tmp/krasis-bench"), show_default=True)
+@click.option("--work", type=click.Path(path_type=Path), default=Path("models/bench"), show_default=True)
 @click.option("--shape", default="qwen3-30b-a3b", show_default=True)
 @click.option("--layers", default=4, show_default=True)
 @click.option("--gguf/--no-gguf", "with_gguf", default=True, help="Give the converter a Q8_0 GGUF too.")
@@ -175,7 +181,8 @@ def main(
     for name in ("load_s", "first_token_s", "command_s"):
         values = [getattr(run, name) for run in runs]
         click.echo(
-            f"warm start {name}: median {statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+            f"warm start {name}: median {statistics.median(values):.3f} "
+            f"({min(values):.3f} to {max(values):.3f})"
         )
     bundle_bytes = tree_bytes(bundle, "*.safetensors")
     pmd_bytes, mapped_bytes = huge_page_coverage(bundle)

@@ -13,6 +13,7 @@ from typing import Any
 
 import bench_common as common
 import click
+
 from krasis.formats.native import Pool
 
 SAMPLE_GB = 0.5  # near the window of the bandwidth: other work disturbs both alike

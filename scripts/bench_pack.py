@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
+
 from krasis.formats.errors import NativeError
 from krasis.formats.layouts import (
     CpuTileLayout,

@@ -11,6 +11,7 @@ from typing import Any
 
 import bench_common as common
 import click
+
 from krasis.formats.native import Pool
 
 NUM_ROUTINGS = 3

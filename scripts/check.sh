@@ -11,6 +11,9 @@ step "set-up"
 scripts/setup.sh lint
 bin="$PWD/$venv/bin"
 
+step "the README's first command"
+scripts/quickstart.sh
+
 step "lint and types"
 "$bin/ruff" check .
 "$bin/ruff" format --check .
@@ -24,7 +27,7 @@ step "native tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 "$bin/python" -m pip --disable-pip-version-check --quiet install cmake ninja
 "$bin/cmake" -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM="$bin/ninja" -DKRASIS_SANITIZE=ON -DKRASIS_NATIVE_TESTS=ON >/dev/null
 "$bin/cmake" --build build/sanitize
-(cd build/sanitize/csrc && "$bin/ctest" --output-on-failure)
+"$bin/ctest" --test-dir build/sanitize --output-on-failure
 
 step "Python suite"
 "$bin/python" -m pytest -n 2 --dist worksteal -q --durations=15
@@ -35,8 +38,7 @@ step "Python suite under -O (what is marked slow ran above)"
 step "editable install"
 editable=$(mktemp -d)
 trap 'rm -rf "$editable"' EXIT
-"$venv/bin/python" -m venv --system-site-packages "$editable/venv"
-echo "$PWD/$venv/lib" >/dev/null
+"$bin/python" -m venv "$editable/venv"
 "$bin/python" -m pip --disable-pip-version-check --quiet install scikit-build-core
 "$bin/python" - "$editable/venv" <<'PY'
 import pathlib, sys, sysconfig

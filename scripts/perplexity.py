@@ -26,12 +26,13 @@ from typing import Any
 import click
 import numpy as np
 import numpy.typing as npt
+from tqdm import tqdm
+
 from krasis.convert.conversion import convert, prepare
 from krasis.convert.progress import Reporter
 from krasis.convert.settings import ConvertSettings
 from krasis.formats.errors import KrasisError, UsageError
 from krasis.runtime import Engine, EngineSettings
-from tqdm import tqdm
 
 Logits = npt.NDArray[np.float32]
 Model = Callable[[list[int]], Logits]  # tokens -> logits [tokens, vocab]

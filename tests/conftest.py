@@ -57,9 +57,10 @@ def state_of_layer(weights: Any, index: int) -> dict[str, np.ndarray]:
 def transformers_model(weights: Any) -> Any:
     """Qwen3MoeForCausalLM in float32 whose every weight is a dequantised one of ours (a ``ModelWeights``)."""
     import torch
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
     from krasis.formats.layouts import Int8RowsLayout
     from krasis.runtime.model.weights import to_float32
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     a = weights.architecture
     config = Qwen3MoeConfig(

@@ -59,19 +59,35 @@ int32_t count_ranges(const char *text) {
     return count;
 }
 
-int32_t num_numa_nodes() {
-    std::FILE *file = std::fopen("/sys/devices/system/node/online", "re");
-    if (!file) return 1;
-    char text[256] = {};
-    const bool ok = std::fgets(text, sizeof text, file) != nullptr;
+// A line of a small file under /sys. False if it cannot be read.
+bool read_line(const char *path, char *text, int capacity) {
+    std::FILE *file = std::fopen(path, "re");
+    if (!file) return false;
+    const bool ok = std::fgets(text, capacity, file) != nullptr;
     std::fclose(file);
-    const int32_t count = ok ? count_ranges(text) : 0;
-    return count > 0 ? count : 1;
+    return ok;
 }
 
-int64_t cache_bytes(int name) {
-    const long value = sysconf(name);
-    return value > 0 ? value : 0;
+// Size of the cache of `level` that CPU 0 sees. Not sysconf: for a cache shared by some of a socket's cores glibc
+// reports the whole socket's.
+int64_t cache_bytes(int level) {
+    for (int index = 0; index < 8; ++index) {
+        char path[96], text[64];
+        std::snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu0/cache/index%d/level", index);
+        int found = 0;
+        if (!read_line(path, text, sizeof text) || std::sscanf(text, "%d", &found) != 1) return 0;
+        if (found != level) continue;
+        std::snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu0/cache/index%d/size", index);
+        long long kib = 0;
+        return read_line(path, text, sizeof text) && std::sscanf(text, "%lldK", &kib) == 1 ? kib * 1024 : 0;
+    }
+    return 0;
+}
+
+int32_t num_numa_nodes() {
+    char text[256] = {};
+    const int32_t count = read_line("/sys/devices/system/node/online", text, sizeof text) ? count_ranges(text) : 0;
+    return count > 0 ? count : 1;
 }
 
 void read_features(krasis_cpu_info *info) {
@@ -127,8 +143,8 @@ int32_t krasis_cpu_probe(krasis_cpu_info *info) {
     krasis::read_features(info);
     info->num_logical_cpus = krasis::num_available_cpus();
     info->num_numa_nodes = krasis::num_numa_nodes();
-    info->l2_bytes = krasis::cache_bytes(_SC_LEVEL2_CACHE_SIZE);
-    info->l3_bytes = krasis::cache_bytes(_SC_LEVEL3_CACHE_SIZE);
+    info->l2_bytes = krasis::cache_bytes(2);
+    info->l3_bytes = krasis::cache_bytes(3);
     krasis::read_brand(info->brand, sizeof info->brand);
     return KRASIS_OK;
 }

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
 from krasis.formats.errors import FormatError, UnsupportedModelError
 from krasis.formats.layouts import native_pack
 from krasis.formats.layouts.expert_record import (

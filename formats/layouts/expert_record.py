@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
+
 from krasis.formats.errors import FormatError, UnsupportedModelError
 from krasis.formats.layouts.matrix import MatrixView, PackStats
 from krasis.formats.native import Pool

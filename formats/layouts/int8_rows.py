@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+
 from krasis.formats.errors import FormatError, UnsupportedModelError
 from krasis.formats.layouts import native_pack
 from krasis.formats.layouts.matrix import MatrixView, PackStats

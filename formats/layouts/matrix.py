@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
 from krasis.formats.errors import FormatError
 
 Array = npt.NDArray[Any]

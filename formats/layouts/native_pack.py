@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
 from krasis.formats.errors import FormatError, NativeError
 from krasis.formats.layouts.matrix import MatrixView, PackStats
 from krasis.formats.native import DTYPE_CODES, STATUS_NONFINITE, Pool, check, library

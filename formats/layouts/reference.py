@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
 from krasis.formats.layouts.matrix import bf16_to_float32, float32_to_bf16
 
 Array = npt.NDArray[Any]

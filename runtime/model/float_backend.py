@@ -11,6 +11,7 @@ from collections.abc import Callable, Hashable
 
 import numpy as np
 import numpy.typing as npt
+
 from krasis.formats.errors import NativeError
 from krasis.formats.layouts import Int8RowsLayout
 from krasis.runtime import reference

@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 import numpy.typing as npt
+
 from krasis.formats.architecture import Architecture, RopeScaling
 from krasis.formats.errors import UnsupportedModelError
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
 from krasis.formats.architecture import Architecture
 from krasis.formats.bundle_reader import Bundle
 from krasis.formats.errors import FormatError, MismatchError

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import xxhash
+
 from krasis.convert.conversion import Summary, convert, prepare
 from krasis.convert.progress import Reporter
 from krasis.convert.settings import ConvertSettings

@@ -19,6 +19,7 @@ from io import StringIO
 from pathlib import Path
 
 import xxhash
+
 from krasis.convert.conversion import convert, prepare
 from krasis.convert.progress import Reporter
 from krasis.convert.settings import ConvertSettings

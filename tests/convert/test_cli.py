@@ -13,9 +13,10 @@ import termios
 import time
 from pathlib import Path
 
-import krasis.convert.cli as cli
 import pytest
 from click.testing import CliRunner
+
+import krasis.convert.cli as cli
 from krasis.convert.partial import partial_path
 
 COMMAND = [sys.executable, "-c", "from krasis.convert.cli import main; main()"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gguf
 import numpy as np
 import pytest
+
 from krasis.formats.bundle_reader import Bundle
 from krasis.formats.bundle_verify import verify_bundle
 from krasis.formats.layouts import MarlinLayout

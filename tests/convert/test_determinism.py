@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from krasis.convert.journal import JOURNAL_NAME
 from krasis.formats.file_ops import FileOps
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
 from krasis.convert.journal import JOURNAL_NAME
 from krasis.formats.errors import ResourceError
 from krasis.formats.file_ops import FileOps

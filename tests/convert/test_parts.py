@@ -10,6 +10,8 @@ import h5py
 import numpy as np
 import pytest
 import xxhash
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
 from krasis.convert import resources
 from krasis.convert.conversion import prepare
 from krasis.convert.crosscheck import error_limit, spread
@@ -28,7 +30,6 @@ from krasis.formats.bundle_reader import Bundle
 from krasis.formats.errors import FormatError, ResourceError, UnsupportedModelError, UsageError
 from krasis.formats.ggml_blocks import SUPPORTED_TYPES
 from krasis.formats.layouts import PackStats
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 
 @pytest.mark.parametrize(

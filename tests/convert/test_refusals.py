@@ -10,6 +10,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+
 from krasis.convert.journal import encode_line
 from krasis.convert.partial import partial_path
 from krasis.formats.errors import (

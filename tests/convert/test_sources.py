@@ -5,6 +5,7 @@ from __future__ import annotations
 import gguf
 import numpy as np
 import pytest
+
 from krasis.convert.slices import TensorSlice
 from krasis.formats.bundle_reader import Bundle
 from krasis.formats.layouts import layout_from_id

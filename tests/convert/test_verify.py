@@ -10,6 +10,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+
 from krasis.formats.errors import ChecksumError, FormatError, ResourceError
 from krasis.formats.file_ops import FileOps
 

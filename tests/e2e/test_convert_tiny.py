@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import xxhash
+
 from krasis.formats.bundle_reader import Bundle
 from krasis.formats.bundle_verify import verify_bundle
 

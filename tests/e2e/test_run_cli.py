@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+
 from krasis.runtime import Engine, EngineSettings, SamplingSettings
 from krasis.runtime.cli import main
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from krasis.formats.errors import FormatError, MismatchError, NativeError, UsageError
 from krasis.runtime import Engine, EngineSettings, Message, SamplingSettings
 

@@ -1,4 +1,4 @@
-"""Every system call of a conversion fails once, or is the last before the power goes: nothing half-made opens."""
+"""Every system call of a conversion fails once, or is the last before a crash: nothing half-made opens."""
 
 import contextlib
 import errno

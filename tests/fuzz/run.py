@@ -1,6 +1,7 @@
-"""Fuzzes one parser or all for a while; inputs that break it are kept in the corpus, where the tests replay them.
+"""Fuzzes one parser or all for a while; inputs that break it are kept in the corpus, where the tests replay
+them.
 
-    python tests/fuzz/run.py --seconds 600 --parser gguf [--seed N] [--grow]
+python tests/fuzz/run.py --seconds 600 --parser gguf [--seed N] [--grow]
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60.0, help="for each parser")
     parser.add_argument("--parser", choices=[*fuzzing.TARGETS, "all"], default="all")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 32))
-    parser.add_argument("--grow", action="store_true", help="also keep small inputs that gave a new kind of refusal")
+    parser.add_argument(
+        "--grow", action="store_true", help="also keep small inputs that gave a new kind of refusal"
+    )
     arguments = parser.parse_args()
     is_broken = False
     for name, target in fuzzing.TARGETS.items():

@@ -15,6 +15,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "formats" / "support"))
 
 import format_builders
+
 from krasis.formats.errors import FormatError, KrasisError
 
 MAX_SECONDS = 5.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from krasis.formats.errors import FormatError, UsageError
 from krasis.runtime.chat import ChatTemplate, Message
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from krasis.runtime.generation import Answer, Generation, GenerationPlan, StopStrings, run
 from krasis.runtime.sampler import Sampler
 from krasis.runtime.settings import SamplingSettings

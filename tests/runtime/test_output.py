@@ -6,6 +6,7 @@ import io
 import sys
 
 import pytest
+
 from krasis.runtime.output import PrefillBar, safe_for_terminal
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from krasis.formats.architecture import Architecture, RopeScaling
 from krasis.formats.errors import UnsupportedModelError
 from krasis.runtime.model.rope import inverse_frequencies, rope_tables

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from krasis.formats.errors import NativeError, UsageError
 from krasis.runtime.sampler import Sampler, distribution, penalize_repetition
 from krasis.runtime.settings import SamplingSettings

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from krasis.formats.errors import FormatError
 from krasis.runtime.tokenizer import REPLACEMENT, Tokenizer
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
+
 from krasis.formats.native import Pool
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"

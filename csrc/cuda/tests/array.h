@@ -4,6 +4,8 @@
 #include <cstring>
 #include <vector>
 
+#include <sys/mman.h>
+
 #include "check.h"
 #include "simt.h"
 
@@ -71,6 +73,43 @@ class Array {
 #if KRASIS_SIMT_DEVICE
     T *device_ = nullptr;
 #endif
+};
+
+// A large, mostly untouched range of addresses, for offsets that do not fit 32 bits.
+class Region {
+  public:
+    explicit Region(size_t bytes) : bytes_(bytes) {
+#if KRASIS_SIMT_DEVICE
+        if (cudaMalloc(&base_, bytes) != cudaSuccess) base_ = nullptr;
+        cudaGetLastError();
+#else
+        void *mapped = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (mapped != MAP_FAILED) base_ = static_cast<uint8_t *>(mapped);
+#endif
+    }
+    ~Region() {
+#if KRASIS_SIMT_DEVICE
+        cudaFree(base_);
+#else
+        if (base_) munmap(base_, bytes_);
+#endif
+    }
+    Region(const Region &) = delete;
+    Region &operator=(const Region &) = delete;
+
+    bool exists() const { return base_ != nullptr; }
+    uint8_t *at(int64_t offset) const { return base_ + offset; }
+    void put(int64_t offset, const void *data, int64_t bytes) {
+#if KRASIS_SIMT_DEVICE
+        CHECK_CUDA(cudaMemcpy(at(offset), data, static_cast<size_t>(bytes), cudaMemcpyHostToDevice));
+#else
+        std::memcpy(at(offset), data, static_cast<size_t>(bytes));
+#endif
+    }
+
+  private:
+    size_t bytes_;
+    uint8_t *base_ = nullptr;
 };
 
 }  // namespace test

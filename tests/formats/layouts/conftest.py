@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from krasis.formats.errors import NativeError
 from krasis.formats.layouts import MatrixView, PackStats, float32_to_bf16, native_pack
 from krasis.formats.native import Pool

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from krasis.formats.errors import FormatError, NativeError, UnsupportedModelError
 from krasis.formats.layouts import CpuTileLayout, MarlinLayout, MatrixView, native_pack, reference
 from krasis.formats.layouts.cpu_tiles import dequantize, fuse_rows, pack_tiles, split_rows, unpack_tiles

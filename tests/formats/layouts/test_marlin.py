@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from krasis.formats.errors import FormatError, UnsupportedModelError
 from krasis.formats.layouts import MarlinLayout, float32_to_bf16
 from krasis.formats.layouts import marlin as layout

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from krasis.formats.errors import FormatError, NativeError, UnsupportedModelError
 from krasis.formats.layouts import (
     CpuTileLayout,

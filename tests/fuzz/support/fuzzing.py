@@ -1,4 +1,4 @@
-"""The loop that damages inputs and watches a parser: only KrasisError may escape, in little time and memory."""
+"""Damages inputs and watches a parser: only KrasisError may escape, in bounded time and memory."""
 
 from __future__ import annotations
 
@@ -75,7 +75,9 @@ def run(target: Target, *, seed: int, num_inputs: int | None = None, seconds: fl
         _try(target, data, result, is_traced=True)
     while (num_inputs is None or result.num_inputs < num_inputs) and time.monotonic() < end:
         base = rng.choice(pool)
-        data = target.mutate(base, pool, rng) if rng.random() < 0.6 else mutations.mutate_bytes(base, pool, rng)
+        data = (
+            target.mutate(base, pool, rng) if rng.random() < 0.6 else mutations.mutate_bytes(base, pool, rng)
+        )
         if _try(target, data, result, is_traced=result.num_inputs % _TRACED_EVERY == 0):
             pool.append(data)
             result.fresh.append(data)
@@ -239,9 +241,17 @@ def _mutate_config(data: bytes, pool: list[bytes], rng: random.Random) -> bytes:
 
 
 def _config_seeds() -> list[bytes]:
-    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "mscale": 1.0, "mscale_all_dim": 0.5}
+    yarn = {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 128,
+        "mscale": 1.0,
+        "mscale_all_dim": 0.5,
+    }
     old = format_builders.hf_config(rope_scaling=yarn)
-    new = format_builders.hf_config(rope_parameters={"rope_type": "default", "rope_theta": 1e6}, rope_theta=...)
+    new = format_builders.hf_config(
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6}, rope_theta=...
+    )
     return [json.dumps(old).encode(), json.dumps(new).encode()]
 
 

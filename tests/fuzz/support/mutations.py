@@ -9,12 +9,13 @@ import struct
 from typing import Any
 
 BOUNDARIES = (
-    0, 1, 2, 7, 8, 9, 31, 32, 33, 127, 128, 255, 256, 4095, 4096, 65535, 65536, (1 << 21) - 1, 1 << 21, (1 << 31) - 1, 1 << 31,
+    0, 1, 2, 7, 8, 9, 31, 32, 33, 127, 128, 255, 256, 4095, 4096, 65535, 65536,
+    (1 << 21) - 1, 1 << 21, (1 << 31) - 1, 1 << 31,
     (1 << 32) - 1, 1 << 32, (1 << 53) + 1, (1 << 62), (1 << 63) - 1, 1 << 63, (1 << 64) - 1,
 )  # fmt: skip
 ODD_VALUES: tuple[Any, ...] = (
-    None, True, False, "", "..", "../x", "/etc/passwd", "a\0b", "x" * 300, 0.0, -0.0, 1e308, 1.5, -1, [], {}, [[]], [{}], "\ud800",
-    float("nan"), float("inf"), 10**25, *BOUNDARIES,
+    None, True, False, "", "..", "../x", "/etc/passwd", "a\0b", "x" * 300, 0.0, -0.0, 1e308, 1.5, -1,
+    [], {}, [[]], [{}], "\ud800", float("nan"), float("inf"), 10**25, *BOUNDARIES,
 )  # fmt: skip
 MAX_INPUT_BYTES = 1 << 16
 
@@ -65,7 +66,9 @@ def mutate_json(value: Any, rng: random.Random) -> Any:
             case 0 if isinstance(parent, dict):
                 del parent[key]
             case 1 if isinstance(parent, dict):
-                parent[rng.choice(("extra", "", "\x00", str(key) * 2, "__metadata__"))] = copy.deepcopy(parent[key])
+                parent[rng.choice(("extra", "", "\x00", str(key) * 2, "__metadata__"))] = copy.deepcopy(
+                    parent[key]
+                )
             case 2 if isinstance(parent, list):
                 parent.insert(rng.randrange(len(parent) + 1), copy.deepcopy(parent[key]))
             case 3:
@@ -76,7 +79,11 @@ def mutate_json(value: Any, rng: random.Random) -> Any:
             case _:
                 old = parent[key]
                 is_number = isinstance(old, int) and rng.random() < 0.5
-                parent[key] = old + rng.choice((-1, 1, 8, 4096, -4096)) if is_number else copy.deepcopy(rng.choice(ODD_VALUES))
+                parent[key] = (
+                    old + rng.choice((-1, 1, 8, 4096, -4096))
+                    if is_number
+                    else copy.deepcopy(rng.choice(ODD_VALUES))
+                )
     return value
 
 
@@ -104,9 +111,13 @@ def encode_json(value: Any, rng: random.Random) -> bytes:
 
 
 def gguf_integer_places(data: bytes) -> list[int]:
-    """Offsets where a length, count, type or offset is likely: 4-byte steps through the header, and after every name."""
+    """Where a length, count, type or offset is likely to be."""
     places = [4, 8, 16]
-    places += [at for at in range(24, min(len(data), 4000)) if data[at : at + 8] < b"\xff" and not any(data[at + 2 : at + 8])]
+    places += [
+        at
+        for at in range(24, min(len(data), 4000))
+        if data[at : at + 8] < b"\xff" and not any(data[at + 2 : at + 8])
+    ]
     return places
 
 

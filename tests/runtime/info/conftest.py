@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from krasis.formats.architecture import Architecture, RopeScaling
 from krasis.formats.bundle_writer import BlobSpec, BundleWriter, plan_shards
 from krasis.formats.layouts import layout_from_id

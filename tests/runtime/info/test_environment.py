@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from krasis.formats import native
 from krasis.formats.errors import NativeError
 from krasis.runtime import environment

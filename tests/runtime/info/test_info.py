@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+
 from krasis.formats.bundle_reader import Bundle
 from krasis.formats.manifest import SourceRecord
 from krasis.runtime.info import bundle_to_json, bundle_to_text

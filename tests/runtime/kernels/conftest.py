@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
+
 from krasis.formats.errors import NativeError
 from krasis.formats.native import Pool
 from krasis.runtime.kernels import Kernels

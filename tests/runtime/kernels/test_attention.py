@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+
 from krasis.formats.errors import NativeError, ResourceError
 from krasis.runtime.kernels import Heads, attention_workspace_bytes, workspace
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from krasis.formats.errors import NativeError, ResourceError
 from krasis.formats.native import check
 from krasis.runtime.native import prototype

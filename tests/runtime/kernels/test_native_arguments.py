@@ -6,6 +6,7 @@ import ctypes
 
 import numpy as np
 import pytest
+
 from krasis.runtime.native import ActsStruct, AttentionArgs, QkvArgs, prototype
 
 ARGUMENT, SHAPE, MEMORY, RANGE = 1, 2, 5, 8

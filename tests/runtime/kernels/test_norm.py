@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from krasis.runtime.kernels import Acts
 
 EPS = 1e-6

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
 from krasis.runtime import reference
 from krasis.runtime.kernels import Acts, moe_workspace_bytes, workspace
 

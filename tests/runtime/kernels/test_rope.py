@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+
 from krasis.formats.errors import NativeError
 from krasis.runtime.kernels import Heads
 

@@ -6,6 +6,7 @@ import gc
 
 import numpy as np
 import pytest
+
 from krasis.formats.errors import NativeError
 from krasis.formats.native import Pool
 from krasis.runtime import native_arrays

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+
 from krasis.formats.architecture import Architecture, RopeScaling
 from krasis.formats.layouts import CpuTileLayout, Int8RowsLayout, MarlinLayout
 from krasis.formats.layouts.matrix import MatrixView, bf16_to_float32, float32_to_bf16

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+
 from krasis.formats.architecture import Architecture
 from krasis.formats.errors import NativeError, ResourceError
 from krasis.formats.layouts import CpuTileLayout, MarlinLayout

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from krasis.formats.architecture import Architecture
 from krasis.formats.errors import FormatError, MismatchError
 from krasis.runtime.model.weights import load_weights

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+
 from krasis.runtime.planning import Figure, HardwareSpec, ModelSizes, describe_gpu, describe_host
 from krasis.runtime.planning.presets import shape
 

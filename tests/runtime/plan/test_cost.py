@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+
 from krasis.runtime.planning import make_plan, make_workload
 from krasis.runtime.planning.cost import attention_macs, distinct_experts
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from krasis.formats.errors import UsageError
 from krasis.runtime.format_units import (
     format_binary,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+
 from krasis.formats.errors import ResourceError
 from krasis.runtime.planning import make_plan, make_workload
 

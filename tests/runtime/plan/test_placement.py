@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from krasis.formats.errors import ResourceError, UsageError
 from krasis.runtime.planning import ModelSizes, make_plan, make_workload
 from krasis.runtime.planning.placement import rank_experts

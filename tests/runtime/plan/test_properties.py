@@ -6,6 +6,7 @@ import dataclasses
 
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+
 from krasis.formats.architecture import Architecture, RopeScaling
 from krasis.formats.errors import ResourceError
 from krasis.runtime.planning import (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+
 from krasis.formats.errors import UsageError
 from krasis.runtime.planning import ModelSizes, count_parameters, sizes_of_shape
 from krasis.runtime.planning.presets import SHAPES, shape

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from krasis.formats import native
 from krasis.formats.errors import NativeError, UsageError
 from krasis.runtime import environment

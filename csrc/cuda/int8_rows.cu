@@ -1,0 +1,74 @@
+// int8_rows.cu: checks, choice of tile and launch of the dense products.
+#include "int8_rows.cuh"
+
+#include "status.h"
+
+namespace krasis::cuda {
+namespace {
+
+constexpr int64_t kVectorTokens = 8;  // above, tensor cores win
+
+int32_t check(const krasis_cuda_int8_gemm_args &a) {
+    const bool pointers = a.x && a.weight && a.scales && a.out;
+    const bool kinds = is_16_bit(a.dtype) && (a.out_dtype == a.dtype || a.out_dtype == KRASIS_F32);
+    if (!pointers || !kinds || a.tokens < 0 || a.k <= 0 || a.n <= 0 || a.k > INT32_MAX || a.n > INT32_MAX) {
+        return KRASIS_ERR_ARGUMENT;
+    }
+    const bool sizes = a.k % 64 == 0 && a.n % 32 == 0;
+    const bool strides = a.x_stride >= a.k && a.x_stride % 8 == 0 && a.out_stride >= a.n && a.out_stride % 8 == 0;
+    const bool aligned = is_aligned(a.x) && is_aligned(a.weight) && is_aligned(a.out) && is_aligned(a.residual);
+    return sizes && strides && aligned ? KRASIS_OK : KRASIS_ERR_SHAPE;
+}
+
+template <class Type, int kTokens>
+int32_t launch_vector(const Int8Params &params, void *stream) {
+    const simt::LaunchShape shape{static_cast<unsigned>(params.strips), 32 * kVectorWarps,
+                                  kVectorWarps * kTokens * 32 * sizeof(float)};
+    return launch<int8_gemv_kernel<Type, kTokens>>(shape, params, stream);
+}
+
+template <class Type, int kWarpsM, int kTilesM, int kStrips, int kStages>
+int32_t launch_matrix(Int8Params params, void *stream) {
+    using Tile = Int8Tile<Type, kWarpsM, kTilesM, kStrips, kStages>;
+    params.column_blocks = static_cast<int32_t>(ceil_div(params.strips, Tile::kBlockStrips));
+    const int64_t blocks = ceil_div(params.tokens, Tile::kRows) * params.column_blocks;
+    if (blocks > kMaxBlocks) return KRASIS_ERR_ARGUMENT;
+    const simt::LaunchShape shape{static_cast<unsigned>(blocks), Tile::kThreads, Tile::kSharedBytes};
+    return launch<int8_gemm_kernel<Type, kWarpsM, kTilesM, kStrips, kStages>>(shape, params, stream);
+}
+
+// Shared memory: at most 96 KiB, so that every target can run every tile.
+template <class Type>
+int32_t launch_type(const Int8Params &params, void *stream) {
+    if (params.tokens == 1) return launch_vector<Type, 1>(params, stream);
+    if (params.tokens == 2) return launch_vector<Type, 2>(params, stream);
+    if (params.tokens <= 4) return launch_vector<Type, 4>(params, stream);
+    if (params.tokens <= kVectorTokens) return launch_vector<Type, 8>(params, stream);
+    if (params.tokens <= 16) return launch_matrix<Type, 1, 1, 1, 4>(params, stream);
+    if (params.tokens <= 64) return launch_matrix<Type, 1, 4, 1, 4>(params, stream);
+    return launch_matrix<Type, 2, 4, 2, 3>(params, stream);
+}
+
+}  // namespace
+}  // namespace krasis::cuda
+
+int32_t krasis_cuda_int8_gemm(const krasis_cuda_int8_gemm_args *args, void *stream) {
+    using namespace krasis::cuda;
+    if (args == nullptr) return KRASIS_ERR_ARGUMENT;
+    const krasis_cuda_int8_gemm_args &a = *args;
+    const int32_t status = check(a);
+    if (status != KRASIS_OK || a.tokens == 0) return status;
+    Int8Params p{};
+    p.x = static_cast<const uint8_t *>(a.x);
+    p.weight = reinterpret_cast<const uint8_t *>(a.weight);
+    p.scales = a.scales;
+    p.residual = static_cast<const uint8_t *>(a.residual);
+    p.out = static_cast<uint8_t *>(a.out);
+    p.x_stride_bytes = a.x_stride * 2;
+    p.out_stride = a.out_stride;
+    p.tokens = a.tokens;
+    p.k = static_cast<int32_t>(a.k);
+    p.strips = static_cast<int32_t>(a.n / 32);
+    p.out_is_float = a.out_dtype == KRASIS_F32;
+    return a.dtype == KRASIS_BF16 ? launch_type<krasis::Bf16>(p, stream) : launch_type<krasis::F16>(p, stream);
+}
