@@ -1,10 +1,10 @@
 /* krasis_cuda.h: the C ABI of libkrasis_cuda.
  *
- * Every pointer inside an argument struct is a device address unless it says otherwise; a stream is a cudaStream_t passed as
- * void *. Calls check sizes, enqueue kernels on the stream and return at once; they never allocate, synchronise or print.
- * Status codes are krasis_status plus KRASIS_ERR_CUDA, after which krasis_cuda_last_error() has CUDA's words. Results do not
- * depend on the order in which blocks run: the same inputs give the same bits, and a row the same bits in any batch that
- * runs with the same m_block.
+ * Every pointer inside an argument struct is a device address unless it says otherwise; a stream is a cudaStream_t
+ * passed as void *. Calls check sizes, enqueue kernels on the stream and return at once; they never allocate,
+ * synchronise or print. Status codes are krasis_status plus KRASIS_ERR_CUDA, after which krasis_cuda_last_error() has
+ * CUDA's words. Results do not depend on the order in which blocks run: the same inputs give the same bits, and a row
+ * the same bits in any batch that runs with the same m_block.
  *
  * Slots: the routed copies of tokens; slot = token * top_k + choice. Names: k input, n output features.
  */
@@ -28,7 +28,8 @@ KRASIS_API const char *krasis_cuda_last_error(void);
  * Sorts slots by expert, in slot order within one, each expert padded to whole blocks of m_block rows. The number of
  * blocks is known only on the device; buffers are sized by krasis_cuda_align_max_blocks. */
 
-/* Rows a block of the grouped product should have for about this many slots spread over this many experts: 16, 32 or 64. */
+/* Rows a block of the grouped product should have for about this many slots spread over this many experts: 16, 32
+ * or 64. */
 KRASIS_API int32_t krasis_cuda_moe_m_block(int64_t num_slots, int64_t num_experts);
 KRASIS_API int64_t krasis_cuda_align_max_blocks(int64_t num_slots, int64_t num_experts, int32_t m_block);
 
@@ -37,7 +38,8 @@ typedef struct krasis_cuda_align_args {
     int64_t num_slots;
     int32_t num_experts; /* at most 8192 */
     int32_t m_block;
-    int32_t *sorted_slots;  /* out [max_blocks * m_block]: slots, -1 where padded; rows past the last block are untouched */
+    int32_t
+        *sorted_slots; /* out [max_blocks * m_block]: slots, -1 where padded; rows past the last block are untouched */
     int32_t *block_experts; /* out [max_blocks]: expert of each block; past the last untouched */
     int32_t *first_block;   /* out [num_experts + 1]: first block of each expert; the last is the number of blocks */
     int32_t *counts;        /* out [num_experts]: slots of each expert */
@@ -52,7 +54,7 @@ KRASIS_API int32_t krasis_cuda_moe_align(const krasis_cuda_align_args *args, voi
  * Sums and scales are fp32; out is rounded once. An expert whose expert_base is null is computed elsewhere: skipped.
  * k % 64 == 0; n % 64 == 0 (gated: n % 128 == 0); all addresses and strides multiples of 16 bytes. */
 typedef struct krasis_cuda_moe_gemm_args {
-    const void *activations; /* [rows, k] of dtype */
+    const void *activations;   /* [rows, k] of dtype */
     int64_t activation_stride; /* elements */
     int64_t slots_per_row;     /* top_k where rows are tokens, 1 where they are slots */
     int32_t dtype;             /* KRASIS_BF16 or KRASIS_F16 */
@@ -75,11 +77,12 @@ typedef struct krasis_cuda_moe_gemm_args {
 } krasis_cuda_moe_gemm_args;
 KRASIS_API int32_t krasis_cuda_moe_gemm(const krasis_cuda_moe_gemm_args *args, void *stream);
 
-/* out[r, i] = silu(x[r, i]) * x[r, n + i], for products that were not gated. x [rows, 2n], out [rows, n] of dtype. n % 8 == 0 */
+/* out[r, i] = silu(x[r, i]) * x[r, n + i], for products that were not gated. x [rows, 2n], out [rows, n] of dtype. n %
+ * 8 == 0 */
 KRASIS_API int32_t krasis_cuda_silu_mul(const void *x, int64_t rows, int64_t n, int32_t dtype, void *out, void *stream);
 
-/* out[t] = residual[t] + sum over j of weights[t, j] * slots[t * top_k + j], in fp32 and in the order j = 0..top_k-1; a slot
- * with id -1 (or no expert) is left out. n % 8 == 0; addresses multiples of 16 bytes. */
+/* out[t] = residual[t] + sum over j of weights[t, j] * slots[t * top_k + j], in fp32 and in the order j = 0..top_k-1; a
+ * slot with id -1 (or no expert) is left out. n % 8 == 0; addresses multiples of 16 bytes. */
 typedef struct krasis_cuda_moe_reduce_args {
     const void *slots; /* [tokens * top_k, n] of slots_dtype */
     int32_t slots_dtype, out_dtype;
@@ -93,9 +96,9 @@ typedef struct krasis_cuda_moe_reduce_args {
 KRASIS_API int32_t krasis_cuda_moe_reduce(const krasis_cuda_moe_reduce_args *args, void *stream);
 
 /* ---- dense layers -----------------------------------------------------------------------------------------------
- * out[t] = (residual[t] +) x[t] x W^T, W int8 [n/32, k/4, 32, 4] with fp32 scales [n], sums and scales in fp32, out rounded
- * once. Up to 8 tokens run as a matrix-vector product bound by memory, more on tensor cores; the two add in different
- * orders. k % 64 == 0, n % 32 == 0; addresses and strides multiples of 16 bytes. */
+ * out[t] = (residual[t] +) x[t] x W^T, W int8 [n/32, k/4, 32, 4] with fp32 scales [n], sums and scales in fp32, out
+ * rounded once. Up to 8 tokens run as a matrix-vector product bound by memory, more on tensor cores; the two add in
+ * different orders. k % 64 == 0, n % 32 == 0; addresses and strides multiples of 16 bytes. */
 typedef struct krasis_cuda_int8_gemm_args {
     const void *x; /* [tokens, k] of dtype, rows x_stride elements apart */
     int64_t x_stride, tokens, k, n;
@@ -109,8 +112,8 @@ typedef struct krasis_cuda_int8_gemm_args {
 } krasis_cuda_int8_gemm_args;
 KRASIS_API int32_t krasis_cuda_int8_gemm(const krasis_cuda_int8_gemm_args *args, void *stream);
 
-/* out[t] = x[t] / rms(x[t]) * weight, in fp32, rounded once. x, weight and out each of their own dtype; rows contiguous.
- * k % 8 == 0, addresses multiples of 16 bytes. */
+/* out[t] = x[t] / rms(x[t]) * weight, in fp32, rounded once. x, weight and out each of their own dtype; rows
+ * contiguous. k % 8 == 0, addresses multiples of 16 bytes. */
 typedef struct krasis_cuda_rms_norm_args {
     const void *x;
     const void *weight; /* [k] */
@@ -121,9 +124,9 @@ typedef struct krasis_cuda_rms_norm_args {
 } krasis_cuda_rms_norm_args;
 KRASIS_API int32_t krasis_cuda_rms_norm(const krasis_cuda_rms_norm_args *args, void *stream);
 
-/* As krasis_qk_norm_rope_store, with qkv and the caches of one 16-bit dtype: norms q and k head by head (NULL weights: not),
- * rotates both (halves x[:D/2], x[D/2:]) by fp32 tables [max_positions, D/2] at positions start..start+tokens-1, writes q
- * back in place and k and v to caches [num_kv_heads, capacity, head_dim]. head_dim % 16 == 0, <= 256. */
+/* As krasis_qk_norm_rope_store, with qkv and the caches of one 16-bit dtype: norms q and k head by head (NULL weights:
+ * not), rotates both (halves x[:D/2], x[D/2:]) by fp32 tables [max_positions, D/2] at positions start..start+tokens-1,
+ * writes q back in place and k and v to caches [num_kv_heads, capacity, head_dim]. head_dim % 16 == 0, <= 256. */
 typedef struct krasis_cuda_qkv_args {
     void *qkv; /* [tokens, (num_heads + 2 * num_kv_heads) * head_dim] */
     int64_t tokens, start, num_heads, num_kv_heads, head_dim;

@@ -121,6 +121,16 @@ class Manifest:
             problem = ("unknown field", unknown[0]) if unknown else ("field is missing", missing[0])
             raise FormatError(problem[0], where=where, got=shown(problem[1]))
         _check_bytes(record, data, where)
+        try:
+            manifest = cls._from_record(record, where)
+        except FormatError as error:
+            if is_newer:  # sound by its checksum: what we cannot read is an addition, not damage
+                raise _newer(record, where, str(error)) from error
+            raise
+        return manifest
+
+    @classmethod
+    def _from_record(cls, record: Mapping[str, Any], where: str) -> Manifest:
         manifest = cls(
             tool_version=_text(record["tool_version"], f"{where}: tool_version"),
             architecture=Architecture.from_json(

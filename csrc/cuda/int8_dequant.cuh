@@ -7,8 +7,8 @@ namespace krasis::cuda {
 
 // out[0]: bytes 0 and 1, out[1]: bytes 2 and 3.
 //
-// bf16 has room for seven bits below an exponent of 128: with m the low seven bits and s the sign bit of a byte, the byte's value is
-// (128 + m) - (128 or 256), and both are 0x4300 or-ed with bits of the byte itself.
+// bf16 has room for seven bits below an exponent of 128: with m the low seven bits and s the sign bit of a byte, the
+// byte's value is (128 + m) - (128 or 256), and both are 0x4300 or-ed with bits of the byte itself.
 KRASIS_DEVICE void int8_to_floats(Bf16 type, uint32_t word, uint32_t (&out)[2]) {
     KRASIS_UNROLL
     for (int i = 0; i < 2; ++i) {

@@ -1,6 +1,5 @@
 // int8_rows.cu: checks, choice of tile and launch of the dense products.
 #include "int8_rows.cuh"
-
 #include "status.h"
 
 namespace krasis::cuda {
@@ -46,7 +45,7 @@ int32_t launch_type(const Int8Params &params, void *stream) {
     if (params.tokens <= kVectorTokens) return launch_vector<Type, 8>(params, stream);
     if (params.tokens <= 16) return launch_matrix<Type, 1, 1, 1, 4>(params, stream);
     if (params.tokens <= 64) return launch_matrix<Type, 1, 4, 1, 4>(params, stream);
-    return launch_matrix<Type, 2, 4, 2, 3>(params, stream);
+    return launch_matrix<Type, 2, 4, 1, 4>(params, stream);
 }
 
 }  // namespace

@@ -1,12 +1,12 @@
 // int8_rows.cuh: the dense W8A16 products on int8 rows [n/32, k/4, 32, 4].
 //
-// Matrix product. The 16 bytes of a strip that lane 4j + q needs at k16 step s are rows 4j..4j+3 at k4 step 4s + q: four
-// consecutive k of four rows. Row 4j + i is made column j of the i-th 8-column fragment, and the four k are made k 2q, 2q+1, 2q+8,
-// 2q+9 of the mma; A is read in the same order of k, eight bytes a lane. A lane's sums then belong to eight consecutive
-// output columns.
+// Matrix product. The 16 bytes of a strip that lane 4j + q needs at k16 step s are rows 4j..4j+3 at k4 step 4s + q:
+// four consecutive k of four rows. Row 4j + i is made column j of the i-th 8-column fragment, and the four k are made k
+// 2q, 2q+1, 2q+8, 2q+9 of the mma; A is read in the same order of k, eight bytes a lane. A lane's sums then belong to
+// eight consecutive output columns.
 //
-// Matrix-vector product. Lane 8r + j of a warp takes the 16 bytes of rows 4j..4j+3 at k4 step 4s + r; eight warps share a strip's
-// k steps and add up in a fixed order.
+// Matrix-vector product. Lane 8r + j of a warp takes the 16 bytes of rows 4j..4j+3 at k4 step 4s + r; eight warps share
+// a strip's k steps and add up in a fixed order.
 #pragma once
 
 #include "int8_dequant.cuh"
@@ -94,14 +94,16 @@ struct Int8Worker {
                 const int row = thread / 8 + i * (Tile::kThreads / 8), chunk = thread % 8;
                 const bool valid = first_row + row < p.tokens;
                 const uint8_t *from = p.x + (first_row + row) * p.x_stride_bytes + step * 128 + chunk * 16;
-                simt::cp_async16(stage(step) + row * Tile::kRowBytes + swizzle(row, chunk) * 16, valid ? from : p.x, valid);
+                simt::cp_async16(stage(step) + row * Tile::kRowBytes + swizzle(row, chunk) * 16, valid ? from : p.x,
+                                 valid);
             }
             KRASIS_UNROLL
             for (int i = 0; i < Tile::kBChunks; ++i) {
                 const int chunk = thread + i * Tile::kThreads;  // [strip][k4][16 bytes of four rows]
                 const int strip = first_strip + chunk / 128;
                 const bool valid = strip < p.strips;
-                const uint8_t *from = p.weight + static_cast<int64_t>(strip) * p.k * 32 + step * 2048 + chunk % 128 * 16;
+                const uint8_t *from =
+                    p.weight + static_cast<int64_t>(strip) * p.k * 32 + step * 2048 + chunk % 128 * 16;
                 simt::cp_async16(stage(step) + Tile::kABytes + chunk * 16, valid ? from : p.weight, valid);
             }
         }
@@ -116,8 +118,8 @@ struct Int8Worker {
             KRASIS_UNROLL
             for (int half = 0; half < 2; ++half) {
                 const int row = (warp_m * kTilesM + m) * 16 + 8 * half + g;
-                a[buffer][m][half] = simt::shared_load<simt::Words2>(
-                    at + row * Tile::kRowBytes + swizzle(row, 2 * k16 + q / 2) * 16 + q % 2 * 8);
+                a[buffer][m][half] = simt::shared_load<simt::Words2>(at + row * Tile::kRowBytes +
+                                                                     swizzle(row, 2 * k16 + q / 2) * 16 + q % 2 * 8);
             }
         }
         KRASIS_UNROLL
@@ -230,9 +232,7 @@ int8_gemv_kernel(const Int8Params p) {
     const uint8_t *codes = p.weight + static_cast<int64_t>(strip) * p.k * 32 + lane * 16;
     float sum[kTokens][4] = {};
     // A warp reads 512 bytes, 16 k, at a time.
-#if KRASIS_SIMT_DEVICE
-#pragma unroll 4
-#endif
+    KRASIS_UNROLL_BY(4)
     for (int k16 = warp; k16 < p.k / 16; k16 += kVectorWarps) {
         const simt::Words4 words = *reinterpret_cast<const simt::Words4 *>(codes + static_cast<int64_t>(k16) * 512);
         float weights[4][4];
@@ -241,7 +241,8 @@ int8_gemv_kernel(const Int8Params p) {
         KRASIS_UNROLL
         for (int t = 0; t < kTokens; ++t) {
             if (t >= p.tokens) continue;
-            const auto x = *reinterpret_cast<const simt::Words2 *>(p.x + t * p.x_stride_bytes + k16 * 32 + lane / 8 * 8);
+            const auto x =
+                *reinterpret_cast<const simt::Words2 *>(p.x + t * p.x_stride_bytes + k16 * 32 + lane / 8 * 8);
             KRASIS_UNROLL
             for (int c = 0; c < 4; ++c) {
                 const float value = Type::to_float(static_cast<uint16_t>(x.w[c / 2] >> (16 * (c % 2))));

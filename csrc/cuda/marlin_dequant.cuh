@@ -1,8 +1,8 @@
 // marlin_dequant.cuh: 4-bit Marlin words to 16-bit B fragments.
 //
-// A word holds eight codes u = q + 8 of one lane: nibble 2h + i + 4e is column half h, row half i, row parity e. Masking the
-// word, shifted right by 4 (2h + i), with 0x000f000f leaves the two codes of one fragment register in the low bits of its
-// halves; or-ing an exponent makes them the floats base + u, and subtracting base + 8 leaves q exactly.
+// A word holds eight codes u = q + 8 of one lane: nibble 2h + i + 4e is column half h, row half i, row parity e.
+// Masking the word, shifted right by 4 (2h + i), with 0x000f000f leaves the two codes of one fragment register in the
+// low bits of its halves; or-ing an exponent makes them the floats base + u, and subtracting base + 8 leaves q exactly.
 #pragma once
 
 #include "simt.h"

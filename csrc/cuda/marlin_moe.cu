@@ -1,8 +1,7 @@
 // marlin_moe.cu: checks, choice of tile and launch of the grouped product.
-#include "marlin_moe.cuh"
-
 #include <algorithm>
 
+#include "marlin_moe.cuh"
 #include "status.h"
 
 namespace krasis::cuda {
@@ -10,9 +9,11 @@ namespace {
 
 int32_t check(const krasis_cuda_moe_gemm_args &a) {
     const bool pointers = a.activations && a.expert_base && a.sorted_slots && a.block_experts && a.first_block && a.out;
-    const bool counts = a.num_slots >= 0 && a.num_slots <= INT32_MAX && a.slots_per_row > 0 && a.slots_per_row <= INT32_MAX &&
-                        a.k > 0 && a.n > 0 && a.max_blocks_launched >= 0 && a.codes_offset >= 0 && a.scales_offset >= 0;
-    const bool kinds = is_16_bit(a.dtype) && is_16_bit(a.scale_dtype) && (a.out_dtype == a.dtype || a.out_dtype == KRASIS_F32);
+    const bool counts = a.num_slots >= 0 && a.num_slots <= INT32_MAX && a.slots_per_row > 0 &&
+                        a.slots_per_row <= INT32_MAX && a.k > 0 && a.n > 0 && a.max_blocks_launched >= 0 &&
+                        a.codes_offset >= 0 && a.scales_offset >= 0;
+    const bool kinds =
+        is_16_bit(a.dtype) && is_16_bit(a.scale_dtype) && (a.out_dtype == a.dtype || a.out_dtype == KRASIS_F32);
     if (!pointers || !counts || !kinds) return KRASIS_ERR_ARGUMENT;
     if (a.expert_begin < 0 || a.expert_begin > a.expert_end || a.expert_end > a.num_experts) return KRASIS_ERR_RANGE;
     const bool block = a.m_block == 16 || a.m_block == 32 || a.m_block == 64;
@@ -22,7 +23,8 @@ int32_t check(const krasis_cuda_moe_gemm_args &a) {
     if (!block || !group || !sizes || a.k % a.group) return KRASIS_ERR_SHAPE;
     if (a.activation_stride < a.k || a.activation_stride % 8) return KRASIS_ERR_SHAPE;
     if (a.out_stride < out_columns || a.out_stride % 8) return KRASIS_ERR_SHAPE;
-    const bool aligned = is_aligned(a.activations) && is_aligned(a.out) && a.codes_offset % 16 == 0 && a.scales_offset % 16 == 0;
+    const bool aligned =
+        is_aligned(a.activations) && is_aligned(a.out) && a.codes_offset % 16 == 0 && a.scales_offset % 16 == 0;
     return aligned ? KRASIS_OK : KRASIS_ERR_SHAPE;
 }
 

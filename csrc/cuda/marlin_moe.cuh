@@ -1,15 +1,16 @@
 // marlin_moe.cuh: the grouped W4A16 product, one tile of rows x 256 columns a block.
 //
-// Shape of a block. Rows of one expert (kRows = 16, 32 or 64) by four column tiles of 64, in steps of 64 along k through a ring of
-// shared-memory stages filled by cp.async. Warps are dealt kWarpsM x 4; a warp takes half of each of two column tiles
-// (2 x 32 columns) and kTilesM row tiles of 16. The two column tiles of a pair are neighbours, or, when gated, the gate columns
-// and the up columns that go with them: silu(gate) * up then needs no exchange between threads.
+// Shape of a block. Rows of one expert (kRows = 16, 32 or 64) by four column tiles of 64, in steps of 64 along k
+// through a ring of shared-memory stages filled by cp.async. Warps are dealt kWarpsM x 4; a warp takes half of each of
+// two column tiles (2 x 32 columns) and kTilesM row tiles of 16. The two column tiles of a pair are neighbours, or,
+// when gated, the gate columns and the up columns that go with them: silu(gate) * up then needs no exchange between
+// threads.
 //
 // Scales. A group's codes are summed unscaled in fp32 (integers times activations) and folded into the result with one
 // fp32 multiply-add per group, so that a scale is never rounded into a 16-bit weight.
 //
-// Ring. Stage s + 1 is waited for while stage s has one k16 step left, whose fragments are already in registers: one barrier a
-// stage, and the freed stage is refilled at once.
+// Ring. Stage s + 1 is waited for while stage s has one k16 step left, whose fragments are already in registers: one
+// barrier a stage, and the freed stage is refilled at once.
 #pragma once
 
 #include "marlin_dequant.cuh"
@@ -27,11 +28,11 @@ struct MoeGemmParams {
     unsigned long long *num_executed;
     int32_t slots_per_row;
     int32_t expert_begin, expert_end;
-    int32_t k_steps;         // k / 64
-    int32_t column_tiles;    // n / 64
-    int32_t group_shift;     // a group is 16 << group_shift along k (1, 2, 3); 0: one scale a channel
-    int32_t gate_tiles;      // gated: column tiles of gate; otherwise 0
-    int32_t column_blocks;   // blocks along n
+    int32_t k_steps;        // k / 64
+    int32_t column_tiles;   // n / 64
+    int32_t group_shift;    // a group is 16 << group_shift along k (1, 2, 3); 0: one scale a channel
+    int32_t gate_tiles;     // gated: column tiles of gate; otherwise 0
+    int32_t column_blocks;  // blocks along n
     bool scale_is_bf16, out_is_float;
 };
 
@@ -44,13 +45,13 @@ struct MoeTile {
     static constexpr int kStages = 4;
     static constexpr int kStepK = 64;
     static constexpr int kColumnTiles = 4;
-    static constexpr int kRowBytes = 2 * kStepK;                  // one row of A
+    static constexpr int kRowBytes = 2 * kStepK;  // one row of A
     static constexpr int kABytes = kRows * kRowBytes;
-    static constexpr int kTileBytes = 512;                        // 16 x 64 codes
-    static constexpr int kK16Bytes = kColumnTiles * kTileBytes;   // 16 x 256 codes
+    static constexpr int kTileBytes = 512;                       // 16 x 64 codes
+    static constexpr int kK16Bytes = kColumnTiles * kTileBytes;  // 16 x 256 codes
     static constexpr int kBBytes = 4 * kK16Bytes;
-    static constexpr int kScaleRowBytes = kColumnTiles * 128;     // 256 scales
-    static constexpr int kScaleBytes = 2 * kScaleRowBytes;        // group 32 has two rows a step
+    static constexpr int kScaleRowBytes = kColumnTiles * 128;  // 256 scales
+    static constexpr int kScaleBytes = 2 * kScaleRowBytes;     // group 32 has two rows a step
     static constexpr int kStageBytes = kABytes + kBBytes + kScaleBytes;
     static constexpr int kSharedBytes = kStages * kStageBytes;
     static constexpr int kARowsPerThread = kRows * 8 / kThreads;
@@ -69,11 +70,11 @@ struct MoeWorker {
     int thread, lane, warp_m, pair, half;
     // of the current tile
     const uint8_t *codes, *scales;
-    const int32_t *slots;                          // [kRows]
+    const int32_t *slots;                            // [kRows]
     const uint8_t *a_source[Tile::kARowsPerThread];  // null: a padding row
     int column_block;
     // sums: [row tile][column tile of the pair][8 columns][fragment]
-    float sum[kTilesM][2][4][4];    // scaled
+    float sum[kTilesM][2][4][4];   // scaled
     float part[kTilesM][2][4][4];  // of the running group, unscaled
     uint32_t a[2][kTilesM][4];
     simt::Words2 b[2][2];  // [buffer][column tile of the pair]
@@ -109,8 +110,9 @@ struct MoeWorker {
         KRASIS_UNROLL
         for (int i = 0; i < Tile::kARowsPerThread; ++i) {
             const int slot = slots[thread / 8 + i * (Tile::kThreads / 8)];
-            a_source[i] = slot < 0 ? nullptr
-                                   : p.activations + slot / p.slots_per_row * p.activation_stride_bytes + thread % 8 * 16;
+            a_source[i] = slot < 0
+                              ? nullptr
+                              : p.activations + slot / p.slots_per_row * p.activation_stride_bytes + thread % 8 * 16;
         }
         clear(sum);
         clear(part);
@@ -177,7 +179,8 @@ struct MoeWorker {
             const int chunk = (2 * k16 + lane / 16) ^ row % 8;
             simt::ldmatrix_x4(a[buffer][m], at + row * Tile::kRowBytes + chunk * 16);
         }
-        const uint8_t *words = at + Tile::kABytes + k16 * Tile::kK16Bytes + 2 * pair * Tile::kTileBytes + lane * 16 + half * 8;
+        const uint8_t *words =
+            at + Tile::kABytes + k16 * Tile::kK16Bytes + 2 * pair * Tile::kTileBytes + lane * 16 + half * 8;
         KRASIS_UNROLL
         for (int i = 0; i < 2; ++i) b[buffer][i] = simt::shared_load<simt::Words2>(words + i * Tile::kTileBytes);
     }
@@ -210,8 +213,7 @@ struct MoeWorker {
         for (int i = 0; i < 2; ++i) {
             KRASIS_UNROLL
             for (int e = 0; e < 2; ++e) {
-                words[i][e] =
-                    simt::shared_load<simt::Words2>(at + i * 128 + (8 * (2 * (lane % 4) + e) + 4 * half) * 2);
+                words[i][e] = simt::shared_load<simt::Words2>(at + i * 128 + (8 * (2 * (lane % 4) + e) + 4 * half) * 2);
             }
         }
     }
@@ -232,7 +234,8 @@ struct MoeWorker {
         for (int i = 0; i < 2; ++i) {
             KRASIS_UNROLL
             for (int j = 0; j < 4; ++j) {
-                fold_columns(i, j, scale_to_float(words[i][0].w[j / 2], j % 2), scale_to_float(words[i][1].w[j / 2], j % 2));
+                fold_columns(i, j, scale_to_float(words[i][0].w[j / 2], j % 2),
+                             scale_to_float(words[i][1].w[j / 2], j % 2));
             }
         }
     }
@@ -243,7 +246,8 @@ struct MoeWorker {
         for (int i = 0; i < 2; ++i) {
             const int tile = column_tile(2 * pair + i);
             if (tile < 0) continue;
-            const auto *words = reinterpret_cast<const simt::Words4 *>(scales + (tile * 64 + 32 * half + 8 * (lane % 4)) * 2);
+            const auto *words =
+                reinterpret_cast<const simt::Words4 *>(scales + (tile * 64 + 32 * half + 8 * (lane % 4)) * 2);
             const simt::Words4 own = *words;
             KRASIS_UNROLL
             for (int j = 0; j < 4; ++j) fold_columns(i, j, scale_to_float(own.w[j], 0), scale_to_float(own.w[j], 1));
@@ -265,7 +269,8 @@ struct MoeWorker {
         KRASIS_UNROLL
         for (int k16 = 0; k16 < 4; ++k16) {
             // Groups end only at even counts of k16 steps.
-            const bool group_ends = k16 % 2 && p.group_shift && ((step * 4 + k16 + 1) & ((1 << p.group_shift) - 1)) == 0;
+            const bool group_ends =
+                k16 % 2 && p.group_shift && ((step * 4 + k16 + 1) & ((1 << p.group_shift) - 1)) == 0;
             if (group_ends) load_group_scales(step, p.group_shift == 1 ? k16 / 2 : 0, words);
             if (k16 == 3) {
                 // This stage is in registers; the next must have arrived before its fragments are loaded.
@@ -301,7 +306,8 @@ struct MoeWorker {
                 KRASIS_UNROLL
                 for (int e = 0; e < 2; ++e) {
                     const float own = sum[m][i][j][2 * row_half + e];
-                    value[e] = p.gate_tiles ? own / (1.0f + simt::exp_float(-own)) * sum[m][1][j][2 * row_half + e] : own;
+                    value[e] =
+                        p.gate_tiles ? own / (1.0f + simt::exp_float(-own)) * sum[m][1][j][2 * row_half + e] : own;
                 }
                 store2(row * p.out_stride + tile * 64 + 32 * half + 8 * j + 2 * (lane % 4), value[0], value[1]);
             }

@@ -1,7 +1,8 @@
 // moe_align.cu: sorts routed slots by expert, each expert padded to whole blocks of rows.
 //
-// A stable counting sort in two launches. One block counts, and lays out the experts; then one block an expert walks all ids
-// and writes its own slots in order, with a prefix sum instead of atomics, so that the order is the same every time.
+// A stable counting sort in two launches. One block counts, and lays out the experts; then one block an expert walks
+// all ids and writes its own slots in order, with a prefix sum instead of atomics, so that the order is the same every
+// time.
 #include <algorithm>
 
 #include "status.h"
@@ -100,8 +101,8 @@ align_place_kernel(const AlignParams p) {
 }  // namespace
 }  // namespace krasis::cuda
 
-// Padding costs up to m_block - 1 rows an expert: with 64 rows an expert, blocks of 64 waste the least time in their overhead;
-// with fewer, smaller blocks waste fewer rows.
+// Padding costs up to m_block - 1 rows an expert: with 64 rows an expert, blocks of 64 waste the least time in their
+// overhead; with fewer, smaller blocks waste fewer rows.
 int32_t krasis_cuda_moe_m_block(int64_t num_slots, int64_t num_experts) {
     if (num_experts <= 0 || num_slots <= 16 * num_experts) return 16;
     return num_slots <= 32 * num_experts ? 32 : 64;
@@ -125,7 +126,8 @@ int32_t krasis_cuda_moe_align(const krasis_cuda_align_args *args, void *stream) 
     const AlignParams params{a.ids,           a.num_slots,   a.num_experts, a.m_block,    a.sorted_slots,
                              a.block_experts, a.first_block, a.counts,      a.num_invalid};
     const auto experts = static_cast<unsigned>(a.num_experts);
-    const int32_t status = launch<align_count_kernel>({1, kCountThreads, (experts + 1) * sizeof(int32_t)}, params, stream);
+    const int32_t status =
+        launch<align_count_kernel>({1, kCountThreads, (experts + 1) * sizeof(int32_t)}, params, stream);
     if (status != KRASIS_OK) return status;
     return launch<align_place_kernel>({experts, kPlaceThreads, 2 * kPlaceWarps * sizeof(int32_t)}, params, stream);
 }

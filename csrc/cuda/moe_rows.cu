@@ -2,50 +2,12 @@
 #include <algorithm>
 
 #include "status.h"
+#include "vector8.cuh"
 
 namespace krasis::cuda {
 namespace {
 
-constexpr int kThreads = 256, kVector = 8;
-
-// Eight elements from index on, as floats. dtype is the same for all threads of a launch.
-KRASIS_DEVICE void load8(const void *from, int64_t index, int32_t dtype, float (&values)[kVector]) {
-    if (dtype == KRASIS_F32) {
-        KRASIS_UNROLL
-        for (int i = 0; i < 2; ++i) {
-            const simt::Words4 words = reinterpret_cast<const simt::Words4 *>(static_cast<const float *>(from) + index)[i];
-            KRASIS_UNROLL
-            for (int j = 0; j < 4; ++j) values[4 * i + j] = bits_float(words.w[j]);
-        }
-        return;
-    }
-    const simt::Words4 words = *reinterpret_cast<const simt::Words4 *>(static_cast<const uint16_t *>(from) + index);
-    KRASIS_UNROLL
-    for (int i = 0; i < kVector; ++i) {
-        const auto bits = static_cast<uint16_t>(words.w[i / 2] >> (16 * (i % 2)));
-        values[i] = dtype == KRASIS_BF16 ? bf16_to_float(bits) : f16_to_float(bits);
-    }
-}
-
-KRASIS_DEVICE void store8(void *to, int64_t index, int32_t dtype, const float (&values)[kVector]) {
-    if (dtype == KRASIS_F32) {
-        KRASIS_UNROLL
-        for (int i = 0; i < 2; ++i) {
-            simt::Words4 words;
-            KRASIS_UNROLL
-            for (int j = 0; j < 4; ++j) words.w[j] = float_bits(values[4 * i + j]);
-            reinterpret_cast<simt::Words4 *>(static_cast<float *>(to) + index)[i] = words;
-        }
-        return;
-    }
-    simt::Words4 words;
-    KRASIS_UNROLL
-    for (int i = 0; i < 4; ++i) {
-        words.w[i] = dtype == KRASIS_BF16 ? pack2<Bf16>(values[2 * i], values[2 * i + 1])
-                                          : pack2<F16>(values[2 * i], values[2 * i + 1]);
-    }
-    *reinterpret_cast<simt::Words4 *>(static_cast<uint16_t *>(to) + index) = words;
-}
+constexpr int kThreads = 256;
 
 struct SiluParams {
     const void *x;
@@ -73,7 +35,8 @@ silu_mul_kernel(const SiluParams p) {
 KRASIS_KERNEL(kThreads, 1)
 moe_reduce_kernel(const krasis_cuda_moe_reduce_args p) {
     const int64_t token = simt::block_x();
-    for (int64_t column = static_cast<int64_t>(simt::thread_x()) * kVector; column < p.n; column += kThreads * kVector) {
+    for (int64_t column = static_cast<int64_t>(simt::thread_x()) * kVector; column < p.n;
+         column += kThreads * kVector) {
         float sum[kVector] = {};
         if (p.residual) load8(p.residual, token * p.n + column, p.out_dtype, sum);
         for (int64_t slot = token * p.top_k; slot < (token + 1) * p.top_k; ++slot) {
@@ -89,8 +52,6 @@ moe_reduce_kernel(const krasis_cuda_moe_reduce_args p) {
     }
 }
 
-bool is_dtype(int32_t dtype) { return dtype == KRASIS_F32 || is_16_bit(dtype); }
-
 }  // namespace
 }  // namespace krasis::cuda
 
@@ -99,7 +60,8 @@ int32_t krasis_cuda_silu_mul(const void *x, int64_t rows, int64_t n, int32_t dty
     if (rows < 0 || n <= 0 || !is_dtype(dtype) || (rows > 0 && (!x || !out))) return KRASIS_ERR_ARGUMENT;
     if (n % kVector || !is_aligned(x) || !is_aligned(out)) return KRASIS_ERR_SHAPE;
     const int64_t blocks = std::min<int64_t>(ceil_div(rows * (n / kVector), kThreads), 1 << 16);
-    return launch<silu_mul_kernel>({static_cast<unsigned>(blocks), kThreads, 0}, SiluParams{x, out, rows, n, dtype}, stream);
+    return launch<silu_mul_kernel>({static_cast<unsigned>(blocks), kThreads, 0}, SiluParams{x, out, rows, n, dtype},
+                                   stream);
 }
 
 int32_t krasis_cuda_moe_reduce(const krasis_cuda_moe_reduce_args *args, void *stream) {

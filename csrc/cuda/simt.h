@@ -14,13 +14,16 @@
 #define KRASIS_BOTH __host__ __device__ __forceinline__
 // threads a block, and the blocks that must fit on one multiprocessor at once
 #define KRASIS_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
-#define KRASIS_UNROLL _Pragma("unroll")
+#define KRASIS_PRAGMA(text) _Pragma(#text)
+#define KRASIS_UNROLL KRASIS_PRAGMA(unroll)
+#define KRASIS_UNROLL_BY(times) KRASIS_PRAGMA(unroll times)
 #else
 #define KRASIS_SIMT_DEVICE 0
 #define KRASIS_DEVICE inline
 #define KRASIS_BOTH inline
 #define KRASIS_KERNEL(threads, blocks) inline void
 #define KRASIS_UNROLL
+#define KRASIS_UNROLL_BY(times)
 #endif
 
 namespace krasis::simt {

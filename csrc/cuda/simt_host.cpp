@@ -56,7 +56,7 @@ constexpr size_t kStackBytes = 256 * 1024, kGuardBytes = 4096;
 char report[512];
 void (*entry_point)(const void *) = nullptr;
 const void *entry_params = nullptr;
-Thread launcher;                      // the caller of run, as a place to return to
+Thread launcher;                       // the caller of run, as a place to return to
 const void *launcher_stack = nullptr;  // its stack, as AddressSanitizer told
 [[maybe_unused]] size_t launcher_stack_bytes = 0;
 

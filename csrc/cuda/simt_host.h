@@ -130,8 +130,7 @@ float reciprocal_sqrt(float x);
 
 template <auto kKernel, class Params>
 bool launch(const LaunchShape &shape, const Params &params, void *, const char **error) {
-    const bool ok = run(
-        shape, [](const void *p) { kKernel(*static_cast<const Params *>(p)); }, &params);
+    const bool ok = run(shape, [](const void *p) { kKernel(*static_cast<const Params *>(p)); }, &params);
     if (!ok) *error = last_report();
     return ok;
 }

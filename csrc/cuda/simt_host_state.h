@@ -22,9 +22,9 @@ struct Thread {
     const char *collective_name = nullptr;
     void *argument = nullptr;
     unsigned num_barriers = 0, num_waits = 0;
-    unsigned num_lanes_waiting = 0;         // of the warp; lane 0's counts
-    const char *warp_collective = nullptr;  // in which they wait
-    std::vector<AsyncCopy> open;                   // issued, not committed
+    unsigned num_lanes_waiting = 0;                 // of the warp; lane 0's counts
+    const char *warp_collective = nullptr;          // in which they wait
+    std::vector<AsyncCopy> open;                    // issued, not committed
     std::vector<std::vector<AsyncCopy>> committed;  // oldest first
     void *stack_pointer = nullptr;
     void *fake_stack = nullptr;  // AddressSanitizer's

@@ -1,7 +1,7 @@
 // status.cu: what the library says of itself and of its errors.
-#include "status.h"
-
 #include <cstring>
+
+#include "status.h"
 
 namespace krasis::cuda {
 namespace {

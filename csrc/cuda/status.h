@@ -17,6 +17,7 @@ int32_t launch(const simt::LaunchShape &shape, const Params &params, void *strea
 }
 
 inline bool is_16_bit(int32_t dtype) { return dtype == KRASIS_BF16 || dtype == KRASIS_F16; }
+inline bool is_dtype(int32_t dtype) { return dtype == KRASIS_F32 || is_16_bit(dtype); }
 
 // Vector accesses are 16 bytes.
 inline bool is_aligned(const void *address) { return reinterpret_cast<uintptr_t>(address) % 16 == 0; }

@@ -72,6 +72,9 @@ def test_a_newer_minor_version_opens_unless_it_holds_something_unknown(manifest)
     assert Manifest.from_bytes(sealed(record)).format_minor == 7
     with pytest.raises(VersionError, match="'novel'"):
         Manifest.from_bytes(sealed(record | {"novel": 1}))
+    record["blobs"][0]["dtype"] = "F8_E8M0"
+    with pytest.raises(VersionError, match=r"newer format.*unknown dtype"):
+        Manifest.from_bytes(sealed(record))
 
 
 def test_values_that_json_cannot_hold(manifest):

@@ -1,10 +1,10 @@
 // array.h: memory that kernels under test see: the same host memory where they run on the host, else a device copy.
 #pragma once
 
+#include <sys/mman.h>
+
 #include <cstring>
 #include <vector>
-
-#include <sys/mman.h>
 
 #include "check.h"
 #include "simt.h"
@@ -12,13 +12,13 @@
 namespace test {
 
 #if KRASIS_SIMT_DEVICE
-#define CHECK_CUDA(call)                                                                                   \
-    do {                                                                                                   \
-        const cudaError_t cuda_status = (call);                                                            \
-        if (cuda_status != cudaSuccess) {                                                                  \
+#define CHECK_CUDA(call)                                                                                \
+    do {                                                                                                \
+        const cudaError_t cuda_status = (call);                                                         \
+        if (cuda_status != cudaSuccess) {                                                               \
             std::printf("%s:%d: %s: %s\n", __FILE__, __LINE__, #call, cudaGetErrorString(cuda_status)); \
-            std::exit(1);                                                                                  \
-        }                                                                                                  \
+            std::exit(1);                                                                               \
+        }                                                                                               \
     } while (0)
 #endif
 
@@ -114,11 +114,12 @@ class Region {
 
 }  // namespace test
 
-#define CHECK_OK(call)                                                                                              \
-    do {                                                                                                            \
-        const int32_t check_status = (call);                                                                        \
-        if (check_status != 0) {                                                                                    \
-            std::printf("%s:%d: %s returned %d %s\n", __FILE__, __LINE__, #call, check_status, krasis_cuda_last_error()); \
-            if (++test::failures > 20) std::exit(1);                                                                \
-        }                                                                                                           \
+#define CHECK_OK(call)                                                                         \
+    do {                                                                                       \
+        const int32_t check_status = (call);                                                   \
+        if (check_status != 0) {                                                               \
+            std::printf("%s:%d: %s returned %d %s\n", __FILE__, __LINE__, #call, check_status, \
+                        krasis_cuda_last_error());                                             \
+            if (++test::failures > 20) std::exit(1);                                           \
+        }                                                                                      \
     } while (0)

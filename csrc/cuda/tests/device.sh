@@ -11,12 +11,12 @@ flags="-std=c++20 -O3 -I$cuda -I$cuda/.. -I$cuda/tests"
 for a in $arch; do flags="$flags -gencode arch=compute_$a,code=sm_$a"; done
 
 objects=
-for source in status marlin_moe moe_align moe_rows; do
+for source in status marlin_moe moe_align moe_rows int8_rows attention_rows; do
     nvcc $flags -c "$cuda/$source.cu" -o "$build/$source.o" &
     objects="$objects $build/$source.o"
 done
 tests=
-for source in main test_moe_align test_moe_gemm test_moe_rows; do
+for source in main test_moe_align test_moe_gemm test_moe_rows test_int8_rows test_attention_rows; do
     nvcc $flags -x cu -c "$cuda/tests/$source.cpp" -o "$build/$source.o" &
     tests="$tests $build/$source.o"
 done

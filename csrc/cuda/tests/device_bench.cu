@@ -1,5 +1,6 @@
 // device_bench.cu: speed of the grouped product on this GPU, beside what its tensor cores do in a bare mma.sync loop.
-// Prints one line a shape and row count; the argument --quick keeps to a few. Correctness is krasis_test_cuda_device's part.
+// Prints one line a shape and row count; the argument --quick keeps to a few. Correctness is krasis_test_cuda_device's
+// part.
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
@@ -91,8 +92,8 @@ double mma_peak(int multiprocessors) {
 double copy_rate() {
     constexpr int64_t kBytes = int64_t{1} << 30;
     Buffer from(kBytes, kAnyBits, 0), to(kBytes, 0, 0);
-    const double seconds = median_seconds(
-        [&] { CHECK_CUDA(cudaMemcpyAsync(to.data(), from.data(), kBytes, cudaMemcpyDeviceToDevice)); });
+    const double seconds =
+        median_seconds([&] { CHECK_CUDA(cudaMemcpyAsync(to.data(), from.data(), kBytes, cudaMemcpyDeviceToDevice)); });
     return 2.0 * kBytes / seconds;
 }
 
@@ -122,8 +123,9 @@ struct Routing {
     }
 
     void sort() {
-        const krasis_cuda_align_args args{ids.device(),    num_slots,      num_experts,     m_block,         sorted.device(),
-                                          blocks.device(), first.device(), counts.device(), invalid.device()};
+        const krasis_cuda_align_args args{ids.device(),   num_slots,       num_experts,
+                                          m_block,        sorted.device(), blocks.device(),
+                                          first.device(), counts.device(), invalid.device()};
         CHECK_OK(krasis_cuda_moe_align(&args, nullptr));
     }
 };
@@ -148,7 +150,8 @@ struct Product {
         for (int32_t e = 0; e < r.num_experts; ++e) {
             uint8_t *record = records.data() + e * record_bytes;
             table[static_cast<size_t>(e)] = record;
-            fill_kernel<<<64, 256>>>(reinterpret_cast<uint32_t *>(record + k * n / 2), k / 128 * n / 2, kValueKeep, kScaleSet);
+            fill_kernel<<<64, 256>>>(reinterpret_cast<uint32_t *>(record + k * n / 2), k / 128 * n / 2, kValueKeep,
+                                     kScaleSet);
         }
         table.upload();
     }
@@ -185,14 +188,16 @@ void bench(const Model &model, int64_t rows, double peak) {
     const int32_t experts = rows <= 256 ? 128 : 32;
     Routing routing(rows, experts);
     const double sort_s = median_seconds([&] { routing.sort(); });
-    Product gate_up(routing, model.hidden, 2 * model.intermediate, true), down(routing, model.intermediate, model.hidden, false);
+    Product gate_up(routing, model.hidden, 2 * model.intermediate, true),
+        down(routing, model.intermediate, model.hidden, false);
     const double gate_up_s = median_seconds([&] { gate_up.run(); }), down_s = median_seconds([&] { down.run(); });
     const double both = (gate_up.flops() + down.flops()) / (gate_up_s + down_s);
-    std::printf("%-12s %5lld rows x %3d experts, m_block %2d: sort %6.1f us, w13 %8.1f us %6.1f TFLOP/s %5.0f GB/s, "
-                "w2 %8.1f us %6.1f TFLOP/s %5.0f GB/s, both %6.1f TFLOP/s = %4.1f %% of mma.sync\n",
-                model.name, static_cast<long long>(rows), experts, routing.m_block, sort_s * 1e6, gate_up_s * 1e6,
-                gate_up.flops() / gate_up_s * 1e-12, gate_up.weight_bytes() / gate_up_s * 1e-9, down_s * 1e6,
-                down.flops() / down_s * 1e-12, down.weight_bytes() / down_s * 1e-9, both * 1e-12, 100 * both / peak);
+    std::printf(
+        "%-12s %5lld rows x %3d experts, m_block %2d: sort %6.1f us, w13 %8.1f us %6.1f TFLOP/s %5.0f GB/s, "
+        "w2 %8.1f us %6.1f TFLOP/s %5.0f GB/s, both %6.1f TFLOP/s = %4.1f %% of mma.sync\n",
+        model.name, static_cast<long long>(rows), experts, routing.m_block, sort_s * 1e6, gate_up_s * 1e6,
+        gate_up.flops() / gate_up_s * 1e-12, gate_up.weight_bytes() / gate_up_s * 1e-9, down_s * 1e6,
+        down.flops() / down_s * 1e-12, down.weight_bytes() / down_s * 1e-9, both * 1e-12, 100 * both / peak);
     std::fflush(stdout);
 }
 
@@ -203,8 +208,9 @@ int main(int argc, char **argv) {
     cudaDeviceProp device;
     CHECK_CUDA(cudaGetDeviceProperties(&device, 0));
     const double peak = mma_peak(device.multiProcessorCount);
-    std::printf("%s: %d multiprocessors, L2 %d MB, mma.sync bf16 %.1f TFLOP/s, device copy %.0f GB/s (read + written)\n",
-                device.name, device.multiProcessorCount, device.l2CacheSize >> 20, peak * 1e-12, copy_rate() * 1e-9);
+    std::printf(
+        "%s: %d multiprocessors, L2 %d MB, mma.sync bf16 %.1f TFLOP/s, device copy %.0f GB/s (read + written)\n",
+        device.name, device.multiProcessorCount, device.l2CacheSize >> 20, peak * 1e-12, copy_rate() * 1e-9);
     const Model models[] = {{"qwen3-30b", 2048, 768}, {"qwen3-235b", 4096, 1536}};
     for (const Model &model : models) {
         for (int64_t rows : {1, 16, 32, 64, 128, 256, 512, 1024, 2048}) {

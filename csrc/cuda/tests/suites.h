@@ -7,5 +7,7 @@ void run_simt();  // the host shim itself; not on a device
 void run_moe_gemm();
 void run_moe_align();
 void run_moe_rows();
+void run_int8_rows();
+void run_attention_rows();
 
 }  // namespace test

@@ -18,10 +18,10 @@ struct Sorted {
           invalid(1, -7) {}
 
     int32_t run(Array<int32_t> &ids, int32_t num_experts, int32_t m_block) {
-        const krasis_cuda_align_args args{ids.upload(),   static_cast<int64_t>(ids.size()),
-                                          num_experts,    m_block,
-                                          slots.upload(), experts.upload(),
-                                          first.upload(), counts.upload(),
+        const krasis_cuda_align_args args{ids.upload(),    static_cast<int64_t>(ids.size()),
+                                          num_experts,     m_block,
+                                          slots.upload(),  experts.upload(),
+                                          first.upload(),  counts.upload(),
                                           invalid.upload()};
         const int32_t status = krasis_cuda_moe_align(&args, nullptr);
         for (auto *array : {&slots, &experts, &first, &counts, &invalid}) array->download();

@@ -126,7 +126,8 @@ class Problem {
         }
         ids.insert(ids.end(), 20, -1);
         while (ids.size() % static_cast<size_t>(case_.top_k)) ids.push_back(-1);
-        for (size_t i = ids.size(); i > 1; --i) std::swap(ids[i - 1], ids[static_cast<size_t>(random_.below(static_cast<int64_t>(i)))]);
+        for (size_t i = ids.size(); i > 1; --i)
+            std::swap(ids[i - 1], ids[static_cast<size_t>(random_.below(static_cast<int64_t>(i)))]);
         ids_ = std::make_unique<Array<int32_t>>(ids.size());
         std::copy(ids.begin(), ids.end(), ids_->data());
     }
@@ -151,8 +152,9 @@ class Problem {
         first_ = std::make_unique<Array<int32_t>>(kNumExperts + 1, -7);
         counts_ = std::make_unique<Array<int32_t>>(kNumExperts, -7);
         invalid_ = std::make_unique<Array<int32_t>>(1, -7);
-        const krasis_cuda_align_args a{ids_->upload(),    num_slots(),      kNumExperts,       case_.m_block,     sorted_->upload(),
-                                       blocks_->upload(), first_->upload(), counts_->upload(), invalid_->upload()};
+        const krasis_cuda_align_args a{ids_->upload(),   num_slots(),       kNumExperts,
+                                       case_.m_block,    sorted_->upload(), blocks_->upload(),
+                                       first_->upload(), counts_->upload(), invalid_->upload()};
         CHECK_OK(krasis_cuda_moe_align(&a, nullptr));
     }
 
@@ -188,7 +190,9 @@ class Problem {
         std::vector<double> sums, sizes;
         exact(slot, sums, sizes);
         constexpr double kSumError = 2e-6;
-        const double rounding = case_.out_dtype == KRASIS_F32 ? 1e-6 : case_.dtype == KRASIS_BF16 ? 0x1.02p-8 : 0x1.02p-11;
+        const double rounding = case_.out_dtype == KRASIS_F32 ? 1e-6
+                                : case_.dtype == KRASIS_BF16  ? 0x1.02p-8
+                                                              : 0x1.02p-11;
         for (int64_t c = 0; c < out_columns(); ++c) {
             const auto i = static_cast<size_t>(c);
             double value = sums[i], error = kSumError * sizes[i];
@@ -196,7 +200,8 @@ class Problem {
                 const size_t u = i + static_cast<size_t>(out_columns());
                 const double silu = sums[i] / (1 + std::exp(-sums[i]));
                 value = silu * sums[u];
-                error = 1.1 * error * std::fabs(sums[u]) + std::fabs(silu) * kSumError * sizes[u] + 2e-6 * std::fabs(value);
+                error =
+                    1.1 * error * std::fabs(sums[u]) + std::fabs(silu) * kSumError * sizes[u] + 2e-6 * std::fabs(value);
             }
             // Halves below 2^-14 have absolute steps of 2^-24.
             CHECK(std::fabs(out_value(slot, c) - value) <= error + rounding * std::fabs(value) + 0x1p-24);
@@ -222,8 +227,8 @@ void check_case(const Case &c) {
     const int before = failures;
     problem.check(0, kNumExperts);
     if (failures != before) {
-        std::printf("  in k %d, n %d, group %d, dtype %d, scales %d, out %d, m_block %d, gated %d\n", int(c.k), int(c.n),
-                    int(c.group), c.dtype, c.scale_dtype, c.out_dtype, c.m_block, c.gated);
+        std::printf("  in k %d, n %d, group %d, dtype %d, scales %d, out %d, m_block %d, gated %d\n", int(c.k),
+                    int(c.n), int(c.group), c.dtype, c.scale_dtype, c.out_dtype, c.m_block, c.gated);
     }
 }
 

@@ -1,42 +1,12 @@
 // test_moe_rows.cpp: silu(gate) * up and the weighted sum of slots against float64.
 #include <cmath>
 
-#include "array.h"
 #include "krasis_cuda.h"
-#include "marlin_reference.h"
+#include "matrix.h"
 #include "suites.h"
 
 namespace test {
 namespace {
-
-constexpr int32_t kDtypes[] = {KRASIS_BF16, KRASIS_F16, KRASIS_F32};
-
-// A matrix of any of the three types.
-struct Matrix {
-    int32_t dtype;
-    Array<uint8_t> bytes;
-
-    Matrix(size_t count, int32_t type) : dtype(type), bytes(count * (type == KRASIS_F32 ? 4 : 2)) { bytes.poison(); }
-    void set(size_t i, float value) {
-        if (dtype == KRASIS_F32) {
-            std::memcpy(bytes.data() + 4 * i, &value, 4);
-        } else {
-            const uint16_t bits = to_16(value, dtype);
-            std::memcpy(bytes.data() + 2 * i, &bits, 2);
-        }
-    }
-    double get(size_t i) const {
-        if (dtype == KRASIS_F32) {
-            float value;
-            std::memcpy(&value, bytes.data() + 4 * i, 4);
-            return value;
-        }
-        uint16_t bits;
-        std::memcpy(&bits, bytes.data() + 2 * i, 2);
-        return to_double(bits, dtype);
-    }
-    double rounding() const { return dtype == KRASIS_F32 ? 1e-6 : dtype == KRASIS_BF16 ? 0x1.02p-8 : 0x1.02p-11; }
-};
 
 void check_silu(int32_t dtype) {
     Random random(11);
@@ -63,7 +33,8 @@ void check_reduce(int32_t slots_dtype, int32_t out_dtype, int64_t top_k, bool wi
     constexpr int64_t kTokens = 7, kColumns = 2072;
     constexpr int32_t kExperts = 16;
     const auto num_slots = static_cast<size_t>(kTokens * top_k), columns = static_cast<size_t>(kColumns);
-    Matrix slots(num_slots * columns, slots_dtype), out(kTokens * columns, out_dtype), residual(kTokens * columns, out_dtype);
+    Matrix slots(num_slots * columns, slots_dtype), out(kTokens * columns, out_dtype),
+        residual(kTokens * columns, out_dtype);
     Array<int32_t> ids(num_slots);
     Array<float> weights(num_slots);
     for (size_t s = 0; s < num_slots; ++s) {

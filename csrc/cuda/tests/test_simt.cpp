@@ -47,7 +47,7 @@ void check_mma() {
     std::vector<float> d(128, std::nanf(""));
     const char *error = nullptr;
     CHECK((simt::launch<mma_kernel<Type>>({1, 32, 768}, Params{a.data(), b.data(), d.data(), nullptr, 0}, nullptr,
-                                         &error)));
+                                          &error)));
     for (int m = 0; m < 16; ++m) {
         for (int n = 0; n < 8; ++n) {
             double sum = 1;
