@@ -1,0 +1,104 @@
+"""A converted bundle as others see it: reference safetensors library, alignment, the kernel's page tables."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+from krasis.convert.conversion import convert, prepare
+from krasis.convert.progress import Reporter
+from krasis.convert.settings import ConvertSettings
+from krasis.formats.bundle_reader import Bundle
+from krasis.formats.file_mapping import FileMapping
+
+HUGE_PAGE_BYTES = 2 << 20
+MAKE_MODEL = Path(__file__).parents[2] / "scripts/make_random_model.py"
+# Blobs of 3.5 MB and more: smaller ones are no huge page.
+SHAPE = "--shape custom --layers 2 --hidden 256 --heads 4 --kv-heads 2 --head-dim 64 --experts 16 --top-k 2 "
+SHAPE += "--expert-intermediate 512 --vocab 512"
+
+
+@pytest.fixture(scope="module")
+def bundle_path(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("bundle")
+    model, out = folder / "model", folder / "model.krasis"
+    command = [sys.executable, MAKE_MODEL, *SHAPE.split(), "--out", model]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    reporter = Reporter(0)
+    convert(prepare([model], out, ConvertSettings(), reporter), reporter)
+    return out
+
+
+def huge_mapped_bytes(path: Path) -> int:
+    """FilePmdMapped of every mapping of a file in this process."""
+    total, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split(" ", 1)[0]:
+            inside = line.endswith(str(path))
+        elif inside and line.startswith("FilePmdMapped:"):
+            total += int(line.split()[1]) * 1024
+    return total
+
+
+def kernel_maps_files_by_huge_pages(folder: Path) -> bool:
+    """Tried with a plain file of this file system, written in whole huge pages."""
+    path = folder / "control.bin"
+    num_bytes = 4 * HUGE_PAGE_BYTES
+    fd = os.open(path, os.O_RDWR | os.O_CREAT)
+    try:
+        for offset in range(0, num_bytes, HUGE_PAGE_BYTES):
+            os.pwrite(fd, bytes([1]) * HUGE_PAGE_BYTES, offset)
+        mapped = FileMapping(fd, num_bytes).view()
+        touched = int(mapped[::HUGE_PAGE_BYTES].sum())
+        return touched == 4 and huge_mapped_bytes(path) == num_bytes
+    finally:
+        os.close(fd)
+        path.unlink()
+
+
+def test_the_reference_library_reads_every_tensor(bundle_path):
+    with Bundle.open(bundle_path) as bundle:
+        for file in bundle.manifest.files:
+            with safe_open(bundle_path / file.name, framework="numpy") as reference:
+                names = {name for name in reference.keys() if not name.startswith("_padding.")}  # noqa: SIM118
+                ours = {blob.name for blob in bundle.manifest.blobs if blob.file == file.name}
+                assert names == ours
+                for name in names:
+                    if bundle.blob(name).dtype == "BF16":  # no NumPy type
+                        continue
+                    np.testing.assert_array_equal(reference.get_tensor(name), bundle.map(name))
+
+
+def test_expert_blobs_lie_at_huge_page_boundaries_in_file_and_memory(bundle_path):
+    with Bundle.open(bundle_path) as bundle:
+        experts = [blob for blob in bundle.manifest.blobs if blob.tier in ("gpu", "cpu")]
+        assert len(experts) == 2 * bundle.architecture.num_layers
+        for blob in experts:
+            assert blob.offset_bytes % HUGE_PAGE_BYTES == 0
+            assert bundle.map(blob.name).ctypes.data % HUGE_PAGE_BYTES == 0
+
+
+def test_expert_blobs_are_mapped_by_huge_pages(bundle_path):
+    if not kernel_maps_files_by_huge_pages(bundle_path.parent):
+        pytest.skip("this kernel or file system backs no file mapping by huge pages")
+    with Bundle.open(bundle_path) as bundle:
+        for tier in ("gpu", "cpu"):
+            blobs = [blob for blob in bundle.manifest.blobs if blob.tier == tier]
+            assert sum(int(bundle.map(blob.name).sum(dtype=np.int64)) for blob in blobs) > 0
+            pages = {
+                page
+                for blob in blobs
+                for page in range(
+                    blob.offset_bytes // HUGE_PAGE_BYTES,
+                    (blob.offset_bytes + blob.num_bytes) // HUGE_PAGE_BYTES,
+                )
+            }
+            assert len(pages) >= len(blobs)
+            path = bundle_path / blobs[0].file
+            assert huge_mapped_bytes(path) >= len(pages) * HUGE_PAGE_BYTES
