@@ -67,7 +67,7 @@ typedef struct krasis_cuda_moe_gemm_args {
     int64_t k, n;
     int64_t num_slots;
     int32_t num_experts, expert_begin, expert_end;
-    int32_t max_blocks_launched; /* 0: as many as can be needed; otherwise so many share the work */
+    int32_t max_blocks_launched; /* 0: as many blocks as run at once; otherwise at most so many */
     const int32_t *sorted_slots, *block_experts, *first_block;
     void *out;          /* [num_slots, n or n/2] of out_dtype; rows of slots not computed are untouched */
     int64_t out_stride; /* elements */

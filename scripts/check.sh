@@ -29,6 +29,16 @@ step "native tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 "$bin/cmake" --build build/sanitize
 "$bin/ctest" --test-dir build/sanitize --output-on-failure
 
+step "CUDA kernels compile (they run as host C++ above; no GPU is needed here)"
+"$bin/cmake" -S . -B build/cuda -G Ninja -DCMAKE_MAKE_PROGRAM="$bin/ninja" -DKRASIS_CUDA=auto -DKRASIS_NATIVE_TESTS=ON >/dev/null
+"$bin/cmake" --build build/cuda --target krasis_cuda_double
+export KRASIS_CUDA_DOUBLE="$PWD/build/cuda/csrc/cuda/tests/libkrasis_cuda_double.so"
+if "$bin/ninja" -C build/cuda -t targets all | grep -q '^krasis_cuda:'; then
+    "$bin/cmake" --build build/cuda --target krasis_cuda
+else
+    echo "not compiled: no CUDA compiler on this machine"
+fi
+
 step "Python suite"
 "$bin/python" -m pytest -n 2 --dist worksteal -q --durations=15
 

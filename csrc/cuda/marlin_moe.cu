@@ -59,18 +59,24 @@ MoeGemmParams parameters(const krasis_cuda_moe_gemm_args &a) {
     return p;
 }
 
+// tiles: as many as there can be; only the device knows how many there are.
 template <class Type, int kWarpsM, int kTilesM>
-int32_t launch_tile(const MoeGemmParams &params, int64_t blocks, void *stream) {
+int32_t launch_tile(const MoeGemmParams &params, int64_t tiles, void *stream) {
     using Tile = MoeTile<Type, kWarpsM, kTilesM>;
-    const simt::LaunchShape shape{static_cast<unsigned>(blocks), Tile::kThreads, Tile::kSharedBytes};
-    return launch<moe_gemm_kernel<Type, kWarpsM, kTilesM>>(shape, params, stream);
+    constexpr auto kKernel = moe_gemm_kernel<Type, kWarpsM, kTilesM>;
+    simt::LaunchShape shape{0, Tile::kThreads, Tile::kSharedBytes};
+    const char *error = nullptr;
+    const int64_t resident = simt::resident_blocks<kKernel>(shape, &error);
+    if (resident == 0) return report_cuda_error(error);
+    shape.blocks = static_cast<unsigned>(std::min(tiles, resident));
+    return launch<kKernel>(shape, params, stream);
 }
 
 template <class Type>
-int32_t launch_type(int32_t m_block, const MoeGemmParams &params, int64_t blocks, void *stream) {
-    if (m_block == 16) return launch_tile<Type, 1, 1>(params, blocks, stream);
-    if (m_block == 32) return launch_tile<Type, 1, 2>(params, blocks, stream);
-    return launch_tile<Type, 2, 2>(params, blocks, stream);
+int32_t launch_type(int32_t m_block, const MoeGemmParams &params, int64_t tiles, void *stream) {
+    if (m_block == 16) return launch_tile<Type, 1, 1>(params, tiles, stream);
+    if (m_block == 32) return launch_tile<Type, 1, 2>(params, tiles, stream);
+    return launch_tile<Type, 2, 2>(params, tiles, stream);
 }
 
 }  // namespace
@@ -84,8 +90,8 @@ int32_t krasis_cuda_moe_gemm(const krasis_cuda_moe_gemm_args *args, void *stream
     const MoeGemmParams params = parameters(*args);
     const int64_t num_experts = args->expert_end - args->expert_begin;
     const int64_t row_blocks = krasis_cuda_align_max_blocks(args->num_slots, num_experts, args->m_block);
-    int64_t blocks = std::min(row_blocks * params.column_blocks, kMaxBlocks);
-    if (args->max_blocks_launched) blocks = std::min<int64_t>(blocks, args->max_blocks_launched);
-    return args->dtype == KRASIS_BF16 ? launch_type<krasis::Bf16>(args->m_block, params, blocks, stream)
-                                      : launch_type<krasis::F16>(args->m_block, params, blocks, stream);
+    int64_t tiles = row_blocks * params.column_blocks;
+    if (args->max_blocks_launched) tiles = std::min<int64_t>(tiles, args->max_blocks_launched);
+    return args->dtype == KRASIS_BF16 ? launch_type<krasis::Bf16>(args->m_block, params, tiles, stream)
+                                      : launch_type<krasis::F16>(args->m_block, params, tiles, stream);
 }

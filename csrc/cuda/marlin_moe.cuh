@@ -1,6 +1,6 @@
-// marlin_moe.cuh: the grouped W4A16 product, one tile of rows x 256 columns a block.
+// marlin_moe.cuh: the grouped W4A16 product, in tiles of rows x 256 columns.
 //
-// Shape of a block. Rows of one expert (kRows = 16, 32 or 64) by four column tiles of 64, in steps of 64 along k
+// Shape of a tile. Rows of one expert (kRows = 16, 32 or 64) by four column tiles of 64, in steps of 64 along k
 // through a ring of shared-memory stages filled by cp.async. Warps are dealt kWarpsM x 4; a warp takes half of each of
 // two column tiles (2 x 32 columns) and kTilesM row tiles of 16. The two column tiles of a pair are neighbours, or,
 // when gated, the gate columns and the up columns that go with them: silu(gate) * up then needs no exchange between
@@ -10,7 +10,8 @@
 // fp32 multiply-add per group, so that a scale is never rounded into a 16-bit weight.
 //
 // Ring. Stage s + 1 is waited for while stage s has one k16 step left, whose fragments are already in registers: one
-// barrier a stage, and the freed stage is refilled at once.
+// barrier a stage, and the freed stage is refilled at once. Blocks are as many as run at once, each with many tiles:
+// the first steps of the next tile are under way while the sums of the last are stored.
 #pragma once
 
 #include "marlin_dequant.cuh"
@@ -59,6 +60,10 @@ struct MoeTile {
     static_assert(kARowsPerThread * kThreads == kRows * 8 && kBChunksPerThread * kThreads * 16 == kBBytes);
 };
 
+struct Place {
+    int row_block, column_block;
+};
+
 // Everything a thread keeps for one tile.
 template <class Tile>
 struct MoeWorker {
@@ -69,10 +74,9 @@ struct MoeWorker {
     uint8_t *shared;
     int thread, lane, warp_m, pair, half;
     // of the current tile
+    Place place;
     const uint8_t *codes, *scales;
-    const int32_t *slots;                            // [kRows]
     const uint8_t *a_source[Tile::kARowsPerThread];  // null: a padding row
-    int column_block;
     // sums: [row tile][column tile of the pair][8 columns][fragment]
     float sum[kTilesM][2][4][4];   // scaled
     float part[kTilesM][2][4][4];  // of the running group, unscaled
@@ -86,10 +90,11 @@ struct MoeWorker {
         warp_m = warp / 4;
         pair = warp % 4 / 2;
         half = warp % 2;
+        clear_sums();
     }
 
-    // Column tile of the weight behind tile i of this block; -1: past the last.
-    KRASIS_DEVICE int column_tile(int i) const {
+    // Column tile of the weight behind tile i of a block of columns; -1: past the last.
+    KRASIS_DEVICE int column_tile(int column_block, int i) const {
         if (p.gate_tiles == 0) {
             const int tile = column_block * 4 + i;
             return tile < p.column_tiles ? tile : -1;
@@ -98,25 +103,31 @@ struct MoeWorker {
         return gate < p.gate_tiles ? gate + i % 2 * p.gate_tiles : -1;
     }
 
-    // False: nothing to do for this tile.
-    KRASIS_DEVICE bool begin_tile(int row_block, int block_of_columns) {
-        const int expert = p.block_experts[row_block];
-        const auto *base = static_cast<const uint8_t *>(p.expert_base[expert]);
-        if (base == nullptr) return false;
+    // Makes a tile of a present expert the current one, and starts the copies of its first steps.
+    KRASIS_DEVICE void begin(const Place &at) {
+        place = at;
+        const auto *base = static_cast<const uint8_t *>(p.expert_base[p.block_experts[at.row_block]]);
         codes = base + p.codes_offset;
         scales = base + p.scales_offset;
-        slots = p.sorted_slots + static_cast<int64_t>(row_block) * Tile::kRows;
-        column_block = block_of_columns;
         KRASIS_UNROLL
         for (int i = 0; i < Tile::kARowsPerThread; ++i) {
-            const int slot = slots[thread / 8 + i * (Tile::kThreads / 8)];
+            const int slot = slots_of(at)[thread / 8 + i * (Tile::kThreads / 8)];
             a_source[i] = slot < 0
                               ? nullptr
                               : p.activations + slot / p.slots_per_row * p.activation_stride_bytes + thread % 8 * 16;
         }
+        KRASIS_UNROLL
+        for (int step = 0; step < Tile::kStages; ++step) load_step(step);
+    }
+
+    // The tile's slots, [kRows].
+    KRASIS_DEVICE const int32_t *slots_of(const Place &at) const {
+        return p.sorted_slots + static_cast<int64_t>(at.row_block) * Tile::kRows;
+    }
+
+    KRASIS_DEVICE void clear_sums() {
         clear(sum);
         clear(part);
-        return true;
     }
 
     KRASIS_DEVICE static void clear(float (&values)[kTilesM][2][4][4]) {
@@ -153,7 +164,7 @@ struct MoeWorker {
         KRASIS_UNROLL
         for (int i = 0; i < Tile::kBChunksPerThread; ++i) {
             const int chunk = thread + i * Tile::kThreads;  // [k16][column tile][lane]
-            const int tile = column_tile(chunk / 32 % 4);
+            const int tile = column_tile(place.column_block, chunk / 32 % 4);
             const int64_t k16 = static_cast<int64_t>(step) * 4 + chunk / 128;
             const int64_t offset = (k16 * p.column_tiles + tile) * Tile::kTileBytes + chunk % 32 * 16;
             simt::cp_async16(stage(step) + Tile::kABytes + chunk * 16, tile < 0 ? codes : codes + offset, tile >= 0);
@@ -165,7 +176,7 @@ struct MoeWorker {
         const int rows = p.group_shift == 1 ? 2 : 1;
         if (thread >= rows * 32) return;
         const int row = (step * 4 >> p.group_shift) + thread / 32;
-        const int tile = column_tile(thread % 32 / 8);
+        const int tile = column_tile(place.column_block, thread % 32 / 8);
         const int64_t offset = (static_cast<int64_t>(row) * p.column_tiles + tile) * 128 + thread % 8 * 16;
         simt::cp_async16(stage(step) + Tile::kABytes + Tile::kBBytes + thread * 16, tile < 0 ? scales : scales + offset,
                          tile >= 0);
@@ -244,7 +255,7 @@ struct MoeWorker {
     KRASIS_DEVICE void fold_channels() {
         KRASIS_UNROLL
         for (int i = 0; i < 2; ++i) {
-            const int tile = column_tile(2 * pair + i);
+            const int tile = column_tile(place.column_block, 2 * pair + i);
             if (tile < 0) continue;
             const auto *words =
                 reinterpret_cast<const simt::Words4 *>(scales + (tile * 64 + 32 * half + 8 * (lane % 4)) * 2);
@@ -254,9 +265,8 @@ struct MoeWorker {
         }
     }
 
+    // After begin.
     KRASIS_DEVICE void run() {
-        KRASIS_UNROLL
-        for (int step = 0; step < Tile::kStages; ++step) load_step(step);
         simt::cp_async_wait<Tile::kStages - 1>();
         simt::sync_threads();
         load_fragments(0, 0, 0);
@@ -295,10 +305,10 @@ struct MoeWorker {
         }
     }
 
-    KRASIS_DEVICE void store_row(int64_t row, int m, int row_half) const {
+    KRASIS_DEVICE void store_row(const Place &at, int64_t row, int m, int row_half) const {
         KRASIS_UNROLL
         for (int i = 0; i < 2; ++i) {
-            const int tile = column_tile(2 * pair + i);
+            const int tile = column_tile(at.column_block, 2 * pair + i);
             if (tile < 0 || (p.gate_tiles && i == 1)) continue;
             KRASIS_UNROLL
             for (int j = 0; j < 4; ++j) {
@@ -314,38 +324,65 @@ struct MoeWorker {
         }
     }
 
-    KRASIS_DEVICE void store() const {
+    KRASIS_DEVICE void store(const Place &at) const {
         KRASIS_UNROLL
         for (int m = 0; m < kTilesM; ++m) {
             KRASIS_UNROLL
             for (int row_half = 0; row_half < 2; ++row_half) {
-                const int slot = slots[(warp_m * kTilesM + m) * 16 + 8 * row_half + lane / 4];
-                if (slot >= 0) store_row(slot, m, row_half);
+                const int slot = slots_of(at)[(warp_m * kTilesM + m) * 16 + 8 * row_half + lane / 4];
+                if (slot >= 0) store_row(at, slot, m, row_half);
             }
         }
     }
 
-    KRASIS_DEVICE void count_executed() const {
-        if (p.num_executed == nullptr || column_block != 0 || thread >= 32) return;
+    KRASIS_DEVICE void count_executed(const Place &at) const {
+        if (p.num_executed == nullptr || at.column_block != 0 || thread >= 32) return;
         unsigned long long count = 0;
-        for (int row = lane; row < Tile::kRows; row += 32) count += slots[row] >= 0;
+        for (int row = lane; row < Tile::kRows; row += 32) count += slots_of(at)[row] >= 0;
         if (count) simt::global_atomic_add(p.num_executed, count);
+    }
+};
+
+// The tiles of one block: every num_blocks-th of those whose expert is present.
+struct MoeTiles {
+    const MoeGemmParams &p;
+    int first;
+    int64_t next, end;
+
+    KRASIS_DEVICE explicit MoeTiles(const MoeGemmParams &params)
+        : p(params), first(params.first_block[params.expert_begin]), next(simt::block_x()) {
+        end = static_cast<int64_t>(p.first_block[p.expert_end] - first) * p.column_blocks;
+    }
+
+    // False: no more.
+    KRASIS_DEVICE bool take(Place &at) {
+        while (next < end) {
+            at.row_block = first + static_cast<int>(next / p.column_blocks);
+            at.column_block = static_cast<int>(next % p.column_blocks);
+            next += simt::num_blocks();
+            if (p.expert_base[p.block_experts[at.row_block]] != nullptr) return true;
+        }
+        return false;
     }
 };
 
 template <class Type, int kWarpsM, int kTilesM>
 KRASIS_KERNEL(128 * kWarpsM, 1)
 moe_gemm_kernel(const MoeGemmParams p) {
-    using Tile = MoeTile<Type, kWarpsM, kTilesM>;
-    const int first = p.first_block[p.expert_begin], last = p.first_block[p.expert_end];
-    const int64_t tiles = static_cast<int64_t>(last - first) * p.column_blocks;
-    MoeWorker<Tile> worker(p);
-    for (int64_t tile = simt::block_x(); tile < tiles; tile += simt::num_blocks()) {
-        const int row_block = first + static_cast<int>(tile / p.column_blocks);
-        if (!worker.begin_tile(row_block, static_cast<int>(tile % p.column_blocks))) continue;
+    MoeTiles tiles(p);
+    Place at{}, ahead{};
+    bool more = tiles.take(at);
+    if (!more) return;
+    MoeWorker<MoeTile<Type, kWarpsM, kTilesM>> worker(p);
+    worker.begin(at);
+    while (more) {
         worker.run();
-        worker.store();
-        worker.count_executed();
+        more = tiles.take(ahead);
+        if (more) worker.begin(ahead);
+        worker.store(at);
+        worker.count_executed(at);
+        worker.clear_sums();
+        at = ahead;
     }
 }
 

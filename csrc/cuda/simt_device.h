@@ -114,13 +114,33 @@ KRASIS_DEVICE float reciprocal_sqrt(float x) { return rsqrtf(x); }
 
 // ---- launching, from host code
 
+// Lets the kernel have more than 48 KiB of shared memory.
+template <auto kKernel>
+cudaError_t allow_shared(size_t shared_bytes) {
+    if (shared_bytes <= 48 * 1024) return cudaSuccess;
+    return cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+}
+
+// How many such blocks run on this GPU at once; 0, with words, if CUDA refuses. shape.blocks is not used.
+template <auto kKernel>
+int64_t resident_blocks(const LaunchShape &shape, const char **error) {
+    int device = 0, multiprocessors = 0, blocks = 0;
+    cudaError_t status = allow_shared<kKernel>(shape.shared_bytes);
+    if (status == cudaSuccess) status = cudaGetDevice(&device);
+    if (status == cudaSuccess)
+        status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    if (status == cudaSuccess) {
+        status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kKernel, static_cast<int>(shape.threads),
+                                                               shape.shared_bytes);
+    }
+    if (status == cudaSuccess && blocks == 0) status = cudaErrorLaunchOutOfResources;
+    if (status != cudaSuccess) *error = cudaGetErrorString(status);
+    return status == cudaSuccess ? int64_t{multiprocessors} * blocks : 0;
+}
+
 template <auto kKernel, class Params>
 bool launch(const LaunchShape &shape, const Params &params, void *stream, const char **error) {
-    cudaError_t status = cudaSuccess;
-    if (shape.shared_bytes > 48 * 1024) {
-        status = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                      static_cast<int>(shape.shared_bytes));
-    }
+    cudaError_t status = allow_shared<kKernel>(shape.shared_bytes);
     if (status == cudaSuccess) {
         kKernel<<<shape.blocks, shape.threads, shape.shared_bytes, static_cast<cudaStream_t>(stream)>>>(params);
         status = cudaGetLastError();

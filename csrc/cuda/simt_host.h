@@ -128,6 +128,12 @@ float reciprocal_sqrt(float x);
 
 // ---- launching
 
+// Few, so that kernels which share out work among resident blocks give each several pieces.
+template <auto kKernel>
+int64_t resident_blocks(const LaunchShape &, const char **) {
+    return 5;
+}
+
 template <auto kKernel, class Params>
 bool launch(const LaunchShape &shape, const Params &params, void *, const char **error) {
     const bool ok = run(shape, [](const void *p) { kKernel(*static_cast<const Params *>(p)); }, &params);

@@ -1,6 +1,6 @@
-// device_bench.cu: speed of the grouped product on this GPU, beside what its tensor cores do in a bare mma.sync loop.
-// Prints one line a shape and row count; the argument --quick keeps to a few. Correctness is krasis_test_cuda_device's
-// part.
+// device_bench.cu: speed of the grouped and the dense products on this GPU, beside what its tensor cores do in a bare
+// mma.sync loop. Prints one line a shape and row count; the argument --quick keeps to a few. Correctness is
+// krasis_test_cuda_device's part.
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
@@ -201,6 +201,33 @@ void bench(const Model &model, int64_t rows, double peak) {
     std::fflush(stdout);
 }
 
+// Dense int8 product. The weight is repeated until it exceeds any L2 cache, and the copies are used in turn.
+void bench_dense(const char *name, int64_t k, int64_t n, int64_t tokens, double peak) {
+    const int64_t copies = std::max<int64_t>(1, (int64_t{256} << 20) / (n * k));
+    Buffer weights(copies * n * k, kAnyBits, 0), scales(n * 4, 0x007fffffu, 0x3c000000u);
+    Buffer x(tokens * k * 2, kValueKeep, kValueSet), out(tokens * n * 2, 0, 0);
+    int64_t turn = 0;
+    const double seconds = median_seconds([&] {
+        krasis_cuda_int8_gemm_args a{};
+        a.x = x.data();
+        a.x_stride = k;
+        a.tokens = tokens;
+        a.k = k;
+        a.n = n;
+        a.dtype = a.out_dtype = KRASIS_BF16;
+        a.weight = reinterpret_cast<const int8_t *>(weights.data() + turn++ % copies * n * k);
+        a.scales = reinterpret_cast<const float *>(scales.data());
+        a.out = out.data();
+        a.out_stride = n;
+        CHECK_OK(krasis_cuda_int8_gemm(&a, nullptr));
+    });
+    const double flops = 2.0 * static_cast<double>(tokens) * static_cast<double>(n * k) / seconds;
+    std::printf("%-16s [%6lld, %4lld] x %4lld tokens: %8.1f us, %6.1f TFLOP/s = %4.1f %% of mma.sync, %5.0f GB/s\n",
+                name, static_cast<long long>(n), static_cast<long long>(k), static_cast<long long>(tokens),
+                seconds * 1e6, flops * 1e-12, 100 * flops / peak, static_cast<double>(n * k) / seconds * 1e-9);
+    std::fflush(stdout);
+}
+
 }  // namespace
 
 int main(int argc, char **argv) {
@@ -218,5 +245,13 @@ int main(int argc, char **argv) {
             bench(model, rows, peak);
         }
     }
+    for (int64_t tokens : {1, 8, 16, 64, 512, 4096}) {
+        if (quick && tokens != 1 && tokens != 4096) continue;
+        bench_dense("30b qkv", 2048, 5120, tokens, peak);
+        bench_dense("30b attn out", 4096, 2048, tokens, peak);
+        bench_dense("235b qkv", 4096, 9216, tokens, peak);
+        bench_dense("235b attn out", 8192, 4096, tokens, peak);
+    }
+    bench_dense("lm_head", 2048, 151936, 1, peak);
     return test::finish("device bench");
 }
