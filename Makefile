@@ -10,4 +10,4 @@ check: ## everything CI runs
 format: ## rewrite Python and C++ to the house style
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
-	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' | xargs .venv/bin/clang-format -i
+	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' | xargs .venv/bin/clang-format -i

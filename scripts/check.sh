@@ -17,7 +17,7 @@ scripts/quickstart.sh
 step "lint and types"
 "$bin/ruff" check .
 "$bin/ruff" format --check .
-git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' | xargs "$bin/clang-format" --dry-run --Werror
+git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' | xargs "$bin/clang-format" --dry-run --Werror
 # mypy cannot follow the wheel's folder mapping; a folder of links shows it the same names.
 mkdir -p build/typing/krasis
 for part in formats convert runtime; do ln -sfn "../../../$part" "build/typing/krasis/$part"; done
