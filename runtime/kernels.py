@@ -8,6 +8,7 @@ A ``Kernels`` belongs to one thread at a time, as its pool does.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from krasis.formats.errors import NativeError
@@ -32,6 +33,19 @@ TILE_ROWS = 32
 TILE_CODES = {"q8": 0, "i4": 1}
 TILE_BYTES = {"q8": 1088, "i4": 576}
 _MAX_VIEWS = 64
+
+NativeFunction = Callable[..., int]
+# The attributes of Kernels that hold native functions, by the name of the function.
+FUNCTION_ATTRIBUTES = {
+    "krasis_quantize_acts": "_quantize",
+    "krasis_rms_norm": "_rms_norm",
+    "krasis_gemm_int8_rows": "_gemm_int8_rows",
+    "krasis_gemm_float": "_gemm_float",
+    "krasis_route_topk": "_route",
+    "krasis_qk_norm_rope_store": "_rope",
+    "krasis_attention": "_attention",
+    "krasis_moe": "_moe",
+}
 
 
 class Acts:
@@ -140,18 +154,23 @@ class Kernels:
 
     def __init__(self, pool: Pool) -> None:
         self.pool = pool
-        self._quantize = prototype("krasis_quantize_acts")
-        self._rms_norm = prototype("krasis_rms_norm")
-        self._gemm_int8_rows = prototype("krasis_gemm_int8_rows")
-        self._gemm_float = prototype("krasis_gemm_float")
-        self._route = prototype("krasis_route_topk")
-        self._rope = prototype("krasis_qk_norm_rope_store")
-        self._attention = prototype("krasis_attention")
-        self._moe = prototype("krasis_moe")
+        self._quantize: NativeFunction = prototype("krasis_quantize_acts")
+        self._rms_norm: NativeFunction = prototype("krasis_rms_norm")
+        self._gemm_int8_rows: NativeFunction = prototype("krasis_gemm_int8_rows")
+        self._gemm_float: NativeFunction = prototype("krasis_gemm_float")
+        self._route: NativeFunction = prototype("krasis_route_topk")
+        self._rope: NativeFunction = prototype("krasis_qk_norm_rope_store")
+        self._attention: NativeFunction = prototype("krasis_attention")
+        self._moe: NativeFunction = prototype("krasis_moe")
         # One record of each kind, filled anew by every call: a pool serves one call at a time.
         self._qkv_args, self._attention_args, self._moe_args = QkvArgs(), AttentionArgs(), MoeArgs()
         self._executed = ctypes.c_int64()
         self._moe_args.executed = ctypes.addressof(self._executed)
+
+    def watch(self, wrap: Callable[[str, NativeFunction], NativeFunction]) -> None:
+        """Every native function is called through wrap(name, function) from now on: for profiles."""
+        for name, attribute in FUNCTION_ATTRIBUTES.items():
+            setattr(self, attribute, wrap(name, getattr(self, attribute)))
 
     def quantize(self, x: Array, acts: Acts) -> None:
         """acts = int8 form of x, float32 [T, k]."""

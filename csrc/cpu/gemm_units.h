@@ -31,6 +31,9 @@ void multiply_strip(StripFormat format, const uint8_t *strip, const uint8_t *pan
         for (int64_t p = begin; p < end; ++p) {
             const int64_t width = cut.width(p);
             call.panel = panels + cut.offset_bytes(p) + b * width * kPanelTokenBytes;
+            const int64_t next = p + 1 < end ? p + 1 : begin;  // after the last panel: the first, next group
+            const int64_t next_block = p + 1 < end ? b : b + group < cut.blocks ? b + group : 0;
+            call.next_panel = panels + cut.offset_bytes(next) + next_block * cut.width(next) * kPanelTokenBytes;
             call.acc = acc + (cut.first(p) - first_token) * kStripRows;
             if (num_panels > 1) {  // each panel fetches its share of the next group
                 call.fetch = call.weight + group * block_bytes + (p - begin) * lines * group * kLineBytes;

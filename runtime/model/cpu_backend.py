@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,7 @@ from krasis.runtime.kernels import (
     Acts,
     Heads,
     Kernels,
+    NativeFunction,
     attention_workspace_bytes,
     moe_workspace_bytes,
     workspace,
@@ -121,7 +123,7 @@ class CpuBackend:
         """See ``backend.Backend``."""
         buffers = self._buffers.first(len(tokens))
         weights = self._open_weights()
-        buffers.hidden[...] = weights.embedding.rows(tokens)
+        weights.embedding.rows_into(tokens, buffers.hidden)
         self._run_layers(self._kernels, weights, start, buffers)
         if want_all:
             return self._all_logits(buffers.hidden)
@@ -130,10 +132,15 @@ class CpuBackend:
     def decode(self, token: int, position: int) -> Logits:
         """See ``backend.Backend``."""
         one = self._one
-        one.hidden[...] = self._open_weights().embedding.rows(np.array([token]))
+        self._open_weights().embedding.rows_into(np.array([token]), one.hidden)
         self._one_token.replay(position)
         logits: Logits = self._last_logits(one.hidden)[0]
         return logits
+
+    def watch(self, wrap: Callable[[str, NativeFunction], NativeFunction]) -> None:
+        """Every native call of prefill and decode goes through wrap(name, function): for profiles."""
+        self._kernels.watch(wrap)
+        self._one_token.watch(wrap)
 
     def close(self) -> None:
         """See ``backend.Backend``."""

@@ -13,23 +13,15 @@ from typing import Any
 
 from krasis.formats.errors import NativeError
 from krasis.formats.native import Pool, check
-from krasis.runtime.kernels import Kernels
+from krasis.runtime.kernels import FUNCTION_ATTRIBUTES, Kernels, NativeFunction
 from krasis.runtime.native import AttentionArgs, MoeArgs, QkvArgs
 from krasis.runtime.native_arrays import Array
 
-NativeFunction = Callable[..., int]
-# The attributes of Kernels that hold native functions, by the name of the function.
-_PLAIN = {
-    "_quantize": "krasis_quantize_acts",
-    "_rms_norm": "krasis_rms_norm",
-    "_gemm_int8_rows": "krasis_gemm_int8_rows",
-    "_gemm_float": "krasis_gemm_float",
-    "_route": "krasis_route_topk",
-}
-_WITH_RECORD = {
-    "_rope": ("krasis_qk_norm_rope_store", "_qkv_args"),
-    "_attention": ("krasis_attention", "_attention_args"),
-    "_moe": ("krasis_moe", "_moe_args"),
+# Functions whose arguments lie in a record of Kernels, which every call fills anew.
+_RECORDS = {
+    "krasis_qk_norm_rope_store": "_qkv_args",
+    "krasis_attention": "_attention_args",
+    "krasis_moe": "_moe_args",
 }
 
 
@@ -47,11 +39,16 @@ class RecordedCalls(Kernels):
         self._positioned: list[QkvArgs | AttentionArgs] = []
         self._num_executed = ctypes.c_int64()
         self._expected = 0
-        for attribute, name in _PLAIN.items():
-            setattr(self, attribute, self._recorder(getattr(self, attribute), name))
-        for attribute, (name, record) in _WITH_RECORD.items():
-            shared = getattr(self, record)
-            setattr(self, attribute, self._record_copier(getattr(self, attribute), name, shared))
+        for name, attribute in FUNCTION_ATTRIBUTES.items():
+            function = getattr(self, attribute)
+            if name in _RECORDS:
+                setattr(self, attribute, self._record_copier(function, name, getattr(self, _RECORDS[name])))
+            else:
+                setattr(self, attribute, self._recorder(function, name))
+
+    def watch(self, wrap: Callable[[str, NativeFunction], NativeFunction]) -> None:
+        """As ``Kernels.watch``, for the calls recorded so far."""
+        self._calls = [(wrap(name, function), arguments, name) for function, arguments, name in self._calls]
 
     def moe(self, *args: Any, **kwargs: Any) -> int:
         """As ``Kernels.moe``; the count is what the replay must reach."""

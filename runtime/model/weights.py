@@ -23,6 +23,7 @@ Array = npt.NDArray[Any]
 FloatArray = npt.NDArray[np.float32]
 FLOAT_DTYPES = ("BF16", "F16", "F32")
 PLAIN = "plain"
+ROWS_AT_ONCE = 32
 ROWS = 32  # rows of a tile; fused weights and the vocabulary are padded to it
 
 
@@ -36,6 +37,19 @@ class FloatWeight:
     def rows(self, ids: npt.NDArray[np.int64]) -> FloatArray:
         """Rows of a matrix as f32 [len(ids), k]."""
         return to_float32(self.data[ids], self.dtype)
+
+    def rows_into(self, ids: npt.NDArray[np.int64], out: FloatArray) -> None:
+        """Writes the rows to out, f32 [len(ids), k], a few at a time: copies of all of them cost ten times as
+        much in fresh pages."""
+        for begin in range(0, len(ids), ROWS_AT_ONCE):
+            raw = self.data[ids[begin : begin + ROWS_AT_ONCE]]
+            part = out[begin : begin + ROWS_AT_ONCE]
+            if self.dtype == "BF16":
+                bits = part.view(np.uint32)
+                bits[...] = raw
+                bits <<= 16
+            else:
+                part[...] = raw
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,7 +56,7 @@ void kernel(const StripCall &call) {
         acc[t][0] = _mm512_loadu_ps(call.acc + t * 32);
         acc[t][1] = _mm512_loadu_ps(call.acc + t * 32 + 16);
     }
-    const uint8_t *block = call.weight, *panel = call.panel, *fetch = call.fetch;
+    const uint8_t *block = call.weight, *panel = call.panel, *fetch = call.fetch, *next = call.next_panel;
     for (int64_t b = 0; b < call.blocks; ++b) {
         if (kAheadBytes<kFormat> > 0 && call.fetch_lines == 0) {
 #pragma GCC unroll 17
@@ -66,6 +66,13 @@ void kernel(const StripCall &call) {
         }
         for (int64_t i = 0; i < call.fetch_lines; ++i, fetch += 64) {
             _mm_prefetch(reinterpret_cast<const char *>(fetch), _MM_HINT_T0);
+        }
+        if constexpr (kWidth > 1) {  // one token: its panel stays in the first-level cache
+#pragma GCC unroll 8
+            for (int64_t i = 0; i < kWidth * kPanelTokenBytes; i += 64) {
+                _mm_prefetch(reinterpret_cast<const char *>(next + i), _MM_HINT_T0);
+            }
+            next += kWidth * kPanelTokenBytes;
         }
         __m512i sum[kWidth][2];
 #pragma GCC unroll 8
