@@ -1,0 +1,1 @@
+"""Krasis and its peers on the same work: measures, records in HDF5, and writes docs/BENCHMARKS.md."""

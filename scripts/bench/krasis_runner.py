@@ -1,0 +1,162 @@
+#!/usr/bin/env python3
+"""Times a bundle as llama-bench times a GGUF, and prints one JSON object.
+
+ppN: tokens/s of one prefill of N random ids into an empty context. tgN: tokens/s of decoding N random ids,
+one by one, from an empty context. Around each sample the read bandwidth of the same threads over the bundle's
+own experts is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from krasis.formats.bundle_reader import Bundle
+from krasis.formats.native import Pool, check, library_path
+from krasis.runtime import Engine, EngineSettings
+from krasis.runtime.native import prototype
+
+WINDOW_BYTES = 256 << 20
+PREFAULT_TIERS = ("dense", "cpu")
+
+
+class Meter:
+    """Read bandwidth over windows of the experts, one after another, so that nothing is still in a cache."""
+
+    def __init__(self, bundle: Bundle, pool: Pool) -> None:
+        self._pool, self._next = pool, 0
+        self._windows: list[tuple[int, int]] = []
+        for layer in range(bundle.architecture.num_layers):
+            blob = bundle.map(f"layers.{layer}.experts.cpu")
+            address, size = int(blob.__array_interface__["data"][0]), min(blob.nbytes, WINDOW_BYTES)
+            self._windows += [(address + i * size, size) for i in range(blob.nbytes // size)]
+
+    def gbps(self) -> float:
+        address, size = self._windows[self._next % len(self._windows)]
+        self._next += 1
+        seconds = ctypes.c_double()
+        status = prototype("krasis_read_bandwidth")(self._pool.handle, address, size, ctypes.byref(seconds))
+        check(status, "krasis_read_bandwidth")
+        return size / seconds.value / 1e9
+
+
+def token_bytes(bundle: Bundle) -> int:
+    """Weights that decoding one token reads: all dense ones but the embedding, and the routed experts."""
+    arch = bundle.architecture
+    total = 0
+    for blob in bundle.manifest.blobs:
+        if blob.tier == "dense" and blob.name != "embedding":
+            total += blob.num_bytes
+        elif blob.tier == "cpu":
+            total += blob.num_bytes * arch.num_experts_per_token // arch.num_experts
+    return total
+
+
+def huge_fraction(bundle: Bundle) -> float:
+    """The part of the CPU experts' mappings that the page tables map by huge pages; NaN if none is."""
+    huge = mapped = 0
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split(" ", 1)[0]:
+            inside = str(bundle.path.resolve()) in line and "cpu-" in line
+        elif inside and line.startswith("Rss:"):
+            mapped += int(line.split()[1])
+        elif inside and line.startswith("FilePmdMapped:"):
+            huge += int(line.split()[1])
+    return huge / mapped if mapped else float("nan")
+
+
+def sample(work: Callable[[], int], meter: Meter, repeats: int) -> dict[str, list[float]]:
+    """work() gives a number of tokens; tokens/s of each repetition, bandwidth before and after."""
+    rates, bandwidth = [], [meter.gbps()]
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        count = work()
+        rates.append(count / (time.perf_counter() - begin))
+        bandwidth.append(meter.gbps())
+    return {"tokens_per_s": rates, "read_gbps": bandwidth}
+
+
+def measure(
+    engine: Engine, meter: Meter, prompts: list[int], generate: list[int], repeats: int
+) -> dict[str, Any]:
+    """Samples by case."""
+    rng = np.random.default_rng(0)
+    vocab = engine.architecture.vocab_size
+
+    def prefill(count: int) -> int:
+        engine.reset()
+        engine.prefill(rng.integers(0, vocab, count).tolist())
+        return count
+
+    def decode(count: int) -> int:
+        engine.reset()
+        for token in rng.integers(0, vocab, count).tolist():
+            engine.decode(token)
+        return count
+
+    cases: dict[str, Any] = {}
+    for count in prompts:
+        prefill(count)
+        cases[f"pp{count}"] = sample(lambda count=count: prefill(count), meter, repeats)  # type: ignore[misc]
+    for count in generate:
+        decode(8)
+        cases[f"tg{count}"] = sample(lambda count=count: decode(count), meter, repeats)  # type: ignore[misc]
+    weights_bytes = token_bytes(engine.bundle)
+    for name, case in cases.items():
+        if name.startswith("tg"):
+            case["weights_gbps"] = [rate * weights_bytes / 1e9 for rate in case["tokens_per_s"]]
+    return cases
+
+
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",") if int(part) > 0]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("-t", "--threads", type=int, default=1)
+    parser.add_argument("-p", "--prompt", type=numbers, default=[512])
+    parser.add_argument("-n", "--generate", type=numbers, default=[64])
+    parser.add_argument("-r", "--repeats", type=int, default=1)
+    parser.add_argument("--isa", default="auto")
+    parser.add_argument(
+        "--chunk", type=int, default=0, help="Prompt tokens computed in one pass; 0: the engine's."
+    )
+    options = parser.parse_args()
+    context = max(options.prompt + options.generate + [64])
+    chunk = {"prefill_chunk": options.chunk} if options.chunk else {}
+    settings = EngineSettings(
+        context=context, threads=options.threads, isa=options.isa, prefault=False, **chunk
+    )
+    with Engine.open(options.bundle, settings) as engine, Pool(options.threads, options.isa) as pool:
+        for tier in PREFAULT_TIERS:
+            engine.bundle.prefault(tier, options.threads)
+        meter = Meter(engine.bundle, pool)
+        cases = measure(engine, meter, options.prompt, options.generate, options.repeats)
+        library = library_path()
+        result = {
+            "cases": cases,
+            "isa": pool.isa,
+            "token_bytes": token_bytes(engine.bundle),
+            "huge_page_fraction": huge_fraction(engine.bundle),
+            "engine": engine.description,
+            "library": str(library),
+            "library_sha256": hashlib.sha256(library.read_bytes()).hexdigest()[:12],
+        }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

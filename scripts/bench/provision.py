@@ -1,0 +1,123 @@
+"""Gets the peers that an index package carries: llama.cpp's sources from an sdist, kt-kernel's wheel.
+
+ik_llama.cpp has no package: its llama-bench is what the user built, given by path.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench import process
+
+LLAMA_PACKAGE = "llama-cpp-python==0.3.36"
+KT_PACKAGE = "kt-kernel==0.7.2"
+LLAMA_CMAKE = (
+    "-DCMAKE_BUILD_TYPE=Release",
+    "-DGGML_NATIVE=ON",
+    "-DLLAMA_CURL=OFF",
+    "-DLLAMA_BUILD_TESTS=OFF",
+    "-DLLAMA_BUILD_EXAMPLES=OFF",
+    "-DLLAMA_BUILD_TOOLS=ON",
+    "-DLLAMA_BUILD_SERVER=OFF",
+)
+BUILD_TIMEOUT_S = 7200
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A peer's file or folder, or why there is none."""
+
+    path: Path | None
+    missing: str = ""
+    recipe: str = ""
+
+
+def llama_bench(choice: str, work: Path) -> Found:
+    """``auto``: built in the work folder unless it is there; ``off``; or a path."""
+    if choice != "auto":
+        return given(choice, "--llama-bench")
+    root = work / "llama.cpp"
+    binary = root / "build" / "bin" / "llama-bench"
+    recipe = f"{LLAMA_PACKAGE} (its sdist), cmake {' '.join(LLAMA_CMAKE)}"
+    if not binary.exists():
+        problem = _build_llama(root)
+        if problem:
+            return Found(None, f"could not be built: {problem}", recipe)
+    return Found(binary, recipe=recipe)
+
+
+def given(choice: str, option: str) -> Found:
+    """A path from the command line."""
+    if choice in ("", "off"):
+        return Found(None, f"not run: no {option} was given")
+    path = Path(choice).resolve()
+    return Found(path) if path.exists() else Found(None, f"{path} is not there")
+
+
+def kt_kernel(choice: str, work: Path) -> Found:
+    """``auto``: the wheel, unpacked beside this Python's torch; ``off``; or a folder where it is unpacked."""
+    if choice != "auto":
+        return given(choice, "--kt-kernel")
+    target = work / "kt-kernel"
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--target",
+        str(target),
+        KT_PACKAGE,
+    ]
+    recipe = f"pip install --no-deps {KT_PACKAGE}"
+    if not (target / "kt_kernel").is_dir():
+        outcome = process.run(pip, timeout_s=BUILD_TIMEOUT_S)
+        if outcome.error:
+            return Found(None, f"could not be installed: {outcome.error}", recipe)
+    return Found(target, recipe=recipe)
+
+
+def _build_llama(root: Path) -> str:
+    """Downloads, unpacks and builds; returns why it failed, or nothing."""
+    cmake, ninja = shutil.which("cmake"), shutil.which("ninja")
+    if cmake is None or ninja is None:
+        return "cmake and ninja are needed"
+    root.mkdir(parents=True, exist_ok=True)
+    download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
+    outcome = process.run([*download, "-d", str(root), LLAMA_PACKAGE], timeout_s=BUILD_TIMEOUT_S)
+    archives = sorted(root.glob("llama_cpp_python-*.tar.gz"))
+    if not archives:
+        return outcome.error or "pip downloaded no sdist"
+    with tarfile.open(archives[-1]) as archive:
+        archive.extractall(root, filter="data")
+    sources = next(root.glob("llama_cpp_python-*/vendor/llama.cpp"), None)
+    if sources is None:
+        return "the sdist carries no vendor/llama.cpp"
+    build = str(root / "build")
+    for command in (
+        [cmake, "-S", str(sources), "-B", build, "-G", "Ninja", *LLAMA_CMAKE],
+        [cmake, "--build", build, "--target", "llama-bench", "llama-quantize"],
+    ):
+        outcome = process.run(command, timeout_s=BUILD_TIMEOUT_S)
+        if outcome.error:
+            return outcome.error
+    return ""
+
+
+def repository_state(folder: Path) -> str:
+    """The commit, and whether files differ from it."""
+
+    def git(*arguments: str) -> str:
+        result = subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False
+        )
+        return result.stdout.strip()
+
+    commit = git("rev-parse", "--short=12", "HEAD")
+    return f"{commit}{' with changes' if git('status', '--porcelain', '--untracked-files=no') else ''}"
