@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -124,3 +125,8 @@ def relative_error() -> Callable[[np.ndarray, np.ndarray], float]:
         return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
     return error
+
+
+# A job started in the background ignores SIGINT, and its children would inherit that: the tests that press
+# Ctrl-C need what a terminal gives.
+signal.signal(signal.SIGINT, signal.default_int_handler)
