@@ -17,7 +17,7 @@
 extern "C" {
 #endif
 
-#define KRASIS_CUDA_ABI_VERSION 1
+#define KRASIS_CUDA_ABI_VERSION 2
 #define KRASIS_ERR_CUDA 100 /* a CUDA call failed */
 
 KRASIS_API int32_t krasis_cuda_abi_version(void);
@@ -138,8 +138,117 @@ typedef struct krasis_cuda_qkv_args {
     int64_t max_positions;
     void *k_cache, *v_cache;
     int64_t capacity;
+    const int64_t *start_device; /* NULL: start above counts; otherwise [1], read when the kernel runs (graphs) */
 } krasis_cuda_qkv_args;
 KRASIS_API int32_t krasis_cuda_qk_norm_rope_store(const krasis_cuda_qkv_args *args, void *stream);
+
+/* ---- routing -----------------------------------------------------------------------------------------------------
+ * out[t, e] = x[t] . W[e], sums in fp32: for the few tokens of decode (tokens <= 8); k % 64 == 0. */
+typedef struct krasis_cuda_router_args {
+    const float *x;     /* [tokens, k] */
+    const void *weight; /* [num_experts, k] of weight_dtype: KRASIS_F32, KRASIS_BF16 or KRASIS_F16 */
+    float *out;         /* [tokens, num_experts] */
+    int64_t tokens, k, num_experts;
+    int32_t weight_dtype, reserved;
+} krasis_cuda_router_args;
+KRASIS_API int32_t krasis_cuda_router(const krasis_cuda_router_args *args, void *stream);
+
+/* softmax over the experts in fp32, then the top_k largest in falling order (ties: lower id first), weights divided by
+ * their sum if normalize != 0: what krasis_route_topk does on the CPU. num_experts <= 1024, top_k <= 64. */
+typedef struct krasis_cuda_route_args {
+    const float *logits; /* [tokens, num_experts] */
+    int64_t tokens, num_experts, top_k;
+    int32_t normalize, reserved;
+    int32_t *ids;            /* out [tokens, top_k] */
+    float *weights;          /* out [tokens, top_k] */
+    const uint8_t *resident; /* [num_experts]: not 0 where the GPU holds the expert; NULL: none */
+    int32_t *gpu_ids;        /* out [tokens, top_k]: ids of resident experts, -1 for others; may be NULL */
+    int32_t *cpu_ids;        /* out [tokens, top_k]: -1 for resident experts, ids of others; may be NULL */
+    int64_t *counts;         /* [num_experts]: increased by how often each was chosen; may be NULL */
+} krasis_cuda_route_args;
+KRASIS_API int32_t krasis_cuda_route(const krasis_cuda_route_args *args, void *stream);
+
+/* ---- decode ------------------------------------------------------------------------------------------------------
+ * Attention of one query over cache positions 0..position (its own included), softmax in fp32, keys split over blocks
+ * and combined in a fixed order. The position is read from device memory when the kernel runs. head_dim % 16 == 0, <=
+ * 256. */
+typedef struct krasis_cuda_attention_args {
+    const void *q;                 /* [num_heads, head_dim] of dtype */
+    const void *k_cache, *v_cache; /* [num_kv_heads, capacity, head_dim] of dtype */
+    void *out;                     /* [num_heads, head_dim] of dtype */
+    const int64_t *position;       /* [1] */
+    int64_t num_heads, num_kv_heads, head_dim, capacity;
+    int32_t dtype; /* KRASIS_BF16 or KRASIS_F16 */
+    float scale;
+    void *workspace; /* krasis_cuda_attention_workspace_bytes(...) bytes */
+    int64_t workspace_bytes;
+} krasis_cuda_attention_args;
+KRASIS_API int64_t krasis_cuda_attention_workspace_bytes(int64_t num_heads, int64_t head_dim, int64_t capacity);
+KRASIS_API int32_t krasis_cuda_attention_decode(const krasis_cuda_attention_args *args, void *stream);
+
+/* Flags in pinned host memory hand work between GPU and CPU. epoch is a counter in device memory, so that a captured
+ * graph can be replayed: advance adds 1 to it; signal stores its value to a flag after everything before it on the
+ * stream is visible to the host; wait spins until the flag holds at least the epoch, and gives up after timeout_ns,
+ * adding 1 to *timeouts (device or pinned memory). */
+KRASIS_API int32_t krasis_cuda_advance(uint64_t *epoch, void *stream);
+KRASIS_API int32_t krasis_cuda_signal(uint64_t *flag, const uint64_t *epoch, void *stream);
+KRASIS_API int32_t krasis_cuda_wait(const uint64_t *flag, const uint64_t *epoch, int64_t timeout_ns, uint64_t *timeouts,
+                                    void *stream);
+
+/* ---- many rows: weights as 16-bit floats for a library's matrix products
+ * --------------------------------------------- */
+
+/* Experts [expert_begin, expert_begin + count) of a Marlin matrix as out [count, n, k] of out_dtype, w = (u - 8) *
+ * scale in fp32, rounded once. Addresses and offsets as in krasis_cuda_moe_gemm_args. A null expert_base: left
+ * untouched. */
+typedef struct krasis_cuda_marlin_dequant_args {
+    const void *const *expert_base; /* [num_experts] device addresses */
+    int64_t codes_offset, scales_offset;
+    int32_t scale_dtype, out_dtype; /* KRASIS_BF16 or KRASIS_F16 */
+    int64_t group, k, n;
+    int32_t expert_begin, count;
+    void *out;
+} krasis_cuda_marlin_dequant_args;
+KRASIS_API int32_t krasis_cuda_marlin_dequant(const krasis_cuda_marlin_dequant_args *args, void *stream);
+
+/* INT8 rows [n/32, k/4, 32, 4] with scales [n] as out [n, k] of dtype. */
+KRASIS_API int32_t krasis_cuda_int8_dequant(const int8_t *weight, const float *scales, int64_t n, int64_t k,
+                                            int32_t dtype, void *out, void *stream);
+
+/* Rows in the order of the experts: out[i] = x[sorted_slots[i] / slots_per_row] for the rows of experts [expert_begin,
+ * expert_end), counted from first_block[expert_begin] * m_block; padding rows are zero. ends[e - expert_begin] = the
+ * last row of expert e + 1 counted so: the offsets of a grouped product. Rows past the last are untouched. */
+typedef struct krasis_cuda_moe_gather_args {
+    const void *x;
+    int64_t x_stride, slots_per_row, k; /* k % 8 == 0 */
+    const int32_t *sorted_slots, *first_block;
+    int32_t m_block, expert_begin, expert_end, dtype; /* KRASIS_BF16 or KRASIS_F16 */
+    int64_t num_slots, max_rows;                      /* max_rows: rows out has room for */
+    void *out;                                        /* [max_rows, k] */
+    int32_t *ends;                                    /* out [expert_end - expert_begin] */
+} krasis_cuda_moe_gather_args;
+KRASIS_API int32_t krasis_cuda_moe_gather(const krasis_cuda_moe_gather_args *args, void *stream);
+
+/* The way back: out[sorted_slots[i]] = rows[i]; padding rows go nowhere. num_executed: as in the grouped product. */
+typedef struct krasis_cuda_moe_scatter_args {
+    const void *rows; /* [max_rows, n] of dtype */
+    int64_t n;        /* n % 8 == 0 */
+    const int32_t *sorted_slots, *first_block;
+    int32_t m_block, expert_begin, expert_end, dtype;
+    int64_t num_slots, max_rows, out_stride;
+    void *out; /* [num_slots, n] */
+    int64_t *num_executed;
+} krasis_cuda_moe_scatter_args;
+KRASIS_API int32_t krasis_cuda_moe_scatter(const krasis_cuda_moe_scatter_args *args, void *stream);
+
+/* ---- host memory (not in the double)
+ * ---------------------------------------------------------------------------------- Page-locks host memory for DMA and
+ * maps it into the device's address space. CUDA's error, if any, is taken out of its queue and stays readable by
+ * krasis_cuda_last_error: it never surfaces in a later call. read_only != 0 asks for cudaHostRegisterReadOnly. address
+ * and num_bytes: multiples of 4096. */
+KRASIS_API int32_t krasis_cuda_host_register(void *address, int64_t num_bytes, int32_t read_only);
+KRASIS_API int32_t krasis_cuda_host_unregister(void *address);
+KRASIS_API int32_t krasis_cuda_host_device_address(const void *address, void **device_address);
 
 #ifdef __cplusplus
 }

@@ -72,6 +72,10 @@ class ResourceError(KrasisError):
     exit_code = 6
 
 
+class OutOfDeviceMemoryError(ResourceError):
+    """A GPU's memory is exhausted; a smaller batch may fit."""
+
+
 class NativeError(KrasisError):
     """The native library is missing, of another ABI, or refused its arguments (a bug in a wrapper)."""
 
