@@ -23,6 +23,7 @@ from krasis.convert.settings import (
     parse_tiers,
 )
 from krasis.formats.errors import KrasisError, ResourceError
+from krasis.formats.shard_output import OUTPUT_IO
 
 EXIT_INTERRUPTED = 130
 
@@ -48,6 +49,14 @@ EXIT_INTERRUPTED = 130
 @click.option("--shard-size", default="32GiB", show_default=True, help="Largest file of the bundle.")
 @click.option("--threads", type=click.IntRange(0), default=0, help="Packing threads [default: all CPUs].")
 @click.option("--memory-limit", default=None, help="Bound on memory beyond the page cache, such as 2GiB.")
+@click.option(
+    "--output-io",
+    type=click.Choice(list(OUTPUT_IO)),
+    default="auto",
+    show_default=True,
+    help="direct: past the page cache; buffered: through it, which may leave the bundle in memory; auto: "
+    "direct where the file system can.",
+)
 @click.option(
     "--calibration", type=click.Path(path_type=Path), default=None, help="HDF5 file of importance weights."
 )
@@ -102,6 +111,7 @@ def _settings(options: dict[str, Any]) -> ConvertSettings:
         shard_bytes=parse_size(options["shard_size"], "--shard-size"),
         calibration=options["calibration"],
         num_threads=options["threads"],
+        output_io=options["output_io"],
         memory_limit_bytes=None if limit is None else parse_size(limit, "--memory-limit"),
         replace=options["force"],
         restart=not options["resume"],

@@ -44,7 +44,8 @@ from krasis.formats.publish import check_replaceable
 class Summary:
     """What a finished conversion reports.
 
-    source_bytes and elapsed_s: of this run; a resumed one did only the rest.
+    source_bytes and elapsed_s: of this run; a resumed one did only the rest. output_io: how shards were
+    written, and why, for a person.
     """
 
     out: Path
@@ -55,6 +56,7 @@ class Summary:
     peak_bytes: int
     quality: Mapping[str, Mapping[str, float]]
     resumed_units: int
+    output_io: str
 
     @property
     def gb_per_s(self) -> float:
@@ -204,12 +206,20 @@ def convert(prepared: Prepared, reporter: Reporter, io: FileOps | None = None) -
     check_memory(plan.memory.total_bytes)
     # What an earlier run holds is used again, or freed first.
     check_disk(out, plan.shards.total_bytes, allocated_bytes(partial_path(out)))
-    with open_partial(out, plan.shards, fingerprint(prepared), io, restart=settings.restart) as partial:
+    with open_partial(
+        out,
+        plan.shards,
+        fingerprint(prepared),
+        io,
+        restart=settings.restart,
+        output_io=settings.output_io,
+    ) as partial:
         if partial.finished:
             reporter.say(
                 f"continuing {partial_path(out)}: {len(partial.finished)} of {len(plan.units)} steps are done"
             )
         result = _write(prepared, partial, reporter)
+        output_io = partial.writer.output_description
     return Summary(
         out=out,
         tier_bytes=plan.tier_bytes(),
@@ -219,6 +229,7 @@ def convert(prepared: Prepared, reporter: Reporter, io: FileOps | None = None) -
         peak_bytes=result.peak_bytes,
         quality=_quality(prepared, result),
         resumed_units=len(partial.finished),
+        output_io=output_io,
     )
 
 
@@ -229,6 +240,7 @@ def _write(prepared: Prepared, partial: Partial, reporter: Reporter) -> Pipeline
     assets = [writer.write_asset(name, data) for name, data in sorted(prepared.inputs.assets.items())]
     assets.append(writer.write_asset(REPORT_NAME, report_bytes(quality, plan.architecture.num_layers)))
     num_compared = verify_sample(plan, writer.path, result.quality)
+    reporter.detail(f"the shards were written by {writer.output_description}")
     reporter.detail(f"{num_compared} experts read back and compared with their source")
     if settings.full_verify:
         reporter.say(f"reading back {format_bytes(sum(plan.tier_bytes().values()))} to check every checksum")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from krasis.convert.quality import UnitQuality
 from krasis.convert.slices import TensorSlice, first_nonfinite_row
 from krasis.convert.sources import WeightSource
 from krasis.convert.writer_thread import WriterThread
+from krasis.formats.aligned import aligned_empty
 from krasis.formats.bundle_writer import BlobSink, BundleWriter
 from krasis.formats.errors import FormatError
 from krasis.formats.layouts import Int8RowsLayout
@@ -107,7 +109,8 @@ class DensePacker:
             filled[: matrix.n] = matrix.data
             matrix = MatrixView(filled, matrix.dtype)
         layout = Int8RowsLayout()
-        codes = np.empty(layout.codes_shape(padded, matrix.k), np.int8)
+        shape = layout.codes_shape(padded, matrix.k)
+        codes = aligned_empty(math.prod(shape)).view(np.int8).reshape(shape)
         quality.add(kind, layout.pack(self.pool, matrix, codes, scales[:padded], where=where))
         self.thread.write(sink, codes.reshape(-1).view(np.uint8))
         return padded

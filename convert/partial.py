@@ -16,6 +16,7 @@ from krasis.formats.bundle_writer import PARTIAL_SUFFIX, BundleWriter
 from krasis.formats.errors import MismatchError, ResourceError, UsageError
 from krasis.formats.file_ops import FileOps, io_errors
 from krasis.formats.publish import remove_bundle
+from krasis.formats.shard_output import OutputIo
 from krasis.formats.shard_plan import ShardPlan
 
 _log = logging.getLogger(__name__)
@@ -42,7 +43,13 @@ class Partial:
 
 @contextmanager
 def open_partial(
-    out: Path, shards: ShardPlan, fingerprint: Mapping[str, Any], io: FileOps, *, restart: bool
+    out: Path,
+    shards: ShardPlan,
+    fingerprint: Mapping[str, Any],
+    io: FileOps,
+    *,
+    restart: bool,
+    output_io: OutputIo = "auto",
 ) -> Iterator[Partial]:
     """Continues a matching partial bundle, or begins one; holds its lock meanwhile.
 
@@ -53,7 +60,7 @@ def open_partial(
     locks: list[int] = []
     with ExitStack() as stack:
         stack.callback(_close_all, locks)  # first in, so last out
-        writer = stack.enter_context(BundleWriter(folder, shards, io=io))
+        writer = stack.enter_context(BundleWriter(folder, shards, io=io, output_io=output_io))
         # The parent's lock covers the moment in which the folder exists but is not locked yet.
         with _parent_lock(folder.parent):
             units = _resume(folder, fingerprint, io, locks, restart=restart)

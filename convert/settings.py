@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from krasis.formats.errors import UsageError
 from krasis.formats.layouts import CpuTileLayout, Int8RowsLayout, MarlinLayout
+from krasis.formats.shard_output import OUTPUT_IO, OutputIo
 
 Tier = Literal["gpu", "cpu"]
 TIERS: tuple[Tier, ...] = ("gpu", "cpu")
@@ -27,6 +28,7 @@ class ConvertSettings:
 
     gpu_group: input features a scale covers, None = all of them. num_threads: 0 = every CPU of this process.
     memory_limit_bytes: bound on memory beyond the page cache, None = what the machine has available.
+    output_io: whether shards are written past the page cache.
     """
 
     tiers: tuple[Tier, ...] = TIERS
@@ -39,6 +41,7 @@ class ConvertSettings:
 
     num_threads: int = 0
     memory_limit_bytes: int | None = None
+    output_io: OutputIo = "auto"
     replace: bool = field(default=False)
     restart: bool = field(default=False)
     full_verify: bool = field(default=False)
@@ -51,6 +54,8 @@ class ConvertSettings:
             raise UsageError(
                 "--shard-size is too small", got=f"{self.shard_bytes} bytes", limit="1 MiB or more"
             )
+        if self.output_io not in OUTPUT_IO:
+            raise UsageError("unknown --output-io", got=self.output_io, limit=", ".join(OUTPUT_IO))
         if self.num_threads < 0:
             raise UsageError("--threads must not be negative", got=self.num_threads)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from krasis.formats.aligned import aligned_empty
 from krasis.formats.bundle_writer import BlobSink
 
 Bytes = npt.NDArray[np.uint8]
@@ -23,12 +24,15 @@ class _Write:
 
 
 class StagingRing:
-    """Reusable record buffers. ``take`` waits for a free one; give it back with ``release``."""
+    """Reusable record buffers, aligned for direct writes.
+
+    ``take`` waits for a free one; give it back with ``release``.
+    """
 
     def __init__(self, num_slots: int, slot_bytes: int) -> None:
         self._free: queue.SimpleQueue[Bytes] = queue.SimpleQueue()
         for _ in range(num_slots):
-            self._free.put(np.empty(slot_bytes, np.uint8))
+            self._free.put(aligned_empty(slot_bytes))
 
     def take(self, thread: WriterThread) -> Bytes:
         """A free buffer. Raises what the writer thread met, instead of waiting for ever."""

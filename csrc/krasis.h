@@ -36,7 +36,8 @@ typedef enum krasis_status {
     KRASIS_ERR_MEMORY = 5,    /* allocation failed or workspace too small */
     KRASIS_ERR_THREAD = 6,    /* a thread could not be started */
     KRASIS_ERR_SYSTEM = 7,    /* a system call failed: errno is set */
-    KRASIS_ERR_RANGE = 8      /* an index (expert id, position) is out of range */
+    KRASIS_ERR_RANGE = 8,     /* an index (expert id, position) is out of range */
+    KRASIS_ERR_TIMEOUT = 9    /* something waited for did not come in time */
 } krasis_status;
 
 typedef enum krasis_isa { KRASIS_ISA_AUTO = 0, KRASIS_ISA_AVX2 = 1, KRASIS_ISA_AVX512_VNNI = 2 } krasis_isa;
@@ -220,6 +221,13 @@ typedef struct krasis_attention_args {
 } krasis_attention_args;
 KRASIS_API int64_t krasis_attention_workspace_bytes(int64_t tokens, int64_t start, int64_t num_heads, int64_t head_dim);
 KRASIS_API int32_t krasis_attention(krasis_pool *pool, const krasis_attention_args *args);
+
+/* ---- flags ------------------------------------------------------------------------------------------------
+ * The CPU's side of handing work to and fro with a GPU: words in memory both can address, which only ever grow. wait
+ * spins until *flag >= value (an acquire: what was written before the flag can be read), after a while giving other
+ * threads the CPU between looks; KRASIS_ERR_TIMEOUT after timeout_ns. store is a release. flag is a multiple of 8. */
+KRASIS_API int32_t krasis_wait_flag(const uint64_t *flag, uint64_t value, int64_t timeout_ns);
+KRASIS_API int32_t krasis_store_flag(uint64_t *flag, uint64_t value);
 
 #ifdef __cplusplus
 }

@@ -189,11 +189,41 @@ KRASIS_API int32_t krasis_cuda_attention_decode(const krasis_cuda_attention_args
 /* Flags in pinned host memory hand work between GPU and CPU. epoch is a counter in device memory, so that a captured
  * graph can be replayed: advance adds 1 to it; signal stores its value to a flag after everything before it on the
  * stream is visible to the host; wait spins until the flag holds at least the epoch, and gives up after timeout_ns,
- * adding 1 to *timeouts (device or pinned memory). */
+ * adding 1 to *timeouts (device or pinned memory). If *timeouts is not 0 already, it gives up at once: of many waits
+ * in a graph the first one's timeout ends them all. */
 KRASIS_API int32_t krasis_cuda_advance(uint64_t *epoch, void *stream);
 KRASIS_API int32_t krasis_cuda_signal(uint64_t *flag, const uint64_t *epoch, void *stream);
 KRASIS_API int32_t krasis_cuda_wait(const uint64_t *flag, const uint64_t *epoch, int64_t timeout_ns, uint64_t *timeouts,
                                     void *stream);
+
+/* hidden[i] += x[i]; x may be pinned host memory, read once. count % 4 == 0; addresses multiples of 16 bytes. */
+KRASIS_API int32_t krasis_cuda_add(float *hidden, const float *x, int64_t count, void *stream);
+
+/* One launch that copies up to KRASIS_CUDA_SEND_PIECES pieces to pinned host memory and then does what signal does.
+ * Meant for a few kilobytes: one block copies. Sizes are multiples of 4 bytes, addresses too. */
+#define KRASIS_CUDA_SEND_PIECES 4
+typedef struct krasis_cuda_send_args {
+    const void *sources[KRASIS_CUDA_SEND_PIECES];
+    void *destinations[KRASIS_CUDA_SEND_PIECES];
+    int64_t num_bytes[KRASIS_CUDA_SEND_PIECES]; /* 0: no such piece */
+    uint64_t *flag;
+    const uint64_t *epoch;
+} krasis_cuda_send_args;
+KRASIS_API int32_t krasis_cuda_send(const krasis_cuda_send_args *args, void *stream);
+
+/* One launch that does what wait does, adding tag instead of 1 to *timeouts, and then what add does, unless it gave up.
+ * Meant for a few kilobytes: one block adds. */
+typedef struct krasis_cuda_receive_args {
+    const uint64_t *flag;
+    const uint64_t *epoch;
+    int64_t timeout_ns;
+    uint64_t *timeouts; /* [1] */
+    uint64_t tag;       /* not 0 */
+    float *hidden;      /* [count] */
+    const float *x;     /* [count] pinned host memory */
+    int64_t count;
+} krasis_cuda_receive_args;
+KRASIS_API int32_t krasis_cuda_receive(const krasis_cuda_receive_args *args, void *stream);
 
 /* ---- many rows: weights as 16-bit floats for a library's matrix products
  * --------------------------------------------- */

@@ -31,6 +31,21 @@ class FileOps:
         """open(2); the descriptor is close-on-exec."""
         return os.open(path, flags | os.O_CLOEXEC, mode)
 
+    def open_unnamed(self, directory: str | os.PathLike[str], mode: int = 0o644) -> int:
+        """open(2) with O_TMPFILE, for writing: a file that is gone when its descriptor is, unless linked
+        first.
+        """
+        return os.open(directory, os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, mode)
+
+    def link_unnamed(self, fd: int, target: str | os.PathLike[str]) -> None:
+        """Gives a file of ``open_unnamed`` its name; FileExistsError if the name is taken."""
+        # os.link follows /proc's link only when it is told a directory, and any will do for absolute names.
+        root = os.open("/", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.link(f"/proc/self/fd/{fd}", os.path.abspath(target), src_dir_fd=root)  # noqa: PTH100
+        finally:
+            os.close(root)
+
     def close(self, fd: int) -> None:
         """close(2)."""
         os.close(fd)

@@ -31,6 +31,7 @@ _STATUS_TEXT = {
     6: "a thread could not be started",
     7: "a system call failed",
     8: "an index is out of range",
+    9: "something waited for did not come in time",
 }
 
 ISA_CODES = {"auto": 0, "avx2": 1, "avx512_vnni": 2}

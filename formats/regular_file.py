@@ -103,6 +103,26 @@ def read_range(fd: int, offset: int, num_bytes: int, where: str) -> bytes:
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
+def read_into(fd: int, offset: int, out: Bytes, where: str) -> None:
+    """Fills a contiguous uint8 array from ``offset``. Errors as ``read_range``."""
+    view = memoryview(out)  # type: ignore[arg-type]  # NumPy's stubs hide that arrays are buffers
+    done = 0
+    while done < len(view):
+        try:
+            count = os.preadv(fd, [view[done:]], offset + done)
+        except OSError as error:
+            raise ResourceError("reading failed", where=where, got=error.strerror) from error
+        if not count:
+            raise FormatError(
+                "file ends too early",
+                where=where,
+                got=f"{offset + done} bytes",
+                limit=f"{offset + len(view)} needed",
+                hint="the download may be incomplete",
+            )
+        done += count
+
+
 def read_small_file(path: Path, max_bytes: int, *, follow_links: bool, dir_fd: int | None = None) -> bytes:
     """The whole of a regular file of at most ``max_bytes``. Errors as ``open_regular``; FormatError if it is
     larger.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +14,9 @@ import click
 from krasis.formats.errors import KrasisError, UsageError
 
 if TYPE_CHECKING:
+    from krasis.runtime.conversation import Conversation
     from krasis.runtime.engine import Engine
-    from krasis.runtime.settings import SamplingSettings
+    from krasis.runtime.settings import EngineSettings, SamplingSettings
 
 INTERRUPTED = 130  # what a shell reports for a command that Ctrl-C ended
 SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
@@ -81,7 +83,38 @@ class CommandError(click.ClickException):
     "--experts",
     type=click.Choice(["cpu", "gpu"]),
     default="cpu",
-    help="Which copy of the experts; gpu needs --activations float32 here.",
+    help="Which copy of the experts the CPU runs; gpu needs --activations float32.",
+)
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda", "double"]),
+    metavar="[auto|cpu|cuda]",
+    default="auto",
+    help="cuda: prompts on the GPU, answers on both; auto: that if the machine can. [default: auto]",
+)
+@click.option("--gpus", metavar="N", type=click.IntRange(1), help="Share the work among N GPUs. [default: 1]")
+@click.option(
+    "--gpu-dtype",
+    type=click.Choice(["bf16", "f16"]),
+    default="bf16",
+    help="Precision of the GPU's activations and KV cache.",
+)
+@click.option(
+    "--vram",
+    metavar="SIZE",
+    help="Use at most so much of a GPU's memory, such as 14GiB. [default: what is free]",
+)
+@click.option(
+    "--load-kv",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Go on from a saved prefix: what the prompt shares with it is not computed again.",
+)
+@click.option(
+    "--save-kv",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Save all tokens and what was computed for them at the end.",
 )
 @click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object: text, counts, timings, settings."
@@ -96,8 +129,9 @@ def main(bundle: Path, prompt: str | None, prompt_file: Path | None, verbose: in
     """
     _configure_logging(verbose)
     try:
-        text = _prompt_text(prompt, prompt_file)
-        if text is None and (options["raw"] or options["as_json"]):
+        # Of several ranks only the first reads what the user says.
+        text = None if _is_worker() else _prompt_text(prompt, prompt_file)
+        if text is None and (options["raw"] or options["as_json"]) and not _is_worker():
             raise UsageError(
                 "--raw and --json answer one prompt", hint="give it by --prompt, --file or a pipe"
             )
@@ -112,9 +146,13 @@ def main(bundle: Path, prompt: str | None, prompt_file: Path | None, verbose: in
 
 def _run(bundle: Path, text: str | None, options: dict[str, Any]) -> int:
     """Opens the bundle and does what was asked; gives the exit code."""
-    from krasis.runtime.engine import Engine
+    from krasis.runtime.format_units import parse_bytes
+    from krasis.runtime.kv_file import check_target
     from krasis.runtime.settings import EngineSettings
 
+    if options["save_kv"] is not None:
+        check_target(options["save_kv"])  # now, rather than after hours of chat
+    vram = options["vram"]
     settings = EngineSettings(
         context=options["ctx"],
         threads=options["threads"],
@@ -122,24 +160,54 @@ def _run(bundle: Path, text: str | None, options: dict[str, Any]) -> int:
         activations=options["activations"],
         experts=options["experts"],
         kv_dtype=options["kv_dtype"],
+        device=options["device"],
+        gpu_dtype=options["gpu_dtype"],
+        vram_bytes=parse_bytes(vram, "--vram") if vram is not None else None,
     )
-    with Engine.open(bundle, settings) as engine:
+    opened = _open(bundle, settings, options["gpus"])
+    if opened is None:  # a rank that has served its time
+        return 0
+    with opened as engine:
         sampling = _sampling(engine, options)
         if text is None:
             return _chat(engine, sampling, options)
         return _answer_once(engine, text, sampling, options)
 
 
+def _is_worker() -> bool:
+    """Whether torchrun started this process as another rank than the first."""
+    return os.environ.get("RANK", "0") != "0" and "WORLD_SIZE" in os.environ
+
+
+def _open(bundle: Path, settings: EngineSettings, num_gpus: int | None) -> Engine | None:
+    """The engine; None on a rank that is not the first, once the first has ended."""
+    if num_gpus is None and "WORLD_SIZE" not in os.environ:
+        from krasis.runtime.engine import Engine
+
+        return Engine.open(bundle, settings)
+    from krasis.runtime.distributed.launch import open_engine
+
+    return open_engine(bundle, settings, num_gpus)
+
+
 def _chat(engine: Engine, sampling: SamplingSettings, options: dict[str, Any]) -> int:
     from krasis.runtime.chat import missing_template
     from krasis.runtime.conversation import Conversation
+    from krasis.runtime.output import note
     from krasis.runtime.terminal import Terminal
 
     # Before the first prompt, so that nobody types in vain.
     if engine.text.tokenizer and engine.text.template is None:
         raise missing_template(str(engine.bundle.path))
-    conversation = Conversation(engine, sampling, options["max_tokens"], options["system"])
+    conversation = Conversation(engine, sampling, options["max_tokens"], None)
+    if options["load_kv"] is not None:
+        conversation.load(options["load_kv"])
+        note(f"{len(engine.tokens)} tokens and {len(conversation.turns)} messages restored")
+    if options["system"]:
+        conversation.system = options["system"]
     Terminal(conversation, options["stop"]).run()
+    if options["save_kv"] is not None:
+        _save(engine, options["save_kv"], conversation)
     return 0
 
 
@@ -147,6 +215,7 @@ def _answer_once(engine: Engine, text: str, sampling: SamplingSettings, options:
     import json
 
     from krasis.runtime.chat import Message
+    from krasis.runtime.conversation import Conversation
     from krasis.runtime.output import PrefillBar, note, stream_answer, write_text
     from krasis.runtime.report import json_report, summary_line
 
@@ -155,7 +224,9 @@ def _answer_once(engine: Engine, text: str, sampling: SamplingSettings, options:
     system = [Message("system", options["system"])] if options["system"] else []
     prompt = text if options["raw"] else [*system, Message("user", text)]
     streaming = not (options["as_json"] or options["no_stream"])
-    with PrefillBar() as bar:
+    if options["load_kv"] is not None:
+        engine.load_prefix(options["load_kv"])
+    with PrefillBar(engine) as bar:
         answer = engine.generate(
             prompt, sampling, max_tokens=options["max_tokens"], stop=options["stop"], progress=bar.update
         )
@@ -166,8 +237,23 @@ def _answer_once(engine: Engine, text: str, sampling: SamplingSettings, options:
         write_text(stats.text + "\n")
     if stats.stop_reason == "context":
         note(f"the context of {engine.context} tokens is full: a larger --ctx makes longer answers possible")
-    note(summary_line(stats, engine.load_s))
+    if options["save_kv"] is not None:
+        conversation = Conversation(engine, sampling, options["max_tokens"], options["system"])
+        if not options["raw"]:
+            conversation.turns = [Message("user", text), Message("assistant", stats.text)]
+        _save(engine, options["save_kv"], conversation)
+    note(summary_line(stats, engine))
     return INTERRUPTED if stats.stop_reason == "interrupted" else 0
+
+
+def _save(engine: Engine, path: Path, conversation: Conversation) -> None:
+    from krasis.runtime.output import note
+
+    if not engine.tokens:
+        note(f"nothing was computed: {path} is not written")
+        return
+    engine.save_prefix(path, conversation=conversation.to_json() if conversation.turns else b"")
+    note(f"saved {len(engine.tokens)} tokens to {path}")
 
 
 def _sampling(engine: Engine, options: dict[str, Any]) -> SamplingSettings:

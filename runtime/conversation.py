@@ -1,4 +1,4 @@
-"""A chat: messages, what may be done with them, and the file form of /save and /load."""
+"""A chat: messages, what may be done with them, and the file forms of /save and /load."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from krasis.formats.strict_json import parse_json_object
 from krasis.runtime.chat import Message
 from krasis.runtime.engine import Engine, Progress
 from krasis.runtime.generation import Answer
+from krasis.runtime.kv_file import looks_like_prefix
 from krasis.runtime.settings import SamplingSettings
 
 MAX_FILE_BYTES = 64 * 2**20
+PREFIX_SUFFIX = ".kv"  # a conversation saved under such a name takes its keys and values along
 
 
 class Conversation:
@@ -51,6 +53,27 @@ class Conversation:
             self.turns.pop()
         return self._answer(progress, stop)
 
+    def edit(self, text: str, progress: Progress | None = None, stop: Sequence[str] = ()) -> Answer:
+        """Puts text in the place of the last question, drops its answer and begins another.
+
+        What comes before the first change is still in the cache and is not computed again. Raises UsageError
+        if there is no question, or without room for the new one; then nothing has changed.
+        """
+        before = list(self.turns)
+        if not before:
+            raise UsageError("there is no question to edit")
+        self.undo()
+        try:
+            return self.ask(text, progress, stop)
+        except (UsageError, FormatError):
+            self.turns = before
+            raise
+
+    @property
+    def last_question(self) -> str:
+        """The text of the last question; empty if there is none."""
+        return next((turn.content for turn in reversed(self.turns) if turn.role == "user"), "")
+
     def _answer(self, progress: Progress | None, stop: Sequence[str]) -> Answer:
         return self.engine.generate(
             self.messages, self.sampling, max_tokens=self.max_tokens, stop=stop, progress=progress
@@ -71,36 +94,62 @@ class Conversation:
         """Drops all but the system message."""
         self.turns.clear()
 
+    def to_json(self) -> bytes:
+        """All messages, as ``read_json`` takes them."""
+        rows = [{"role": message.role, "content": message.content} for message in self.messages]
+        # What a terminal may have typed into it (lone surrogates) is kept, too: as JSON escapes.
+        text = json.dumps({"messages": rows}, ensure_ascii=False, indent=1) + "\n"
+        return text.encode("utf-8", "backslashreplace")
+
     def save(self, path: Path) -> None:
-        """Writes JSON. Raises UsageError if the file exists or cannot be written."""
-        record = {
-            "messages": [{"role": message.role, "content": message.content} for message in self.messages]
-        }
+        """Writes JSON; under a name that ends in .kv a saved prefix with the JSON in it
+        (``Engine.save_prefix``).
+
+        Raises UsageError if the file exists (and is not an older prefix) or cannot be written.
+        """
+        if path.suffix == PREFIX_SUFFIX:
+            self.engine.save_prefix(path, conversation=self.to_json())
+            return
         try:
-            with path.open("x", encoding="utf-8") as file:
-                file.write(json.dumps(record, ensure_ascii=False, indent=1) + "\n")
+            with path.open("xb") as file:
+                file.write(self.to_json())
         except OSError as error:
             raise UsageError(
                 "the conversation cannot be saved", where=str(path), got=error.strerror
             ) from error
 
-    def load(self, path: Path) -> None:
-        """Reads what ``save`` wrote. Raises UsageError or FormatError, and then nothing has changed."""
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise UsageError(
-                "the conversation cannot be read", where=str(path), got=error.strerror
-            ) from error
-        record = parse_json_object(data, str(path), max_bytes=MAX_FILE_BYTES)
+    def load(self, path: Path) -> bool:
+        """Reads what ``save`` wrote, in either form; False if a prefix was saved without a conversation.
+
+        Raises UsageError or FormatError, and then no message has changed.
+        """
+        if looks_like_prefix(path):
+            data = self.engine.load_prefix(path)
+            if not data:
+                return False
+        else:
+            data = _read(path)
+        self.read_json(data, str(path))
+        return True
+
+    def read_json(self, data: bytes, where: str) -> None:
+        """Takes the messages of ``to_json``. Raises FormatError, and then nothing has changed."""
+        record = parse_json_object(data, where, max_bytes=MAX_FILE_BYTES)
         rows = record.get("messages")
         if set(record) != {"messages"} or not isinstance(rows, list):
-            raise FormatError("this is no saved conversation", where=str(path), got=", ".join(record))
-        messages = [_message(row, str(path)) for row in rows]
+            raise FormatError("this is no saved conversation", where=where, got=", ".join(record))
+        messages = [_message(row, where) for row in rows]
         if any(message.role == "system" for message in messages[1:]):
-            raise FormatError("a system message must come first", where=str(path))
+            raise FormatError("a system message must come first", where=where)
         self.system = messages.pop(0).content if messages and messages[0].role == "system" else None
         self.turns = messages
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UsageError("the conversation cannot be read", where=str(path), got=error.strerror) from error
 
 
 def _message(row: object, where: str) -> Message:

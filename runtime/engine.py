@@ -18,6 +18,7 @@ from krasis.formats.bundle_reader import Bundle
 from krasis.formats.errors import UsageError
 from krasis.runtime.chat import Message, missing_template
 from krasis.runtime.generation import Answer, Generation, GenerationPlan, Piece, StopStrings, run
+from krasis.runtime.kv_file import PrefixFile, save_prefix
 from krasis.runtime.model.backend import Backend
 from krasis.runtime.model.registry import open_backend
 from krasis.runtime.prefault import Prefault, start_prefault
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 Logits = npt.NDArray[np.float32]
 # Called with (prompt tokens done, prompt tokens to do) as a prompt is computed.
 Progress = Callable[[int, int], None]
+MakeBackend = Callable[[Bundle, EngineSettings], Backend]
 Prompt = str | Sequence[int] | Sequence[Message] | Sequence[Mapping[str, str]]
 
 
@@ -48,9 +50,12 @@ class Engine:
         self._prefault: Prefault | None = None
 
     @classmethod
-    def open(cls, path: str | Path, settings: EngineSettings | None = None) -> Engine:
+    def open(
+        cls, path: str | Path, settings: EngineSettings | None = None, make_backend: MakeBackend | None = None
+    ) -> Engine:
         """Maps a bundle and makes it ready; time does not depend on its size.
 
+        make_backend: what opens the backend; None: the registry, by the settings.
         Raises FormatError for a damaged bundle, UnsupportedModelError, ResourceError, and NativeError for a
         missing library.
         """
@@ -58,7 +63,7 @@ class Engine:
         begin = time.perf_counter()
         with ExitStack() as undo:
             bundle = undo.enter_context(Bundle.open(Path(path)))
-            backend = open_backend(bundle, settings)
+            backend = (make_backend or open_backend)(bundle, settings)
             undo.callback(backend.close)
             engine = cls(bundle, backend, settings)
             if settings.prefault:
@@ -77,6 +82,11 @@ class Engine:
     def description(self) -> str:
         """One line: what runs the model, and how."""
         return self._backend.description
+
+    @property
+    def placement(self) -> tuple[str, str]:
+        """Where the last prompt was computed and where tokens are decoded, a few words each."""
+        return self._backend.placement
 
     @property
     def context(self) -> int:
@@ -140,6 +150,34 @@ class Engine:
             count += 1
         self.truncate(count)
         return count
+
+    def save_prefix(self, path: str | Path, *, conversation: bytes = b"") -> None:
+        """Writes the tokens held and their keys and values to a file, which appears complete or not at all.
+
+        conversation: kept along, for ``load_prefix`` to give back. An older saved prefix of that name is
+        replaced. Raises UsageError if there is nothing to save or another file of that name, ResourceError if
+        the system refuses.
+        """
+        save_prefix(path, self.bundle, self._backend, self._tokens, conversation=conversation)
+
+    def load_prefix(self, path: str | Path) -> bytes:
+        """Goes on from a saved prefix instead of what is held now; gives the conversation saved along.
+
+        What is computed next has the same bits as if nothing had been in between. Raises MismatchError for a
+        prefix of another bundle or KV dtype, UsageError if it is longer than the context, FormatError
+        (ChecksumError, VersionError) for a file that is not a sound one; what is held is then still held.
+        """
+        with PrefixFile(path) as file:
+            file.check(self.bundle, self._backend)
+            file.verify()
+            tokens, conversation = file.tokens(self.architecture), file.conversation()
+            # From here on the cache is being overwritten: a failure to read must not leave old ids on new
+            # keys.
+            self._tokens.clear()
+            file.restore(self._backend)
+            self._tokens.extend(tokens)
+            logger.info("restored %d tokens from %s (computed by: %s)", len(tokens), path, file.computed_by)
+        return conversation
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of plain text, of messages (by the chat template), or of ids (as they are).

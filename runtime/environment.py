@@ -16,6 +16,8 @@ from pathlib import Path
 
 from krasis.formats import native
 from krasis.formats.errors import KrasisError
+from krasis.runtime.cgroups import limited_groups
+from krasis.runtime.device.library import cuda_candidates
 
 CUDA_LIBRARY_NAME = "libkrasis_cuda.so"
 _CPU_FEATURES = (
@@ -33,7 +35,6 @@ _CPU_FEATURES = (
 _USED_HERE = ("krasis_cpu_probe", "krasis_read_bandwidth")
 _NEEDED = ("avx2", "fma", "f16c")
 _VNNI_NEEDED = ("avx512f", "avx512bw", "avx512vl", "avx512_vnni")
-_UNLIMITED_BYTES = 2**60
 _MAX_CPUS = 1 << 16
 
 
@@ -67,8 +68,8 @@ class Cpu:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """RAM in bytes. ``limit_bytes``: the smaller of the RAM and the cgroup's limit. Huge page settings as the
-    kernel prints them.
+    """RAM in bytes. ``limit_bytes``: the smaller of the RAM and the cgroup's limit; ``available_bytes``: what
+    can be had of it without swapping, page cache included. Huge page settings as the kernel prints them.
     """
 
     total_bytes: int
@@ -150,10 +151,12 @@ def probe_libraries() -> NativeLibraries:
     except KrasisError as error:
         problem = str(error)
     folder = Path(cpu_path).parent if cpu_path else None
-    cuda = folder / CUDA_LIBRARY_NAME if folder else None
-    if cuda is not None and cuda.is_file():
+    named = "KRASIS_CUDA_LIB" in os.environ
+    candidates = cuda_candidates() if folder or named else []
+    cuda = next((path for path in candidates if path.is_file()), None)
+    if cuda is not None:
         return NativeLibraries(cpu_path, abi, problem, str(cuda), "")
-    where = f" (no {CUDA_LIBRARY_NAME} in {folder})" if folder else ""
+    where = f" (no {candidates[0] if named else f'{CUDA_LIBRARY_NAME} in {folder}'})" if candidates else ""
     return NativeLibraries(cpu_path, abi, problem, "", f"built without CUDA{where}")
 
 
@@ -217,13 +220,14 @@ def probe_memory(root: Path = Path("/")) -> Memory:
     }
     total = info.get("MemTotal", 0)
     limit, reason = total, "all of the RAM"
-    group = cgroup_limit_bytes(root)
-    if group is not None and group < total:
-        limit, reason = group, "the cgroup's limit"
+    groups = limited_groups(root)
+    tightest = min((group.limit_bytes for group in groups), default=total)
+    if tightest < total:
+        limit, reason = tightest, "the cgroup's limit"
     pages = root / "sys/kernel/mm/transparent_hugepage"
     return Memory(
         total_bytes=total,
-        available_bytes=min(info.get("MemAvailable", total), limit),
+        available_bytes=min([info.get("MemAvailable", total), *(group.available_bytes for group in groups)]),
         limit_bytes=limit,
         limit_reason=reason,
         transparent_huge_pages=_chosen(_read(pages / "enabled")),
@@ -250,24 +254,7 @@ def _locked_limit() -> int | None:
 
 def cgroup_limit_bytes(root: Path = Path("/")) -> int | None:
     """The tightest memory limit of this process's cgroup and its parents, v2 or v1; None if there is none."""
-    limits = []
-    for line in _read(root / "proc/self/cgroup").splitlines():
-        parts = line.split(":", 2)
-        if len(parts) != 3:
-            continue
-        _, controllers, path = parts
-        if controllers == "":
-            base, name = root / "sys/fs/cgroup", "memory.max"
-        elif "memory" in controllers.split(","):
-            base, name = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes"
-        else:
-            continue
-        folders = [part for part in path.split("/") if part not in ("", ".", "..")]
-        for depth in range(len(folders), -1, -1):
-            text = _read(base.joinpath(*folders[:depth]) / name).strip()
-            if text.isdecimal() and int(text) < _UNLIMITED_BYTES:
-                limits.append(int(text))
-    return min(limits, default=None)
+    return min((group.limit_bytes for group in limited_groups(root)), default=None)
 
 
 def probe_torch(root: Path = Path("/")) -> Torch:

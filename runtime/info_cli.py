@@ -148,6 +148,10 @@ def _add_environment(record: dict[str, Any], texts: list[str]) -> None:
     found = probe_environment(with_torch=True)
     record["environment"] = environment_to_json(found)
     texts.append(environment_to_text(found))
+    from krasis.runtime.pinned_memory import pinned_memory_report
+
+    record["pinned_memory"], text = pinned_memory_report(found)
+    texts.append(text)
 
 
 def _add_bundle(request: _Request, path: Path, record: dict[str, Any], texts: list[str]) -> None:
@@ -171,7 +175,8 @@ def _add_bundle(request: _Request, path: Path, record: dict[str, Any], texts: li
         record["tensors"] = info.tensors_to_json(manifest)
         texts.append(info.tensors_to_text(record["tensors"]))
     if request.plan:
-        _add_plan(request, sizes_of_bundle(manifest), record, texts)
+        shard = next((path / file.name for file in manifest.files if file.name.startswith("gpu-")), None)
+        _add_plan(request, sizes_of_bundle(manifest), record, texts, shard)
 
 
 def _add_verification(path: Path, record: dict[str, Any], texts: list[str]) -> bool:
@@ -238,7 +243,13 @@ def _sizes_of_shape(request: _Request) -> ModelSizes:
     return sizes_of_shape(shape(request.shape or ""))
 
 
-def _add_plan(request: _Request, sizes: ModelSizes, record: dict[str, Any], texts: list[str]) -> None:
+def _add_plan(
+    request: _Request,
+    sizes: ModelSizes,
+    record: dict[str, Any],
+    texts: list[str],
+    shard: Path | None = None,
+) -> None:
     from krasis.runtime.format_units import parse_bytes, parse_gpus
     from krasis.runtime.planning.planner import make_plan, make_workload
     from krasis.runtime.planning.report import plan_to_json, plan_to_text
@@ -261,7 +272,7 @@ def _add_plan(request: _Request, sizes: ModelSizes, record: dict[str, Any], text
         prompt_tokens=request.prompt_tokens,
         kv_dtype=request.kv_dtype,
     )
-    hardware, notes = hardware_from_flags(flags)
+    hardware, notes = hardware_from_flags(flags, shard)
     plan = make_plan(sizes, hardware, workload)
     record["plan"] = plan_to_json(plan, notes)
     texts.append(plan_to_text(plan, notes))

@@ -45,6 +45,17 @@ class KvCache:
                 "the KV cache does not fit in memory", got=f"{num_bytes} bytes", hint=hint
             ) from error
 
+    def read(self, layer: int, num_tokens: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """Copies of a layer's first positions: keys, values, each [num_kv_heads, num_tokens, head_dim]."""
+        keys, values = self.keys[layer, :, :num_tokens], self.values[layer, :, :num_tokens]
+        return np.ascontiguousarray(keys), np.ascontiguousarray(values)
+
+    def write(self, layer: int, keys: npt.NDArray[Any], values: npt.NDArray[Any]) -> None:
+        """Copies what ``read`` gave to a layer's first positions."""
+        num_tokens = keys.shape[1]
+        self.keys[layer, :, :num_tokens] = keys
+        self.values[layer, :, :num_tokens] = values
+
 
 def kv_cache_bytes(architecture: Architecture, capacity: int, dtype: str) -> int:
     """Bytes of keys and values at full length."""

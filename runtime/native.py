@@ -106,6 +106,8 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "krasis_qk_norm_rope_store": (_I32, (_PTR, _PTR)),
     "krasis_attention_workspace_bytes": (_I64, (_I64, _I64, _I64, _I64)),
     "krasis_attention": (_I32, (_PTR, _PTR)),
+    "krasis_wait_flag": (_I32, (_PTR, ctypes.c_uint64, _I64)),
+    "krasis_store_flag": (_I32, (_PTR, ctypes.c_uint64)),
 }
 
 

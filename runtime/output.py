@@ -11,6 +11,8 @@ from krasis.runtime.generation import Answer, Generation
 if TYPE_CHECKING:
     from tqdm import tqdm
 
+    from krasis.runtime.engine import Engine
+
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
@@ -31,9 +33,12 @@ def write_text(text: str) -> None:
 
 
 class PrefillBar:
-    """A bar on stderr while a long prompt is computed; nothing where stderr is no terminal."""
+    """A bar on stderr while a long prompt is computed; nothing where stderr is no terminal. It says what
+    computes.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
         self._bar: tqdm[Any] | None = None
 
     def update(self, done: int, total: int) -> None:
@@ -42,9 +47,8 @@ class PrefillBar:
             from tqdm import tqdm
 
             # The first chunk took an unknown time: the rate counts from the second.
-            self._bar = tqdm(
-                total=total, initial=done, unit="tok", desc="prompt", leave=False, file=sys.stderr
-            )
+            label = f"prompt on {self._engine.placement[0]}"
+            self._bar = tqdm(total=total, initial=done, unit="tok", desc=label, leave=False, file=sys.stderr)
         if self._bar is not None:
             self._bar.update(done - self._bar.n)
             if done == total:

@@ -17,6 +17,8 @@ BLOCK_K = 32
 _QUERY_CHUNK = 64  # bounds the score matrix: [heads, chunk, keys]
 
 ExpertWeights = Callable[[int], tuple[Array, Array, Array]]
+# Called with an expert, what gate and up multiply [tokens, hidden], and what down multiplies [tokens, I].
+ExpertObserver = Callable[[int, Array, Array], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,18 +134,24 @@ def silu(x: Array) -> Array:
     return x * np.where(x >= 0, 1 / (1 + e), e / (1 + e))
 
 
-def moe(x: Array, ids: Array, weights: Array, experts: ExpertWeights) -> Array:
+def moe(
+    x: Array, ids: Array, weights: Array, experts: ExpertWeights, observe: ExpertObserver | None = None
+) -> Array:
     """sum_j weights[t, j] * down_e(silu(gate_e x_t) * up_e x_t), e = ids[t, j]; an id of -1 is skipped.
 
     x [T, hidden]; ids, weights [T, top_k]; experts(e) gives gate, up [I, hidden] and down [hidden, I]. Terms
-    are added in the order of j, whatever order the experts are taken in. Returns [T, hidden].
+    are added in the order of j, whatever order the experts are taken in. observe: called once for every
+    expert that has tokens, in ascending order. Returns [T, hidden].
     """
     terms = np.zeros((*ids.shape, x.shape[1]), dtype=x.dtype)
     for expert in np.unique(ids[ids >= 0]):
         tokens, slots = np.nonzero(ids == expert)
         gate, up, down = experts(int(expert))
         rows = x[tokens]
-        terms[tokens, slots] = gemm(silu(gemm(rows, gate)) * gemm(rows, up), down)
+        middle = silu(gemm(rows, gate)) * gemm(rows, up)
+        if observe is not None:
+            observe(int(expert), rows, middle)
+        terms[tokens, slots] = gemm(middle, down)
     out = np.zeros_like(x)
     for slot in range(ids.shape[1]):
         out += weights[:, slot, None].astype(x.dtype) * terms[:, slot]

@@ -10,13 +10,17 @@ from krasis.runtime.generation import Generation
 from krasis.runtime.settings import SamplingSettings
 
 
-def summary_line(stats: Generation, load_s: float) -> str:
-    """``load 0.02 s; prompt 12 tokens, 410 tok/s; answer 80 tokens, 95 tok/s; first token 0.03 s``."""
+def summary_line(stats: Generation, engine: Engine) -> str:
+    """``load 0.02 s; prompt 12 tokens, 410 tok/s on CPU; answer 80 tokens, 95 tok/s on CPU; first token 0.03
+    s``.
+    """
+    prefilled_on, decoded_on = engine.placement
     cached = f" ({stats.num_cached_tokens} cached)" if stats.num_cached_tokens else ""
     return (
-        f"load {load_s:.2f} s; "
-        f"prompt {stats.num_prompt_tokens} tokens{cached}, {stats.prefill_tokens_per_s:.1f} tok/s; "
-        f"answer {len(stats.tokens)} tokens, {stats.decode_tokens_per_s:.1f} tok/s; "
+        f"load {engine.load_s:.2f} s; "
+        f"prompt {stats.num_prompt_tokens} tokens{cached}, "
+        f"{stats.prefill_tokens_per_s:.1f} tok/s on {prefilled_on}; "
+        f"answer {len(stats.tokens)} tokens, {stats.decode_tokens_per_s:.1f} tok/s on {decoded_on}; "
         f"first token {stats.time_to_first_token_s:.2f} s"
     )
 
@@ -38,6 +42,8 @@ def json_report(
         "decode_s": stats.decode_s,
         "prefill_tokens_per_s": stats.prefill_tokens_per_s,
         "decode_tokens_per_s": stats.decode_tokens_per_s,
+        "prefilled_on": engine.placement[0],
+        "decoded_on": engine.placement[1],
         "settings": {
             "bundle": str(engine.bundle.path),
             **asdict(engine.settings),

@@ -13,6 +13,8 @@ DEFAULT_CONTEXT = 8192
 ISAS = ("auto", "avx2", "avx512_vnni")
 ACTIVATIONS = ("int8", "float32")
 EXPERT_TIERS = ("cpu", "gpu")
+DEVICES = ("auto", "cpu", "cuda", "double")
+GPU_DTYPES = ("bf16", "f16")
 KV_DTYPES = ("f16", "f32")
 MAX_THREADS = 4096
 MAX_PREFILL_CHUNK = 65536
@@ -40,6 +42,9 @@ class EngineSettings:
     kv_dtype: ``f16`` or ``f32``. prefill_chunk: most tokens computed in one pass (memory, not results,
     depends on it).
     prefault: read the weights into memory in the background.
+    device: ``cpu``; ``cuda``: prefill on the GPU, decode on both; ``auto``: the GPU if all it needs is there (the log
+    says what is missing); ``double``: the GPU's code on the CPU, checked and slow, for tests. gpu_dtype: of the GPU's
+    activations and KV cache. vram_bytes: use no more of a GPU's memory; None = what is free.
     """
 
     context: int | None = None
@@ -50,6 +55,9 @@ class EngineSettings:
     kv_dtype: str = "f16"
     prefill_chunk: int = 512
     prefault: bool = True
+    device: str = "auto"
+    gpu_dtype: str = "bf16"
+    vram_bytes: int | None = None
 
     def __post_init__(self) -> None:
         if self.context is not None:
@@ -60,6 +68,10 @@ class EngineSettings:
         _one_of("activations", self.activations, ACTIVATIONS)
         _one_of("experts", self.experts, EXPERT_TIERS)
         _one_of("kv_dtype", self.kv_dtype, KV_DTYPES)
+        _one_of("device", self.device, DEVICES)
+        _one_of("gpu_dtype", self.gpu_dtype, GPU_DTYPES)
+        if self.vram_bytes is not None:
+            _between("vram_bytes", self.vram_bytes, 1, 2**50)
         if self.experts == "gpu" and self.activations == "int8":
             raise UsageError(
                 "GPU experts cannot be run by the int8 kernels of the CPU",

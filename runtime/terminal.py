@@ -6,12 +6,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from krasis.formats.errors import KrasisError, UsageError
-from krasis.runtime.conversation import Conversation
-from krasis.runtime.generation import Generation
+from krasis.runtime.conversation import PREFIX_SUFFIX, Conversation
+from krasis.runtime.engine import Progress
+from krasis.runtime.generation import Answer, Generation
 from krasis.runtime.output import PrefillBar, note, stream_answer
 from krasis.runtime.report import summary_line
 from krasis.runtime.settings import SamplingSettings
@@ -71,7 +73,7 @@ class Terminal:
         if not text.strip():
             return
         if not text.startswith("/"):
-            self._answer(text)
+            self._answer(partial(self.conversation.ask, text))
             return
         name, _, argument = text[1:].partition(" ")
         command = COMMANDS.get(name)
@@ -82,15 +84,10 @@ class Terminal:
             raise UsageError("wrong use", where=f"/{name}", hint=f"/{name} {command.argument}".rstrip())
         command.run(self, argument)
 
-    def _answer(self, question: str | None) -> None:
-        """Answers a question, or the last one again if None; a Ctrl-C keeps what was written so far."""
-        with PrefillBar() as bar:
-            conversation = self.conversation
-            if question is None:
-                answer = conversation.ask_again(bar.update, self._stop)
-            else:
-                answer = conversation.ask(question, bar.update, self._stop)
-            stats = stream_answer(answer, bar)
+    def _answer(self, ask: Callable[[Progress, tuple[str, ...]], Answer]) -> None:
+        """Writes the answer that ask begins; a Ctrl-C keeps what was written so far."""
+        with PrefillBar(self.conversation.engine) as bar:
+            stats = stream_answer(ask(bar.update, self._stop), bar)
         self.conversation.add_answer(stats.text)
         self._last = stats
         if stats.stop_reason == "context":
@@ -98,7 +95,16 @@ class Terminal:
 
     def regenerate(self, _: str) -> None:
         """/regen."""
-        self._answer(None)
+        self._answer(self.conversation.ask_again)
+
+    def edit(self, text: str) -> None:
+        """/edit TEXT; alone it puts the last question on the line to be edited."""
+        question = self.conversation.last_question
+        if not question:
+            raise UsageError("there is no question to edit")
+        text = text or edit_line(question)
+        if text.strip():
+            self._answer(partial(self.conversation.edit, text))
 
     def undo(self, _: str) -> None:
         """/undo."""
@@ -118,18 +124,21 @@ class Terminal:
     def save(self, name: str) -> None:
         """/save."""
         self.conversation.save(Path(name).expanduser())
-        note(f"saved {name}")
+        held = len(self.conversation.engine.tokens)
+        note(f"saved {name}" + (f" with {held} computed tokens" if name.endswith(PREFIX_SUFFIX) else ""))
 
     def load(self, name: str) -> None:
         """/load."""
-        self.conversation.load(Path(name).expanduser())
-        note(f"loaded {len(self.conversation.turns)} messages")
+        if self.conversation.load(Path(name).expanduser()):
+            note(f"loaded {len(self.conversation.turns)} messages")
+        else:
+            note("loaded the computed tokens; no conversation was saved with them")
 
     def show_stats(self, _: str) -> None:
         """/stats."""
         engine = self.conversation.engine
         if self._last is not None:
-            note(summary_line(self._last, engine.load_s))
+            note(summary_line(self._last, engine))
         note(f"context {len(engine.tokens)} of {engine.context} tokens; {engine.description}")
 
     def set_value(self, text: str) -> None:
@@ -157,9 +166,10 @@ COMMANDS = {
     "reset": Command("", "forget the conversation", Terminal.reset),
     "system": Command("[TEXT]", "set the system message; without TEXT remove it", Terminal.set_system),
     "regen": Command("", "answer the last question again", Terminal.regenerate),
+    "edit": Command("[TEXT]", "ask TEXT instead of the last question; alone: edit it", Terminal.edit),
     "undo": Command("", "forget the last question and its answer", Terminal.undo),
-    "save": Command("FILE", "write the conversation to a new file", Terminal.save),
-    "load": Command("FILE", "read a conversation", Terminal.load),
+    "save": Command("FILE", "write the conversation; FILE.kv: with what was computed for it", Terminal.save),
+    "load": Command("FILE", "read a conversation, and what was computed for it", Terminal.load),
     "stats": Command("", "speed of the last answer, context used", Terminal.show_stats),
     "set": Command("[NAME VALUE]", "change a setting, such as temperature 0.7", Terminal.set_value),
     "quit": Command("", "leave", Terminal.quit),
@@ -200,6 +210,23 @@ def read_question() -> str:
         lines.append(line[:-1])
         line = input(MORE)
     return "\n".join([*lines, line])
+
+
+def edit_line(text: str) -> str:
+    """The user's edit of a text of one line. Raises UsageError where a line cannot be edited in place."""
+    if "\n" in text or not sys.stdin.isatty():
+        raise UsageError("this question cannot be edited on one line", hint="give the new one: /edit TEXT")
+    try:
+        import readline
+    except ImportError as error:
+        raise UsageError(
+            "this Python has no line editing", hint="give the new question: /edit TEXT"
+        ) from error
+    readline.set_startup_hook(lambda: readline.insert_text(text))
+    try:
+        return input(PROMPT)
+    finally:
+        readline.set_startup_hook(None)
 
 
 def _quoted(line: str) -> str:

@@ -17,15 +17,12 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import click
 import numpy as np
 from model_files import (
     BF16_BYTES,
-    TINY_SHAPE,
     Bf16Bits,
     Floats,
     MoeShape,
@@ -35,6 +32,7 @@ from model_files import (
     to_bf16,
     write_checkpoint,
 )
+from model_shapes import SHAPES, apply_overrides
 from moe_gguf import GGUF_TYPES, write_gguf
 from tqdm import tqdm
 
@@ -45,35 +43,6 @@ PIECE_VALUES = 1 << 22
 NORM_NOISE = 0.1
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 TINY_MODEL = Path(__file__).resolve().parent.parent / "tests" / "assets" / "tiny-qwen3-moe"
-
-QWEN3_30B = MoeShape(
-    vocab_size=151936,
-    hidden_size=2048,
-    num_hidden_layers=48,
-    num_attention_heads=32,
-    num_key_value_heads=4,
-    head_dim=128,
-    num_experts=128,
-    num_experts_per_tok=8,
-    moe_intermediate_size=768,
-    intermediate_size=6144,
-    max_position_embeddings=40960,
-    rope_theta=1_000_000.0,
-    tie_word_embeddings=False,
-)
-SHAPES = {
-    "qwen3-30b-a3b": QWEN3_30B,
-    "qwen3-235b-a22b": replace(
-        QWEN3_30B,
-        hidden_size=4096,
-        num_hidden_layers=94,
-        num_attention_heads=64,
-        moe_intermediate_size=1536,
-        intermediate_size=12288,
-    ),
-    "tiny": TINY_SHAPE,
-    "custom": TINY_SHAPE,
-}
 
 
 class WeightSource:
@@ -184,16 +153,6 @@ def make_model(
         return write_checkpoint(
             folder, tensor_shapes(shape), random_pieces(shape, source, bar.update), shard_bytes
         )
-
-
-def apply_overrides(base: MoeShape, given: dict[str, Any], yarn: float | None) -> MoeShape:
-    """The base shape with every option that was given. Raises ValueError for impossible sizes."""
-    shape = replace(base, **{key: value for key, value in given.items() if value is not None})
-    if yarn is None:
-        return shape
-    # Released models with YaRN state the stretched context as the one they take.
-    positions = int(yarn * shape.yarn_original_positions)
-    return replace(shape, yarn_factor=yarn, max_position_embeddings=positions)
 
 
 SIZE = click.IntRange(min=1)

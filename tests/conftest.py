@@ -116,6 +116,12 @@ def reference_logits() -> Callable[[Any, list[int]], np.ndarray]:
 
 
 @pytest.fixture(scope="session")
+def reference_model() -> Callable[[Any], Any]:
+    """ModelWeights -> transformers' model on them, for what ``reference_logits`` cannot ask."""
+    return transformers_model
+
+
+@pytest.fixture(scope="session")
 def relative_error() -> Callable[[np.ndarray, np.ndarray], float]:
     """The norm of the difference over the norm of what is expected."""
 

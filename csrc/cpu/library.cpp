@@ -23,6 +23,8 @@ const char *krasis_status_name(int32_t status) {
             return "system";
         case KRASIS_ERR_RANGE:
             return "range";
+        case KRASIS_ERR_TIMEOUT:
+            return "timeout";
         default:
             return "unknown";
     }

@@ -52,7 +52,10 @@ qk_norm_rope_kernel(const krasis_cuda_qkv_args p) {
     const int64_t heads = p.num_heads + 2 * p.num_kv_heads;
     const int64_t item = static_cast<int64_t>(simt::block_x()) * (kHeadThreads / 32) + simt::thread_x() / 32;
     if (item >= p.tokens * heads) return;  // the whole warp
-    const int64_t token = item / heads, head = item % heads, position = p.start + token;
+    const int64_t token = item / heads, head = item % heads;
+    const int64_t position = (p.start_device ? *p.start_device : p.start) + token;
+    // One given by the device could not be checked before the launch: nothing is written where it does not fit.
+    if (position < 0 || position >= p.capacity || position >= p.max_positions) return;
     const int64_t at = item * p.head_dim;
     const bool is_q = head < p.num_heads, is_k = !is_q && head < p.num_heads + p.num_kv_heads;
     const int half = static_cast<int>(p.head_dim / 2);
@@ -108,10 +111,11 @@ int32_t krasis_cuda_qk_norm_rope_store(const krasis_cuda_qkv_args *args, void *s
     if (args == nullptr) return KRASIS_ERR_ARGUMENT;
     const krasis_cuda_qkv_args &a = *args;
     const bool pointers = a.qkv && a.cos && a.sin && a.k_cache && a.v_cache;
-    const bool counts = a.tokens >= 0 && a.start >= 0 && a.num_heads > 0 && a.num_kv_heads > 0 && a.head_dim > 0;
+    const int64_t start = a.start_device ? 0 : a.start;
+    const bool counts = a.tokens >= 0 && start >= 0 && a.num_heads > 0 && a.num_kv_heads > 0 && a.head_dim > 0;
     if (!pointers || !counts || !is_16_bit(a.dtype) || !is_dtype(a.norm_dtype)) return KRASIS_ERR_ARGUMENT;
     if (a.head_dim % 16 || a.head_dim > kMaxHeadDim) return KRASIS_ERR_SHAPE;
-    if (a.start + a.tokens > a.max_positions || a.start + a.tokens > a.capacity) return KRASIS_ERR_RANGE;
+    if (start + a.tokens > a.max_positions || start + a.tokens > a.capacity) return KRASIS_ERR_RANGE;
     const int64_t warps = a.tokens * (a.num_heads + 2 * a.num_kv_heads), blocks = ceil_div(warps, kHeadThreads / 32);
     if (blocks > kMaxBlocks) return KRASIS_ERR_ARGUMENT;
     return launch<qk_norm_rope_kernel>({static_cast<unsigned>(blocks), kHeadThreads, 0}, a, stream);

@@ -16,7 +16,7 @@ int32_t check(const krasis_cuda_moe_gemm_args &a) {
         is_16_bit(a.dtype) && is_16_bit(a.scale_dtype) && (a.out_dtype == a.dtype || a.out_dtype == KRASIS_F32);
     if (!pointers || !counts || !kinds) return KRASIS_ERR_ARGUMENT;
     if (a.expert_begin < 0 || a.expert_begin > a.expert_end || a.expert_end > a.num_experts) return KRASIS_ERR_RANGE;
-    const bool block = a.m_block == 16 || a.m_block == 32 || a.m_block == 64;
+    const bool block = a.m_block == 16 || a.m_block == 32 || a.m_block == 64 || a.m_block == 128;
     const bool group = a.group == 32 || a.group == 64 || a.group == 128 || a.group == a.k;
     const int64_t out_columns = a.gated ? a.n / 2 : a.n;
     const bool sizes = a.k % 64 == 0 && a.n % (a.gated ? 128 : 64) == 0 && a.k <= INT32_MAX && a.n <= INT32_MAX;
@@ -60,10 +60,10 @@ MoeGemmParams parameters(const krasis_cuda_moe_gemm_args &a) {
 }
 
 // tiles: as many as there can be; only the device knows how many there are.
-template <class Type, int kWarpsM, int kTilesM>
+template <class Type, int kRows>
 int32_t launch_tile(const MoeGemmParams &params, int64_t tiles, void *stream) {
-    using Tile = MoeTile<Type, kWarpsM, kTilesM>;
-    constexpr auto kKernel = moe_gemm_kernel<Type, kWarpsM, kTilesM>;
+    using Tile = MoeTile<Type, kRows>;
+    constexpr auto kKernel = moe_gemm_kernel<Type, kRows>;
     simt::LaunchShape shape{0, Tile::kThreads, Tile::kSharedBytes};
     const char *error = nullptr;
     const int64_t resident = simt::resident_blocks<kKernel>(shape, &error);
@@ -74,9 +74,10 @@ int32_t launch_tile(const MoeGemmParams &params, int64_t tiles, void *stream) {
 
 template <class Type>
 int32_t launch_type(int32_t m_block, const MoeGemmParams &params, int64_t tiles, void *stream) {
-    if (m_block == 16) return launch_tile<Type, 1, 1>(params, tiles, stream);
-    if (m_block == 32) return launch_tile<Type, 1, 2>(params, tiles, stream);
-    return launch_tile<Type, 2, 2>(params, tiles, stream);
+    if (m_block == 16) return launch_tile<Type, 16>(params, tiles, stream);
+    if (m_block == 32) return launch_tile<Type, 32>(params, tiles, stream);
+    if (m_block == 64) return launch_tile<Type, 64>(params, tiles, stream);
+    return launch_tile<Type, 128>(params, tiles, stream);
 }
 
 }  // namespace

@@ -122,7 +122,7 @@ int32_t krasis_cuda_moe_align(const krasis_cuda_align_args *args, void *stream) 
     const bool pointers = slots && a.first_block && a.counts && a.num_invalid;
     if (!pointers || a.num_slots < 0 || a.num_slots > INT32_MAX) return KRASIS_ERR_ARGUMENT;
     if (a.num_experts <= 0 || a.num_experts > kMaxExperts) return KRASIS_ERR_RANGE;
-    if (a.m_block != 16 && a.m_block != 32 && a.m_block != 64) return KRASIS_ERR_SHAPE;
+    if (a.m_block != 16 && a.m_block != 32 && a.m_block != 64 && a.m_block != 128) return KRASIS_ERR_SHAPE;
     const AlignParams params{a.ids,           a.num_slots,   a.num_experts, a.m_block,    a.sorted_slots,
                              a.block_experts, a.first_block, a.counts,      a.num_invalid};
     const auto experts = static_cast<unsigned>(a.num_experts);

@@ -64,6 +64,25 @@ KRASIS_DEVICE void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// ---- words that the host reads and writes at the same time
+
+// Makes what the block wrote before (behind a barrier) visible to the host, then stores.
+KRASIS_DEVICE void store_release_system(uint64_t *word, uint64_t value) {
+    asm volatile("st.release.sys.u64 [%0], %1;" ::"l"(word), "l"(value) : "memory");
+}
+// What the host wrote before it stored the value read can be read from here on (by the block: behind a barrier).
+KRASIS_DEVICE uint64_t load_acquire_system(const uint64_t *word) {
+    uint64_t value;
+    asm volatile("ld.acquire.sys.u64 %0, [%1];" : "=l"(value) : "l"(word) : "memory");
+    return value;
+}
+KRASIS_DEVICE uint64_t clock_ns() {
+    uint64_t now;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now)::"memory");
+    return now;
+}
+KRASIS_DEVICE void rest_ns(uint32_t duration) { asm volatile("nanosleep.u32 %0;" ::"r"(duration) : "memory"); }
+
 // ---- tensor cores
 
 // Four 8x8 matrices of 16-bit elements; lanes 8i..8i+7 name the rows of matrix i.
@@ -73,11 +92,25 @@ KRASIS_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void *shared_row) {
                  : "r"(shared_address(shared_row))
                  : "memory");
 }
+// Each matrix transposed: lane 4i + j gets rows 2j and 2j + 1 of column i.
+KRASIS_DEVICE void ldmatrix_x4_transposed(uint32_t (&r)[4], const void *shared_row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(shared_row))
+                 : "memory");
+}
 KRASIS_DEVICE void ldmatrix_x2(uint32_t (&r)[2], const void *shared_row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
                  : "=r"(r[0]), "=r"(r[1])
                  : "r"(shared_address(shared_row))
                  : "memory");
+}
+
+// A matrix held as ldmatrix gives it, transposed.
+KRASIS_DEVICE uint32_t transpose_8x8(uint32_t own) {
+    uint32_t result;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(own));
+    return result;
 }
 
 // d [16, 8] += a [16, 16] x b [16, 8], fp32 sums.
@@ -109,6 +142,20 @@ KRASIS_DEVICE uint32_t add2(Bf16, uint32_t a, uint32_t b) {
 }
 KRASIS_DEVICE uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
 KRASIS_DEVICE float fused_multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+KRASIS_DEVICE float divide(float a, float b) { return __fdiv_rn(a, b); }
+// 1 / x to one unit in the last place.
+KRASIS_DEVICE float reciprocal(float x) {
+    float result;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+}
+// a / b where neither quotient nor reciprocal leaves the normal range: nearly always correctly rounded, in four
+// instructions.
+KRASIS_DEVICE float quotient(float a, float b) {
+    const float inverse = reciprocal(b), guess = a * inverse;
+    return __fmaf_rn(__fmaf_rn(-b, guess, a), inverse, guess);
+}
+KRASIS_DEVICE float round_even(float x) { return rintf(x); }
 KRASIS_DEVICE float exp_float(float x) { return __expf(x); }
 KRASIS_DEVICE float reciprocal_sqrt(float x) { return rsqrtf(x); }
 

@@ -5,6 +5,7 @@
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
+#include <ctime>
 #include <new>
 
 #include "simt_host_state.h"
@@ -275,6 +276,17 @@ bool run(const LaunchShape &shape, void (*entry)(const void *), const void *para
     return !report[0];
 }
 
+uint64_t clock_ns() {
+    timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return static_cast<uint64_t>(now.tv_sec) * 1000000000u + static_cast<uint64_t>(now.tv_nsec);
+}
+
+void rest_ns(uint32_t duration) {
+    const timespec time{0, static_cast<long>(duration)};
+    nanosleep(&time, nullptr);
+}
+
 uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
     const uint64_t both = static_cast<uint64_t>(b) << 32 | a;
     uint32_t result = 0;
@@ -286,6 +298,10 @@ uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
 }
 
 float fused_multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
+float divide(float a, float b) { return a / b; }
+float reciprocal(float x) { return 1.0f / x; }
+float quotient(float a, float b) { return a / b; }
+float round_even(float x) { return std::nearbyint(x); }
 float exp_float(float x) { return std::exp(x); }
 float reciprocal_sqrt(float x) { return 1.0f / std::sqrt(x); }
 

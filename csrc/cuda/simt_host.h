@@ -107,10 +107,20 @@ void cp_async_wait() {
     cp_async_wait_for(kPending);
 }
 
+// ---- words that another thread of the host reads and writes at the same time
+
+inline void store_release_system(uint64_t *word, uint64_t value) { __atomic_store_n(word, value, __ATOMIC_RELEASE); }
+inline uint64_t load_acquire_system(const uint64_t *word) { return __atomic_load_n(word, __ATOMIC_ACQUIRE); }
+uint64_t clock_ns();
+// Gives the CPU to other threads of the host, which may have to store what is waited for.
+void rest_ns(uint32_t duration);
+
 // ---- tensor cores (simt_host_mma.cpp)
 
 void ldmatrix_x4(uint32_t (&r)[4], const void *shared_row);
+void ldmatrix_x4_transposed(uint32_t (&r)[4], const void *shared_row);
 void ldmatrix_x2(uint32_t (&r)[2], const void *shared_row);
+uint32_t transpose_8x8(uint32_t own);
 void mma(Bf16, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 void mma(F16, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 
@@ -123,6 +133,10 @@ uint32_t add2(Type, uint32_t a, uint32_t b) {
 }
 uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector);
 float fused_multiply_add(float a, float b, float c);
+float divide(float a, float b);
+float reciprocal(float x);
+float quotient(float a, float b);
+float round_even(float x);
 float exp_float(float x);
 float reciprocal_sqrt(float x);
 

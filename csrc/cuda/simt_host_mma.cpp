@@ -10,7 +10,7 @@ struct LoadArgument {
     uint32_t out[kMatrices];
 };
 
-template <int kMatrices>
+template <int kMatrices, bool kTransposed = false>
 void load_matrices(const char *name, uint32_t *r, const void *shared_row) {
     using Argument = LoadArgument<kMatrices>;
     Argument own{static_cast<const uint8_t *>(shared_row), {}};
@@ -20,14 +20,21 @@ void load_matrices(const char *name, uint32_t *r, const void *shared_row) {
                 const uint8_t *source = static_cast<Argument *>(lanes[8 * matrix + row])->row;
                 // The row goes to four lanes: even the thread that wrote it needs a barrier before.
                 watch_read_by(source, 16, Cell::kSeveral);
-                for (int pair = 0; pair < 4; ++pair) {
-                    memcpy(&static_cast<Argument *>(lanes[4 * row + pair])->out[matrix], source + 4 * pair, 4);
+                for (int column = 0; column < 8; ++column) {
+                    // Lane 4i + j holds columns 2j and 2j + 1 of row i; transposed, rows 2j and 2j + 1 of column i.
+                    const int major = kTransposed ? column : row, minor = kTransposed ? row : column;
+                    auto *to = &static_cast<Argument *>(lanes[4 * major + minor / 2])->out[matrix];
+                    memcpy(reinterpret_cast<uint8_t *>(to) + minor % 2 * 2, source + 2 * column, 2);
                 }
             }
         }
     });
     memcpy(r, own.out, sizeof(own.out));
 }
+
+struct TransposeArgument {
+    uint32_t in, out;
+};
 
 struct MmaArgument {
     float *d;
@@ -78,9 +85,26 @@ void multiply(void *const *lanes) {
 }  // namespace
 
 void ldmatrix_x4(uint32_t (&r)[4], const void *shared_row) { load_matrices<4>("ldmatrix.x4", r, shared_row); }
+void ldmatrix_x4_transposed(uint32_t (&r)[4], const void *shared_row) {
+    load_matrices<4, true>("ldmatrix.x4.trans", r, shared_row);
+}
 void ldmatrix_x2(uint32_t (&r)[2], const void *shared_row) {
     // Lanes 16 to 31 name no row.
     load_matrices<2>("ldmatrix.x2", r, shared_row);
+}
+
+uint32_t transpose_8x8(uint32_t own) {
+    TransposeArgument argument{own, 0};
+    collective("movmatrix", &argument, [](void *const *lanes) {
+        for (int row = 0; row < 8; ++row) {
+            for (int column = 0; column < 8; ++column) {
+                const uint32_t word = static_cast<TransposeArgument *>(lanes[4 * row + column / 2])->in;
+                const uint32_t element = word >> (16 * (column % 2)) & 0xffffu;
+                static_cast<TransposeArgument *>(lanes[4 * column + row / 2])->out |= element << (16 * (row % 2));
+            }
+        }
+    });
+    return argument.out;
 }
 
 void mma(Bf16, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {

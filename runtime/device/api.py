@@ -82,10 +82,14 @@ class Device(Protocol):
     one line for logs. total_bytes: of VRAM.
     """
 
-    torch_device: torch.device
-    library: ctypes.CDLL
-    description: str
-    total_bytes: int
+    @property
+    def torch_device(self) -> torch.device: ...
+    @property
+    def library(self) -> ctypes.CDLL: ...
+    @property
+    def description(self) -> str: ...
+    @property
+    def total_bytes(self) -> int: ...
 
     def stream(self, name: str) -> Stream:
         """A new stream."""
@@ -111,6 +115,27 @@ class Device(Protocol):
 
     def host_writes(self, *tensors: torch.Tensor) -> None:
         """Says that the host is about to write pinned memory: likewise for copies out of it."""
+        ...
+
+    def flags(self, count: int) -> torch.Tensor:
+        """Pinned, zeroed words (int64 [count]) by which host and device code synchronise.
+
+        On the double they are not checked for races; a launch that lists one in ``writes`` releases what came before
+        it on its stream, one that lists it in ``reads`` acquires what the host released last.
+        """
+        ...
+
+    def host_acquires(self, flag: torch.Tensor) -> None:
+        """Says that the host saw a flag set: what the launch that set it came after is known to be done."""
+        ...
+
+    def host_releases(self, flag: torch.Tensor) -> None:
+        """Says that the host is about to set a flag: launches that wait for it may read what the host wrote before."""
+        ...
+
+    def serve(self, host: Callable[[], None]) -> None:
+        """Runs ``host``, which waits for flags that submitted work sets and sets flags it waits for, while that work
+        runs. Returns when host has returned; on the double, all streams are then empty."""
         ...
 
     def capture(self, stream: Stream) -> AbstractContextManager[Graph]:

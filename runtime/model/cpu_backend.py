@@ -22,7 +22,7 @@ from krasis.runtime.kernels import (
     workspace,
 )
 from krasis.runtime.kv_cache import KvCache
-from krasis.runtime.model.backend import Logits, TokenIds
+from krasis.runtime.model.backend import KvRows, Logits, TokenIds
 from krasis.runtime.model.recorded_calls import RecordedCalls
 from krasis.runtime.model.rope import rope_tables
 from krasis.runtime.model.weights import LayerWeights, ModelWeights
@@ -96,9 +96,9 @@ class CpuBackend:
             raise NativeError("the CPU kernels run CPU tiles only", got=layout.layout_id)
         self._tiles = layout.tiles
         self._heads = Heads(architecture.num_heads, architecture.num_kv_heads, architecture.head_dim)
-        cache = KvCache(
-            architecture, self.capacity, settings.kv_dtype
-        )  # refuses a context that RAM cannot hold
+        self.kv_dtype, self.placement = settings.kv_dtype, ("CPU", "CPU")
+        # Refuses a context that RAM cannot hold.
+        self._cache = cache = KvCache(architecture, self.capacity, settings.kv_dtype)
         self._cos, self._sin = rope_tables(architecture, self.capacity)
         # Views with a lasting identity: the kernels' wrappers look up an array's address once.
         self._caches = list(zip(cache.keys, cache.values, strict=True))
@@ -136,6 +136,14 @@ class CpuBackend:
         self._one_token.replay(position)
         logits: Logits = self._last_logits(one.hidden)[0]
         return logits
+
+    def export_kv(self, layer: int, num_tokens: int) -> tuple[KvRows, KvRows]:
+        """See ``backend.Backend``."""
+        return self._cache.read(layer, num_tokens)
+
+    def import_kv(self, layer: int, keys: KvRows, values: KvRows) -> None:
+        """See ``backend.Backend``."""
+        self._cache.write(layer, keys, values)
 
     def watch(self, wrap: Callable[[str, NativeFunction], NativeFunction]) -> None:
         """Every native call of prefill and decode goes through wrap(name, function): for profiles."""

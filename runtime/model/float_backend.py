@@ -6,8 +6,9 @@ are used and kept while a bounded cache has room.
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -16,14 +17,17 @@ from krasis.formats.errors import NativeError
 from krasis.formats.layouts import Int8RowsLayout
 from krasis.runtime import reference
 from krasis.runtime.kv_cache import KvCache
-from krasis.runtime.model.backend import Logits, TokenIds
+from krasis.runtime.model.backend import KvRows, Logits, TokenIds
 from krasis.runtime.model.rope import rope_tables
 from krasis.runtime.model.weights import Int8Weight, LayerWeights, ModelWeights, to_float32
 from krasis.runtime.native_arrays import Array
 from krasis.runtime.settings import EngineSettings
 
 FloatArray = npt.NDArray[np.float32]
+# Called with layer, expert, what gate and up multiply [tokens, hidden], what down multiplies [tokens, I].
+LayerObserver = Callable[[int, int, Array, Array], None]
 CACHE_BYTES = 2**30
+TOKENS_AT_ONCE = 4096
 
 
 class FloatBackend:
@@ -35,6 +39,7 @@ class FloatBackend:
         self.prefill_chunk = min(settings.prefill_chunk, self.capacity)
         self._weights: ModelWeights | None = weights
         self._unpacked = UnpackedCache(CACHE_BYTES)
+        self.kv_dtype, self.placement = settings.kv_dtype, ("NumPy", "NumPy")
         self._cache = KvCache(self._architecture, self.capacity, settings.kv_dtype)
         self._cos, self._sin = rope_tables(self._architecture, self.capacity)
         self.description = (
@@ -58,6 +63,32 @@ class FloatBackend:
         """See ``backend.Backend``."""
         logits: Logits = self.prefill(np.array([token]), position, False)[0]
         return logits
+
+    def observe_experts(self, windows: Sequence[TokenIds], observe: LayerObserver) -> None:
+        """Runs texts of at most ``capacity`` tokens, each from an empty context, and shows what experts get.
+
+        All windows pass a layer before the next: weights are unpacked once for many tokens. observe: called
+        with the layer and what ``reference.ExpertObserver`` gets, several times for an expert. Keys and
+        values held before are lost.
+        """
+        hidden = [self._open_weights().embedding.rows(tokens) for tokens in windows]
+        for index, layer in enumerate(self._open_weights().layers):
+            see = functools.partial(observe, index)
+            for group in _groups(hidden, TOKENS_AT_ONCE):
+                for rows in group:
+                    np.add(rows, self._attend(index, layer, rows, 0), out=rows)
+                added = self._run_experts(index, layer, np.concatenate(group), see)
+                ends = np.cumsum([len(rows) for rows in group])[:-1]
+                for rows, part in zip(group, np.split(added, ends), strict=True):
+                    np.add(rows, part, out=rows)
+
+    def export_kv(self, layer: int, num_tokens: int) -> tuple[KvRows, KvRows]:
+        """See ``backend.Backend``."""
+        return self._cache.read(layer, num_tokens)
+
+    def import_kv(self, layer: int, keys: KvRows, values: KvRows) -> None:
+        """See ``backend.Backend``."""
+        self._cache.write(layer, keys, values)
 
     def close(self) -> None:
         """See ``backend.Backend``."""
@@ -86,7 +117,13 @@ class FloatBackend:
         output = self._dense((index, "output"), layer.output)
         return reference.gemm(attended.reshape(len(hidden), a.attention_size), output)
 
-    def _run_experts(self, index: int, layer: LayerWeights, hidden: FloatArray) -> FloatArray:
+    def _run_experts(
+        self,
+        index: int,
+        layer: LayerWeights,
+        hidden: FloatArray,
+        observe: reference.ExpertObserver | None = None,
+    ) -> FloatArray:
         """The routed experts of norm(hidden), [T, hidden_size]."""
         a = self._architecture
         normed = reference.rms_norm(hidden, layer.experts_norm, a.rms_norm_eps)
@@ -101,7 +138,7 @@ class FloatBackend:
             gate, up, down = self._unpacked.get((index, number), lambda: unpack(number))
             return gate, up, down
 
-        return reference.moe(normed, ids, weights, expert)
+        return reference.moe(normed, ids, weights, expert, observe)
 
     def _dense(self, key: Hashable, weight: Int8Weight) -> FloatArray:
         """[n, k] of an INT8 weight."""
@@ -137,6 +174,18 @@ class UnpackedCache:
         """Gives everything up."""
         self._held.clear()
         self._num_bytes = 0
+
+
+def _groups(windows: Sequence[FloatArray], most_rows: int) -> Iterator[list[FloatArray]]:
+    """Windows in order, together of at most most_rows rows, but at least one."""
+    group: list[FloatArray] = []
+    for rows in windows:
+        if group and sum(map(len, group)) + len(rows) > most_rows:
+            yield group
+            group = []
+        group.append(rows)
+    if group:
+        yield group
 
 
 def _num_bytes(arrays: tuple[Array, ...]) -> int:

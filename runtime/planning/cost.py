@@ -95,7 +95,7 @@ def gpu_prefill(
     return _prefill_of(path, layers, arch.num_layers, workload.prompt_tokens)
 
 
-def _dense_layer(
+def dense_layer_s(
     arch: Architecture, spec: GpuSpec, start: int, tokens: int, num_ranks: int
 ) -> tuple[float, float]:
     """(projections and router, attention) of one layer, tokens shared evenly by the ranks."""
@@ -119,7 +119,7 @@ def _gpu_layer(
     disk_s: float,
 ) -> _LayerTime:
     arch = sizes.architecture
-    dense, attention = _dense_layer(arch, spec, start, tokens, num_ranks)
+    dense, attention = dense_layer_s(arch, spec, start, tokens, num_ranks)
     rows = tokens * arch.num_experts_per_token * gpu.num_experts / arch.num_experts
     expert = 2 * rows * expert_weights(arch) / (spec.bf16_tflops.value * 1e12)
     streamed = gpu.num_experts - gpu.resident_experts / arch.num_layers
@@ -133,7 +133,7 @@ def _gpu_layer(
     return _LayerTime(total, dma, expert, dense, attention, exchange)
 
 
-def _cpu_experts_s(sizes: ModelSizes, hardware: HardwareSpec, tokens: int) -> float:
+def cpu_experts_s(sizes: ModelSizes, hardware: HardwareSpec, tokens: int) -> float:
     """One layer's experts on the CPU: their bytes from RAM once, or their multiply-adds."""
     arch = sizes.architecture
     read = distinct_experts(arch, tokens) * sizes.cpu_expert_bytes / (hardware.ram_gbps.value * 1e9)
@@ -148,8 +148,8 @@ def cpu_experts_prefill(
     arch = sizes.architecture
     layers = []
     for start, tokens in _passes(workload.prompt_tokens, batch_tokens):
-        dense, attention = _dense_layer(arch, hardware.gpus[0], start, tokens, 1)
-        expert = _cpu_experts_s(sizes, hardware, tokens)
+        dense, attention = dense_layer_s(arch, hardware.gpus[0], start, tokens, 1)
+        expert = cpu_experts_s(sizes, hardware, tokens)
         total = dense + attention + expert + assumed.HANDOVER_S
         layers.append(_LayerTime(total, 0.0, expert, dense, attention, assumed.HANDOVER_S))
     return _prefill_of("cpu-experts", layers, arch.num_layers, workload.prompt_tokens)
@@ -164,7 +164,7 @@ def cpu_prefill(sizes: ModelSizes, hardware: HardwareSpec, workload: Workload, b
     for start, tokens in _passes(workload.prompt_tokens, batch_tokens):
         dense = max(tokens * dense_macs_per_token(arch) / rate, dense_read)
         attention = attention_macs(arch, start, tokens) / (rate * assumed.ATTENTION_CPU_SHARE)
-        expert = _cpu_experts_s(sizes, hardware, tokens)
+        expert = cpu_experts_s(sizes, hardware, tokens)
         layers.append(_LayerTime(dense + attention + expert, 0.0, expert, dense, attention, 0.0))
     return _prefill_of("cpu", layers, arch.num_layers, workload.prompt_tokens)
 
@@ -173,7 +173,7 @@ def decode(
     sizes: ModelSizes, hardware: HardwareSpec, workload: Workload, gpus: Sequence[GpuPlacement]
 ) -> Decode:
     """One token after the prompt. Dense weights and KV are read by GPU 0 (the CPU without one), experts where
-    they live.
+    they live; without CPU experts the routed ones are streamed.
     """
     arch = sizes.architecture
     ram = hardware.ram_gbps.value * 1e9 * assumed.MEMORY_READ_EFFICIENCY
@@ -191,11 +191,28 @@ def decode(
         ),
         default=0.0,
     )
+    stream_s = 0.0 if sizes.cpu_expert_bytes else _stream_routed_s(sizes, hardware, gpus, hits)
     needs_handover = bool(gpus) and (cpu_bytes > 0 or len(gpus) > 1)
     handover = arch.num_layers * assumed.HANDOVER_S if needs_handover else 0.0
     dense_s, kv_s, cpu_s = sizes.dense_bytes / memory, kv_bytes / memory, cpu_bytes / ram
-    total = dense_s + kv_s + max(cpu_s, gpu_s) + handover
-    return Decode(total, 1 / total, dense_s, kv_s, cpu_s, gpu_s, handover, round(cpu_bytes))
+    total = dense_s + kv_s + max(cpu_s, gpu_s, stream_s) + handover
+    return Decode(total, 1 / total, dense_s, kv_s, cpu_s, gpu_s, handover, round(cpu_bytes), stream_s)
+
+
+def _stream_routed_s(
+    sizes: ModelSizes, hardware: HardwareSpec, gpus: Sequence[GpuPlacement], hits: Sequence[float]
+) -> float:
+    """One token's experts that are not in VRAM, each rank's over its own link."""
+    arch = sizes.architecture
+    a_layer = arch.num_layers * arch.num_experts_per_token / arch.num_experts
+    cold = [max(0.0, a_layer * gpu.num_experts - hit) for gpu, hit in zip(gpus, hits, strict=True)]
+    return max(
+        (
+            count * sizes.gpu_expert_bytes / (hardware.gpus[gpu.rank].link_gbps.value * 1e9)
+            for count, gpu in zip(cold, gpus, strict=True)
+        ),
+        default=0.0,
+    )
 
 
 def start_up(

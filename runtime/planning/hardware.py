@@ -39,7 +39,10 @@ class GpuSpec:
 
 @dataclass(frozen=True, slots=True)
 class HardwareSpec:
-    """A host and its GPUs. ``cpu_gmacs``: 10^9 int8 multiply-adds a second over all cores."""
+    """A host and its GPUs. ``cpu_gmacs``: 10^9 int8 multiply-adds a second over all cores.
+
+    pins_files: whether a mapped file's page cache can be pinned where it lies; known of this machine only.
+    """
 
     gpus: tuple[GpuSpec, ...]
     ram_bytes: Figure
@@ -47,6 +50,7 @@ class HardwareSpec:
     num_cores: Figure
     cpu_gmacs: Figure
     disk_gbps: Figure
+    pins_files: bool = False
 
 
 @dataclass(frozen=True, slots=True)

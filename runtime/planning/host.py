@@ -1,5 +1,5 @@
-"""Where the host's RAM goes: CPU experts mapped from the page cache, GPU experts pinned, or mapped behind a
-pinned ring.
+"""Where the host's RAM goes: CPU experts mapped from the page cache, GPU experts pinned where they are
+mapped, pinned in an arena, or mapped behind a pinned ring.
 """
 
 from __future__ import annotations
@@ -55,14 +55,15 @@ def place_on_host(
     kv_bytes = 0 if gpus else sizes.kv_bytes(workload.context, workload.kv_dtype)
     cpu_experts = 0 if all_resident else sizes.cpu_experts_bytes
     workspace = cpu_workspace_bytes(arch, 1 if gpus else batch_tokens)
-    if not all_resident and cpu_experts == 0:
+    # With GPUs decode can stream what it needs, slowly.
+    if not gpus and cpu_experts == 0:
         raise ResourceError("this bundle has no CPU experts", hint="convert it with a CPU tier")
     reserve = host_reserve_bytes(ram_bytes)
     needed = reserve + dense + kv_bytes + cpu_experts + workspace
     ring = sum(assumed.RING_BUFFERS * gpu.group_experts * sizes.gpu_expert_bytes for gpu in gpus)
     if needed + ring > ram_bytes:
         raise _too_little_ram(needed, ring, ram_bytes, cpu_experts, sizes)
-    store = _expert_store(sizes, gpus, ram_bytes - needed, ring)
+    store = _expert_store(sizes, gpus, ram_bytes - needed, ring, hardware.pins_files)
     return HostPlacement(
         ram_bytes=ram_bytes,
         expert_store=store.kind,
@@ -80,7 +81,7 @@ def place_on_host(
 
 
 def _expert_store(
-    sizes: ModelSizes, gpus: Sequence[GpuPlacement], free_bytes: int, ring_bytes: int
+    sizes: ModelSizes, gpus: Sequence[GpuPlacement], free_bytes: int, ring_bytes: int, pins_files: bool
 ) -> _Store:
     if not gpus:
         return _Store("none", 0, 0, 0, "without a GPU only CPU experts are used")
@@ -91,9 +92,10 @@ def _expert_store(
     # Resident experts change with use, so the arena holds every expert.
     arena = sizes.gpu_experts_bytes
     if arena <= free_bytes:
-        return _Store(
-            "pinned-arena", arena, 0, 0, f"the RAM holds all GPU experts ({format_bytes(arena)}) pinned"
-        )
+        held = f"the RAM holds all GPU experts ({format_bytes(arena)}) pinned"
+        if pins_files:
+            return _Store("in-place", arena, 0, 0, f"{held}, and the bundle's pages can be, uncopied")
+        return _Store("pinned-arena", arena, 0, 0, held)
     cached = min(arena, free_bytes - ring_bytes)
     from_disk = min(streamed, arena - cached)
     reason = f"an arena of {format_bytes(arena)} does not fit in the {format_bytes(free_bytes)} that are left"

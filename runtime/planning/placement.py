@@ -13,6 +13,7 @@ from krasis.runtime.planning import assumptions as assumed
 from krasis.runtime.planning.hardware import GpuSpec
 from krasis.runtime.planning.sizes import ModelSizes
 from krasis.runtime.planning.types import GpuPlacement, Workload
+from krasis.runtime.planning.workspace import SCRATCH_BYTES, routing_bytes, workspace_layout
 
 
 def rank_experts(num_experts: int, num_ranks: int) -> list[tuple[int, int]]:
@@ -25,18 +26,13 @@ def rank_experts(num_experts: int, num_ranks: int) -> list[tuple[int, int]]:
 
 
 def gpu_workspace_bytes(arch: Architecture, batch_tokens: int, num_ranks: int) -> int:
-    """Activations of one pass of ``batch_tokens`` on one of ``num_ranks`` GPUs.
+    """Activations of one pass of ``batch_tokens`` on one of ``num_ranks`` GPUs, as they are allocated: see
+    ``workspace``.
 
-    Own tokens: f32 residual, bf16 normed input, qkv, attention output. All tokens (gathered): bf16 hidden
-    states in and out, top-k ids and weights. Rows routed to this rank's experts: bf16 gate+up, their product,
-    and the expert's output.
+    Slots of all tokens, not of a rank's share: in the worst case all tokens choose one rank's experts.
     """
-    own_tokens = math.ceil(batch_tokens / num_ranks)
-    per_own = 6 * arch.hidden_size + 2 * arch.qkv_rows + 2 * arch.attention_size
-    per_gathered = 4 * arch.hidden_size + 8 * arch.num_experts_per_token + 4 * arch.num_experts
-    rows = math.ceil(batch_tokens * arch.num_experts_per_token / num_ranks)
-    per_row = 2 * (3 * arch.expert_intermediate_size + arch.hidden_size)
-    return own_tokens * per_own + batch_tokens * per_gathered + rows * per_row
+    layout = workspace_layout(arch, batch_tokens, num_ranks)
+    return layout.total_bytes + routing_bytes(arch, batch_tokens, num_ranks) + SCRATCH_BYTES
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,7 @@ _PATHS = {
     "cpu": "on the CPU",
 }
 _STORES = {
+    "in-place": "page cache pinned in place",
     "pinned-arena": "pinned arena",
     "mapped-with-ring": "mapped file and pinned ring",
     "none": "not in RAM",
@@ -218,6 +219,7 @@ def _decode_parts(decode: Decode) -> str:
         ("KV", decode.kv_s),
         (f"CPU experts ({format_bytes(decode.cpu_experts_bytes)})", decode.cpu_experts_s),
         ("GPU experts", decode.gpu_experts_s),
+        ("expert DMA", decode.stream_s),
         ("hand-over", decode.handover_s),
     ]
     return "; ".join(f"{name} {format_seconds(seconds)}" for name, seconds in parts if seconds)

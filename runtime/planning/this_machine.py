@@ -9,12 +9,14 @@ import ctypes
 import mmap
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from krasis.formats import native
 from krasis.formats.errors import KrasisError
 from krasis.runtime import environment
 from krasis.runtime.planning.hardware import Figure, GpuSpec, HardwareSpec, describe_gpu, describe_host, given
+from krasis.runtime.planning.measure_gpu import measured_spec
 
 _MIB = 2**20
 _CHUNK_BYTES = 8 * _MIB
@@ -40,10 +42,13 @@ class HardwareFlags:
     disk_gbps: float | None = None
 
 
-def hardware_from_flags(flags: HardwareFlags) -> tuple[HardwareSpec, tuple[str, ...]]:
+def hardware_from_flags(
+    flags: HardwareFlags, shard: Path | None = None
+) -> tuple[HardwareSpec, tuple[str, ...]]:
     """The machine described by the flags, completed by this one; and notes on what was chosen and why.
 
-    Once --ram or --cpus describes another host, nothing of this one is measured for it.
+    shard: a file with GPU experts, with which in-place pinning is tried if the GPUs are this machine's. Once
+    --ram or --cpus describes another host, nothing of this one is measured for it.
     """
     notes: list[str] = []
     gpus = _gpus(flags, notes)
@@ -64,7 +69,18 @@ def hardware_from_flags(flags: HardwareFlags) -> tuple[HardwareSpec, tuple[str, 
         disk_gbps=given(flags.disk_gbps) if flags.disk_gbps is not None else None,
         isa=(cpu.isa if this_host else "") or "avx2",
     )
+    if flags.gpu_vram_bytes is None and gpus and shard is not None:
+        hardware = replace(hardware, pins_files=_pins_files(shard, notes))
     return hardware, tuple(notes)
+
+
+def _pins_files(shard: Path, notes: list[str]) -> bool:
+    from krasis.runtime.host_memory.this_driver import why_not_in_place
+
+    problem = why_not_in_place(shard)
+    if problem:
+        notes.append(f"experts are copied to an arena, for their files' pages cannot be pinned: {problem}")
+    return not problem
 
 
 def _or_measured(flag: int | None, *, note: str, value: int) -> Figure:
@@ -75,21 +91,37 @@ def _gpus(flags: HardwareFlags, notes: list[str]) -> tuple[GpuSpec, ...]:
     sizes = flags.gpu_vram_bytes
     cuda_problem = environment.probe_libraries().cuda_problem
     if sizes is None:
-        sizes = _this_machines_gpus(cuda_problem, notes)
-    elif sizes and cuda_problem:
+        return tuple(_spec_of(device, flags, notes) for device in _this_machines_gpus(cuda_problem, notes))
+    if sizes and cuda_problem:
         notes.append(f"this installation cannot use a GPU yet: {cuda_problem}")
-    return tuple(
-        describe_gpu(
-            vram,
-            link_gbps=flags.pcie_gbps,
-            memory_gbps=flags.gpu_gbps,
-            bf16_tflops=flags.gpu_tflops,
-        )
-        for vram in sizes
+    return tuple(_described(vram, flags) for vram in sizes)
+
+
+def _described(vram_bytes: int, flags: HardwareFlags) -> GpuSpec:
+    return describe_gpu(
+        vram_bytes, link_gbps=flags.pcie_gbps, memory_gbps=flags.gpu_gbps, bf16_tflops=flags.gpu_tflops
     )
 
 
-def _this_machines_gpus(cuda_problem: str, notes: list[str]) -> tuple[int, ...]:
+def _spec_of(device: environment.Device, flags: HardwareFlags, notes: list[str]) -> GpuSpec:
+    """A GPU of this machine: measured, where no flag says otherwise."""
+    described = _described(device.vram_bytes, flags)
+    if None not in (flags.pcie_gbps, flags.gpu_gbps, flags.gpu_tflops):
+        return described
+    try:
+        measured = measured_spec(device.index, device.vram_bytes)
+    except KrasisError as error:
+        notes.append(f"GPU {device.index} is not measured, its rates are assumed: {error}")
+        return described
+    return GpuSpec(
+        device.vram_bytes,
+        described.link_gbps if flags.pcie_gbps is not None else measured.link_gbps,
+        described.memory_gbps if flags.gpu_gbps is not None else measured.memory_gbps,
+        described.bf16_tflops if flags.gpu_tflops is not None else measured.bf16_tflops,
+    )
+
+
+def _this_machines_gpus(cuda_problem: str, notes: list[str]) -> tuple[environment.Device, ...]:
     if not environment.nvidia_driver_loaded():
         notes.append("no GPU: no NVIDIA driver is loaded on this machine")
         return ()
@@ -99,7 +131,7 @@ def _this_machines_gpus(cuda_problem: str, notes: list[str]) -> tuple[int, ...]:
     torch = environment.probe_torch()
     if torch.problem:
         notes.append(f"no GPU is used: {torch.problem}")
-    return tuple(device.vram_bytes for device in torch.devices)
+    return torch.devices
 
 
 def measure_read_bandwidth(l3_bytes: int, available_bytes: int, notes: list[str]) -> Figure | None:

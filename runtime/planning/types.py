@@ -9,7 +9,7 @@ from krasis.runtime.planning.hardware import HardwareSpec
 from krasis.runtime.planning.sizes import ModelSizes
 
 PrefillPath = Literal["gpu-streamed", "gpu-resident", "cpu-experts", "cpu"]
-ExpertStore = Literal["pinned-arena", "mapped-with-ring", "none"]
+ExpertStore = Literal["in-place", "pinned-arena", "mapped-with-ring", "none"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,8 @@ class HostPlacement:
     """Where the RAM goes. All ``_bytes`` but ``from_disk_bytes`` and the last add up to ``ram_bytes``.
 
     page_cache_bytes: GPU experts kept in the page cache behind a ring. from_disk_bytes: GPU experts that do
-    not fit in RAM and are read from disk in every pass over the experts.
+    not fit in RAM and are read from disk in every pass over the experts. pinned_bytes: of an arena, of the
+    page cache itself (in place), or of the ring.
     """
 
     ram_bytes: int
@@ -89,7 +90,7 @@ class Prefill:
 
 @dataclass(frozen=True, slots=True)
 class Decode:
-    """Expected time of one token after the prompt."""
+    """Expected time of one token after the prompt. stream_s: of experts streamed for want of CPU experts."""
 
     total_s: float
     tokens_per_s: float
@@ -99,6 +100,7 @@ class Decode:
     gpu_experts_s: float
     handover_s: float
     cpu_experts_bytes: int
+    stream_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

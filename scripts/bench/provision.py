@@ -89,7 +89,10 @@ def _build_llama(root: Path) -> str:
     if cmake is None or ninja is None:
         return "cmake and ninja are needed"
     root.mkdir(parents=True, exist_ok=True)
-    download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
+    # Only this package from its sources: pip prepares its metadata by what its build needs, which would else
+    # be compiled too (CMake among it).
+    name = LLAMA_PACKAGE.partition("==")[0]
+    download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", name]
     outcome = process.run([*download, "-d", str(root), LLAMA_PACKAGE], timeout_s=BUILD_TIMEOUT_S)
     archives = sorted(root.glob("llama_cpp_python-*.tar.gz"))
     if not archives:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -190,3 +192,59 @@ def random_tokens() -> Callable[[int, int], list[int]]:
         return np.random.default_rng(11).integers(0, vocab, count).tolist()
 
     return tokens
+
+
+# ---- the GPU backend on the device's double -----------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def double_kernels() -> None:
+    """The kernels as host code can be loaded; skips where they were not built and nobody said they were."""
+    from krasis.formats.errors import NativeError
+    from krasis.runtime.device.library import double_library
+
+    try:
+        double_library()
+    except NativeError as error:
+        if "KRASIS_CUDA_DOUBLE" in os.environ:
+            raise
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def vram_for() -> Callable[..., int]:
+    """(bundle, context, group_experts=, resident=0) -> bytes of VRAM of which the plan makes groups of so many
+    experts; with resident, all experts of a layer are one group and so many more have a place."""
+    from krasis.formats.bundle_reader import Bundle
+    from krasis.runtime.planning import assumptions, sizes_of_bundle
+    from krasis.runtime.planning.placement import gpu_workspace_bytes
+
+    def vram_bytes(bundle: Path, context: int, *, group_experts: int, resident: int = 0) -> int:
+        with Bundle.open(bundle) as opened:
+            sizes = sizes_of_bundle(opened.manifest)
+        fixed = assumptions.GPU_RESERVE_BYTES + sizes.dense_bytes + sizes.kv_bytes(context, "bf16")
+        experts = (2 * group_experts + resident) * sizes.gpu_expert_bytes
+        return fixed + gpu_workspace_bytes(sizes.architecture, context, 1) + experts
+
+    return vram_bytes
+
+
+@pytest.fixture
+def open_gpu(double_kernels: None) -> Iterator[Callable[..., Any]]:
+    """(bundle, seed=, policy=, device=, **settings) -> an engine on a double of a GPU; closed at the end."""
+    from krasis.runtime import Engine, EngineSettings
+    from krasis.runtime.device.double import DeviceDouble
+    from krasis.runtime.gpu.backend import GpuBackend
+
+    with ExitStack() as closing:
+
+        def open_engine(
+            bundle: Path, *, seed: int = 0, policy: str | None = None, device: Any = None, **settings: Any
+        ) -> Any:
+            vram_bytes = settings.get("vram_bytes") or 2**30
+            double = device or DeviceDouble(seed=seed, policy=policy, total_bytes=vram_bytes)
+            chosen = EngineSettings(device="double", threads=2, prefault=False, **settings)
+            engine = Engine.open(bundle, chosen, make_backend=lambda b, s: GpuBackend(b, s, double))
+            return closing.enter_context(engine)
+
+        yield open_engine

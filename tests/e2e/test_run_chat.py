@@ -149,6 +149,41 @@ def test_commands(session: Session, tmp_path: Path) -> None:
     assert session.ended() == 0
 
 
+def test_an_edited_question(session: Session, tmp_path: Path) -> None:
+    session.command("/edit", "no question to edit")
+    session.command("/set temperature 0", "temperature")
+    session.command("be so kind and count to three", "three\\n")
+    session.command("/edit be so kind and count to four", "four\\n")
+    session.command("/stats", r"prompt \d+ tokens \(\d+ cached\)")
+    # Alone it brings the question back to the line; what is typed comes after it.
+    session.type("/edit\n")
+    session.until(r">>> be so kind and count to four")
+    session.type("teen\n")
+    session.until(re.escape(PROMPT))
+    session.command(f"/save {tmp_path / 'talk.json'}", "saved")
+    messages = json.loads((tmp_path / "talk.json").read_text())["messages"]
+    assert [one["role"] for one in messages] == ["user", "assistant"]
+    assert messages[0]["content"] == "be so kind and count to fourteen"
+
+
+def test_a_chat_is_saved_with_its_cache(session: Session, chat_bundle: Path, tmp_path: Path) -> None:
+    session.command("/set temperature 0", "temperature")
+    session.command("hello, said the fox", "fox\n")
+    session.command(f"/save {tmp_path / 'talk.kv'}", r"with \d+ computed tokens")
+    session.command(f"/save {tmp_path / 'talk.kv'}", r"with \d+ computed tokens")  # an older one is replaced
+    flags = ["--threads", "2", "--ctx", "32768", "--max-tokens", "5", "--load-kv", str(tmp_path / "talk.kv")]
+    again = Session(chat_bundle, *flags, "--save-kv", str(tmp_path / "later.kv"))
+    again.until(r"\d+ tokens and 2 messages restored")
+    again.until(re.escape(PROMPT))
+    again.command("and then?", r"then\?\n")
+    stats = again.command("/stats", r"prompt \d+ tokens \(\d+ cached\)")
+    assert int(re.findall(r"\((\d+) cached\)", stats)[0]) > 10
+    again.type("/quit\n")
+    assert again.ended() == 0
+    assert (tmp_path / "later.kv").stat().st_size > 4096
+    again.close()
+
+
 def test_several_lines(session: Session, tmp_path: Path) -> None:
     session.type("one \\\ntwo\n")
     session.until(r"\.\.\. ")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import sys
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -24,7 +26,8 @@ class Stream(io.StringIO):
 def bar_output(monkeypatch: pytest.MonkeyPatch, terminal: bool, steps: list[int], total: int) -> str:
     stream = Stream(terminal)
     monkeypatch.setattr(sys, "stderr", stream)
-    with PrefillBar() as bar:
+    engine: Any = SimpleNamespace(placement=("GPU", "CPU"))
+    with PrefillBar(engine) as bar:
         for step in steps:
             bar.update(step, total)
     return stream.getvalue()
@@ -32,7 +35,7 @@ def bar_output(monkeypatch: pytest.MonkeyPatch, terminal: bool, steps: list[int]
 
 def test_a_long_prompt_shows_a_bar_that_goes_away(monkeypatch: pytest.MonkeyPatch) -> None:
     text = bar_output(monkeypatch, True, [512, 1024, 1536, 2048], 2048)
-    assert "prompt" in text
+    assert "prompt on GPU" in text
     assert "512/2048" in text
     assert text.endswith("\r")
 

@@ -11,14 +11,17 @@ flags="-std=c++20 -O3 -I$cuda -I$cuda/.. -I$cuda/tests"
 for a in $arch; do flags="$flags -gencode arch=compute_$a,code=sm_$a"; done
 
 objects=
-for source in status marlin_moe moe_align moe_rows int8_rows attention_rows; do
-    nvcc $flags -c "$cuda/$source.cu" -o "$build/$source.o" &
-    objects="$objects $build/$source.o"
+for source in "$cuda"/*.cu; do
+    name=$(basename "$source" .cu)
+    nvcc $flags -c "$source" -o "$build/$name.o" &
+    objects="$objects $build/$name.o"
 done
 tests=
-for source in main test_moe_align test_moe_gemm test_moe_rows test_int8_rows test_attention_rows; do
-    nvcc $flags -x cu -c "$cuda/tests/$source.cpp" -o "$build/$source.o" &
-    tests="$tests $build/$source.o"
+for source in "$cuda"/tests/main.cpp "$cuda"/tests/test_*.cpp; do
+    name=$(basename "$source" .cpp)
+    [ "$name" = test_simt ] && continue # of the host shim itself
+    nvcc $flags -x cu -c "$source" -o "$build/$name.o" &
+    tests="$tests $build/$name.o"
 done
 nvcc $flags -c "$cuda/tests/device_bench.cu" -o "$build/device_bench.o" &
 wait

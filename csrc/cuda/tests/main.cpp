@@ -17,8 +17,15 @@ constexpr Suite kSuites[] = {
 #if !KRASIS_SIMT_DEVICE
     {"simt", test::run_simt},
 #endif
-    {"moe_align", test::run_moe_align}, {"moe_rows", test::run_moe_rows}, {"attention_rows", test::run_attention_rows},
-    {"int8_rows", test::run_int8_rows}, {"moe_gemm", test::run_moe_gemm},
+    {"moe_align", test::run_moe_align},
+    {"moe_rows", test::run_moe_rows},
+    {"attention_rows", test::run_attention_rows},
+    {"attention_decode", test::run_attention_decode},
+    {"unpack", test::run_unpack},
+    {"route", test::run_route},
+    {"handover", test::run_handover},
+    {"int8_rows", test::run_int8_rows},
+    {"moe_gemm", test::run_moe_gemm},
 };
 
 bool is_wanted(const char *name, int argc, char **argv) {
@@ -37,7 +44,7 @@ int main(int argc, char **argv) {
         const int before = test::failures;
         suite.run();
         const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - start;
-        std::printf("%-14s %s  %.2f s\n", suite.name, test::failures == before ? "ok" : "FAILED", taken.count());
+        std::printf("%-16s %s  %.2f s\n", suite.name, test::failures == before ? "ok" : "FAILED", taken.count());
         std::fflush(stdout);
     }
     return test::finish("cuda kernels");

@@ -1,6 +1,7 @@
 // marlin_reference.h: Marlin weights packed one element at a time by the formulas of docs/FORMAT.md, and their values.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <vector>
 
@@ -32,6 +33,15 @@ struct MarlinWeight {
         // Scales of both signs, some zero: the converter searches both, and a group of zeros has no scale.
         for (auto &scale : scales) {
             scale = random.below(50) ? to_16(random.normal() * 0.05f, dtype) : uint16_t{0};
+        }
+    }
+
+    // Scales of very different sizes, many of them zero; none in a first column.
+    void make_wild(Random &random) {
+        for (size_t i = 0; i < scales.size(); ++i) {
+            const auto exponent = static_cast<int>(random.below(41)) - 20;
+            const bool zero = random.below(3) == 0 || i % static_cast<size_t>(n) == 0;
+            scales[i] = zero ? uint16_t{0} : to_16(std::ldexp(random.below(2) ? 1.25f : -1.5f, exponent), scale_dtype);
         }
     }
 

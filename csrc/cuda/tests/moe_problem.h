@@ -19,6 +19,7 @@ struct MoeCase {
     int32_t dtype = KRASIS_BF16, scale_dtype = KRASIS_BF16, out_dtype = KRASIS_F32, m_block = 64;
     bool gated = false;
     int64_t top_k = 2;
+    bool wild_scales = false;
     double count_factor = 1;  // of kCounts
     uint64_t seed = 1;
 };
@@ -134,7 +135,8 @@ class MoeProblem {
     void make_experts() {
         const int64_t bytes = scales_offset_ + MarlinWeight::scales_bytes(case_.k, case_.n, case_.group);
         for (int e = 0; e < kNumExperts; ++e) {
-            const MarlinWeight weight(random_, case_.k, case_.n, case_.group, case_.scale_dtype);
+            MarlinWeight weight(random_, case_.k, case_.n, case_.group, case_.scale_dtype);
+            if (case_.wild_scales) weight.make_wild(random_);
             records_.push_back(std::make_unique<Array<uint8_t>>(static_cast<size_t>(bytes)));
             uint8_t *record = records_.back()->data();
             weight.pack_codes(reinterpret_cast<uint32_t *>(record + codes_offset_));

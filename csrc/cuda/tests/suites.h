@@ -9,5 +9,9 @@ void run_moe_align();
 void run_moe_rows();
 void run_int8_rows();
 void run_attention_rows();
+void run_attention_decode();
+void run_unpack();
+void run_route();
+void run_handover();
 
 }  // namespace test

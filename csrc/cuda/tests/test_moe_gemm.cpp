@@ -37,7 +37,7 @@ void check_layouts() {
     int i = 0;
     for (int64_t group : {32, 64, 128, 256}) {
         for (int32_t dtype : {KRASIS_BF16, KRASIS_F16}) {
-            for (int32_t m_block : {16, 32, 64}) {
+            for (int32_t m_block : {16, 32, 64, 128}) {
                 Case c;
                 c.group = group;
                 c.dtype = dtype;
@@ -62,11 +62,24 @@ void check_shapes() {
         c.n = k == 192 ? 576 : 64;
         c.group = k % 128 ? 64 : 128;
         c.count_factor = 0.3;
-        c.m_block = k == 320 ? 16 : 64;
+        c.m_block = k == 320 ? 16 : k == 448 ? 128 : 64;
         check_case(c);
         c.gated = true;
         c.n = k == 192 ? 640 : 128;
         c.group = 32;
+        check_case(c);
+    }
+}
+
+// Sums are kept in units of the running group's scale: scales from 2^-20 to 2^20, a third of them zero.
+void check_wild_scales() {
+    for (int64_t group : {32, 64}) {
+        Case c;
+        c.k = 448;
+        c.group = group;
+        c.count_factor = 0.3;
+        c.wild_scales = true;
+        c.m_block = group == 32 ? 16 : 128;
         check_case(c);
     }
 }
@@ -80,7 +93,7 @@ void check_same_bits() {
     Problem whole(c);
     whole.reset();
     CHECK_OK(whole.run(whole.args()));
-    for (int32_t m_block : {16, 32, 64}) {
+    for (int32_t m_block : {16, 32, 64, 128}) {
         c.m_block = m_block;
         Problem parts(c);
         parts.reset();
@@ -161,10 +174,11 @@ void check_refusals() {
 
 #if !KRASIS_SIMT_DEVICE
 // The kernel with a wait or a barrier left out must be noticed, whichever one it is.
-void check_races() {
+void check_races(int32_t m_block) {
     Case c;
     c.k = 448;
     c.group = 64;
+    c.m_block = m_block;
     c.count_factor = 0.1;
     Problem problem(c);
     namespace simt = krasis::simt;
@@ -191,12 +205,13 @@ void run_moe_gemm() {
     check_packing();
     check_layouts();
     check_shapes();
+    check_wild_scales();
     check_same_bits();
     check_far_records();
     check_absent_experts();
     check_refusals();
 #if !KRASIS_SIMT_DEVICE
-    check_races();
+    for (int32_t m_block : {16, 64, 128}) check_races(m_block);
 #endif
 }
 

@@ -83,6 +83,30 @@ def test_a_version_1_cgroup_counts_and_its_no_limit_does_not(root: Path):
     assert cgroup_limit_bytes(root) == 2 * GIB
 
 
+def test_what_a_cgroup_uses_is_not_available_but_its_page_cache_is(root: Path):
+    put(root, "sys/fs/cgroup/user.slice/job/memory.max", f"{8 * GIB}\n")
+    put(root, "sys/fs/cgroup/user.slice/job/memory.current", f"{7 * GIB}\n")
+    put(
+        root,
+        "sys/fs/cgroup/user.slice/job/memory.stat",
+        f"anon 1\nactive_file {GIB}\ninactive_file {3 * GIB}\n",
+    )
+    put(root, "sys/fs/cgroup/user.slice/memory.max", f"{16 * GIB}\n")
+    assert probe_memory(root).available_bytes == 5 * GIB
+    # a parent that others have filled leaves less
+    put(root, "sys/fs/cgroup/user.slice/memory.current", f"{14 * GIB}\n")
+    memory = probe_memory(root)
+    assert (memory.available_bytes, memory.limit_bytes) == (2 * GIB, 8 * GIB)
+
+
+def test_a_version_1_cgroup_uses_memory_too(root: Path):
+    put(root, "proc/self/cgroup", "4:memory:/docker/abc\n")
+    put(root, "sys/fs/cgroup/memory/docker/abc/memory.limit_in_bytes", f"{4 * GIB}\n")
+    put(root, "sys/fs/cgroup/memory/docker/abc/memory.usage_in_bytes", f"{3 * GIB}\n")
+    put(root, "sys/fs/cgroup/memory/docker/abc/memory.stat", f"total_inactive_file {GIB}\ninactive_file 5\n")
+    assert probe_memory(root).available_bytes == 2 * GIB
+
+
 def test_a_cgroup_path_does_not_escape(root: Path):
     put(root, "proc/self/cgroup", "0::/../../outside\n")
     put(root, "outside/memory.max", "1\n")

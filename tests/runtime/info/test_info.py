@@ -105,6 +105,7 @@ PLAN_SCHEMA = {
         "num_cores": FIGURE,
         "cpu_gmacs": FIGURE,
         "disk_gbps": FIGURE,
+        "pins_files": bool,
     },
     "workload": {"context": INTEGER, "prompt_tokens": INTEGER, "kv_dtype": TEXT},
     "batch_tokens": INTEGER,
@@ -307,11 +308,13 @@ def test_env_works_without_a_bundle():
     assert result.exit_code == 0, result.output
     for part in ("CPU", "kernels", "NUMA", "huge pages", "Native libraries", "torch", "What is off, and why"):
         assert part in result.output
-    record = run_json("--env")["environment"]
+    everything = run_json("--env")
+    record = everything["environment"]
     import torch
 
     assert record["torch"]["version"] == torch.__version__
     assert record["libraries"]["cpu_abi"] == 1
+    assert set(everything["pinned_memory"]) in ({"problem"}, {"problem", "trials", "rates"})
 
 
 @pytest.mark.parametrize(

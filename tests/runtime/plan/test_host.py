@@ -8,6 +8,7 @@ import pytest
 
 from krasis.formats.errors import ResourceError
 from krasis.runtime.planning import make_plan, make_workload
+from krasis.runtime.planning.report import plan_to_text
 
 GB = 10**9
 ARENA = 117_096_579_072
@@ -60,6 +61,32 @@ def test_without_gpu_the_dense_weights_and_the_kv_cache_are_in_ram(qwen_235b, ma
     assert host.expert_store == "none"
     assert host.dense_bytes == 7_430_603_264 + 1_244_659_712
     assert host.kv_bytes == 192_512 * 12_048
+
+
+def test_where_mapped_files_can_be_pinned_nothing_is_copied(qwen_235b, machine):
+    here = dataclasses.replace(machine(1), pins_files=True)
+    work = make_workload(qwen_235b.architecture)
+    plan, copied = make_plan(qwen_235b, here, work), make_plan(qwen_235b, machine(1), work)
+    assert plan.host.expert_store == "in-place"
+    assert plan.host.pinned_bytes == ARENA
+    assert plan.host.spare_bytes == copied.host.spare_bytes
+    # the copy reads and writes every byte of RAM at 140 GB/s
+    assert copied.start_up.warm_s - plan.start_up.warm_s == pytest.approx(2 * ARENA / 140e9, rel=1e-6)
+    assert "page cache pinned in place" in plan_to_text(plan)
+    short = dataclasses.replace(machine(1, ram_bytes=300 * GB), pins_files=True)
+    assert make_plan(qwen_235b, short, work).host.expert_store == "mapped-with-ring"
+
+
+def test_without_cpu_experts_decode_streams_what_it_needs(qwen_235b, machine):
+    """8 of 128 experts a layer over each of two links of 13 GB/s, less what lies in VRAM."""
+    half = dataclasses.replace(qwen_235b, cpu_expert_bytes=0)
+    plan = make_plan(half, machine(2), make_workload(half.architecture))
+    assert plan.host.cpu_experts_bytes == 0
+    resident = plan.gpus[0].resident_experts / (94 * 64)
+    expected = 94 * 4 * (1 - resident) * 9_732_096 / 13e9
+    assert plan.decode.stream_s == pytest.approx(expected, rel=1e-6)
+    assert plan.decode.total_s > plan.decode.stream_s
+    assert "expert DMA" in plan_to_text(plan).split("decode")[1]
 
 
 @pytest.mark.parametrize(("tier", "num_gpus"), [("gpu_expert_bytes", 1), ("cpu_expert_bytes", 0)])

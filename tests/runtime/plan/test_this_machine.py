@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from krasis.formats import native
-from krasis.formats.errors import NativeError, UsageError
+from krasis.formats.errors import NativeError, ResourceError, UsageError
 from krasis.runtime import environment
+from krasis.runtime.planning import measure_gpu
 from krasis.runtime.planning.this_machine import HardwareFlags, hardware_from_flags, measure_read_bandwidth
 
 MIB = 2**20
@@ -70,10 +73,54 @@ def test_this_machines_gpus_are_used_when_they_can_be(monkeypatch):
     monkeypatch.setattr(
         environment, "probe_torch", lambda: environment.Torch("2", "13", (device, device), "")
     )
-    hardware, _ = hardware_from_flags(HardwareFlags(num_cpus=8, pcie_gbps=12.0))
+
+    def no_room(index: int) -> None:
+        raise ResourceError("GPU cannot be measured", where=f"GPU {index}")
+
+    monkeypatch.setattr(measure_gpu, "measure_gpu", no_room)
+    hardware, notes = hardware_from_flags(HardwareFlags(num_cpus=8, pcie_gbps=12.0))
     assert [gpu.vram_bytes for gpu in hardware.gpus] == [16 * 2**30] * 2
     assert hardware.gpus[0].link_gbps.value == 12
     assert hardware.gpus[0].memory_gbps.source == "assumed"
+    assert any("GPU 0 is not measured" in note for note in notes)
+
+
+def test_a_gpu_at_hand_is_measured_where_no_flag_says_otherwise(monkeypatch):
+    monkeypatch.setattr(
+        environment, "probe_libraries", lambda: environment.NativeLibraries("", 1, "", "x.so", "")
+    )
+    monkeypatch.setattr(environment, "nvidia_driver_loaded", lambda: True)
+    device = environment.Device(0, "RTX", 16 * 2**30, "8.9")
+    monkeypatch.setattr(environment, "probe_torch", lambda: environment.Torch("2", "13", (device,), ""))
+    monkeypatch.setattr(
+        measure_gpu, "measure_gpu", lambda index: measure_gpu.GpuRates(25.5, 24.0, 900.0, 70.0)
+    )
+    hardware, notes = hardware_from_flags(HardwareFlags(num_cpus=8, gpu_gbps=800.0))
+    (gpu,) = hardware.gpus
+    assert (gpu.link_gbps.value, gpu.link_gbps.source) == (25.5, "measured")
+    assert (gpu.memory_gbps.value, gpu.memory_gbps.source) == (800.0, "given")
+    assert (gpu.bf16_tflops.value, gpu.bf16_tflops.source) == (70.0, "measured")
+    assert "24.0" in gpu.link_gbps.note
+    assert notes == ()
+    # another card is not this one, whatever was measured
+    hardware, _ = hardware_from_flags(HardwareFlags(gpu_vram_bytes=(16 * 2**30,), num_cpus=8))
+    assert hardware.gpus[0].link_gbps.source == "assumed"
+
+
+@pytest.mark.parametrize(("problem", "pins"), [("", True), ("operation not supported", False)])
+def test_pinning_the_bundles_pages_is_tried_where_the_gpus_are(monkeypatch, problem: str, pins: bool):
+    monkeypatch.setattr(
+        environment, "probe_libraries", lambda: environment.NativeLibraries("", 1, "", "x.so", "")
+    )
+    monkeypatch.setattr(environment, "nvidia_driver_loaded", lambda: True)
+    device = environment.Device(0, "RTX", 16 * 2**30, "8.9")
+    monkeypatch.setattr(environment, "probe_torch", lambda: environment.Torch("2", "13", (device,), ""))
+    monkeypatch.setattr("krasis.runtime.host_memory.this_driver.why_not_in_place", lambda shard: problem)
+    hardware, notes = hardware_from_flags(HardwareFlags(num_cpus=8), Path("gpu-000.safetensors"))
+    assert hardware.pins_files == pins
+    assert any("operation not supported" in note for note in notes) != pins
+    hardware, _ = hardware_from_flags(HardwareFlags(gpu_vram_bytes=(2**34,), num_cpus=8), Path("gpu-000"))
+    assert not hardware.pins_files
 
 
 @pytest.mark.parametrize("rate", [0.0, -1.0, float("nan"), float("inf")])

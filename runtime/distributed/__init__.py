@@ -1,0 +1,1 @@
+"""Several GPUs, several machines: which rank does what, and what they exchange."""

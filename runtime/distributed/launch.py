@@ -1,0 +1,115 @@
+"""Opening a bundle on several GPUs: of this host (``--gpus N``), or of several hosts through torchrun."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+
+from krasis.formats.bundle_reader import Bundle
+from krasis.formats.errors import UsageError
+from krasis.runtime.distributed.backend import DistributedBackend
+from krasis.runtime.distributed.control import Control
+from krasis.runtime.distributed.job import join, serve_rank
+from krasis.runtime.distributed.partition import Partition
+from krasis.runtime.distributed.place import (
+    Place,
+    host_local_store,
+    host_store,
+    is_launched_rank,
+    is_worker_rank,
+    listen_locally,
+    local_place,
+)
+from krasis.runtime.distributed.store import Store
+from krasis.runtime.distributed.workers import Workers
+from krasis.runtime.engine import Engine
+from krasis.runtime.model.backend import Backend
+from krasis.runtime.settings import EngineSettings
+
+logger = logging.getLogger(__name__)
+
+LINGER_S = 3.0
+
+
+def open_engine(path: Path, settings: EngineSettings, num_gpus: int | None = None) -> Engine | None:
+    """``Engine.open`` on several ranks; closing the engine ends them.
+
+    num_gpus: of this host, None = one, or as torchrun says. Started by torchrun, only rank 0 gets an engine;
+    on the others this serves rank 0 until it closes, and gives None. Raises RankError if a rank fails,
+    UsageError for more GPUs than there are.
+    """
+    if is_launched_rank():
+        place = Place.from_environment()
+        if num_gpus is not None and num_gpus != place.num_local_ranks:
+            raise UsageError(
+                "--gpus differs from what torchrun started",
+                got=num_gpus,
+                limit=place.num_local_ranks,
+                hint="leave out --gpus, or set torchrun's --nproc-per-node",
+            )
+        if is_worker_rank():
+            serve_rank(path, settings, place)
+            return None
+        store = host_store(place) if place.hosts_store else None
+        return Engine.open(path, settings, lambda bundle, chosen: _launched(bundle, chosen, place, store))
+    if num_gpus is None or num_gpus == 1:
+        return Engine.open(path, settings)
+    if num_gpus < 1:
+        raise UsageError("--gpus must be positive", got=num_gpus)
+    return Engine.open(path, settings, lambda bundle, chosen: _spawned(bundle, chosen, num_gpus))
+
+
+def _launched(bundle: Bundle, settings: EngineSettings, place: Place, store: Store | None) -> Backend:
+    """Rank 0 of a job that torchrun started. store: kept alive as long as the backend, if this process hosts
+    it."""
+    with ExitStack() as undo:
+        undo.callback(lambda: logger.debug("the job's store goes: %s", store))
+        return _first_rank(bundle, settings, place, None, undo, LINGER_S if place.hosts_store else 0.0)
+
+
+def _spawned(bundle: Bundle, settings: EngineSettings, num_ranks: int) -> Backend:
+    """Rank 0 of a job on this host, whose other ranks are our children."""
+    from krasis.runtime.distributed.devices import check_local_devices
+
+    Partition(num_ranks).experts(bundle.architecture.num_experts, 0)  # now, not when all have started
+    check_local_devices(settings, num_ranks)
+    # All on this host: Gloo shall not look for a network (NCCL finds its own way).
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    with ExitStack() as undo:
+        listener = listen_locally(num_ranks)
+        place = local_place(num_ranks, 0, listener)
+        store = host_local_store(listener)
+        undo.callback(lambda: logger.debug("the job's store goes: %s", store))
+        level = logging.getLogger().getEffectiveLevel()
+        arguments = [
+            "--bundle",
+            str(bundle.path.resolve()),
+            "--settings",
+            json.dumps(asdict(settings)),
+            "--log-level",
+            str(level),
+        ]
+        workers = Workers(place, arguments)
+        undo.callback(workers.close)
+        return _first_rank(bundle, settings, place, workers, undo, 0.0)
+
+
+def _first_rank(
+    bundle: Bundle,
+    settings: EngineSettings,
+    place: Place,
+    workers: Workers | None,
+    undo: ExitStack,
+    linger_s: float,
+) -> Backend:
+    control = Control(place)
+    undo.callback(control.close, linger_s)
+    if workers is not None:
+        workers.watch(control)
+    with control.joint("opening"):
+        rank = undo.enter_context(join(bundle, settings, place, control))
+    return DistributedBackend(rank.backend, rank.parallel, control, undo.pop_all().close)

@@ -1,0 +1,241 @@
+"""``Parallel`` through torch.distributed: NCCL between GPUs, Gloo between CPU processes.
+
+Only collectives of equal parts that both offer are used, on raw rows: all-gather, all-to-all, broadcast. The
+sum over ranks is ours (all-to-all, then f32 additions in the order of the ranks), so it does not depend on
+the transport.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+
+from krasis.formats.errors import NativeError
+from krasis.runtime.device.api import Stream
+from krasis.runtime.distributed.control import Control
+from krasis.runtime.distributed.partition import Partition, Segment
+from krasis.runtime.distributed.place import Place
+from krasis.runtime.distributed.store import prefixed
+
+# Ranks wait in a collective for the slowest; death is noticed otherwise (``watch``), so this may be long.
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+SUM_BYTES = 4 << 20  # of hidden rows summed at once, so that they stay in the L2 cache meanwhile
+
+
+def join_group(place: Place, device: torch.device) -> None:
+    """Makes torch.distributed's default group: NCCL for a CUDA device, Gloo otherwise. Blocks until all
+    have."""
+    nccl = device.type == "cuda"
+    if nccl:
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "nccl" if nccl else "gloo",
+        store=cast("Any", prefixed("group", place.connect())),
+        rank=place.rank,
+        world_size=place.num_ranks,
+        timeout=COLLECTIVE_TIMEOUT,
+        device_id=device if nccl else None,
+    )
+
+
+def abort_group() -> None:
+    """Frees threads and GPUs that wait in a collective. Gloo's wait ends when a peer's process does."""
+    if dist.is_initialized() and dist.get_backend() == "nccl":
+        dist.distributed_c10d._abort_process_group()
+
+
+def leave_group(failed: bool) -> None:
+    """The end of ``join_group``; does nothing if that was never called."""
+    if not dist.is_initialized():
+        return
+    if failed:
+        abort_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class TorchParallel:
+    """See ``parallel.Parallel``. Needs ``join_group``. Raises UsageError for more ranks than experts."""
+
+    def __init__(self, place: Place, control: Control, num_experts: int, sum_dtype: torch.dtype) -> None:
+        self.rank, self.num_ranks = place.rank, place.num_ranks
+        self.num_local_ranks = place.num_local_ranks
+        self.partition = Partition(place.num_ranks)
+        self.first_expert, self.num_experts = self.partition.experts(num_experts, self.rank)
+        self.sum_dtype = sum_dtype
+        self._control = control
+
+    def own_segments(self, num_tokens: int) -> tuple[Segment, ...]:
+        """See ``Parallel``."""
+        return self.partition.segments(num_tokens, self.rank)
+
+    def own_tokens(self, num_tokens: int) -> int:
+        """See ``Parallel``."""
+        return self.partition.own_tokens(num_tokens, self.rank)
+
+    def rows_per_rank(self, num_tokens: int) -> int:
+        """See ``Parallel``."""
+        return self.partition.rows_per_rank(num_tokens)
+
+    def gathered_rows(self, num_tokens: int) -> int:
+        """See ``Parallel``."""
+        return self.partition.gathered_rows(num_tokens)
+
+    def gather_tokens(self, stream: Stream, local: torch.Tensor, full: torch.Tensor, num_tokens: int) -> None:
+        """See ``Parallel``."""
+        self._gather(stream, "gather_tokens", local, full, num_tokens, padding=0, finish=None)
+
+    def gather_ids(self, stream: Stream, local: torch.Tensor, full: torch.Tensor, num_tokens: int) -> None:
+        """See ``Parallel``."""
+        first, end = self.first_expert, self.first_expert + self.num_experts
+
+        def keep_own() -> None:
+            full.masked_fill_((full < first) | (full >= end), -1)
+
+        self._gather(stream, "gather_ids", local, full, num_tokens, padding=-1, finish=keep_own)
+
+    def _gather(
+        self,
+        stream: Stream,
+        name: str,
+        local: torch.Tensor,
+        full: torch.Tensor,
+        num_tokens: int,
+        *,
+        padding: int,
+        finish: Callable[[], None] | None,
+    ) -> None:
+        own, columns = self.own_tokens(num_tokens), local.shape[1]
+        _check_rows(name, local, self.rows_per_rank(num_tokens), columns, local.dtype)
+        _check_rows(name, full, self.gathered_rows(num_tokens), columns, local.dtype)
+
+        def action(_: int) -> None:
+            self._control.raise_if_failed()
+            local[own:].fill_(padding)
+            _all_gather(full, local)
+            if finish is not None:
+                finish()
+
+        # The padding row is written before it is read; naming it as read too would say that somebody else
+        # wrote it.
+        stream.launch(name, action, reads=[local[:own]], writes=[full, local[own:]])
+
+    def scatter_sum(
+        self,
+        stream: Stream,
+        partial: torch.Tensor,
+        hidden: torch.Tensor,
+        num_tokens: int,
+        scratch: torch.Tensor | None = None,
+    ) -> None:
+        """See ``Parallel``."""
+        own, rows, columns = self.own_tokens(num_tokens), self.rows_per_rank(num_tokens), hidden.shape[1]
+        _check_rows("scatter_sum", hidden, rows, columns, torch.float32)
+        _check_rows("scatter_sum", partial, rows * self.num_ranks, columns, self.sum_dtype)
+        if scratch is not None:
+            _check_rows("scatter_sum", scratch, rows * self.num_ranks, columns, self.sum_dtype)
+
+        def action(_: int) -> None:
+            self._control.raise_if_failed()
+            received = torch.empty_like(partial) if scratch is None else scratch
+            dist.all_to_all_single(received, partial)
+            _add_parts(hidden[:own], received.view(self.num_ranks, rows, columns))
+            hidden[own:].zero_()
+
+        written = [hidden] if scratch is None else [hidden, scratch]
+        stream.launch("scatter_sum", action, reads=[partial, hidden[:own]], writes=written)
+
+    def share_kv(
+        self, stream: Stream, keys: torch.Tensor, values: torch.Tensor, start: int, num_tokens: int
+    ) -> None:
+        """See ``Parallel``."""
+        rows = self.rows_per_rank(num_tokens)
+        blocks = [(start + begin, start + end, row) for begin, end, row in self.partition.blocks(num_tokens)]
+        mine = range(self.rank * rows, (self.rank + 1) * rows)
+        own = [(begin, end, row - mine.start) for begin, end, row in blocks if row in mine]
+        others = [block for block in blocks if block[2] not in mine]
+        kv_heads, _, head_dim = keys.shape
+
+        def action(_: int) -> None:
+            self._control.raise_if_failed()
+            packed = keys.new_empty((rows, 2, kv_heads, head_dim))
+            for begin, end, row in own:
+                packed[row : row + end - begin, 0] = keys[:, begin:end].transpose(0, 1)
+                packed[row : row + end - begin, 1] = values[:, begin:end].transpose(0, 1)
+            packed[sum(end - begin for begin, end, _ in own) :].zero_()
+            gathered = keys.new_empty((rows * self.num_ranks, 2, kv_heads, head_dim))
+            _all_gather(gathered, packed)
+            for begin, end, row in others:
+                keys[:, begin:end] = gathered[row : row + end - begin, 0].transpose(0, 1)
+                values[:, begin:end] = gathered[row : row + end - begin, 1].transpose(0, 1)
+
+        stream.launch(
+            "share_kv",
+            action,
+            reads=[cache[:, begin:end] for begin, end, _ in own for cache in (keys, values)],
+            writes=[cache[:, begin:end] for begin, end, _ in others for cache in (keys, values)],
+        )
+
+    def send_kv(self, stream: Stream, keys: torch.Tensor, values: torch.Tensor, begin: int, end: int) -> None:
+        """See ``Parallel``."""
+        sent = [keys[:, begin:end], values[:, begin:end]]
+
+        def action(_: int) -> None:
+            self._control.raise_if_failed()
+            packed = torch.stack(sent) if self.rank == 0 else keys.new_empty((2, *sent[0].shape))
+            dist.broadcast(packed, 0)
+            if self.rank:
+                sent[0].copy_(packed[0])
+                sent[1].copy_(packed[1])
+
+        first = self.rank == 0
+        stream.launch("send_kv", action, reads=sent if first else [], writes=[] if first else sent)
+
+    def restore_order(
+        self, stream: Stream, gathered: torch.Tensor, ordered: torch.Tensor, num_tokens: int
+    ) -> None:
+        """See ``Parallel``."""
+        columns = gathered.shape[1]
+        _check_rows("restore_order", gathered, self.gathered_rows(num_tokens), columns, gathered.dtype)
+        _check_rows("restore_order", ordered, num_tokens, columns, gathered.dtype)
+        blocks = self.partition.blocks(num_tokens)
+
+        def action(_: int) -> None:
+            for begin, end, row in blocks:
+                ordered[begin:end] = gathered[row : row + end - begin]
+
+        stream.launch("restore_order", action, reads=[gathered], writes=[ordered])
+
+    def agree(self, value: int) -> int:
+        """See ``Parallel``."""
+        return self._control.agree(value)
+
+
+def _all_gather(full: torch.Tensor, local: torch.Tensor) -> None:
+    """full = all ranks' local, in their order. torch 2.13 renamed the function and warns about the old
+    name."""
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    cast("Callable[[torch.Tensor, torch.Tensor], object]", gather)(full, local)
+
+
+def _add_parts(hidden: torch.Tensor, parts: torch.Tensor) -> None:
+    """hidden [own, k] f32 += parts [R, P, k], rank after rank, a few rows at a time."""
+    step = max(1, SUM_BYTES // (4 * hidden.shape[1]))
+    for begin in range(0, len(hidden), step):
+        rows = hidden[begin : begin + step]
+        for part in parts:
+            rows.add_(part[begin : begin + len(rows)])
+
+
+def _check_rows(where: str, tensor: torch.Tensor, rows: int, columns: int, dtype: torch.dtype) -> None:
+    if tuple(tensor.shape) != (rows, columns) or tensor.dtype != dtype or not tensor.is_contiguous():
+        raise NativeError(
+            "rows of another shape or type",
+            where=where,
+            got=f"{tuple(tensor.shape)} {tensor.dtype}{'' if tensor.is_contiguous() else ', not contiguous'}",
+            limit=f"{(rows, columns)} {dtype}, contiguous",
+        )

@@ -1,0 +1,58 @@
+"""A rank other than the first, as a process: ``python -m krasis.runtime.distributed.worker``. Started by
+``workers``, not by hand."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+from krasis.formats.errors import KrasisError
+from krasis.runtime.distributed.errors import RankError
+from krasis.runtime.distributed.job import serve_rank
+from krasis.runtime.distributed.place import Place
+from krasis.runtime.settings import EngineSettings
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Serves until rank 0 closes; gives the exit code."""
+    parser = argparse.ArgumentParser(prog="krasis-rank")
+    parser.add_argument("--bundle", type=Path, required=True)
+    parser.add_argument("--settings", required=True, help="EngineSettings as JSON")
+    parser.add_argument("--log-level", type=int, default=logging.WARNING)
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=options.log_level, format="%(name)s: %(message)s", stream=sys.stderr)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 decides what Ctrl-C means
+    threading.Thread(target=_leave_with_parent, name="krasis-parent", daemon=True).start()
+    return run_rank(options.bundle, EngineSettings(**json.loads(options.settings)), Place.from_environment())
+
+
+def run_rank(bundle: Path, settings: EngineSettings, place: Place) -> int:
+    """``serve_rank``, its errors as a line on standard error and an exit code."""
+    try:
+        serve_rank(bundle, settings, place)
+    except KrasisError as error:
+        print(f"krasis-run: rank {place.rank}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        return error.exit_code
+    return 0
+
+
+def _leave_with_parent() -> None:
+    """Ends the process when the pipe from rank 0's process breaks."""
+    while sys.stdin.buffer.read(4096):
+        pass
+    os._exit(RankError.exit_code)
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: after a failure, the destructors of NCCL and of CUDA may wait for ranks that are gone.
+    os._exit(code)

@@ -1,0 +1,244 @@
+"""A Qwen3-MoE decoder whose prefill runs on a GPU, experts streamed from host memory; see
+``model/backend.py``.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from krasis.formats.bundle_reader import Bundle
+from krasis.formats.errors import KrasisError, NativeError
+from krasis.runtime.device.api import Device, Stream
+from krasis.runtime.distributed.parallel import Parallel, SingleRank
+from krasis.runtime.gpu.expert_stage import ExpertStage
+from krasis.runtime.gpu.head import Head
+from krasis.runtime.gpu.memory import OUT_OF_MEMORY, half_batch, largest_workspace
+from krasis.runtime.gpu.parts import CPU_STAGE_TOKENS, Parts, open_parts
+from krasis.runtime.gpu.paths import Choice, Path, PathModel
+from krasis.runtime.gpu.prefill import PrefillPass
+from krasis.runtime.model.backend import KvRows, Logits, TokenIds
+from krasis.runtime.settings import EngineSettings
+
+logger = logging.getLogger(__name__)
+
+PATH_WORDS: dict[Path, str] = {
+    "streamed": "GPU, streamed experts",
+    "routed": "GPU, routed experts streamed",
+    "cpu": "GPU, experts on the CPU",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LastPrefill:
+    """What the last prefill call did. num_passes: over the layers. num_groups, bytes_copied: of experts to
+    the GPU.
+
+    expected_s: by the cost model.
+    """
+
+    path: Path
+    num_tokens: int
+    num_passes: int
+    num_groups: int
+    bytes_copied: int
+    expected_s: float
+
+
+class GpuBackend:
+    """See ``backend.Backend`` and ``distributed.ranked.RankedBackend``.
+
+    closes_device: with itself. compute_stream: everything but expert copies runs there. last_prefill: what
+    the last prefill did. decodes_alone: whether decode needs no other rank.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        settings: EngineSettings,
+        device: Device,
+        parallel: Parallel | None = None,
+        *,
+        closes_device: bool = False,
+    ) -> None:
+        alone = SingleRank(bundle.architecture.num_experts)
+        self._parallel = parallel or alone
+        self._device = device
+        self._parts: Parts | None = None
+        self._parts = parts = open_parts(bundle, settings, device, self._parallel)
+        self._closes_device = closes_device
+        plan, model = parts.plan, parts.model
+        self.capacity, self.kv_dtype = plan.workload.context, settings.gpu_dtype
+        self.compute_stream: Stream = model.stream
+        # Of all ranks together, and of this one without the others.
+        self._passes = {
+            False: (PrefillPass(model, self._parallel, parts.residency), Head(model, self._parallel)),
+            True: (PrefillPass(model, alone, parts.residency), Head(model, alone)),
+        }
+        self._workspace = parts.workspace
+        self.prefill_chunk = self._parallel.agree(parts.workspace.max_tokens)
+        self._paths = PathModel(
+            plan.sizes, plan.hardware, self._parallel.num_ranks, self._parallel.num_experts
+        )
+        self.last_prefill: LastPrefill | None = None
+        self.decodes_alone = parts.decoder is not None
+        decodes = parts.decoder.description if parts.decoder else "GPU, a prefill a token"
+        self.placement = (PATH_WORDS["streamed"], decodes)
+        self.description = (
+            f"{device.description}, {model.weights.expert_layout.layout_id} experts from "
+            f"{parts.store.method} memory in {plan.placement.num_groups} groups a layer, {self.kv_dtype}, "
+            f"{self.prefill_chunk} tokens a pass, KV cache of {self.capacity} tokens; decode: {decodes}"
+        )
+
+    # ---- Backend ---------------------------------------------------------------------------------------
+
+    def prefill(self, tokens: TokenIds, start: int, want_all: bool, alone: bool = False) -> Logits:
+        """See ``backend.Backend``. Where memory runs out, it goes on from there with half the batch; with
+        several ranks the error is raised instead (ResourceError, torch.OutOfMemoryError).
+
+        alone: of several ranks, only this one computes (short prompts, on the CPU's experts).
+        """
+        parts = self._open_parts()
+        stage, choice = self._choose(parts, len(tokens), start, alone)
+        logger.debug("prefill of %d tokens at %d: %s", len(tokens), start, choice)
+        pipeline = parts.streamed.pipeline
+        num_groups, num_bytes = pipeline.num_copies, pipeline.num_bytes
+        results: list[Logits] = []
+        begin = num_passes = 0
+        while begin < len(tokens):
+            part = tokens[begin : begin + self._workspace.max_tokens]
+            try:
+                logits = self._run(part, start + begin, want_all, stage, alone)
+            except OUT_OF_MEMORY as error:
+                if self._parallel.num_ranks > 1:
+                    raise
+                self._shrink(error)
+                continue
+            begin, num_passes = begin + len(part), num_passes + 1
+            if want_all or begin == len(tokens):
+                results.append(logits)
+        self.placement = (PATH_WORDS[choice.path], self.placement[1])
+        self.last_prefill = LastPrefill(
+            path=choice.path,
+            num_tokens=len(tokens),
+            num_passes=num_passes,
+            num_groups=pipeline.num_copies - num_groups,
+            bytes_copied=pipeline.num_bytes - num_bytes,
+            expected_s=choice.expected_s[choice.path],
+        )
+        return results[0] if len(results) == 1 else np.concatenate(results)
+
+    def decode(self, token: int, position: int) -> Logits:
+        """See ``backend.Backend``."""
+        decoder = self._open_parts().decoder
+        if decoder is not None:
+            return decoder.decode(token, position)
+        logits: Logits = self.prefill(np.array([token], np.int64), position, False)[0]
+        return logits
+
+    def export_kv(self, layer: int, num_tokens: int) -> tuple[KvRows, KvRows]:
+        """See ``backend.Backend``."""
+        return self._open_parts().model.cache.read(self.compute_stream, layer, num_tokens)
+
+    def import_kv(self, layer: int, keys: KvRows, values: KvRows) -> None:
+        """See ``backend.Backend``."""
+        self._open_parts().model.cache.write(self.compute_stream, layer, keys, values)
+
+    @property
+    def last_decode_split(self) -> dict[str, float] | None:
+        """Seconds of the last decoded token, by what they went into; None if decode is a prefill."""
+        decoder = self._open_parts().decoder
+        return None if decoder is None else decoder.last_split
+
+    def close(self) -> None:
+        """See ``backend.Backend``."""
+        parts, self._parts = self._parts, None
+        if parts is not None:
+            try:
+                self._device.synchronize()  # a copy may still read the store's memory
+            finally:
+                parts.closing.close()
+                if self._closes_device:
+                    self._device.close()
+
+    # ---- for DistributedBackend ------------------------------------------------------------------------
+
+    def kv_layers(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """(keys, values) [num_kv_heads, capacity, head_dim] of each layer."""
+        return self._open_parts().model.cache.layers
+
+    def prefers_alone(self, num_tokens: int, start: int) -> bool:
+        """Whether this rank alone, on the CPU's experts, computes so few tokens faster than all ranks do."""
+        parts = self._open_parts()
+        if not self._takes_cpu(parts, num_tokens, alone=True):
+            return False
+        resident = self._num_resident(parts)
+        return self._paths.choose(num_tokens, start, resident, ("streamed", "routed", "cpu")).path == "cpu"
+
+    # ---- one pass --------------------------------------------------------------------------------------
+
+    def _choose(self, parts: Parts, num_tokens: int, start: int, alone: bool) -> tuple[ExpertStage, Choice]:
+        """The stage that runs the experts of so many tokens, and why."""
+        paths: tuple[Path, ...] = ("streamed", "routed")
+        if alone:
+            paths = ("cpu",)
+        elif self._parallel.num_ranks == 1 and self._takes_cpu(parts, num_tokens, alone):
+            paths = ("streamed", "routed", "cpu")
+        choice = self._paths.choose(num_tokens, start, self._num_resident(parts), paths)
+        if choice.path == "cpu":
+            if parts.cpu is None:
+                raise NativeError("this rank has no CPU experts", where="prefill")
+            return parts.cpu, choice
+        parts.streamed.routed_only = choice.path == "routed"
+        return parts.streamed, choice
+
+    def _takes_cpu(self, parts: Parts, num_tokens: int, alone: bool) -> bool:
+        """Whether the CPU's experts can run so many tokens."""
+        room = self._workspace.fits(num_tokens, 1) if alone else num_tokens <= self._workspace.max_tokens
+        return parts.cpu is not None and num_tokens <= CPU_STAGE_TOKENS and room
+
+    def _num_resident(self, parts: Parts) -> int:
+        return 0 if parts.residency is None else parts.residency.num_resident
+
+    def _run(self, tokens: TokenIds, start: int, want_all: bool, stage: ExpertStage, alone: bool) -> Logits:
+        residency = self._open_parts().residency
+        prefill, head = self._passes[alone]
+        try:
+            buffers = self._workspace.view(len(tokens), 1 if alone else None)
+            chunk = prefill.run(tokens, start, buffers, stage)
+            logits = head.all(chunk, buffers) if want_all else head.last(chunk, buffers)
+            stage.check()
+            if residency is not None:
+                residency.update(self.compute_stream)
+        except BaseException:
+            self._abort(stage)
+            raise
+        return logits
+
+    def _abort(self, stage: ExpertStage) -> None:
+        """After an error: what was submitted ends, and the next pass begins afresh."""
+        try:
+            self._device.synchronize()
+        except (RuntimeError, KrasisError) as error:
+            # The first error is the one raised; a device that is broken for good says so again at the next
+            # call.
+            logger.warning("the device reported an error while an aborted pass ended: %s", error)
+        stage.abort()
+
+    def _shrink(self, error: Exception) -> None:
+        """After running out of memory: half the batch from now on."""
+        model, num_ranks, old = self._open_parts().model, self._parallel.num_ranks, self._workspace
+        num_tokens = half_batch(self._device, model.architecture, old.max_tokens, num_ranks, error)
+        old.give_up()
+        self._workspace = largest_workspace(
+            self._device, model.architecture, model.dtype, num_tokens, num_ranks
+        )
+        self.prefill_chunk = self._workspace.max_tokens
+
+    def _open_parts(self) -> Parts:
+        if self._parts is None:
+            raise NativeError("the engine is closed")
+        return self._parts

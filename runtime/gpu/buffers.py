@@ -1,0 +1,109 @@
+"""One block of device memory for the activations of a pass, cut as ``planning/workspace.py`` says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from krasis.formats.architecture import Architecture
+from krasis.formats.errors import NativeError
+from krasis.runtime.device.api import Device
+from krasis.runtime.gpu.kernels import Routing
+from krasis.runtime.planning.workspace import WorkspaceLayout, rows_per_rank, workspace_layout
+
+
+@dataclass(frozen=True, slots=True)
+class Buffers:
+    """Views for a pass of T tokens: P rows of this rank's tokens, G = P * ranks gathered rows. See
+    ``planning.workspace`` for which share memory.
+
+    With one rank the gathered tensors are the local ones, and there is no partial.
+    """
+
+    num_tokens: int
+    hidden: torch.Tensor  # [P, hidden] f32, the residual stream
+    x: torch.Tensor  # [P, hidden] 16-bit
+    ids: torch.Tensor  # [P, top_k] i32
+    weights: torch.Tensor  # [P, top_k] f32
+    gathered_x: torch.Tensor  # [G, hidden]
+    gathered_ids: torch.Tensor  # [G, top_k]
+    gathered_weights: torch.Tensor  # [G, top_k]
+    qkv: torch.Tensor  # [P, qkv_rows] 16-bit
+    attended: torch.Tensor  # [P, attention_size] 16-bit
+    normed: torch.Tensor  # [P, hidden] f32
+    router_logits: torch.Tensor  # [P, num_experts] f32
+    gated: torch.Tensor  # [G * top_k, intermediate] 16-bit
+    slots: torch.Tensor  # [G * top_k, hidden] 16-bit
+    partial: torch.Tensor | None  # [G, hidden] 16-bit, with several ranks
+    ordered_x: torch.Tensor  # [T, hidden] 16-bit
+    logits: torch.Tensor  # [LOGIT_ROWS or fewer, padded vocabulary] f32
+    routing: Routing
+
+
+class Workspace:
+    """Memory for passes of up to max_tokens tokens. Raises OutOfDeviceMemoryError."""
+
+    def __init__(
+        self, device: Device, architecture: Architecture, dtype: torch.dtype, max_tokens: int, num_ranks: int
+    ) -> None:
+        self.max_tokens = max_tokens
+        self._architecture, self._dtype, self._num_ranks = architecture, dtype, num_ranks
+        self.memory = device.empty(
+            (workspace_layout(architecture, max_tokens, num_ranks).total_bytes,), torch.uint8
+        )
+        self.routing = Routing.allocate(
+            device,
+            rows_per_rank(max_tokens, num_ranks) * num_ranks,
+            architecture.num_experts_per_token,
+            architecture.num_experts,
+        )
+
+    def view(self, num_tokens: int, num_ranks: int | None = None) -> Buffers:
+        """The buffers of a pass. num_ranks: as it was made for; 1: of a pass without the other ranks.
+
+        Raises NativeError for more tokens than there is room for.
+        """
+        ranks = num_ranks or self._num_ranks
+        if not self.fits(num_tokens, ranks):
+            raise NativeError("the workspace is too small", got=num_tokens, limit=self.max_tokens)
+        return self._cut(workspace_layout(self._architecture, num_tokens, ranks), num_tokens, ranks == 1)
+
+    def fits(self, num_tokens: int, num_ranks: int) -> bool:
+        """Whether there is room for a pass of so many tokens."""
+        needed = workspace_layout(self._architecture, num_tokens, num_ranks).total_bytes
+        return 0 < num_tokens <= self.max_tokens and needed <= self.memory.numel()
+
+    def give_up(self) -> None:
+        """Frees the memory, so that a smaller one fits: what is still submitted keeps what it uses."""
+        self.memory = self.memory[:0].clone()
+
+    def _cut(self, layout: WorkspaceLayout, num_tokens: int, alone: bool) -> Buffers:
+        def rows(name: str, dtype: torch.dtype) -> torch.Tensor:
+            region = layout.regions[name]
+            end = region.offset_bytes + region.num_bytes
+            raw = self.memory[region.offset_bytes : end].view(dtype)
+            return raw.view(region.rows, region.columns)
+
+        half = self._dtype
+        x, ids, weights = rows("x", half), rows("ids", torch.int32), rows("weights", torch.float32)
+        return Buffers(
+            num_tokens=num_tokens,
+            hidden=rows("hidden", torch.float32),
+            x=x,
+            ids=ids,
+            weights=weights,
+            gathered_x=x if alone else rows("gathered_x", half),
+            gathered_ids=ids if alone else rows("gathered_ids", torch.int32),
+            gathered_weights=weights if alone else rows("gathered_weights", torch.float32),
+            qkv=rows("qkv", half),
+            attended=rows("attended", half),
+            normed=rows("normed", torch.float32),
+            router_logits=rows("router_logits", torch.float32),
+            gated=rows("gated", half),
+            slots=rows("slots", half),
+            partial=None if alone else rows("partial", half),
+            ordered_x=x if alone else rows("ordered_x", half)[:num_tokens],
+            logits=rows("logits", torch.float32),
+            routing=self.routing,
+        )

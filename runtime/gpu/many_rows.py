@@ -1,0 +1,152 @@
+"""Dense products over many rows: INT8 weights as 16-bit floats in a scratch buffer, then the library's product.
+
+The native kernel multiplies by exact codes and scales each sum in fp32. Here a weight is code * scale rounded
+to 16 bits (relative error up to 2^-9 in bfloat16, 2^-12 in float16), as cuBLAS wants it; sums stay fp32 and are
+rounded once on both paths, also where a float32 residual is added. So the two differ by about as much as
+rounding the activations did, and a number of rows always takes the same path: results do not depend on timing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from dataclasses import dataclass
+
+import torch
+
+from krasis.formats.errors import NativeError
+from krasis.runtime.device.api import Device, Stream
+from krasis.runtime.gpu.kernels import GpuKernels
+
+logger = logging.getLogger(__name__)
+
+SCRATCH_BYTES = 64 * 2**20
+"""Of weights at a time: rows enough for the library's largest tiles, small enough to stay in an L2 cache."""
+
+TILE_ROWS = 32
+SUM_BYTES = 32 * 2**20
+"""Of fp32 sums at a time, where the library cannot add to a float32 matrix itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Thresholds:
+    """From how many rows on the library's product is taken: tokens of a dense product, and the mean rows of an
+    expert. None: never.
+    """
+
+    dense_tokens: int | None
+    rows_per_expert: int | None
+
+
+# By scripts/measure_many_rows.py; compute capabilities not listed here keep to the native kernels.
+THRESHOLDS = {
+    (8, 0): Thresholds(512, None),
+    (8, 6): Thresholds(1024, None),
+    (8, 9): Thresholds(1024, None),
+    (9, 0): Thresholds(256, None),
+}
+NEVER = Thresholds(None, None)
+
+
+def thresholds_of(device: Device) -> Thresholds:
+    """The thresholds of a device's compute capability; never on the double."""
+    if device.torch_device.type != "cuda":
+        return NEVER
+    major, minor = torch.cuda.get_device_capability(device.torch_device)
+    found = THRESHOLDS.get((major, minor))
+    if found is None:
+        logger.info(
+            "compute capability %d.%d was not measured: native kernels for any number of rows", major, minor
+        )
+    return found or NEVER
+
+
+class ManyRows:
+    """Chooses the path of dense products. scratch: uint8, on the device; None: always the native kernel."""
+
+    def __init__(
+        self, kernels: GpuKernels, scratch: torch.Tensor | None, thresholds: Thresholds | None = None
+    ) -> None:
+        self._kernels, self._scratch = kernels, scratch
+        self.thresholds = thresholds_of(kernels.device) if thresholds is None else thresholds
+
+    def takes(self, num_tokens: int) -> bool:
+        """Whether the library's product is taken for so many rows."""
+        least = self.thresholds.dense_tokens
+        return self._scratch is not None and least is not None and num_tokens >= least
+
+    def dense_product(
+        self,
+        stream: Stream,
+        x: torch.Tensor,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        out: torch.Tensor,
+        residual: torch.Tensor | None = None,
+    ) -> None:
+        """out [T, n] = (residual +) x [T, k] x W^T; arguments as ``GpuKernels.int8_gemm`` takes them."""
+        scratch = self._scratch
+        if scratch is None or not self.takes(len(x)):
+            self._kernels.int8_gemm(stream, x, codes, scales, out, residual=residual)
+            return
+        n, k = out.shape[1], x.shape[1]
+        for begin, end in weight_pieces(n, k, scratch.nbytes):
+            weight = scratch[: 2 * (end - begin) * k].view(x.dtype).view(end - begin, k)
+            self._kernels.int8_dequant(
+                stream, codes[begin // TILE_ROWS : end // TILE_ROWS], scales[begin:end], weight
+            )
+            added = None if residual is None else residual[:, begin:end]
+            _launch(stream, x, weight, out[:, begin:end], added)
+
+
+def weight_pieces(n: int, k: int, scratch_bytes: int) -> list[tuple[int, int]]:
+    """Ranges of the n rows of a weight that fit in scratch, even in size: a small last one would run badly.
+
+    Raises NativeError if not even a tile does.
+    """
+    tiles, most = -(-n // TILE_ROWS), scratch_bytes // (2 * k * TILE_ROWS)
+    if most == 0:
+        raise NativeError("scratch holds no tile of weights", got=scratch_bytes, limit=2 * k * TILE_ROWS)
+    count = -(-tiles // most)
+    cuts = [tiles * index // count * TILE_ROWS for index in range(count)] + [n]
+    return list(itertools.pairwise(cuts))
+
+
+def _launch(
+    stream: Stream, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, residual: torch.Tensor | None
+) -> None:
+    def action(_: int) -> None:
+        multiply(x, weight, out, residual)
+
+    reads = (x, weight) if residual is None else (x, weight, residual)
+    stream.launch("matmul", action, reads=reads, writes=(out,))
+
+
+def multiply(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, residual: torch.Tensor | None) -> None:
+    """out [T, n] = (residual +) x [T, k] x weight [n, k]^T, fp32 sums; x, weight 16-bit, out theirs or float32,
+    residual like out, and may be out.
+    """
+    transposed = weight.t()
+    if not x.is_cuda:  # the double: torch's CPU products of 16-bit floats round where they please
+        total = x.float() @ transposed.float()
+        out.copy_(total if residual is None else total.add_(residual))
+    elif out.dtype == x.dtype:
+        if residual is None:
+            torch.mm(x, transposed, out=out)
+        else:
+            torch.addmm(residual, x, transposed, out=out)
+    elif residual is None:
+        torch.mm(x, transposed, out_dtype=out.dtype, out=out)
+    else:
+        _add_product(x, transposed, out, residual)
+
+
+def _add_product(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, residual: torch.Tensor) -> None:
+    """In pieces of tokens, whose fp32 sums are added by a pass of their own: not every torch that multiplies
+    16-bit matrices into float32 also adds to one.
+    """
+    rows = max(1, SUM_BYTES // (4 * out.shape[1]))
+    for begin in range(0, len(x), rows):
+        end = begin + rows
+        total = torch.mm(x[begin:end], weight, out_dtype=out.dtype)
+        torch.add(residual[begin:end], total, out=out[begin:end])

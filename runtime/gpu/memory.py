@@ -1,0 +1,57 @@
+"""What is taken of a GPU's memory where a plan was too hopeful: smaller steps, said aloud, until it fits."""
+
+from __future__ import annotations
+
+import gc
+import logging
+
+import torch
+
+from krasis.formats.architecture import Architecture
+from krasis.formats.errors import OutOfDeviceMemoryError, ResourceError
+from krasis.runtime.device.api import Device
+from krasis.runtime.format_units import format_bytes
+from krasis.runtime.gpu.buffers import Workspace
+from krasis.runtime.planning.placement import gpu_workspace_bytes
+
+logger = logging.getLogger(__name__)
+
+# torch raises its own where an operator finds no memory for its result.
+OUT_OF_MEMORY = (OutOfDeviceMemoryError, torch.OutOfMemoryError)
+
+
+def largest_workspace(
+    device: Device, architecture: Architecture, dtype: torch.dtype, num_tokens: int, num_ranks: int
+) -> Workspace:
+    """A workspace of num_tokens tokens, or of half as many, and so on. Raises as ``half_batch``."""
+    while True:
+        try:
+            return Workspace(device, architecture, dtype, num_tokens, num_ranks)
+        except OUT_OF_MEMORY as error:
+            num_tokens = half_batch(device, architecture, num_tokens, num_ranks, error)
+
+
+def half_batch(
+    device: Device, architecture: Architecture, num_tokens: int, num_ranks: int, error: Exception
+) -> int:
+    """Half of num_tokens, which did not fit; the reason is logged. Raises ResourceError with the numbers if
+    that was one token.
+    """
+    gc.collect()  # an exception's traceback may have held views of what was freed
+    needed = format_bytes(gpu_workspace_bytes(architecture, num_tokens, num_ranks))
+    if num_tokens == 1:
+        raise ResourceError(
+            "the GPU's memory does not hold the activations of one token",
+            got=f"{needed} for activations, and what operators allocate: {error}",
+            limit=f"{format_bytes(device.free_bytes())} are free",
+            hint="a shorter --ctx, or close what else uses the GPU",
+        ) from error
+    half = num_tokens // 2
+    logger.warning(
+        "out of GPU memory with %s of activations for %d tokens a pass; going on with %d: %s",
+        needed,
+        num_tokens,
+        half,
+        error,
+    )
+    return half

@@ -1,0 +1,132 @@
+"""Whether a bundle runs on a GPU here, and the backend if so."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from krasis.formats.bundle_reader import Bundle
+from krasis.formats.errors import (
+    KrasisError,
+    MismatchError,
+    NativeError,
+    ResourceError,
+    UnsupportedModelError,
+    UsageError,
+)
+from krasis.formats.layouts import MarlinLayout, layout_from_id
+from krasis.runtime import environment
+from krasis.runtime.model.backend import Backend
+from krasis.runtime.settings import EngineSettings
+
+if TYPE_CHECKING:
+    from krasis.runtime.device.api import Device
+
+logger = logging.getLogger(__name__)
+
+# Of a sound bundle: a damaged one is not to be run anywhere.
+_IN_THE_WAY = (MismatchError, NativeError, ResourceError, UnsupportedModelError, UsageError)
+MAX_EXPERTS, MAX_TOP_K = 1024, 64  # of the routing kernel
+DOUBLE_BYTES = 2**30
+"""VRAM of the double unless the settings say."""
+
+
+def open_gpu_backend(bundle: Bundle, settings: EngineSettings) -> Backend | None:
+    """The GPU backend that the settings ask for; None if they leave it open and the CPU must do (the log says
+    why).
+
+    Raises what is in the way if the settings insist (``cuda``, ``double``): UsageError for settings that
+    contradict it, MismatchError without GPU experts, NativeError without the library, ResourceError without a
+    GPU or room.
+    """
+    if settings.device == "cpu":
+        return None
+    insists = settings.device != "auto"
+    try:
+        _refuse(bundle, settings)
+        return _open(bundle, settings)
+    except _IN_THE_WAY as error:
+        if insists:
+            raise
+        logger.info("running on the CPU: %s", error)
+        return None
+
+
+def _refuse(bundle: Bundle, settings: EngineSettings) -> None:
+    """What can be known before torch is imported."""
+    if settings.activations != "int8":
+        raise UsageError(
+            f"activations in {settings.activations} are a reference that runs on the CPU",
+            hint='leave activations at "int8", or use device="cpu"',
+        )
+    if "gpu" not in bundle.manifest.layouts:
+        raise MismatchError(
+            "the bundle has no gpu experts",
+            where=str(bundle.path),
+            got=", ".join(sorted(bundle.manifest.layouts)),
+            hint="convert again without leaving that tier out",
+        )
+    _check_kernels(bundle)
+    if settings.device != "double" and not environment.nvidia_driver_loaded():
+        raise ResourceError("there is no GPU: no NVIDIA driver is loaded")
+
+
+def _check_kernels(bundle: Bundle) -> None:
+    """Raises UnsupportedModelError for what no kernel of ``csrc/krasis_cuda.h`` takes."""
+    arch, where = bundle.architecture, str(bundle.path)
+    layout = layout_from_id(bundle.manifest.layouts["gpu"])
+    if not isinstance(layout, MarlinLayout) or layout.bits != 4:
+        raise UnsupportedModelError(
+            "the GPU kernels run 4-bit Marlin experts only",
+            where=where,
+            got=bundle.manifest.layouts["gpu"],
+            hint="convert with 4 bits for the GPU experts",
+        )
+    for name, size, limit in (
+        ("experts", arch.num_experts, MAX_EXPERTS),
+        ("experts a token", arch.num_experts_per_token, MAX_TOP_K),
+    ):
+        if size > limit:
+            raise UnsupportedModelError(f"too many {name} for the GPU", where=where, got=size, limit=limit)
+    for name, size, multiple in (
+        ("hidden size", arch.hidden_size, 64),
+        ("attention size", arch.attention_size, 64),
+        ("head size", arch.head_dim, 16),
+    ):
+        if size % multiple:
+            raise UnsupportedModelError(
+                f"the GPU kernels do not take this {name}",
+                where=where,
+                got=size,
+                limit=f"multiples of {multiple}",
+            )
+
+
+def _open(bundle: Bundle, settings: EngineSettings) -> Backend:
+    from krasis.runtime.gpu.backend import GpuBackend
+
+    device = open_device(settings)
+    try:
+        return GpuBackend(bundle, settings, device, closes_device=True)
+    except BaseException:
+        _close_quietly(device)
+        raise
+
+
+def open_device(settings: EngineSettings) -> Device:
+    """The first GPU, or its double. Raises NativeError without the library, ResourceError without a GPU."""
+    if settings.device == "double":
+        from krasis.runtime.device.double import DeviceDouble
+
+        return DeviceDouble(total_bytes=settings.vram_bytes or DOUBLE_BYTES)
+    from krasis.runtime.device.cuda import CudaDevice
+
+    return CudaDevice(0, settings.vram_bytes)
+
+
+def _close_quietly(device: Device) -> None:
+    """After an error that is being raised: a second one would hide it."""
+    try:
+        device.close()
+    except (KrasisError, RuntimeError) as error:
+        logger.warning("the device could not be closed: %s", error)

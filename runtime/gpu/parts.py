@@ -1,0 +1,212 @@
+"""Opens what a GPU backend is made of, in the order of the plan; what was opened is closed if a later part
+fails.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+
+from krasis.formats.bundle_reader import Bundle
+from krasis.formats.native import Pool
+from krasis.runtime.device.api import Device, Stream
+from krasis.runtime.distributed.parallel import Parallel
+from krasis.runtime.format_units import format_bytes
+from krasis.runtime.gpu.buffers import Workspace
+from krasis.runtime.gpu.cpu_experts import CpuExperts
+from krasis.runtime.gpu.decode import HybridDecoder
+from krasis.runtime.gpu.dtypes import GPU_DTYPES
+from krasis.runtime.gpu.grouped_product import ExpertProduct
+from krasis.runtime.gpu.host_experts import CpuTier
+from krasis.runtime.gpu.kernels import GpuKernels
+from krasis.runtime.gpu.kv_cache import GpuKvCache
+from krasis.runtime.gpu.many_rows import ManyRows
+from krasis.runtime.gpu.memory import OUT_OF_MEMORY, largest_workspace
+from krasis.runtime.gpu.plan import GpuPlan, plan_gpu
+from krasis.runtime.gpu.prefill import GpuModel
+from krasis.runtime.gpu.residency import Residency
+from krasis.runtime.gpu.schedule import NUM_BUFFERS
+from krasis.runtime.gpu.streamed_experts import StreamedExperts, Streaming
+from krasis.runtime.gpu.weights import load_gpu_weights
+from krasis.runtime.host_memory import ExpertStore, open_store
+from krasis.runtime.kernels import Heads
+from krasis.runtime.model.weights import load_weights
+from krasis.runtime.planning import assumptions as assumed
+from krasis.runtime.planning.workspace import SCRATCH_BYTES
+from krasis.runtime.settings import EngineSettings
+
+logger = logging.getLogger(__name__)
+
+CPU_STAGE_TOKENS = 512
+"""A prompt of more is never faster on the CPU's experts: it touches nearly all of them, and streaming reads
+half the bytes.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a backend computes with. cpu, decoder: None where there are no CPU experts, or on ranks above 0 (a
+    decoder exists without them if all experts are in VRAM). closing: frees everything.
+    """
+
+    model: GpuModel
+    plan: GpuPlan
+    store: ExpertStore
+    workspace: Workspace
+    residency: Residency | None
+    streamed: StreamedExperts
+    cpu: CpuExperts | None
+    decoder: HybridDecoder | None
+    closing: ExitStack
+
+
+def open_parts(bundle: Bundle, settings: EngineSettings, device: Device, parallel: Parallel) -> Parts:
+    """Raises MismatchError without GPU experts, ResourceError
+    (OutOfDeviceMemoryError) for what does not fit.
+    """
+    plan = plan_gpu(bundle, device, settings, parallel)
+    _log_plan(plan)
+    with ExitStack() as undo:
+        store = open_store(
+            bundle,
+            device,
+            first_expert=parallel.first_expert,
+            num_experts=parallel.num_experts,
+            group_experts=_group_experts(plan),
+        )
+        undo.callback(store.close)
+        model = _open_model(bundle, settings, device, plan)
+        arch, copy = model.architecture, device.stream("copy")
+        layout, record = model.weights.expert_layout, model.weights.record
+        product = ExpertProduct(model.kernels, arch, layout, record)
+        workspace = largest_workspace(device, arch, model.dtype, plan.batch_tokens, parallel.num_ranks)
+        residency, staging = _open_expert_memory(model, plan, store, copy)
+        if residency is not None:
+            undo.callback(residency.close)
+        streaming = Streaming(store, copy, staging, residency)
+        streamed = StreamedExperts(device, arch, product, streaming, parallel)
+        cpu = decoder = None
+        if parallel.rank == 0:
+            cpu, decoder = _open_cpu(bundle, settings, model, product, residency, workspace, undo)
+        return Parts(model, plan, store, workspace, residency, streamed, cpu, decoder, undo.pop_all())
+
+
+def _open_model(bundle: Bundle, settings: EngineSettings, device: Device, plan: GpuPlan) -> GpuModel:
+    arch, dtype, capacity = bundle.architecture, GPU_DTYPES[settings.gpu_dtype], plan.workload.context
+    stream = device.stream("compute")
+    kernels = GpuKernels(device)
+    weights = load_gpu_weights(load_weights(bundle, "gpu"), device, stream, capacity)
+    return GpuModel(
+        architecture=arch,
+        device=device,
+        kernels=kernels,
+        many_rows=ManyRows(kernels, _scratch(device)),
+        weights=weights,
+        cache=GpuKvCache(device, stream, arch, capacity, dtype),
+        heads=Heads(arch.num_heads, arch.num_kv_heads, arch.head_dim),
+        dtype=dtype,
+        stream=stream,
+    )
+
+
+def _scratch(device: Device) -> torch.Tensor | None:
+    """Room for the weights of a library's product; the double has no such library."""
+    if device.torch_device.type != "cuda":
+        return None
+    return device.empty((SCRATCH_BYTES,), torch.uint8)
+
+
+def _open_expert_memory(
+    model: GpuModel, plan: GpuPlan, store: ExpertStore, copy: Stream
+) -> tuple[Residency | None, torch.Tensor]:
+    """Resident experts and the two staging buffers [2, places, record_bytes], as planned or smaller where
+    memory is short of the plan. Raises OutOfDeviceMemoryError if not even a buffer of one expert fits.
+    """
+    device, num_own = model.device, model.architecture.num_layers * store.num_experts
+    if plan.placement.num_groups == 0:
+        residency = _open_residency(model, store, copy, num_own, least=num_own)
+        if residency is not None:
+            residency.fill(model.stream)
+            return residency, device.empty((NUM_BUFFERS, 0, store.record_bytes), torch.uint8)
+        logger.warning("the experts do not all fit in VRAM as planned: they are streamed")
+    places = _group_experts(plan)
+    while True:
+        try:
+            staging = device.empty((NUM_BUFFERS, places, store.record_bytes), torch.uint8)
+            break
+        except OUT_OF_MEMORY as error:
+            if places == 1:
+                raise
+            places //= 2
+            logger.warning(
+                "no GPU memory for the planned expert buffers, trying %d experts: %s", places, error
+            )
+    wanted = min(plan.placement.resident_experts, num_own)
+    return _open_residency(model, store, copy, wanted), staging
+
+
+def _open_residency(
+    model: GpuModel, store: ExpertStore, copy: Stream, wanted: int, least: int = 1
+) -> Residency | None:
+    """As many slots as are wanted and fit beside half of the reserve: operators need some of it. None below
+    least.
+    """
+    arch, device = model.architecture, model.device
+    room = (device.free_bytes() - assumed.GPU_RESERVE_BYTES // 2) // store.record_bytes
+    slots = min(wanted, room)
+    while slots >= least:
+        try:
+            return Residency(device, store, copy, arch.num_layers, arch.num_experts, slots)
+        except OUT_OF_MEMORY as error:
+            logger.warning("no GPU memory for %d resident experts: %s", slots, error)
+            slots = slots * 7 // 8
+    return None
+
+
+def _open_cpu(
+    bundle: Bundle,
+    settings: EngineSettings,
+    model: GpuModel,
+    product: ExpertProduct,
+    residency: Residency | None,
+    workspace: Workspace,
+    undo: ExitStack,
+) -> tuple[CpuExperts | None, HybridDecoder | None]:
+    tier = None
+    if "cpu" in bundle.manifest.layouts:
+        pool = Pool(settings.threads, settings.isa)
+        undo.callback(pool.close)
+        tier = CpuTier(load_weights(bundle, "cpu"), pool)
+    cpu = None
+    if tier is not None:
+        most = min(CPU_STAGE_TOKENS, workspace.max_tokens)
+        cpu = CpuExperts(model.device, model.kernels, product, model.architecture, tier, residency, most)
+    if tier is None and not (residency is not None and residency.is_complete):
+        logger.info("no CPU experts: a token is decoded by a prefill of one token, its experts streamed")
+        return None, None
+    decoder = HybridDecoder(model, product, tier, residency)
+    undo.callback(decoder.close)
+    return cpu, decoder
+
+
+def _group_experts(plan: GpuPlan) -> int:
+    """Places of a staging buffer, should one be needed."""
+    gpu = plan.placement
+    return gpu.group_experts or min(gpu.num_experts, assumed.PREFERRED_GROUP_EXPERTS)
+
+
+def _log_plan(plan: GpuPlan) -> None:
+    gpu = plan.placement
+    sizes = (gpu.dense_bytes, gpu.kv_bytes, gpu.workspace_bytes, gpu.buffer_bytes, gpu.vram_bytes)
+    logger.info(
+        "GPU plan: %d tokens a pass, %d groups of %d experts a layer, room for %d resident experts; "
+        "dense %s, KV %s, workspace %s, buffers %s of %s",
+        plan.batch_tokens,
+        gpu.num_groups,
+        gpu.group_experts,
+        gpu.resident_experts,
+        *(format_bytes(size) for size in sizes),
+    )

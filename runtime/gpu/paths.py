@@ -1,0 +1,82 @@
+"""How a chunk's experts are computed: a pure choice by expected seconds.
+
+- streamed: every expert that is not resident is copied, under the compute, two groups ahead across layers;
+- routed: only those that the chunk's tokens chose. The host must see the choice, so nothing is copied ahead
+  of a layer's router, and a layer's copies run under its own products alone;
+- cpu: the CPU's copy of the experts, nothing but activations crosses the link.
+
+Rates are those of the plan's hardware: measured, given or assumed. Random routing is assumed: real routing
+touches fewer experts, in favour of the latter two.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from krasis.runtime.planning import assumptions as assumed
+from krasis.runtime.planning import cost
+from krasis.runtime.planning.hardware import HardwareSpec
+from krasis.runtime.planning.sizes import ModelSizes, expert_weights
+
+Path = Literal["streamed", "routed", "cpu"]
+PATHS: tuple[Path, ...] = ("streamed", "routed", "cpu")
+HOST_SYNC_S = 60e-6
+"""The device waits while the host sees a layer's choice of experts and submits the copies (assumed)."""
+LAYER_SUBMIT_S = 250e-6
+"""The host's time for one layer's launches, about 25 calls through Python (assumed): what a short chunk waits
+for.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The path taken and the seconds expected of every path that was open."""
+
+    path: Path
+    expected_s: dict[Path, float]
+
+    def __str__(self) -> str:
+        others = ", ".join(f"{path} {seconds:.4f} s" for path, seconds in self.expected_s.items())
+        return f"{self.path} ({others})"
+
+
+@dataclass(frozen=True, slots=True)
+class PathModel:
+    """One rank's share. num_experts: of each layer, this rank's. hardware.gpus[0] is this rank's GPU."""
+
+    sizes: ModelSizes
+    hardware: HardwareSpec
+    num_ranks: int
+    num_experts: int
+
+    def choose(self, num_tokens: int, start: int, num_resident: int, open_paths: tuple[Path, ...]) -> Choice:
+        """The fastest of open_paths for num_tokens tokens at positions start...
+        num_resident: of all layers.
+        """
+        expected = {path: self.seconds(path, num_tokens, start, num_resident) for path in open_paths}
+        return Choice(min(expected, key=lambda path: expected[path]), expected)
+
+    def seconds(self, path: Path, num_tokens: int, start: int, num_resident: int) -> float:
+        """Expected seconds of a chunk."""
+        sizes, arch, gpu = self.sizes, self.sizes.architecture, self.hardware.gpus[0]
+        dense, attention = cost.dense_layer_s(arch, gpu, start, num_tokens, self.num_ranks)
+        memory = gpu.memory_gbps.value * 1e9
+        compute = max(dense, sizes.dense_bytes / arch.num_layers / memory) + attention
+        if path == "cpu":
+            layer = compute + cost.cpu_experts_s(sizes, self.hardware, num_tokens) + assumed.HANDOVER_S
+            return arch.num_layers * max(layer, LAYER_SUBMIT_S)
+        share = self.num_experts / arch.num_experts
+        touched = cost.distinct_experts(arch, num_tokens) * share
+        rows = num_tokens * arch.num_experts_per_token * share
+        expert = max(
+            2 * rows * expert_weights(arch) / (gpu.bf16_tflops.value * 1e12),
+            touched * sizes.gpu_expert_bytes / memory,
+        )
+        cold = 1.0 - num_resident / (self.num_experts * arch.num_layers)
+        link = gpu.link_gbps.value * 1e9
+        if path == "streamed":
+            dma = cold * self.num_experts * sizes.gpu_expert_bytes / link
+            return arch.num_layers * max(dma, compute + expert, LAYER_SUBMIT_S)
+        dma = cold * touched * sizes.gpu_expert_bytes / link
+        return arch.num_layers * (max(compute, LAYER_SUBMIT_S) + HOST_SYNC_S + max(dma, expert))

@@ -1,0 +1,79 @@
+"""The plan of the machine the runtime is on: what the planner needs to know is taken from the device and the
+host.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+
+from krasis.formats.bundle_reader import Bundle
+from krasis.formats.errors import NativeError, ResourceError
+from krasis.runtime import environment
+from krasis.runtime.device.api import Device
+from krasis.runtime.distributed.parallel import Parallel
+from krasis.runtime.planning.hardware import Figure, GpuSpec, HardwareSpec, describe_gpu, describe_host
+from krasis.runtime.planning.measure_gpu import measured_spec
+from krasis.runtime.planning.planner import make_plan
+from krasis.runtime.planning.sizes import ModelSizes, sizes_of_bundle
+from krasis.runtime.planning.types import GpuPlacement, Workload
+from krasis.runtime.settings import EngineSettings
+
+logger = logging.getLogger(__name__)
+
+MOST_PASS_TOKENS = 32768
+"""A pass of more is bound by compute on any GPU (two passes then cost no more), and its activations take the
+VRAM of hot experts.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class GpuPlan:
+    """batch_tokens: of one pass, on all ranks together. placement: of this rank's VRAM."""
+
+    sizes: ModelSizes
+    hardware: HardwareSpec
+    workload: Workload
+    batch_tokens: int
+    placement: GpuPlacement
+
+
+def plan_gpu(bundle: Bundle, device: Device, settings: EngineSettings, parallel: Parallel) -> GpuPlan:
+    """Raises ResourceError with the numbers if the model does not fit."""
+    sizes = sizes_of_bundle(bundle.manifest)
+    capacity = settings.context_for(bundle.architecture.max_positions)
+    workload = Workload(capacity, min(capacity, MOST_PASS_TOKENS), settings.gpu_dtype)
+    hardware = describe_machine(device, settings, parallel)
+    plan = make_plan(sizes, hardware, workload)
+    batch = parallel.agree(plan.batch_tokens)
+    return GpuPlan(sizes, hardware, workload, batch, plan.gpus[parallel.rank])
+
+
+def describe_machine(device: Device, settings: EngineSettings, parallel: Parallel) -> HardwareSpec:
+    """This host, and as many GPUs like this one as there are ranks: all ranks plan alike, for the least free
+    VRAM.
+    """
+    free = device.free_bytes()
+    usable = free if settings.vram_bytes is None else min(free, settings.vram_bytes)
+    gpu = replace(_rates(device), vram_bytes=parallel.agree(usable))
+    cpu, memory = environment.probe_cpu(), environment.probe_memory()
+    if not cpu.isa:
+        raise NativeError("no CPU kernels run on this machine", got=cpu.isa_reason)
+    return describe_host(
+        (gpu,) * parallel.num_ranks,
+        ram_bytes=Figure(memory.limit_bytes, "measured", memory.limit_reason),
+        num_cores=Figure(settings.threads or cpu.num_cpus, "measured", "CPUs of this process"),
+        isa=cpu.isa,
+    )
+
+
+def _rates(device: Device) -> GpuSpec:
+    """Measured, or, on the double and where nothing can be measured, assumed from the size."""
+    index, assumed = device.torch_device.index, describe_gpu(device.total_bytes)
+    if device.torch_device.type != "cuda":
+        return assumed
+    try:
+        return measured_spec(index or 0, device.total_bytes)
+    except ResourceError as error:
+        logger.warning("the GPU's rates are assumed, not measured: %s", error)
+        return assumed

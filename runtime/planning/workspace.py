@@ -1,0 +1,131 @@
+"""The activations of one prefill pass on a GPU: what lies where in one block of memory. Torch-free.
+
+The planner sizes the block by this table and ``runtime/gpu/buffers.py`` cuts it by the same one, so what is
+planned is what is allocated. Three phases of a layer share one range, because each is dead when the next
+begins:
+
+- attention: qkv and the attention's output, of this rank's tokens;
+- routing: the normed input of the router and its logits in f32, of this rank's tokens;
+- experts: for every slot (token x choice), the gated product and the expert's output in 16 bits; with several
+  ranks also the rank's partial sums;
+- head, after the last layer: logits of a few rows; with several ranks also the rows in the order of the
+  tokens.
+
+Beside them live, through the whole layer: the f32 residual stream, its 16-bit norm, expert ids and weights;
+with several ranks the gathered 16-bit norms, ids and weights of all tokens. The tables of slots sorted by
+expert are memory of their own (``Routing.allocate``): ``routing_bytes``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from krasis.formats.architecture import Architecture
+
+ALIGNMENT_BYTES = 256
+F32, I32, HALF = 4, 4, 2
+LOGIT_ROWS = 64  # tokens whose logits are computed at once when all are wanted
+SCRATCH_BYTES = 64 * 2**20
+"""Dequantised weights on their way to a library's product, where there are many rows
+(``gpu/many_rows.py``).
+"""
+_M_BLOCKS = (16, 128)  # the least and the most rows of a block of the grouped product
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """Rows of equal size at an offset of the block."""
+
+    offset_bytes: int
+    rows: int
+    columns: int
+    item_bytes: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Without what alignment adds."""
+        return self.rows * self.columns * self.item_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class WorkspaceLayout:
+    """Regions by name and the size of the block that holds them."""
+
+    regions: Mapping[str, Region]
+    total_bytes: int
+
+
+def rows_per_rank(num_tokens: int, num_ranks: int) -> int:
+    """Tokens of one rank, rounded up: rows of a rank's own buffers."""
+    return -(-num_tokens // num_ranks)
+
+
+def workspace_layout(arch: Architecture, num_tokens: int, num_ranks: int) -> WorkspaceLayout:
+    """Where the activations of num_tokens tokens lie on one of num_ranks GPUs."""
+    a, top_k = arch, arch.num_experts_per_token
+    own = rows_per_rank(num_tokens, num_ranks)
+    gathered = own * num_ranks
+    slots = gathered * top_k
+    cursor = _Cursor()
+    cursor.add("hidden", own, a.hidden_size, F32)
+    cursor.add("x", own, a.hidden_size, HALF)
+    cursor.add("ids", own, top_k, I32)
+    cursor.add("weights", own, top_k, F32)
+    if num_ranks > 1:
+        cursor.add("gathered_x", gathered, a.hidden_size, HALF)
+        cursor.add("gathered_ids", gathered, top_k, I32)
+        cursor.add("gathered_weights", gathered, top_k, F32)
+    phases = cursor.end_bytes
+    cursor.add("qkv", own, a.qkv_rows, HALF)
+    cursor.add("attended", own, a.attention_size, HALF)
+    cursor.back_to(phases)
+    cursor.add("normed", own, a.hidden_size, F32)
+    cursor.add("router_logits", own, a.num_experts, F32)
+    cursor.back_to(phases)
+    cursor.add("gated", slots, a.expert_intermediate_size, HALF)
+    cursor.add("slots", slots, a.hidden_size, HALF)
+    if num_ranks > 1:
+        cursor.add("partial", gathered, a.hidden_size, HALF)
+    cursor.back_to(phases)
+    cursor.add("logits", min(gathered, LOGIT_ROWS), padded_vocab(a), F32)
+    if num_ranks > 1:
+        cursor.add("ordered_x", gathered, a.hidden_size, HALF)
+    return WorkspaceLayout(MappingProxyType(cursor.regions), cursor.most_bytes)
+
+
+def padded_vocab(arch: Architecture) -> int:
+    """Rows of the output head: whole tiles of 32."""
+    return -(-arch.vocab_size // 32) * 32
+
+
+def routing_bytes(arch: Architecture, num_tokens: int, num_ranks: int) -> int:
+    """At most so much for the tables of num_tokens tokens' slots: slots sorted by expert, each expert padded
+    to whole blocks, the expert of each block, and a few words an expert (``krasis_cuda_moe_align``).
+    """
+    slots = rows_per_rank(num_tokens, num_ranks) * num_ranks * arch.num_experts_per_token
+    experts, (least, most) = arch.num_experts, _M_BLOCKS
+    padded = slots + min(slots, experts) * (most - 1)
+    blocks = slots // least + min(slots, experts) + 1
+    return I32 * (padded + blocks + 2 * experts + 2) + 8 * ALIGNMENT_BYTES
+
+
+class _Cursor:
+    """Places regions one after the other."""
+
+    def __init__(self) -> None:
+        self.regions: dict[str, Region] = {}
+        self.end_bytes = 0
+        self.most_bytes = 0
+
+    def add(self, name: str, rows: int, columns: int, item_bytes: int) -> None:
+        region = Region(self.end_bytes, rows, columns, item_bytes)
+        self.regions[name] = region
+        end = region.offset_bytes + region.num_bytes
+        self.end_bytes = -(-end // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        self.most_bytes = max(self.most_bytes, self.end_bytes)
+
+    def back_to(self, offset_bytes: int) -> None:
+        """What follows shares memory with what was placed since."""
+        self.end_bytes = offset_bytes

@@ -1,0 +1,66 @@
+"""What a prefill costs at least: bytes over the link, and operations on the matrix units."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from krasis.formats.architecture import Architecture
+from krasis.formats.bundle_reader import Bundle
+from krasis.runtime.planning.cost import attention_macs, dense_macs_per_token
+from krasis.runtime.planning.planner import whole_layer_vram_bytes
+from krasis.runtime.planning.sizes import expert_weights, sizes_of_bundle
+from krasis.runtime.planning.types import Workload
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillWork:
+    """Of one prompt in one pass. streamed_bytes: GPU experts of all layers. flops: two a multiply-add."""
+
+    streamed_bytes: int
+    expert_flops: int
+    dense_flops: int
+    attention_flops: int
+
+    @property
+    def flops(self) -> int:
+        return self.expert_flops + self.dense_flops + self.attention_flops
+
+    def limit_s(self, pinned_gbps: float, matmul_tflops: float) -> float:
+        """The slower of the two, as if they overlapped perfectly."""
+        return max(self.streamed_bytes / (pinned_gbps * 1e9), self.flops / (matmul_tflops * 1e12))
+
+    def to_json(self, pinned_gbps: float, matmul_tflops: float) -> dict[str, Any]:
+        """The parts, in units and in seconds."""
+        peak = matmul_tflops * 1e12
+        return {
+            **asdict(self),
+            "copy_s": self.streamed_bytes / (pinned_gbps * 1e9),
+            "expert_s": self.expert_flops / peak,
+            "dense_s": self.dense_flops / peak,
+            "attention_s": self.attention_flops / peak,
+            "limit_s": self.limit_s(pinned_gbps, matmul_tflops),
+        }
+
+
+def streaming_vram_bytes(bundle: Bundle, context: int, dtype: str = "bf16") -> int:
+    """VRAM that holds dense weights, cache, one pass and two layers of experts, and no expert for good.
+
+    So that a card larger than the model still streams every expert from host memory.
+    """
+    sizes = sizes_of_bundle(bundle.manifest)
+    return whole_layer_vram_bytes(sizes, Workload(context, context, dtype))
+
+
+def prefill_work(arch: Architecture, num_tokens: int, record_bytes: int) -> PrefillWork:
+    """All experts once over the link; every token through its experts, projections and causal attention.
+
+    The output head runs for one token and is left out, as are norms and the routing.
+    """
+    layers = arch.num_layers
+    return PrefillWork(
+        streamed_bytes=layers * arch.num_experts * record_bytes,
+        expert_flops=2 * layers * num_tokens * arch.num_experts_per_token * expert_weights(arch),
+        dense_flops=2 * layers * num_tokens * dense_macs_per_token(arch),
+        attention_flops=2 * layers * attention_macs(arch, 0, num_tokens),
+    )

@@ -1,0 +1,224 @@
+"""All results as one page of Markdown tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from device.state import State
+
+Record = dict[str, Any]
+
+
+def to_markdown(state: State) -> str:
+    """A heading and a table a stage that is known; stages that failed are named with their error."""
+    lines = ["# device_check", "", *stage_table(state)]
+    for name, section in SECTIONS.items():
+        entry = state.entries.get(name)
+        if entry is not None and entry.status == "done":
+            lines += ["", *section(entry.result)]
+    return "\n".join(lines) + "\n"
+
+
+def stage_table(state: State) -> list[str]:
+    """What came of each stage."""
+    rows = [
+        [entry.stage, entry.status, f"{entry.seconds:.0f}", entry.error.replace("|", "/")[:300]]
+        for entry in state.entries.values()
+    ]
+    return table(["stage", "outcome", "s", "why"], rows)
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Markdown."""
+    return [
+        "| " + " | ".join(header) + " |",
+        "|" + " --- |" * len(header),
+        *("| " + " | ".join(row) + " |" for row in rows),
+    ]
+
+
+def rates_section(result: Record) -> list[str]:
+    machine = result["machine"]
+    gpus = ", ".join(f"{one['name']} ({one['memory_bytes'] / 1e9:.0f} GB)" for one in machine["gpus"])
+    rows = [[name.rpartition("_")[0].replace("_", " "), number(value)] for name, value in rates_of(result)]
+    facts = f"{machine['cpu']}, {machine['cpus']} CPUs, {machine['memory_bytes'] / 1e9:.0f} GB; "
+    facts += f"{gpus or 'no GPU'}; torch {machine['torch']}, kernel {machine['kernel']}"
+    return ["## What the machine does", "", facts, "", *table(["measured", "GB/s or TFLOP/s"], rows)]
+
+
+def rates_of(result: Record) -> list[tuple[str, float]]:
+    return [(name, value) for name, value in result.items() if name.endswith(("_gbps", "_tflops"))]
+
+
+def prefill_section(title: str) -> Callable[[Record], list[str]]:
+    """Of one stack."""
+
+    def section(result: Record) -> list[str]:
+        work, last, rates = result["work"], result["last_prefill"], result["rates"]
+        rows = [
+            ["tokens", str(result["num_tokens"])],
+            ["layers", layers_of(result)],
+            ["time (median, best)", f"{ms(result['median_s'])}, {ms(result['best_s'])}"],
+            ["tokens/s of these layers", number(result["tokens_per_s"])],
+            ["limit", ms(work["limit_s"])],
+            ["**time / limit** (goal <= 1.15)", f"**{result['ratio']:.3f}**"],
+            ["copy of experts at the measured link", f"{ms(work['copy_s'])} ({gb(work['streamed_bytes'])})"],
+            ["products at the measured rate", ms(work["expert_s"] + work["dense_s"] + work["attention_s"])],
+            ["of these: experts, dense, attention", ", ".join(ms(work[f"{part}_s"]) for part in PARTS)],
+            ["copied", gb(last.get("bytes_copied", 0))],
+            ["passes, groups", f"{last.get('num_passes')}, {last.get('num_copies')}"],
+            ["link", f"{number(rates['pinned_to_device_gbps'])} GB/s"],
+            ["matrix products", f"{number(rates['matmul_tflops'])} TFLOP/s"],
+            ["open, first prompt", f"{result['open_s']:.2f} s, {result['first_s']:.2f} s"],
+            ["experts", store_of(result["engine"])],
+            ["engine", result["engine"]["description"]],
+        ]  # fmt: skip
+        lines = [f"## Prefill, {title}", "", *table(["", ""], rows)]
+        if result["kernels"]:
+            kernels = [
+                [f"`{one['name']}`", str(one["calls"]), f"{one['ms']:.2f}"] for one in result["kernels"]
+            ]
+            lines += ["", *table(["kernel", "calls", "ms"], kernels)]
+        return lines
+
+    return section
+
+
+PARTS = ("expert", "dense", "attention")
+
+
+def decode_section(title: str) -> Callable[[Record], list[str]]:
+    """Of one stack."""
+
+    def section(result: Record) -> list[str]:
+        floor = result["cpu_bytes_per_token"] / max(result["host_read_gbps"], 1e-9) / 1e9
+        rows = [
+            [
+                name,
+                number(run["tokens_per_s"]),
+                ms(run["median_s"]),
+                ms(run["slowest_s"]),
+                ", ".join(f"{part} {shown(value)}" for part, value in run["split"].items()) or "-",
+            ]
+            for name, run in result["runs"].items()
+        ]
+        note = (
+            f"{layers_of(result)} layers; all experts in RAM: {gb(result['cpu_bytes_per_token'])} a token: "
+            f"{ms(floor)} at the measured {number(result['host_read_gbps'])} GB/s."
+        )
+        engines = [f"- {name}: {run['engine']['description']}" for name, run in result["runs"].items()]
+        head = ["run", "tok/s", "median", "slowest", "split (means)"]
+        return [f"## Decode, {title}", "", note, "", *table(head, rows), "", *engines]
+
+    return section
+
+
+def shown(value: float) -> str:
+    """A split's entry: seconds are small, counts are not."""
+    return ms(value) if value < 1 else number(value)
+
+
+def gemm_section(result: Record) -> list[str]:
+    rows = [
+        [
+            row["shape"], str(row["rows"]), str(row["num_experts"]), number(row["grouped_tflops"]),
+            number(row["dense_tflops"]), f"{100 * row['share']:.0f} %", number(row["weights_gbps"]),
+        ]
+        for row in result["rows"]
+    ]  # fmt: skip
+    head = ["shape", "rows/expert", "experts", "grouped TFLOP/s", "dense bf16 TFLOP/s", "share", "INT4 GB/s"]
+    return ["## Grouped product", "", *table(head, rows)]
+
+
+def startup_section(result: Record) -> list[str]:
+    rows = []
+    for name, run in result["runs"].items():
+        load = run["load"]
+        rows.append([
+            name, f"{run['open_s']:.2f}", f"{run['first_token_s']:.2f}", f"{run['loaded_s']:.2f}",
+            number(load.get("gbps", 0.0)), store_of(run["engine"]),
+        ])  # fmt: skip
+    note = (
+        f"{gb(result['bundle_bytes'])} on {result['filesystem']}; the disk gives "
+        f"{number(result['disk_gbps'])} GB/s ({result['disk_read']}), "
+        f"memory {number(result['host_read_gbps'])} GB/s."
+    )
+    head = ["start", "open s", "first token s", "all pinned s", "GB/s", "experts"]
+    return ["## Start-up", "", note, "", *table(head, rows)]
+
+
+def registration_section(result: Record) -> list[str]:
+    names = ("method", "place", "read_only", "ok", "register_gbps", "copy_gbps", "reason")
+    rows = [[cell(trial.get(name)) for name in names] for trial in result["trials"]]
+    return ["## Pinning host memory", "", *table(names, rows)]
+
+
+def ranks_section(result: Record) -> list[str]:
+    rows = [
+        [count, str(run["num_prompt_tokens"]), f"{run['prefill_s']:.2f}", number(run["prefill_tokens_per_s"])]
+        for count, run in result["runs"].items()
+    ]
+    return [
+        "## Several GPUs",
+        "",
+        f"{layers_of(result)} layers",
+        "",
+        *table(["GPUs", "tokens", "prefill s", "tok/s"], rows),
+    ]
+
+
+def correctness_section(result: Record) -> list[str]:
+    rows = [
+        [name, ", ".join(f"{key} {value}" for key, value in facts.items())]
+        for name, facts in result["measured"].items()
+    ]
+    note = f"{result['passed']} passed, {result['failed']} failed, {result['skipped']} skipped"
+    return ["## Correctness", "", note, "", *table(["test", "measured"], rows)]
+
+
+def native_section(result: Record) -> list[str]:
+    return ["## Native tests and benchmark", "", result["tests"], "", "```", *result["bench"], "```"]
+
+
+def layers_of(result: Record) -> str:
+    return f"{result['num_layers']} of {result['model_layers']}"
+
+
+def store_of(engine: Record) -> str:
+    choice = engine.get("store")
+    return f"{choice['method']}: {choice['reason']}".replace("|", "/") if choice else "-"
+
+
+def cell(value: object) -> str:
+    if isinstance(value, float):
+        return number(value)
+    return "-" if value is None else str(value).replace("|", "/").replace("\n", " ")
+
+
+def ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.3f} s"
+
+
+def gb(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.3g} GB"
+
+
+def number(value: float) -> str:
+    """Three digits."""
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+SECTIONS: dict[str, Callable[[Record], list[str]]] = {
+    "rates": rates_section,
+    "correctness": correctness_section,
+    "prefill-235b": prefill_section("Qwen3-235B shape"),
+    "prefill-30b": prefill_section("Qwen3-30B shape"),
+    "gemm": gemm_section,
+    "decode-235b": decode_section("Qwen3-235B shape"),
+    "decode-30b": decode_section("Qwen3-30B shape"),
+    "startup": startup_section,
+    "registration": registration_section,
+    "ranks": ranks_section,
+    "native": native_section,
+}

@@ -1,0 +1,45 @@
+"""Sizes of the released models whose shapes are used for benchmarks and tests, and changes to them."""
+
+from dataclasses import replace
+from typing import Any
+
+from model_files import TINY_SHAPE, MoeShape
+
+QWEN3_30B = MoeShape(
+    vocab_size=151936,
+    hidden_size=2048,
+    num_hidden_layers=48,
+    num_attention_heads=32,
+    num_key_value_heads=4,
+    head_dim=128,
+    num_experts=128,
+    num_experts_per_tok=8,
+    moe_intermediate_size=768,
+    intermediate_size=6144,
+    max_position_embeddings=40960,
+    rope_theta=1_000_000.0,
+    tie_word_embeddings=False,
+)
+SHAPES = {
+    "qwen3-30b-a3b": QWEN3_30B,
+    "qwen3-235b-a22b": replace(
+        QWEN3_30B,
+        hidden_size=4096,
+        num_hidden_layers=94,
+        num_attention_heads=64,
+        moe_intermediate_size=1536,
+        intermediate_size=12288,
+    ),
+    "tiny": TINY_SHAPE,
+    "custom": TINY_SHAPE,
+}
+
+
+def apply_overrides(base: MoeShape, given: dict[str, Any], yarn: float | None) -> MoeShape:
+    """The base shape with every option that was given. Raises ValueError for impossible sizes."""
+    shape = replace(base, **{key: value for key, value in given.items() if value is not None})
+    if yarn is None:
+        return shape
+    # Released models with YaRN state the stretched context as the one they take.
+    positions = int(yarn * shape.yarn_original_positions)
+    return replace(shape, yarn_factor=yarn, max_position_embeddings=positions)

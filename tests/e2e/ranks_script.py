@@ -1,0 +1,145 @@
+"""Run by test_ranks.py.
+
+python ranks_script.py BUNDLE FOLDER NUM_RANKS ...   as torchrun would start it, ranks being forks of this
+process python ranks_script.py session BUNDLE                as --gpus 3 does; obeys lines of standard
+input
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+import traceback
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from krasis.formats.errors import KrasisError
+from krasis.runtime.device.double import DeviceDouble
+from krasis.runtime.distributed.launch import open_engine
+from krasis.runtime.engine import Engine
+from krasis.runtime.gpu.backend import GpuBackend
+from krasis.runtime.settings import EngineSettings
+
+SETTINGS = EngineSettings(device="double", context=64, prefault=False, gpu_dtype="f16", threads=1)
+LENGTHS = (1, 2, 3, 9)  # fewer tokens than ranks, as many, more
+SECOND_TURN, EDITED_TURN = [7, 8, 9, 10, 11], [20, 21, 22]
+CHECK = 0  # instead of a number of ranks
+
+torch.set_num_threads(1)
+
+
+def compute(engine: Engine, folder: Path, num_ranks: int) -> dict[str, np.ndarray]:
+    """Prompts of several lengths, then a conversation: prompt, decoded tokens, another turn, an edited
+    turn."""
+    found = {}
+    for length in LENGTHS:
+        engine.reset()
+        found[f"logits_{length}"] = engine.prefill(list(range(1, length + 1)), all_logits=True)
+    found["placement"] = np.array(engine.placement)
+    greedy = [int(found["logits_9"][-1].argmax())]
+    for step in range(4):
+        logits = engine.decode(greedy[-1]).copy()
+        found[f"decoded_{step}"] = logits
+        greedy.append(int(logits.argmax()))
+    engine.save_prefix(folder / f"{num_ranks}.kv")
+    found["second_turn"] = engine.prefill(SECOND_TURN, all_logits=True)
+    engine.decode(12)
+    engine.truncate(11)  # in the middle of what was decoded
+    found["edited_turn"] = engine.prefill(EDITED_TURN)
+    found["greedy"] = np.array(greedy)
+    engine.load_prefix(folder / "1.kv")
+    found["loaded_turn"] = engine.prefill(SECOND_TURN, all_logits=True)
+    return found
+
+
+def check(engine: Engine, folder: Path) -> dict[str, np.ndarray]:
+    """What one rank makes of the turns after each number of ranks' own cache."""
+    found = {}
+    for path in folder.glob("*.kv"):
+        engine.load_prefix(path)
+        found[f"second_turn_{path.stem}"] = engine.prefill(SECOND_TURN, all_logits=True)
+        engine.truncate(11)
+        found[f"edited_turn_{path.stem}"] = engine.prefill(EDITED_TURN)
+    return found
+
+
+def rank_main(bundle: Path, folder: Path, rank: int, num_ranks: int, port: int) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(num_ranks),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    if num_ranks <= 1:
+        engine = Engine.open(bundle, SETTINGS, lambda b, s: GpuBackend(b, s, DeviceDouble(seed=5)))
+    else:
+        engine = open_engine(bundle, SETTINGS)
+    if engine is not None:
+        with engine:
+            found = check(engine, folder) if num_ranks == CHECK else compute(engine, folder, num_ranks)
+            np.savez(folder / f"{num_ranks}.npz", **found)
+
+
+def fork_ranks(bundle: Path, folder: Path, num_ranks: int) -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    pids = []
+    for rank in range(max(num_ranks, 1)):
+        pid = os.fork()
+        if not pid:
+            code = 1
+            try:
+                rank_main(bundle, folder, rank, num_ranks, port)
+                code = 0
+            except BaseException:  # noqa: BLE001  # the child of a fork must end here, whatever happened
+                traceback.print_exc()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        pids.append(pid)
+    return sum(os.waitpid(pid, 0)[1] != 0 for pid in pids)
+
+
+def session(bundle: Path) -> int:
+    with open_engine(bundle, SETTINGS, 3) as engine:
+        engine.prefill([1, 2, 3])
+        children = Path(f"/proc/self/task/{os.getpid()}/children").read_text()
+        print("ready", children, flush=True)
+        for line in sys.stdin:
+            engine.reset()
+            try:
+                if line.startswith("interrupted"):
+                    threading.Timer(0.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+                    while True:
+                        engine.prefill([1, 2, 3, 4, 5])
+                        engine.reset()
+                engine.prefill([1, 2, 3, 4, 5])
+            except KrasisError as error:
+                print(f"{type(error).__name__}: {error}", flush=True)
+                return error.exit_code
+            except KeyboardInterrupt:
+                print("KeyboardInterrupt", flush=True)
+                continue
+            print("done", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "session":
+        sys.exit(session(Path(sys.argv[2])))
+    folder, sizes, *bundles = sys.argv[1:]
+    failed = 0
+    for index, bundle in enumerate(bundles):
+        own = Path(folder) / str(index)
+        own.mkdir()
+        failed += sum(fork_ranks(Path(bundle), own, int(size)) for size in sizes.split(","))
+    sys.exit(failed)

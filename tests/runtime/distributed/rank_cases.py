@@ -1,0 +1,208 @@
+"""What one rank does in the tests of collectives and failures; run by ``fork_ranks.py``."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from krasis.formats.errors import KrasisError, ResourceError
+from krasis.runtime.device.double import DeviceDouble
+from krasis.runtime.distributed.control import Control
+from krasis.runtime.distributed.torch_parallel import TorchParallel, abort_group, join_group, leave_group
+
+TOKEN_COUNTS = (1, 2, 3, 4, 5, 7, 8, 13)
+NUM_EXPERTS, TOP_K, HIDDEN, KV_HEADS, HEAD_DIM, CAPACITY = 7, 3, 8, 2, 4, 24
+START = 6  # positions in the cache before the chunk
+
+torch.set_num_threads(1)
+
+
+def problem(num_tokens: int) -> dict[str, np.ndarray]:
+    """A layer's inputs, the same on every rank and in the test."""
+    r = np.random.default_rng(num_tokens)
+    ids = np.stack([r.permutation(NUM_EXPERTS)[:TOP_K] for _ in range(num_tokens)])
+    return {
+        "x": r.standard_normal((num_tokens, HIDDEN)).astype(np.float32),
+        "hidden": r.standard_normal((num_tokens, HIDDEN)).astype(np.float32),
+        "ids": ids.astype(np.int32),
+        "weights": r.random((num_tokens, TOP_K)).astype(np.float32),
+        "experts": r.standard_normal((NUM_EXPERTS, HIDDEN, HIDDEN)).astype(np.float32),
+        "keys": r.standard_normal((KV_HEADS, CAPACITY, HEAD_DIM)).astype(np.float32),
+        "values": r.standard_normal((KV_HEADS, CAPACITY, HEAD_DIM)).astype(np.float32),
+    }
+
+
+@contextmanager
+def joined(place, sum_dtype=torch.float32, silence_s=20.0):
+    control = Control(place, silence_s=silence_s)
+    control.on_failure(abort_group)
+    control.agree(0)
+    join_group(place, torch.device("cpu"))
+    try:
+        yield TorchParallel(place, control, NUM_EXPERTS, sum_dtype), control
+    finally:
+        leave_group(failed=control.failure is not None)
+        control.close()
+
+
+def layer(place, folder: Path) -> None:
+    """A mixture layer and an exchange of keys, in f32 and with 16-bit sums, on a device that checks the
+    order."""
+    for sum_dtype in (torch.float32, torch.bfloat16):
+        with joined(place, sum_dtype) as (parallel, _):
+            found = {}
+            for num_tokens in TOKEN_COUNTS:
+                outcome = run_layer(parallel, num_tokens, DeviceDouble(seed=place.rank + num_tokens))
+                found |= {f"{num_tokens}_{name}": tensor.float().numpy() for name, tensor in outcome.items()}
+            np.savez(folder / f"{place.rank}_{str(sum_dtype).removeprefix('torch.')}.npz", **found)
+        place = type(place)(**{**{n: getattr(place, n) for n in place.__slots__}, "prefix": "krasis/again"})
+
+
+def run_layer(parallel: TorchParallel, num_tokens: int, device: DeviceDouble) -> dict[str, torch.Tensor]:
+    p = {name: torch.from_numpy(array) for name, array in problem(num_tokens).items()}
+    stream = device.stream("compute")
+    rows, gathered = parallel.rows_per_rank(num_tokens), parallel.gathered_rows(num_tokens)
+    segments, own = parallel.own_segments(num_tokens), parallel.own_tokens(num_tokens)
+
+    def local(name: str, dtype: torch.dtype) -> torch.Tensor:
+        tensor = device.empty((rows, p[name].shape[1]), dtype)
+        mine = torch.cat([p[name][begin:end] for begin, end in segments] or [p[name][:0]])
+        stream.launch("fill", lambda _: tensor[:own].copy_(mine), reads=[], writes=[tensor[:own]])
+        return tensor
+
+    def full(like: torch.Tensor) -> torch.Tensor:
+        return device.empty((gathered, like.shape[1]), like.dtype)
+
+    x, ids, weights, hidden = (
+        local("x", torch.float32), local("ids", torch.int32), local("weights", torch.float32),
+        local("hidden", torch.float32),
+    )  # fmt: skip
+    all_x, all_ids, all_weights = full(x), full(ids), full(weights)
+    parallel.gather_tokens(stream, x, all_x, num_tokens)
+    parallel.gather_tokens(stream, weights, all_weights, num_tokens)
+    parallel.gather_ids(stream, ids, all_ids, num_tokens)
+    partial = device.empty((gathered, HIDDEN), parallel.sum_dtype)
+
+    def experts(_: int) -> None:
+        total = torch.zeros(gathered, HIDDEN)
+        for row in range(gathered):
+            for expert, weight in zip(all_ids[row].tolist(), all_weights[row], strict=True):
+                if expert >= 0:
+                    total[row] += weight * (all_x[row] @ p["experts"][expert])
+        partial.copy_(total)
+
+    stream.launch("experts", experts, reads=[all_x, all_ids, all_weights], writes=[partial])
+    scratch = device.empty((gathered, HIDDEN), parallel.sum_dtype) if num_tokens % 2 else None
+    parallel.scatter_sum(stream, partial, hidden, num_tokens, scratch)
+    all_hidden, ordered = full(hidden), device.empty((num_tokens, HIDDEN), torch.float32)
+    parallel.gather_tokens(stream, hidden, all_hidden, num_tokens)
+    parallel.restore_order(stream, all_hidden, ordered, num_tokens)
+    keys, values = exchange_kv(parallel, num_tokens, device, stream, p)
+    stream.synchronize()
+    return {"hidden": ordered, "keys": keys, "values": values, "ids": all_ids}
+
+
+def exchange_kv(parallel, num_tokens, device, stream, p):
+    """Rank 0 has positions 0..START, each rank those of its tokens; in the end all have all."""
+    caches = []
+    for name in ("keys", "values"):
+        cache = device.empty((KV_HEADS, CAPACITY, HEAD_DIM), torch.float32)
+        pieces = [(START + begin, START + end) for begin, end in parallel.own_segments(num_tokens)]
+        for begin, end in pieces + ([(0, START)] if parallel.rank == 0 else []):
+            stream.launch(
+                "store",
+                lambda _, c=cache, b=begin, e=end, n=name: c[:, b:e].copy_(p[n][:, b:e]),
+                reads=[],
+                writes=[cache[:, begin:end]],
+            )
+        caches.append(cache)
+    parallel.send_kv(stream, *caches, 0, START)
+    parallel.share_kv(stream, *caches, START, num_tokens)
+    return [cache[:, : START + num_tokens] for cache in caches]
+
+
+def note(folder: Path, place, text: str) -> None:
+    (folder / f"{place.rank}.txt").write_text(text)
+
+
+def in_step(parallel: TorchParallel, control: Control, device: DeviceDouble, before=lambda: None) -> None:
+    """One collective, with something before it."""
+    local = torch.ones(1, 4)
+    stream = device.stream("compute")
+    local, full = device.empty((1, 4), torch.float32), device.empty((parallel.num_ranks, 4), torch.float32)
+    stream.launch("fill", lambda _: local.fill_(1.0), reads=[], writes=[local])
+    with control.joint("prefill"):
+        before()
+        parallel.gather_tokens(stream, local, full, parallel.num_ranks)
+        stream.synchronize()
+
+
+def failing(place, folder: Path, before, silence_s: float = 20.0, on_join=None) -> None:
+    """A round that works, then one that does not; notes what this rank saw and after how long."""
+    with joined(place, silence_s=silence_s) as (parallel, control):
+        device = DeviceDouble()
+        if on_join is not None:
+            threading.Thread(target=on_join, args=(control,), daemon=True).start()
+        in_step(parallel, control, device)
+        begin = time.monotonic()
+        try:
+            in_step(parallel, control, device, lambda: before(place))
+            note(folder, place, "no error")
+        except KrasisError as error:
+            note(folder, place, f"{time.monotonic() - begin:.1f} {type(error).__name__}: {error}")
+
+
+def killed(place, folder: Path) -> None:
+    """The last rank is killed: nobody can be told by it."""
+
+    def before(place) -> None:
+        if place.rank == place.num_ranks - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    failing(place, folder, before)
+
+
+def raising(place, folder: Path) -> None:
+    """The last rank has an error of its own."""
+
+    def before(place) -> None:
+        if place.rank == place.num_ranks - 1:
+            raise ResourceError("no room", where="test", got=7)
+
+    failing(place, folder, before)
+
+
+def silent(place, folder: Path) -> None:
+    """The last rank stops and says nothing, its sockets open; once that is noticed it is killed, as a
+    launcher does."""
+    pid_file = folder / "pid"
+    if place.rank == place.num_ranks - 1:
+        pid_file.write_text(str(os.getpid()))
+
+    def before(place) -> None:
+        if place.rank == place.num_ranks - 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    def kill(control: Control) -> None:
+        while control.failure is None:
+            time.sleep(0.05)
+        os.kill(int(pid_file.read_text()), signal.SIGKILL)
+
+    failing(place, folder, before, silence_s=1.5, on_join=kill if place.rank == 0 else None)
+
+
+def differing(place, folder: Path) -> None:
+    """Ranks that do not have the same model."""
+    control = Control(place)
+    try:
+        control.same("settings", "b" if place.rank == 1 else "a")
+    except KrasisError as error:
+        note(folder, place, str(error))
+    control.close(linger_s=5.0 if place.hosts_store else 0.0)

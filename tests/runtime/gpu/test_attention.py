@@ -1,0 +1,77 @@
+"""Causal attention with a prefix, in pieces, against float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from krasis.runtime import reference
+from krasis.runtime.gpu.attention import attend, causal_attention, pieces
+from krasis.runtime.kernels import Heads
+
+
+class Immediate:
+    """A stream that runs what is launched at once."""
+
+    name = "immediate"
+
+    def __init__(self) -> None:
+        self.launches = 0
+
+    def launch(self, name: str, action, *, reads, writes) -> None:
+        self.launches += 1
+        action(0)
+
+
+def expected(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> np.ndarray:
+    """float64 [tokens, heads, D] of queries [heads, tokens, D] whose last sees the last key."""
+    q = queries.double().numpy().transpose(1, 0, 2)
+    start = keys.shape[1] - queries.shape[1]
+    return reference.attention(q, keys.double().numpy(), values.double().numpy(), start, q.shape[-1] ** -0.5)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "start", "heads", "kv_heads", "dim"),
+    [
+        (1, 0, 4, 2, 32),
+        (1, 70, 4, 2, 32),
+        (33, 0, 6, 1, 64),
+        (33, 1, 4, 4, 32),
+        (17, 90, 8, 2, 128),
+        (2, 3, 3, 3, 16),
+    ],
+)
+def test_the_mask_is_aligned_at_the_last_key(
+    tokens: int, start: int, heads: int, kv_heads: int, dim: int
+) -> None:
+    random = torch.Generator().manual_seed(3)
+    queries = torch.randn((heads, tokens, dim), generator=random, dtype=torch.float32)
+    keys, values = (torch.randn((kv_heads, start + tokens, dim), generator=random) for _ in range(2))
+    found = causal_attention(queries[None], keys[None], values[None])[0].transpose(0, 1).numpy()
+    np.testing.assert_allclose(found, expected(queries, keys, values), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("start", "piece_tokens"), [(0, 100), (0, 7), (13, 100), (13, 10), (13, 1)])
+def test_any_pieces_equal_float64(dtype: torch.dtype, start: int, piece_tokens: int) -> None:
+    heads, tokens, capacity = Heads(4, 2, 32), 29, 64
+    random = torch.Generator().manual_seed(5)
+    qkv = torch.randn((tokens, heads.qkv_size), generator=random).to(dtype)
+    keys, values = (torch.full((2, capacity, 32), float("nan"), dtype=dtype) for _ in range(2))
+    for cache in (keys, values):  # what lies behind the last position is not looked at
+        cache[:, : start + tokens] = torch.randn((2, start + tokens, 32), generator=random).to(dtype)
+    out = torch.full((tokens, heads.attention_size), float("nan"), dtype=dtype)
+    stream = Immediate()
+    attend(stream, heads, qkv, keys, values, start, out, piece_bytes=2 * piece_tokens * heads.attention_size)
+    assert stream.launches == -(-tokens // piece_tokens)
+    queries = qkv[:, : heads.attention_size].reshape(tokens, 4, 32).transpose(0, 1)
+    right = expected(queries, keys[:, : start + tokens], values[:, : start + tokens]).reshape(tokens, -1)
+    error = np.linalg.norm(out.double().numpy() - right) / np.linalg.norm(right)
+    assert error < (4e-3 if dtype == torch.bfloat16 else 5e-4)
+
+
+def test_pieces_are_few_and_even() -> None:
+    assert pieces(0, 10, 4, piece_bytes=8 * 4) == [(0, 3), (3, 6), (6, 10)]
+    assert pieces(5, 9, 4, piece_bytes=10**9) == [(5, 9)]
+    assert pieces(0, 3, 1000, piece_bytes=1) == [(0, 1), (1, 2), (2, 3)]
