@@ -79,6 +79,9 @@ KRASIS_API int32_t krasis_pool_create(int32_t num_threads, int32_t isa, krasis_p
 KRASIS_API void krasis_pool_destroy(krasis_pool *pool);
 KRASIS_API int32_t krasis_pool_num_threads(const krasis_pool *pool);
 KRASIS_API int32_t krasis_pool_isa(const krasis_pool *pool); /* the one chosen, never AUTO */
+/* How long idle threads look for work before they sleep: 40000 at first; at most 1e9. For callers that take turns with
+ * a GPU: waking sleepers costs tens of microseconds. A pool with more threads than CPUs never spins. */
+KRASIS_API int32_t krasis_pool_set_spin(krasis_pool *pool, int64_t spin_ns);
 
 /* ---- files and memory ---------------------------------------------------------------------------------- */
 

@@ -28,8 +28,8 @@ KRASIS_API const char *krasis_cuda_last_error(void);
  * Sorts slots by expert, in slot order within one, each expert padded to whole blocks of m_block rows. The number of
  * blocks is known only on the device; buffers are sized by krasis_cuda_align_max_blocks. */
 
-/* Rows a block of the grouped product should have for about this many slots spread over this many experts: 16, 32
- * or 64. */
+/* Rows a block of the grouped product should have for about this many slots spread over this many experts: 16, 32,
+ * 64 or 128. */
 KRASIS_API int32_t krasis_cuda_moe_m_block(int64_t num_slots, int64_t num_experts);
 KRASIS_API int64_t krasis_cuda_align_max_blocks(int64_t num_slots, int64_t num_experts, int32_t m_block);
 
@@ -62,7 +62,7 @@ typedef struct krasis_cuda_moe_gemm_args {
     const void *const *expert_base; /* [num_experts] device addresses */
     int64_t codes_offset, scales_offset;
     int32_t scale_dtype; /* KRASIS_BF16 or KRASIS_F16 */
-    int32_t m_block;     /* as given to krasis_cuda_moe_align: 16, 32 or 64 */
+    int32_t m_block;     /* as given to krasis_cuda_moe_align: 16, 32, 64 or 128 */
     int64_t group;       /* 32, 64, 128, or k: one scale a channel */
     int64_t k, n;
     int64_t num_slots;

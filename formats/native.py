@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+import krasis
 from krasis.formats.errors import NativeError, ResourceError
 
 ABI_VERSION = 1
@@ -47,8 +48,11 @@ def _candidates() -> Iterator[Path]:
     if override:
         yield Path(override) / LIBRARY_NAME
         return
-    for key in ("platlib", "purelib"):
-        yield Path(sysconfig.get_path(key)) / "krasis" / "_lib" / LIBRARY_NAME
+    # Beside the packages wherever they are installed (pip install --target), then where an editable install puts it.
+    folders = [Path(one) for one in krasis.__path__]
+    folders += [Path(sysconfig.get_path(key)) / "krasis" for key in ("platlib", "purelib")]
+    for folder in dict.fromkeys(folders):
+        yield folder / "_lib" / LIBRARY_NAME
 
 
 def library_path() -> Path:
@@ -148,6 +152,13 @@ class Pool:
         if self._handle is None:
             raise NativeError("the thread pool is closed")
         return self._handle
+
+    def set_spin(self, seconds: float) -> None:
+        """How long idle threads look for work before they sleep: 40 microseconds at first, at most 1 s."""
+        function = self._library.krasis_pool_set_spin
+        function.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+        function.restype = ctypes.c_int32
+        check(function(self.handle, int(seconds * 1e9)), "krasis_pool_set_spin")
 
     def close(self) -> None:
         """Stops the threads. Calling it again does nothing."""

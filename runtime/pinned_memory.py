@@ -29,13 +29,17 @@ def pinned_memory_report(found: Environment) -> tuple[dict[str, Any], str]:
 
     try:
         trials = survey_with(driver_registrar(0), torch.device("cuda", 0), num_bytes=SURVEY_BYTES)
-        rates = measure_gpu(0)
     except KrasisError as error:
         return {"problem": str(error)}, f"{_TITLE}\n  not tried: {error}"
+    record: dict[str, Any] = {"problem": "", "trials": [trial.to_json() for trial in trials], "rates": None}
+    try:
+        rates = measure_gpu(0)
+        record["rates"], last = asdict(rates), _rates_line(rates)
+    except KrasisError as error:
+        record["problem"], last = str(error), f"  {error}"
     table = "\n".join("  " + line for line in survey_to_text(trials).splitlines())
-    record = {"problem": "", "trials": [trial.to_json() for trial in trials], "rates": asdict(rates)}
     size = format_bytes(SURVEY_BYTES)
-    return record, f"{_TITLE} (cudaHostRegister of {size} each, on GPU 0)\n{table}\n{_rates_line(rates)}"
+    return record, f"{_TITLE} (cudaHostRegister of {size} each, on GPU 0)\n{table}\n{last}"
 
 
 def _rates_line(rates: GpuRates) -> str:

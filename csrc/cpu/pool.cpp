@@ -37,7 +37,7 @@ constexpr int32_t kMaxThreads = 4096;
 constexpr uint32_t kClosed = UINT32_MAX;    // piece number of a ticket whose phase is being set up
 constexpr uint32_t kIdle = UINT32_MAX - 1;  // ... of a ticket without a job
 constexpr int64_t kMaxPieces = UINT32_MAX - 2;
-constexpr std::chrono::microseconds kSpin{40};
+constexpr int64_t kSpinNs = 40'000, kMaxSpinNs = 1'000'000'000;
 constexpr size_t kLine = 64;
 
 struct Claim {
@@ -67,6 +67,7 @@ struct krasis_pool {
     int32_t num_threads = 1;
     int32_t isa = KRASIS_ISA_AVX2;
     bool spins = true;
+    std::atomic<int64_t> spin_ns{kSpinNs};
     std::vector<std::thread> workers;
     std::mutex callers;
     void *scratch = nullptr;
@@ -173,7 +174,8 @@ void krasis_pool::open_next() {
 // True once the ticket is another than `number`; false after the spinning time.
 bool krasis_pool::spin(uint32_t number) const {
     if (!spins) return false;
-    const auto end = std::chrono::steady_clock::now() + kSpin;
+    const auto end =
+        std::chrono::steady_clock::now() + std::chrono::nanoseconds(spin_ns.load(std::memory_order_relaxed));
     do {
         for (int i = 0; i < 16; ++i) {
             if (ticket_number(ticket.load(std::memory_order_relaxed)) != number) return true;
@@ -286,6 +288,11 @@ int32_t krasis_pool_create(int32_t num_threads, int32_t isa, krasis_pool **pool)
 
 void krasis_pool_destroy(krasis_pool *pool) { delete pool; }
 int32_t krasis_pool_num_threads(const krasis_pool *pool) { return pool ? pool->num_threads : 0; }
+int32_t krasis_pool_set_spin(krasis_pool *pool, int64_t spin_ns) {
+    if (!pool || spin_ns < 0 || spin_ns > kMaxSpinNs) return KRASIS_ERR_ARGUMENT;
+    pool->spin_ns.store(spin_ns, std::memory_order_relaxed);
+    return KRASIS_OK;
+}
 int32_t krasis_pool_isa(const krasis_pool *pool) { return pool ? pool->isa : KRASIS_ISA_AUTO; }
 
 namespace krasis {

@@ -11,10 +11,10 @@ namespace krasis::cuda {
 
 // 128 + u is exact in bf16, 1024 + u in fp16.
 KRASIS_DEVICE uint32_t codes_to_floats(Bf16 type, uint32_t codes) {
-    return simt::add2(type, (codes & 0x000f000fu) | 0x43004300u, 0xc308c308u);  // -136
+    return simt::add2(type, simt::and_or<0x000f000fu, 0x43004300u>(codes), 0xc308c308u);  // -136
 }
 KRASIS_DEVICE uint32_t codes_to_floats(F16 type, uint32_t codes) {
-    return simt::add2(type, (codes & 0x000f000fu) | 0x64006400u, 0xe408e408u);  // -1032
+    return simt::add2(type, simt::and_or<0x000f000fu, 0x64006400u>(codes), 0xe408e408u);  // -1032
 }
 
 // b[h] is the fragment of columns 8h..8h+7 of the word's 16 columns.

@@ -22,6 +22,8 @@ int32_t check(const krasis_cuda_moe_gemm_args &a) {
     const bool sizes = a.k % 64 == 0 && a.n % (a.gated ? 128 : 64) == 0 && a.k <= INT32_MAX && a.n <= INT32_MAX;
     if (!block || !group || !sizes || a.k % a.group) return KRASIS_ERR_SHAPE;
     if (a.activation_stride < a.k || a.activation_stride % 8) return KRASIS_ERR_SHAPE;
+    // Kernels count 16 bytes at a time, in 32 bits.
+    if (ceil_div(a.num_slots, a.slots_per_row) > INT32_MAX / (a.activation_stride / 8)) return KRASIS_ERR_RANGE;
     if (a.out_stride < out_columns || a.out_stride % 8) return KRASIS_ERR_SHAPE;
     const bool aligned =
         is_aligned(a.activations) && is_aligned(a.out) && a.codes_offset % 16 == 0 && a.scales_offset % 16 == 0;
@@ -36,7 +38,7 @@ int32_t group_shift(const krasis_cuda_moe_gemm_args &a) {
 MoeGemmParams parameters(const krasis_cuda_moe_gemm_args &a) {
     MoeGemmParams p{};
     p.activations = static_cast<const uint8_t *>(a.activations);
-    p.activation_stride_bytes = a.activation_stride * 2;
+    p.activation_stride_chunks = static_cast<int32_t>(a.activation_stride / 8);
     p.expert_base = a.expert_base;
     p.codes_offset = a.codes_offset;
     p.scales_offset = a.scales_offset;
@@ -62,8 +64,8 @@ MoeGemmParams parameters(const krasis_cuda_moe_gemm_args &a) {
 // tiles: as many as there can be; only the device knows how many there are.
 template <class Type, int kRows>
 int32_t launch_tile(const MoeGemmParams &params, int64_t tiles, void *stream) {
-    using Tile = MoeTile<Type, kRows>;
-    constexpr auto kKernel = moe_gemm_kernel<Type, kRows>;
+    using Tile = MmaTile<Type, kRows>;
+    constexpr auto kKernel = moe_mma_kernel<Type, kRows>;
     simt::LaunchShape shape{0, Tile::kThreads, Tile::kSharedBytes};
     const char *error = nullptr;
     const int64_t resident = simt::resident_blocks<kKernel>(shape, &error);

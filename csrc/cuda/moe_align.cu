@@ -101,11 +101,12 @@ align_place_kernel(const AlignParams p) {
 }  // namespace
 }  // namespace krasis::cuda
 
-// Padding costs up to m_block - 1 rows an expert: with 64 rows an expert, blocks of 64 waste the least time in their
-// overhead; with fewer, smaller blocks waste fewer rows.
+// Padding costs up to m_block - 1 rows an expert: smaller blocks waste fewer rows, larger ones read the weights less
+// often.
 int32_t krasis_cuda_moe_m_block(int64_t num_slots, int64_t num_experts) {
     if (num_experts <= 0 || num_slots <= 16 * num_experts) return 16;
-    return num_slots <= 32 * num_experts ? 32 : 64;
+    if (num_slots <= 32 * num_experts) return 32;
+    return num_slots <= 1024 * num_experts ? 64 : 128;
 }
 
 // Full blocks of all slots, and one that is not full for each expert that has slots.

@@ -11,7 +11,7 @@ KRASIS_DEVICE unsigned num_threads() { return blockDim.x; }
 KRASIS_DEVICE unsigned num_blocks() { return gridDim.x; }
 
 KRASIS_DEVICE uint8_t *shared_memory() {
-    extern __shared__ __align__(128) uint8_t krasis_shared_memory[];
+    extern __shared__ __align__(1024) uint8_t krasis_shared_memory[];
     return krasis_shared_memory;
 }
 
@@ -140,6 +140,13 @@ KRASIS_DEVICE uint32_t add2(Bf16, uint32_t a, uint32_t b) {
     asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(0x3f803f80u), "r"(b));
     return sum;
 }
+// (a & mask) | set, in one instruction: the compiler makes two of it where both are constants.
+template <uint32_t kMask, uint32_t kSet>
+KRASIS_DEVICE uint32_t and_or(uint32_t a) {
+    uint32_t result;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(a), "n"(kMask), "r"(kSet));
+    return result;
+}
 KRASIS_DEVICE uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
 KRASIS_DEVICE float fused_multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 KRASIS_DEVICE float divide(float a, float b) { return __fdiv_rn(a, b); }
@@ -197,3 +204,5 @@ bool launch(const LaunchShape &shape, const Params &params, void *stream, const 
 }
 
 }  // namespace krasis::simt
+
+#include "simt_wgmma.h"

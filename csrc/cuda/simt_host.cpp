@@ -263,7 +263,7 @@ bool run(const LaunchShape &shape, void (*entry)(const void *), const void *para
     block.num_threads = shape.threads;
     block.threads.resize(shape.threads);
     block.shared_bytes = shape.shared_bytes;
-    block.shared = static_cast<uint8_t *>(::operator new(shape.shared_bytes, std::align_val_t{128}));
+    block.shared = static_cast<uint8_t *>(::operator new(shape.shared_bytes, std::align_val_t{1024}));
     for (unsigned i = 0; i < shape.blocks && !report[0]; ++i) {
         run_block(i);
         const Thread *open = thread_with_open_copies();
@@ -272,7 +272,7 @@ bool run(const LaunchShape &shape, void (*entry)(const void *), const void *para
                           open->index);
         }
     }
-    ::operator delete(block.shared, std::align_val_t{128});
+    ::operator delete(block.shared, std::align_val_t{1024});
     return !report[0];
 }
 

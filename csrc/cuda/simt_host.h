@@ -124,12 +124,35 @@ uint32_t transpose_8x8(uint32_t own);
 void mma(Bf16, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 void mma(F16, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 
+// ---- products of a warpgroup (simt_host_wgmma.cpp): performed as late as allowed, when they are waited for
+
+void wgmma_record(Bf16, float (*d)[4], int num_tiles, const uint32_t *a, const uint8_t *tile, int k16);
+void wgmma_record(F16, float (*d)[4], int num_tiles, const uint32_t *a, const uint8_t *tile, int k16);
+template <class Type, int kTiles>
+void wgmma(Type type, float (&d)[kTiles][4], const uint32_t (&a)[4], const uint8_t *tile, int k16) {
+    wgmma_record(type, d, kTiles, a, tile, k16);
+}
+inline void wgmma_fence() {}
+inline void fence_for_wgmma() {}
+inline void hold(float &) {}
+inline void hold(uint32_t &) {}
+void wgmma_commit();
+void wgmma_wait_for(int pending);
+template <int kPending>
+void wgmma_wait() {
+    wgmma_wait_for(kPending);
+}
+
 // ---- words
 
 template <class Type>
 uint32_t add2(Type, uint32_t a, uint32_t b) {
     auto half = [](uint32_t word, int shift) { return Type::to_float(static_cast<uint16_t>(word >> shift)); };
     return pack2<Type>(half(a, 0) + half(b, 0), half(a, 16) + half(b, 16));
+}
+template <uint32_t kMask, uint32_t kSet>
+uint32_t and_or(uint32_t a) {
+    return (a & kMask) | kSet;
 }
 uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector);
 float fused_multiply_add(float a, float b, float c);

@@ -112,7 +112,7 @@ const Thread *thread_with_open_copies() {
     for (const Thread &thread : block.threads) {
         bool pending = !thread.open.empty();
         for (const auto &group : thread.committed) pending |= !group.empty();
-        if (pending) return &thread;
+        if (pending || !thread.open_products.empty() || !thread.committed_products.empty()) return &thread;
     }
     return nullptr;
 }

@@ -16,6 +16,16 @@ struct AsyncCopy {
     bool valid;
 };
 
+// Of a warp's 16 rows of a warpgroup's product.
+struct Product {
+    float (*d)[4];
+    int num_tiles;  // of eight columns
+    const uint32_t *a;
+    const uint8_t *tile;
+    int k16;
+    float (*to_float)(uint16_t);
+};
+
 struct Thread {
     unsigned index = 0;
     Wait wait = Wait::kNone;
@@ -26,6 +36,8 @@ struct Thread {
     const char *warp_collective = nullptr;          // in which they wait
     std::vector<AsyncCopy> open;                    // issued, not committed
     std::vector<std::vector<AsyncCopy>> committed;  // oldest first
+    std::vector<Product> open_products;
+    std::vector<std::vector<Product>> committed_products;
     void *stack_pointer = nullptr;
     void *fake_stack = nullptr;  // AddressSanitizer's
 };
@@ -58,7 +70,7 @@ Text describe_thread(const Thread &thread);
 void reset_cells();
 // A read that several lanes share: nobody's own writes excuse it.
 void watch_read_by(const void *shared, size_t bytes, int32_t reader);
-// A thread that ended its block with a cp.async it never waited for; null if there is none.
+// A thread that ended its block with a cp.async or a product it never waited for; null if there is none.
 const Thread *thread_with_open_copies();
 
 }  // namespace krasis::simt

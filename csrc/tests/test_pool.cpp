@@ -104,6 +104,31 @@ void many_small_jobs() {
     }
 }
 
+// Spinning for long, not at all, and changed under way: nothing but time depends on it.
+void spinning() {
+    Pool pool(2, KRASIS_ISA_AUTO);
+    std::atomic<int64_t> total{0};
+    for (int64_t spin_ns : {int64_t{0}, int64_t{5'000'000}, int64_t{1'000'000'000}, int64_t{40'000}}) {
+        CHECK(krasis_pool_set_spin(pool, spin_ns) == KRASIS_OK);
+        for (int i = 0; i < 300; ++i) {
+            krasis::parallel_for(pool, 4, 1, [&](int64_t begin, int64_t end, int32_t) { total += end - begin; });
+            if (i % 100 == 0) std::this_thread::sleep_for(std::chrono::milliseconds(2));
+        }
+    }
+    CHECK(total == 4 * 300 * 4);
+    CHECK(krasis_pool_set_spin(pool, -1) == KRASIS_ERR_ARGUMENT);
+    CHECK(krasis_pool_set_spin(pool, 1'000'000'001) == KRASIS_ERR_ARGUMENT);
+    CHECK(krasis_pool_set_spin(nullptr, 0) == KRASIS_ERR_ARGUMENT);
+    // A pool that still spins ends at once.
+    const auto start = std::chrono::steady_clock::now();
+    {
+        Pool patient(2, KRASIS_ISA_AUTO);
+        CHECK(krasis_pool_set_spin(patient, 1'000'000'000) == KRASIS_OK);
+        krasis::parallel_for(patient, 4, 1, [&](int64_t, int64_t, int32_t) {});
+    }
+    CHECK(std::chrono::steady_clock::now() - start < std::chrono::milliseconds(900));
+}
+
 void scratch() {
     Pool pool(2, KRASIS_ISA_AUTO);
     krasis::PoolSession session(pool);
@@ -140,6 +165,7 @@ int main() {
     phases_in_order();
     several_callers();
     many_small_jobs();
+    spinning();
     scratch();
     return test::finish("pool");
 }

@@ -13,10 +13,18 @@ from krasis.runtime.distributed.ranked import RankedBackend
 from krasis.runtime.settings import EngineSettings
 
 
-def check_local_devices(settings: EngineSettings, num_gpus: int) -> None:
-    """Raises UsageError if the settings leave no room for several GPUs, ResourceError if there are fewer."""
+def check_settings(bundle: Bundle, settings: EngineSettings) -> None:
+    """What can be known before any process is started. Raises UsageError for settings that leave no room for
+    GPUs, and what ``gpu.opening.refuse`` raises for a bundle or machine that does not run on them."""
+    from krasis.runtime.gpu.opening import refuse
+
     if settings.device == "cpu":
-        raise UsageError("--gpus needs a GPU device", got="--device cpu", hint="leave out --device")
+        raise UsageError("--gpus needs GPUs", got="--device cpu", hint="leave out --device")
+    refuse(bundle, settings)
+
+
+def check_gpu_count(settings: EngineSettings, num_gpus: int) -> None:
+    """Raises ResourceError if this machine has fewer."""
     if settings.device == "double":
         return
     found = torch.cuda.device_count()
@@ -24,21 +32,17 @@ def check_local_devices(settings: EngineSettings, num_gpus: int) -> None:
         raise ResourceError("this machine has fewer GPUs", got=num_gpus, limit=found, hint="a smaller --gpus")
 
 
-def open_device(settings: EngineSettings, place: Place) -> Device:
+def open_rank_device(settings: EngineSettings, place: Place) -> Device:
     """The GPU of a rank's number on its host, or a double of one."""
+    from krasis.runtime.gpu.opening import open_device
+
+    check_gpu_count(settings, place.num_local_ranks)
     if settings.device == "double":
-        from krasis.runtime.device.double import DeviceDouble
-
         torch.set_num_threads(1)  # ranks share the host's cores
-        limit = {} if settings.vram_bytes is None else {"total_bytes": settings.vram_bytes}
-        return DeviceDouble(seed=place.rank, **limit)
-    check_local_devices(settings, place.num_local_ranks)
-    from krasis.runtime.device.cuda import CudaDevice
-
-    return CudaDevice(place.local_rank, settings.vram_bytes)
+    return open_device(settings, place.local_rank)
 
 
-def open_gpu_backend(
+def open_rank_backend(
     bundle: Bundle, settings: EngineSettings, device: Device, parallel: Parallel
 ) -> RankedBackend:
     """The GPU backend of one rank."""

@@ -53,11 +53,12 @@ def join(bundle: Bundle, settings: EngineSettings, place: Place, control: Contro
 
     Call it inside ``control.joint``, so that an error here is known everywhere. Leaves the group afterwards.
     """
-    from krasis.runtime.distributed.devices import open_device, open_gpu_backend
+    from krasis.runtime.distributed.devices import check_settings, open_rank_backend, open_rank_device
 
     control.same("bundle or settings", _fingerprint(bundle, settings), limit_s=CONNECT_S)
+    check_settings(bundle, settings)
     with ExitStack() as undo:
-        device = open_device(settings, place)
+        device = open_rank_device(settings, place)
         undo.callback(_close, device.close, control)
         control.on_failure(abort_group)
         # Again in step: nobody waits in the group for a rank that could not open its device.
@@ -67,7 +68,7 @@ def join(bundle: Bundle, settings: EngineSettings, place: Place, control: Contro
         parallel = TorchParallel(
             place, control, bundle.architecture.num_experts, SUM_DTYPES[settings.gpu_dtype]
         )
-        backend = open_gpu_backend(bundle, settings, device, parallel)
+        backend = open_rank_backend(bundle, settings, device, parallel)
         undo.callback(_close, backend.close, control)
         logger.info(
             "rank %d of %d: experts %d..%d of each layer; %s",

@@ -73,10 +73,11 @@ def _launched(bundle: Bundle, settings: EngineSettings, place: Place, store: Sto
 
 def _spawned(bundle: Bundle, settings: EngineSettings, num_ranks: int) -> Backend:
     """Rank 0 of a job on this host, whose other ranks are our children."""
-    from krasis.runtime.distributed.devices import check_local_devices
+    from krasis.runtime.distributed.devices import check_gpu_count, check_settings
 
     Partition(num_ranks).experts(bundle.architecture.num_experts, 0)  # now, not when all have started
-    check_local_devices(settings, num_ranks)
+    check_settings(bundle, settings)
+    check_gpu_count(settings, num_ranks)
     # All on this host: Gloo shall not look for a network (NCCL finds its own way).
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     with ExitStack() as undo:

@@ -122,7 +122,7 @@ class TorchParallel:
 
         # The padding row is written before it is read; naming it as read too would say that somebody else
         # wrote it.
-        stream.launch(name, action, reads=[local[:own]], writes=[full, local[own:]])
+        stream.launch(name, action, reads=_some(local[:own]), writes=_some(full, local[own:]))
 
     def scatter_sum(
         self,
@@ -147,7 +147,7 @@ class TorchParallel:
             hidden[own:].zero_()
 
         written = [hidden] if scratch is None else [hidden, scratch]
-        stream.launch("scatter_sum", action, reads=[partial, hidden[:own]], writes=written)
+        stream.launch("scatter_sum", action, reads=_some(partial, hidden[:own]), writes=written)
 
     def share_kv(
         self, stream: Stream, keys: torch.Tensor, values: torch.Tensor, start: int, num_tokens: int
@@ -229,6 +229,11 @@ def _add_parts(hidden: torch.Tensor, parts: torch.Tensor) -> None:
         rows = hidden[begin : begin + step]
         for part in parts:
             rows.add_(part[begin : begin + len(rows)])
+
+
+def _some(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Those that are not empty."""
+    return [tensor for tensor in tensors if tensor.numel()]
 
 
 def _check_rows(where: str, tensor: torch.Tensor, rows: int, columns: int, dtype: torch.dtype) -> None:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from dataclasses import dataclass
 
@@ -64,31 +65,35 @@ class GpuBackend:
         *,
         closes_device: bool = False,
     ) -> None:
-        alone = SingleRank(bundle.architecture.num_experts)
-        self._parallel = parallel or alone
-        self._device = device
+        self._alone = SingleRank(bundle.architecture.num_experts)
+        self._parallel = parallel or self._alone
+        self._device, self._closes_device = device, closes_device
         self._parts: Parts | None = None
-        self._parts = parts = open_parts(bundle, settings, device, self._parallel)
-        self._closes_device = closes_device
-        plan, model = parts.plan, parts.model
+        self._parts = open_parts(bundle, settings, device, self._parallel)
+        try:
+            self._open(self._parts, settings)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, parts: Parts, settings: EngineSettings) -> None:
+        plan, model, parallel, alone = parts.plan, parts.model, self._parallel, self._alone
         self.capacity, self.kv_dtype = plan.workload.context, settings.gpu_dtype
         self.compute_stream: Stream = model.stream
         # Of all ranks together, and of this one without the others.
         self._passes = {
-            False: (PrefillPass(model, self._parallel, parts.residency), Head(model, self._parallel)),
+            False: (PrefillPass(model, parallel, parts.residency), Head(model, parallel)),
             True: (PrefillPass(model, alone, parts.residency), Head(model, alone)),
         }
         self._workspace = parts.workspace
-        self.prefill_chunk = self._parallel.agree(parts.workspace.max_tokens)
-        self._paths = PathModel(
-            plan.sizes, plan.hardware, self._parallel.num_ranks, self._parallel.num_experts
-        )
+        self.prefill_chunk = parallel.agree(parts.workspace.max_tokens)
+        self._paths = PathModel(plan.sizes, plan.hardware, parallel.num_ranks, parallel.num_experts)
         self.last_prefill: LastPrefill | None = None
         self.decodes_alone = parts.decoder is not None
         decodes = parts.decoder.description if parts.decoder else "GPU, a prefill a token"
         self.placement = (PATH_WORDS["streamed"], decodes)
         self.description = (
-            f"{device.description}, {model.weights.expert_layout.layout_id} experts from "
+            f"{self._device.description}, {model.weights.expert_layout.layout_id} experts from "
             f"{parts.store.method} memory in {plan.placement.num_groups} groups a layer, {self.kv_dtype}, "
             f"{self.prefill_chunk} tokens a pass, KV cache of {self.capacity} tokens; decode: {decodes}"
         )
@@ -110,12 +115,15 @@ class GpuBackend:
         begin = num_passes = 0
         while begin < len(tokens):
             part = tokens[begin : begin + self._workspace.max_tokens]
+            words, logits = "", None
             try:
                 logits = self._run(part, start + begin, want_all, stage, alone)
             except OUT_OF_MEMORY as error:
                 if self._parallel.num_ranks > 1:
                     raise
-                self._shrink(error)
+                words = str(error)
+            if logits is None:
+                self._shrink(words)
                 continue
             begin, num_passes = begin + len(part), num_passes + 1
             if want_all or begin == len(tokens):
@@ -228,15 +236,15 @@ class GpuBackend:
             logger.warning("the device reported an error while an aborted pass ended: %s", error)
         stage.abort()
 
-    def _shrink(self, error: Exception) -> None:
+    def _shrink(self, words: str) -> None:
         """After running out of memory: half the batch from now on."""
         model, num_ranks, old = self._open_parts().model, self._parallel.num_ranks, self._workspace
-        num_tokens = half_batch(self._device, model.architecture, old.max_tokens, num_ranks, error)
+        num_tokens = half_batch(self._device, model.architecture, old.max_tokens, num_ranks, words)
         old.give_up()
+        gc.collect()  # cycles of what was thrown may hold views of it
         self._workspace = largest_workspace(
             self._device, model.architecture, model.dtype, num_tokens, num_ranks
         )
-        self.prefill_chunk = self._workspace.max_tokens
 
     def _open_parts(self) -> Parts:
         if self._parts is None:

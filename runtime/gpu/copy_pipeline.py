@@ -81,7 +81,7 @@ class CopyPipeline:
             for part in piece.parts:
                 self._stream.copy(buffer[place : place + len(part)], part)
                 place += len(part)
-            self.num_bytes += piece.tensor.numel()
+                self.num_bytes += part.numel()
         copied = self._stream.record()
         for piece in pieces:
             self._store.release(piece, copied)

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import numpy as np
 import torch
 
-from krasis.formats.errors import KrasisError, NativeError, UsageError
+from krasis.formats.errors import NativeError, UsageError
 from krasis.runtime.device.api import Graph, Stream
 from krasis.runtime.gpu.buffers import Buffers, Workspace
 from krasis.runtime.gpu.expert_stage import Step
@@ -136,7 +137,7 @@ class HybridDecoder:
             if self._graph is None:
                 self._graph = self._capture()
             self._run(self._graph)
-        except KrasisError:
+        except BaseException:  # also Ctrl-C: the GPU may wait for answers that nobody will give
             self._recover()
             raise
         if self._residency is not None:
@@ -164,33 +165,34 @@ class HybridDecoder:
         self._name_residents()
         graph.replay(model.stream)
         self._name_residents()
+        ended = model.stream.record()
         submitted = time.perf_counter()
         if host is not None:
-            model.device.serve(host.run)
+            model.device.serve(partial(host.run, ended))
         served = time.perf_counter()
-        model.stream.synchronize()
+        ended.synchronize()
         model.device.host_reads(self._host_logits, self._host_executed)
         if handover is not None:
             handover.check()
         num_cpu = 0 if host is None else host.num_executed
         self._check_counts(num_cpu, int(self._host_executed[0]))
-        ended = time.perf_counter()
+        done = time.perf_counter()
         waited = 0.0 if host is None else host.waiting_s
         self._note(
             Split(
-                total_s=ended - began,
+                total_s=done - began,
                 submit_s=submitted - began,
                 cpu_experts_s=served - submitted - waited,
                 wait_gpu_s=waited,
-                tail_s=ended - served,
+                tail_s=done - served,
                 num_cpu_experts=num_cpu,
                 num_gpu_experts=int(self._host_executed[0]),
             )
         )
 
     def _name_residents(self) -> None:
-        """Before and after a replay: which slots it reads. The graph cannot say: it is captured once, and swaps write
-        other slots while it runs."""
+        """Before and after a replay: which slots it reads. The graph cannot say: it is captured once, and
+        swaps write other slots while it runs."""
         if self._residency is not None and self._residency.memory_in_use:
             reads = self._residency.memory_in_use
             self._model.stream.launch("residents are read", lambda _: None, reads=reads, writes=())
@@ -208,9 +210,12 @@ class HybridDecoder:
 
     def _recover(self) -> None:
         """Brings both sides to rest after an error."""
+        handover = self._handover
+        if handover is not None:
+            handover.answer(handover.num_layers)
         self._model.stream.synchronize()
-        if self._handover is not None:
-            self._handover.reset(self._model.stream)
+        if handover is not None:
+            handover.reset(self._model.stream)
 
     def _note(self, split: Split) -> None:
         self._split = split

@@ -14,11 +14,16 @@ from krasis.formats.architecture import Architecture
 from krasis.formats.errors import NativeError
 from krasis.formats.layouts import CpuTileLayout
 from krasis.formats.native import Pool, check
+from krasis.runtime.device.api import Event
 from krasis.runtime.gpu.handover import NUM_RESULTS, Handover
 from krasis.runtime.kernels import Acts, moe_workspace_bytes, workspace
 from krasis.runtime.model.recorded_calls import RecordedCalls
 from krasis.runtime.model.weights import ModelWeights
 from krasis.runtime.native import prototype
+
+# Idle threads of the pool spin for so long: more than the GPU needs between two layers' experts.
+SPIN_S = 1e-3
+PATIENCE_NS = 50_000_000  # before the host looks whether the GPU still lives
 
 NativeCall = tuple[Callable[..., int], tuple[Any, ...], str]
 
@@ -82,6 +87,7 @@ class HostExperts:
         self._handover, self._device = handover, handover.device
         self._inputs = (handover.normed, handover.ids, handover.weights)
         self._result_bytes = handover.results[0].nbytes
+        tier.pool.set_spin(SPIN_S)
         acts = Acts.allocate(1, a.hidden_size)
         sizes = (a.hidden_size, a.expert_intermediate_size, a.num_experts, a.num_experts_per_token)
         scratch = workspace(moe_workspace_bytes(1, *sizes))
@@ -121,31 +127,28 @@ class HostExperts:
         """See the class."""
         return self._calls.num_executed
 
-    def run(self) -> None:
-        """Serves the token whose epoch ``handover.epoch`` holds. Raises NativeError if the GPU does not come.
+    def run(self, ended: Event) -> None:
+        """Serves the token whose epoch ``handover.epoch`` holds. ended: after its graph.
 
-        After an error nothing waits for this side any more.
+        Raises NativeError if the GPU does not come. After an error nothing waits for this side any more.
         """
         try:
-            self._serve()
+            self._serve(ended)
         except BaseException:
             self._handover.answer(self._handover.num_layers)
             raise
 
-    def _serve(self) -> None:
+    def _serve(self, ended: Event) -> None:
         device, epoch = self._device, self._handover.epoch
-        # More patient than the GPU: of two sides that wait for each other the GPU gives up, and names the layer.
-        timeout_ns = 2 * self._handover.timeout_ns
         self._calls.num_executed = 0
         waited_ns = 0
         for layer in self._layers:
             device.host_writes(layer.result)
             ctypes.memset(layer.result_address, 0, self._result_bytes)
             began_ns = time.perf_counter_ns()
-            status = self._wait(layer.ready_address, epoch, timeout_ns)
+            if self._wait(layer.ready_address, epoch, PATIENCE_NS):
+                self._wait_on(layer, ended)
             waited_ns += time.perf_counter_ns() - began_ns
-            if status:
-                check(status, f"{layer.name}: the CPU waits for the GPU")
             device.host_acquires(layer.ready)
             device.host_reads(*self._inputs)
             for function, arguments, name in layer.calls:
@@ -155,3 +158,18 @@ class HostExperts:
             device.host_releases(layer.done)
             self._store(layer.done_address, epoch)
         self.waiting_s = waited_ns * 1e-9
+
+    def _wait_on(self, layer: _Layer, ended: Event) -> None:
+        """Goes on waiting, unless the GPU has ended its work without a word, by an error for example.
+
+        More patient than the GPU: of two sides that wait for each other, it gives up and names the layer.
+        """
+        deadline = time.monotonic() + 2e-9 * self._handover.timeout_ns
+        status = 1
+        while status and time.monotonic() < deadline:
+            has_ended = ended.is_done()
+            status = self._wait(layer.ready_address, self._handover.epoch, 0 if has_ended else PATIENCE_NS)
+            if has_ended:
+                break
+        if status:
+            check(status, f"{layer.name}: the CPU waits for the GPU")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 
 import torch
@@ -12,7 +11,7 @@ from krasis.formats.errors import OutOfDeviceMemoryError, ResourceError
 from krasis.runtime.device.api import Device
 from krasis.runtime.format_units import format_bytes
 from krasis.runtime.gpu.buffers import Workspace
-from krasis.runtime.planning.placement import gpu_workspace_bytes
+from krasis.runtime.planning.workspace import activation_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -28,30 +27,32 @@ def largest_workspace(
         try:
             return Workspace(device, architecture, dtype, num_tokens, num_ranks)
         except OUT_OF_MEMORY as error:
-            num_tokens = half_batch(device, architecture, num_tokens, num_ranks, error)
+            words = str(error)
+        num_tokens = half_batch(device, architecture, num_tokens, num_ranks, words)
 
 
 def half_batch(
-    device: Device, architecture: Architecture, num_tokens: int, num_ranks: int, error: Exception
+    device: Device, architecture: Architecture, num_tokens: int, num_ranks: int, words: str
 ) -> int:
-    """Half of num_tokens, which did not fit; the reason is logged. Raises ResourceError with the numbers if
-    that was one token.
+    """Half of num_tokens, which did not fit: the log says so. Raises ResourceError with the numbers if that
+    was one token.
+
+    words: of the error, not the error, whose traceback would keep alive what is to be freed.
     """
-    gc.collect()  # an exception's traceback may have held views of what was freed
-    needed = format_bytes(gpu_workspace_bytes(architecture, num_tokens, num_ranks))
+    needed = format_bytes(activation_bytes(architecture, num_tokens, num_ranks))
     if num_tokens == 1:
         raise ResourceError(
             "the GPU's memory does not hold the activations of one token",
-            got=f"{needed} for activations, and what operators allocate: {error}",
+            got=f"{needed} for activations, and what operators allocate: {words}",
             limit=f"{format_bytes(device.free_bytes())} are free",
             hint="a shorter --ctx, or close what else uses the GPU",
-        ) from error
+        )
     half = num_tokens // 2
     logger.warning(
         "out of GPU memory with %s of activations for %d tokens a pass; going on with %d: %s",
         needed,
         num_tokens,
         half,
-        error,
+        words,
     )
     return half

@@ -43,7 +43,7 @@ def open_gpu_backend(bundle: Bundle, settings: EngineSettings) -> Backend | None
         return None
     insists = settings.device != "auto"
     try:
-        _refuse(bundle, settings)
+        refuse(bundle, settings)
         return _open(bundle, settings)
     except _IN_THE_WAY as error:
         if insists:
@@ -52,8 +52,8 @@ def open_gpu_backend(bundle: Bundle, settings: EngineSettings) -> Backend | None
         return None
 
 
-def _refuse(bundle: Bundle, settings: EngineSettings) -> None:
-    """What can be known before torch is imported."""
+def refuse(bundle: Bundle, settings: EngineSettings) -> None:
+    """Raises what is in the way, as far as it can be known before torch is imported."""
     if settings.activations != "int8":
         raise UsageError(
             f"activations in {settings.activations} are a reference that runs on the CPU",
@@ -113,15 +113,17 @@ def _open(bundle: Bundle, settings: EngineSettings) -> Backend:
         raise
 
 
-def open_device(settings: EngineSettings) -> Device:
-    """The first GPU, or its double. Raises NativeError without the library, ResourceError without a GPU."""
+def open_device(settings: EngineSettings, index: int = 0) -> Device:
+    """GPU number index of this process, or a double. Raises NativeError without the library, ResourceError
+    without such a GPU.
+    """
     if settings.device == "double":
         from krasis.runtime.device.double import DeviceDouble
 
-        return DeviceDouble(total_bytes=settings.vram_bytes or DOUBLE_BYTES)
+        return DeviceDouble(seed=index, total_bytes=settings.vram_bytes or DOUBLE_BYTES)
     from krasis.runtime.device.cuda import CudaDevice
 
-    return CudaDevice(0, settings.vram_bytes)
+    return CudaDevice(index, settings.vram_bytes)
 
 
 def _close_quietly(device: Device) -> None:

@@ -14,6 +14,7 @@ from krasis.formats.bundle_reader import Bundle
 from krasis.formats.native import Pool
 from krasis.runtime.device.api import Device, Stream
 from krasis.runtime.distributed.parallel import Parallel
+from krasis.runtime.environment import probe_memory
 from krasis.runtime.format_units import format_bytes
 from krasis.runtime.gpu.buffers import Workspace
 from krasis.runtime.gpu.cpu_experts import CpuExperts
@@ -35,6 +36,7 @@ from krasis.runtime.host_memory import ExpertStore, open_store
 from krasis.runtime.kernels import Heads
 from krasis.runtime.model.weights import load_weights
 from krasis.runtime.planning import assumptions as assumed
+from krasis.runtime.planning.host import host_reserve_bytes
 from krasis.runtime.planning.workspace import SCRATCH_BYTES
 from krasis.runtime.settings import EngineSettings
 
@@ -76,6 +78,7 @@ def open_parts(bundle: Bundle, settings: EngineSettings, device: Device, paralle
             first_expert=parallel.first_expert,
             num_experts=parallel.num_experts,
             group_experts=_group_experts(plan),
+            ram_limit_bytes=_ram_share(plan, parallel),
         )
         undo.callback(store.close)
         model = _open_model(bundle, settings, device, plan)
@@ -161,7 +164,7 @@ def _open_residency(
         try:
             return Residency(device, store, copy, arch.num_layers, arch.num_experts, slots)
         except OUT_OF_MEMORY as error:
-            logger.warning("no GPU memory for %d resident experts: %s", slots, error)
+            logger.warning("no GPU memory for %d resident experts: %s", slots, str(error))
             slots = slots * 7 // 8
     return None
 
@@ -196,6 +199,15 @@ def _group_experts(plan: GpuPlan) -> int:
     """Places of a staging buffer, should one be needed."""
     gpu = plan.placement
     return gpu.group_experts or min(gpu.num_experts, assumed.PREFERRED_GROUP_EXPERTS)
+
+
+def _ram_share(plan: GpuPlan, parallel: Parallel) -> int | None:
+    """What this rank may pin where several share a host and its RAM; None: the store finds out."""
+    if parallel.num_local_ranks == 1:
+        return None
+    memory = probe_memory()
+    free = memory.available_bytes - host_reserve_bytes(memory.limit_bytes) - plan.sizes.cpu_experts_bytes
+    return max(0, free) // parallel.num_local_ranks
 
 
 def _log_plan(plan: GpuPlan) -> None:

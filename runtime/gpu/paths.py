@@ -60,7 +60,10 @@ class PathModel:
     def seconds(self, path: Path, num_tokens: int, start: int, num_resident: int) -> float:
         """Expected seconds of a chunk."""
         sizes, arch, gpu = self.sizes, self.sizes.architecture, self.hardware.gpus[0]
-        dense, attention = cost.dense_layer_s(arch, gpu, start, num_tokens, self.num_ranks)
+        num_ranks = (
+            1 if path == "cpu" else self.num_ranks
+        )  # the CPU's experts serve one rank, which works alone
+        dense, attention = cost.dense_layer_s(arch, gpu, start, num_tokens, num_ranks)
         memory = gpu.memory_gbps.value * 1e9
         compute = max(dense, sizes.dense_bytes / arch.num_layers / memory) + attention
         if path == "cpu":

@@ -148,21 +148,11 @@ class PrefillPass:
 
 
 def router_product(stream: Stream, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
-    """out f32 [T, experts] = x f32 [T, k] x weight [experts, k]^T, all in f32: a router's near-ties are
-    decided by it.
-
-    TF32 is kept off whatever the application has set.
+    """out f32 [T, experts] = x f32 [T, k] x weight [experts, k]^T, in f32: a router's near-ties are decided
+    by it.
     """
 
     def action(_: int) -> None:
-        if not x.is_cuda:
-            torch.mm(x, weight.float().t(), out=out)
-            return
-        matmul = torch.backends.cuda.matmul
-        allowed, matmul.allow_tf32 = matmul.allow_tf32, False
-        try:
-            torch.mm(x, weight.float().t(), out=out)
-        finally:
-            matmul.allow_tf32 = allowed
+        torch.mm(x, weight.float().t(), out=out)
 
     stream.launch("router", action, reads=(x, weight), writes=(out,))

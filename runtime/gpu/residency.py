@@ -83,7 +83,7 @@ class Residency:
         self._unnoted_tokens = 0
         self._max_copies = MIN_COPIES
         self.num_swaps = self.num_fills = 0
-        self._is_new = True
+        self._is_new = self._is_stale = True
 
     @property
     def is_complete(self) -> bool:
@@ -97,15 +97,16 @@ class Residency:
 
     @property
     def memory_in_use(self) -> tuple[torch.Tensor, ...]:
-        """The parts of ``memory`` that the tables point to: what launches may read. Others may be written meanwhile."""
+        """The parts of ``memory`` that the tables point to: what launches may read. Others may be written
+        meanwhile."""
         return self._in_use
 
     def prepare(self, stream: Stream) -> None:
         """Before the first launch that reads the tables or adds to counts: writes them."""
         if self._is_new:
-            self._is_new = False
             self._clear_counts(stream)
             self._publish(stream)
+            self._is_new = False
 
     def note_tokens(self, stream: Stream, num_tokens: int) -> None:
         """num_tokens more tokens were routed by launches on stream that added to ``counts``. Never blocks:
@@ -146,7 +147,7 @@ class Residency:
         for swap in swaps:
             if swap.victim is not None:
                 self._evict(swap.victim)
-        if arrived or any(swap.victim is not None for swap in swaps):
+        if self._is_stale:
             self._publish(stream)
         if swaps:
             self._start(stream, [swap.newcomer for swap in swaps])
@@ -217,6 +218,7 @@ class Residency:
         )
 
     def _evict(self, expert: int) -> None:
+        self._is_stale = True
         self.host_addresses.reshape(-1)[expert] = 0
         self._free.append(int(self._slot_of[expert]))
         self._slot_of[expert] = -1
@@ -227,8 +229,8 @@ class Residency:
         self._store.expect([(*divmod(expert, self._shape[1]), 1) for expert in experts])
         self._copies.wait(stream.record())
         for expert in experts:
-            slot = self._free.pop()
             piece = self._store.acquire(*divmod(expert, self._shape[1]), 1)
+            slot = self._free.pop()
             for part in piece.parts:
                 self._copies.copy(self.memory[slot : slot + 1], part)
             event = self._copies.record()
@@ -255,6 +257,7 @@ class Residency:
     def _enter(self, one: _Arriving) -> None:
         if self._slot_of[one.expert] != one.slot:
             raise NativeError("an expert arrived where it was not sent", where="residency", got=one.expert)
+        self._is_stale = True
         self.host_addresses.reshape(-1)[one.expert] = self.memory[one.slot].data_ptr()
 
     def _publish(self, stream: Stream) -> None:
@@ -266,6 +269,7 @@ class Residency:
         stream.copy(self.mask, self._mask_staging)
         self._published = stream.record()
         self._in_use = self._runs_in_use()
+        self._is_stale = False
 
     def _runs_in_use(self) -> tuple[torch.Tensor, ...]:
         used = np.zeros(self.num_slots + 2, np.int8)

@@ -32,6 +32,9 @@ class ResidentViews:
         if self._residents is None:
             return []
         addresses = self._residents.host_addresses[layer]
+        if self._residents.memory.is_cuda:
+            # A GPU only cares which allocation is in use; only the double looks at bytes.
+            return [self._residents.memory] if addresses.any() else []
         if not np.array_equal(addresses, self._known[layer]):
             pool = self._residents.memory
             slots = np.sort((addresses[addresses != 0] - pool.data_ptr()) // pool.stride(0))

@@ -66,6 +66,9 @@ class StreamedExperts:
         self._host_counters = device.pinned((2,), torch.int64)
         self._residents = ResidentViews(streaming.residents, *shape)
         self._layers: tuple[tuple[Group, ...], ...] = ()
+        self._planned_for: npt.NDArray[np.int64] | None = (
+            None  # resident addresses that _layers and _tables fit
+        )
         self._sequence = 0
         self._expected = 0
         self.routed_only = False
@@ -74,7 +77,7 @@ class StreamedExperts:
         """See ``ExpertStage``."""
         a = self._architecture
         self._expected = a.num_layers * num_tokens * a.num_experts_per_token
-        self._sequence, self._layers = 0, ()
+        self._sequence = 0
         counters = self._counters
 
         def clear(_: int) -> None:
@@ -118,23 +121,31 @@ class StreamedExperts:
 
     def abort(self) -> None:
         """See ``ExpertStage``."""
+        self._planned_for = None
         self.pipeline.abort()
 
     def _buffer_addresses(self) -> list[int]:
         return [buffer.data_ptr() for buffer in self._streaming.staging]
 
     def _plan_pass(self, stream: Stream) -> None:
-        """The whole pass is known beforehand: all tables at once, and the first copies on their way."""
-        resident = self._residents.addresses
-        p = self._parallel
-        self._layers = pass_groups(p.first_expert, p.num_experts, resident == 0, self._group_experts)
+        """The whole pass is known beforehand: the first copies are on their way before anything else is done,
+        and all tables are sent at once, unless they are there from the pass before.
+        """
+        resident, p = self._residents.addresses, self._parallel
+        is_known = self._planned_for is not None and np.array_equal(resident, self._planned_for)
+        if not is_known:
+            self._layers = pass_groups(p.first_expert, p.num_experts, resident == 0, self._group_experts)
+            self._planned_for = None
         self._announce(self._layers)
+        self.pipeline.extend(copies(self._layers))
+        if is_known:
+            return
         self._device.host_writes(self._host_tables)
         tables = self._host_tables.numpy()
         for layer, groups in enumerate(self._layers):
             tables[layer] = self._table(groups, resident[layer])
         stream.copy(self._tables, self._host_tables)
-        self.pipeline.extend(copies(self._layers))
+        self._planned_for = resident.copy()
 
     def _routed_groups(self, stream: Stream, layer: int, counts: torch.Tensor) -> tuple[Group, ...]:
         """Waits for the layer's choice of experts, and begins to copy those that are not resident."""
@@ -156,6 +167,7 @@ class StreamedExperts:
         self._announce((groups,))
         self.pipeline.extend(copies((groups,)))
         table = self._host_tables[layer]
+        self._planned_for = None
         self._device.host_writes(table)
         table.numpy()[:] = self._table(groups, resident)
         stream.copy(self._tables[layer], table)

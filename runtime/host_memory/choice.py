@@ -23,7 +23,7 @@ class Facts:
     reserve_bytes: left to the system. kept_bytes: what the page cache must go on holding (CPU experts, dense
     weights). ram_limit_bytes: what the caller allows, kept_bytes already taken off; None: nothing said.
     group_experts: of the largest group that will be asked for; None: not known. filesystems: that the files
-    lie on.
+    lie on. share: of all the model's GPU experts that this rank has.
     """
 
     experts_bytes: int
@@ -36,6 +36,7 @@ class Facts:
     ram_limit_bytes: int | None = None
     group_experts: int | None = None
     ring_bytes: int | None = None
+    share: float = 1.0
 
     @property
     def in_ram(self) -> bool:
@@ -55,6 +56,11 @@ class Facts:
         """What a ring may take: it is small, and rather than refuse to run the page cache gives way to it."""
         left = self.available_bytes - self.reserve_bytes
         return max(0, left if self.ram_limit_bytes is None else min(left, self.ram_limit_bytes))
+
+    def cache_bytes(self, ring_bytes: int) -> int:
+        """What the page cache can keep of this rank's experts beside a ring and everything else."""
+        left = self.available_bytes - self.reserve_bytes - self.kept_bytes - ring_bytes
+        return max(0, int(left * self.share))
 
     @property
     def group_bytes(self) -> int:

@@ -26,7 +26,7 @@ def default_threads() -> int:
 
 
 def forget_frames(error: BaseException | None) -> None:
-    """Clears what the functions that an error went through still hold: views of memory that is to be freed."""
+    """Clears what the functions that an error went through still hold: views of memory to be freed."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__
@@ -48,6 +48,7 @@ class Loader:
         self._ready = [False] * len(sizes_bytes)
         self._ready_bytes = 0
         self._error: KrasisError | None = None
+        self._failed_part = 0
         self._stopping = False
         self._changed = threading.Condition()
         self._chunks = self._split()
@@ -84,11 +85,16 @@ class Loader:
             return self._ready_bytes, sum(self._sizes)
 
     def wait(self, part: int) -> None:
-        """Blocks until a part is ready. Raises what stopped the loading, NativeError after ``stop``."""
+        """Blocks until a part is ready. Raises what stopped the loading before it, NativeError after
+        ``stop``.
+        """
         if self._ready[part]:
             return
         with self._changed:
-            self._changed.wait_for(lambda: self._ready[part] or self._error is not None or self._stopping)
+            # Chunks are taken in order: what comes before a failure is still brought up by who took it.
+            self._changed.wait_for(
+                lambda: self._ready[part] or self._stopping or (self._error and part >= self._failed_part)
+            )
             if self._ready[part]:
                 return
             raise self._error or NativeError("the store of experts is closed", where="host memory")
@@ -113,23 +119,26 @@ class Loader:
         try:
             self._work()
             done = True
-        except KrasisError as error:
-            self._fail(error)
-            done = True
         finally:
             if not done:  # a bug; its traceback is printed by the thread's hook, and nobody waits for ever
-                self._fail(NativeError("a thread that loads experts ended unexpectedly", where="host memory"))
+                died = NativeError("a thread that loads experts ended unexpectedly", where="host memory")
+                self._fail(died, 0)
 
     def _work(self) -> None:
         while (chunk := self._next()) is not None:
-            part, begin, end = chunk
-            self._fill(part, begin, end)
-            with self._changed:
-                self._left[part] -= 1
-                is_last = self._left[part] == 0
-            if is_last:
-                self._finish(part)
-                self._mark_ready(part)
+            try:
+                self._load(*chunk)
+            except KrasisError as error:
+                self._fail(error, chunk[0])
+
+    def _load(self, part: int, begin: int, end: int) -> None:
+        self._fill(part, begin, end)
+        with self._changed:
+            self._left[part] -= 1
+            is_last = self._left[part] == 0
+        if is_last:
+            self._finish(part)
+            self._mark_ready(part)
 
     def _next(self) -> tuple[int, int, int] | None:
         with self._changed:
@@ -148,9 +157,9 @@ class Loader:
         if is_end:
             self._end()
 
-    def _fail(self, error: KrasisError) -> None:
+    def _fail(self, error: KrasisError, part: int) -> None:
         with self._changed:
-            if self._error is None:
-                self._error = error
+            if self._error is None or part < self._failed_part:
+                self._error, self._failed_part = error, part
                 self._end_s = time.perf_counter()
             self._changed.notify_all()

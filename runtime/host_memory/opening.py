@@ -12,6 +12,7 @@ from krasis.formats.errors import ResourceError
 from krasis.formats.limits import HUGE_PAGE_BYTES
 from krasis.runtime.device.api import Device
 from krasis.runtime.environment import probe_memory
+from krasis.runtime.format_units import format_bytes
 from krasis.runtime.host_memory.api import Attempt, Choice, ExpertStore
 from krasis.runtime.host_memory.arena import ArenaSource
 from krasis.runtime.host_memory.choice import Candidate, Facts, candidates
@@ -85,6 +86,7 @@ def _facts(
         ram_limit_bytes=ram_limit_bytes,
         group_experts=group_experts,
         ring_bytes=ring_bytes,
+        share=experts.num_experts / bundle.architecture.num_experts,
     )
     # What lies in RAM already is not counted as available.
     return replace(facts, kept_bytes=0) if facts.in_ram else facts
@@ -163,16 +165,19 @@ class _Opener:
         group = min(
             facts.group_experts or self._experts.num_experts, candidate.ring_bytes // (2 * facts.record_bytes)
         )
+        cached = format_bytes(min(facts.cache_bytes(candidate.ring_bytes), facts.experts_bytes))
         try:
             return RingStore(
                 self._experts,
                 self._shards,
                 self._device,
                 self._registrar,
-                self._choose(candidate, candidate.reason, facts),
+                self._choose(
+                    candidate, f"{candidate.reason}; {cached} of them kept in the page cache", facts
+                ),
                 ring_bytes=candidate.ring_bytes,
                 group_experts=group,
-                cache_bytes=max(0, facts.budget_bytes - candidate.ring_bytes),
+                cache_bytes=facts.cache_bytes(candidate.ring_bytes),
                 num_threads=self._num_threads,
             )
         except RegistrationError as error:

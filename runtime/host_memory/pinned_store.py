@@ -205,7 +205,9 @@ class PinnedStore:
             rows = self._source.replacement(part.layer, part.first, part.count)
             if rows is None:
                 raise
-            logger.warning("layer %d, experts from %d are copied instead: %s", part.layer, part.first, str(error))
+            logger.warning(
+                "layer %d, experts from %d are copied instead: %s", part.layer, part.first, str(error)
+            )
             part.tensor = tensor_of(rows)
             self._register(part, read_only=False)
         with self._lock:

@@ -79,8 +79,9 @@ class ShardReader:
             if done == out.size:
                 return
             offset, out = offset + done, out[done:]
-        self._advise(offset, out.size, os.POSIX_FADV_WILLNEED)
-        self._read_all(self._fd, offset, out)
+        if not warm:
+            self._advise(offset, out.size, os.POSIX_FADV_WILLNEED)
+        self._read_all(offset, out)
         self._count(cached=out.size)
         if not warm and not keep:
             self._advise(offset, out.size, os.POSIX_FADV_DONTNEED)
@@ -111,11 +112,11 @@ class ShardReader:
             done += count
         return done
 
-    def _read_all(self, fd: int, offset: int, out: Bytes) -> None:
+    def _read_all(self, offset: int, out: Bytes) -> None:
         done = 0
         while done < out.size:
             try:
-                count = os.preadv(fd, [out[done:].data], offset + done)
+                count = os.preadv(self._fd, [out[done:].data], offset + done)
             except OSError as error:
                 raise self._failed(error, offset + done) from error
             if count == 0:

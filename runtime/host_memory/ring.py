@@ -130,19 +130,20 @@ class RingStore:
         group = (layer, first, count)
         self._experts.check_group(*group)
         with self._changed:
-            self._raise_if_broken()
-            fits = count <= self._slots[0].rows.shape[0]
+            if self._find(group) is None:
+                self._raise_if_broken()
+            fits = all(count <= slot.rows.shape[0] for slot in self._slots)
         if not fits:
             self._fit(count)
         with self._changed:
             if self._find(group) is None:
                 self._make_urgent(group)
             self._changed.wait_for(lambda: self._find(group, State.FULL) or self._error or self._closing)
-            self._raise_if_broken()
             slot = self._find(group, State.FULL)
-            if slot is None:
+            if slot is None:  # what was read before a failure is still given out
+                self._raise_if_broken()
                 raise NativeError("a slot of the ring was lost", where="host memory")
-            slot.state, self._is_urgent = State.HELD, False
+            slot.state = State.HELD
             return Piece(layer, first, count, slot.parts_of(count), self._slots.index(slot))
 
     def release(self, piece: Piece, event: Event) -> None:
@@ -301,6 +302,7 @@ class RingStore:
                 return None
             event = slot.event
             order, group = self._pending.popleft()
+            self._is_urgent = False  # what was urgent was the first
             if slot.state is State.FULL:
                 logger.debug("ring: %s makes room for %s", slot.group, group)
                 self._pending.appendleft((slot.order, slot.group))

@@ -23,7 +23,7 @@ import torch
 from krasis.formats.errors import KrasisError, ResourceError
 from krasis.formats.limits import HUGE_PAGE_BYTES, MIB
 from krasis.runtime.device.api import Device
-from krasis.runtime.format_units import text_table
+from krasis.runtime.format_units import text_paragraphs, text_table
 from krasis.runtime.host_memory.filesystem import filesystem_of, filesystem_of_path
 from krasis.runtime.host_memory.memory import anonymous, tensor_of
 from krasis.runtime.host_memory.registrar import Registrar, registrar_of
@@ -93,19 +93,22 @@ def try_mapped_file(registrar: Registrar, torch_device: torch.device, folder: Pa
 
 
 def survey_to_text(trials: Sequence[Trial]) -> str:
-    """A table of at most about 110 columns."""
+    """A table of at most 110 columns, and the words of refusals under it."""
+    reasons = list(dict.fromkeys(trial.reason for trial in trials if not trial.ok))
     rows = []
     for trial in trials:
         speed = f"{trial.register_gbps:.1f}" if trial.ok else ""
         copy = f"{trial.copy_gbps:.1f}" if trial.copy_gbps is not None else ""
         flag = "read-only" if trial.read_only else "plain"
-        result = "ok" if trial.ok else _shorten(trial.reason)
-        rows.append([trial.method, trial.place, flag, speed, copy, result])
+        result = "ok" if trial.ok else f"refused [{reasons.index(trial.reason) + 1}]"
+        rows.append([trial.method, _shorten(trial.place, 34), flag, speed, copy, result])
     header = ["memory", "on", "flag", "pin GB/s", "H2D GB/s", "result"]
-    return text_table(header, rows, "lllrrl")
+    notes = text_paragraphs(f"[{number}] {reason}" for number, reason in enumerate(reasons, 1))
+    return text_table(header, rows, "lllrrl") + ("\n" + notes if notes else "")
 
 
-def _shorten(text: str, width: int = 60) -> str:
+def _shorten(text: str, width: int) -> str:
+    """At most width characters."""
     return text if len(text) <= width else text[: width - 3] + "..."
 
 

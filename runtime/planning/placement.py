@@ -13,7 +13,7 @@ from krasis.runtime.planning import assumptions as assumed
 from krasis.runtime.planning.hardware import GpuSpec
 from krasis.runtime.planning.sizes import ModelSizes
 from krasis.runtime.planning.types import GpuPlacement, Workload
-from krasis.runtime.planning.workspace import SCRATCH_BYTES, routing_bytes, workspace_layout
+from krasis.runtime.planning.workspace import SCRATCH_BYTES, activation_bytes
 
 
 def rank_experts(num_experts: int, num_ranks: int) -> list[tuple[int, int]]:
@@ -31,8 +31,7 @@ def gpu_workspace_bytes(arch: Architecture, batch_tokens: int, num_ranks: int) -
 
     Slots of all tokens, not of a rank's share: in the worst case all tokens choose one rank's experts.
     """
-    layout = workspace_layout(arch, batch_tokens, num_ranks)
-    return layout.total_bytes + routing_bytes(arch, batch_tokens, num_ranks) + SCRATCH_BYTES
+    return activation_bytes(arch, batch_tokens, num_ranks) + SCRATCH_BYTES
 
 
 @dataclass(frozen=True, slots=True)

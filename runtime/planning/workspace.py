@@ -95,6 +95,12 @@ def workspace_layout(arch: Architecture, num_tokens: int, num_ranks: int) -> Wor
     return WorkspaceLayout(MappingProxyType(cursor.regions), cursor.most_bytes)
 
 
+def activation_bytes(arch: Architecture, num_tokens: int, num_ranks: int) -> int:
+    """All that a pass of num_tokens tokens writes but the KV cache."""
+    layout = workspace_layout(arch, num_tokens, num_ranks)
+    return layout.total_bytes + routing_bytes(arch, num_tokens, num_ranks)
+
+
 def padded_vocab(arch: Architecture) -> int:
     """Rows of the output head: whole tiles of 32."""
     return -(-arch.vocab_size // 32) * 32

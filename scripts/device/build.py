@@ -45,7 +45,7 @@ class BuildError(Exception):
 def run(context: Context) -> dict[str, Any]:
     """Everything that later stages run. Raises BuildError where something is missing or does not build."""
     carried = install_wheels(context)
-    missing = missing_modules(context)
+    missing = missing_modules(NEEDED)
     if missing:
         raise BuildError(
             f"not installed, and no wheel in {context.wheels}: {', '.join(missing)}. "
@@ -75,14 +75,14 @@ def install_wheels(context: Context) -> list[str]:
     return [wheel.name for wheel in wheels]
 
 
-def missing_modules(context: Context, needed: Mapping[str, str] = NEEDED) -> list[str]:
+def missing_modules(needed: Mapping[str, str]) -> list[str]:
     """Distributions of which the module is not found."""
     importlib.invalidate_caches()
     return [name for module, name in needed.items() if importlib.util.find_spec(module) is None]
 
 
 def compute_capability() -> str:
-    """Such as 90, of the first GPU. Raises BuildError if nvidia-smi cannot tell."""
+    """Such as 89 or 90a, of the first GPU. Raises BuildError if nvidia-smi cannot tell."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         raise BuildError(
@@ -99,7 +99,9 @@ def compute_capability() -> str:
         raise BuildError(
             f"nvidia-smi does not say what the GPU is: {done.stderr.strip() or done.stdout.strip()}"
         )
-    return lines[0].replace(".", "")
+    arch = lines[0].replace(".", "")
+    # Hopper's own instructions (warpgroup products) exist under this name only.
+    return {"90": "90a"}.get(arch, arch)
 
 
 def install_command(context: Context, arch: str) -> list[str]:

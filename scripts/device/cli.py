@@ -78,6 +78,7 @@ def main(
     state = State(folder / "results.json")
     for path in merge:
         state.merge(path)
+    state.save()
     failed = [name for name in stages if not run_stage(context, state, name, again)]
     text = report.to_markdown(state)
     (folder / "results.md").write_text(text, "utf-8")

@@ -76,8 +76,8 @@ _SMALL = {
 }
 TINY = Sizes(
     stacks=(
-        Stack("30b", "qwen3-30b-a3b", 2, _SMALL),
-        Stack("235b", "qwen3-235b-a22b", 2, {**_SMALL, "hidden_size": 256}),
+        Stack("30b", "qwen3-30b-a3b", 4, _SMALL),
+        Stack("235b", "qwen3-235b-a22b", 4, {**_SMALL, "hidden_size": 256}),
     ),
     prompt_tokens=40,
     decode_prompt=12,

@@ -11,6 +11,7 @@ import numpy as np
 from device import places, rates
 from device.context import Context
 from device.devices import facts_of, open_engine
+from device.prefill import CARD, vram_budgets
 from krasis.runtime import Engine
 
 WARM_UP = 8
@@ -26,17 +27,22 @@ def run_235b(context: Context) -> dict[str, Any]:
 
 
 def run(context: Context, label: str) -> dict[str, Any]:
-    """With whatever VRAM is spare for hot experts, with hardly any, and without a GPU."""
+    """With hardly any VRAM for hot experts, with a 16 GiB card's, with all there is, and without a GPU."""
     bundle, made = places.bundle_in_ram(context, label)
     result: dict[str, Any] = {**made, "host_read_gbps": rates.host_read_gbps(), "runs": {}}
-    num_positions = context.sizes.decode_prompt + context.sizes.decode_tokens + WARM_UP + 1
-    with open_engine(context, bundle, num_positions) as engine:
-        result["runs"]["hybrid"] = decode(context, engine, context.sizes.decode_prompt)
-        arch = engine.architecture
-        record_bytes = engine.bundle.blob("layers.0.experts.cpu").shape[1]
+    prompt = context.sizes.decode_prompt
+    num_positions = prompt + context.sizes.decode_tokens + WARM_UP + 1
+    budgets: dict[str, int | None] = {**vram_budgets(bundle, num_positions), "all VRAM": None}
+    if context.size == "tiny":
+        del budgets[CARD]
+    for name, vram_bytes in budgets.items():
+        with open_engine(context, bundle, num_positions, vram_bytes=vram_bytes) as engine:
+            result["runs"][name] = decode(context, engine, prompt)
+            arch = engine.architecture
+            record_bytes = engine.bundle.blob("layers.0.experts.cpu").shape[1]
     result["cpu_bytes_per_token"] = arch.num_layers * arch.num_experts_per_token * record_bytes
     with open_engine(context, bundle, num_positions, device="cpu") as engine:
-        result["runs"]["cpu"] = decode(context, engine, min(CPU_PROMPT, context.sizes.decode_prompt))
+        result["runs"]["CPU alone"] = decode(context, engine, min(CPU_PROMPT, prompt))
     return result
 
 

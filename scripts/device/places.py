@@ -83,7 +83,11 @@ def layers_within(context: Context, stack: Stack, tiers: tuple[str, ...], num_by
     """The most layers of a stack whose bundle takes no more; at least one."""
     one = bundle_bytes(request_of(context, stack, 1, tiers))
     each = bundle_bytes(request_of(context, stack, 2, tiers)) - one
-    return max(1, min(stack.max_layers, 1 + (num_bytes - one) // each))
+    count = max(1, min(stack.max_layers, 1 + (num_bytes - one) // each))
+    # Paddings are not the same for every layer.
+    while count > 1 and bundle_bytes(request_of(context, stack, count, tiers)) > num_bytes:
+        count -= 1
+    return count
 
 
 def bundle_in_ram(context: Context, label: str) -> tuple[Path, dict[str, Any]]:

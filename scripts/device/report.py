@@ -55,34 +55,44 @@ def prefill_section(title: str) -> Callable[[Record], list[str]]:
     """Of one stack."""
 
     def section(result: Record) -> list[str]:
-        work, last, rates = result["work"], result["last_prefill"], result["rates"]
-        rows = [
-            ["tokens", str(result["num_tokens"])],
-            ["layers", layers_of(result)],
-            ["time (median, best)", f"{ms(result['median_s'])}, {ms(result['best_s'])}"],
-            ["tokens/s of these layers", number(result["tokens_per_s"])],
-            ["limit", ms(work["limit_s"])],
-            ["**time / limit** (goal <= 1.15)", f"**{result['ratio']:.3f}**"],
-            ["copy of experts at the measured link", f"{ms(work['copy_s'])} ({gb(work['streamed_bytes'])})"],
-            ["products at the measured rate", ms(work["expert_s"] + work["dense_s"] + work["attention_s"])],
-            ["of these: experts, dense, attention", ", ".join(ms(work[f"{part}_s"]) for part in PARTS)],
-            ["copied", gb(last.get("bytes_copied", 0))],
-            ["passes, groups", f"{last.get('num_passes')}, {last.get('num_copies')}"],
-            ["link", f"{number(rates['pinned_to_device_gbps'])} GB/s"],
-            ["matrix products", f"{number(rates['matmul_tflops'])} TFLOP/s"],
-            ["open, first prompt", f"{result['open_s']:.2f} s, {result['first_s']:.2f} s"],
-            ["experts", store_of(result["engine"])],
-            ["engine", result["engine"]["description"]],
-        ]  # fmt: skip
-        lines = [f"## Prefill, {title}", "", *table(["", ""], rows)]
-        if result["kernels"]:
-            kernels = [
-                [f"`{one['name']}`", str(one["calls"]), f"{one['ms']:.2f}"] for one in result["kernels"]
-            ]
-            lines += ["", *table(["kernel", "calls", "ms"], kernels)]
+        runs, rates = result["runs"], result["rates"]
+        columns = [prefill_column(run) for run in runs.values()]
+        rows = [[name, *(column[name] for column in columns)] for name in columns[0]]
+        note = (
+            f"{result['num_tokens']} tokens through {layers_of(result)} layers. Measured: pinned copies "
+            f"{number(rates['pinned_to_device_gbps'])} GB/s, matrix products "
+            f"{number(rates['matmul_tflops'])} TFLOP/s."
+        )
+        lines = [f"## Prefill, {title}", "", note, "", *table(["VRAM", *runs], rows)]
+        for name, run in runs.items():
+            lines += ["", f"{name}: {run['engine']['description']}; experts {store_of(run['engine'])}"]
+            kernels = [[f"`{one['name']}`", str(one["calls"]), f"{one['ms']:.2f}"] for one in run["kernels"]]
+            lines += ["", *table(["kernel", "calls", "ms"], kernels)] if kernels else []
         return lines
 
     return section
+
+
+def prefill_column(run: Record) -> dict[str, str]:
+    """One size of VRAM."""
+    work, last = run["work"], run["last_prefill"]
+    return {
+        "given": gb(run["vram_bytes"]),
+        "median": ms(run["median_s"]),
+        "best": ms(run["best_s"]),
+        "tokens/s of these layers": number(run["tokens_per_s"]),
+        "limit": ms(work["limit_s"]),
+        "**time / limit** (goal 1.15)": f"**{run['ratio']:.3f}**",
+        "copied": gb(work["streamed_bytes"]),
+        "copies at the measured rate": ms(work["copy_s"]),
+        "products at the measured rate": ms(sum(work[f"{part}_s"] for part in PARTS)),
+        "of these experts": ms(work["expert_s"]),
+        "of these dense": ms(work["dense_s"]),
+        "of these attention": ms(work["attention_s"]),
+        "path": str(last.get("path")),
+        "passes, groups": f"{last.get('num_passes')}, {last.get('num_groups')}",
+        "opening, first prompt": f"{run['open_s']:.2f} s, {run['first_s']:.2f} s",
+    }
 
 
 PARTS = ("expert", "dense", "attention")
@@ -155,17 +165,21 @@ def registration_section(result: Record) -> list[str]:
 
 
 def ranks_section(result: Record) -> list[str]:
+    alone = result["runs"]["1"]["median_s"]
     rows = [
-        [count, str(run["num_prompt_tokens"]), f"{run['prefill_s']:.2f}", number(run["prefill_tokens_per_s"])]
+        [
+            count,
+            ms(run["median_s"]),
+            ms(run["best_s"]),
+            number(result["num_tokens"] / run["median_s"]),
+            f"{alone / run['median_s']:.2f}",
+            number(run["decode_tokens_per_s"]),
+        ]
         for count, run in result["runs"].items()
     ]
-    return [
-        "## Several GPUs",
-        "",
-        f"{layers_of(result)} layers",
-        "",
-        *table(["GPUs", "tokens", "prefill s", "tok/s"], rows),
-    ]
+    note = f"{result['num_tokens']} tokens through {layers_of(result)} layers, every expert streamed."
+    head = ["GPUs", "median", "best", "tok/s of these layers", "speed-up", "decode tok/s"]
+    return ["## Several GPUs", "", note, "", *table(head, rows)]
 
 
 def correctness_section(result: Record) -> list[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 # In the place of this folder, whose module names would hide others.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from device.cli import main
+from device.cli import main  # noqa: E402
 
 if __name__ == "__main__":
     main()

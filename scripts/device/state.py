@@ -52,6 +52,10 @@ class State:
     def put(self, entry: Entry) -> None:
         """Replaces a stage's entry and writes the file."""
         self.entries[entry.stage] = entry
+        self.save()
+
+    def save(self) -> None:
+        """Writes the file, whole or not at all."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text(json.dumps(self.to_json(), indent=1) + "\n", "utf-8")

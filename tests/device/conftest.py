@@ -90,7 +90,7 @@ class Trained:
     cpu: ModelWeights
 
     def mixed(self, resident: np.ndarray) -> ModelWeights:
-        """For the reference. resident: bool [layers, experts]: those of the gpu tier, others of the cpu tier."""
+        """For the reference. resident: bool [layers, experts]: those of the gpu tier, others of the cpu's."""
         layouts = {True: self.gpu.expert_layout, False: self.cpu.expert_layout}
         layers = []
         for index, (own, other) in enumerate(zip(self.cpu.layers, self.gpu.layers, strict=True)):
@@ -127,15 +127,29 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 
 @pytest.fixture(scope="session")
-def random_bundle(check: Context) -> Callable[..., Path]:
-    """(label of a stack, layers, **other sizes) -> a bundle of random GPU experts."""
+def real_layers(
+    check: Context, reference_logits: Callable[..., np.ndarray]
+) -> Callable[[str], tuple[Path, list[int], np.ndarray]]:
+    """(label of a stack) -> a bundle of three layers of random GPU experts, tokens, and their right logits.
 
-    def make(label: str, num_layers: int, **changes: int) -> Path:
-        request = request_of(check, check.sizes.stack(label), num_layers, ("gpu",))
-        sizes = changes if check.size == "real" else {}
-        path = check.folder / f"{label}-{num_layers}.krasis"
-        if not path.exists():
-            make_bundle(replace(request, shape=replace(request.shape, **sizes)), path)
-        return path
+    Three: a card that holds two layers' experts must then still stream.
+    """
+    made: dict[str, tuple[Path, list[int], np.ndarray]] = {}
 
-    return make
+    def make(label: str) -> tuple[Path, list[int], np.ndarray]:
+        request = request_of(check, check.sizes.stack(label), 3, ("gpu",))
+        fewer = {"vocab_size": 8192, "num_experts": 64 if label == "30b" else 32}
+        shape = replace(request.shape, **fewer) if check.size == "real" else request.shape
+        path = check.folder / f"{label}.krasis"
+        make_bundle(replace(request, shape=shape), path)
+        count = 480 if check.size == "real" else 30
+        tokens = np.random.default_rng(4).integers(0, shape.vocab_size, count).tolist()
+        with Bundle.open(path) as opened:
+            return path, tokens, reference_logits(load_weights(opened, "gpu"), tokens)
+
+    def once(label: str) -> tuple[Path, list[int], np.ndarray]:
+        if label not in made:
+            made[label] = make(label)
+        return made[label]
+
+    return once

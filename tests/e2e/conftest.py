@@ -198,23 +198,38 @@ def random_tokens() -> Callable[[int, int], list[int]]:
 
 
 @pytest.fixture(scope="session")
-def double_kernels() -> None:
-    """The kernels as host code can be loaded; skips where they were not built and nobody said they were."""
+def gpu_kind() -> str:
+    """``double``, or ``cuda`` if $KRASIS_TEST_DEVICE says so: the same tests on a real GPU.
+
+    Skips where the double was not built and nobody said it was.
+    """
     from krasis.formats.errors import NativeError
     from krasis.runtime.device.library import double_library
 
+    if os.environ.get("KRASIS_TEST_DEVICE") == "cuda":
+        return "cuda"
     try:
         double_library()
     except NativeError as error:
         if "KRASIS_CUDA_DOUBLE" in os.environ:
             raise
         pytest.skip(str(error))
+    return "double"
+
+
+@pytest.fixture
+def only_double(gpu_kind: str) -> None:
+    """For tests of what only the double finds."""
+    if gpu_kind != "double":
+        pytest.skip("this is about the double of a GPU")
 
 
 @pytest.fixture
 def vram_for() -> Callable[..., int]:
-    """(bundle, context, group_experts=, resident=0) -> bytes of VRAM of which the plan makes groups of so many
-    experts; with resident, all experts of a layer are one group and so many more have a place."""
+    """(bundle, context, group_experts=, resident=0) -> bytes of VRAM for which the plan makes such groups.
+
+    With resident, a layer is one group and so many experts have a place for good.
+    """
     from krasis.formats.bundle_reader import Bundle
     from krasis.runtime.planning import assumptions, sizes_of_bundle
     from krasis.runtime.planning.placement import gpu_workspace_bytes
@@ -230,21 +245,28 @@ def vram_for() -> Callable[..., int]:
 
 
 @pytest.fixture
-def open_gpu(double_kernels: None) -> Iterator[Callable[..., Any]]:
-    """(bundle, seed=, policy=, device=, **settings) -> an engine on a double of a GPU; closed at the end."""
+def open_gpu(gpu_kind: str) -> Iterator[Callable[..., Any]]:
+    """(bundle, seed=, policy=, device=, **settings) -> an engine on a double of a GPU, or on one."""
     from krasis.runtime import Engine, EngineSettings
     from krasis.runtime.device.double import DeviceDouble
     from krasis.runtime.gpu.backend import GpuBackend
+
+    def make_device(seed: int, policy: str | None, vram_bytes: int) -> Any:
+        if gpu_kind == "double":
+            return DeviceDouble(seed=seed, policy=policy, total_bytes=vram_bytes)
+        from krasis.runtime.device.cuda import CudaDevice
+
+        return CudaDevice(0)
 
     with ExitStack() as closing:
 
         def open_engine(
             bundle: Path, *, seed: int = 0, policy: str | None = None, device: Any = None, **settings: Any
         ) -> Any:
-            vram_bytes = settings.get("vram_bytes") or 2**30
-            double = device or DeviceDouble(seed=seed, policy=policy, total_bytes=vram_bytes)
-            chosen = EngineSettings(device="double", threads=2, prefault=False, **settings)
-            engine = Engine.open(bundle, chosen, make_backend=lambda b, s: GpuBackend(b, s, double))
+            used = device or make_device(seed, policy, settings.get("vram_bytes") or 2**30)
+            closing.callback(used.close)
+            chosen = EngineSettings(device=gpu_kind, threads=2, prefault=False, **settings)
+            engine = Engine.open(bundle, chosen, make_backend=lambda b, s: GpuBackend(b, s, used))
             return closing.enter_context(engine)
 
         yield open_engine

@@ -1,28 +1,30 @@
 """Run by test_ranks.py.
 
-python ranks_script.py BUNDLE FOLDER NUM_RANKS ...   as torchrun would start it, ranks being forks of this
-process python ranks_script.py session BUNDLE                as --gpus 3 does; obeys lines of standard
-input
+python ranks_script.py FOLDER JSON      ranks as torchrun starts them, but forks of this process;
+                                        JSON: [[bundle, [[number of ranks, bytes of VRAM], ...]], ...]
+python ranks_script.py session BUNDLE   ranks as --gpus 3 starts them; obeys lines of standard input
 """
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
 import sys
 import threading
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from krasis.formats.errors import KrasisError
-from krasis.runtime.device.double import DeviceDouble
 from krasis.runtime.distributed.launch import open_engine
 from krasis.runtime.engine import Engine
 from krasis.runtime.gpu.backend import GpuBackend
+from krasis.runtime.gpu.opening import open_device
 from krasis.runtime.settings import EngineSettings
 
 SETTINGS = EngineSettings(device="double", context=64, prefault=False, gpu_dtype="f16", threads=1)
@@ -40,7 +42,7 @@ def compute(engine: Engine, folder: Path, num_ranks: int) -> dict[str, np.ndarra
     for length in LENGTHS:
         engine.reset()
         found[f"logits_{length}"] = engine.prefill(list(range(1, length + 1)), all_logits=True)
-    found["placement"] = np.array(engine.placement)
+    found["placement"] = np.array([engine.placement[0], engine.description])
     greedy = [int(found["logits_9"][-1].argmax())]
     for step in range(4):
         logits = engine.decode(greedy[-1]).copy()
@@ -68,7 +70,10 @@ def check(engine: Engine, folder: Path) -> dict[str, np.ndarray]:
     return found
 
 
-def rank_main(bundle: Path, folder: Path, rank: int, num_ranks: int, port: int) -> None:
+def rank_main(
+    bundle: Path, folder: Path, rank: int, num_ranks: int, port: int, vram_bytes: int | None
+) -> None:
+    settings = replace(SETTINGS, vram_bytes=vram_bytes)
     os.environ |= {
         "RANK": str(rank),
         "WORLD_SIZE": str(num_ranks),
@@ -79,16 +84,16 @@ def rank_main(bundle: Path, folder: Path, rank: int, num_ranks: int, port: int) 
         "GLOO_SOCKET_IFNAME": "lo",
     }
     if num_ranks <= 1:
-        engine = Engine.open(bundle, SETTINGS, lambda b, s: GpuBackend(b, s, DeviceDouble(seed=5)))
+        engine = Engine.open(bundle, settings, lambda b, s: GpuBackend(b, s, open_device(s)))
     else:
-        engine = open_engine(bundle, SETTINGS)
+        engine = open_engine(bundle, settings)
     if engine is not None:
         with engine:
             found = check(engine, folder) if num_ranks == CHECK else compute(engine, folder, num_ranks)
             np.savez(folder / f"{num_ranks}.npz", **found)
 
 
-def fork_ranks(bundle: Path, folder: Path, num_ranks: int) -> int:
+def fork_ranks(bundle: Path, folder: Path, num_ranks: int, vram_bytes: int | None) -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -98,7 +103,7 @@ def fork_ranks(bundle: Path, folder: Path, num_ranks: int) -> int:
         if not pid:
             code = 1
             try:
-                rank_main(bundle, folder, rank, num_ranks, port)
+                rank_main(bundle, folder, rank, num_ranks, port, vram_bytes)
                 code = 0
             except BaseException:  # noqa: BLE001  # the child of a fork must end here, whatever happened
                 traceback.print_exc()
@@ -136,10 +141,9 @@ def session(bundle: Path) -> int:
 if __name__ == "__main__":
     if sys.argv[1] == "session":
         sys.exit(session(Path(sys.argv[2])))
-    folder, sizes, *bundles = sys.argv[1:]
     failed = 0
-    for index, bundle in enumerate(bundles):
-        own = Path(folder) / str(index)
+    for index, (bundle, sizes) in enumerate(json.loads(sys.argv[2])):
+        own = Path(sys.argv[1]) / str(index)
         own.mkdir()
-        failed += sum(fork_ranks(Path(bundle), own, int(size)) for size in sizes.split(","))
+        failed += sum(fork_ranks(Path(bundle), own, num_ranks, vram) for num_ranks, vram in sizes)
     sys.exit(failed)

@@ -7,6 +7,7 @@ rounded to 16 bits once more than on one rank, so logits agree to TOLERANCE of t
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -16,6 +17,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
+
+from krasis.runtime.cli import main
 
 pytest.importorskip("torch.distributed")
 
@@ -27,14 +31,18 @@ pytestmark = pytest.mark.skipif(
     reason="no libkrasis_cuda_double.so: build the target krasis_cuda_double, or set KRASIS_CUDA_DOUBLE",
 )
 TOLERANCE = 2e-3
+# The CPU's experts quantise activations to int8, which a rounding before it moves by a whole step.
+DECODE_TOLERANCE = 1e-2
 SIZES = (1, 2, 3, 4)
 CHECK = 0
-# 128 experts: 3 ranks have 43, 43 and 42 of them; decode is rank 0's, on its CPU. 5 experts on 4 ranks: 2, 1,
-# 1, 1; no CPU experts, so decode is a prefill of one token, on all ranks.
+# 128 experts: 3 ranks have 43, 43 and 42 of them, streamed in groups of 8; decode is rank 0's, on its CPU.
+# 5 experts on 4 ranks: 2, 1, 1, 1, all resident; no CPU experts, so decode is a prefill of a token by all.
 SHAPES = {
     "128 experts": {"num_experts": 128, "num_experts_per_tok": 4, "moe_intermediate_size": 64},
     "5 experts": {"num_experts": 5, "moe_intermediate_size": 64, "num_hidden_layers": 3},
 }
+STREAMED = {"128 experts": True, "5 experts": False}
+CONTEXT, GROUP = 64, 8
 TIERS = {"128 experts": ("gpu", "cpu"), "5 experts": ("gpu",)}
 
 
@@ -51,13 +59,33 @@ def bundles(make_bundle, make_config) -> dict[str, Path]:
 def outcomes(bundles, tmp_path_factory):
     """What ``ranks_script.py`` computed, by shape and number of ranks."""
     folder, sizes = tmp_path_factory.mktemp("ranks"), (*SIZES, CHECK)
-    done = run_script(folder, ",".join(map(str, sizes)), *bundles.values())
+    plan = [
+        (
+            str(bundle),
+            [(size, vram_bytes(bundle, max(size, 1)) if STREAMED[name] else None) for size in sizes],
+        )
+        for name, bundle in bundles.items()
+    ]
+    done = run_script(folder, json.dumps(plan))
     assert done.returncode == 0, done.stdout + done.stderr
     return {
         (name, size): dict(np.load(folder / str(index) / f"{size}.npz"))
         for index, name in enumerate(bundles)
         for size in sizes
     }
+
+
+def vram_bytes(bundle: Path, num_ranks: int) -> int:
+    """So much that a layer's experts come in groups of GROUP."""
+    from krasis.formats.bundle_reader import Bundle
+    from krasis.runtime.planning import assumptions, sizes_of_bundle
+    from krasis.runtime.planning.placement import gpu_workspace_bytes
+
+    with Bundle.open(bundle) as opened:
+        sizes = sizes_of_bundle(opened.manifest)
+    fixed = assumptions.GPU_RESERVE_BYTES + sizes.dense_bytes + sizes.kv_bytes(CONTEXT, "f16")
+    workspace = gpu_workspace_bytes(sizes.architecture, CONTEXT, num_ranks)
+    return fixed + workspace + 2 * GROUP * sizes.gpu_expert_bytes
 
 
 def run_script(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -76,20 +104,21 @@ def test_logits_of_one_rank(outcomes, relative_error, shape: str, num_ranks: int
 
 
 @pytest.mark.parametrize("num_ranks", SIZES[1:])
-def test_decode_on_all_ranks(outcomes, relative_error, num_ranks: int) -> None:
-    one, several = outcomes["5 experts", 1], outcomes["5 experts", num_ranks]
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_conversation(outcomes, relative_error, shape: str, num_ranks: int) -> None:
+    """Decode on all ranks or on rank 0, a second turn, an edited turn."""
+    one, several = outcomes[shape, 1], outcomes[shape, num_ranks]
     np.testing.assert_array_equal(several["greedy"], one["greedy"])
     for name in ("decoded_0", "decoded_1", "decoded_2", "decoded_3", "second_turn", "edited_turn"):
-        assert relative_error(several[name], one[name]) < TOLERANCE, name
+        assert relative_error(several[name], one[name]) < DECODE_TOLERANCE, name
 
 
-@pytest.mark.parametrize("num_ranks", SIZES[1:])
-def test_decode_on_rank_0(outcomes, relative_error, num_ranks: int) -> None:
-    """Experts of which rank 0 has no INT4 copy in VRAM run in 8 bits on its CPU, so this much may differ."""
-    one, several = outcomes["128 experts", 1], outcomes["128 experts", num_ranks]
-    np.testing.assert_array_equal(several["greedy"], one["greedy"])
-    for step in range(4):
-        assert relative_error(several[f"decoded_{step}"], one[f"decoded_{step}"]) < 0.15
+@pytest.mark.parametrize("num_ranks", SIZES)
+def test_experts_are_streamed_in_groups(outcomes, num_ranks: int) -> None:
+    """ceil(ceil(128 / R) / 8) groups."""
+    groups = {1: 16, 2: 8, 3: 6, 4: 4}[num_ranks]
+    assert f" {groups} groups a layer" in str(outcomes["128 experts", num_ranks]["placement"][1])
+    assert " 0 groups a layer" in str(outcomes["5 experts", num_ranks]["placement"][1])
 
 
 @pytest.mark.parametrize("num_ranks", SIZES[1:])
@@ -114,14 +143,13 @@ def test_ranks_round_differently(outcomes) -> None:
     assert (one["logits_9"] != three["logits_9"]).any()
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_logits_of_transformers(bundles, outcomes, reference_logits, relative_error, shape: str) -> None:
+def test_logits_of_transformers(bundles, outcomes, reference_logits, relative_error) -> None:
     from krasis.formats.bundle_reader import Bundle
     from krasis.runtime.model.weights import load_weights
 
-    with Bundle.open(bundles[shape]) as bundle:
+    with Bundle.open(bundles["5 experts"]) as bundle:
         expected = reference_logits(load_weights(bundle, "gpu"), list(range(1, 10)))
-    assert relative_error(outcomes[shape, 3]["logits_9"], expected) < 5e-3
+    assert relative_error(outcomes["5 experts", 3]["logits_9"], expected) < 5e-3
 
 
 # ---- processes
@@ -154,7 +182,7 @@ def is_running(pid: int) -> bool:
     return state != "Z"
 
 
-def wait_until_gone(pids: list[int], limit_s: float = 8.0) -> None:
+def wait_until_gone(pids: list[int], limit_s: float = 30.0) -> None:
     deadline = time.monotonic() + limit_s
     while any(is_running(pid) for pid in pids):
         assert time.monotonic() < deadline, f"still running: {[pid for pid in pids if is_running(pid)]}"
@@ -201,9 +229,10 @@ def test_krasis_run_on_two_ranks_says_what_one_says(make_bundle, make_config, to
         make_config(moe_intermediate_size=64), tokenizer=tokenizer_json, gpu_group=64, tiers=("gpu",)
     )
     said = ["--raw", "--prompt", "import os", "--temperature", "0", "--max-tokens", "4", "--ctx", "64"]
-    one = krasis_run(bundle, *said)
+    one = CliRunner().invoke(main, [str(bundle), "--device", "double", *said], prog_name="krasis-run")
     two = krasis_run(bundle, *said, "--gpus", "2", "-v")
-    assert two.returncode == one.returncode == 0, two.stderr
+    assert one.exit_code == 0, one.output
+    assert two.returncode == 0, two.stderr
     assert two.stdout == one.stdout != ""
     assert "[rank 1] krasis.runtime.distributed.job: rank 1 of 2: experts" in two.stderr
 

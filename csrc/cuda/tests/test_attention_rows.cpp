@@ -40,6 +40,38 @@ struct Heads {
     bool with_norm;
 };
 
+// The same launch again with its position in device memory: the same bits. A position beyond the cache: nothing
+// happens.
+void check_start_on_device(krasis_cuda_qkv_args args, const Heads &c, Matrix &qkv, Matrix &before, Matrix &k_cache,
+                           Matrix &v_cache) {
+    const Matrix *written[] = {&qkv, &k_cache, &v_cache};
+    std::vector<std::vector<uint8_t>> expected;
+    for (const Matrix *m : written) expected.emplace_back(m->bytes.data(), m->bytes.data() + m->bytes.size());
+    auto run = [&](int64_t start) {
+        std::memcpy(qkv.bytes.data(), before.bytes.data(), before.bytes.size());
+        for (Matrix *m : {&k_cache, &v_cache}) m->bytes.poison();
+        Array<int64_t> position(1, start);
+        args.qkv = qkv.bytes.upload();
+        args.k_cache = k_cache.bytes.upload();
+        args.v_cache = v_cache.bytes.upload();
+        args.start = -5;  // not looked at
+        args.start_device = position.upload();
+        CHECK_OK(krasis_cuda_qk_norm_rope_store(&args, nullptr));
+        for (Matrix *m : {&qkv, &k_cache, &v_cache}) m->bytes.download();
+    };
+    run(c.start);
+    for (size_t i = 0; i < 3; ++i) {
+        CHECK(std::memcmp(written[i]->bytes.data(), expected[i].data(), expected[i].size()) == 0);
+    }
+    for (int64_t start : {int64_t{24}, int64_t{-c.tokens}, INT64_MAX - 100}) {
+        run(start);
+        CHECK(std::memcmp(qkv.bytes.data(), before.bytes.data(), before.bytes.size()) == 0);
+        for (const Matrix *cache : {&k_cache, &v_cache}) {
+            for (size_t i = 0; i < cache->bytes.size(); ++i) CHECK(cache->bytes[i] == 0xff);
+        }
+    }
+}
+
 void check_heads(const Heads &c) {
     Random random(static_cast<uint64_t>(c.head_dim));
     constexpr int64_t kCapacity = 24, kPositions = 40;
@@ -119,6 +151,7 @@ void check_heads(const Heads &c) {
     for (size_t cell = 0; cell < stored.size(); ++cell) {
         if (!stored[cell]) CHECK(std::isnan(k_cache.get(cell * dim)) && std::isnan(v_cache.get(cell * dim + dim - 1)));
     }
+    check_start_on_device(args, c, qkv, before, k_cache, v_cache);
     args.start = kCapacity - c.tokens + 1;
     CHECK(krasis_cuda_qk_norm_rope_store(&args, nullptr) == KRASIS_ERR_RANGE);
     args.start = 0;

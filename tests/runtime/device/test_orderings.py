@@ -223,3 +223,15 @@ def test_late_runs_nothing_before_the_host_waits(host_values: HostValues) -> Non
     assert device.executed_orders == ["copy on stream first"]
     device.synchronize()
     assert device.executed_orders == ["copy on stream first", "copy on stream second"]
+
+
+def test_columns_beside_each_other_need_no_order(device: DeviceDouble, host_values: HostValues) -> None:
+    first, second = device.stream("first"), device.stream("second")
+    shared = device.empty((8, 4), torch.float32)
+    first.launch("left", lambda _: shared[:, :2].fill_(1.0), reads=[], writes=[shared[:, :2]])
+    second.launch("right", lambda _: shared[:, 2:].fill_(2.0), reads=[], writes=[shared[:, 2:]])
+    second.launch("again", lambda _: shared[:, 2:].mul_(2.0), reads=[shared[:, 2:]], writes=[shared[:, 2:]])
+    with pytest.raises(OrderingError, match=r"bytes \[40, 48\).*without being ordered"):
+        first.launch("one row", lambda _: None, reads=[shared[2]], writes=[])
+    device.synchronize()
+    assert shared.sum(0).tolist() == [8.0, 8.0, 32.0, 32.0]

@@ -1,8 +1,9 @@
-"""The ring reads ahead in the announced order, never overwrites what a copy may still read, and serves whatever is
-asked for."""
+"""The ring reads ahead in the announced order, never overwrites what a copy may still read, and serves
+whatever is asked for."""
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,8 +15,10 @@ import torch
 from krasis.formats.errors import ResourceError, UsageError
 from krasis.runtime.device.double import DeviceDouble
 from krasis.runtime.device.ordering import OrderingError
-from krasis.runtime.host_memory import open_store
+from krasis.runtime.environment import probe_memory
+from krasis.runtime.host_memory import Piece, open_store, opening
 from krasis.runtime.host_memory.shards import Shards
+from krasis.runtime.planning.host import host_reserve_bytes
 
 ALL = [(layer, first, 1) for layer in range(3) for first in range(5)]
 
@@ -174,17 +177,21 @@ def test_reuse_is_ordered_after_the_copies(bundle, record_bytes, expected, seed:
 
 
 def test_an_event_of_the_wrong_moment_is_found_by_the_double(bundle, record_bytes):
-    """The test above can fail: an event recorded before the copy lets the ring overwrite what is being read."""
+    """The test above can fail: for an event recorded before the copy the ring overwrites what is read."""
     device = DeviceDouble(policy="late")
     store = open_store(bundle, device, method="ring", ring_bytes=2 * record_bytes, group_experts=1)
     stream = device.stream("copy")
     store.expect(ALL)
-    with pytest.raises(OrderingError, match="the host overwrites"):
+
+    def copy_all() -> None:
         for group in ALL:
             too_early = stream.record()
             piece = store.acquire(*group)
             stream.copy(device.empty((1, record_bytes), torch.uint8), piece.parts[0])
             store.release(piece, too_early)
+
+    with pytest.raises(OrderingError, match="the host overwrites"):
+        copy_all()
     stream.synchronize()
     store.close()
 
@@ -280,9 +287,7 @@ def test_holding_every_slot_is_a_mistake_not_a_dead_lock(make_ring):
     store.release(pieces[0], done)
     store.acquire(0, 2, 1)
     with pytest.raises(UsageError, match="not held"):
-        store.release(pieces[0], done) if pieces[0].slot != 0 else store.release(
-            type(pieces[0])(0, 0, 1, (), 7), done
-        )
+        store.release(Piece(0, 0, 1, (), 7), done)
 
 
 def test_closing_ends_the_reader_and_unpins(bundle, ledger, device, record_bytes):
@@ -302,7 +307,7 @@ def test_closing_ends_the_reader_and_unpins(bundle, ledger, device, record_bytes
 
 
 def test_what_the_page_cache_can_keep_is_read_through_it(bundle, device, record_bytes, monkeypatch):
-    """5.5 layers' worth would not fit: two experts of RAM beside the ring keep the first two, in every pass."""
+    """Two experts of RAM beside the ring keep the first two; the others would only push them out."""
     kept = []
     original = Shards.read
 
@@ -311,13 +316,19 @@ def test_what_the_page_cache_can_keep_is_read_through_it(bundle, device, record_
         original(self, layer, begin, out, keep=keep)
 
     monkeypatch.setattr(Shards, "read", noting)
+    others = sum(blob.num_bytes for blob in bundle.manifest.blobs if blob.tier != "gpu")
+    found = probe_memory()
+    # two experts for the ring, two for the cache and a little
+    available = host_reserve_bytes(found.limit_bytes) + others + 4 * record_bytes + 99
+    memory = dataclasses.replace(found, available_bytes=available)
+    monkeypatch.setattr(opening, "probe_memory", lambda: memory)
     store = open_store(
         bundle,
         device,
         method="ring",
         group_experts=1,
         ring_bytes=2 * record_bytes,
-        ram_limit_bytes=4 * record_bytes,
+        ram_limit_bytes=2 * record_bytes,
     )
     done = Gate()
     done.done.set()

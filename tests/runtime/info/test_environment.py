@@ -171,6 +171,14 @@ def test_a_cuda_library_is_found_beside_the_other(monkeypatch, tmp_path: Path):
     assert (libraries.cuda_path, libraries.cuda_problem) == (str(tmp_path / CUDA_LIBRARY_NAME), "")
 
 
+def test_a_cuda_library_named_by_the_environment(monkeypatch, tmp_path: Path):
+    monkeypatch.setenv("KRASIS_CUDA_LIB", str(tmp_path / "mine.so"))
+    assert f"no {tmp_path / 'mine.so'}" in probe_libraries().cuda_problem
+    (tmp_path / "mine.so").touch()
+    libraries = probe_libraries()
+    assert (libraries.cuda_path, libraries.cuda_problem) == (str(tmp_path / "mine.so"), "")
+
+
 def test_a_torch_that_cannot_be_imported_is_reported(monkeypatch, root: Path):
     monkeypatch.setitem(sys.modules, "torch", None)
     monkeypatch.setattr(environment.importlib.util, "find_spec", lambda _: object())

@@ -1,4 +1,4 @@
-"""A tiny model on the device's double: both tiers of its experts, whole in host memory, and a decoder of it."""
+"""A tiny model on the device's double: both tiers of its experts, all in host memory, and a decoder of it."""
 
 from __future__ import annotations
 
@@ -63,7 +63,8 @@ class Model:
     gpu: ModelWeights
 
     def mixed(self, on_gpu: set[tuple[int, int]]) -> ModelWeights:
-        """For the reference: experts (layer, expert) of the gpu tier where on_gpu says so, else of the cpu tier."""
+        """For the reference: experts (layer, expert) of the gpu tier where on_gpu says so, else of the cpu
+        tier."""
         layers = []
         for index, (own, other) in enumerate(zip(self.cpu.layers, self.gpu.layers, strict=True)):
             records = [

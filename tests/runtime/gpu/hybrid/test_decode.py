@@ -1,4 +1,5 @@
-"""Hybrid decode token by token against transformers in float32, each expert dequantised from the tier that ran it."""
+"""Hybrid decode token by token against transformers in float32, each expert dequantised from the tier that
+ran it."""
 
 from __future__ import annotations
 
@@ -10,9 +11,8 @@ import pytest
 import torch
 
 from krasis.formats.architecture import Architecture
-from krasis.formats.errors import UsageError
 
-# Relative errors of logits: from the int8 activations of the CPU's experts, and from the GPU's 16-bit rounding.
+# Relative errors of logits: from int8 activations of the CPU's experts, and from the GPU's 16-bit rounding.
 INT8 = 2e-2
 ROUNDING = {torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
@@ -71,7 +71,8 @@ def test_experts_on_both_sides(
 
 
 def test_tokens_may_be_decoded_again(open_rig: Any, tokens: list[int]) -> None:
-    """Positions are the caller's: what lies behind one is overwritten, and the same input gives the same bits."""
+    """Positions are the caller's: what lies behind one is overwritten, and the same input gives the same
+    bits."""
     decoder = open_rig(seed=1).decoder()
     first = decode_all(decoder, tokens)
     assert (decode_all(decoder, tokens[:4]) == first[:4]).all()

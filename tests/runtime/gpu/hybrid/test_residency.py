@@ -1,4 +1,5 @@
-"""The pool of resident experts on the device's double: what launches see, what copies may overwrite, what is counted."""
+"""The pool of resident experts on the device's double: what launches see, what copies may overwrite, what is
+counted."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from krasis.formats.architecture import Architecture
-from krasis.formats.errors import UsageError
+from krasis.formats.errors import ResourceError, UsageError
 from krasis.runtime.device.api import Stream
 from krasis.runtime.device.double import OrderingError
 
@@ -37,7 +38,8 @@ def device_tables(rig: Any, residency: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def check_tables(rig: Any, residency: Any, tiers: Any) -> set[int]:
-    """The tables agree with each other, and each address is that of the expert's own bytes. Gives who is resident."""
+    """The tables agree with each other, and each address is that of the expert's own bytes. Gives who is
+    resident."""
     table, mask = device_tables(rig, residency)
     assert (table == residency.host_addresses).all()
     assert (mask == (table != 0)).all()
@@ -57,7 +59,8 @@ def check_tables(rig: Any, residency: Any, tiers: Any) -> set[int]:
 def test_the_hot_ones_move_in_and_out(open_rig: Any, tiers: Any, seed: int) -> None:
     rig = open_rig(seed=seed)
     residency = rig.residency(4)
-    assert check_tables(rig, residency, tiers) == set() if not residency.prepare(rig.model.stream) else False
+    residency.prepare(rig.model.stream)
+    assert check_tables(rig, residency, tiers) == set()
     for hot in ([0, 5, 7, 17], [0, 5, 8, 9], [1, 2, 3, 4]):
         count(rig, residency, hot)
         settle(rig, residency)
@@ -173,8 +176,32 @@ def test_nothing_is_fetched_before_it_is_loaded(open_rig: Any) -> None:
     assert residency.num_fills == 3
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_an_expert_that_cannot_be_read(
+    open_rig: Any, tiers: Any, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """The victims are gone by then: the tables must say so before their slots are given to others."""
+    rig = open_rig(seed=seed)
+    residency = rig.residency(4)
+    residency.fill(rig.model.stream)
+
+    def fail(*_: int) -> None:
+        raise ResourceError("the disk is gone")
+
+    monkeypatch.setattr(rig.store, "acquire", fail)
+    count(rig, residency, [14, 15, 16, 17])
+    with pytest.raises(ResourceError):
+        settle(rig, residency)
+    monkeypatch.undo()
+    assert len(check_tables(rig, residency, tiers)) < 4
+    count(rig, residency, [14, 15, 16, 17])
+    settle(rig, residency)
+    assert check_tables(rig, residency, tiers) == {14, 15, 16, 17}
+
+
 def test_few_copies_at_a_time(open_rig: Any) -> None:
-    """From a ring, which reads the disk while the host waits, one a boundary; otherwise more if they arrive in time."""
+    """From a ring, which reads the disk while the host waits, one a boundary; otherwise more if they arrive
+    in time."""
     for method, most in (("ring", 1), ("arena", 4)):
         rig = open_rig(seed=1)
         rig.store.method = method

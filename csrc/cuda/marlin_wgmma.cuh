@@ -1,0 +1,128 @@
+// marlin_wgmma.cuh: the grouped W4A16 product by wgmma (sm_90a); moe_worker.cuh says how it works.
+//
+// Two warpgroups; a warp takes the same word, 16 columns, of a pair of column tiles, and all rows: a dequantised
+// fragment is used once, by an instruction for all of them. Fragments go in through registers, activations from shared
+// memory as they lie: the swizzle that serves ldmatrix is the hardware's.
+//
+// Order. The two tiles of the pair take turns, 32 k at a time: while the products of one are under way, the other's
+// next fragments are dequantised. Where a group ends the warpgroup waits for all its products, for then its sums change
+// units. So that the tensor cores have work meanwhile, the second warpgroup is a step behind the first (kLag).
+#pragma once
+
+#include "moe_worker.cuh"
+
+namespace krasis::cuda {
+
+template <class Type_, int kRows_>
+struct WgmmaTile : MoeTile<kRows_, 256, kRows_ == 128 ? 7 : 6> {
+    using Type = Type_;
+    static constexpr int kWords = 1;
+    static constexpr int kRowTiles = kRows_ / 8;
+    static constexpr int kLag = 1;
+    // A stage is refilled when the step behind the slower warpgroup's has begun: its products are done by then.
+    static constexpr int kAhead = WgmmaTile::kStages - 2 - kLag;
+    static constexpr int kBlocksAtOnce = kRows_ == 128 ? 1 : 2;
+    static_assert(WgmmaTile::kStageBytes % 1024 == 0);  // a tile's rows begin at multiples of 1024
+};
+
+template <class Tile>
+struct WgmmaWorker : MoeWorker<Tile> {
+    using Type = typename Tile::Type;
+    using Base = MoeWorker<Tile>;
+    using Base::first_word, Base::lane, Base::p, Base::pair, Base::read_stage, Base::shared, Base::sum;
+
+    uint32_t fragments[2][2][4];  // [column tile of the pair][k16 of the running 32 k]
+
+    KRASIS_DEVICE explicit WgmmaWorker(const MoeGemmParams &params) : Base(params) {}
+
+    KRASIS_DEVICE void hold_sums() {
+        KRASIS_UNROLL
+        for (int i = 0; i < 2 * Tile::kRowTiles; ++i) {
+            KRASIS_UNROLL
+            for (int f = 0; f < 4; ++f) simt::hold(sum[i / Tile::kRowTiles][0][i % Tile::kRowTiles][f]);
+        }
+    }
+
+    KRASIS_DEVICE void dequantize(int i, const uint32_t (&codes)[2][2]) {
+        KRASIS_UNROLL
+        for (int k = 0; k < 2; ++k) {
+            uint32_t w[2][2];
+            dequantize_word<Type>(codes[k][i], w);
+            KRASIS_UNROLL
+            for (int f = 0; f < 4; ++f) {
+                fragments[i][k][f] = w[f % 2][f / 2];
+                simt::hold(fragments[i][k][f]);
+            }
+        }
+    }
+
+    // 32 k, from k16 step `first` of the stage on.
+    KRASIS_DEVICE void multiply(int first) {
+        const uint8_t *words = shared + read_stage + Tile::kXBytes + first * Tile::kK16Bytes +
+                               2 * pair * Tile::kTileBytes + lane * 16 + first_word * 4;
+        uint32_t codes[2][2];  // [k16][column tile of the pair]
+        KRASIS_UNROLL
+        for (int k = 0; k < 2; ++k) {
+            KRASIS_UNROLL
+            for (int i = 0; i < 2; ++i) {
+                codes[k][i] = simt::shared_load<uint32_t>(words + k * Tile::kK16Bytes + i * Tile::kTileBytes);
+            }
+        }
+        KRASIS_UNROLL
+        for (int i = 0; i < 2; ++i) {
+            simt::wgmma_wait<1>();  // only the other tile's products are under way
+            dequantize(i, codes);
+            simt::wgmma_fence();
+            KRASIS_UNROLL
+            for (int k = 0; k < 2; ++k) simt::wgmma(Type{}, sum[i][0], fragments[i][k], shared + read_stage, first + k);
+            simt::wgmma_commit();
+        }
+    }
+
+    // All threads do this for every step and kLag more; a warpgroup multiplies after its own.
+    KRASIS_DEVICE void begin_step(int step) {
+        simt::cp_async_wait<Tile::kAhead - 1>();
+        simt::fence_for_wgmma();
+        simt::sync_threads();
+        this->load_step(step + Tile::kAhead);
+    }
+
+    KRASIS_DEVICE void run_units(int lag) {
+        const int units = 2 * p.k_steps, group = p.group_shift ? 1 << (p.group_shift - 1) : units;  // of 32 k
+        for (int unit = 0; unit < units;) {
+            // Before the first group too, where it changes nothing: were the sums touched on one of two ways here, the
+            // compiler would let no products run behind the threads' backs.
+            this->change_units(0, 0);
+            this->change_units(1, 0);
+            this->load_scales();
+            hold_sums();
+            const int end = unit + group;
+            for (; unit < end; ++unit) {
+                if (unit % 2 == 0) begin_step(unit / 2 + lag);
+                multiply(unit % 2 * 2);
+                if (unit % 2) this->advance(read_stage);
+            }
+            simt::wgmma_wait<0>();
+            hold_sums();
+        }
+    }
+
+    // After begin.
+    KRASIS_DEVICE void run() {
+        const int lag = pair ? Tile::kLag : 0;  // pair: the number of the warpgroup
+        this->begin_units();
+        for (int step = 0; step < lag; ++step) begin_step(step);
+        run_units(lag);
+        for (int step = lag; step < Tile::kLag; ++step) begin_step(p.k_steps + step);
+        if (p.group_shift == 0) this->take_channel_units();
+        simt::sync_threads();  // nobody reads shared memory any more
+    }
+};
+
+template <class Type, int kRows>
+KRASIS_KERNEL((WgmmaTile<Type, kRows>::kThreads), (WgmmaTile<Type, kRows>::kBlocksAtOnce))
+moe_wgmma_kernel(const MoeGemmParams p) {
+    run_tiles<WgmmaWorker<WgmmaTile<Type, kRows>>>(p);
+}
+
+}  // namespace krasis::cuda

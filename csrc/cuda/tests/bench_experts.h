@@ -1,0 +1,189 @@
+// bench_experts.h: the grouped product at 1 to 2048 rows an expert, for every size of row block that makes sense there,
+// beside the library's way: weights unpacked, rows gathered, products elsewhere (scripts/device), rows scattered.
+#pragma once
+
+#include "bench_tools.h"
+
+namespace bench {
+
+struct Model {
+    const char *name;
+    int64_t hidden, intermediate;
+};
+
+// Slots of experts drawn so that each has `rows`, sorted by the real kernel.
+struct Routing {
+    int64_t num_slots;
+    int32_t num_experts, m_block;
+    test::Array<int32_t> ids, sorted, blocks, first, counts, invalid;
+
+    Routing(int64_t rows, int32_t experts, int32_t block)
+        : num_slots(rows * experts),
+          num_experts(experts),
+          m_block(block),
+          ids(static_cast<size_t>(num_slots)),
+          sorted(static_cast<size_t>(krasis_cuda_align_max_blocks(num_slots, experts, m_block) * m_block)),
+          blocks(static_cast<size_t>(krasis_cuda_align_max_blocks(num_slots, experts, m_block))),
+          first(static_cast<size_t>(experts) + 1),
+          counts(static_cast<size_t>(experts)),
+          invalid(1) {
+        for (size_t i = 0; i < ids.size(); ++i) ids[i] = static_cast<int32_t>(i * 7 % static_cast<size_t>(experts));
+        ids.upload();
+    }
+
+    void sort() {
+        const krasis_cuda_align_args args{ids.device(),   num_slots,       num_experts,
+                                          m_block,        sorted.device(), blocks.device(),
+                                          first.device(), counts.device(), invalid.device()};
+        CHECK_OK(krasis_cuda_moe_align(&args, nullptr));
+    }
+};
+
+struct Product {
+    const Routing &routing;
+    int64_t k, n, record_bytes;
+    bool gated;
+    Buffer records, activations, out;
+    test::Array<const void *> table;
+
+    Product(Routing &r, int64_t num_k, int64_t num_n, bool is_gated)
+        : routing(r),
+          k(num_k),
+          n(num_n),
+          record_bytes(k * n / 2 + k / 128 * n * 2),
+          gated(is_gated),
+          records(record_bytes * r.num_experts, kAnyBits, 0),
+          activations(r.num_slots / (gated ? kTopK : 1) * k * 2, kValueKeep, kValueSet),
+          out(r.num_slots * n * 2, 0, 0),
+          table(static_cast<size_t>(r.num_experts)) {
+        for (int32_t e = 0; e < r.num_experts; ++e) {
+            uint8_t *record = records.data() + e * record_bytes;
+            table[static_cast<size_t>(e)] = record;
+            fill_kernel<<<64, 256>>>(reinterpret_cast<uint32_t *>(record + k * n / 2), k / 128 * n / 2, kValueKeep,
+                                     kScaleSet);
+        }
+        table.upload();
+    }
+
+    void run() {
+        krasis_cuda_moe_gemm_args a{};
+        a.activations = activations.data();
+        a.activation_stride = k;
+        a.slots_per_row = gated ? kTopK : 1;
+        a.dtype = a.scale_dtype = a.out_dtype = KRASIS_BF16;
+        a.gated = gated;
+        a.expert_base = table.device();
+        a.scales_offset = k * n / 2;
+        a.m_block = routing.m_block;
+        a.group = 128;
+        a.k = k;
+        a.n = n;
+        a.num_slots = routing.num_slots;
+        a.num_experts = a.expert_end = routing.num_experts;
+        a.sorted_slots = const_cast<Routing &>(routing).sorted.device();
+        a.block_experts = const_cast<Routing &>(routing).blocks.device();
+        a.first_block = const_cast<Routing &>(routing).first.device();
+        a.out = out.data();
+        a.out_stride = gated ? n / 2 : n;
+        CHECK_OK(krasis_cuda_moe_gemm(&a, nullptr));
+    }
+
+    double flops() const { return 2.0 * static_cast<double>(routing.num_slots) * static_cast<double>(k * n); }
+    double weight_bytes() const { return static_cast<double>(record_bytes) * routing.num_experts; }
+};
+
+inline void bench_grouped(const Model &model, int64_t rows, int32_t m_block, double peak) {
+    // Few experts where there are many rows, to bound the time; always more weights than fit the L2 cache.
+    const int32_t experts = rows <= 256 ? 128 : 32;
+    Routing routing(rows, experts, m_block);
+    const double sort_s = median_seconds([&] { routing.sort(); });
+    Product gate_up(routing, model.hidden, 2 * model.intermediate, true),
+        down(routing, model.intermediate, model.hidden, false);
+    const double gate_up_s = median_seconds([&] { gate_up.run(); }), down_s = median_seconds([&] { down.run(); });
+    const double both = (gate_up.flops() + down.flops()) / (gate_up_s + down_s);
+    std::printf(
+        "%-10s %4lld rows x %3d experts, m_block %3d%c: sort %5.1f us, w13 %8.1f us %5.1f TFLOP/s %4.0f GB/s, "
+        "w2 %8.1f us %5.1f TFLOP/s %4.0f GB/s, both %5.1f TFLOP/s = %4.1f %% of mma.sync\n",
+        model.name, static_cast<long long>(rows), experts, m_block,
+        m_block == krasis_cuda_moe_m_block(rows * experts, experts) ? '*' : ' ', sort_s * 1e6, gate_up_s * 1e6,
+        gate_up.flops() / gate_up_s * 1e-12, gate_up.weight_bytes() / gate_up_s * 1e-9, down_s * 1e6,
+        down.flops() / down_s * 1e-12, down.weight_bytes() / down_s * 1e-9, both * 1e-12, 100 * both / peak);
+    std::fflush(stdout);
+}
+
+// The star marks what krasis_cuda_moe_m_block chooses.
+inline void bench_experts(bool quick, double peak) {
+    const Model models[] = {{"qwen3-30b", 2048, 768}, {"qwen3-235b", 4096, 1536}};
+    for (const Model &model : models) {
+        for (int64_t rows : {1, 4, 8, 16, 32, 64, 128, 256, 625, 1024, 2048}) {
+            if (quick && rows != 1 && rows != 64 && rows != 625) continue;
+            for (int32_t m_block : {16, 32, 64, 128}) {
+                const bool small = m_block >= rows / 16, large = m_block < 2 * rows || m_block == 16;
+                if (small && large) bench_grouped(model, rows, m_block, peak);
+            }
+        }
+    }
+}
+
+// Two shapes of expert matrix to 16 bits; read 0.52 bytes a weight, written 2.
+inline void bench_marlin_unpack(int64_t k, int64_t n) {
+    constexpr int32_t kExperts = 32;
+    Routing routing(1, kExperts, 16);
+    Product product(routing, k, n, false);
+    Buffer out(kExperts * k * n * 2, 0, 0);
+    krasis_cuda_marlin_dequant_args a{};
+    a.expert_base = product.table.device();
+    a.scales_offset = k * n / 2;
+    a.scale_dtype = a.out_dtype = KRASIS_BF16;
+    a.group = 128;
+    a.k = k;
+    a.n = n;
+    a.count = kExperts;
+    a.out = out.data();
+    const double seconds = median_seconds([&] { CHECK_OK(krasis_cuda_marlin_dequant(&a, nullptr)); });
+    const double bytes = product.weight_bytes() + 2.0 * kExperts * static_cast<double>(k * n);
+    std::printf("unpack %d experts [%lld, %lld]: %8.1f us, %5.0f GB/s, %6.2f us an expert\n", kExperts,
+                static_cast<long long>(n), static_cast<long long>(k), seconds * 1e6, bytes / seconds * 1e-9,
+                seconds * 1e6 / kExperts);
+}
+
+inline void bench_reorder(int64_t rows, int64_t k) {
+    constexpr int32_t kExperts = 32;
+    Routing routing(rows, kExperts, 16);
+    routing.sort();
+    const int64_t slots = routing.num_slots, max_rows = static_cast<int64_t>(routing.sorted.size());
+    Buffer x(slots / kTopK * k * 2, kValueKeep, kValueSet), sorted(max_rows * k * 2, 0, 0), out(slots * k * 2, 0, 0);
+    test::Array<int32_t> ends(kExperts);
+    krasis_cuda_moe_gather_args g{};
+    g.x = x.data();
+    g.x_stride = g.k = k;
+    g.slots_per_row = kTopK;
+    g.sorted_slots = routing.sorted.device();
+    g.first_block = routing.first.device();
+    g.m_block = routing.m_block;
+    g.expert_end = kExperts;
+    g.dtype = KRASIS_BF16;
+    g.num_slots = slots;
+    g.max_rows = max_rows;
+    g.out = sorted.data();
+    g.ends = ends.device();
+    krasis_cuda_moe_scatter_args s{};
+    s.rows = sorted.data();
+    s.n = s.out_stride = k;
+    s.sorted_slots = g.sorted_slots;
+    s.first_block = g.first_block;
+    s.m_block = routing.m_block;
+    s.expert_end = kExperts;
+    s.dtype = KRASIS_BF16;
+    s.num_slots = slots;
+    s.max_rows = max_rows;
+    s.out = out.data();
+    const double gather_s = median_seconds([&] { CHECK_OK(krasis_cuda_moe_gather(&g, nullptr)); });
+    const double scatter_s = median_seconds([&] { CHECK_OK(krasis_cuda_moe_scatter(&s, nullptr)); });
+    const double bytes = 4.0 * static_cast<double>(slots * k);
+    std::printf("reorder %lld rows of %lld: gather %7.1f us %5.0f GB/s, scatter %7.1f us %5.0f GB/s (read + written)\n",
+                static_cast<long long>(slots), static_cast<long long>(k), gather_s * 1e6, bytes / gather_s * 1e-9,
+                scatter_s * 1e6, bytes / scatter_s * 1e-9);
+}
+
+}  // namespace bench

@@ -1,0 +1,127 @@
+"""Random bundles: sound, the same every time, and sane enough to measure with."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+sys.path.insert(0, str(SCRIPTS))
+
+from make_random_bundle import BundleRequest, bundle_bytes, make_bundle  # noqa: E402
+from model_shapes import SHAPES  # noqa: E402
+
+from krasis.formats.bundle_reader import Bundle  # noqa: E402
+from krasis.formats.bundle_verify import verify_bundle  # noqa: E402
+from krasis.formats.errors import ResourceError, UsageError  # noqa: E402
+from krasis.formats.layouts import Int8RowsLayout  # noqa: E402
+from krasis.runtime import Engine, EngineSettings  # noqa: E402
+from krasis.runtime.kernels import Kernels  # noqa: E402
+from krasis.runtime.model.weights import load_weights  # noqa: E402
+
+SMALL = replace(
+    SHAPES["qwen3-30b-a3b"],
+    vocab_size=4096,
+    hidden_size=256,
+    moe_intermediate_size=128,
+    num_experts=32,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=64,
+    num_hidden_layers=3,
+    max_position_embeddings=2048,
+)
+REQUEST = BundleRequest(SMALL, seed=3, num_threads=2, pool_bytes=1 << 20)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("random") / "a.krasis"
+    written: list[int] = []
+    total = make_bundle(REQUEST, out, written.append)
+    assert total == bundle_bytes(REQUEST) >= sum(written)
+    return out
+
+
+def test_it_is_sound(bundle: Path) -> None:
+    assert verify_bundle(bundle) == []
+    with Bundle.open(bundle) as opened:
+        assert opened.manifest.recipe["random"] is True
+        assert set(opened.manifest.layouts) == {"dense", "gpu", "cpu"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"tiers": ("gpu",), "gpu_group": 64}, {"tiers": ("cpu",), "cpu_format": "i4"}],
+    ids=["gpu", "cpu"],
+)
+def test_one_tier(tmp_path: Path, changes: dict[str, Any]) -> None:
+    request = replace(REQUEST, **changes)
+    make_bundle(request, tmp_path / "a.krasis")
+    assert verify_bundle(tmp_path / "a.krasis") == []
+    with Bundle.open(tmp_path / "a.krasis") as opened:
+        load_weights(opened, request.tiers[0])
+
+
+def test_the_same_arguments_give_the_same_bytes(bundle: Path, tmp_path: Path) -> None:
+    make_bundle(replace(REQUEST, num_threads=1), tmp_path / "again.krasis")
+    for path in bundle.iterdir():
+        assert path.read_bytes() == (tmp_path / "again.krasis" / path.name).read_bytes(), path.name
+    make_bundle(replace(REQUEST, seed=4), tmp_path / "other.krasis")
+    for name in ("cpu-000.safetensors", "gpu-000.safetensors", "dense-000.safetensors"):
+        assert (bundle / name).read_bytes() != (tmp_path / "other.krasis" / name).read_bytes()
+
+
+def test_what_is_there_or_too_large_is_refused(bundle: Path, tmp_path: Path) -> None:
+    before = (bundle / "manifest.json").read_bytes()
+    with pytest.raises(UsageError, match="exists"):
+        make_bundle(REQUEST, bundle)
+    assert (bundle / "manifest.json").read_bytes() == before
+    huge = BundleRequest(replace(SHAPES["qwen3-235b-a22b"], num_hidden_layers=2000))
+    with pytest.raises(ResourceError, match="too little room"):
+        make_bundle(huge, tmp_path / "huge.krasis")
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_have_no_bias_and_the_right_spread(bundle: Path) -> None:
+    with Bundle.open(bundle) as opened:
+        tiers = {tier: load_weights(opened, tier) for tier in ("gpu", "cpu")}
+    qkv = tiers["gpu"].layers[0].qkv
+    assert Int8RowsLayout().unpack(qkv.codes, qkv.scales).std() == pytest.approx(256**-0.5, rel=0.05)
+    for weights in tiers.values():
+        seen = []
+        for record in weights.layers[1].experts[:3]:
+            gate, up, down = weights.expert_layout.unpack_expert(record, 256, 128)
+            for part, fan_in, gain in ((gate, 256, 1.0), (up, 256, 1.0), (down, 128, 6**-0.5)):
+                std = gain * fan_in**-0.5
+                assert part.std() == pytest.approx(std, rel=0.1)
+                assert abs(part.mean()) < 0.05 * std
+            seen.append(gate)
+        # Experts differ, and are not the same numbers in another order of rows.
+        assert abs(np.corrcoef(seen[0].ravel(), seen[1].ravel())[0, 1]) < 0.05
+
+
+def test_tokens_spread_over_the_experts(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts: list[np.ndarray] = []
+    route = Kernels.route_topk
+
+    def counting(self: Any, logits: Any, top_k: int, normalize: bool, ids: np.ndarray, weights: Any) -> None:
+        route(self, logits, top_k, normalize, ids, weights)
+        if len(ids) > 1:  # one row: recorded for decode, not run yet
+            counts.append(np.bincount(ids.ravel(), minlength=32))
+
+    monkeypatch.setattr(Kernels, "route_topk", counting)
+    settings = EngineSettings(context=512, threads=2, device="cpu", prefault=False)
+    with Engine.open(bundle, settings) as engine:
+        logits = engine.prefill(np.random.default_rng(0).integers(0, 4096, 512), all_logits=True)
+    assert 0.3 < logits.std() < 3
+    assert len(counts) == 3
+    for layer in counts:
+        assert layer.sum() == 512 * 8
+        assert layer.max() < 2 * layer.mean()
+        assert layer.min() > 0.4 * layer.mean()
