@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "marlin_moe.cuh"
+#include "marlin_wgmma.cuh"
 #include "status.h"
 
 namespace krasis::cuda {
@@ -62,10 +63,8 @@ MoeGemmParams parameters(const krasis_cuda_moe_gemm_args &a) {
 }
 
 // tiles: as many as there can be; only the device knows how many there are.
-template <class Type, int kRows>
+template <auto kKernel, class Tile>
 int32_t launch_tile(const MoeGemmParams &params, int64_t tiles, void *stream) {
-    using Tile = MmaTile<Type, kRows>;
-    constexpr auto kKernel = moe_mma_kernel<Type, kRows>;
     simt::LaunchShape shape{0, Tile::kThreads, Tile::kSharedBytes};
     const char *error = nullptr;
     const int64_t resident = simt::resident_blocks<kKernel>(shape, &error);
@@ -74,12 +73,18 @@ int32_t launch_tile(const MoeGemmParams &params, int64_t tiles, void *stream) {
     return launch<kKernel>(shape, params, stream);
 }
 
+template <class Type, int kRows>
+int32_t launch_mma(const MoeGemmParams &params, int64_t tiles, void *stream) {
+    return launch_tile<moe_mma_kernel<Type, kRows>, MmaTile<Type, kRows>>(params, tiles, stream);
+}
+
 template <class Type>
 int32_t launch_type(int32_t m_block, const MoeGemmParams &params, int64_t tiles, void *stream) {
-    if (m_block == 16) return launch_tile<Type, 16>(params, tiles, stream);
-    if (m_block == 32) return launch_tile<Type, 32>(params, tiles, stream);
-    if (m_block == 64) return launch_tile<Type, 64>(params, tiles, stream);
-    return launch_tile<Type, 128>(params, tiles, stream);
+    if (m_block == 16) return launch_mma<Type, 16>(params, tiles, stream);
+    if (m_block == 32) return launch_mma<Type, 32>(params, tiles, stream);
+    if (m_block == 64) return launch_mma<Type, 64>(params, tiles, stream);
+    if (!simt::has_wgmma()) return launch_mma<Type, 128>(params, tiles, stream);
+    return launch_tile<moe_wgmma_kernel<Type>, WgmmaTile<Type>>(params, tiles, stream);
 }
 
 }  // namespace

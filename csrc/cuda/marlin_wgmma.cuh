@@ -1,8 +1,9 @@
-// marlin_wgmma.cuh: the grouped W4A16 product by wgmma (sm_90a); moe_worker.cuh says how it works.
+// marlin_wgmma.cuh: the grouped W4A16 product by wgmma (sm_90a), 128 rows a tile; moe_worker.cuh says how it works.
 //
 // Two warpgroups; a warp takes the same word, 16 columns, of a pair of column tiles, and all rows: a dequantised
 // fragment is used once, by an instruction for all of them. Fragments go in through registers, activations from shared
-// memory as they lie: the swizzle that serves ldmatrix is the hardware's.
+// memory as they lie: the swizzle that serves ldmatrix is the hardware's. Where the second half of a tile's rows is
+// padding, the products are those of 64 rows.
 //
 // Order. The two tiles of the pair take turns, 32 k at a time: while the products of one are under way, the other's
 // next fragments are dequantised. Where a group ends the warpgroup waits for all its products, for then its sums change
@@ -13,16 +14,15 @@
 
 namespace krasis::cuda {
 
-template <class Type_, int kRows_>
-struct WgmmaTile : MoeTile<kRows_, 256, kRows_ == 128 ? 7 : 6> {
+template <class Type_>
+struct WgmmaTile : MoeTile<128, 256, 7> {
     using Type = Type_;
     static constexpr int kWords = 1;
-    static constexpr int kRowTiles = kRows_ / 8;
+    static constexpr int kRowTiles = kRows / 8;
     static constexpr int kLag = 1;
     // A stage is refilled when the step behind the slower warpgroup's has begun: its products are done by then.
-    static constexpr int kAhead = WgmmaTile::kStages - 2 - kLag;
-    static constexpr int kBlocksAtOnce = kRows_ == 128 ? 1 : 2;
-    static_assert(WgmmaTile::kStageBytes % 1024 == 0);  // a tile's rows begin at multiples of 1024
+    static constexpr int kAhead = kStages - 2 - kLag;
+    static_assert(kStageBytes % 1024 == 0);  // a tile's rows begin at multiples of 1024
 };
 
 template <class Tile>
@@ -35,11 +35,12 @@ struct WgmmaWorker : MoeWorker<Tile> {
 
     KRASIS_DEVICE explicit WgmmaWorker(const MoeGemmParams &params) : Base(params) {}
 
+    template <int kTiles>
     KRASIS_DEVICE void hold_sums() {
         KRASIS_UNROLL
-        for (int i = 0; i < 2 * Tile::kRowTiles; ++i) {
+        for (int i = 0; i < 2 * kTiles; ++i) {
             KRASIS_UNROLL
-            for (int f = 0; f < 4; ++f) simt::hold(sum[i / Tile::kRowTiles][0][i % Tile::kRowTiles][f]);
+            for (int f = 0; f < 4; ++f) simt::hold(sum[i / kTiles][0][i % kTiles][f]);
         }
     }
 
@@ -57,9 +58,11 @@ struct WgmmaWorker : MoeWorker<Tile> {
     }
 
     // 32 k, from k16 step `first` of the stage on.
+    template <int kTiles>
     KRASIS_DEVICE void multiply(int first) {
-        const uint8_t *words = shared + read_stage + Tile::kXBytes + first * Tile::kK16Bytes +
-                               2 * pair * Tile::kTileBytes + lane * 16 + first_word * 4;
+        const uint8_t *stage = shared + read_stage;
+        const uint8_t *words =
+            stage + Tile::kXBytes + first * Tile::kK16Bytes + 2 * pair * Tile::kTileBytes + lane * 16 + first_word * 4;
         uint32_t codes[2][2];  // [k16][column tile of the pair]
         KRASIS_UNROLL
         for (int k = 0; k < 2; ++k) {
@@ -74,7 +77,10 @@ struct WgmmaWorker : MoeWorker<Tile> {
             dequantize(i, codes);
             simt::wgmma_fence();
             KRASIS_UNROLL
-            for (int k = 0; k < 2; ++k) simt::wgmma(Type{}, sum[i][0], fragments[i][k], shared + read_stage, first + k);
+            for (int k = 0; k < 2; ++k) {
+                simt::wgmma(Type{}, reinterpret_cast<float (&)[kTiles][4]>(sum[i][0]), fragments[i][k], stage,
+                            first + k);
+            }
             simt::wgmma_commit();
         }
     }
@@ -87,23 +93,24 @@ struct WgmmaWorker : MoeWorker<Tile> {
         this->load_step(step + Tile::kAhead);
     }
 
+    template <int kTiles>
     KRASIS_DEVICE void run_units(int lag) {
         const int units = 2 * p.k_steps, group = p.group_shift ? 1 << (p.group_shift - 1) : units;  // of 32 k
-        for (int unit = 0; unit < units;) {
+        for (int at = 0; at < units;) {
             // Before the first group too, where it changes nothing: were the sums touched on one of two ways here, the
             // compiler would let no products run behind the threads' backs.
-            this->change_units(0, 0);
-            this->change_units(1, 0);
+            KRASIS_UNROLL
+            for (int i = 0; i < 2; ++i) this->template change_units<kTiles>(i, 0);
             this->load_scales();
-            hold_sums();
-            const int end = unit + group;
-            for (; unit < end; ++unit) {
-                if (unit % 2 == 0) begin_step(unit / 2 + lag);
-                multiply(unit % 2 * 2);
-                if (unit % 2) this->advance(read_stage);
+            hold_sums<kTiles>();
+            const int end = at + group;
+            for (; at < end; ++at) {
+                if (at % 2 == 0) begin_step(at / 2 + lag);
+                multiply<kTiles>(at % 2 * 2);
+                if (at % 2) this->advance(read_stage);
             }
             simt::wgmma_wait<0>();
-            hold_sums();
+            hold_sums<kTiles>();
         }
     }
 
@@ -112,17 +119,21 @@ struct WgmmaWorker : MoeWorker<Tile> {
         const int lag = pair ? Tile::kLag : 0;  // pair: the number of the warpgroup
         this->begin_units();
         for (int step = 0; step < lag; ++step) begin_step(step);
-        run_units(lag);
+        if (this->slots_of(this->place)[Tile::kRows / 2] < 0) {
+            run_units<Tile::kRowTiles / 2>(lag);
+        } else {
+            run_units<Tile::kRowTiles>(lag);
+        }
         for (int step = lag; step < Tile::kLag; ++step) begin_step(p.k_steps + step);
         if (p.group_shift == 0) this->take_channel_units();
         simt::sync_threads();  // nobody reads shared memory any more
     }
 };
 
-template <class Type, int kRows>
-KRASIS_KERNEL((WgmmaTile<Type, kRows>::kThreads), (WgmmaTile<Type, kRows>::kBlocksAtOnce))
+template <class Type>
+KRASIS_KERNEL((WgmmaTile<Type>::kThreads), 1)
 moe_wgmma_kernel(const MoeGemmParams p) {
-    run_tiles<WgmmaWorker<WgmmaTile<Type, kRows>>>(p);
+    run_tiles<WgmmaWorker<WgmmaTile<Type>>>(p);
 }
 
 }  // namespace krasis::cuda

@@ -102,11 +102,11 @@ align_place_kernel(const AlignParams p) {
 }  // namespace krasis::cuda
 
 // Padding costs up to m_block - 1 rows an expert: smaller blocks waste fewer rows, larger ones read the weights less
-// often.
+// often. Blocks of 128 are for wgmma, which is the faster from half a block on; mma.sync is no faster with them.
 int32_t krasis_cuda_moe_m_block(int64_t num_slots, int64_t num_experts) {
     if (num_experts <= 0 || num_slots <= 16 * num_experts) return 16;
     if (num_slots <= 32 * num_experts) return 32;
-    return num_slots <= 1024 * num_experts ? 64 : 128;
+    return num_slots <= 64 * num_experts || !krasis::simt::has_wgmma() ? 64 : 128;
 }
 
 // Full blocks of all slots, and one that is not full for each expert that has slots.

@@ -246,14 +246,15 @@ struct MoeWorker {
         }
     }
 
-    // Brings the sums of a word's columns to the units of the next group.
+    // Brings the sums of a word's columns, of the first kTiles row tiles, to the units of the next group.
+    template <int kTiles = kRowTiles>
     KRASIS_DEVICE void change_units(int i, int word) {
         KRASIS_UNROLL
         for (int h = 0; h < 2; ++h) {
             const float next = next_unit(i, word, h), ratio = simt::quotient(unit[i][word][h], next);
             unit[i][word][h] = next;
             KRASIS_UNROLL
-            for (int t = 0; t < kRowTiles; ++t) {
+            for (int t = 0; t < kTiles; ++t) {
                 sum[i][word][t][2 * h] *= ratio;
                 sum[i][word][t][2 * h + 1] *= ratio;
             }

@@ -26,6 +26,11 @@
 #define KRASIS_UNROLL_BY(times)
 #endif
 
+// Defined as 1 where the build has code for sm_90a.
+#if !defined(KRASIS_SM90A)
+#define KRASIS_SM90A 0
+#endif
+
 namespace krasis::simt {
 
 inline constexpr uint32_t kAllLanes = 0xffffffffu;

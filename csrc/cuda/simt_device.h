@@ -168,6 +168,19 @@ KRASIS_DEVICE float reciprocal_sqrt(float x) { return rsqrtf(x); }
 
 // ---- launching, from host code
 
+// Whether the current device runs wgmma and the library has code for it: such code is for compute capability 9.0 alone.
+inline bool has_wgmma() {
+#if KRASIS_SM90A
+    int device = 0, major = 0, minor = 0;
+    const bool known = cudaGetDevice(&device) == cudaSuccess &&
+                       cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+                       cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess;
+    return known && major == 9 && minor == 0;
+#else
+    return false;
+#endif
+}
+
 // Lets the kernel have more than 48 KiB of shared memory.
 template <auto kKernel>
 cudaError_t allow_shared(size_t shared_bytes) {

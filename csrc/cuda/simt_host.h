@@ -165,6 +165,10 @@ float reciprocal_sqrt(float x);
 
 // ---- launching
 
+// What has_wgmma says; tests change it to reach both kernels.
+inline bool offers_wgmma = true;
+inline bool has_wgmma() { return offers_wgmma; }
+
 // Few, so that kernels which share out work among resident blocks give each several pieces.
 template <auto kKernel>
 int64_t resident_blocks(const LaunchShape &, const char **) {

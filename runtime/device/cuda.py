@@ -153,8 +153,9 @@ class CudaGraph:
 class CudaDevice:
     """GPU number ``index`` of this process.
 
-    vram_bytes: allocate no more than that (torch's limit for this process: it counts what torch's allocator
-    reserves, not the few hundred MB of the CUDA context and of libraries); None: no limit but the GPU's own.
+    vram_bytes: allocate no more than that on top of what the process holds already (torch's limit for this process: it
+    counts what torch's allocator reserves, not the few hundred MB of the CUDA context and of libraries); None: no
+    limit but the GPU's own.
     Raises ResourceError if there is no such GPU, NativeError if libkrasis_cuda is missing.
     """
 
@@ -170,8 +171,11 @@ class CudaDevice:
         all_bytes = int(properties.total_memory)
         self.total_bytes = all_bytes if vram_bytes is None else min(vram_bytes, all_bytes)
         self._is_capped = self.total_bytes < all_bytes
+        # Another engine of this process, or libraries' workspaces that torch allocated: not this device's.
+        self._before_bytes = torch.cuda.memory_allocated(index)
         if self._is_capped:
-            torch.cuda.set_per_process_memory_fraction(self.total_bytes / all_bytes, index)
+            limit_bytes = min(self.total_bytes + self._before_bytes, all_bytes)
+            torch.cuda.set_per_process_memory_fraction(limit_bytes / all_bytes, index)
         self.description = (
             f"{properties.name} (cuda:{index}, compute capability {properties.major}.{properties.minor}, "
             f"{self.total_bytes / 2**30:.1f} GiB{' by setting' if self._is_capped else ''})"
@@ -208,7 +212,7 @@ class CudaDevice:
         free_bytes, _ = torch.cuda.mem_get_info(self.index)
         allocated_bytes = torch.cuda.memory_allocated(self.index)
         free_bytes += torch.cuda.memory_reserved(self.index) - allocated_bytes
-        return max(0, min(free_bytes, self.total_bytes - allocated_bytes))
+        return max(0, min(free_bytes, self.total_bytes - (allocated_bytes - self._before_bytes)))
 
     def host_reads(self, *tensors: torch.Tensor) -> None:
         """Nothing: the double checks it."""

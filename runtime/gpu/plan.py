@@ -7,6 +7,8 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, replace
 
+import torch
+
 from krasis.formats.bundle_reader import Bundle
 from krasis.formats.errors import NativeError, ResourceError
 from krasis.runtime import environment
@@ -53,9 +55,11 @@ def describe_machine(device: Device, settings: EngineSettings, parallel: Paralle
     """This host, and as many GPUs like this one as there are ranks: all ranks plan alike, for the least free
     VRAM.
     """
+    gpu = _rates(device)
+    _release_library_memory(device)
     free = device.free_bytes()
     usable = free if settings.vram_bytes is None else min(free, settings.vram_bytes)
-    gpu = replace(_rates(device), vram_bytes=parallel.agree(usable))
+    gpu = replace(gpu, vram_bytes=parallel.agree(usable))
     cpu, memory = environment.probe_cpu(), environment.probe_memory()
     if not cpu.isa:
         raise NativeError("no CPU kernels run on this machine", got=cpu.isa_reason)
@@ -77,3 +81,14 @@ def _rates(device: Device) -> GpuSpec:
     except ResourceError as error:
         logger.warning("the GPU's rates are assumed, not measured: %s", error)
         return assumed
+
+
+def _release_library_memory(device: Device) -> None:
+    """torch keeps a cuBLAS workspace (32 MiB on an H100) for every stream that ever multiplied: those of
+    engines that were closed, and of the measurement, would count as used. The plan's reserve has room for
+    this engine's.
+    """
+    clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
+    if device.torch_device.type == "cuda" and clear is not None:
+        device.synchronize()
+        clear()

@@ -15,7 +15,7 @@ def to_markdown(state: State) -> str:
     lines = ["# device_check", "", *stage_table(state)]
     for name, section in SECTIONS.items():
         entry = state.entries.get(name)
-        if entry is not None and entry.status == "done":
+        if entry is not None and entry.result:
             lines += ["", *section(entry.result)]
     return "\n".join(lines) + "\n"
 
@@ -187,12 +187,19 @@ def correctness_section(result: Record) -> list[str]:
         [name, ", ".join(f"{key} {value}" for key, value in facts.items())]
         for name, facts in result["measured"].items()
     ]
-    note = f"{result['passed']} passed, {result['failed']} failed, {result['skipped']} skipped"
-    return ["## Correctness", "", note, "", *table(["test", "measured"], rows)]
+    counts = ", ".join(f"{result[f'num_{name}']} {name}" for name in ("passed", "failed", "skipped"))
+    failures = [f"- **failed** {name}: {why}" for name, why in result["failures"].items()]
+    return ["## Correctness", "", counts, "", *table(["test", "measured"], rows), "", *failures]
 
 
 def native_section(result: Record) -> list[str]:
-    return ["## Native tests and benchmark", "", result["tests"], "", "```", *result["bench"], "```"]
+    return [
+        "## Native tests",
+        "",
+        result["tests"],
+        "",
+        f"`{result['bench'][0]}`; the rest is in results.json",
+    ]
 
 
 def layers_of(result: Record) -> str:

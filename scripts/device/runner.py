@@ -47,8 +47,11 @@ def run_stage(context: Context, stage: Stage, digest: str) -> Entry:
     seconds = time.perf_counter() - begin
     if code == 0 and result.is_file():
         record: dict[str, Any] = json.loads(result.read_text("utf-8"))
-        status = "skipped" if "skipped" in record else "done"
-        return Entry(stage.name, status, digest, seconds, record, str(record.pop("skipped", "")))
+        for status in ("failed", "skipped"):
+            if status in record:
+                error = str(record.pop(status))
+                return Entry(stage.name, status, digest, seconds, record, error)
+        return Entry(stage.name, "done", digest, seconds, record)
     return Entry(stage.name, "failed", digest, seconds, {}, f"exit {code}: {tail_of(log)}")
 
 
@@ -85,10 +88,13 @@ def child_environment(context: Context) -> dict[str, str]:
     """This process's, with what was installed for the check in front."""
     paths = [str(path) for path in (context.site, context.wheel_site) if path.is_dir()]
     before = os.environ.get("PYTHONPATH")
+    libraries = context.site / "krasis" / "_lib"
     return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([*paths, *([before] if before else [])]),
         "PYTHONUNBUFFERED": "1",
+        # An installation in a folder of its own is not where the libraries are looked for.
+        **({"KRASIS_LIB_DIR": str(libraries)} if libraries.is_dir() else {}),
     }
 
 

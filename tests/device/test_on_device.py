@@ -13,7 +13,7 @@ import pytest
 # Relative errors of all logits together. 16-bit activations make the difference: seen on the double, bf16
 # 4e-3, f16 5e-4.
 LIMITS = {"bf16": 1e-2, "f16": 1.5e-3}
-CPU_LIMIT = 0.03  # of decode with CPU experts, whose activations are int8
+CPU_LIMIT = 1e-2  # of decode with CPU experts, whose activations are int8: seen 3e-3
 # With 128 experts of random routers some tokens lie between two of them, and any rounding decides: the middle
 # token is what the arithmetic is judged by, all together may be off by a few such tokens.
 FLIPPED_LIMIT = 0.06

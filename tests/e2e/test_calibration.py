@@ -1,4 +1,4 @@
-"""Importance weights from a text, collected by the runtime and used by the converter, on the trained model."""
+"""Importance weights from a text: collected by the runtime, used by the converter, on the trained model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from krasis.runtime.importance_cli import main
 MODEL = Path(__file__).parent.parent / "assets" / "tiny-qwen3-moe"
 # Modules that the model was not trained on and that are no part of heldout.txt (see its PROVENANCE.md).
 CALIBRATION_MODULES = ("bisect", "cmd", "plistlib", "wave")
-NUM_TOKENS, NUM_HELD_OUT = 12_000, 6_000
+NUM_TOKENS, NUM_HELD_OUT = 6_000, 3_000
 CONTEXT = 512
 
 pytestmark = pytest.mark.skipif(not MODEL.exists(), reason="the trained model is not there")
@@ -50,6 +50,7 @@ def expert_inputs(weights) -> Callable[[list[int]], Inputs]:
     import torch
     from transformers import AutoModelForCausalLM
 
+    torch.set_num_threads(1)  # several spin while they wait for each other, which is slow beside other tests
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
     model.train(False)
     seen: dict[int, list[np.ndarray]] = {}
@@ -188,16 +189,13 @@ def test_the_calibration_text_is_not_the_held_out_one(text):
     assert not set(passages(text)) & set(passages(held_out))
 
 
-def test_windows_and_runs_do_not_matter_to_the_bytes(exact_bundle, text):
+def test_the_same_text_gives_the_same_bytes(exact_bundle, text):
     with Bundle.open(exact_bundle) as bundle:
         reports: list[int] = []
         first = collect(bundle, text, context=64, max_tokens=200, progress=reports.append)
         assert sum(reports) == bundle.architecture.num_layers
         assert first.to_bytes() == collect(bundle, text, context=64, max_tokens=200).to_bytes()
         assert first.to_bytes() != collect(bundle, text, context=32, max_tokens=200).to_bytes()
-        # Two windows see what two texts see.
-        parts = [collect(bundle, "", context=64)] if False else []
-        assert not parts
 
 
 def test_refusals(exact_bundle, tmp_path):
@@ -205,9 +203,9 @@ def test_refusals(exact_bundle, tmp_path):
         collect(bundle, "")
     arguments = [str(exact_bundle), "--text", __file__, "-o", str(tmp_path / "missing" / "c.h5")]
     result = CliRunner().invoke(main, [*arguments, "--max-tokens", "20"])
-    assert result.exit_code == 4 or result.exit_code > 0
-    assert "error" in result.output
+    assert result.exit_code > 0
+    assert "c.h5: creating the file failed: No such file" in result.output
     result = CliRunner().invoke(main, [*arguments[:-1], str(tmp_path / "c.h5"), "--experts", "gpu"])
     assert result.exit_code > 0
-    assert "error" in result.output
+    assert "importance: error:" in result.output
     assert not list(tmp_path.iterdir())

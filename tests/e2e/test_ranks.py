@@ -7,6 +7,7 @@ rounded to 16 bits once more than on one rank, so logits agree to TOLERANCE of t
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -58,7 +59,26 @@ def bundles(make_bundle, make_config) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def outcomes(bundles, tmp_path_factory):
     """What ``ranks_script.py`` computed, by shape and number of ranks."""
-    folder, sizes = tmp_path_factory.mktemp("ranks"), (*SIZES, CHECK)
+    folder, sizes = once_for_all_workers(tmp_path_factory) / "ranks", (*SIZES, CHECK)
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "done").exists():
+            compute_outcomes(bundles, folder, sizes)
+    return {
+        (name, size): dict(np.load(folder / str(index) / f"{size}.npz"))
+        for index, name in enumerate(bundles)
+        for size in sizes
+    }
+
+
+def once_for_all_workers(tmp_path_factory) -> Path:
+    """A folder of this run; pytest-xdist's workers, which may each run some of these tests, share it."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+def compute_outcomes(bundles: dict[str, Path], folder: Path, sizes: tuple[int, ...]) -> None:
+    folder.mkdir()
     plan = [
         (
             str(bundle),
@@ -68,11 +88,7 @@ def outcomes(bundles, tmp_path_factory):
     ]
     done = run_script(folder, json.dumps(plan))
     assert done.returncode == 0, done.stdout + done.stderr
-    return {
-        (name, size): dict(np.load(folder / str(index) / f"{size}.npz"))
-        for index, name in enumerate(bundles)
-        for size in sizes
-    }
+    (folder / "done").touch()
 
 
 def vram_bytes(bundle: Path, num_ranks: int) -> int:

@@ -146,6 +146,8 @@ def test_outcomes_of_a_stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     assert (done.status, done.result, done.error) == ("done", {"a": 1}, "")
     skipped = entry_of(monkeypatch, tmp_path, "open(RESULT, 'w').write('{\"skipped\": \"no GPU\"}')")
     assert (skipped.status, skipped.error) == ("skipped", "no GPU")
+    partly = entry_of(monkeypatch, tmp_path, 'open(RESULT, \'w\').write(\'{"failed": "two", "a": 1}\')')
+    assert (partly.status, partly.error, partly.result) == ("failed", "two", {"a": 1})
     failed = entry_of(monkeypatch, tmp_path, "raise ValueError('broken')")
     assert failed.status == "failed"
     assert failed.error.startswith("exit 1: ValueError: broken")
@@ -237,6 +239,19 @@ def test_the_build_is_offline_and_for_this_gpu(
     assert "cmake.define.CMAKE_CUDA_ARCHITECTURES=89" in pip
 
 
+def test_stages_find_what_was_built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    context = Context(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", "/before")
+    monkeypatch.setenv("KRASIS_LIB_DIR", "/mine")
+    assert runner.child_environment(context)["PYTHONPATH"] == "/before"
+    assert runner.child_environment(context)["KRASIS_LIB_DIR"] == "/mine"
+    (context.site / "krasis" / "_lib").mkdir(parents=True)
+    context.wheel_site.mkdir()
+    env = runner.child_environment(context)
+    assert env["PYTHONPATH"] == f"{context.site}:{context.wheel_site}:/before"
+    assert env["KRASIS_LIB_DIR"] == str(context.site / "krasis" / "_lib")
+
+
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(build, "NEEDED", {"no_such_module": "no-such-package"})
     with pytest.raises(build.BuildError, match=r"no-such-package.*pip download"):
@@ -306,15 +321,14 @@ def test_disk_rate_reads_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_the_report_of_pytest_is_read(tmp_path: Path) -> None:
     (tmp_path / "r.xml").write_text(
         "<testsuites><testsuite><testcase name='a'><properties><property name='relative_error' value='1e-3'/>"
-        "</properties></testcase><testcase name='b'><failure/></testcase>"
+        "</properties></testcase><testcase name='b'><failure message='it&#10;broke'/></testcase>"
         "<testcase name='c'><skipped message='no GPU'/></testcase></testsuite></testsuites>"
     )
     outcome = read_report(tmp_path / "r.xml")
-    assert {key: outcome[key] for key in ("passed", "failed", "skipped")} == {
-        "passed": 1,
-        "failed": 1,
-        "skipped": 1,
-    }
+    assert (outcome["num_passed"], outcome["num_failed"], outcome["num_skipped"]) == (1, 1, 1)
+    assert outcome["failures"] == {"b": "it broke"}
     assert outcome["measured"] == {"a": {"relative_error": "1e-3"}}
     assert outcome["skips"] == {"c": "no GPU"}
-    assert "1 passed" in "\n".join(report.correctness_section(outcome))
+    text = "\n".join(report.correctness_section(outcome))
+    assert "1 passed, 1 failed, 1 skipped" in text
+    assert "**failed** b: it broke" in text

@@ -69,7 +69,7 @@ def rows_of(ids: torch.Tensor, experts: range) -> torch.Tensor:
     return torch.isin(ids.flatten(), torch.tensor(list(experts)))
 
 
-@pytest.mark.parametrize("m_block", [None, 16, 32, 64])
+@pytest.mark.parametrize("m_block", [None, 16, 32, 64, 128])
 def test_align_sorts_slots_by_expert(bench: Any, m_block: int | None) -> None:
     ids = routed()
     ids[3, 0] = 99
