@@ -97,8 +97,8 @@ KRASIS_API int32_t krasis_cuda_moe_reduce(const krasis_cuda_moe_reduce_args *arg
 
 /* ---- dense layers -----------------------------------------------------------------------------------------------
  * out[t] = (residual[t] +) x[t] x W^T, W int8 [n/32, k/4, 32, 4] with fp32 scales [n], sums and scales in fp32, out
- * rounded once. Up to 8 tokens run as a matrix-vector product bound by memory, more on tensor cores; the two add in
- * different orders. k % 64 == 0, n % 32 == 0; addresses and strides multiples of 16 bytes. */
+ * rounded once. One or two tokens run as a matrix-vector product bound by memory, more on tensor cores; the two add
+ * in different orders. k % 64 == 0, n % 32 == 0; addresses and strides multiples of 16 bytes. */
 typedef struct krasis_cuda_int8_gemm_args {
     const void *x; /* [tokens, k] of dtype, rows x_stride elements apart */
     int64_t x_stride, tokens, k, n;

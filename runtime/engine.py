@@ -19,7 +19,7 @@ from krasis.formats.errors import UsageError
 from krasis.runtime.chat import Message, missing_template
 from krasis.runtime.generation import Answer, Generation, GenerationPlan, Piece, StopStrings, run
 from krasis.runtime.kv_file import PrefixFile, save_prefix
-from krasis.runtime.model.backend import Backend
+from krasis.runtime.model.backend import Backend, LayerProgress
 from krasis.runtime.model.registry import open_backend
 from krasis.runtime.prefault import Prefault, start_prefault
 from krasis.runtime.sampler import Sampler
@@ -109,14 +109,17 @@ class Engine:
         ids = self._checked(tokens)
         chunks: list[Logits] = []
         last: Logits | None = None
-        for begin in range(0, len(ids), self._backend.prefill_chunk):
-            chunk = ids[begin : begin + self._backend.prefill_chunk]
+        most = self._backend.prefill_chunk
+        for begin in range(0, len(ids), most):
+            chunk = ids[begin : begin + most]
+            self._backend.layer_done = _token_progress(progress, begin, len(chunk), len(ids))
             last = self._backend.prefill(chunk, len(self._tokens), all_logits)
             self._tokens.extend(chunk.tolist())
             if all_logits:
                 chunks.append(last.copy())
             if progress is not None:
                 progress(begin + len(chunk), len(ids))
+        self._backend.layer_done = None
         return np.concatenate(chunks) if all_logits else cast("Logits", last)[-1].copy()
 
     def decode(self, token: int) -> Logits:
@@ -281,3 +284,18 @@ class Engine:
             limit=f"{self.context} tokens",
             hint="shorten the prompt, or open with a larger context (--ctx)",
         )
+
+
+def _token_progress(
+    progress: Progress | None, begin: int, num_tokens: int, total: int
+) -> LayerProgress | None:
+    """Layers of a pass over num_tokens tokens as so many tokens; the last layer is left to the end of the
+    pass."""
+    if progress is None:
+        return None
+
+    def layer_done(done: int, num_layers: int) -> None:
+        if done < num_layers:
+            progress(begin + num_tokens * done // num_layers, total)
+
+    return layer_done

@@ -56,7 +56,7 @@ import pathlib, sys, sysconfig
 site = next(pathlib.Path(sys.argv[1]).glob("lib/python*/site-packages"))
 (site / "outer.pth").write_text(sysconfig.get_path("purelib") + "\n")
 PY
-"$editable/venv/bin/python" -m pip --disable-pip-version-check --quiet install --no-deps --no-build-isolation -e .
+KRASIS_CUDA=off "$editable/venv/bin/python" -m pip --disable-pip-version-check --quiet install --no-deps --no-build-isolation -e .
 (cd / && "$editable/venv/bin/python" - <<'PY'
 import krasis.formats.native as native
 from krasis.formats.native import Pool

@@ -25,8 +25,13 @@ if sys.version_info < (3, 11):
 PY
 command -v c++ >/dev/null || { echo "setup.sh: no C++ compiler (c++) found; on Debian: apt-get install g++" >&2; exit 1; }
 
+# Kernels for a GPU that is not there would only take time to compile.
+if [ -z "${KRASIS_CUDA:-}" ]; then
+    if [ -e /proc/driver/nvidia/version ]; then export KRASIS_CUDA=auto; else export KRASIS_CUDA=off; fi
+fi
+
 # Everything that changes what gets installed: the sources of the wheel, the Python and the torch asked for.
-stamp=$( { echo "$torch_requirement"; "$python" --version
+stamp=$( { echo "$torch_requirement $KRASIS_CUDA"; "$python" --version
            find pyproject.toml CMakeLists.txt README.md LICENSE csrc formats convert runtime -type f \
                -not -name '*.pyc' -print0 | LC_ALL=C sort -z | xargs -0 sha256sum; } | sha256sum | cut -d' ' -f1)
 # A level is there if it or a larger one was installed from the same sources.

@@ -3,6 +3,8 @@
 
 #include <cuda_runtime.h>
 
+#include <atomic>
+
 namespace krasis::simt {
 
 KRASIS_DEVICE unsigned thread_x() { return threadIdx.x; }
@@ -181,19 +183,43 @@ inline bool has_wgmma() {
 #endif
 }
 
+// What CUDA was once asked about a kernel, for each device: a launch should not cost a question.
+class PerDevice {
+  public:
+    // 0 where nothing is known, and for devices past the last.
+    int64_t get(int device) const { return device < kMost ? values_[device].load(std::memory_order_relaxed) : 0; }
+    void set(int device, int64_t value) {
+        if (device < kMost) values_[device].store(value, std::memory_order_relaxed);
+    }
+
+  private:
+    static constexpr int kMost = 64;
+    std::atomic<int64_t> values_[kMost] = {};
+};
+
 // Lets the kernel have more than 48 KiB of shared memory.
 template <auto kKernel>
 cudaError_t allow_shared(size_t shared_bytes) {
+    static PerDevice allowed;
     if (shared_bytes <= 48 * 1024) return cudaSuccess;
-    return cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    int device = 0;
+    cudaError_t status = cudaGetDevice(&device);
+    const auto bytes = static_cast<int64_t>(shared_bytes);
+    if (status != cudaSuccess || allowed.get(device) >= bytes) return status;
+    status = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+    if (status == cudaSuccess) allowed.set(device, bytes);
+    return status;
 }
 
-// How many such blocks run on this GPU at once; 0, with words, if CUDA refuses. shape.blocks is not used.
+// How many such blocks run on this GPU at once; 0, with words, if CUDA refuses. shape.blocks is not used; the rest of
+// it must be the same in every call for a kernel.
 template <auto kKernel>
 int64_t resident_blocks(const LaunchShape &shape, const char **error) {
+    static PerDevice known;
     int device = 0, multiprocessors = 0, blocks = 0;
-    cudaError_t status = allow_shared<kKernel>(shape.shared_bytes);
-    if (status == cudaSuccess) status = cudaGetDevice(&device);
+    cudaError_t status = cudaGetDevice(&device);
+    if (status == cudaSuccess && known.get(device)) return known.get(device);
+    if (status == cudaSuccess) status = allow_shared<kKernel>(shape.shared_bytes);
     if (status == cudaSuccess)
         status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
     if (status == cudaSuccess) {
@@ -201,8 +227,12 @@ int64_t resident_blocks(const LaunchShape &shape, const char **error) {
                                                                shape.shared_bytes);
     }
     if (status == cudaSuccess && blocks == 0) status = cudaErrorLaunchOutOfResources;
-    if (status != cudaSuccess) *error = cudaGetErrorString(status);
-    return status == cudaSuccess ? int64_t{multiprocessors} * blocks : 0;
+    if (status != cudaSuccess) {
+        *error = cudaGetErrorString(status);
+        return 0;
+    }
+    known.set(device, int64_t{multiprocessors} * blocks);
+    return int64_t{multiprocessors} * blocks;
 }
 
 template <auto kKernel, class Params>

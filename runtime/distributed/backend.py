@@ -19,7 +19,7 @@ import numpy as np
 from krasis.runtime.distributed.control import Control
 from krasis.runtime.distributed.parallel import Parallel
 from krasis.runtime.distributed.ranked import RankedBackend
-from krasis.runtime.model.backend import KvRows, Logits, TokenIds
+from krasis.runtime.model.backend import KvRows, LayerProgress, Logits, TokenIds
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +37,15 @@ class DistributedBackend:
         self.description = f"{parallel.num_ranks} ranks; rank 0: {inner.description}"
         self.kv_dtype = inner.kv_dtype
         self._num_shared = 0  # positions whose keys and values all ranks have
+
+    @property
+    def layer_done(self) -> LayerProgress | None:
+        """Told of rank 0's layers, which are the others' too."""
+        return self._inner.layer_done
+
+    @layer_done.setter
+    def layer_done(self, callback: LayerProgress | None) -> None:
+        self._inner.layer_done = callback
 
     @property
     def placement(self) -> tuple[str, str]:

@@ -21,7 +21,7 @@ from krasis.runtime.gpu.memory import OUT_OF_MEMORY, half_batch, largest_workspa
 from krasis.runtime.gpu.parts import CPU_STAGE_TOKENS, Parts, open_parts
 from krasis.runtime.gpu.paths import Choice, Path, PathModel
 from krasis.runtime.gpu.prefill import PrefillPass
-from krasis.runtime.model.backend import KvRows, Logits, TokenIds
+from krasis.runtime.model.backend import KvRows, LayerProgress, Logits, TokenIds
 from krasis.runtime.settings import EngineSettings
 
 logger = logging.getLogger(__name__)
@@ -68,6 +68,7 @@ class GpuBackend:
         self._alone = SingleRank(bundle.architecture.num_experts)
         self._parallel = parallel or self._alone
         self._device, self._closes_device = device, closes_device
+        self.layer_done: LayerProgress | None = None
         self._parts: Parts | None = None
         self._parts = open_parts(bundle, settings, device, self._parallel)
         try:
@@ -216,7 +217,7 @@ class GpuBackend:
         prefill, head = self._passes[alone]
         try:
             buffers = self._workspace.view(len(tokens), 1 if alone else None)
-            chunk = prefill.run(tokens, start, buffers, stage)
+            chunk = prefill.run(tokens, start, buffers, stage, self.layer_done)
             logits = head.all(chunk, buffers) if want_all else head.last(chunk, buffers)
             stage.check()
             if residency is not None:

@@ -4,7 +4,9 @@ precision.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,8 @@ from krasis.runtime.model.backend import TokenIds
 from krasis.runtime.model.weights import FloatWeight
 
 ROWS = 1024
+MOST_THREADS = 8
+"""That gather rows: one alone needs longer for a long prompt than the first layer's experts need to arrive."""
 
 
 class Embedding:
@@ -29,6 +33,8 @@ class Embedding:
         shape = (rows, weight.data.shape[1])
         self._pieces = [device.pinned(shape, self._dtype) for _ in range(2)]
         self._sent: list[Event | None] = [None, None]
+        self._num_threads = min(MOST_THREADS, len(os.sched_getaffinity(0)))
+        self._threads = ThreadPoolExecutor(self._num_threads, thread_name_prefix="krasis-embedding")
 
     def run(
         self, stream: Stream, tokens: TokenIds, segments: Sequence[tuple[int, int]], buffers: Buffers
@@ -56,9 +62,16 @@ class Embedding:
             sent.synchronize()
         self._device.host_writes(piece)
         host: npt.NDArray[Any] = piece.view(torch.int16 if piece.element_size() == 2 else torch.int32).numpy()
-        # "clip": NumPy would otherwise gather into a buffer of its own first; the ids were checked by the
-        # engine.
-        np.take(self._weight.data, ids, axis=0, out=host.view(self._weight.data.dtype), mode="clip")
+        out = host.view(self._weight.data.dtype)
+        share = -(-len(ids) // self._num_threads)
+
+        def gather(begin: int) -> None:
+            # "clip": NumPy would otherwise gather into a buffer of its own first; the ids were checked by the
+            # engine. NumPy lets go of the interpreter's lock here.
+            part = slice(begin, begin + share)
+            np.take(self._weight.data, ids[part], axis=0, out=out[part], mode="clip")
+
+        list(self._threads.map(gather, range(0, len(ids), share)))
         return piece
 
 

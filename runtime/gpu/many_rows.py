@@ -1,9 +1,10 @@
-"""Dense products over many rows: INT8 weights as 16-bit floats in a scratch buffer, then the library's product.
+"""Dense products over many rows: INT8 weights as 16-bit floats in a scratch buffer, then the library's.
 
 The native kernel multiplies by exact codes and scales each sum in fp32. Here a weight is code * scale rounded
-to 16 bits (relative error up to 2^-9 in bfloat16, 2^-12 in float16), as cuBLAS wants it; sums stay fp32 and are
-rounded once on both paths, also where a float32 residual is added. So the two differ by about as much as
-rounding the activations did, and a number of rows always takes the same path: results do not depend on timing.
+to 16 bits (relative error up to 2^-9 in bfloat16, 2^-12 in float16), as cuBLAS wants it; sums stay fp32 and
+are rounded once on both paths, also where a float32 residual is added. So the two differ by about as much as
+rounding the activations did, and a number of rows always takes the same path: results do not depend on
+timing.
 """
 
 from __future__ import annotations
@@ -30,21 +31,22 @@ SUM_BYTES = 32 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class Thresholds:
-    """From how many rows on the library's product is taken: tokens of a dense product, and the mean rows of an
-    expert. None: never.
+    """From how many rows on the library's product is taken: tokens of a dense product, and the mean rows of
+    an expert. None: never.
     """
 
     dense_tokens: int | None
     rows_per_expert: int | None
 
 
-# By scripts/measure_many_rows.py; compute capabilities not listed here keep to the native kernels.
-THRESHOLDS = {
-    (8, 0): Thresholds(512, None),
-    (8, 6): Thresholds(1024, None),
-    (8, 9): Thresholds(1024, None),
-    (9, 0): Thresholds(256, None),
-}
+MEASURED = {(9, 0): Thresholds(96, None)}
+"""By compute capability, from scripts/measure_many_rows.py."""
+
+UNMEASURED = Thresholds(4096, None)
+"""An estimate: there unpacking costs a tenth of the product at most (3 bytes of traffic a weight against
+8192 flops).
+"""
+
 NEVER = Thresholds(None, None)
 
 
@@ -52,13 +54,11 @@ def thresholds_of(device: Device) -> Thresholds:
     """The thresholds of a device's compute capability; never on the double."""
     if device.torch_device.type != "cuda":
         return NEVER
-    major, minor = torch.cuda.get_device_capability(device.torch_device)
-    found = THRESHOLDS.get((major, minor))
+    capability = torch.cuda.get_device_capability(device.torch_device)
+    found = MEASURED.get(capability)
     if found is None:
-        logger.info(
-            "compute capability %d.%d was not measured: native kernels for any number of rows", major, minor
-        )
-    return found or NEVER
+        logger.info("compute capability %d.%d was not measured: %s", *capability, UNMEASURED)
+    return found or UNMEASURED
 
 
 class ManyRows:
@@ -123,8 +123,8 @@ def _launch(
 
 
 def multiply(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, residual: torch.Tensor | None) -> None:
-    """out [T, n] = (residual +) x [T, k] x weight [n, k]^T, fp32 sums; x, weight 16-bit, out theirs or float32,
-    residual like out, and may be out.
+    """out [T, n] = (residual +) x [T, k] x weight [n, k]^T with fp32 sums; x and weight 16-bit, out of their
+    type or float32, residual like out; it may be out.
     """
     transposed = weight.t()
     if not x.is_cuda:  # the double: torch's CPU products of 16-bit floats round where they please

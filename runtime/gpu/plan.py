@@ -86,9 +86,13 @@ def _rates(device: Device) -> GpuSpec:
 def _release_library_memory(device: Device) -> None:
     """torch keeps a cuBLAS workspace (32 MiB on an H100) for every stream that ever multiplied: those of
     engines that were closed, and of the measurement, would count as used. The plan's reserve has room for
-    this engine's.
+    this engine's. The measurement's large blocks are given back too: weights would be put into them piece by
+    piece, and what is left of a block that is partly used is lost.
     """
+    if device.torch_device.type != "cuda":
+        return
+    device.synchronize()
     clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
-    if device.torch_device.type == "cuda" and clear is not None:
-        device.synchronize()
+    if clear is not None:
         clear()
+    torch.cuda.empty_cache()

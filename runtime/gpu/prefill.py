@@ -7,12 +7,13 @@ rank that is nothing.
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 
 import torch
 
 from krasis.formats.architecture import Architecture
-from krasis.runtime.device.api import Device, Stream
+from krasis.runtime.device.api import Device, Event, Stream
 from krasis.runtime.distributed.parallel import Parallel
 from krasis.runtime.gpu.attention import attend
 from krasis.runtime.gpu.buffers import Buffers
@@ -24,7 +25,7 @@ from krasis.runtime.gpu.many_rows import ManyRows
 from krasis.runtime.gpu.residency import Residency
 from krasis.runtime.gpu.weights import GpuLayer, GpuWeights
 from krasis.runtime.kernels import Heads
-from krasis.runtime.model.backend import TokenIds
+from krasis.runtime.model.backend import LayerProgress, TokenIds
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,35 @@ class Chunk:
         return found
 
 
+class PassProgress:
+    """Tells how many layers are done, though all are submitted long before."""
+
+    def __init__(self, callback: LayerProgress | None, num_layers: int) -> None:
+        self._callback, self._num_layers = callback, num_layers
+        self._running: deque[Event] = deque()
+        self._num_done = 0
+
+    def submitted(self, stream: Stream) -> None:
+        """A layer is, to that stream."""
+        if self._callback is None:
+            return
+        self._running.append(stream.record())
+        while self._running and self._running[0].is_done():
+            self._next()
+
+    def wait(self) -> None:
+        """Until the last layer is done."""
+        while self._running:
+            self._running[0].synchronize()
+            self._next()
+
+    def _next(self) -> None:
+        self._running.popleft()
+        self._num_done += 1
+        if self._callback is not None:
+            self._callback(self._num_done, self._num_layers)
+
+
 class PrefillPass:
     """Runs chunks, one at a time. residency: is told how often each expert was chosen."""
 
@@ -71,24 +101,36 @@ class PrefillPass:
         self._model, self._parallel, self._residency = model, parallel, residency
         self._embedding = Embedding(model.device, model.weights.embedding)
 
-    def run(self, tokens: TokenIds, start: int, buffers: Buffers, stage: ExpertStage) -> Chunk:
+    def run(
+        self,
+        tokens: TokenIds,
+        start: int,
+        buffers: Buffers,
+        stage: ExpertStage,
+        layer_done: LayerProgress | None = None,
+    ) -> Chunk:
         """From the tokens to the last layer's output in buffers.hidden; keys and values of start.. in the
-        cache.
+        cache. With layer_done the host waits for the last layer here.
         """
+        progress = PassProgress(layer_done, self._model.architecture.num_layers)
         model, parallel = self._model, self._parallel
         stream, count = model.stream, len(tokens)
         chunk = Chunk(start, count, parallel.own_segments(count), parallel.own_tokens(count))
         if self._residency is not None:
             self._residency.prepare(stream)
-        stage.begin(stream, count)
+        # Embeddings first: behind the first experts, which the stage sends for at once, they would wait their turn
+        # on the link, and everything for them.
         self._embedding.run(stream, tokens, chunk.segments, buffers)
+        stage.begin(stream, count)
         for index, layer in enumerate(model.weights.layers):
             self._attend(index, layer, chunk, buffers)
             self._route(index, layer, chunk, buffers)
             self._run_experts(index, chunk, buffers, stage)
+            progress.submitted(stream)
         stage.end(stream)
         if self._residency is not None and chunk.own:
             self._residency.note_tokens(stream, chunk.own)
+        progress.wait()
         return chunk
 
     def _attend(self, index: int, layer: GpuLayer, chunk: Chunk, buffers: Buffers) -> None:

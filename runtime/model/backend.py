@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy.typing as npt
 Logits = npt.NDArray[np.float32]
 TokenIds = npt.NDArray[np.int64]
 KvRows = npt.NDArray[Any]
+LayerProgress = Callable[[int, int], None]
 
 
 class Backend(Protocol):
@@ -19,12 +21,14 @@ class Backend(Protocol):
     description: one line for logs: the path chosen. prefill_chunk: most tokens of one ``prefill`` call.
     capacity: positions. kv_dtype: what keys and values are kept in, ``f16``, ``bf16`` or ``f32``. placement:
     where the last prefill ran (before the first: where most will) and where decode runs, a few words each.
+    layer_done: if set, called during ``prefill`` with how many layers of how many are done.
     """
 
     description: str
     prefill_chunk: int
     capacity: int
     kv_dtype: str
+    layer_done: LayerProgress | None
 
     @property
     def placement(self) -> tuple[str, str]:

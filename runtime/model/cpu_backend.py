@@ -22,7 +22,7 @@ from krasis.runtime.kernels import (
     workspace,
 )
 from krasis.runtime.kv_cache import KvCache
-from krasis.runtime.model.backend import KvRows, Logits, TokenIds
+from krasis.runtime.model.backend import KvRows, LayerProgress, Logits, TokenIds
 from krasis.runtime.model.recorded_calls import RecordedCalls
 from krasis.runtime.model.rope import rope_tables
 from krasis.runtime.model.weights import LayerWeights, ModelWeights
@@ -87,6 +87,7 @@ class CpuBackend:
 
     def __init__(self, weights: ModelWeights, settings: EngineSettings) -> None:
         architecture = weights.architecture
+        self.layer_done: LayerProgress | None = None
         self.capacity = settings.context_for(architecture.max_positions)
         self.prefill_chunk = min(settings.prefill_chunk, self.capacity)
         self._architecture = architecture
@@ -157,9 +158,12 @@ class CpuBackend:
 
     def _run_layers(self, run: Kernels, weights: ModelWeights, start: int, buffers: Buffers) -> None:
         """From the embedding to the last layer's output, both in buffers.hidden."""
-        for layer, (keys, values) in zip(weights.layers, self._caches, strict=True):
+        layers = zip(weights.layers, self._caches, strict=True)
+        for index, (layer, (keys, values)) in enumerate(layers):
             self._attend(run, layer, keys, values, start, buffers)
             self._run_experts(run, layer, buffers)
+            if self.layer_done is not None:
+                self.layer_done(index + 1, len(weights.layers))
 
     def _attend(
         self, run: Kernels, layer: LayerWeights, keys: Array, values: Array, start: int, buffers: Buffers

@@ -17,7 +17,7 @@ from krasis.formats.errors import NativeError
 from krasis.formats.layouts import Int8RowsLayout
 from krasis.runtime import reference
 from krasis.runtime.kv_cache import KvCache
-from krasis.runtime.model.backend import KvRows, Logits, TokenIds
+from krasis.runtime.model.backend import KvRows, LayerProgress, Logits, TokenIds
 from krasis.runtime.model.rope import rope_tables
 from krasis.runtime.model.weights import Int8Weight, LayerWeights, ModelWeights, to_float32
 from krasis.runtime.native_arrays import Array
@@ -35,6 +35,7 @@ class FloatBackend:
 
     def __init__(self, weights: ModelWeights, settings: EngineSettings) -> None:
         self._architecture = weights.architecture
+        self.layer_done: LayerProgress | None = None
         self.capacity = settings.context_for(self._architecture.max_positions)
         self.prefill_chunk = min(settings.prefill_chunk, self.capacity)
         self._weights: ModelWeights | None = weights
@@ -54,6 +55,8 @@ class FloatBackend:
         for index, layer in enumerate(weights.layers):
             hidden += self._attend(index, layer, hidden, start)
             hidden += self._run_experts(index, layer, hidden)
+            if self.layer_done is not None:
+                self.layer_done(index + 1, len(weights.layers))
         rows = hidden if want_all else hidden[-1:]
         normed = reference.rms_norm(rows, weights.final_norm, self._architecture.rms_norm_eps)
         head = self._dense("lm_head", weights.lm_head)

@@ -23,7 +23,7 @@ inline void bench_dense(const char *name, int64_t k, int64_t n, int64_t tokens, 
         a.scales = reinterpret_cast<const float *>(scales.data());
         a.out = out.data();
         a.out_stride = n;
-        CHECK_OK(krasis_cuda_int8_gemm(&a, nullptr));
+        CHECK_OK(krasis_cuda_int8_gemm(&a, stream()));
     });
     const double flops = 2.0 * static_cast<double>(tokens) * static_cast<double>(n * k) / seconds;
     std::printf("%-16s [%6lld, %4lld] x %4lld tokens: %8.1f us, %6.1f TFLOP/s = %4.1f %% of mma.sync, %5.0f GB/s\n",
@@ -39,7 +39,7 @@ inline void bench_int8_unpack(int64_t n, int64_t k) {
     const double seconds = median_seconds([&] {
         const auto *codes = reinterpret_cast<const int8_t *>(weights.data() + turn++ % copies * n * k);
         CHECK_OK(krasis_cuda_int8_dequant(codes, reinterpret_cast<const float *>(scales.data()), n, k, KRASIS_BF16,
-                                          out.data(), nullptr));
+                                          out.data(), stream()));
     });
     std::printf("unpack int8 [%lld, %lld]: %7.1f us, %5.0f GB/s\n", static_cast<long long>(n),
                 static_cast<long long>(k), seconds * 1e6, 3.0 * static_cast<double>(n * k) / seconds * 1e-9);
@@ -70,17 +70,12 @@ inline void bench_attention(const char *name, int64_t heads, int64_t kv_heads, i
     a.scale = 0.05f;
     a.workspace = workspace.data();
     a.workspace_bytes = workspace_bytes;
-    // Ten calls between two events: the time of a call in a row of calls, as in a graph.
-    constexpr int kCalls = 10;
     const double seconds = median_seconds([&] {
-                               for (int i = 0; i < kCalls; ++i) {
-                                   const int64_t layer = turn++ % copies;
-                                   a.k_cache = k_cache.data() + layer * cache_bytes;
-                                   a.v_cache = v_cache.data() + layer * cache_bytes;
-                                   CHECK_OK(krasis_cuda_attention_decode(&a, nullptr));
-                               }
-                           }) /
-                           kCalls;
+        const int64_t layer = turn++ % copies;
+        a.k_cache = k_cache.data() + layer * cache_bytes;
+        a.v_cache = v_cache.data() + layer * cache_bytes;
+        CHECK_OK(krasis_cuda_attention_decode(&a, stream()));
+    });
     const double bytes = 4.0 * static_cast<double>(kv_heads * keys * dim);
     std::printf("attention %-5s %2lld heads of %lld, %6lld keys of %6lld: %7.1f us, %5.0f GB/s\n", name,
                 static_cast<long long>(heads), static_cast<long long>(kv_heads), static_cast<long long>(keys),

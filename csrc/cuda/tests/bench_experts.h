@@ -35,7 +35,7 @@ struct Routing {
         const krasis_cuda_align_args args{ids.device(),   num_slots,       num_experts,
                                           m_block,        sorted.device(), blocks.device(),
                                           first.device(), counts.device(), invalid.device()};
-        CHECK_OK(krasis_cuda_moe_align(&args, nullptr));
+        CHECK_OK(krasis_cuda_moe_align(&args, stream()));
     }
 };
 
@@ -85,7 +85,7 @@ struct Product {
         a.first_block = const_cast<Routing &>(routing).first.device();
         a.out = out.data();
         a.out_stride = gated ? n / 2 : n;
-        CHECK_OK(krasis_cuda_moe_gemm(&a, nullptr));
+        CHECK_OK(krasis_cuda_moe_gemm(&a, stream()));
     }
 
     double flops() const { return 2.0 * static_cast<double>(routing.num_slots) * static_cast<double>(k * n); }
@@ -140,7 +140,7 @@ inline void bench_marlin_unpack(int64_t k, int64_t n) {
     a.n = n;
     a.count = kExperts;
     a.out = out.data();
-    const double seconds = median_seconds([&] { CHECK_OK(krasis_cuda_marlin_dequant(&a, nullptr)); });
+    const double seconds = median_seconds([&] { CHECK_OK(krasis_cuda_marlin_dequant(&a, stream())); });
     const double bytes = product.weight_bytes() + 2.0 * kExperts * static_cast<double>(k * n);
     std::printf("unpack %d experts [%lld, %lld]: %8.1f us, %5.0f GB/s, %6.2f us an expert\n", kExperts,
                 static_cast<long long>(n), static_cast<long long>(k), seconds * 1e6, bytes / seconds * 1e-9,
@@ -178,8 +178,8 @@ inline void bench_reorder(int64_t rows, int64_t k) {
     s.num_slots = slots;
     s.max_rows = max_rows;
     s.out = out.data();
-    const double gather_s = median_seconds([&] { CHECK_OK(krasis_cuda_moe_gather(&g, nullptr)); });
-    const double scatter_s = median_seconds([&] { CHECK_OK(krasis_cuda_moe_scatter(&s, nullptr)); });
+    const double gather_s = median_seconds([&] { CHECK_OK(krasis_cuda_moe_gather(&g, stream())); });
+    const double scatter_s = median_seconds([&] { CHECK_OK(krasis_cuda_moe_scatter(&s, stream())); });
     const double bytes = 4.0 * static_cast<double>(slots * k);
     std::printf("reorder %lld rows of %lld: gather %7.1f us %5.0f GB/s, scatter %7.1f us %5.0f GB/s (read + written)\n",
                 static_cast<long long>(slots), static_cast<long long>(k), gather_s * 1e6, bytes / gather_s * 1e-9,

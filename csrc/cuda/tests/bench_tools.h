@@ -45,25 +45,56 @@ inline constexpr uint32_t kAnyBits = 0xffffffffu;
 // bf16 of magnitude 1 to 2, any sign and fraction; scales around 1/64.
 inline constexpr uint32_t kValueKeep = 0x807f807fu, kValueSet = 0x3f803f80u, kScaleSet = 0x3c803c80u;
 
+// What the benchmarks launch on: not the default stream, which no graph can be captured from.
+inline cudaStream_t stream() {
+    static const cudaStream_t made = [] {
+        cudaStream_t created;
+        CHECK_CUDA(cudaStreamCreateWithFlags(&created, cudaStreamNonBlocking));
+        return created;
+    }();
+    return made;
+}
+
+// Between two events, in seconds.
+template <class Run>
+double timed(Run &&run) {
+    static cudaEvent_t begin = nullptr, end = nullptr;
+    if (begin == nullptr) {
+        CHECK_CUDA(cudaEventCreate(&begin));
+        CHECK_CUDA(cudaEventCreate(&end));
+    }
+    CHECK_CUDA(cudaEventRecord(begin, stream()));
+    run();
+    CHECK_CUDA(cudaEventRecord(end, stream()));
+    CHECK_CUDA(cudaEventSynchronize(end));
+    float milliseconds = 0;
+    CHECK_CUDA(cudaEventElapsedTime(&milliseconds, begin, end));
+    return milliseconds * 1e-3;
+}
+
+// The time of one run in a captured graph of many: about a millisecond's worth, so that neither the host's launches nor
+// the events count.
 template <class Run>
 double median_seconds(Run &&run) {
-    cudaEvent_t begin, end;
-    CHECK_CUDA(cudaEventCreate(&begin));
-    CHECK_CUDA(cudaEventCreate(&end));
-    std::vector<float> times;
+    CHECK_CUDA(cudaDeviceSynchronize());
+    timed(run);
+    const double once = timed(run);
+    const int runs = static_cast<int>(std::clamp(1e-3 / once, 1.0, 40.0));
+    cudaGraph_t graph;
+    cudaGraphExec_t replay;
+    CHECK_CUDA(cudaStreamBeginCapture(stream(), cudaStreamCaptureModeThreadLocal));
+    for (int i = 0; i < runs; ++i) run();
+    CHECK_CUDA(cudaStreamEndCapture(stream(), &graph));
+    CHECK_CUDA(cudaGraphInstantiate(&replay, graph, 0));
+    std::vector<double> times;
     for (int i = 0; i < kWarmUps + kRepeats; ++i) {
-        CHECK_CUDA(cudaEventRecord(begin));
-        run();
-        CHECK_CUDA(cudaEventRecord(end));
-        CHECK_CUDA(cudaEventSynchronize(end));
-        float milliseconds = 0;
-        CHECK_CUDA(cudaEventElapsedTime(&milliseconds, begin, end));
-        if (i >= kWarmUps) times.push_back(milliseconds);
+        const double seconds = timed([&] { CHECK_CUDA(cudaGraphLaunch(replay, stream())); });
+        if (i >= kWarmUps) times.push_back(seconds / runs);
     }
-    CHECK_CUDA(cudaEventDestroy(begin));
-    CHECK_CUDA(cudaEventDestroy(end));
+    CHECK_CUDA(cudaGraphExecDestroy(replay));
+    CHECK_CUDA(cudaGraphDestroy(graph));
     std::sort(times.begin(), times.end());
-    return times[times.size() / 2] * 1e-3;
+    return times[times.size() / 2];
 }
 
 inline constexpr int kPeakLoops = 2000, kPeakTiles = 16;
@@ -84,16 +115,17 @@ static __global__ void __launch_bounds__(256, 1) peak_kernel(float *out, uint32_
 
 inline double mma_peak(int multiprocessors) {
     Buffer out(256, 0, 0);
-    const double seconds = median_seconds(
-        [&] { peak_kernel<<<multiprocessors, 256>>>(reinterpret_cast<float *>(out.data()), 0x9e3779b9u); });
+    const double seconds = median_seconds([&] {
+        peak_kernel<<<multiprocessors, 256, 0, stream()>>>(reinterpret_cast<float *>(out.data()), 0x9e3779b9u);
+    });
     return 2.0 * 16 * 8 * 16 * kPeakLoops * kPeakTiles * 8 * multiprocessors / seconds;
 }
 
 inline double copy_rate() {
     constexpr int64_t kBytes = int64_t{1} << 30;
     Buffer from(kBytes, kAnyBits, 0), to(kBytes, 0, 0);
-    const double seconds =
-        median_seconds([&] { CHECK_CUDA(cudaMemcpyAsync(to.data(), from.data(), kBytes, cudaMemcpyDeviceToDevice)); });
+    const double seconds = median_seconds(
+        [&] { CHECK_CUDA(cudaMemcpyAsync(to.data(), from.data(), kBytes, cudaMemcpyDeviceToDevice, stream())); });
     return 2.0 * kBytes / seconds;
 }
 

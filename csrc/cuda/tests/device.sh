@@ -9,7 +9,7 @@ mkdir -p "$build"
 arch=${ARCH:-$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d .)}
 flags="-std=c++20 -O3 -I$cuda -I$cuda/.. -I$cuda/tests"
 for a in $arch; do
-    [ "$a" = 90 ] && a=90a && flags="$flags -DKRASIS_SM90A=1" # wgmma
+    case $a in 90 | 90a) a=90a flags="$flags -DKRASIS_SM90A=1" ;; esac # wgmma
     flags="$flags -gencode arch=compute_$a,code=sm_$a"
 done
 
