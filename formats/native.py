@@ -48,7 +48,7 @@ def _candidates() -> Iterator[Path]:
     if override:
         yield Path(override) / LIBRARY_NAME
         return
-    # Beside the packages wherever they are installed (pip install --target), then where an editable install puts it.
+    # Beside the packages wherever they are (pip install --target), then where an editable install puts it.
     folders = [Path(one) for one in krasis.__path__]
     folders += [Path(sysconfig.get_path(key)) / "krasis" for key in ("platlib", "purelib")]
     for folder in dict.fromkeys(folders):

@@ -42,9 +42,10 @@ class EngineSettings:
     kv_dtype: ``f16`` or ``f32``. prefill_chunk: most tokens computed in one pass (memory, not results,
     depends on it).
     prefault: read the weights into memory in the background.
-    device: ``cpu``; ``cuda``: prefill on the GPU, decode on both; ``auto``: the GPU if all it needs is there (the log
-    says what is missing); ``double``: the GPU's code on the CPU, checked and slow, for tests. gpu_dtype: of the GPU's
-    activations and KV cache. vram_bytes: use no more of a GPU's memory; None = what is free.
+    device: ``cpu``; ``cuda``: prefill on the GPU, decode on both; ``auto``: the GPU if all it needs is there
+    (the log says what is missing); ``double``: the GPU's code on the CPU, checked and slow, for tests.
+    gpu_dtype: of the GPU's activations and KV cache. vram_bytes: use no more of a GPU's memory; None = what
+    is free.
     """
 
     context: int | None = None

@@ -1,6 +1,7 @@
 // marlin_moe.cu: checks, choice of tile and launch of the grouped product.
 #include <algorithm>
 
+#include "marlin_few.cuh"
 #include "marlin_moe.cuh"
 #include "marlin_wgmma.cuh"
 #include "status.h"
@@ -78,6 +79,20 @@ int32_t launch_mma(const MoeGemmParams &params, int64_t tiles, void *stream) {
     return launch_tile<moe_mma_kernel<Type, kRows>, MmaTile<Type, kRows>>(params, tiles, stream);
 }
 
+// Up to so many slots (eight tokens of eight choices), for which the other kernels have too few blocks.
+constexpr int64_t kFewSlots = 64;
+
+template <class Type, bool kGated>
+int32_t launch_few(MoeGemmParams params, const krasis_cuda_moe_gemm_args &a, void *stream) {
+    params.column_blocks = kGated ? params.gate_tiles : params.column_tiles;
+    const int64_t experts = a.expert_end - a.expert_begin;
+    int64_t tiles = krasis_cuda_align_max_blocks(a.num_slots, experts, kFewRows) * params.column_blocks;
+    if (a.max_blocks_launched) tiles = std::min<int64_t>(tiles, a.max_blocks_launched);
+    const simt::LaunchShape shape{static_cast<unsigned>(std::min(tiles, kMaxBlocks)), kFewThreads,
+                                  FewWorker<Type, kGated>::kSharedBytes};
+    return launch<moe_few_kernel<Type, kGated>>(shape, params, stream);
+}
+
 template <class Type>
 int32_t launch_type(int32_t m_block, const MoeGemmParams &params, int64_t tiles, void *stream) {
     if (m_block == 16) return launch_mma<Type, 16>(params, tiles, stream);
@@ -96,10 +111,19 @@ int32_t krasis_cuda_moe_gemm(const krasis_cuda_moe_gemm_args *args, void *stream
     const int32_t status = check(*args);
     if (status != KRASIS_OK || args->num_slots == 0) return status;
     const MoeGemmParams params = parameters(*args);
+    const bool is_bf16 = args->dtype == KRASIS_BF16;
+    if (args->m_block == kFewRows && args->num_slots <= kFewSlots) {
+        if (args->gated) {
+            return is_bf16 ? launch_few<krasis::Bf16, true>(params, *args, stream)
+                           : launch_few<krasis::F16, true>(params, *args, stream);
+        }
+        return is_bf16 ? launch_few<krasis::Bf16, false>(params, *args, stream)
+                       : launch_few<krasis::F16, false>(params, *args, stream);
+    }
     const int64_t num_experts = args->expert_end - args->expert_begin;
     const int64_t row_blocks = krasis_cuda_align_max_blocks(args->num_slots, num_experts, args->m_block);
     int64_t tiles = row_blocks * params.column_blocks;
     if (args->max_blocks_launched) tiles = std::min<int64_t>(tiles, args->max_blocks_launched);
-    return args->dtype == KRASIS_BF16 ? launch_type<krasis::Bf16>(args->m_block, params, tiles, stream)
-                                      : launch_type<krasis::F16>(args->m_block, params, tiles, stream);
+    return is_bf16 ? launch_type<krasis::Bf16>(args->m_block, params, tiles, stream)
+                   : launch_type<krasis::F16>(args->m_block, params, tiles, stream);
 }

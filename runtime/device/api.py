@@ -1,8 +1,9 @@
 """What the GPU runtime asks of a device: memory, streams, events, copies, launches.
 
-Two devices implement it: ``cuda.CudaDevice`` (torch's streams and allocator) and ``double.DeviceDouble``, which runs
-the same launches on the CPU, late and in an adversarial order, and raises if one touches memory without being
-ordered after what was written there. So everything that a launch reads or writes is named when it is submitted.
+Two devices implement it: ``cuda.CudaDevice`` (torch's streams and allocator) and ``double.DeviceDouble``,
+which runs the same launches on the CPU, late and in an adversarial order, and raises if one touches memory
+without being ordered after what was written there. So everything that a launch reads or writes is named when
+it is submitted.
 
 Tensors are torch tensors. A device tensor may be sliced freely: what counts is the bytes a view covers.
 """
@@ -16,8 +17,9 @@ from typing import Protocol
 
 import torch
 
-# Enqueues work on the stream whose handle (a cudaStream_t as an integer; 0 on the double) it gets. It may call the
-# native library with that handle or torch operators, may allocate temporaries, and writes nothing but what was named.
+# Enqueues work on the stream whose handle (a cudaStream_t as an integer; 0 on the double) it gets. It may call
+# the native library with that handle or torch operators, may allocate temporaries, and writes nothing but what
+# was named.
 Action = Callable[[int], None]
 
 
@@ -41,14 +43,16 @@ class Stream(Protocol):
     def launch(
         self, name: str, action: Action, *, reads: Sequence[torch.Tensor], writes: Sequence[torch.Tensor]
     ) -> None:
-        """Submits an action. reads and writes: all device and pinned memory it touches (read-modify-write: both).
+        """Submits an action. reads and writes: all device and pinned memory it touches (read-modify-write:
+        both).
 
         On the double the action runs later; whatever Python values it closes over must not change.
         """
         ...
 
     def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
-        """Submits a copy of equal shapes and dtypes, without blocking; host memory must be pinned (or registered).
+        """Submits a copy of equal shapes and dtypes, without blocking; host memory must be pinned (or
+        registered).
 
         Raises UsageError for pageable host memory: such a copy would silently block.
         """
@@ -78,8 +82,8 @@ class Graph(Protocol):
 class Device(Protocol):
     """One GPU, or the double of one.
 
-    torch_device: where its tensors live. library: libkrasis_cuda, or the same functions as host code. description:
-    one line for logs. total_bytes: of VRAM.
+    torch_device: where its tensors live. library: libkrasis_cuda, or the same functions as host code.
+    description: one line for logs. total_bytes: of VRAM.
     """
 
     @property
@@ -100,8 +104,8 @@ class Device(Protocol):
         ...
 
     def pinned(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """Uninitialised pinned host memory of exactly that size, which device code may also address directly (same
-        address). For small buffers; experts live in ``host_memory``."""
+        """Uninitialised pinned host memory of exactly that size, which device code may also address directly
+        (same address). For small buffers; experts live in ``host_memory``."""
         ...
 
     def free_bytes(self) -> int:
@@ -109,8 +113,8 @@ class Device(Protocol):
         ...
 
     def host_reads(self, *tensors: torch.Tensor) -> None:
-        """Says that the host is about to read pinned memory: an error on the double if a copy into it is not known to
-        be done (by ``Event.synchronize`` or ``Stream.synchronize``). Nothing on CUDA."""
+        """Says that the host is about to read pinned memory: an error on the double if a copy into it is not
+        known to be done (by ``Event.synchronize`` or ``Stream.synchronize``). Nothing on CUDA."""
         ...
 
     def host_writes(self, *tensors: torch.Tensor) -> None:
@@ -120,8 +124,8 @@ class Device(Protocol):
     def flags(self, count: int) -> torch.Tensor:
         """Pinned, zeroed words (int64 [count]) by which host and device code synchronise.
 
-        On the double they are not checked for races; a launch that lists one in ``writes`` releases what came before
-        it on its stream, one that lists it in ``reads`` acquires what the host released last.
+        On the double they are not checked for races; a launch that lists one in ``writes`` releases what came
+        before it on its stream, one that lists it in ``reads`` acquires what the host released last.
         """
         ...
 
@@ -130,12 +134,12 @@ class Device(Protocol):
         ...
 
     def host_releases(self, flag: torch.Tensor) -> None:
-        """Says that the host is about to set a flag: launches that wait for it may read what the host wrote before."""
+        """Says that the host is about to set a flag: launches that wait for it may read what the host wrote."""
         ...
 
     def serve(self, host: Callable[[], None]) -> None:
-        """Runs ``host``, which waits for flags that submitted work sets and sets flags it waits for, while that work
-        runs. Returns when host has returned; on the double, all streams are then empty."""
+        """Runs ``host``, which waits for flags that submitted work sets and sets flags it waits for, while
+        that work runs. Returns when host has returned; on the double, all streams are then empty."""
         ...
 
     def capture(self, stream: Stream) -> AbstractContextManager[Graph]:

@@ -153,10 +153,10 @@ class CudaGraph:
 class CudaDevice:
     """GPU number ``index`` of this process.
 
-    vram_bytes: allocate no more than that on top of what the process holds already (torch's limit for this process: it
-    counts what torch's allocator reserves, not the few hundred MB of the CUDA context and of libraries); None: no
-    limit but the GPU's own.
-    Raises ResourceError if there is no such GPU, NativeError if libkrasis_cuda is missing.
+    vram_bytes: allocate no more than that on top of what the process holds already (torch's limit for this
+    process: it counts what torch's allocator reserves, not the few hundred MB of the CUDA context and of
+    libraries); None: no limit but the GPU's own. Raises ResourceError if there is no such GPU, NativeError if
+    libkrasis_cuda is missing.
     """
 
     def __init__(self, index: int = 0, vram_bytes: int | None = None) -> None:

@@ -1,6 +1,5 @@
 """Embedding rows: gathered on the host, where the table stays, and copied to the device in their own
-precision.
-"""
+precision."""
 
 from __future__ import annotations
 
@@ -21,7 +20,7 @@ from krasis.runtime.model.weights import FloatWeight
 
 ROWS = 1024
 MOST_THREADS = 8
-"""That gather rows: one alone needs longer for a long prompt than the first layer's experts need to arrive."""
+"""That gather rows: one alone takes longer over a long prompt than the link over a layer of experts."""
 
 
 class Embedding:
@@ -40,8 +39,7 @@ class Embedding:
         self, stream: Stream, tokens: TokenIds, segments: Sequence[tuple[int, int]], buffers: Buffers
     ) -> None:
         """buffers.hidden = the rows of the tokens of the segments, one after the other. Uses buffers.x for
-        passage.
-        """
+        passage."""
         own = np.concatenate([tokens[begin:end] for begin, end in segments]) if segments else tokens[:0]
         most = len(self._pieces[0])
         for index, begin in enumerate(range(0, len(own), most)):

@@ -31,8 +31,7 @@ from krasis.runtime.model.backend import LayerProgress, TokenIds
 @dataclass(frozen=True, slots=True)
 class GpuModel:
     """A model on a device: what every pass reads. many_rows: products of prefill's many tokens. stream: of
-    all compute.
-    """
+    all compute."""
 
     architecture: Architecture
     device: Device
@@ -47,9 +46,7 @@ class GpuModel:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Tokens at positions start.. [num_tokens], of which this rank has own rows:
-    segments, in rising order.
-    """
+    """Tokens at positions start.. [num_tokens], of which this rank has own rows: segments, rising."""
 
     start: int
     num_tokens: int
@@ -110,16 +107,15 @@ class PrefillPass:
         layer_done: LayerProgress | None = None,
     ) -> Chunk:
         """From the tokens to the last layer's output in buffers.hidden; keys and values of start.. in the
-        cache. With layer_done the host waits for the last layer here.
-        """
+        cache. With layer_done the host waits for the last layer here."""
         progress = PassProgress(layer_done, self._model.architecture.num_layers)
         model, parallel = self._model, self._parallel
         stream, count = model.stream, len(tokens)
         chunk = Chunk(start, count, parallel.own_segments(count), parallel.own_tokens(count))
         if self._residency is not None:
             self._residency.prepare(stream)
-        # Embeddings first: behind the first experts, which the stage sends for at once, they would wait their turn
-        # on the link, and everything for them.
+        # Embeddings first: behind the first experts, which the stage sends for at once, they would wait their
+        # turn on the link, and everything else for them.
         self._embedding.run(stream, tokens, chunk.segments, buffers)
         stage.begin(stream, count)
         for index, layer in enumerate(model.weights.layers):
@@ -191,8 +187,7 @@ class PrefillPass:
 
 def router_product(stream: Stream, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
     """out f32 [T, experts] = x f32 [T, k] x weight [experts, k]^T, in f32: a router's near-ties are decided
-    by it.
-    """
+    by it."""
 
     def action(_: int) -> None:
         torch.mm(x, weight.float().t(), out=out)

@@ -288,6 +288,23 @@ def test_a_prompt_longer_than_a_batch_takes_several_passes(
 
 
 @pytest.mark.parametrize("model", [ONE_MODEL], indirect=True)
+def test_progress_tells_of_layers_that_are_done(
+    model: Path, tokens: list[int], open_gpu: OpenGpu, vram_for: Callable[..., int]
+) -> None:
+    engine = open_gpu(model, seed=5, context=64, vram_bytes=vram_for(model, 64, group_experts=2))
+    seen: list[int] = []
+    plain = engine.prefill(tokens)
+    engine.reset()
+    told = engine.prefill(tokens, progress=lambda done, total: seen.append(done))
+    assert seen == [
+        NUM_TOKENS // 3,
+        NUM_TOKENS * 2 // 3,
+        NUM_TOKENS,
+    ]  # three layers, all done before the logits
+    np.testing.assert_array_equal(told, plain)
+
+
+@pytest.mark.parametrize("model", [ONE_MODEL], indirect=True)
 @pytest.mark.usefixtures("only_double")
 def test_many_rows_through_a_librarys_products(
     model: Path,

@@ -84,6 +84,50 @@ void check_wild_scales() {
     }
 }
 
+// Decode: at most 64 slots, which have a kernel of their own. Experts with one row, with five, and with two blocks.
+void check_few_slots() {
+    int i = 0;
+    for (int64_t group : {32, 64, 128, 1088}) {
+        for (int32_t dtype : {KRASIS_BF16, KRASIS_F16}) {
+            for (bool gated : {false, true}) {
+                Case c;
+                c.k = group == 128 ? 1152 : 1088;  // chunks of 128 for more than eight warps; the last one half full
+                c.n = 256;
+                c.group = group;
+                c.dtype = dtype;
+                c.scale_dtype = i % 3 ? dtype : dtype == KRASIS_BF16 ? KRASIS_F16 : KRASIS_BF16;
+                c.out_dtype = i % 2 ? KRASIS_F32 : dtype;
+                c.gated = gated;
+                c.m_block = 16;
+                c.top_k = 1 + i % 2;
+                c.count_factor = 0.08;
+                c.seed = static_cast<uint64_t>(100 + ++i);
+                check_case(c);
+            }
+        }
+    }
+    Case c;
+    c.m_block = 16;
+    c.count_factor = 0.08;
+    Problem problem(c);
+    problem.forget(5);
+    auto args = problem.args();
+    CHECK(args.num_slots <= 64);
+    args.max_blocks_launched = 2;
+    args.expert_begin = 3;
+    problem.reset();
+    CHECK_OK(problem.run(args));
+    problem.check(3, kNumExperts);
+#if !KRASIS_SIMT_DEVICE
+    for (unsigned from = 0; from < 3; ++from) {
+        krasis::simt::planned_fault = {krasis::simt::Fault::kNoBarrier, from};
+        problem.reset();
+        CHECK(problem.run(args) == KRASIS_ERR_CUDA);
+        krasis::simt::planned_fault = {};
+    }
+#endif
+}
+
 // Ranges of experts, fewer blocks than tiles: the same bits.
 void check_same_bits() {
     Case c;
@@ -217,6 +261,7 @@ void run_moe_gemm() {
     check_layouts();
     check_shapes();
     check_wild_scales();
+    check_few_slots();
     check_same_bits();
     check_far_records();
     check_absent_experts();

@@ -118,7 +118,8 @@ def test_no_room_for_buffers_is_refused_with_the_numbers(qwen_235b, machine):
     make_plan(qwen_235b, machine(1, least), workload_of(qwen_235b))
     with pytest.raises(ResourceError, match="no room for two expert buffers") as caught:
         make_plan(qwen_235b, machine(1, least - 1), workload_of(qwen_235b))
-    assert "needs 131.9 MB" in str(caught.value)  # 2 x 9.73 MB, 64 MiB of scratch, 256 tokens' residual stream, 64 rows of logits
+    # 2 x 9.73 MB, 64 MiB of scratch, 256 tokens' residual stream, 64 rows of logits
+    assert "needs 131.9 MB" in str(caught.value)
 
 
 def test_whole_layer_vram_is_exactly_enough_for_one_group(qwen_235b, machine):
