@@ -4,7 +4,8 @@
  * passed as void *. Calls check sizes, enqueue kernels on the stream and return at once; they never allocate,
  * synchronise or print. Status codes are krasis_status plus KRASIS_ERR_CUDA, after which krasis_cuda_last_error() has
  * CUDA's words. Results do not depend on the order in which blocks run: the same inputs give the same bits, and a row
- * the same bits in any batch that runs with the same m_block.
+ * the same bits in any batch that runs with the same m_block (16: batches of up to 64 slots among themselves, larger
+ * ones among themselves).
  *
  * Slots: the routed copies of tokens; slot = token * top_k + choice. Names: k input, n output features.
  */

@@ -32,18 +32,18 @@ template <class Type, int kDim>
 int32_t launch_dim(const AttentionParams &params, int64_t blocks, void *stream) {
     using Tile = AttentionTile<Type, kDim>;
     const simt::LaunchShape shape{static_cast<unsigned>(blocks), Tile::kThreads, Tile::kSharedBytes};
-    return launch<attention_split_kernel<Type, kDim>>(shape, params, stream);
+    const int32_t status = launch<attention_split_kernel<Type, kDim>>(shape, params, stream);
+    if (status != KRASIS_OK || params.splits == 1) return status;
+    const simt::LaunchShape combine{static_cast<unsigned>(params.num_heads), kCombineThreads,
+                                    kCombineThreads * sizeof(float)};
+    return launch<attention_combine_kernel<Type, kDim>>(combine, params, stream);
 }
 
 template <class Type>
 int32_t launch_type(const AttentionParams &params, int64_t blocks, void *stream) {
-    const int32_t status = params.head_dim <= 64    ? launch_dim<Type, 64>(params, blocks, stream)
-                           : params.head_dim <= 128 ? launch_dim<Type, 128>(params, blocks, stream)
-                                                    : launch_dim<Type, 256>(params, blocks, stream);
-    if (status != KRASIS_OK || params.splits == 1) return status;
-    const unsigned threads = static_cast<unsigned>(params.head_dim + 31) / 32 * 32;
-    return launch<attention_combine_kernel<Type>>({static_cast<unsigned>(params.num_heads), threads, 0}, params,
-                                                  stream);
+    if (params.head_dim <= 64) return launch_dim<Type, 64>(params, blocks, stream);
+    if (params.head_dim <= 128) return launch_dim<Type, 128>(params, blocks, stream);
+    return launch_dim<Type, 256>(params, blocks, stream);
 }
 
 }  // namespace

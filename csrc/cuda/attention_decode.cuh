@@ -69,9 +69,14 @@ struct AttentionTile {
     static constexpr int kHalfBytes = kKeys * kRowBytes;           // keys, then values
     static constexpr int kSharedBytes = kStages * 2 * kHalfBytes;  // at most 96 KiB: what every target has
     static_assert(kSplitKeys % kKeys == 0);
-    // What the warps leave for each other lies where the ring was.
-    static constexpr int kSumsBytes = kKeyWarps * kHeads * kDim * 4;
-    static_assert(kSumsBytes + kKeyWarps * kHeads * kStatistics * 4 <= kSharedBytes);
+    // What the warps leave for each other lies where the ring was: [key warp][head] rows of sums, so far apart that
+    // neither stores nor loads meet in a bank; maxima and sums of exponentials, [key warp][head][2]; and each key
+    // warp's weight, [head][key warp], beside the sum of a head.
+    static constexpr int kSumFloats = kDim + 8;
+    static constexpr int kStatisticsAt = kKeyWarps * kHeads * kSumFloats;
+    static constexpr int kWeightsAt = kStatisticsAt + kKeyWarps * kHeads * kStatistics;
+    static constexpr int kTotalsAt = kWeightsAt + kKeyWarps * kHeads;
+    static_assert((kTotalsAt + kHeads) * 4 <= kSharedBytes);
 };
 
 template <class Tile>
@@ -250,23 +255,48 @@ struct AttentionWorker {
         simt::sync_threads();
     }
 
-    // [key warp][head][column], and behind them [key warp][head][2].
-    KRASIS_DEVICE float *shared_sums() const { return reinterpret_cast<float *>(shared); }
-    KRASIS_DEVICE float *shared_statistics() const { return reinterpret_cast<float *>(shared + Tile::kSumsBytes); }
+    KRASIS_DEVICE float *floats() const { return reinterpret_cast<float *>(shared); }
 
     KRASIS_DEVICE void share() const {
         KRASIS_UNROLL
         for (int half = 0; half < 2; ++half) {
             const int row = key_warp * kHeads + lane / 4 + 8 * half;
+            float *to = floats() + row * Tile::kSumFloats + part * Tile::kPartColumns + 2 * (lane % 4);
             KRASIS_UNROLL
             for (int t = 0; t < 2 * kPartSteps; ++t) {
                 const simt::Words2 pair{{float_bits(out[t][2 * half]), float_bits(out[t][2 * half + 1])}};
-                simt::shared_store(
-                    shared_sums() + row * Tile::kDim + part * Tile::kPartColumns + 8 * t + 2 * (lane % 4), pair);
+                simt::shared_store(to + 8 * t, pair);
             }
             if (lane % 4 == 0 && part == 0) {
                 const simt::Words2 pair{{float_bits(maximum[half]), float_bits(sum[half])}};
-                simt::shared_store(shared_statistics() + row * kStatistics, pair);
+                simt::shared_store(floats() + Tile::kStatisticsAt + row * kStatistics, pair);
+            }
+        }
+        simt::sync_threads();
+    }
+
+    // How much each warp's sums count, below their common maximum. One thread a head.
+    KRASIS_DEVICE void weigh_warps(int split) const {
+        if (thread < kHeads) {
+            const float *own = floats() + Tile::kStatisticsAt + thread * kStatistics;
+            float maxima[Tile::kKeyWarps], highest = kLowest, total = 0;
+            KRASIS_UNROLL
+            for (int w = 0; w < Tile::kKeyWarps; ++w) {
+                maxima[w] = simt::shared_load<float>(own + w * kHeads * kStatistics);
+                highest = maxima[w] > highest ? maxima[w] : highest;
+            }
+            KRASIS_UNROLL
+            for (int w = 0; w < Tile::kKeyWarps; ++w) {
+                const float weight = weight_below(maxima[w], highest);
+                total = simt::fused_multiply_add(weight, simt::shared_load<float>(own + w * kHeads * kStatistics + 1),
+                                                 total);
+                simt::shared_store(floats() + Tile::kWeightsAt + thread * Tile::kKeyWarps + w, weight);
+            }
+            simt::shared_store(floats() + Tile::kTotalsAt + thread, total);
+            if (thread < num_heads) {
+                float *to = p.statistics + (static_cast<int64_t>(first_head + thread) * p.splits + split) * kStatistics;
+                to[0] = highest;
+                to[1] = total;
             }
         }
         simt::sync_threads();
@@ -275,34 +305,23 @@ struct AttentionWorker {
     // The warps' parts added up; into out if there is one split only, or into the workspace.
     KRASIS_DEVICE void store(int split, bool only) const {
         const int heads = num_heads < kHeads ? num_heads : kHeads;
-        for (int i = thread; i < heads * p.head_dim; i += Tile::kThreads) {
-            const int head = i / p.head_dim, column = i % p.head_dim;
-            float weights[Tile::kKeyWarps], highest = kLowest, total = 0, value = 0;
+        for (int cell = thread; cell < heads * Tile::kDim; cell += Tile::kThreads) {
+            const int head = cell / Tile::kDim, column = cell % Tile::kDim;
+            if (column >= p.head_dim) continue;
+            float value = 0;
             KRASIS_UNROLL
             for (int w = 0; w < Tile::kKeyWarps; ++w) {
-                weights[w] = simt::shared_load<float>(shared_statistics() + (w * kHeads + head) * kStatistics);
-                highest = weights[w] > highest ? weights[w] : highest;
-            }
-            KRASIS_UNROLL
-            for (int w = 0; w < Tile::kKeyWarps; ++w) {
-                const float weight = weight_below(weights[w], highest);
-                const int row = w * kHeads + head;
-                total = simt::fused_multiply_add(
-                    weight, simt::shared_load<float>(shared_statistics() + row * kStatistics + 1), total);
-                value = simt::fused_multiply_add(
-                    weight, simt::shared_load<float>(shared_sums() + row * Tile::kDim + column), value);
+                const float weight = simt::shared_load<float>(floats() + Tile::kWeightsAt + head * Tile::kKeyWarps + w);
+                const float *row = floats() + (w * kHeads + head) * Tile::kSumFloats;
+                value = simt::fused_multiply_add(weight, simt::shared_load<float>(row + column), value);
             }
             const int64_t global_head = first_head + head;
             if (only) {
-                reinterpret_cast<uint16_t *>(p.out)[global_head * p.head_dim + column] =
-                    Type::from_float(value / total);
-                continue;
+                value /= simt::shared_load<float>(floats() + Tile::kTotalsAt + head);
+                reinterpret_cast<uint16_t *>(p.out)[global_head * p.head_dim + column] = Type::from_float(value);
+            } else {
+                p.sums[(global_head * p.splits + split) * p.head_dim + column] = value;
             }
-            const int64_t cell = global_head * p.splits + split;
-            p.sums[cell * p.head_dim + column] = value;
-            if (column > 0) continue;
-            p.statistics[cell * kStatistics] = highest;
-            p.statistics[cell * kStatistics + 1] = total;
         }
     }
 };
@@ -318,17 +337,22 @@ attention_split_kernel(const AttentionParams p) {
     AttentionWorker<AttentionTile<Type, kDim>> worker(p, static_cast<int>(simt::block_x()) / p.splits, range);
     worker.run();
     worker.share();
+    worker.weigh_warps(split);
     worker.store(split, active_splits(count, p.splits) == 1);
 }
 
-// One block a head: adds up the splits. A lane of each warp keeps the weights of two splits.
-template <class Type>
-KRASIS_KERNEL(kMaxHeadDim, 1)
+inline constexpr int kCombineThreads = 512;
+
+// One block a head: adds up the splits, several at a time. A lane of each warp keeps the weights of two splits.
+// shared: float [splits at a time][kDim].
+template <class Type, int kDim>
+KRASIS_KERNEL(kCombineThreads, 1)
 attention_combine_kernel(const AttentionParams p) {
     static_assert(kMaxSplits == 64);
+    constexpr int kAtOnce = kCombineThreads / kDim;
     const int splits = active_splits(num_keys(p), p.splits);
     if (splits <= 1) return;
-    const int column = static_cast<int>(simt::thread_x()), lane = column % 32;
+    const int thread = static_cast<int>(simt::thread_x()), lane = thread % 32;
     const int64_t head = simt::block_x(), first = head * p.splits;
     float weights[2], highest = kLowest, total = 0;
     KRASIS_UNROLL
@@ -348,15 +372,25 @@ attention_combine_kernel(const AttentionParams p) {
     }
     KRASIS_UNROLL
     for (int distance = 16; distance; distance /= 2) total += simt::shuffle_xor(total, distance);
-    float value = 0;
+    const int column = thread % kDim, group = thread / kDim;
     const bool exists = column < p.head_dim;
+    const float *parts = p.sums + first * p.head_dim + column;
+    float value = 0;
     KRASIS_UNROLL_BY(8)
-    for (int split = 0; split < splits; ++split) {
-        const float weight = simt::shuffle(split < 32 ? weights[0] : weights[1], split % 32);
-        const float part = exists ? p.sums[(first + split) * p.head_dim + column] : 0.0f;
-        value = simt::fused_multiply_add(weight, part, value);
+    for (int begin = 0; begin < splits; begin += kAtOnce) {  // the same for all lanes of a warp: they shuffle
+        const int split = begin + group, known = split < splits ? split : 0;
+        const float weight = simt::shuffle(known < 32 ? weights[0] : weights[1], known % 32);
+        if (exists && split < splits) {
+            value = simt::fused_multiply_add(weight, parts[static_cast<int64_t>(split) * p.head_dim], value);
+        }
     }
-    if (exists) reinterpret_cast<uint16_t *>(p.out)[head * p.head_dim + column] = Type::from_float(value / total);
+    auto *values = reinterpret_cast<float *>(simt::shared_memory());
+    simt::shared_store(values + thread, value);
+    simt::sync_threads();
+    if (group || !exists) return;
+    KRASIS_UNROLL
+    for (int i = 1; i < kAtOnce; ++i) value += simt::shared_load<float>(values + i * kDim + column);
+    reinterpret_cast<uint16_t *>(p.out)[head * p.head_dim + column] = Type::from_float(value / total);
 }
 
 }  // namespace krasis::cuda

@@ -19,11 +19,19 @@ int32_t check(const krasis_cuda_int8_gemm_args &a) {
     return sizes && strides && aligned ? KRASIS_OK : KRASIS_ERR_SHAPE;
 }
 
+template <class Type, int kTokens, int kWarps>
+int32_t launch_warps(const Int8Params &params, void *stream) {
+    const simt::LaunchShape shape{static_cast<unsigned>(params.strips), 32 * kWarps,
+                                  kWarps * kTokens * 32 * sizeof(float)};
+    return launch<int8_gemv_kernel<Type, kTokens, kWarps>>(shape, params, stream);
+}
+
+// A narrow weight has too few strips to keep the memory busy with eight warps each.
 template <class Type, int kTokens>
 int32_t launch_vector(const Int8Params &params, void *stream) {
-    const simt::LaunchShape shape{static_cast<unsigned>(params.strips), 32 * kVectorWarps,
-                                  kVectorWarps * kTokens * 32 * sizeof(float)};
-    return launch<int8_gemv_kernel<Type, kTokens>>(shape, params, stream);
+    constexpr int32_t kFewStrips = 256;
+    return params.strips < kFewStrips ? launch_warps<Type, kTokens, 16>(params, stream)
+                                      : launch_warps<Type, kTokens, 8>(params, stream);
 }
 
 template <class Type, int kWarpsM, int kTilesM, int kStrips, int kStages>

@@ -221,11 +221,9 @@ int8_gemm_kernel(const Int8Params p) {
     worker.store();
 }
 
-inline constexpr int kVectorWarps = 8;
-
-// One block a strip, up to kTokens tokens. shared: float [kVectorWarps][kTokens][32].
-template <class Type, int kTokens>
-KRASIS_KERNEL(32 * kVectorWarps, 1)
+// One block a strip, up to kTokens tokens. shared: float [kWarps][kTokens][32].
+template <class Type, int kTokens, int kWarps>
+KRASIS_KERNEL(32 * kWarps, 1)
 int8_gemv_kernel(const Int8Params p) {
     const int thread = static_cast<int>(simt::thread_x()), lane = thread % 32, warp = thread / 32;
     const int strip = static_cast<int>(simt::block_x()), j = lane % 8;
@@ -233,7 +231,7 @@ int8_gemv_kernel(const Int8Params p) {
     float sum[kTokens][4] = {};
     // A warp reads 512 bytes, 16 k, at a time.
     KRASIS_UNROLL_BY(4)
-    for (int k16 = warp; k16 < p.k / 16; k16 += kVectorWarps) {
+    for (int k16 = warp; k16 < p.k / 16; k16 += kWarps) {
         const simt::Words4 words = *reinterpret_cast<const simt::Words4 *>(codes + static_cast<int64_t>(k16) * 512);
         float weights[4][4];
         KRASIS_UNROLL
@@ -263,12 +261,12 @@ int8_gemv_kernel(const Int8Params p) {
         }
     }
     simt::sync_threads();
-    for (int cell = thread; cell < kTokens * 32; cell += 32 * kVectorWarps) {
+    for (int cell = thread; cell < kTokens * 32; cell += 32 * kWarps) {
         const int t = cell / 32, column = strip * 32 + cell % 32;
         if (t >= p.tokens) break;
         float value = 0;
         KRASIS_UNROLL
-        for (int w = 0; w < kVectorWarps; ++w) value += simt::shared_load<float>(sums + w * kTokens * 32 + cell);
+        for (int w = 0; w < kWarps; ++w) value += simt::shared_load<float>(sums + w * kTokens * 32 + cell);
         const int64_t index = t * p.out_stride + column;
         value *= p.scales[column];
         if (p.residual) value += load_out<Type>(p, p.residual, index);

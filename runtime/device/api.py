@@ -17,9 +17,9 @@ from typing import Protocol
 
 import torch
 
-# Enqueues work on the stream whose handle (a cudaStream_t as an integer; 0 on the double) it gets. It may call
-# the native library with that handle or torch operators, may allocate temporaries, and writes nothing but what
-# was named.
+# Enqueues work on the stream whose handle (a cudaStream_t as an integer; 0 on the double) it gets. It may
+# call the native library with that handle or torch operators, may allocate temporaries, and writes nothing
+# but what was named.
 Action = Callable[[int], None]
 
 
@@ -134,7 +134,7 @@ class Device(Protocol):
         ...
 
     def host_releases(self, flag: torch.Tensor) -> None:
-        """Says that the host is about to set a flag: launches that wait for it may read what the host wrote."""
+        """Says that the host is about to set a flag: launches that wait for it may read what it wrote."""
         ...
 
     def serve(self, host: Callable[[], None]) -> None:

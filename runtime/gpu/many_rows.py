@@ -22,11 +22,13 @@ from krasis.runtime.gpu.kernels import GpuKernels
 logger = logging.getLogger(__name__)
 
 SCRATCH_BYTES = 64 * 2**20
-"""Of weights at a time: rows enough for the library's largest tiles, small enough to stay in an L2 cache."""
+"""Three quarters hold weights at a time: rows enough for the library's largest tiles, few enough to stay in
+an L2 cache. The rest holds fp32 sums at a time, which a pass of its own adds to a float32 residual: not
+every torch that multiplies 16-bit matrices into float32 also adds to one. The library has a workspace
+besides, which torch allocates (32 MiB on sm_90).
+"""
 
-TILE_ROWS = 32
-SUM_BYTES = 32 * 2**20
-"""Of fp32 sums at a time, where the library cannot add to a float32 matrix itself."""
+TILE_ROWS, ALIGNMENT = 32, 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +41,15 @@ class Thresholds:
     rows_per_expert: int | None
 
 
-MEASURED = {(9, 0): Thresholds(96, None)}
-"""By compute capability, from scripts/measure_many_rows.py."""
+KNOWN = {(9, 0): Thresholds(96, 2048)}
+"""By compute capability. (9, 0): added up from what an H100 showed for the parts. Dense: the native kernel
+against unpacking (2.8 TB/s) and torch's products. Experts: unpacking takes 17 us an expert of Qwen3-235B,
+the grouped product runs at 640 to 740 TFLOP/s; with the passes around it that is the native kernel's time
+from some 1000 rows an expert on (hidden size 4096) or 2000 (2048). scripts/measure_many_rows.py times both
+paths whole.
+"""
 
-UNMEASURED = Thresholds(4096, None)
+UNKNOWN = Thresholds(4096, None)
 """An estimate: there unpacking costs a tenth of the product at most (3 bytes of traffic a weight against
 8192 flops).
 """
@@ -55,10 +62,10 @@ def thresholds_of(device: Device) -> Thresholds:
     if device.torch_device.type != "cuda":
         return NEVER
     capability = torch.cuda.get_device_capability(device.torch_device)
-    found = MEASURED.get(capability)
+    found = KNOWN.get(capability)
     if found is None:
-        logger.info("compute capability %d.%d was not measured: %s", *capability, UNMEASURED)
-    return found or UNMEASURED
+        logger.info("compute capability %d.%d was not measured: %s", *capability, UNKNOWN)
+    return found or UNKNOWN
 
 
 class ManyRows:
@@ -90,13 +97,15 @@ class ManyRows:
             self._kernels.int8_gemm(stream, x, codes, scales, out, residual=residual)
             return
         n, k = out.shape[1], x.shape[1]
-        for begin, end in weight_pieces(n, k, scratch.nbytes):
+        weight_bytes = scratch.nbytes * 3 // 4 // ALIGNMENT * ALIGNMENT
+        sums = scratch[weight_bytes : scratch.nbytes // 4 * 4].view(torch.float32)
+        for begin, end in weight_pieces(n, k, weight_bytes):
             weight = scratch[: 2 * (end - begin) * k].view(x.dtype).view(end - begin, k)
             self._kernels.int8_dequant(
                 stream, codes[begin // TILE_ROWS : end // TILE_ROWS], scales[begin:end], weight
             )
             added = None if residual is None else residual[:, begin:end]
-            _launch(stream, x, weight, out[:, begin:end], added)
+            _launch(stream, x, weight, out[:, begin:end], added, sums)
 
 
 def weight_pieces(n: int, k: int, scratch_bytes: int) -> list[tuple[int, int]]:
@@ -113,18 +122,31 @@ def weight_pieces(n: int, k: int, scratch_bytes: int) -> list[tuple[int, int]]:
 
 
 def _launch(
-    stream: Stream, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, residual: torch.Tensor | None
+    stream: Stream,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    out: torch.Tensor,
+    residual: torch.Tensor | None,
+    sums: torch.Tensor,
 ) -> None:
     def action(_: int) -> None:
-        multiply(x, weight, out, residual)
+        multiply(x, weight, out, residual, sums)
 
-    reads = (x, weight) if residual is None else (x, weight, residual)
-    stream.launch("matmul", action, reads=reads, writes=(out,))
+    if residual is None:
+        stream.launch("matmul", action, reads=(x, weight), writes=(out,))
+    else:
+        stream.launch("matmul", action, reads=(x, weight, residual), writes=(out, sums))
 
 
-def multiply(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, residual: torch.Tensor | None) -> None:
+def multiply(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    out: torch.Tensor,
+    residual: torch.Tensor | None,
+    sums: torch.Tensor,
+) -> None:
     """out [T, n] = (residual +) x [T, k] x weight [n, k]^T with fp32 sums; x and weight 16-bit, out of their
-    type or float32, residual like out; it may be out.
+    type or float32, residual like out; it may be out. sums: float32, scratch, room for n of them or more.
     """
     transposed = weight.t()
     if not x.is_cuda:  # the double: torch's CPU products of 16-bit floats round where they please
@@ -138,15 +160,19 @@ def multiply(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, residual:
     elif residual is None:
         torch.mm(x, transposed, out_dtype=out.dtype, out=out)
     else:
-        _add_product(x, transposed, out, residual)
+        _add_product(x, transposed, out, residual, sums)
 
 
-def _add_product(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, residual: torch.Tensor) -> None:
-    """In pieces of tokens, whose fp32 sums are added by a pass of their own: not every torch that multiplies
-    16-bit matrices into float32 also adds to one.
-    """
-    rows = max(1, SUM_BYTES // (4 * out.shape[1]))
+def _add_product(
+    x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, residual: torch.Tensor, sums: torch.Tensor
+) -> None:
+    """In pieces of tokens, as many as the sums have room for."""
+    n = out.shape[1]
+    rows = len(sums) // n
+    if rows == 0:
+        raise NativeError("no room for the sums of a token", got=len(sums), limit=n)
     for begin in range(0, len(x), rows):
-        end = begin + rows
-        total = torch.mm(x[begin:end], weight, out_dtype=out.dtype)
+        end = min(len(x), begin + rows)
+        total = sums[: (end - begin) * n].view(end - begin, n)
+        torch.mm(x[begin:end], weight, out_dtype=out.dtype, out=total)
         torch.add(residual[begin:end], total, out=out[begin:end])

@@ -46,17 +46,17 @@ struct Product {
     Buffer records, activations, out;
     test::Array<const void *> table;
 
-    Product(Routing &r, int64_t num_k, int64_t num_n, bool is_gated)
+    Product(Routing &r, int64_t num_k, int64_t num_n, bool is_gated, int64_t num_records = 0)
         : routing(r),
           k(num_k),
           n(num_n),
           record_bytes(k * n / 2 + k / 128 * n * 2),
           gated(is_gated),
-          records(record_bytes * r.num_experts, kAnyBits, 0),
+          records(record_bytes * std::max<int64_t>(num_records, r.num_experts), kAnyBits, 0),
           activations(r.num_slots / (gated ? kTopK : 1) * k * 2, kValueKeep, kValueSet),
           out(r.num_slots * n * 2, 0, 0),
-          table(static_cast<size_t>(r.num_experts)) {
-        for (int32_t e = 0; e < r.num_experts; ++e) {
+          table(static_cast<size_t>(std::max<int64_t>(num_records, r.num_experts))) {
+        for (int64_t e = 0; e < static_cast<int64_t>(table.size()); ++e) {
             uint8_t *record = records.data() + e * record_bytes;
             table[static_cast<size_t>(e)] = record;
             fill_kernel<<<64, 256>>>(reinterpret_cast<uint32_t *>(record + k * n / 2), k / 128 * n / 2, kValueKeep,
@@ -65,14 +65,15 @@ struct Product {
         table.upload();
     }
 
-    void run() {
+    // first_expert: whose weights the slots of expert 0 take, and so on.
+    void run(int64_t first_expert = 0) {
         krasis_cuda_moe_gemm_args a{};
         a.activations = activations.data();
         a.activation_stride = k;
         a.slots_per_row = gated ? kTopK : 1;
         a.dtype = a.scale_dtype = a.out_dtype = KRASIS_BF16;
         a.gated = gated;
-        a.expert_base = table.device();
+        a.expert_base = table.device() + first_expert;
         a.scales_offset = k * n / 2;
         a.m_block = routing.m_block;
         a.group = 128;
@@ -111,10 +112,27 @@ inline void bench_grouped(const Model &model, int64_t rows, int32_t m_block, dou
     std::fflush(stdout);
 }
 
+// One token's experts, each time others of 128: no cache holds their weights.
+inline void bench_token(const Model &model) {
+    constexpr int32_t kRecords = 128;
+    Routing routing(1, kTopK, krasis_cuda_moe_m_block(kTopK, kRecords));
+    routing.sort();
+    Product gate_up(routing, model.hidden, 2 * model.intermediate, true, kRecords),
+        down(routing, model.intermediate, model.hidden, false, kRecords);
+    int64_t turn = 0;
+    const auto next = [&] { return turn++ * kTopK % kRecords; };
+    const double gate_up_s = median_seconds([&] { gate_up.run(next()); });
+    const double down_s = median_seconds([&] { down.run(next()); });
+    std::printf("%-10s one token, %d experts: w13 %6.1f us %5.0f GB/s, w2 %6.1f us %5.0f GB/s\n", model.name, kTopK,
+                gate_up_s * 1e6, gate_up.weight_bytes() / gate_up_s * 1e-9, down_s * 1e6,
+                down.weight_bytes() / down_s * 1e-9);
+}
+
 // The star marks what krasis_cuda_moe_m_block chooses.
 inline void bench_experts(bool quick, double peak) {
     const Model models[] = {{"qwen3-30b", 2048, 768}, {"qwen3-235b", 4096, 1536}};
     for (const Model &model : models) {
+        bench_token(model);
         for (int64_t rows : {1, 4, 8, 16, 32, 64, 128, 256, 625, 1024, 2048}) {
             if (quick && rows != 1 && rows != 64 && rows != 625) continue;
             for (int32_t m_block : {16, 32, 64, 128}) {

@@ -117,6 +117,17 @@ void check_shapes() {
     }
 }
 
+// Many strips: the vector kernel with fewer warps each.
+void check_wide_vectors() {
+    for (int64_t tokens : {1, 2}) {
+        Problem problem({tokens, 128, 8224, KRASIS_BF16, KRASIS_F32, tokens == 2});
+        const auto args = problem.args();
+        CHECK_OK(krasis_cuda_int8_gemm(&args, nullptr));
+        problem.out.bytes.download();
+        problem.check();
+    }
+}
+
 void check_refusals() {
     Problem problem({4, 64, 32, KRASIS_BF16, KRASIS_F32, false});
     const auto good = problem.args();
@@ -159,6 +170,7 @@ void check_races() {
 
 void run_int8_rows() {
     check_shapes();
+    check_wide_vectors();
     check_refusals();
 #if !KRASIS_SIMT_DEVICE
     check_races();

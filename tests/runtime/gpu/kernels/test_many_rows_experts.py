@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 
 from krasis.formats.errors import NativeError
 from krasis.formats.layouts import marlin
+from krasis.runtime.gpu.grouped_product import ExpertProduct
 from krasis.runtime.gpu.kernels import ExpertMatrix, Routing
 from krasis.runtime.gpu.many_rows import Thresholds
 from krasis.runtime.gpu.many_rows_experts import (
@@ -112,6 +114,43 @@ def test_layer_is_right_in_any_number_of_pieces(bench: Any, chunk: int) -> None:
             assert error.norm() > 0
         assert found[~there].isnan().all()
         assert executed == 10 + int(there.sum())
+
+
+@needs_torch
+def test_expert_product_takes_the_path_from_its_threshold_on(bench: Any) -> None:
+    layer = Layer(bench, torch.bfloat16, 2)
+    w13, w2 = layer.matrices
+
+    def part(offset: int) -> Any:
+        return SimpleNamespace(offset_bytes=offset)
+
+    architecture: Any = SimpleNamespace(
+        hidden_size=HIDDEN, expert_intermediate_size=INTERMEDIATE, num_experts_per_token=TOP_K,
+        num_experts=NUM_EXPERTS,
+    )  # fmt: skip
+    layout: Any = SimpleNamespace(scale_dtype="BF16", group_of=lambda _: GROUP)
+    record: Any = SimpleNamespace(
+        record_bytes=layer.memory.shape[1],
+        w13_codes=part(w13.codes_offset), w13_scales=part(w13.scales_offset),
+        w2_codes=part(w2.codes_offset), w2_scales=part(w2.scales_offset),
+    )  # fmt: skip
+    found = {}
+    for least in (1, TOKENS * TOP_K // NUM_EXPERTS + 1):
+        many = ManyRowsExperts(bench.kernels, layer.buffers, Thresholds(None, least))
+        product = ExpertProduct(bench.kernels, architecture, layout, record, many)
+        routing = Routing.allocate(bench.device, TOKENS, TOP_K, NUM_EXPERTS)
+        slots = bench.empty(TOKENS * TOP_K, HIDDEN, dtype=torch.bfloat16)
+        gated = bench.empty(TOKENS * TOP_K, INTERMEDIATE, dtype=torch.bfloat16)
+        buffers = SimpleNamespace(routing=routing, slots=slots, gated=gated)
+        step: Any = SimpleNamespace(ids=bench.put(layer.ids), x=bench.put(layer.x), buffers=buffers)
+        executed = bench.put(torch.tensor([0]))
+        product.align(bench.stream, step, routing.view(TOKENS))
+        product.run(bench.stream, step, layer.table, [layer.memory], 0, NUM_EXPERTS, executed)
+        found[least] = bench.get(slots).double()
+        assert int(bench.get(executed)) == TOKENS * TOP_K - 1
+    library, native = found.values()
+    there = ~layer.expected(0, NUM_EXPERTS)[:, 0].isnan()
+    assert 0 < (library - native)[there].norm() <= 2**-7 * native[there].norm()
 
 
 @needs_torch
