@@ -14,8 +14,9 @@ from dataclasses import dataclass
 
 import torch
 
+from krasis.formats.architecture import Architecture
 from krasis.formats.errors import NativeError
-from krasis.runtime.device.api import Stream
+from krasis.runtime.device.api import Device, Stream
 from krasis.runtime.device.library import check_status
 from krasis.runtime.gpu.arguments import CODES
 from krasis.runtime.gpu.kernels import ExpertMatrix, GpuKernels, Routing
@@ -25,6 +26,9 @@ logger = logging.getLogger(__name__)
 
 M_BLOCK = 16
 """Rows are padded to so many an expert: what the library asks of the offsets' alignment."""
+
+EXPERTS_AT_ONCE = 16
+"""That are unpacked together: enough to fill a large GPU, and little memory."""
 
 GroupedProduct = Callable[..., torch.Tensor]
 
@@ -39,13 +43,38 @@ def find_grouped_product() -> GroupedProduct | None:
 @dataclass(frozen=True, slots=True)
 class ManyRowsBuffers:
     """Scratch memory on the device. weights: uint8, for the larger matrix of at least one expert. x: [rows,
-    hidden]; gated: [rows, intermediate], both 16-bit; ends: int32 [num_experts]. rows: ``most_rows``.
-    """
+    hidden]; gated: [rows, intermediate], both 16-bit; ends: int32 [num_experts]. rows: ``most_rows``."""
 
     weights: torch.Tensor
     x: torch.Tensor
     gated: torch.Tensor
     ends: torch.Tensor
+
+    @classmethod
+    def allocate(
+        cls, device: Device, architecture: Architecture, dtype: torch.dtype, rows: int
+    ) -> ManyRowsBuffers:
+        """For so many padded rows and ``EXPERTS_AT_ONCE``. Raises OutOfDeviceMemoryError."""
+        a = architecture
+        count = min(EXPERTS_AT_ONCE, a.num_experts)
+        return cls(
+            weights=device.empty((count * 2 * _gate_and_up_size(a) * dtype.itemsize,), torch.uint8),
+            x=device.empty((rows, a.hidden_size), dtype),
+            gated=device.empty((rows, a.expert_intermediate_size), dtype),
+            ends=device.empty((a.num_experts,), torch.int32),
+        )
+
+
+def buffers_bytes(architecture: Architecture, dtype: torch.dtype, rows: int) -> int:
+    """What ``ManyRowsBuffers.allocate`` takes, and the temporaries of the products beside it."""
+    a = architecture
+    weights = min(EXPERTS_AT_ONCE, a.num_experts) * 2 * _gate_and_up_size(a)
+    columns = 2 * a.hidden_size + 3 * a.expert_intermediate_size
+    return dtype.itemsize * (weights + rows * columns)
+
+
+def _gate_and_up_size(architecture: Architecture) -> int:
+    return architecture.hidden_size * architecture.expert_intermediate_size
 
 
 def most_rows(routing: Routing) -> int:
@@ -69,8 +98,7 @@ class ManyRowsExperts:
 
     def takes(self, num_slots: int, num_experts: int) -> bool:
         """Whether the path is taken for so many slots spread over so many experts; Routing must then be
-        aligned with ``M_BLOCK``.
-        """
+        aligned with ``M_BLOCK``."""
         least = self.thresholds.rows_per_expert
         available = self._buffers is not None and self._multiply is not None
         return available and least is not None and num_slots >= least * num_experts

@@ -1,6 +1,5 @@
 """Opens what a GPU backend is made of, in the order of the plan; what was opened is closed if a later part
-fails.
-"""
+fails."""
 
 from __future__ import annotations
 
@@ -25,6 +24,7 @@ from krasis.runtime.gpu.host_experts import CpuTier
 from krasis.runtime.gpu.kernels import GpuKernels
 from krasis.runtime.gpu.kv_cache import GpuKvCache
 from krasis.runtime.gpu.many_rows import ManyRows
+from krasis.runtime.gpu.many_rows_experts import M_BLOCK, ManyRowsBuffers, ManyRowsExperts, buffers_bytes
 from krasis.runtime.gpu.memory import OUT_OF_MEMORY, largest_workspace
 from krasis.runtime.gpu.plan import GpuPlan, plan_gpu
 from krasis.runtime.gpu.prefill import GpuModel
@@ -51,8 +51,7 @@ half the bytes.
 @dataclass(frozen=True, slots=True)
 class Parts:
     """What a backend computes with. cpu, decoder: None where there are no CPU experts, or on ranks above 0 (a
-    decoder exists without them if all experts are in VRAM). closing: frees everything.
-    """
+    decoder exists without them if all experts are in VRAM). closing: frees everything."""
 
     model: GpuModel
     plan: GpuPlan
@@ -66,9 +65,7 @@ class Parts:
 
 
 def open_parts(bundle: Bundle, settings: EngineSettings, device: Device, parallel: Parallel) -> Parts:
-    """Raises MismatchError without GPU experts, ResourceError
-    (OutOfDeviceMemoryError) for what does not fit.
-    """
+    """Raises MismatchError without GPU experts, ResourceError for what does not fit."""
     plan = plan_gpu(bundle, device, settings, parallel)
     _log_plan(plan)
     with ExitStack() as undo:
@@ -84,11 +81,12 @@ def open_parts(bundle: Bundle, settings: EngineSettings, device: Device, paralle
         model = _open_model(bundle, settings, device, plan)
         arch, copy = model.architecture, device.stream("copy")
         layout, record = model.weights.expert_layout, model.weights.record
-        product = ExpertProduct(model.kernels, arch, layout, record)
         workspace = largest_workspace(device, arch, model.dtype, plan.batch_tokens, parallel.num_ranks)
         residency, staging = _open_expert_memory(model, plan, store, copy)
         if residency is not None:
             undo.callback(residency.close)
+        many_rows = _many_rows_experts(model, workspace) if plan.placement.num_groups == 0 else None
+        product = ExpertProduct(model.kernels, arch, layout, record, many_rows)
         streaming = Streaming(store, copy, staging, residency)
         streamed = StreamedExperts(device, arch, product, streaming, parallel)
         cpu = decoder = None
@@ -126,8 +124,7 @@ def _open_expert_memory(
     model: GpuModel, plan: GpuPlan, store: ExpertStore, copy: Stream
 ) -> tuple[Residency | None, torch.Tensor]:
     """Resident experts and the two staging buffers [2, places, record_bytes], as planned or smaller where
-    memory is short of the plan. Raises OutOfDeviceMemoryError if not even a buffer of one expert fits.
-    """
+    memory is short of the plan. Raises OutOfDeviceMemoryError if not even a buffer of one expert fits."""
     device, num_own = model.device, model.architecture.num_layers * store.num_experts
     if plan.placement.num_groups == 0:
         residency = _open_residency(model, store, copy, num_own, least=num_own)
@@ -151,12 +148,32 @@ def _open_expert_memory(
     return _open_residency(model, store, copy, wanted), staging
 
 
+def _many_rows_experts(model: GpuModel, workspace: Workspace) -> ManyRowsExperts | None:
+    """The library's products of experts that live in VRAM, if a pass can have so many rows that they pay and
+    there is room. (Streamed experts arrive more slowly than either path computes.)"""
+    a, device = model.architecture, model.device
+    chooser = ManyRowsExperts(model.kernels, None)
+    least = chooser.thresholds.rows_per_expert
+    num_slots = workspace.max_tokens * a.num_experts_per_token
+    if least is None or num_slots < least * a.num_experts:
+        return None
+    rows = num_slots + a.num_experts * M_BLOCK
+    needed = buffers_bytes(a, model.dtype, rows) + assumed.GPU_RESERVE_BYTES // 2
+    if needed > device.free_bytes():
+        logger.info(
+            "experts keep to the native kernel for many rows: the other path needs %s of VRAM, %s are free",
+            format_bytes(needed),
+            format_bytes(device.free_bytes()),
+        )
+        return None
+    return ManyRowsExperts(model.kernels, ManyRowsBuffers.allocate(device, a, model.dtype, rows))
+
+
 def _open_residency(
     model: GpuModel, store: ExpertStore, copy: Stream, wanted: int, least: int = 1
 ) -> Residency | None:
     """As many slots as are wanted and fit beside half of the reserve: operators need some of it. None below
-    least.
-    """
+    least."""
     arch, device = model.architecture, model.device
     room = (device.free_bytes() - assumed.GPU_RESERVE_BYTES // 2) // store.record_bytes
     slots = min(wanted, room)
