@@ -41,12 +41,11 @@ class Thresholds:
     rows_per_expert: int | None
 
 
-KNOWN = {(9, 0): Thresholds(96, 2048)}
-"""By compute capability. (9, 0): added up from what an H100 showed for the parts. Dense: the native kernel
-against unpacking (2.8 TB/s) and torch's products. Experts: unpacking takes 17 us an expert of Qwen3-235B,
-the grouped product runs at 640 to 740 TFLOP/s; with the passes around it that is the native kernel's time
-from some 1000 rows an expert on (hidden size 4096) or 2000 (2048). scripts/measure_many_rows.py times both
-paths whole.
+KNOWN = {(9, 0): Thresholds(1024, None)}
+"""By compute capability, as scripts/measure_many_rows.py shows. (9, 0), an H100: the library's path passes
+the native kernel at 1024 tokens (0.95 to 1.15 times its speed, launches included) and is 1.8 to 2.9 times
+faster at 4096; for experts it reaches 0.64 (Qwen3-30B) and 0.81 (235B) of the native kernel's speed at 2048
+rows each, and less below: never.
 """
 
 UNKNOWN = Thresholds(4096, None)

@@ -13,6 +13,10 @@ from typing import Any
 from device.context import REPOSITORY, Context
 
 TESTS = ("tests/device",)
+GPU_TESTS = (
+    "tests/runtime/device/test_cuda_device.py",
+    "tests/runtime/gpu/kernels",
+)  # the suite runs them without
 FAILURE_CHARS = 200
 
 
@@ -22,7 +26,8 @@ def run(context: Context) -> dict[str, Any]:
     report.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "pytest", "-q", "-rA", "-p", "no:cacheprovider", f"--junitxml={report}"]
     command += ["-o", "junit_family=xunit1"]  # which has a place for what a test measured
-    command += [str(REPOSITORY / path) for path in TESTS]
+    tests = (*TESTS, *GPU_TESTS) if context.device == "cuda" else TESTS
+    command += [str(REPOSITORY / path) for path in tests]
     env = {**os.environ, "KRASIS_CHECK_DEVICE": context.device, "KRASIS_CHECK_SIZE": context.size}
     code = subprocess.run(command, cwd=REPOSITORY, env=env, check=False).returncode
     outcome = read_report(report)
