@@ -13,7 +13,8 @@ from typing import Any
 from device.context import REPOSITORY, Context
 
 TESTS = ("tests/device",)
-GPU_TESTS = (
+# The suite runs these without a GPU.
+GPU_TESTS = ("tests/runtime/device/test_cuda_device.py", "tests/runtime/gpu/kernels")
     "tests/runtime/device/test_cuda_device.py",
     "tests/runtime/gpu/kernels",
 )  # the suite runs them without
