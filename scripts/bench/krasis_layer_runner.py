@@ -2,8 +2,8 @@
 """Times krasis_moe on one layer, one token a call, its quantisation included; prints one JSON object.
 
 Started by ``layer``. The work, weights included, is that of kt_runner.py (see layer_work.py); weights are
-packed by the converter's own functions. Around every slice of half a gigabyte of weights the read bandwidth of
-the same threads over the same memory is measured.
+packed by the converter's own functions. Around every slice of half a gigabyte of weights the read bandwidth
+of the same threads over the same memory is measured.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import bench_common
-from bench.layer_work import MIN_SAMPLE_S, NUM_ROUTINGS, PARTS, LayerWork, add_options
 
+from bench.layer_work import MIN_SAMPLE_S, NUM_ROUTINGS, PARTS, LayerWork, add_options
 from krasis.formats.aligned import aligned_empty
 from krasis.formats.layouts import CpuTileLayout
 from krasis.formats.layouts.matrix import MatrixView

@@ -5,7 +5,7 @@ Started by ``layer`` with kt-kernel's folder on the path. The work, weights incl
 krasis_layer_runner.py (see layer_work.py). Formats:
 
     q8_0          GGUF blocks, class MOE (its LLAMAFILE method)
-    rawint4       int4 with bfloat16 scales a group of 32, the class its own RAWINT4 method chooses on this CPU
+    rawint4       int4 with bfloat16 scales a group of 32, the class that its RAWINT4 method chooses here
     rawint4-g128  the same with groups of 128
     amxint4       int4 with one scale a row, quantised from bfloat16 by AMXInt4_MOE
     amxint8       int8 with one scale a row, quantised from bfloat16 by AMXInt8_MOE

@@ -15,9 +15,6 @@ from device.context import REPOSITORY, Context
 TESTS = ("tests/device",)
 # The suite runs these without a GPU.
 GPU_TESTS = ("tests/runtime/device/test_cuda_device.py", "tests/runtime/gpu/kernels")
-    "tests/runtime/device/test_cuda_device.py",
-    "tests/runtime/gpu/kernels",
-)  # the suite runs them without
 FAILURE_CHARS = 200
 
 

@@ -109,7 +109,7 @@ def decode_section(title: str) -> Callable[[Record], list[str]]:
                 number(run["tokens_per_s"]),
                 ms(run["median_s"]),
                 ms(run["slowest_s"]),
-                ", ".join(f"{part} {shown(value)}" for part, value in run["split"].items()) or "-",
+                ", ".join(f"{part} {shown(part, value)}" for part, value in run["split"].items()) or "-",
             ]
             for name, run in result["runs"].items()
         ]
@@ -124,9 +124,9 @@ def decode_section(title: str) -> Callable[[Record], list[str]]:
     return section
 
 
-def shown(value: float) -> str:
-    """A split's entry: seconds are small, counts are not."""
-    return ms(value) if value < 1 else number(value)
+def shown(part: str, value: float) -> str:
+    """A split's entry: seconds or a count."""
+    return ms(value) if part.endswith("_s") else number(value)
 
 
 def gemm_section(result: Record) -> list[str]:
