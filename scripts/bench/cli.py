@@ -10,9 +10,9 @@ import click
 
 from bench import contention, convert, hybrid, layer, process, provision, quality, speed
 from bench.document import write_document
-from bench.facts import REPOSITORY, note_facts
+from bench.facts import REPOSITORY, note_facts, note_programs
 from bench.machine import load_1m
-from bench.peers import IK, LLAMA, Krasis, Program, ik_llama_cpp, llama_cpp
+from bench.peers import IK, KT, LLAMA, Krasis, Program, ik_llama_cpp, llama_cpp
 from bench.record import STAGES, Record
 from bench.speed import Model, Plan
 
@@ -131,7 +131,9 @@ def measure(record: Record, *, chosen: tuple[str, ...], restart: bool, budget_s:
     if restart:
         for stage in chosen:
             record.drop(stage)
-    bench = provision.llama_bench(given["llama"], work)
+    bench = provision.Found(None, "no stage that needs it was chosen")
+    if set(chosen) - {"layer"}:  # building it takes minutes
+        bench = provision.llama_bench(given["llama"], work)
     ik = provision.given(given["ik"], "--ik-llama-bench")
     programs: list[Program] = [
         Krasis(name="krasis" if isa == "auto" else f"krasis ({isa})", isa=isa)
@@ -140,7 +142,7 @@ def measure(record: Record, *, chosen: tuple[str, ...], restart: bool, budget_s:
     programs += [llama_cpp(bench.path, bench.missing), ik_llama_cpp(ik.path, ik.missing)]
     for model in found:
         make_bundle(model)
-    note_facts(record, chosen, found, {LLAMA: bench, IK: ik})
+    note_facts(record, chosen, found, {LLAMA: bench, IK: ik} if set(chosen) - {"layer"} else {})
     plan = Plan(
         given["threads"],
         given["prompt"],
@@ -190,6 +192,7 @@ def run_stage(stage: str, context: Context, clock: speed.Clock) -> bool:
         return contention.run_stage(c.record, c.models, c.programs, c.plan, clock, click.echo)
     if stage == "layer":
         kt = provision.kt_kernel(c.given["kt"], c.work)
+        note_programs(c.record, {KT: kt})
         return layer.run_stage(c.record, c.models, kt, c.plan, clock, click.echo)
     if stage == "convert":
         return convert.run_stage(c.record, c.models, c.quantize, c.plan, c.work, clock, click.echo)

@@ -46,7 +46,7 @@ def run_stage(
     """Rounds of (alone, beside) for every program, on as many threads as the largest of the plan."""
     threads = max(plan.threads)
     for model in models[:1]:
-        work = Work(model.name, model.bundle, model.gguf, threads, generate=(TOKENS,))
+        work = Work(model.name, model.bundle, model.gguf, threads, generate=(TOKENS,), repeats=plan.repeats)
         finished = _done(record, model.name, threads, programs)
         for number in range(plan.pairs):
             if number in finished:

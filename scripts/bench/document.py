@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from bench import stats, tables
@@ -67,7 +67,7 @@ def _programs(record: Record, runs: Sequence[Run]) -> str:
     for subject in tables.subjects(run for run in runs if run.stage != "quality"):
         mine = pick(runs, subject=subject)
         versions = first_seen(run.version for run in mine if run.version)
-        rows.append([subject, "; ".join(versions) or tables.ABSENT, str(sources.get(subject, ""))])
+        rows.append([subject, "; ".join(versions) or tables.ABSENT, _source(sources, subject)])
     text = table(["program", "version it reports", "where it comes from"], rows).replace("---:", "---")
     models = record.facts("models")
     if models:
@@ -75,6 +75,11 @@ def _programs(record: Record, runs: Sequence[Run]) -> str:
             "---:", "---"
         )
     return f"## Programs and models\n\n{text}\n\n{_commands(record, runs)}"
+
+
+def _source(sources: Mapping[str, object], subject: str) -> str:
+    """Where a program comes from; ``kt-kernel q8_0`` from where ``kt-kernel`` does."""
+    return next((str(sources[name]) for name in sources if f"{subject} ".startswith(f"{name} ")), "")
 
 
 def _commands(record: Record, runs: Sequence[Run]) -> str:

@@ -25,13 +25,19 @@ def note_facts(
     record.set_facts("machine", machine_facts())
     command = shlex.join(["python", "scripts/bench/run.py", *sys.argv[1:]])
     record.set_facts("commands", dict.fromkeys(stages, command))
-    programs = {name: found.recipe or str(found.path or found.missing) for name, found in sources.items()}
-    record.set_facts("programs", {**programs, "krasis": repository_state(REPOSITORY)})
+    note_programs(record, sources)
+    record.set_facts("programs", {"krasis": repository_state(REPOSITORY)})
     record.set_facts("models", {model.name: model_text(model) for model in models})
     made = [model.name for model in models if general_name(model.gguf).startswith(RANDOM_PREFIX)]
     if made and len(made) == len(models):
         text = f"{', '.join(made)} have random weights of the released layer shapes and fewer layers"
         record.set_facts("gaps", {"Released models": text})
+
+
+def note_programs(record: Record, sources: Mapping[str, Found]) -> None:
+    """Where programs come from."""
+    programs = {name: found.recipe or str(found.path or found.missing) for name, found in sources.items()}
+    record.set_facts("programs", programs)
 
 
 def general_name(gguf: Path) -> str:

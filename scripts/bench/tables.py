@@ -127,6 +127,7 @@ def layer_tables(runs: Sequence[Run]) -> str:
         "tokens/s",
         "GB/s of weights",
         "of read bandwidth",
+        "error",
         "krasis is faster by",
     ]
     parts = []
@@ -151,7 +152,8 @@ def _layer_row(runs: Sequence[Run], ours: Sequence[Run], case: str, name: str, t
     faster = ABSENT if name == KRASIS else times(stats.ratios(ours, runs, "tokens_per_s"))
     speed = figure(rate, 0) if rate else note(runs)
     bandwidth = figure(stats.spread(runs, "weights_gbps"))
-    return [case, detail, str(threads), speed, bandwidth, percent(stats.spread(runs, "fraction")), faster]
+    share, error = percent(stats.spread(runs, "fraction")), percent(_one(runs, "relative_error"), 1)
+    return [case, detail, str(threads), speed, bandwidth, share, error, faster]
 
 
 def contention_table(runs: Sequence[Run]) -> str:

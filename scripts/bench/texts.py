@@ -34,10 +34,12 @@ speed.""",
     "prefill": """\
 Whole models, no GPU. Krasis takes the prompt in one pass, the peers in physical batches of 512.""",
     "layer": """\
-The routed experts of one layer, one token a call, without the rest of a model; experts are drawn anew
-for every token. kt-kernel runs its own classes, set up as its Python package does it.""",
+The routed experts of one layer, one token a call, without the rest of a model; every program gets the same
+weights, tokens and routings, drawn anew for every token. kt-kernel runs its own classes, set up as its Python
+package does it. Errors are of the layer's result, against float64 on the same weights. Bits a weight, scales
+included: krasis 8.5 and 4.5, q8_0 8.5, rawint4 4.5, rawint4-g128 4.125, amxint8 8, amxint4 4.""",
     "contention": """\
-The same decode, alone and beside one spinning process held to each core.""",
+The same decode, alone and beside one spinning process held to each core: half of every core is its share.""",
     "convert": """\
 BF16 to four bits. llama-quantize reads a BF16 GGUF of the same weights; both inputs are in the page
 cache. Krasis also makes checksums and waits for the disk (fsync); llama-quantize leaves its output in
