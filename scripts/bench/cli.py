@@ -55,13 +55,14 @@ def models(
     return found
 
 
-def make_bundle(model: Model) -> None:
-    """Converts the folder and that GGUF, CPU experts only, unless the bundle is there."""
+def make_bundle(model: Model, for_gpus: bool) -> None:
+    """Converts the folder and that GGUF, unless the bundle is there. Without GPUs: CPU experts alone."""
     if (model.bundle / "manifest.json").exists():
         return
     click.echo(f"converting {model.name} ...")
     command = [convert.tool("krasis-convert"), str(model.folder), str(model.gguf), "-o", str(model.bundle)]
-    outcome = process.run([*command, "--tiers", "cpu", "--quiet"], timeout_s=24 * 3600)
+    tiers = [] if for_gpus else ["--tiers", "cpu"]
+    outcome = process.run([*command, *tiers, "--quiet"], timeout_s=24 * 3600)
     if outcome.error:
         raise click.ClickException(f"{outcome.command}: {outcome.error}")
 
@@ -141,7 +142,7 @@ def measure(record: Record, *, chosen: tuple[str, ...], restart: bool, budget_s:
     ]
     programs += [llama_cpp(bench.path, bench.missing), ik_llama_cpp(ik.path, ik.missing)]
     for model in found:
-        make_bundle(model)
+        make_bundle(model, any(given["gpus"]))
     note_facts(record, chosen, found, {LLAMA: bench, IK: ik} if set(chosen) - {"layer"} else {})
     plan = Plan(
         given["threads"],

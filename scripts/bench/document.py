@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bench import stats, tables
 from bench.goals import goals
-from bench.hybrid import IK_FLAGS, KRASIS_GAP, LLAMA_ENV, LLAMA_FLAGS
+from bench.hybrid import IK_FLAGS, LLAMA_ENV, LLAMA_FLAGS
 from bench.peers import IK, KRASIS, LLAMA
 from bench.plots import write_plots
 from bench.record import STAGES, Record, Run
@@ -110,7 +110,7 @@ def _when(runs: Sequence[Run], record: Record) -> str:
 def _hybrid_flags() -> str:
     env = " ".join(f"{name}={value}" for name, value in LLAMA_ENV.items())
     rows = [
-        [KRASIS, KRASIS_GAP],
+        [KRASIS, "`krasis_runner.py --gpus N`: what `krasis-run --device cuda --gpus N` does"],
         [LLAMA, f"`{env} llama-bench {' '.join(LLAMA_FLAGS)}`"],
         [IK, f"`llama-bench {' '.join(IK_FLAGS)}`"],
     ]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from bench.machine import gpu_names
-from bench.peers import IK, KRASIS, KT, LLAMA, LlamaBench, Program, Work
+from bench.peers import IK, KT, LLAMA, Krasis, LlamaBench, Program, Work
 from bench.record import Record, Run
 from bench.speed import Clock, Model, Plan, Say, execute, line
 
@@ -34,12 +34,13 @@ IK_FLAGS = (
     "-ctv",
     "q8_0",
 )
-KRASIS_GAP = "the GPU runtime is not in this version"
 KT_GAP = "KTransformers runs whole models through SGLang on CUDA; only its MoE layer is compared here"
 
 
-def hybrid_program(program: Program) -> LlamaBench | None:
-    """The peer with its hybrid flags; None for programs without such a path."""
+def hybrid_program(program: Program, num_gpus: int) -> Program | None:
+    """The program with its hybrid flags; None where it is the same as another."""
+    if isinstance(program, Krasis):
+        return replace(program, gpus=num_gpus) if program.isa == "auto" else None
     if isinstance(program, LlamaBench) and program.name == LLAMA:
         return replace(program, flags=LLAMA_FLAGS, env=LLAMA_ENV, whole_prompt=True)
     if isinstance(program, LlamaBench) and program.name == IK:
@@ -70,8 +71,8 @@ def run_stage(
                 plan.generate,
                 plan.repeats,
             )
-            runs = [failed(work, KRASIS, KRASIS_GAP), failed(work, KT, KT_GAP)]
-            for program in filter(None, map(hybrid_program, programs)):
+            runs = [failed(work, KT, KT_GAP)]
+            for program in filter(None, (hybrid_program(one, count) for one in programs)):
                 if count > len(present):
                     runs.append(
                         failed(work, program.name, f"needs {count} GPUs, this machine has {len(present)}")

@@ -117,6 +117,18 @@ def measure(
     return cases
 
 
+def open_on(bundle: Path, settings: EngineSettings, num_gpus: int) -> Engine:
+    """The engine on so many GPUs, or on the CPU, which then never sees torch."""
+    if not num_gpus:
+        return Engine.open(bundle, settings)
+    from krasis.runtime.distributed.launch import open_engine
+
+    engine = open_engine(bundle, settings, num_gpus)
+    if engine is None:
+        raise SystemExit("not to be started by torchrun: it starts its own processes")
+    return engine
+
+
 def numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",") if int(part) > 0]
 
@@ -131,6 +143,7 @@ def main() -> None:
     parser.add_argument("-n", "--generate", type=numbers, default=[64])
     parser.add_argument("-r", "--repeats", type=int, default=1)
     parser.add_argument("--isa", default="auto")
+    parser.add_argument("--gpus", type=int, default=0, help="0: the CPU alone.")
     parser.add_argument(
         "--chunk", type=int, default=0, help="Prompt tokens computed in one pass; 0: the engine's."
     )
@@ -138,9 +151,17 @@ def main() -> None:
     context = max(options.prompt + options.generate + [64])
     chunk = {"prefill_chunk": options.chunk} if options.chunk else {}
     settings = EngineSettings(
-        context=context, threads=options.threads, isa=options.isa, prefault=False, **chunk
+        context=context,
+        threads=options.threads,
+        isa=options.isa,
+        prefault=False,
+        device="cuda" if options.gpus else "cpu",
+        **chunk,
     )
-    with Engine.open(options.bundle, settings) as engine, Pool(options.threads, options.isa) as pool:
+    with (
+        open_on(options.bundle, settings, options.gpus) as engine,
+        Pool(options.threads, options.isa) as pool,
+    ):
         for tier in PREFAULT_TIERS:
             engine.bundle.prefault(tier, options.threads)
         meter = Meter(engine.bundle, pool)

@@ -66,11 +66,12 @@ class LlamaBench:
 
 @dataclass(frozen=True, slots=True)
 class Krasis:
-    """krasis_runner.py on the bundle. isa: ``auto`` or an instruction set to be held to."""
+    """krasis_runner.py on the bundle. isa: ``auto`` or one to be held to. gpus: 0: the CPU alone."""
 
     name: str = KRASIS
     isa: str = "auto"
     missing: str = ""
+    gpus: int = 0
     env: Mapping[str, str] = field(default_factory=dict)
 
     def arguments(self, work: Work) -> list[str]:
@@ -82,6 +83,8 @@ class Krasis:
             arguments += [flag, ",".join(str(value) for value in values) or "0"]
         if work.prompts:
             arguments += ["--chunk", str(max(512, *work.prompts))]
+        if self.gpus:
+            arguments += ["--gpus", str(self.gpus)]
         return arguments + (["--isa", self.isa] if self.isa != "auto" else [])
 
     def parse(self, output: str) -> Parsed:

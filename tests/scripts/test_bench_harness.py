@@ -123,9 +123,14 @@ def test_peers_get_the_same_work_and_their_best_flags() -> None:
         assert "-r 3" in text
     assert " ".join(llama).count("-lm none") == 1
     assert "-rtr 1 -mmp 0" in " ".join(ik)
-    hybrid_llama = hybrid.hybrid_program(peers.llama_cpp(Path("llama-bench")))
+    hybrid_llama = hybrid.hybrid_program(peers.llama_cpp(Path("llama-bench")), 2)
     assert hybrid_llama is not None
     assert "-ub 2048" in " ".join(hybrid_llama.arguments(WORK))
+    hybrid_krasis = hybrid.hybrid_program(peers.Krasis(), 2)
+    assert hybrid_krasis is not None
+    assert "--gpus 2" in " ".join(hybrid_krasis.arguments(WORK))
+    assert "--gpus" not in " ".join(ours)
+    assert hybrid.hybrid_program(peers.Krasis(name="krasis (avx2)", isa="avx2"), 2) is None
 
 
 def test_a_program_that_fails_is_recorded_with_its_words() -> None:
@@ -285,7 +290,7 @@ def test_hybrid_records_what_is_not_there(tmp_path: Path, monkeypatch: pytest.Mo
     programs = [peers.Krasis(), peers.llama_cpp(Path("x")), peers.ik_llama_cpp(None, "not run")]
     assert hybrid.run_stage(record, [model], programs, [0, 2], plan, lambda: True, print)
     errors = {run.subject: run.error for run in record.runs()}
-    assert errors["krasis"] == "the GPU runtime is not in this version"
+    assert errors["krasis"] == "needs 2 GPUs, this machine has 0"
     assert errors["llama.cpp"] == "needs 2 GPUs, this machine has 0"
     assert set(errors) == {"krasis", "kt-kernel", "llama.cpp", "ik_llama.cpp"}
 
