@@ -24,7 +24,7 @@ Ranges = list[tuple[int, int]]  # bytes [begin, end), ascending, apart
 class OrderingError(KrasisError):
     """Work touches memory without being ordered after what was done to it: on a GPU, a race."""
 
-    exit_code = 7
+    exit_code = 9
 
 
 @dataclass(frozen=True, slots=True, eq=False)
