@@ -151,21 +151,19 @@ def multiply(
     if not x.is_cuda:  # the double: torch's CPU products of 16-bit floats round where they please
         total = x.float() @ transposed.float()
         out.copy_(total if residual is None else total.add_(residual))
-    elif out.dtype == x.dtype:
-        if residual is None:
-            torch.mm(x, transposed, out=out)
-        else:
-            torch.addmm(residual, x, transposed, out=out)
-    elif residual is None:
-        torch.mm(x, transposed, out_dtype=out.dtype, out=out)
-    else:
+    elif residual is not None:
         _add_product(x, transposed, out, residual, sums)
+    elif out.dtype == x.dtype:
+        torch.mm(x, transposed, out=out)
+    else:
+        torch.mm(x, transposed, out_dtype=out.dtype, out=out)
 
 
 def _add_product(
     x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, residual: torch.Tensor, sums: torch.Tensor
 ) -> None:
-    """In pieces of tokens, as many as the sums have room for."""
+    """In pieces of tokens, as many as the sums have room for. Not addmm: seen on an H100, it rounds a bfloat16
+    product before it adds the residual."""
     n = out.shape[1]
     rows = len(sums) // n
     if rows == 0:
@@ -173,5 +171,5 @@ def _add_product(
     for begin in range(0, len(x), rows):
         end = min(len(x), begin + rows)
         total = sums[: (end - begin) * n].view(end - begin, n)
-        torch.mm(x[begin:end], weight, out_dtype=out.dtype, out=total)
+        torch.mm(x[begin:end], weight, out_dtype=total.dtype, out=total)
         torch.add(residual[begin:end], total, out=out[begin:end])

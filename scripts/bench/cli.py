@@ -199,4 +199,6 @@ def run_stage(stage: str, context: Context, clock: speed.Clock) -> bool:
         return convert.run_stage(c.record, c.models, c.quantize, c.plan, c.work, clock, click.echo)
     if stage == "quality":
         return quality.run_stage(c.record, c.given["quality_model"], c.quantize, c.work, clock, click.echo)
-    return hybrid.run_stage(c.record, c.models, c.programs, c.given["gpus"], c.plan, clock, click.echo)
+    return hybrid.run_stage(
+        c.record, c.models, c.programs, c.given["gpus"], c.quantize, c.plan, c.work, clock, click.echo
+    )

@@ -22,7 +22,7 @@ RENDERERS: dict[str, Callable[[Sequence[Run]], str]] = {
     "contention": tables.contention_table,
     "convert": tables.convert_table,
     "quality": tables.quality_tables,
-    "hybrid": tables.hybrid_table,
+    "hybrid": tables.hybrid_tables,
 }
 
 
@@ -31,13 +31,12 @@ def write_document(record: Record, out: Path, plots: Path | None) -> None:
     runs = record.runs()
     charts = write_plots(runs, plots) if plots else {}
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(
-        render(record, runs, {stage: _relative(path, out) for stage, path in charts.items()}), "utf-8"
-    )
+    pictures = {stage: _relative(path, out) for stage, path in charts.items()}
+    out.write_text(render(record, runs, pictures, _other_machines(out)), "utf-8")
 
 
-def render(record: Record, runs: Sequence[Run], charts: dict[str, str]) -> str:
-    """The whole document. charts: a picture's path by stage."""
+def render(record: Record, runs: Sequence[Run], charts: dict[str, str], others: Sequence[str] = ()) -> str:
+    """The whole document. charts: a picture's path by stage. others: what follows it."""
     parts = ["# Benchmarks", MARK, _machine(record), f"## Method\n\n{METHOD}", _programs(record, runs)]
     lines = goals(runs)
     if lines:
@@ -51,7 +50,7 @@ def render(record: Record, runs: Sequence[Run], charts: dict[str, str]) -> str:
         if stage in charts:
             section.append(f"![{TITLES[stage]}]({charts[stage]})")
         parts.append("\n\n".join(section))
-    parts += [_hybrid_flags(), _gaps(record, runs)]
+    parts += [_hybrid_flags(), _gaps(record, runs), *others]
     return "\n\n".join(parts) + "\n"
 
 
@@ -123,13 +122,20 @@ def _hybrid_flags() -> str:
 def _gaps(record: Record, runs: Sequence[Run]) -> str:
     lines = [f"- Stage `{stage}` has not been run." for stage in STAGES if not pick(runs, stage=stage)]
     for stage in STAGES:
-        for subject in tables.subjects(pick(runs, stage=stage)):
-            mine = pick(runs, stage=stage, subject=subject)
-            for problem in stats.errors(mine):
-                cases = first_seen(f"{run.model} {run.case}" for run in mine if run.error == problem)
-                lines.append(f"- {stage}, {subject}: {problem} ({'; '.join(cases)})")
+        mine = pick(runs, stage=stage)
+        for problem in stats.errors(mine):
+            alike = [run for run in mine if run.error == problem]
+            cases = first_seen(f"{run.model} {run.case}" for run in alike)
+            lines.append(f"- {stage}, {', '.join(tables.subjects(alike))}: {problem} ({'; '.join(cases)})")
     lines += [f"- {name}: {text}" for name, text in record.facts("gaps").items()]
     return "## What could not be measured here\n\n" + ("\n".join(lines) or "Nothing was left out.")
+
+
+def _other_machines(out: Path) -> list[str]:
+    """Documents of the same kind beside this one."""
+    beside = sorted(path.name for path in out.parent.glob("BENCHMARKS*.md") if path.name != out.name)
+    links = "\n".join(f"- [{name}]({name})" for name in beside)
+    return [f"## Other machines\n\n{links}"] if links else []
 
 
 def _relative(path: Path, out: Path) -> str:

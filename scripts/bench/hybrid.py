@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 
+from bench.four_bits import int4_bundle, q4_0_gguf
 from bench.machine import gpu_names
-from bench.peers import IK, KT, LLAMA, Krasis, LlamaBench, Program, Work
+from bench.peers import IK, KRASIS, KT, LLAMA, Krasis, LlamaBench, Program, Work
+from bench.provision import Found
 from bench.record import Record, Run
-from bench.speed import Clock, Model, Plan, Say, execute, line
+from bench.speed import Clock, Model, Plan, Say, execute, in_turn, line
 
 STAGE = "hybrid"
 # What an expert would choose for a long prompt and few small GPUs: llama-server's flags, for llama-bench.
@@ -17,30 +20,31 @@ LLAMA_FLAGS = (
     *("-ngl", "99", "-ncmoe", "999", "-lm", "none", "--repack", "0"),
     *("-fa", "on", "-ctk", "q8_0", "-ctv", "q8_0"),
 )
+# Shorter prompts stay on the CPU, as llama.cpp's own users advise where experts have to be copied.
 LLAMA_ENV = {"GGML_OP_OFFLOAD_MIN_BATCH": "512"}
 IK_FLAGS = (
-    "-ngl",
-    "99",
-    "--n-cpu-moe",
-    "999",
-    "-mmp",
-    "0",
-    "-fa",
-    "1",
-    "-fmoe",
-    "1",
-    "-ctk",
-    "q8_0",
-    "-ctv",
-    "q8_0",
+    *("-ngl", "99", "--n-cpu-moe", "999", "-mmp", "0", "-fa", "1", "-fmoe", "1"),
+    *("-ctk", "q8_0", "-ctv", "q8_0"),
 )
 KT_GAP = "KTransformers runs whole models through SGLang on CUDA; only its MoE layer is compared here"
+KRASIS_INT4, LLAMA_Q4_0 = f"{KRASIS} int4", f"{LLAMA} Q4_0"
+OURS = {LLAMA: KRASIS, IK: KRASIS, LLAMA_Q4_0: KRASIS_INT4}
+"""Which of our two forms a peer's is compared with: equal bits on the CPU."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A program with its hybrid flags, and the file it gets."""
+
+    program: Program
+    bundle: Path
+    gguf: Path
 
 
 def hybrid_program(program: Program, num_gpus: int) -> Program | None:
     """The program with its hybrid flags; None where it is the same as another."""
     if isinstance(program, Krasis):
-        return replace(program, gpus=num_gpus) if program.isa == "auto" else None
+        return replace(program, gpus=num_gpus, stream=True) if program.isa == "auto" else None
     if isinstance(program, LlamaBench) and program.name == LLAMA:
         return replace(program, flags=LLAMA_FLAGS, env=LLAMA_ENV, whole_prompt=True)
     if isinstance(program, LlamaBench) and program.name == IK:
@@ -48,44 +52,81 @@ def hybrid_program(program: Program, num_gpus: int) -> Program | None:
     return None
 
 
+def entries(
+    model: Model, programs: Sequence[Program], num_gpus: int, four_bits: tuple[Found, Found]
+) -> list[Entry]:
+    """Every program on the 8-bit files, Krasis and llama.cpp on their 4-bit files too."""
+    found = []
+    bundle, gguf = four_bits
+    for program in filter(None, (hybrid_program(one, num_gpus) for one in programs)):
+        visible = {**program.env, "CUDA_VISIBLE_DEVICES": ",".join(map(str, range(num_gpus)))}
+        ready = replace(program, env=visible)
+        found.append(Entry(ready, model.bundle, model.gguf))
+        name, form = {KRASIS: (KRASIS_INT4, bundle), LLAMA: (LLAMA_Q4_0, gguf)}.get(
+            program.name, ("", bundle)
+        )
+        if name:
+            missing = program.missing or form.missing
+            path = form.path or Path()
+            found.append(Entry(replace(ready, name=name, missing=missing), path, path))
+    return found
+
+
 def run_stage(
     record: Record,
     models: Sequence[Model],
     programs: Sequence[Program],
     gpus: Sequence[int],
+    quantize: Found,
     plan: Plan,
+    work: Path,
     clock: Clock,
     say: Say,
 ) -> bool:
-    """One invocation a program and number of GPUs; its samples are the spread."""
+    """Rounds of all programs for every number of GPUs. A program that failed once is not tried again."""
     present = gpu_names()
     for model in models:
         for count in (number for number in gpus if number):
-            model_name = f"{model.name}, {count} GPU{'s' if count > 1 else ''}"
-            work = Work(
-                model_name,
-                model.bundle,
-                model.gguf,
-                max(plan.threads),
-                plan.prompts,
-                plan.generate,
-                plan.repeats,
+            name = f"{model.name}, {count} GPU{'s' if count > 1 else ''}"
+            sizes = Work(
+                name, model.bundle, model.gguf, max(plan.threads), plan.prompts, plan.generate, plan.repeats
             )
-            runs = [failed(work, KT, KT_GAP)]
-            for program in filter(None, (hybrid_program(one, count) for one in programs)):
-                if count > len(present):
-                    runs.append(
-                        failed(work, program.name, f"needs {count} GPUs, this machine has {len(present)}")
-                    )
-                    continue
-                if not clock():
-                    return False
-                visible = {**program.env, "CUDA_VISIBLE_DEVICES": ",".join(map(str, range(count)))}
-                found = execute(replace(program, env=visible), work, STAGE, 0, plan.timeout_s)
-                record.add(found)
-                say(line(found))
-            record.add(runs)
+            if count > len(present):
+                _note_missing(record, sizes, programs, f"needs {count} GPUs, this machine has {len(present)}")
+                continue
+            four_bits = int4_bundle(model, work), q4_0_gguf(model, quantize, work, max(plan.threads))
+            chosen = entries(model, programs, count, four_bits)
+            if not _rounds(record, sizes, chosen, plan, clock, say):
+                return False
+            _note_missing(record, sizes, [], "")
     return True
+
+
+def _rounds(record: Record, sizes: Work, chosen: Sequence[Entry], plan: Plan, clock: Clock, say: Say) -> bool:
+    """Those that the record lacks, each beginning with another program."""
+    for number in range(plan.pairs):
+        mine = [run for run in record.runs(STAGE) if run.model == sizes.model]
+        held = {(run.subject, run.round) for run in mine}
+        hopeless = {run.subject for run in mine if run.error}
+        for entry in in_turn(chosen, number):
+            subject = entry.program.name
+            if (subject, number) in held or subject in hopeless:
+                continue
+            if not clock():
+                return False
+            own = replace(sizes, bundle=entry.bundle, gguf=entry.gguf)
+            found = execute(entry.program, own, STAGE, number, plan.timeout_s)
+            record.add(found)
+            say(line(found))
+    return True
+
+
+def _note_missing(record: Record, sizes: Work, programs: Sequence[Program], error: str) -> None:
+    names = [one.name for one in (hybrid_program(program, 1) for program in programs) if one is not None]
+    held = {run.subject for run in record.runs(STAGE) if run.model == sizes.model}
+    record.add([failed(sizes, name, error) for name in names if name not in held])
+    if KT not in held:
+        record.add([failed(sizes, KT, KT_GAP)])
 
 
 def failed(work: Work, subject: str, error: str) -> Run:

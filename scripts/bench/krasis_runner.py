@@ -12,12 +12,17 @@ import argparse
 import ctypes
 import hashlib
 import json
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from device.limits import streaming_vram_bytes
 
 from krasis.formats.bundle_reader import Bundle
 from krasis.formats.native import Pool, check, library_path
@@ -129,6 +134,12 @@ def open_on(bundle: Path, settings: EngineSettings, num_gpus: int) -> Engine:
     return engine
 
 
+def stream_bytes(path: Path, context: int) -> int:
+    """The memory that no expert finds room in, beside the buffers that all of them pass through."""
+    with Bundle.open(path) as bundle:
+        return streaming_vram_bytes(bundle, context)
+
+
 def numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",") if int(part) > 0]
 
@@ -145,6 +156,11 @@ def main() -> None:
     parser.add_argument("--isa", default="auto")
     parser.add_argument("--gpus", type=int, default=0, help="0: the CPU alone.")
     parser.add_argument(
+        "--stream",
+        action="store_true",
+        help="Let a GPU have only what a prompt needs whose experts all stay in host memory.",
+    )
+    parser.add_argument(
         "--chunk", type=int, default=0, help="Prompt tokens computed in one pass; 0: the engine's."
     )
     options = parser.parse_args()
@@ -156,6 +172,7 @@ def main() -> None:
         isa=options.isa,
         prefault=False,
         device="cuda" if options.gpus else "cpu",
+        vram_bytes=stream_bytes(options.bundle, context) if options.stream and options.gpus else None,
         **chunk,
     )
     with (

@@ -66,12 +66,16 @@ class LlamaBench:
 
 @dataclass(frozen=True, slots=True)
 class Krasis:
-    """krasis_runner.py on the bundle. isa: ``auto`` or one to be held to. gpus: 0: the CPU alone."""
+    """krasis_runner.py on the bundle. isa: ``auto`` or one to be held to. gpus: 0: the CPU alone.
+
+    stream: no expert may stay on a GPU, as if the model were far larger than its memory.
+    """
 
     name: str = KRASIS
     isa: str = "auto"
     missing: str = ""
     gpus: int = 0
+    stream: bool = False
     env: Mapping[str, str] = field(default_factory=dict)
 
     def arguments(self, work: Work) -> list[str]:
@@ -84,7 +88,7 @@ class Krasis:
         if work.prompts:
             arguments += ["--chunk", str(max(512, *work.prompts))]
         if self.gpus:
-            arguments += ["--gpus", str(self.gpus)]
+            arguments += ["--gpus", str(self.gpus), *(["--stream"] if self.stream else [])]
         return arguments + (["--isa", self.isa] if self.isa != "auto" else [])
 
     def parse(self, output: str) -> Parsed:

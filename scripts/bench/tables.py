@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 from bench import stats
+from bench.hybrid import OURS
 from bench.peers import IK, KRASIS, KT, LLAMA
 from bench.record import Run
 from bench.stats import Spread
@@ -237,10 +238,23 @@ def quality_tables(runs: Sequence[Run]) -> str:
     return "\n\n".join(parts)
 
 
-def hybrid_table(runs: Sequence[Run]) -> str:
-    """What ran with GPUs, and what did not."""
-    rows = []
-    for run in runs:
-        found = stats.spread([run], "tokens_per_s")
-        rows.append([run.model, run.subject, run.case, figure(found) if found else run.error])
-    return table(["model", "program", "case", "tok/s"], rows)
+def hybrid_tables(runs: Sequence[Run]) -> str:
+    """One table a model and number of GPUs: what ran, and what each thing that did not run said."""
+    parts = []
+    for model in first_seen(run.model for run in runs):
+        mine = pick(runs, model=model)
+        if not any(run.metrics for run in mine):
+            continue
+        rows = []
+        for case in sorted({run.case for run in mine if run.metrics}, key=case_order):
+            for name in subjects(mine):
+                cell = pick(mine, subject=name, case=case) or [
+                    run for run in pick(mine, subject=name) if run.error
+                ]
+                found = stats.spread(cell, "tokens_per_s")
+                ours = pick(mine, subject=OURS.get(name, ""), case=case)
+                faster = times(stats.ratios(ours, cell, "tokens_per_s"))
+                rows.append([case, name, figure(found) if found else note(cell), faster])
+        heads = ["case", "program", "tok/s", "krasis with the same bits is faster by"]
+        parts.append(f"### {model}\n\n{table(heads, rows)}")
+    return "\n\n".join(parts) or "Nothing of this could run on this machine; the last section says why."

@@ -50,5 +50,8 @@ dequantised into the same transformers model in float32; divergence is from the 
 over all positions. Some rows of that model are shorter than a block of Q4_K; there llama-quantize takes
 a larger type: see bits per weight.""",
     "hybrid": """\
-Prefill on GPUs, experts on the CPU.""",
+A prompt of N tokens goes through the GPUs in one batch, and every expert comes from host memory: Krasis gets
+no more GPU memory than that takes, llama.cpp keeps all experts in RAM (-ncmoe) and copies them. Decode has
+attention and the rest on the GPUs, experts on the CPU. Krasis prefills with INT4 experts (its GPU tier) in
+both forms and decodes with the bits named; llama.cpp has one file for both.""",
 }
