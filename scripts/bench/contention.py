@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from bench.peers import Program, Work
-from bench.record import Record, Run
-from bench.speed import Clock, Model, Plan, Say, execute, in_turn, line
+from bench.record import Record
+from bench.speed import Clock, Model, Plan, Say, execute, in_turn, line, on_the_cpu
 
 STAGE = "contention"
 TOKENS = 32
@@ -45,6 +45,7 @@ def run_stage(
 ) -> bool:
     """Rounds of (alone, beside) for every program, on as many threads as the largest of the plan."""
     threads = max(plan.threads)
+    programs = [on_the_cpu(program) for program in programs]
     for model in models[:1]:
         work = Work(model.name, model.bundle, model.gguf, threads, generate=(TOKENS,), repeats=plan.repeats)
         finished = _done(record, model.name, threads, programs)
@@ -71,9 +72,3 @@ def _done(record: Record, model: str, threads: int, programs: Sequence[Program])
             held.setdefault(run.round, set()).add((run.subject, run.case))
     needed = {(program.name, f"tg{TOKENS} {name}") for program in programs for name in ("alone", "beside")}
     return {number for number, found in held.items() if needed <= found}
-
-
-def kept(alone: Run, beside: Run) -> float | None:
-    """The part of its speed that a program keeps; None if either failed."""
-    fast, slow = (run.metrics.get("tokens_per_s") for run in (alone, beside))
-    return slow[0] / fast[0] if fast and slow else None

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from bench import stats
+from bench.layer import ALONE
 from bench.peers import IK, KRASIS, KT, LLAMA
 from bench.record import Run
 from bench.stats import Spread
@@ -77,10 +78,10 @@ def _layers(runs: Sequence[Run]) -> Iterator[Goal]:
             ran = {peer: ratio for peer, ratio in found.items() if ratio is not None}
             for peer, ratio in ran.items() or [(f"{KT} ({case})", None)]:
                 yield ratio_goal(f"{model}, MoE layer, {threads} thr, against {peer}", LAYER_GOAL, ratio)
-            for name in first_seen(run.subject for run in cell if run.subject.startswith(KRASIS)):
+            for name in first_seen(run.subject for run in cell if run.subject.startswith(ALONE)):
                 share = stats.spread(pick(cell, subject=name), "fraction")
                 met = None if share is None else share.median >= KERNEL_SHARE
-                what = f"{model}, MoE layer {case}, {threads} thr, {name}: share of read bandwidth"
+                what = f"{model}, {case}, {threads} thr, {name} alone: share of read bandwidth"
                 yield Goal(what, f">= {100 * KERNEL_SHARE:.0f} %", percent(share), met)
 
 

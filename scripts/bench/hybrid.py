@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,6 +28,7 @@ IK_FLAGS = (
 )
 KT_GAP = "KTransformers runs whole models through SGLang on CUDA; only its MoE layer is compared here"
 KRASIS_INT4, LLAMA_Q4_0 = f"{KRASIS} int4", f"{LLAMA} Q4_0"
+FOUR_BITS = {KRASIS: KRASIS_INT4, LLAMA: LLAMA_Q4_0}
 OURS = {LLAMA: KRASIS, IK: KRASIS, LLAMA_Q4_0: KRASIS_INT4}
 """Which of our two forms a peer's is compared with: equal bits on the CPU."""
 
@@ -53,23 +54,28 @@ def hybrid_program(program: Program, num_gpus: int) -> Program | None:
 
 
 def entries(
-    model: Model, programs: Sequence[Program], num_gpus: int, four_bits: tuple[Found, Found]
+    model: Model, programs: Sequence[Program], num_gpus: int, four_bits: Mapping[str, Found]
 ) -> list[Entry]:
     """Every program on the 8-bit files, Krasis and llama.cpp on their 4-bit files too."""
     found = []
-    bundle, gguf = four_bits
-    for program in filter(None, (hybrid_program(one, num_gpus) for one in programs)):
-        visible = {**program.env, "CUDA_VISIBLE_DEVICES": ",".join(map(str, range(num_gpus)))}
-        ready = replace(program, env=visible)
-        found.append(Entry(ready, model.bundle, model.gguf))
-        name, form = {KRASIS: (KRASIS_INT4, bundle), LLAMA: (LLAMA_Q4_0, gguf)}.get(
-            program.name, ("", bundle)
-        )
-        if name:
-            missing = program.missing or form.missing
+    visible = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(num_gpus)))}
+    for given in programs:
+        program = hybrid_program(given, num_gpus)
+        if program is None:
+            continue
+        found.append(_entry(program, program.name, visible, model.bundle, model.gguf))
+        if program.name in FOUR_BITS:
+            name, form = FOUR_BITS[program.name], four_bits[program.name]
             path = form.path or Path()
-            found.append(Entry(replace(ready, name=name, missing=missing), path, path))
+            entry = _entry(program, name, visible, path, path)
+            found.append(
+                replace(entry, program=replace(entry.program, missing=program.missing or form.missing))
+            )
     return found
+
+
+def _entry(program: Program, name: str, visible: Mapping[str, str], bundle: Path, gguf: Path) -> Entry:
+    return Entry(replace(program, name=name, env={**program.env, **visible}), bundle, gguf)
 
 
 def run_stage(
@@ -94,7 +100,10 @@ def run_stage(
             if count > len(present):
                 _note_missing(record, sizes, programs, f"needs {count} GPUs, this machine has {len(present)}")
                 continue
-            four_bits = int4_bundle(model, work), q4_0_gguf(model, quantize, work, max(plan.threads))
+            four_bits = {
+                KRASIS: int4_bundle(model, work),
+                LLAMA: q4_0_gguf(model, quantize, work, max(plan.threads)),
+            }
             chosen = entries(model, programs, count, four_bits)
             if not _rounds(record, sizes, chosen, plan, clock, say):
                 return False

@@ -51,13 +51,16 @@ def pack(work: LayerWork, tiles: str, pool: Pool) -> PackedLayer:
     record_bytes = layout.expert_record(work.hidden, work.intermediate).record_bytes
     blob = aligned_empty(work.experts * record_bytes)
     for expert in range(work.experts):
-        if tiles == "q8":
-            n = {part: work.shape(part)[0] for part in PARTS}
-            views = [MatrixView(work.q8_0(expert, part).reshape(n[part], -1), "Q8_0") for part in PARTS]
-        else:
-            views = [MatrixView(work.values(expert, part), "F32") for part in PARTS]
-        layout.pack_expert(pool, *views, blob[expert * record_bytes : (expert + 1) * record_bytes])
+        gate, up, down = (_matrix(work, tiles, expert, part) for part in PARTS)
+        record = blob[expert * record_bytes : (expert + 1) * record_bytes]
+        layout.pack_expert(pool, gate, up, down, record)
     return PackedLayer(blob, record_bytes, [bench_common.address_of(blob)], blob.nbytes)
+
+
+def _matrix(work: LayerWork, tiles: str, expert: int, part: str) -> MatrixView:
+    if tiles == "q8":
+        return MatrixView(work.q8_0(expert, part).reshape(work.shape(part)[0], -1), "Q8_0")
+    return MatrixView(work.values(expert, part), "F32")
 
 
 class Layer:

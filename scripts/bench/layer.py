@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from bench import process
-from bench.peers import KT, last_json
+from bench.peers import KRASIS, KT, last_json
 from bench.provision import Found
 from bench.record import Record, Run
 from bench.speed import Clock, Model, Plan, Say, in_turn
 
 STAGE = "layer"
 HERE = Path(__file__).resolve().parent
+ALONE = "krasis kernels"
+"""Subjects that start with this time krasis_moe by itself."""
 METRICS = ("tokens_per_s", "weights_gbps", "read_gbps", "fraction", "relative_error")
 
 
@@ -41,8 +43,9 @@ def kernels(kt: Found) -> list[Kernel]:
     ):
         for isa in ("auto", "avx2"):
             arguments: tuple[str, ...] = ("--format", tiles, "--isa", isa)
-            name = "krasis" if isa == "auto" else f"krasis ({isa})"
-            found.append(Kernel(name, case, "krasis_layer_runner.py", arguments))
+            held_to = "" if isa == "auto" else f" ({isa})"
+            found.append(Kernel(f"{KRASIS}{held_to}", case, "krasis_layer_runner.py", arguments))
+            found.append(Kernel(f"{ALONE}{held_to}", case, "krasis_kernel_runner.py", arguments))
         for kind in formats:
             for variant in ("", "avx2"):
                 env = {"PYTHONPATH": str(kt.path)} | ({"KT_KERNEL_CPU_VARIANT": variant} if variant else {})

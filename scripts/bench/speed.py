@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from bench import process
+from bench.machine import gpu_names
 from bench.peers import Program, Work
 from bench.record import Record, Run
 
@@ -89,6 +90,7 @@ def run_stage(
     say: Say,
 ) -> bool:
     """All rounds that the record lacks. Returns whether nothing is left to do."""
+    programs = [on_the_cpu(program) for program in programs]
     for model in models:
         for threads in plan.threads:
             work = Work(model.name, model.bundle, model.gguf, threads, repeats=plan.repeats)
@@ -109,6 +111,11 @@ def run_stage(
                     record.add(runs)
                     say(line(runs))
     return True
+
+
+def on_the_cpu(program: Program) -> Program:
+    """The same without any GPU in its sight: a build for GPUs would else use one unasked."""
+    return replace(program, env={**program.env, "CUDA_VISIBLE_DEVICES": ""}) if gpu_names() else program
 
 
 def in_turn(programs: Sequence[T], number: int) -> list[T]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from bench import stats
 from bench.hybrid import OURS
+from bench.layer import ALONE
 from bench.peers import IK, KRASIS, KT, LLAMA
 from bench.record import Run
 from bench.stats import Spread
@@ -150,7 +151,11 @@ def _layer_row(runs: Sequence[Run], ours: Sequence[Run], case: str, name: str, t
     versions = first_seen(run.version for run in runs if run.version)
     detail = f"{name} [{versions[0]}]" if versions else name
     rate = stats.spread(runs, "tokens_per_s")
-    faster = ABSENT if name == KRASIS else times(stats.ratios(ours, runs, "tokens_per_s"))
+    faster = (
+        ABSENT
+        if name == KRASIS or name.startswith(ALONE)
+        else times(stats.ratios(ours, runs, "tokens_per_s"))
+    )
     speed = figure(rate, 0) if rate else note(runs)
     bandwidth = figure(stats.spread(runs, "weights_gbps"))
     share, error = percent(stats.spread(runs, "fraction")), percent(_one(runs, "relative_error"), 1)

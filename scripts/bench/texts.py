@@ -37,7 +37,9 @@ Whole models, no GPU. Krasis takes the prompt in one pass, the peers in physical
 The routed experts of one layer, one token a call, without the rest of a model; every program gets the same
 weights, tokens and routings, drawn anew for every token. kt-kernel runs its own classes, set up as its Python
 package does it. Errors are of the layer's result, against float64 on the same weights. Bits a weight, scales
-included: krasis 8.5 and 4.5, q8_0 8.5, rawint4 4.5, rawint4-g128 4.125, amxint8 8, amxint4 4.""",
+included: krasis 8.5 and 4.5, q8_0 8.5, rawint4 4.5, rawint4-g128 4.125, amxint8 8, amxint4 4. Rows of krasis
+include quantising the token and all of Python; "krasis kernels" is krasis_moe alone, call after call. Shares
+are of the read bandwidth that the same threads measured before and after each sample.""",
     "contention": """\
 The same decode, alone and beside one spinning process held to each core: half of every core is its share.""",
     "convert": """\

@@ -20,7 +20,7 @@ from krasis.convert.settings import ConvertSettings
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
-from bench import contention, hybrid, layer, peers, process, provision, quality, speed, stats, tables, weights  # noqa: E402
+from bench import contention, layer, peers, process, provision, quality, speed, stats, tables, weights  # noqa: E402
 from bench.cli import main  # noqa: E402
 from bench.document import render  # noqa: E402
 from bench.goals import goals  # noqa: E402
@@ -123,14 +123,35 @@ def test_peers_get_the_same_work_and_their_best_flags() -> None:
         assert "-r 3" in text
     assert " ".join(llama).count("-lm none") == 1
     assert "-rtr 1 -mmp 0" in " ".join(ik)
-    hybrid_llama = hybrid.hybrid_program(peers.llama_cpp(Path("llama-bench")), 2)
-    assert hybrid_llama is not None
-    assert "-ub 2048" in " ".join(hybrid_llama.arguments(WORK))
-    hybrid_krasis = hybrid.hybrid_program(peers.Krasis(), 2)
-    assert hybrid_krasis is not None
-    assert "--gpus 2" in " ".join(hybrid_krasis.arguments(WORK))
-    assert "--gpus" not in " ".join(ours)
-    assert hybrid.hybrid_program(peers.Krasis(name="krasis (avx2)", isa="avx2"), 2) is None
+
+
+def test_stages_of_the_cpu_hide_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "gpu_names", lambda: ["a GPU"])
+    assert speed.on_the_cpu(peers.llama_cpp(Path("x"))).env == {"CUDA_VISIBLE_DEVICES": ""}
+    monkeypatch.setattr(speed, "gpu_names", list)
+    assert speed.on_the_cpu(peers.llama_cpp(Path("x"))).env == {}
+
+
+def test_kernels_are_timed_alone_too(tmp_path: Path) -> None:
+    """On both instruction sets and formats; only these rows are held to the read bandwidth."""
+    alone = [one for one in layer.kernels(provision.Found(tmp_path)) if one.subject.startswith(layer.ALONE)]
+    assert {(one.subject, one.case) for one in alone} == {
+        (f"krasis kernels{isa}", bits) for isa in ("", " (avx2)") for bits in ("4 bit", "8 bit")
+    }
+    common = {"stage": "layer", "model": "m", "case": "4 bit", "threads": 1, "round": 0}
+    runs = [
+        Run(subject="krasis", metrics={"tokens_per_s": (200.0,), "fraction": (0.8,)}, **common),
+        Run(subject="krasis kernels", metrics={"tokens_per_s": (220.0,), "fraction": (0.95,)}, **common),
+        Run(subject="kt-kernel rawint4", metrics={"tokens_per_s": (100.0,)}, **common),
+    ]
+    found = {goal.what: goal.met for goal in goals(runs)}
+    assert found == {
+        "m, MoE layer, 1 thr, against kt-kernel rawint4": True,
+        "m, 4 bit, 1 thr, krasis kernels alone: share of read bandwidth": True,
+    }
+    assert "| 4 bit | krasis kernels | 1 | 220 | \u2013 | 95 % | \u2013 | \u2013 |" in tables.layer_tables(
+        runs
+    )
 
 
 def test_a_program_that_fails_is_recorded_with_its_words() -> None:
@@ -280,56 +301,6 @@ def test_busy_cores_are_busy_and_end() -> None:
     with contention.busy_cores():
         time.sleep(0.5)
     assert spent() - before > 0.05  # children's time counts once they were waited for
-
-
-def test_hybrid_records_what_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hybrid, "gpu_names", list)
-    record = Record(tmp_path / "bench.h5")
-    model = speed.Model("m", tmp_path, tmp_path, tmp_path)
-    plan = speed.Plan((1,), (512,), (64,), 1, 1, 30.0)
-    programs = [peers.Krasis(), peers.llama_cpp(Path("x")), peers.ik_llama_cpp(None, "not run")]
-    quantize = provision.Found(None, "no llama-quantize")
-    for _ in range(2):  # a second run adds nothing
-        assert hybrid.run_stage(
-            record, [model], programs, [0, 2], quantize, plan, tmp_path, lambda: True, print
-        )
-    assert len(record.runs()) == 4
-    errors = {run.subject: run.error for run in record.runs()}
-    assert errors["krasis"] == "needs 2 GPUs, this machine has 0"
-    assert errors["llama.cpp"] == "needs 2 GPUs, this machine has 0"
-    assert set(errors) == {"krasis", "kt-kernel", "llama.cpp", "ik_llama.cpp"}
-
-
-def test_hybrid_compares_equal_bits_round_by_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a GPU: both forms of Krasis and llama.cpp, interleaved; ratios between forms of the same bits."""
-    monkeypatch.setattr(hybrid, "gpu_names", lambda: ["a GPU"])
-    monkeypatch.setattr(hybrid, "int4_bundle", lambda *_: provision.Found(tmp_path / "int4.krasis"))
-    monkeypatch.setattr(hybrid, "q4_0_gguf", lambda *_: provision.Found(None, "no llama-quantize"))
-    speeds = {"krasis": 100.0, "krasis int4": 150.0, "llama.cpp": 50.0}
-    asked: list[tuple[str, str, str]] = []
-
-    def execute(program: peers.Program, work: peers.Work, stage: str, number: int, _: float) -> list[Run]:
-        file = work.bundle if isinstance(program, peers.Krasis) else work.gguf
-        asked.append((program.name, file.name, program.env["CUDA_VISIBLE_DEVICES"]))
-        common = {"stage": stage, "model": work.model, "threads": 1, "subject": program.name, "round": number}
-        if program.missing:
-            return [Run(case="pp512", error=program.missing, **common)]
-        return [Run(case="pp512", metrics={"tokens_per_s": (speeds[program.name],)}, **common)]
-
-    monkeypatch.setattr(hybrid, "execute", execute)
-    record = Record(tmp_path / "bench.h5")
-    model = speed.Model("m", tmp_path, tmp_path / "m.gguf", tmp_path / "m.krasis")
-    plan = speed.Plan((1,), (512,), (), 2, 1, 30.0)
-    programs = [peers.Krasis(), peers.llama_cpp(Path("x")), peers.ik_llama_cpp(None, "not run")]
-    missing = provision.Found(None, "")
-    assert hybrid.run_stage(record, [model], programs, [1], missing, plan, tmp_path, lambda: True, print)
-    assert asked.count(("krasis", "m.krasis", "0")) == 2
-    assert asked.count(("krasis int4", "int4.krasis", "0")) == 2
-    assert asked.count(("llama.cpp", "m.gguf", "0")) == 2
-    assert [name for name, *_ in asked].count("llama.cpp Q4_0") == 1  # it cannot run: tried once
-    table = tables.hybrid_tables(record.runs())
-    assert "| pp512 | llama.cpp | 50.0 (50.0\u201350.0) | **2.00x** (2.00\u20132.00) |" in table
-    assert "| pp512 | llama.cpp Q4_0 | no llama-quantize | \u2013 |" in table
 
 
 def test_divergence_of_a_known_pair() -> None:

@@ -1,0 +1,51 @@
+#!/usr/bin/env python3
+"""Times krasis_moe alone, one token a call, and prints one JSON object.
+
+Started by ``layer`` beside krasis_layer_runner.py. Activations are quantised already and calls follow each
+other with nothing between them, so that only the weights' way from memory counts. Weights are random; every
+sample stands between two measurements of the read bandwidth, as in bench_decode.py, whose code this is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import bench_common
+import bench_decode
+
+from bench.layer_work import add_options
+from krasis.formats.native import Pool
+
+SAMPLES_A_REPEAT = 5  # they are short, and the memory of a shared machine changes its speed within seconds
+SAMPLE_BYTES = int(bench_decode.SAMPLE_GB * 1e9)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_options(parser)
+    parser.add_argument("--format", choices=[*bench_common.TILE_BYTES], required=True)
+    parser.add_argument("--isa", default="auto")
+    options = parser.parse_args()
+    shape = bench_common.LayerShape(
+        "layer", options.hidden, options.intermediate, options.experts, options.top_k, num_layers=1
+    )
+    stack = bench_common.ExpertStack(shape, options.format, bench_common.LEAST_STACK_BYTES)
+    with Pool(options.threads, options.isa) as pool:
+        found = bench_decode.measure(pool, stack, SAMPLES_A_REPEAT * options.repeats, SAMPLE_BYTES)
+        result = {
+            "tokens_per_s": found["tokens_per_s"],
+            "weights_gbps": found["decode_gbps"],
+            "read_gbps": found["read_gbps"],
+            "fraction": found["fraction"],
+            "isa": pool.isa,
+        }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
