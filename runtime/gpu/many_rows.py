@@ -162,8 +162,10 @@ def multiply(
 def _add_product(
     x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, residual: torch.Tensor, sums: torch.Tensor
 ) -> None:
-    """In pieces of tokens, as many as the sums have room for. Not addmm: seen on an H100, it rounds a bfloat16
-    product before it adds the residual."""
+    """In pieces of tokens, as many as the sums have room for.
+
+    Not addmm: on an H100 it was seen to round a bfloat16 product before it adds the residual.
+    """
     n = out.shape[1]
     rows = len(sums) // n
     if rows == 0:

@@ -22,6 +22,7 @@ from bench.layer_work import add_options
 from krasis.formats.native import Pool
 
 SAMPLES_A_REPEAT = 5  # they are short, and the memory of a shared machine changes its speed within seconds
+MOST_LAYERS = 256  # of a small model: still beyond any cache
 SAMPLE_BYTES = int(bench_decode.SAMPLE_GB * 1e9)
 
 
@@ -34,7 +35,9 @@ def main() -> None:
     shape = bench_common.LayerShape(
         "layer", options.hidden, options.intermediate, options.experts, options.top_k, num_layers=1
     )
-    stack = bench_common.ExpertStack(shape, options.format, bench_common.LEAST_STACK_BYTES)
+    layer_bytes = shape.num_experts * shape.stride_bytes(options.format)
+    least_bytes = min(bench_common.LEAST_STACK_BYTES, MOST_LAYERS * layer_bytes)
+    stack = bench_common.ExpertStack(shape, options.format, least_bytes)
     with Pool(options.threads, options.isa) as pool:
         found = bench_decode.measure(pool, stack, SAMPLES_A_REPEAT * options.repeats, SAMPLE_BYTES)
         result = {

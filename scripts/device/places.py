@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -41,7 +42,9 @@ def ram_folder(context: Context) -> Path:
         and (os.path.ismount(own) or mount(own, ram_bytes(context) + 2 * GIB))
     ):
         return own
-    shared = Path("/dev/shm") / f"krasis-{context.folder.name}"  # noqa: S108 -- tmpfs is the point
+    # By the whole path: two runs may use folders of the same name.
+    name = hashlib.blake2b(str(context.folder.resolve()).encode(), digest_size=6).hexdigest()
+    shared = Path("/dev/shm") / f"krasis-{name}"  # noqa: S108 -- tmpfs is the point
     shared.mkdir(parents=True, exist_ok=True)
     return shared
 

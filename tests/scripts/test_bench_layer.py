@@ -91,13 +91,17 @@ def test_the_stage_on_this_machine(tmp_path: Path) -> None:
     assert layer.run_stage(record, [model], missing, plan, lambda: True, lambda _: None)
     runs = record.runs("layer")
     ours = [run for run in runs if run.subject.startswith("krasis")]
+    names = ("krasis", "krasis (avx2)", "krasis kernels", "krasis kernels (avx2)")
     assert {(run.subject, run.case) for run in ours} == {
-        (name, case) for name in ("krasis", "krasis (avx2)") for case in ("8 bit", "4 bit")
+        (name, case) for name in names for case in ("8 bit", "4 bit")
     }
     for run in ours:
         assert run.error == ""
-        assert 0 < run.metrics["relative_error"][0] < 0.03
         assert run.metrics["fraction"][0] > 0
+        if not run.subject.startswith(
+            layer.ALONE
+        ):  # its weights are random codes: bench_decode checks the count
+            assert 0 < run.metrics["relative_error"][0] < 0.03
     theirs = [run for run in runs if run not in ours]
     assert {run.error for run in theirs} == {"not run: no --kt-kernel was given"}
     verdicts = {goal.what: goal.met for goal in goals(runs) if "against" in goal.what}
