@@ -47,6 +47,7 @@ class Bundle:
         """Use ``Bundle.open``."""
         self._directory = -1
         self._fds: dict[str, int] = {}
+        self._sizes: dict[str, int] = {}
         self._mappings: dict[str, FileMapping] = {}
         self._lock = threading.Lock()
 
@@ -93,15 +94,8 @@ class Bundle:
         where = str(self.path / file.name)
         fd = open_regular(self.path / file.name, follow_links=False, dir_fd=self._directory)
         self._fds[file.name] = fd
-        size = os.fstat(fd).st_size
-        if size != file.num_bytes:
-            raise FormatError(
-                "shard has another size than the manifest says",
-                where=where,
-                got=f"{size} bytes",
-                limit=f"{file.num_bytes} bytes",
-                hint="the download may be incomplete",
-            )
+        size = _checked_size(fd, file.num_bytes, where, "the download may be incomplete")
+        self._sizes[file.name] = size
         raw = read_range(fd, 0, file.header_bytes, where)
         if xxhash.xxh3_128_hexdigest(raw) != file.header_xxh3_128:
             raise ChecksumError("shard's header was altered", where=where, hint="get this file again")
@@ -130,8 +124,8 @@ class Bundle:
     def map(self, name: str) -> npt.NDArray[np.generic]:
         """A read-only view of a blob in its shape: U8 uint8, I8 int8, BF16 uint16 (bit patterns), F16, F32.
 
-        Its file is mapped at the first use. Raises FormatError for an unknown name, ResourceError if it
-        cannot be mapped.
+        Its file is mapped at the first use. Raises FormatError for an unknown name or a file whose size has
+        changed since ``open``, ResourceError if it cannot be mapped.
         """
         blob = self.blob(name)
         flat = self._mapping(blob.file).view()[blob.offset_bytes : blob.offset_bytes + blob.num_bytes]
@@ -151,7 +145,10 @@ class Bundle:
                     raise FormatError(
                         "the bundle is closed or has no such file", where=f"{self.path}: {shown(file)}"
                     )
-                mapping = self._mappings[file] = FileMapping(fd, os.fstat(fd).st_size)
+                # Shrunk by then, it would have ranges that are not there to read.
+                hint = "it was changed while the bundle was open; get this file again"
+                size = _checked_size(fd, self._sizes[file], str(self.path / file), hint)
+                mapping = self._mappings[file] = FileMapping(fd, size)
             return mapping
 
     def read_file_range(self, file: str, offset: int, num_bytes: int) -> bytes:
@@ -237,6 +234,20 @@ def _open_directory(path: Path) -> int:
         ) from error
     except OSError as error:
         raise ResourceError("bundle cannot be opened", where=str(path), got=error.strerror) from error
+
+
+def _checked_size(fd: int, num_bytes: int, where: str, hint: str) -> int:
+    """The size of an open shard. FormatError if it is not ``num_bytes``."""
+    size = os.fstat(fd).st_size
+    if size != num_bytes:
+        raise FormatError(
+            "shard has another size than the manifest says",
+            where=where,
+            got=f"{size} bytes",
+            limit=f"{num_bytes} bytes",
+            hint=hint,
+        )
+    return size
 
 
 def _match_shard(header: Header, blobs: dict[str, BlobRecord], where: str) -> tuple[TensorInfo, ...]:

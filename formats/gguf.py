@@ -15,25 +15,20 @@ from pathlib import Path
 from krasis.formats.errors import FormatError
 from krasis.formats.gguf_header import GgufTensor, GgufValue, parse_gguf_header
 from krasis.formats.names import shown
-from krasis.formats.regular_file import Bytes, MappedFile, list_names, open_regular
+from krasis.formats.regular_file import MappedFile, list_names, open_regular
+from krasis.formats.tensor_file import TensorFile, TensorFiles
 
 _SPLIT_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 _MAX_PARTS = 99_999
 _MIN_FILE_BYTES = 24
 
 
-class GgufFile:
-    """One GGUF file: metadata, tensors, views of their bytes. Views keep the mapping alive; there is nothing
-    to close.
-    """
+class GgufFile(TensorFile[GgufTensor]):
+    """One GGUF file: metadata, tensors, views of their bytes."""
 
-    __slots__ = ("_mapping", "file_bytes", "metadata", "path", "tensors")
+    __slots__ = ("metadata",)
 
-    path: Path
     metadata: Mapping[str, GgufValue]
-    tensors: Mapping[str, GgufTensor]
-    file_bytes: int
-    _mapping: MappedFile
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> GgufFile:
@@ -59,36 +54,16 @@ class GgufFile:
         self.metadata, self.tensors = parse_gguf_header(self._mapping.bytes.data, str(self.path))
         return self
 
-    def info(self, name: str) -> GgufTensor:
-        """A tensor's record. FormatError if there is none of that name."""
-        info = self.tensors.get(name)
-        if info is None:
-            raise FormatError("tensor is missing", where=f"{self.path}: {shown(name)}")
-        return info
 
-    def view(self, name: str) -> Bytes:
-        """uint8 [num_bytes], read-only, a view of the mapped file."""
-        info = self.info(name)
-        return self._mapping.bytes[info.offset_bytes : info.offset_bytes + info.num_bytes]
-
-    def release(self, name: str) -> None:
-        """Tells the system that the tensor's pages are not needed now; they are read again if touched."""
-        info = self.info(name)
-        self._mapping.release(info.offset_bytes, info.num_bytes)
-
-
-class GgufCheckpoint:
+class GgufCheckpoint(TensorFiles[GgufFile]):
     """A model in one GGUF file or in split parts, seen as one table of tensors. Metadata is that of the first
     part.
     """
 
-    __slots__ = ("_owner", "files", "metadata", "path", "tensors")
+    __slots__ = ("metadata", "tensors")
 
-    path: Path
-    files: tuple[GgufFile, ...]
     metadata: Mapping[str, GgufValue]
     tensors: Mapping[str, GgufTensor]
-    _owner: dict[str, GgufFile]
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> GgufCheckpoint:
@@ -114,21 +89,6 @@ class GgufCheckpoint:
         self.metadata = self.files[0].metadata
         self.tensors = {name: file.tensors[name] for name, file in self._owner.items()}
         return self
-
-    def file_of(self, name: str) -> GgufFile:
-        """The part that holds a tensor. FormatError if there is none."""
-        file = self._owner.get(name)
-        if file is None:
-            raise FormatError("tensor is missing", where=f"{self.path}: {shown(name)}")
-        return file
-
-    def view(self, name: str) -> Bytes:
-        """uint8 [num_bytes], read-only, a view of the mapped file."""
-        return self.file_of(name).view(name)
-
-    def release(self, name: str) -> None:
-        """The tensor's pages are not needed now; see ``GgufFile.release``."""
-        self.file_of(name).release(name)
 
 
 def _find_file(directory: Path) -> Path:

@@ -28,7 +28,6 @@ from krasis.formats.limits import (
 )
 from krasis.formats.names import check_file_name, check_tensor_name, shown
 from krasis.formats.regular_file import (
-    Bytes,
     MappedFile,
     list_names,
     open_regular,
@@ -36,6 +35,7 @@ from krasis.formats.regular_file import (
     read_small_file,
 )
 from krasis.formats.strict_json import parse_json_object
+from krasis.formats.tensor_file import TensorFile, TensorFiles
 
 LENGTH_BYTES = 8
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -185,19 +185,13 @@ def _check_coverage(tensors: dict[str, TensorInfo], header_bytes: int, file_byte
         )
 
 
-class SafetensorsFile:
-    """One file: its tensors and views of their bytes. The views keep the mapping alive; there is nothing to
-    close.
-    """
+class SafetensorsFile(TensorFile[TensorInfo]):
+    """One safetensors file: its tensors and views of their bytes."""
 
-    __slots__ = ("_mapping", "file_bytes", "header_bytes", "metadata", "path", "tensors")
+    __slots__ = ("header_bytes", "metadata")
 
-    path: Path
-    tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
-    file_bytes: int
     header_bytes: int
-    _mapping: MappedFile
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> SafetensorsFile:
@@ -217,18 +211,6 @@ class SafetensorsFile:
         self.tensors, self.metadata, self.header_bytes = header.tensors, header.metadata, header.header_bytes
         return self
 
-    def info(self, name: str) -> TensorInfo:
-        """A tensor's record. FormatError if there is none of that name."""
-        info = self.tensors.get(name)
-        if info is None:
-            raise FormatError("tensor is missing", where=f"{self.path}: {shown(name)}")
-        return info
-
-    def view(self, name: str) -> Bytes:
-        """uint8 [num_bytes], read-only, a view of the mapped file."""
-        info = self.info(name)
-        return self._mapping.bytes[info.offset_bytes : info.offset_bytes + info.num_bytes]
-
     def array(self, name: str) -> npt.NDArray[np.generic]:
         """A view of the tensor in its shape and NumPy type (BF16 as uint16). FormatError for types NumPy
         lacks.
@@ -240,22 +222,14 @@ class SafetensorsFile:
         # Checkpoints need not align tensors; NumPy handles an unaligned view.
         return self.view(name).view(dtype).reshape(info.shape)
 
-    def release(self, name: str) -> None:
-        """Tells the system that the tensor's pages are not needed now; they are read again if touched."""
-        info = self.info(name)
-        self._mapping.release(info.offset_bytes, info.num_bytes)
 
-
-class ShardedCheckpoint:
+class ShardedCheckpoint(TensorFiles[SafetensorsFile]):
     """A checkpoint of one or several safetensors files, seen as one table of tensors."""
 
-    __slots__ = ("_owner", "files", "metadata", "path", "tensors")
+    __slots__ = ("metadata", "tensors")
 
-    path: Path
-    files: tuple[SafetensorsFile, ...]
-    tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
-    _owner: dict[str, SafetensorsFile]
+    tensors: Mapping[str, TensorInfo]
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> ShardedCheckpoint:
@@ -278,24 +252,9 @@ class ShardedCheckpoint:
         self.metadata = self.files[0].metadata
         return self
 
-    def file_of(self, name: str) -> SafetensorsFile:
-        """The file that holds a tensor. FormatError if there is none."""
-        file = self._owner.get(name)
-        if file is None:
-            raise FormatError("tensor is missing", where=f"{self.path}: {shown(name)}")
-        return file
-
-    def view(self, name: str) -> Bytes:
-        """uint8 [num_bytes], read-only, a view of the mapped file."""
-        return self.file_of(name).view(name)
-
     def array(self, name: str) -> npt.NDArray[np.generic]:
         """The tensor in its shape and NumPy type; see ``SafetensorsFile.array``."""
         return self.file_of(name).array(name)
-
-    def release(self, name: str) -> None:
-        """The tensor's pages are not needed now; see ``SafetensorsFile.release``."""
-        self.file_of(name).release(name)
 
 
 def _find_entry(directory: Path) -> Path:

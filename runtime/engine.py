@@ -94,6 +94,11 @@ class Engine:
         return self._backend.capacity
 
     @property
+    def prefill_chunk(self) -> int:
+        """The most tokens of one pass."""
+        return self._backend.prefill_chunk
+
+    @property
     def tokens(self) -> tuple[int, ...]:
         """The ids computed so far."""
         return tuple(self._tokens)

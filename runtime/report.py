@@ -48,6 +48,7 @@ def json_report(
             "bundle": str(engine.bundle.path),
             **asdict(engine.settings),
             "context": engine.context,
+            "prefill_chunk": engine.prefill_chunk,
             **asdict(sampling),
             "max_tokens": max_tokens,
         },

@@ -10,6 +10,7 @@ from typing import Any
 from krasis.formats.errors import FormatError, UsageError
 
 DEFAULT_CONTEXT = 8192
+CPU_PREFILL_CHUNK = 512
 ISAS = ("auto", "avx2", "avx512_vnni")
 ACTIVATIONS = ("int8", "float32")
 EXPERT_TIERS = ("cpu", "gpu")
@@ -40,7 +41,7 @@ class EngineSettings:
     experts: tier the experts are taken from; ``gpu`` (the Marlin copy) needs activations ``float32`` on a
     CPU.
     kv_dtype: ``f16`` or ``f32``. prefill_chunk: most tokens computed in one pass (memory, not results,
-    depends on it).
+    depends on it); None = 512 on a CPU, on a GPU as many as the plan finds best.
     prefault: read the weights into memory in the background.
     device: ``cpu``; ``cuda``: prefill on the GPU, decode on both; ``auto``: the GPU if all it needs is there
     (the log says what is missing); ``double``: the GPU's code on the CPU, checked and slow, for tests.
@@ -54,7 +55,7 @@ class EngineSettings:
     activations: str = "int8"
     experts: str = "cpu"
     kv_dtype: str = "f16"
-    prefill_chunk: int = 512
+    prefill_chunk: int | None = None
     prefault: bool = True
     device: str = "auto"
     gpu_dtype: str = "bf16"
@@ -64,7 +65,8 @@ class EngineSettings:
         if self.context is not None:
             _between("context", self.context, 1, 2**31 - 1)
         _between("threads", self.threads, 0, MAX_THREADS)
-        _between("prefill_chunk", self.prefill_chunk, 1, MAX_PREFILL_CHUNK)
+        if self.prefill_chunk is not None:
+            _between("prefill_chunk", self.prefill_chunk, 1, MAX_PREFILL_CHUNK)
         _one_of("isa", self.isa, ISAS)
         _one_of("activations", self.activations, ACTIVATIONS)
         _one_of("experts", self.experts, EXPERT_TIERS)
@@ -88,6 +90,10 @@ class EngineSettings:
                 "the context is longer than the model allows", got=self.context, limit=max_positions
             )
         return self.context
+
+    def cpu_chunk_for(self, capacity: int) -> int:
+        """The most tokens of one pass on a CPU."""
+        return min(self.prefill_chunk or CPU_PREFILL_CHUNK, capacity)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

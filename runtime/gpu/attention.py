@@ -15,8 +15,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from krasis.runtime.device.api import Stream
 from krasis.runtime.kernels import Heads
+from krasis.runtime.planning.assumptions import ATTENTION_PIECE_BYTES
 
-PIECE_BYTES = 192 * 2**20
+PIECE_BYTES = ATTENTION_PIECE_BYTES
 """SDPA allocates its result; queries are taken in pieces whose results fit in this, from the reserve of the
 plan.
 """

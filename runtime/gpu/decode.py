@@ -69,7 +69,7 @@ class HybridDecoder:
         if cpu is None and not is_complete:
             raise UsageError(
                 "decode needs CPU experts, or all experts in VRAM",
-                hint="convert with --cpu experts, or decode through prefill",
+                hint="convert with both tiers (krasis-convert --tiers gpu,cpu), or decode through prefill",
             )
         self._handover: Handover | None = None
         self._host: HostExperts | None = None

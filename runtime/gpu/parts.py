@@ -144,8 +144,12 @@ def _open_expert_memory(
             logger.warning(
                 "no GPU memory for the planned expert buffers, trying %d experts: %s", places, error
             )
-    wanted = min(plan.placement.resident_experts, num_own)
-    return _open_residency(model, store, copy, wanted), staging
+    residency = _open_residency(model, store, copy, min(plan.placement.resident_experts, num_own))
+    # A few places wait for the experts that turn out to be hot. Where most experts have one, waiting would
+    # cost more: they arrive a few a token.
+    if residency is not None and 2 * residency.num_slots >= num_own:
+        residency.fill(model.stream)
+    return residency, staging
 
 
 def _many_rows_experts(model: GpuModel, workspace: Workspace) -> ManyRowsExperts | None:

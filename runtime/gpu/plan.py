@@ -44,7 +44,10 @@ def plan_gpu(bundle: Bundle, device: Device, settings: EngineSettings, parallel:
     """Raises ResourceError with the numbers if the model does not fit."""
     sizes = sizes_of_bundle(bundle.manifest)
     capacity = settings.context_for(bundle.architecture.max_positions)
-    workload = Workload(capacity, min(capacity, MOST_PASS_TOKENS), settings.gpu_dtype)
+    # Nothing is known of the prompts to come: the longest is planned for (docs/PLANNING.md says why), or a
+    # chunk where the settings cut prompts.
+    prompt = min(capacity, MOST_PASS_TOKENS, settings.prefill_chunk or MOST_PASS_TOKENS)
+    workload = Workload(capacity, prompt, settings.gpu_dtype)
     hardware = describe_machine(device, settings, parallel)
     plan = make_plan(sizes, hardware, workload)
     batch = parallel.agree(plan.batch_tokens)
@@ -53,13 +56,13 @@ def plan_gpu(bundle: Bundle, device: Device, settings: EngineSettings, parallel:
 
 def describe_machine(device: Device, settings: EngineSettings, parallel: Parallel) -> HardwareSpec:
     """This host, and as many GPUs like this one as there are ranks: all ranks plan alike, for the least free
-    VRAM.
+    VRAM and the slowest rates.
     """
     gpu = _rates(device)
     _release_library_memory(device)
     free = device.free_bytes()
     usable = free if settings.vram_bytes is None else min(free, settings.vram_bytes)
-    gpu = replace(gpu, vram_bytes=parallel.agree(usable))
+    gpu = replace(_agreed(gpu, parallel), vram_bytes=parallel.agree(usable))
     cpu, memory = environment.probe_cpu(), environment.probe_memory()
     if not cpu.isa:
         raise NativeError("no CPU kernels run on this machine", got=cpu.isa_reason)
@@ -81,6 +84,20 @@ def _rates(device: Device) -> GpuSpec:
     except ResourceError as error:
         logger.warning("the GPU's rates are assumed, not measured: %s", error)
         return assumed
+
+
+def _agreed(gpu: GpuSpec, parallel: Parallel) -> GpuSpec:
+    """The lowest rate of all ranks' measurements, each to a thousandth of its unit."""
+
+    def lowest(figure: Figure) -> Figure:
+        return replace(figure, value=max(1, parallel.agree(round(figure.value * 1000))) / 1000)
+
+    return replace(
+        gpu,
+        link_gbps=lowest(gpu.link_gbps),
+        memory_gbps=lowest(gpu.memory_gbps),
+        bf16_tflops=lowest(gpu.bf16_tflops),
+    )
 
 
 def _release_library_memory(device: Device) -> None:

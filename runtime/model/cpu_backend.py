@@ -89,7 +89,7 @@ class CpuBackend:
         architecture = weights.architecture
         self.layer_done: LayerProgress | None = None
         self.capacity = settings.context_for(architecture.max_positions)
-        self.prefill_chunk = min(settings.prefill_chunk, self.capacity)
+        self.prefill_chunk = settings.cpu_chunk_for(self.capacity)
         self._architecture = architecture
         self._weights: ModelWeights | None = weights
         layout = weights.expert_layout

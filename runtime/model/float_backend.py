@@ -37,7 +37,7 @@ class FloatBackend:
         self._architecture = weights.architecture
         self.layer_done: LayerProgress | None = None
         self.capacity = settings.context_for(self._architecture.max_positions)
-        self.prefill_chunk = min(settings.prefill_chunk, self.capacity)
+        self.prefill_chunk = settings.cpu_chunk_for(self.capacity)
         self._weights: ModelWeights | None = weights
         self._unpacked = UnpackedCache(CACHE_BYTES)
         self.kv_dtype, self.placement = settings.kv_dtype, ("NumPy", "NumPy")

@@ -100,7 +100,29 @@ def dense_layer_s(
 ) -> tuple[float, float]:
     """(projections and router, attention) of one layer, tokens shared evenly by the ranks."""
     peak = spec.bf16_tflops.value * 1e12 * num_ranks
-    return 2 * tokens * dense_macs_per_token(arch) / peak, 2 * attention_macs(arch, start, tokens) / peak
+    whole = _whole_attention_tokens(arch, tokens) if start == 0 and num_ranks == 1 else 0
+    whole_macs = attention_macs(arch, 0, whole)
+    prefix_macs = attention_macs(arch, start, tokens) - whole_macs
+    attention = whole_macs / assumed.WHOLE_ATTENTION_SHARE + prefix_macs / assumed.PREFIX_ATTENTION_SHARE
+    return 2 * tokens * dense_macs_per_token(arch) / peak, 2 * attention / peak
+
+
+def _whole_attention_tokens(arch: Architecture, tokens: int) -> int:
+    """Of tokens from position 0 those in the first of the even pieces that attention is called for: the
+    others see a prefix. (Of several ranks, nearly all see one.)
+    """
+    num_pieces = math.ceil(tokens * 2 * arch.attention_size / assumed.ATTENTION_PIECE_BYTES)
+    return tokens // num_pieces
+
+
+def expert_products_s(arch: Architecture, spec: GpuSpec, tokens: int, num_experts: int) -> float:
+    """One layer's grouped products of ``num_experts`` of its experts. Each one that is touched computes some
+    rows for nothing, so few rows an expert cost more each.
+    """
+    share = num_experts / arch.num_experts
+    rows = tokens * arch.num_experts_per_token + assumed.PADDED_ROWS * distinct_experts(arch, tokens)
+    rate = spec.bf16_tflops.value * 1e12 * assumed.GROUPED_SHARE
+    return 2 * share * rows * expert_weights(arch) / rate
 
 
 def _exchange_s(arch: Architecture, spec: GpuSpec, tokens: int, num_ranks: int) -> float:
@@ -120,8 +142,7 @@ def _gpu_layer(
 ) -> _LayerTime:
     arch = sizes.architecture
     dense, attention = dense_layer_s(arch, spec, start, tokens, num_ranks)
-    rows = tokens * arch.num_experts_per_token * gpu.num_experts / arch.num_experts
-    expert = 2 * rows * expert_weights(arch) / (spec.bf16_tflops.value * 1e12)
+    expert = expert_products_s(arch, spec, tokens, gpu.num_experts)
     streamed = gpu.num_experts - gpu.resident_experts / arch.num_layers
     touched = distinct_experts(arch, tokens) / arch.num_experts
     dma = streamed * touched * sizes.gpu_expert_bytes / (spec.link_gbps.value * 1e9)

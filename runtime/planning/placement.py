@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from krasis.formats.architecture import Architecture
@@ -14,6 +14,11 @@ from krasis.runtime.planning.hardware import GpuSpec
 from krasis.runtime.planning.sizes import ModelSizes
 from krasis.runtime.planning.types import GpuPlacement, Workload
 from krasis.runtime.planning.workspace import SCRATCH_BYTES, activation_bytes
+
+SMALLER = (
+    "a shorter context (krasis-run --ctx, krasis-info --context), a larger GPU, "
+    "or none (krasis-run --device cpu, krasis-info --gpus none)"
+)
 
 
 def rank_experts(num_experts: int, num_ranks: int) -> list[tuple[int, int]]:
@@ -47,36 +52,60 @@ class _Rank:
     free_bytes: int
 
 
-def place_on_gpus(
-    sizes: ModelSizes, gpus: Sequence[GpuSpec], workload: Workload
-) -> tuple[int, tuple[GpuPlacement, ...]]:
-    """The batch and each GPU's placement.
+@dataclass(frozen=True, slots=True)
+class GpuPlacements:
+    """One way to use the GPUs' memory: the most tokens of a pass, and each GPU's placement."""
 
-    The batch comes first (every further pass streams all experts again), then the fewest groups, then
-    resident experts. Raises ResourceError with the numbers if something does not fit, UsageError if there are
-    more GPUs than experts.
+    batch_tokens: int
+    gpus: tuple[GpuPlacement, ...]
+
+
+def place_resident(sizes: ModelSizes, gpus: Sequence[GpuSpec], workload: Workload) -> GpuPlacements | None:
+    """All experts in VRAM and the batch that fits beside them; None if a useful one does not.
+
+    Raises as ``place_streamed``.
     """
+    ranks = _ranks(sizes, gpus, workload)
+    most = workload.prompt_tokens
+    enough = min(most, assumed.RESIDENT_PREFILL_BATCH)
+    if not all(_fits_resident(sizes, rank, enough, len(ranks)) for rank in ranks):
+        return None
+    return _placements(sizes, ranks, most, _resident_batch)
+
+
+def place_streamed(sizes: ModelSizes, gpus: Sequence[GpuSpec], workload: Workload) -> GpuPlacements:
+    """The batch comes first (every further pass streams experts again), then the fewest groups, then resident
+    experts: what is left may hold all of them.
+
+    Raises ResourceError with the numbers if something does not fit, UsageError if there are more GPUs than
+    experts.
+    """
+    return _placements(sizes, _ranks(sizes, gpus, workload), workload.prompt_tokens, _streamed_batch)
+
+
+def _placements(
+    sizes: ModelSizes,
+    ranks: Sequence[_Rank],
+    most: int,
+    batch_of: Callable[[ModelSizes, _Rank, int, int], int],
+) -> GpuPlacements:
+    """All ranks take the batch of the one with the least room."""
+    batch = min(batch_of(sizes, rank, most, len(ranks)) for rank in ranks)
+    return GpuPlacements(batch, tuple(_place(sizes, rank, batch, most, len(ranks)) for rank in ranks))
+
+
+def _ranks(sizes: ModelSizes, gpus: Sequence[GpuSpec], workload: Workload) -> list[_Rank]:
     arch = sizes.architecture
     if len(gpus) > arch.num_experts:
         raise UsageError("more GPUs than experts", got=len(gpus), limit=arch.num_experts)
     if sizes.gpu_expert_bytes == 0:
         raise ResourceError(
-            "this bundle has no GPU experts", hint="convert it with a GPU tier, or --gpus none"
+            "this bundle has no GPU experts",
+            hint="convert it with a GPU tier, or plan without GPUs (krasis-info --gpus none)",
         )
-    ranks = _ranks(sizes, gpus, workload)
-    most = workload.prompt_tokens
-    enough = min(most, assumed.RESIDENT_PREFILL_BATCH)
-    if all(_fits_resident(sizes, rank, enough, len(ranks)) for rank in ranks):
-        batch = min(_resident_batch(sizes, rank, most, len(ranks)) for rank in ranks)
-    else:
-        batch = min(_streamed_batch(sizes, rank, most, len(ranks)) for rank in ranks)
-    return batch, tuple(_place(sizes, rank, batch, most, len(ranks)) for rank in ranks)
-
-
-def _ranks(sizes: ModelSizes, gpus: Sequence[GpuSpec], workload: Workload) -> list[_Rank]:
     kv_bytes = sizes.kv_bytes(workload.context, workload.kv_dtype)
     ranks = []
-    for rank, (first, count) in enumerate(rank_experts(sizes.architecture.num_experts, len(gpus))):
+    for rank, (first, count) in enumerate(rank_experts(arch.num_experts, len(gpus))):
         needed = assumed.GPU_RESERVE_BYTES + sizes.dense_bytes + kv_bytes
         free = gpus[rank].vram_bytes - needed
         if free <= 0:
@@ -87,7 +116,7 @@ def _ranks(sizes: ModelSizes, gpus: Sequence[GpuSpec], workload: Workload) -> li
                 f"KV of {workload.context} tokens {format_bytes(kv_bytes)}, "
                 f"reserve {format_bytes(assumed.GPU_RESERVE_BYTES)}",
                 limit=f"has {format_bytes(gpus[rank].vram_bytes)}",
-                hint="a shorter --context, a larger GPU, or none (--gpus none)",
+                hint=SMALLER,
             )
         ranks.append(_Rank(rank, gpus[rank], first, count, sizes.dense_bytes, kv_bytes, free))
     return ranks
@@ -138,7 +167,7 @@ def _streamed_batch(sizes: ModelSizes, rank: _Rank, prompt_tokens: int, num_rank
             where=f"GPU {rank.rank}",
             got=f"needs {format_bytes(needed)} beside dense weights and KV cache",
             limit=f"{format_bytes(rank.free_bytes)} of {format_bytes(rank.spec.vram_bytes)} are left",
-            hint="a shorter --context, a larger GPU, or none (--gpus none)",
+            hint=SMALLER,
         )
     return least
 

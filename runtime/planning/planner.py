@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from krasis.formats.architecture import Architecture
-from krasis.formats.errors import UsageError
+from krasis.formats.errors import ResourceError, UsageError
 from krasis.runtime.planning import assumptions as assumed
 from krasis.runtime.planning import cost
 from krasis.runtime.planning.hardware import HardwareSpec
 from krasis.runtime.planning.host import place_on_host
-from krasis.runtime.planning.placement import gpu_workspace_bytes, place_on_gpus
+from krasis.runtime.planning.placement import (
+    GpuPlacements,
+    gpu_workspace_bytes,
+    place_resident,
+    place_streamed,
+)
 from krasis.runtime.planning.sizes import ModelSizes
-from krasis.runtime.planning.types import Plan, Prefill, Workload
+from krasis.runtime.planning.types import HostPlacement, Plan, Prefill, Workload
 
 DEFAULT_PROMPT_TOKENS = 10_000
 ANSWER_TOKENS = 2048
@@ -41,22 +48,21 @@ def make_plan(sizes: ModelSizes, hardware: HardwareSpec, workload: Workload) -> 
     fit.
     """
     if hardware.gpus:
-        batch, gpus = place_on_gpus(sizes, hardware.gpus, workload)
+        chosen = _choose_on_gpus(sizes, hardware, workload)
     else:
-        batch, gpus = min(assumed.CPU_PREFILL_BATCH, workload.prompt_tokens), ()
-    host = place_on_host(sizes, hardware, workload, batch, gpus)
-    if gpus:
-        prefill = cost.gpu_prefill(sizes, hardware, workload, batch, gpus, host)
-        if host.cpu_experts_bytes:
-            on_cpu = cost.cpu_experts_prefill(sizes, hardware, workload, batch)
-            prefill = min(prefill, on_cpu, key=_seconds)
-    else:
-        prefill = cost.cpu_prefill(sizes, hardware, workload, batch)
+        placed = GpuPlacements(min(assumed.CPU_PREFILL_BATCH, workload.prompt_tokens), ())
+        host = place_on_host(sizes, hardware, workload, placed.batch_tokens, ())
+        prefill = cost.cpu_prefill(sizes, hardware, workload, placed.batch_tokens)
+        chosen = _Alternative(placed, host, prefill)
+    gpus, host, prefill = chosen.placed.gpus, chosen.host, chosen.prefill
+    if gpus and host.cpu_experts_bytes:
+        on_cpu = cost.cpu_experts_prefill(sizes, hardware, workload, chosen.placed.batch_tokens)
+        prefill = min(prefill, on_cpu, key=lambda one: one.total_s)
     return Plan(
         sizes=sizes,
         hardware=hardware,
         workload=workload,
-        batch_tokens=batch,
+        batch_tokens=chosen.placed.batch_tokens,
         gpus=gpus,
         host=host,
         prefill=prefill,
@@ -65,8 +71,46 @@ def make_plan(sizes: ModelSizes, hardware: HardwareSpec, workload: Workload) -> 
     )
 
 
-def _seconds(prefill: Prefill) -> float:
-    return prefill.total_s
+@dataclass(frozen=True, slots=True)
+class _Alternative:
+    """One way to place the model, and what prefill then takes."""
+
+    placed: GpuPlacements
+    host: HostPlacement
+    prefill: Prefill
+
+
+def _choose_on_gpus(sizes: ModelSizes, hardware: HardwareSpec, workload: Workload) -> _Alternative:
+    """All experts in VRAM, or the largest batch and as many experts as fit beside it: what answers sooner,
+    the prompt and TYPICAL_ANSWER_TOKENS taken together.
+    """
+    resident = place_resident(sizes, hardware.gpus, workload)
+    if resident is None:
+        return _evaluate(sizes, hardware, workload, place_streamed(sizes, hardware.gpus, workload))
+    all_in = _evaluate(sizes, hardware, workload, resident)
+    # Without CPU experts, decode would copy what a token chose, layer by layer.
+    if resident.batch_tokens == workload.prompt_tokens or sizes.cpu_expert_bytes == 0:
+        return all_in
+    try:
+        placed = place_streamed(sizes, hardware.gpus, workload)
+        some_in = _evaluate(sizes, hardware, workload, placed)
+    except ResourceError:  # streamed experts need RAM, resident ones do not
+        return all_in
+    return min(all_in, some_in, key=lambda one: _answer_s(sizes, hardware, workload, one))
+
+
+def _answer_s(sizes: ModelSizes, hardware: HardwareSpec, workload: Workload, one: _Alternative) -> float:
+    """Seconds until a typical answer to the prompt is complete."""
+    token = cost.decode(sizes, hardware, workload, one.placed.gpus)
+    return one.prefill.total_s + assumed.TYPICAL_ANSWER_TOKENS * token.total_s
+
+
+def _evaluate(
+    sizes: ModelSizes, hardware: HardwareSpec, workload: Workload, placed: GpuPlacements
+) -> _Alternative:
+    host = place_on_host(sizes, hardware, workload, placed.batch_tokens, placed.gpus)
+    prefill = cost.gpu_prefill(sizes, hardware, workload, placed.batch_tokens, placed.gpus, host)
+    return _Alternative(placed, host, prefill)
 
 
 def least_vram_bytes(sizes: ModelSizes, workload: Workload) -> int:

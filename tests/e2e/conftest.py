@@ -245,6 +245,17 @@ def vram_for() -> Callable[..., int]:
 
 
 @pytest.fixture
+def only_path(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """The cost model finds this path the fastest."""
+    from krasis.runtime.gpu.paths import PathModel
+
+    def choose(path: str) -> None:
+        monkeypatch.setattr(PathModel, "seconds", lambda self, name, *_: 0.0 if name == path else 1.0)
+
+    return choose
+
+
+@pytest.fixture
 def open_gpu(gpu_kind: str) -> Iterator[Callable[..., Any]]:
     """(bundle, seed=, policy=, device=, **settings) -> an engine on a double of a GPU, or on one."""
     from krasis.runtime import Engine, EngineSettings

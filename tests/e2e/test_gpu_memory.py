@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("only_double")
 @pytest.fixture(scope="module")
 def bundle(make_bundle: Callable[..., Path], make_config: Callable[..., Any]) -> Path:
     """Without CPU experts there is no decoder, which would need memory of its own."""
-    return make_bundle(make_config(num_hidden_layers=3), tiers=("gpu",))
+    return make_bundle(make_config(num_hidden_layers=3, max_position_embeddings=1024), tiers=("gpu",))
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +65,48 @@ def test_what_is_planned_is_what_is_allocated(
         # addresses.
         taken = vram_bytes - device.free_bytes() + 64 * 2**20
         assert abs(taken - planned) < 50_000
+
+
+def test_where_most_experts_have_a_place_they_are_in_it_from_the_start(
+    make_bundle: Callable[..., Path],
+    make_config: Callable[..., Any],
+    open_gpu: OpenGpu,
+    vram_for: Callable[..., int],
+    only_path: Callable[[str], None],
+    relative_error: RelativeError,
+    reference_logits: Callable[..., np.ndarray],
+    tokens: list[int],
+) -> None:
+    only_path("streamed")
+    bundle = make_bundle(make_config(num_hidden_layers=8))
+    with Bundle.open(bundle) as opened:
+        expected = reference_logits(load_weights(opened, "gpu"), tokens)
+        record_bytes = opened.blob("layers.0.experts.gpu").shape[1]
+    for num_resident, num_copied in ((30, 48 - 30), (20, 48)):  # of 8 x 6; few wait for those that are hot
+        vram_bytes = vram_for(bundle, 64, group_experts=6, resident=num_resident)
+        engine = open_gpu(bundle, seed=3, context=64, gpu_dtype="f16", vram_bytes=vram_bytes)
+        assert relative_error(engine.prefill(tokens, all_logits=True), expected) <= LIMIT
+        assert engine._backend.last_prefill.bytes_copied == num_copied * record_bytes
+
+
+def test_the_settings_bound_a_pass(
+    bundle: Path,
+    tokens: list[int],
+    right: np.ndarray,
+    open_gpu: OpenGpu,
+    relative_error: RelativeError,
+) -> None:
+    """Memory depends on it, results do not. Unless they say, a pass is as large as the plan finds best."""
+    free = {}
+    for chunk, expected in ((None, 600), (1000, 600), (16, 16)):
+        device = DeviceDouble(total_bytes=2**30)
+        engine = open_gpu(bundle, device=device, context=600, gpu_dtype="f16", prefill_chunk=chunk)
+        assert engine.prefill_chunk == expected
+        found = engine.prefill(tokens, all_logits=True)
+        assert relative_error(found, right) <= LIMIT
+        assert engine._backend.last_prefill.num_tokens == (8 if chunk == 16 else 40)  # the last of 16, 16, 8
+        free[chunk] = device.free_bytes()
+    assert free[16] > free[None] == free[1000]
 
 
 def test_operators_run_out_of_memory_in_the_middle_of_a_pass(

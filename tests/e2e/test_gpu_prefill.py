@@ -16,7 +16,6 @@ import torch
 
 from krasis.formats.bundle_reader import Bundle
 from krasis.runtime.gpu import many_rows, parts
-from krasis.runtime.gpu.paths import PathModel
 from krasis.runtime.model.weights import ModelWeights, load_weights
 
 OpenGpu = Callable[..., Any]
@@ -70,16 +69,6 @@ def expected(
     weights: ModelWeights, tokens: list[int], reference_logits: Callable[..., np.ndarray]
 ) -> np.ndarray:
     return reference_logits(weights, tokens)
-
-
-@pytest.fixture
-def only_path(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """The cost model finds this path the fastest."""
-
-    def choose(path: str) -> None:
-        monkeypatch.setattr(PathModel, "seconds", lambda self, name, *_: 0.0 if name == path else 1.0)
-
-    return choose
 
 
 @pytest.mark.parametrize(("dtype", "group_experts"), [("bf16", 1), ("bf16", 99), ("f16", 3)])

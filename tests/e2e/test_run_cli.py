@@ -88,7 +88,7 @@ def test_json_has_text_counts_times_and_settings(chat_bundle: Path) -> None:
     assert report["time_to_first_token_s"] >= report["prefill_s"] > 0
     assert report["settings"]["temperature"] == 0
     assert report["settings"]["kv_dtype"] == "f32"
-    assert report["settings"]["context"] == 256
+    assert report["settings"]["context"] == report["settings"]["prefill_chunk"] == 256
 
 
 def expected_ids(bundle: Path, text: str) -> list[int]:

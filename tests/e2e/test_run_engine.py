@@ -140,6 +140,16 @@ def test_bad_settings_are_refused(changes: dict[str, Any], words: str) -> None:
         EngineSettings(**changes)
 
 
+def test_a_pass_on_a_cpu_is_512_tokens_unless_the_settings_say(chat_bundle: Path) -> None:
+    for changes, expected in (({}, 512), ({"prefill_chunk": 700}, 700), ({"prefill_chunk": 16}, 16)):
+        with Engine.open(
+            chat_bundle, EngineSettings(context=1000, threads=1, prefault=False, **changes)
+        ) as e:
+            assert e.prefill_chunk == expected
+    with Engine.open(chat_bundle, EngineSettings(context=100, threads=1, prefault=False)) as e:
+        assert e.prefill_chunk == 100
+
+
 def test_a_tier_that_was_left_out_is_named(
     make_bundle: Callable[..., Path], make_config: Callable[..., Any]
 ) -> None:

@@ -11,7 +11,7 @@ from format_builders import tensor_entry
 
 from krasis.formats.bundle_reader import Bundle
 from krasis.formats.bundle_verify import verify_bundle
-from krasis.formats.errors import ChecksumError
+from krasis.formats.errors import ChecksumError, FormatError
 
 CPU = "cpu-000.safetensors"
 DENSE = "dense-000.safetensors"
@@ -96,6 +96,24 @@ def test_shard_header_altered(bundle, refuses):
         header_bytes=header_bytes(bundle),
         error=ChecksumError,
     )
+
+
+@pytest.mark.parametrize("more", [-1, -(10**9), 1], ids=["a byte less", "nothing left", "a byte more"])
+def test_shard_that_changes_its_size_after_opening(bundle, more):
+    name = CPU
+    size = (bundle / name).stat().st_size
+    with Bundle.open(bundle) as opened:
+        blob = next(blob for blob in opened.manifest.blobs if blob.file == name)
+        os.truncate(bundle / name, max(0, size + more))
+        with pytest.raises(FormatError, match="another size than the manifest says") as caught:
+            opened.map(blob.name)
+        with pytest.raises(FormatError):
+            opened.mapping_of(name)
+        assert caught.value.where == str(bundle / name)
+        assert (caught.value.got, caught.value.limit) == (f"{max(0, size + more)} bytes", f"{size} bytes")
+        assert "changed while the bundle was open" in caught.value.hint
+        whole = next(blob for blob in opened.manifest.blobs if blob.file != name)
+        assert opened.map(whole.name).nbytes == whole.num_bytes  # other shards are as they were
 
 
 def test_shard_truncated(bundle, refuses):

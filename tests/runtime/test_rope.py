@@ -8,28 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from krasis.formats.architecture import Architecture, RopeScaling
+from krasis.formats.architecture import RopeScaling
 from krasis.formats.errors import UnsupportedModelError
 from krasis.runtime.model.rope import inverse_frequencies, rope_tables
+from krasis.runtime.planning.presets import shape
 
-ARCHITECTURE = Architecture(
-    model_type="qwen3_moe",
-    num_layers=1,
-    hidden_size=256,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=128,
-    num_experts=4,
-    num_experts_per_token=2,
-    expert_intermediate_size=64,
-    vocab_size=100,
-    max_positions=40960,
-    rms_norm_eps=1e-6,
-    rope_theta=1_000_000.0,
-    rope_scaling=RopeScaling(),
-    norm_topk_prob=True,
-    tie_word_embeddings=False,
-)
+ARCHITECTURE = shape("qwen3-30b-a3b")
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
 CASES: dict[str, tuple[dict[str, Any], RopeScaling]] = {
     "plain": ({"rope_type": "default"}, RopeScaling()),

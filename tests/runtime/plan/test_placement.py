@@ -110,7 +110,7 @@ def test_dense_weights_that_do_not_fit_are_refused_with_the_numbers(qwen_235b, m
     assert "needs 10.5 GB" in message
     assert "has 8.59 GB" in message
     assert "GPU 0" in message
-    assert "--context" in message
+    assert "krasis-run --ctx" in message
 
 
 def test_no_room_for_buffers_is_refused_with_the_numbers(qwen_235b, machine):

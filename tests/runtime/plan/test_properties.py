@@ -7,7 +7,6 @@ import dataclasses
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from krasis.formats.architecture import Architecture, RopeScaling
 from krasis.formats.errors import ResourceError
 from krasis.runtime.planning import (
     Figure,
@@ -20,6 +19,7 @@ from krasis.runtime.planning import (
     make_plan,
 )
 from krasis.runtime.planning.planner import least_vram_bytes
+from krasis.runtime.planning.presets import shape
 
 EXAMPLES = settings(max_examples=80, deadline=None, derandomize=True)
 
@@ -28,23 +28,17 @@ EXAMPLES = settings(max_examples=80, deadline=None, derandomize=True)
 def models(draw: st.DrawFn) -> ModelSizes:
     hidden, intermediate = 64 * draw(st.integers(1, 64)), 64 * draw(st.integers(1, 24))
     num_experts = draw(st.integers(1, 160))
-    arch = Architecture(
-        model_type="qwen3_moe",
+    arch = dataclasses.replace(
+        shape("qwen3-30b-a3b"),
         num_layers=draw(st.integers(1, 96)),
         hidden_size=hidden,
         num_heads=4 * draw(st.integers(1, 16)),
-        num_kv_heads=4,
         head_dim=64,
         num_experts=num_experts,
         num_experts_per_token=draw(st.integers(1, min(16, num_experts))),
         expert_intermediate_size=intermediate,
         vocab_size=4096,
         max_positions=65536,
-        rms_norm_eps=1e-6,
-        rope_theta=1e6,
-        rope_scaling=RopeScaling(),
-        norm_topk_prob=True,
-        tie_word_embeddings=False,
     )
     weights = 3 * hidden * intermediate
     return ModelSizes(
@@ -87,7 +81,8 @@ def test_more_vram_never_gives_more_groups_or_a_refusal(sizes, work, num_gpus, b
     assume(small is not None)
     assert large is not None
     for before, after in zip(small.gpus, large.gpus, strict=True):
-        assert after.num_groups <= before.num_groups
+        # Experts leave VRAM again where that makes room for a larger batch, and the prefill sooner.
+        assert after.num_groups <= before.num_groups or large.batch_tokens > small.batch_tokens
     if large.gpus[0].num_groups:  # with every expert in VRAM, smaller passes cost nothing
         assert large.batch_tokens >= small.batch_tokens
 
@@ -101,7 +96,8 @@ def test_more_link_speed_never_gives_a_longer_prefill(sizes, work, num_gpus, bey
     fast = make_plan(sizes, hardware(num_gpus, vram, link + more, tflops=tflops), work)
     assert fast.prefill.total_s <= slow.prefill.total_s
     assert fast.start_up.warm_s <= slow.start_up.warm_s
-    assert fast.batch_tokens == slow.batch_tokens
+    # A faster link may bring experts in time for a larger batch; it never makes it smaller.
+    assert fast.batch_tokens >= slow.batch_tokens
 
 
 @EXAMPLES
@@ -157,23 +153,17 @@ def test_every_expert_belongs_to_one_rank(sizes, work, num_gpus, beyond):
 
 def test_groups_do_not_jump_with_the_batch():
     """Experts smaller than a token's activations: what one more token leaves must not change groups."""
-    arch = Architecture(
-        model_type="qwen3_moe",
+    arch = dataclasses.replace(
+        shape("qwen3-30b-a3b"),
         num_layers=2,
         hidden_size=64,
         num_heads=64,
-        num_kv_heads=4,
         head_dim=64,
         num_experts=160,
         num_experts_per_token=1,
         expert_intermediate_size=64,
         vocab_size=4096,
         max_positions=65536,
-        rms_norm_eps=1e-6,
-        rope_theta=1e6,
-        rope_scaling=RopeScaling(),
-        norm_topk_prob=True,
-        tie_word_embeddings=False,
     )
     sizes = ModelSizes(arch, 10**6, 2 * 4096 * 64, 4096, 16384, "marlin", "cpu-q8", "shape")
     work = Workload(20_000, 20_000)
