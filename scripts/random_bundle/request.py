@@ -1,0 +1,40 @@
+"""What to write."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from model_files import MoeShape, hub_config
+
+from krasis.formats.architecture import Architecture, from_hf_config
+from krasis.formats.layouts import CpuTileLayout, MarlinLayout
+
+POOL_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class BundleRequest:
+    """What to write. tiers: of gpu, cpu. gpu_group: input features a scale. cpu_format: q8 or i4. tokenizer:
+    the tiny model's, where the vocabulary has room for it.
+    """
+
+    shape: MoeShape
+    seed: int = 0
+    tiers: tuple[str, ...] = ("gpu", "cpu")
+    gpu_group: int = 128
+    cpu_format: str = "q8"
+    num_threads: int = 0
+    pool_bytes: int = POOL_BYTES
+
+    @property
+    def gpu_layout(self) -> MarlinLayout:
+        return MarlinLayout(4, self.gpu_group, "BF16")
+
+    @property
+    def cpu_layout(self) -> CpuTileLayout:
+        return CpuTileLayout(self.cpu_format)
+
+
+def architecture_of(shape: MoeShape) -> Architecture:
+    """Our record of a shape."""
+    return from_hf_config(hub_config(shape), "random bundle")
