@@ -74,7 +74,8 @@ KRASIS_API int32_t krasis_abi_version(void);
 KRASIS_API const char *krasis_status_name(int32_t status);
 KRASIS_API int32_t krasis_cpu_probe(krasis_cpu_info *info);
 
-/* num_threads counts the calling thread; 0 = all CPUs of the affinity mask. */
+/* num_threads counts the calling thread; 0 = all CPUs of the affinity mask. On a machine with several NUMA nodes the
+ * pool's own threads are bound to nodes, in proportion to their CPUs, and take a node's own rows of a weight first. */
 KRASIS_API int32_t krasis_pool_create(int32_t num_threads, int32_t isa, krasis_pool **pool);
 KRASIS_API void krasis_pool_destroy(krasis_pool *pool);
 KRASIS_API int32_t krasis_pool_num_threads(const krasis_pool *pool);
@@ -82,6 +83,29 @@ KRASIS_API int32_t krasis_pool_isa(const krasis_pool *pool); /* the one chosen, 
 /* How long idle threads look for work before they sleep: 40000 at first; at most 1e9. For callers that take turns with
  * a GPU: waking sleepers costs tens of microseconds. A pool with more threads than CPUs never spins. */
 KRASIS_API int32_t krasis_pool_set_spin(krasis_pool *pool, int64_t spin_ns);
+
+/* ---- NUMA ------------------------------------------------------------------------------------------------ */
+
+typedef struct krasis_numa_cpu {
+    int32_t cpu;
+    int32_t node; /* 0, 1, ...: counts the nodes that have CPUs in the affinity mask */
+    int32_t id;   /* the kernel's number of that node */
+} krasis_numa_cpu;
+
+/* The CPUs of the affinity mask, node by node. *count: how many there are; no more than capacity are written. All are
+ * of one node where the system does not tell. */
+KRASIS_API int32_t krasis_numa_cpus(int64_t capacity, krasis_numa_cpu *cpus, int64_t *count);
+/* Rows are split by node: of a run of `units` units, node i of n owns those from first_unit(units, n, i) to
+ * first_unit(units, n, i + 1). The runs are: w13 of an expert, units of 64 rows, nodes in order; w2 of an expert, units
+ * of 32 rows, nodes in reverse order; a weight in int8 rows, units of 32 rows, nodes in order. -1 for impossible
+ * arguments. */
+KRASIS_API int64_t krasis_numa_first_unit(int64_t units, int64_t num_nodes, int64_t node);
+/* The kernel's number of the node each page lies on; a negative errno for a page that is not in memory or not mapped.
+ */
+KRASIS_API int32_t krasis_numa_page_nodes(const void *const *addresses, int64_t count, int32_t *ids);
+/* Whether reading a huge page of a mapped file brings in that page alone, and not the next one too, which would then
+ * lie on the reader's node whoever owns it. Without huge pages nothing changes: reading would be page by page. */
+KRASIS_API int32_t krasis_numa_read_exactly(void *address, int64_t bytes, int32_t exactly);
 
 /* ---- files and memory ---------------------------------------------------------------------------------- */
 

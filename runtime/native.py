@@ -90,11 +90,21 @@ class MoeArgs(ctypes.Structure):
     )
 
 
+class NumaCpu(ctypes.Structure):
+    """``krasis_numa_cpu``: a CPU, its node counted from 0, and the kernel's number of that node."""
+
+    _fields_ = (("cpu", _I32), ("node", _I32), ("id", _I32))
+
+
 # name: (result, arguments). The first argument of every function with a pool is the pool.
 _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "krasis_map_file": (_I32, (_I32, _I64, _I64, ctypes.POINTER(_PTR))),
     "krasis_unmap_file": (_I32, (_PTR, _I64)),
     "krasis_prefault": (_I32, (_PTR, _I64)),
+    "krasis_numa_cpus": (_I32, (_I64, ctypes.POINTER(NumaCpu), ctypes.POINTER(_I64))),
+    "krasis_numa_first_unit": (_I64, (_I64, _I64, _I64)),
+    "krasis_numa_page_nodes": (_I32, (_PTR, _I64, _PTR)),
+    "krasis_numa_read_exactly": (_I32, (_PTR, _I64, _I32)),
     "krasis_read_bandwidth": (_I32, (_PTR, _PTR, _I64, ctypes.POINTER(ctypes.c_double))),
     "krasis_quantize_acts": (_I32, (_PTR, _PTR, _I64, _PTR)),
     "krasis_rms_norm": (_I32, (_PTR, _PTR, _I64, _I64, _PTR, _F32, _PTR, _PTR)),

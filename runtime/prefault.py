@@ -1,9 +1,14 @@
 """Reads mapped weights into memory in the background, so that the first tokens do not wait for the disk page
-by page."""
+by page.
+
+On a machine with several NUMA nodes a page comes to lie on the node whose thread reads it first. There every
+piece is read by a thread bound to the node whose threads compute with it.
+"""
 
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -11,31 +16,50 @@ from collections.abc import Iterator, Sequence
 from krasis.formats.bundle_reader import Bundle
 from krasis.formats.errors import KrasisError
 from krasis.formats.file_mapping import prefault
+from krasis.formats.limits import HUGE_PAGE_BYTES
 from krasis.runtime.kv_cache import available_memory_bytes
+from krasis.runtime.numa import NumaNode, nodes_of_pages, numa_nodes, owned_ranges, piece_owners, read_exactly
 
 logger = logging.getLogger(__name__)
 
 PIECE_BYTES = 64 * 2**20
-NUM_THREADS = 4  # enough to keep an NVMe drive busy, few enough to leave the kernels their cores
+NUM_THREADS = 4  # of a node: enough to keep an NVMe drive busy, few enough to leave the kernels their cores
+NUM_SAMPLES = 512  # pages asked where they lie
+
+Piece = tuple[int, int]  # address, bytes
 
 
 class Prefault:
     """Brings whole files of a bundle into memory, in order, by a few threads. ``stop`` before the bundle is
     closed."""
 
-    def __init__(self, bundle: Bundle, files: Sequence[str], num_threads: int = NUM_THREADS) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        files: Sequence[str],
+        num_threads: int = NUM_THREADS,
+        nodes: Sequence[NumaNode] = (),
+    ) -> None:
+        """nodes: several: each reads its own pieces with num_threads threads bound to it; else nothing is
+        bound."""
+        self._bundle, self._files = bundle, files
         self._ranges = [bundle.mapping_of(file) for file in files]
-        self._pieces = self._split()
+        self._nodes = tuple(nodes) if len(nodes) > 1 else ()
+        self._pieces = [self._pieces_of(node) for node in range(len(self._nodes))] or [self._split()]
         self._lock = threading.Lock()
         self._stopping = threading.Event()
         self._num_bytes = 0
-        self._running = num_threads
+        self._samples: list[tuple[int, int]] = []  # address, node
+        self._running = num_threads * len(self._pieces)
         self._begin = time.perf_counter()
+        if self._nodes:
+            self._read_exactly(True)
         self._threads = [
-            threading.Thread(target=self._work, name=f"krasis-prefault-{index}", daemon=True)
-            for index in range(num_threads)
+            threading.Thread(target=self._work, args=(index % len(self._pieces),), daemon=True)
+            for index in range(self._running)
         ]
-        for thread in self._threads:
+        for index, thread in enumerate(self._threads):
+            thread.name = f"krasis-prefault-{index}"
             thread.start()
 
     def stop(self) -> None:
@@ -48,14 +72,31 @@ class Prefault:
         for thread in self._threads:
             thread.join()
 
-    def _split(self) -> Iterator[tuple[int, int]]:
+    def _split(self) -> Iterator[Piece]:
         for address, num_bytes in self._ranges:
             for offset in range(0, num_bytes, PIECE_BYTES):
                 yield address + offset, min(PIECE_BYTES, num_bytes - offset)
 
-    def _work(self) -> None:
+    def _pieces_of(self, node: int) -> Iterator[Piece]:
+        blobs, architecture = self._bundle.manifest.blobs, self._bundle.architecture
+        for file, (address, num_bytes) in zip(self._files, self._ranges, strict=True):
+            ranges = (
+                item
+                for blob in blobs
+                if blob.file == file
+                for item in owned_ranges(blob, architecture, len(self._nodes))
+            )
+            owners = piece_owners(ranges, num_bytes, HUGE_PAGE_BYTES, len(self._nodes))
+            for index, owner in enumerate(owners):
+                if owner == node:
+                    offset = index * HUGE_PAGE_BYTES
+                    yield address + offset, min(HUGE_PAGE_BYTES, num_bytes - offset)
+
+    def _work(self, queue: int) -> None:
         try:
-            self._read_pieces()
+            if self._nodes:
+                _bind(self._nodes[queue])
+            self._read_pieces(queue)
         except KrasisError as error:
             # The kernels read the same pages, and are the ones to fail if the disk does.
             logger.warning("prefault stopped: %s", error)
@@ -65,16 +106,30 @@ class Prefault:
             last = self._running == 0
         if last:
             self._report()
+            if self._nodes:
+                self._read_exactly(False)
+                self._report_nodes()
 
-    def _read_pieces(self) -> None:
+    def _read_pieces(self, queue: int) -> None:
+        num_pages = sum(num_bytes for _, num_bytes in self._ranges) // HUGE_PAGE_BYTES
+        step = num_pages // NUM_SAMPLES + 1
         while not self._stopping.is_set():
             with self._lock:
-                piece = next(self._pieces, None)
+                piece = next(self._pieces[queue], None)
             if piece is None:
                 return
             prefault(*piece)
             with self._lock:
                 self._num_bytes += piece[1]
+                if self._nodes and piece[0] // HUGE_PAGE_BYTES % step == 0:
+                    self._samples.append((piece[0], queue))
+
+    def _read_exactly(self, exactly: bool) -> None:
+        try:
+            for address, num_bytes in self._ranges:
+                read_exactly(address, num_bytes, exactly=exactly)
+        except KrasisError as error:
+            logger.warning("the order of reading stays as it is: %s", error)
 
     def _report(self) -> None:
         seconds = max(time.perf_counter() - self._begin, 1e-9)
@@ -86,6 +141,33 @@ class Prefault:
             self._num_bytes / 1e9 / seconds,
             stopped,
         )
+
+    def _report_nodes(self) -> None:
+        try:
+            numbers = nodes_of_pages([address for address, _ in self._samples])
+        except KrasisError as error:
+            logger.info("prefault: where the pages lie is not known: %s", error)
+            return
+        pairs = [
+            number == self._nodes[node].number
+            for number, (_, node) in zip(numbers, self._samples, strict=True)
+            if number >= 0
+        ]
+        logger.info(
+            "prefault: %d NUMA nodes; %d of %d pages looked at lie on the node that computes with them "
+            "(what was in memory before stays where it was)",
+            len(self._nodes),
+            sum(pairs),
+            len(pairs),
+        )
+
+
+def _bind(node: NumaNode) -> None:
+    """Lets this thread run on the node's CPUs only."""
+    try:
+        os.sched_setaffinity(0, node.cpus)  # 0: this thread alone
+    except OSError as error:
+        logger.warning("prefault: a thread cannot be bound to NUMA node %d: %s", node.number, error)
 
 
 def start_prefault(bundle: Bundle, tiers: Sequence[str]) -> Prefault | None:
@@ -102,7 +184,7 @@ def start_prefault(bundle: Bundle, tiers: Sequence[str]) -> Prefault | None:
             available / 1e9,
         )
         return None
-    return Prefault(bundle, files_of_tiers(bundle, tiers))
+    return Prefault(bundle, files_of_tiers(bundle, tiers), nodes=numa_nodes())
 
 
 def files_of_tiers(bundle: Bundle, tiers: Sequence[str]) -> list[str]:

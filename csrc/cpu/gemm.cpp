@@ -54,6 +54,7 @@ void run_rows_chunk(PoolSession &session, const RowsJob &job, int64_t first, int
     const int64_t grain = (kMinUnitMacs + unit_macs - 1) / unit_macs;
     Phase phases[2] = {make_phase(pack, cut.count, 4),
                        make_phase(multiply, job.n / kStripRows * token_units, grain, 8 * grain)};
+    phases[1].period = phases[1].count;
     const bool pack_here = cut.count <= 4;
     if (pack_here) pack(0, cut.count, 0);
     session.run(phases + pack_here, 2 - pack_here);

@@ -217,7 +217,8 @@ int64_t Chunk::run() {
         phases[num_phases++] = make_phase(pack_panels, num_packed, 4, 32);
     }
     const int64_t longest = job_.tokens == 1 ? 16 : 4;  // pieces of many tokens are long enough
-    phases[num_phases++] = make_phase(gate_up, job_.num_groups * blocks, grain_of(2 * job_.hidden), longest);
+    phases[num_phases] = make_phase(gate_up, job_.num_groups * blocks, grain_of(2 * job_.hidden), longest);
+    phases[num_phases++].period = blocks;
     const int64_t columns = sizes_.columns();
     for (int64_t begin = 0; begin < job_.hidden; begin += columns) {
         Range &range = ranges[num_ranges++];
@@ -226,7 +227,10 @@ int64_t Chunk::run() {
         range.end = std::min(begin + columns, job_.hidden);
         range.wide = wide_;
         const int64_t grain = grain_of(job_.intermediate), strips = range.count() / kStripRows;
-        phases[num_phases++] = {run_down, &range, job_.num_groups * strips, grain, longest * grain};
+        // Mirrored, so that the rows of w13 and w2 that lie side by side in a record are of one node. With several
+        // ranges this splits each of them, and so not quite as the weights lie; that is prefill, which computes more
+        // than it reads.
+        phases[num_phases++] = {run_down, &range, job_.num_groups * strips, grain, longest * grain, strips, true};
         phases[num_phases++] = {run_reduce, &range, job_.tokens * range.reduce_units(), 4, 64};
     }
     parallel_phases(pool_, phases, num_phases);

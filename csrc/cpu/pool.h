@@ -6,8 +6,12 @@
 #include <type_traits>
 
 #include "../krasis.h"
+#include "topology.h"
 
 namespace krasis {
+
+// krasis_pool_create for nodes that the caller names, which need not be this machine's.
+int32_t create_pool(int32_t num_threads, int32_t isa, const Topology &topology, krasis_pool **pool);
 
 using TaskFn = void (*)(void *context, int64_t begin, int64_t end, int32_t thread);
 
@@ -25,6 +29,11 @@ struct Phase {
     int64_t count = 0;
     int64_t grain = 1;
     int64_t max_grain = 0;
+    // Where memory is spread over NUMA nodes: units come in runs of `period`, each run stands for the rows of a weight,
+    // and node i of n takes units [first_unit(period, n, i), first_unit(period, n, i + 1)) of every run first
+    // (mirrored: those of node n - 1 - i). 0: units are alike for all threads.
+    int64_t period = 0;
+    bool mirrored = false;
 };
 
 // All phases with one wake of the threads.

@@ -2,11 +2,13 @@
 #include "probe.h"
 
 #include <cpuid.h>
-#include <sched.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
+
+#include "topology.h"
 
 namespace krasis {
 namespace {
@@ -44,21 +46,6 @@ void read_brand(char *brand, size_t capacity) {
     for (size_t n = std::strlen(brand); n > 0 && brand[n - 1] == ' '; --n) brand[n - 1] = '\0';
 }
 
-// Counts a list such as "0-3,5".
-int32_t count_ranges(const char *text) {
-    int32_t count = 0;
-    int first, last, used;
-    while (std::sscanf(text, "%d%n", &first, &used) == 1) {
-        text += used;
-        last = first;
-        if (*text == '-' && std::sscanf(text + 1, "%d%n", &last, &used) == 1) text += 1 + used;
-        if (last >= first) count += last - first + 1;
-        if (*text != ',') break;
-        ++text;
-    }
-    return count;
-}
-
 // A line of a small file under /sys. False if it cannot be read.
 bool read_line(const char *path, char *text, int capacity) {
     std::FILE *file = std::fopen(path, "re");
@@ -86,7 +73,9 @@ int64_t cache_bytes(int level) {
 
 int32_t num_numa_nodes() {
     char text[256] = {};
-    const int32_t count = read_line("/sys/devices/system/node/online", text, sizeof text) ? count_ranges(text) : 0;
+    int32_t count = 0, first, last;
+    if (!read_line("/sys/devices/system/node/online", text, sizeof text)) return 1;
+    for (const char *at = text; next_range(&at, &first, &last);) count += last - first + 1;
     return count > 0 ? count : 1;
 }
 
@@ -111,16 +100,8 @@ void read_features(krasis_cpu_info *info) {
 }  // namespace
 
 int32_t num_available_cpus() {
-    // The kernel refuses a mask smaller than its own: grow until it fits.
-    for (int capacity = 1024; capacity <= 1 << 18; capacity *= 4) {
-        cpu_set_t *set = CPU_ALLOC(capacity);
-        if (!set) break;
-        const size_t bytes = CPU_ALLOC_SIZE(capacity);
-        const bool ok = sched_getaffinity(0, bytes, set) == 0;
-        const int count = ok ? CPU_COUNT_S(bytes, set) : 0;
-        CPU_FREE(set);
-        if (ok) return count > 0 ? count : 1;
-    }
+    const CpuMask mask;
+    if (mask.readable()) return std::max(mask.count(), 1);
     const long online = sysconf(_SC_NPROCESSORS_ONLN);
     return online > 0 ? static_cast<int32_t>(online) : 1;
 }

@@ -81,6 +81,7 @@ bool same_bits(const Buffer<T> &a, const Buffer<T> &b) {
 class Pool {
   public:
     Pool(int32_t num_threads, int32_t isa) { CHECK_OK(krasis_pool_create(num_threads, isa, &pool_)); }
+    explicit Pool(krasis_pool *made) : pool_(made) {}  // takes it over
     ~Pool() { krasis_pool_destroy(pool_); }
     Pool(const Pool &) = delete;
     Pool &operator=(const Pool &) = delete;

@@ -5,8 +5,6 @@
 #include "cpu/pool.h"
 #include "test.h"
 
-const char *krasis_status_name(int32_t status) { return status == KRASIS_OK ? "ok" : "an error"; }
-
 namespace {
 
 using test::Pool;
