@@ -173,6 +173,11 @@ class GpuBackend:
                 if self._closes_device:
                     self._device.close()
 
+    @property
+    def num_resident_experts(self) -> int:
+        """Experts in VRAM now, of all layers."""
+        return self._num_resident(self._open_parts())
+
     # ---- for DistributedBackend ------------------------------------------------------------------------
 
     def kv_layers(self) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -140,6 +140,12 @@ def stream_bytes(path: Path, context: int) -> int:
         return streaming_vram_bytes(bundle, context)
 
 
+def check_streamed(backend: Any) -> None:
+    """Ends the program if an expert stayed on the GPU after all: two layers fit in the buffers."""
+    if resident := getattr(backend, "num_resident_experts", 0):
+        raise SystemExit(f"--stream: {resident} experts found room on the GPU; take a model of more layers")
+
+
 def numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",") if int(part) > 0]
 
@@ -183,6 +189,8 @@ def main() -> None:
             engine.bundle.prefault(tier, options.threads)
         meter = Meter(engine.bundle, pool)
         cases = measure(engine, meter, options.prompt, options.generate, options.repeats)
+        if options.stream:  # hot experts would have moved in by now
+            check_streamed(engine._backend)
         library = library_path()
         result = {
             "cases": cases,

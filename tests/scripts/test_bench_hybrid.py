@@ -2,13 +2,14 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
-from bench import hybrid, peers, provision, speed, tables  # noqa: E402
+from bench import hybrid, krasis_runner, peers, provision, speed, tables  # noqa: E402
 from bench.record import Record, Run  # noqa: E402
 
 WORK = peers.Work("m", Path("m.krasis"), Path("m.gguf"), 2, prompts=(512, 2048), generate=(64,), repeats=3)
@@ -23,6 +24,12 @@ def test_programs_get_their_flags_for_gpus() -> None:
     assert "--gpus 2" in " ".join(hybrid_krasis.arguments(WORK))
     assert "--gpus" not in " ".join(peers.Krasis().arguments(WORK))
     assert hybrid.hybrid_program(peers.Krasis(name="krasis (avx2)", isa="avx2"), 2) is None
+
+
+def test_a_model_that_fits_on_the_gpu_is_no_test_of_streaming() -> None:
+    krasis_runner.check_streamed(SimpleNamespace(num_resident_experts=0))
+    with pytest.raises(SystemExit, match="256 experts found room on the GPU"):
+        krasis_runner.check_streamed(SimpleNamespace(num_resident_experts=256))
 
 
 def test_hybrid_records_what_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
