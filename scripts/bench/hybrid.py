@@ -97,8 +97,10 @@ def run_stage(
             sizes = Work(
                 name, model.bundle, model.gguf, max(plan.threads), plan.prompts, plan.generate, plan.repeats
             )
+            _note(record, sizes, [KT], KT_GAP)
             if count > len(present):
-                _note_missing(record, sizes, programs, f"needs {count} GPUs, this machine has {len(present)}")
+                names = [one.name for program in programs if (one := hybrid_program(program, count))]
+                _note(record, sizes, names, f"needs {count} GPUs, this machine has {len(present)}")
                 continue
             four_bits = {
                 KRASIS: int4_bundle(model, work),
@@ -107,7 +109,6 @@ def run_stage(
             chosen = entries(model, programs, count, four_bits)
             if not _rounds(record, sizes, chosen, plan, clock, say):
                 return False
-            _note_missing(record, sizes, [], "")
     return True
 
 
@@ -130,12 +131,10 @@ def _rounds(record: Record, sizes: Work, chosen: Sequence[Entry], plan: Plan, cl
     return True
 
 
-def _note_missing(record: Record, sizes: Work, programs: Sequence[Program], error: str) -> None:
-    names = [one.name for one in (hybrid_program(program, 1) for program in programs) if one is not None]
+def _note(record: Record, sizes: Work, subjects: Sequence[str], error: str) -> None:
+    """Those that cannot run here, once."""
     held = {run.subject for run in record.runs(STAGE) if run.model == sizes.model}
-    record.add([failed(sizes, name, error) for name in names if name not in held])
-    if KT not in held:
-        record.add([failed(sizes, KT, KT_GAP)])
+    record.add([failed(sizes, subject, error) for subject in subjects if subject not in held])
 
 
 def failed(work: Work, subject: str, error: str) -> Run:

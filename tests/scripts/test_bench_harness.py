@@ -312,16 +312,8 @@ def test_divergence_of_a_known_pair() -> None:
     assert found["top1_share"] == (0.5,)
 
 
-def test_the_command_runs_a_stage_and_writes_everything(tmp_path: Path) -> None:
+def test_the_command_runs_a_stage_and_writes_everything(tmp_path: Path, places: list[str]) -> None:
     options = ["--stage", "decode,hybrid", "--llama-bench", "off", "--kt-kernel", "off", "--gpus", "0"]
-    places = [
-        "--record",
-        str(tmp_path / "r.h5"),
-        "--out",
-        str(tmp_path / "B.md"),
-        "--work",
-        str(tmp_path / "w"),
-    ]
     result = CliRunner().invoke(main, ["run", *options, *places])
     assert result.exit_code == 0, result.output
     assert (tmp_path / "B.md").read_text().startswith("# Benchmarks\n")

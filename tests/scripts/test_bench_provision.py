@@ -127,20 +127,12 @@ def test_kt_kernel_is_unpacked_once(tools: Callable[..., FakeTools], tmp_path: P
 
 
 def test_the_layer_stage_builds_no_llama_bench(
-    tools: Callable[..., FakeTools], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tools: Callable[..., FakeTools], tmp_path: Path, places: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from click.testing import CliRunner
 
     fake = tools()
     monkeypatch.setattr("bench.facts.machine_facts", dict)
-    places = [
-        "--record",
-        str(tmp_path / "r.h5"),
-        "--out",
-        str(tmp_path / "B.md"),
-        "--work",
-        str(tmp_path / "w"),
-    ]
     result = CliRunner().invoke(main, ["run", "--stage", "layer", "--kt-kernel", "auto", *places])
     assert result.exit_code == 0, result.output
     assert [command[3] for command in fake.commands] == ["install"]
