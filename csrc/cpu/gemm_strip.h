@@ -10,7 +10,7 @@ namespace krasis::KRASIS_ISA_NAMESPACE {
 //   acc = fma(float(sum of q*w over the block), weight_scale * activation_scale, acc)
 // (kRows: weight_scale is absent), block after block, whatever the width and the instruction set.
 // fetch/fetch_lines: cache lines to prefetch beside each block, the first at fetch, then one after another. Without
-// them (0) the weight is taken for a lone stream from memory and is fetched ahead of its use.
+// them (0) the weight is taken for a lone stream from memory and is fetched ahead of its use, if that helps this CPU.
 // next_panel: what the next call will read, fetched likewise where that measures better (AVX-512: 3 % of MoE prefill;
 // AVX2, three times slower, has time enough without).
 struct StripCall {

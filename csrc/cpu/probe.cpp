@@ -116,6 +116,15 @@ int32_t resolve_isa(int32_t requested) {
     return KRASIS_ISA_AUTO;
 }
 
+bool follows_streams() {
+    static const bool follows = [] {
+        const Registers r = cpuid(0);  // the maker's name, in the order b, d, c
+        const uint32_t words[3] = {r.b, r.d, r.c};
+        return std::memcmp(words, "AuthenticAMD", sizeof words) == 0;
+    }();
+    return follows;
+}
+
 }  // namespace krasis
 
 int32_t krasis_cpu_probe(krasis_cpu_info *info) {

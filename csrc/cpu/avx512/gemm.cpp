@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "../gemm_strip.h"
+#include "../probe.h"
 
 namespace krasis::avx512 {
 namespace {
@@ -41,12 +42,17 @@ constexpr int64_t kCodeBytes = kFormat == StripFormat::kI4 ? 512 : 1024;
 template <StripFormat kFormat>
 constexpr int64_t kBlockBytes = kFormat == StripFormat::kRows ? 1024 : kCodeBytes<kFormat> + 64;
 
-// How far ahead of the multiplication a lone stream of weights is fetched; 0: left to the CPU's own prefetcher, which
-// on Zen 5 follows the 8-bit stream best undisturbed (fetching only some of the lines is worst of all), while 4-bit
-// blocks go by too fast for it. Never a multiple of 4096: loads and prefetches that share their low twelve address bits
-// get in each other's way (10 %).
+// How far ahead of the multiplication a lone stream of weights is fetched. 4-bit blocks go by too fast for any CPU's
+// own prefetcher; 8-bit ones are left to it where it is good enough (fetching only some of the lines is worst of all).
+// Never a multiple of 4096: loads and prefetches that share their low twelve address bits get in each other's way (10
+// %).
 template <StripFormat kFormat>
-constexpr int64_t kAheadBytes = kFormat == StripFormat::kI4 ? 12 * kBlockBytes<kFormat> : 0;
+constexpr int64_t kAheadBytes = (kFormat == StripFormat::kI4 ? 12 : 6) * kBlockBytes<kFormat>;
+
+template <StripFormat kFormat>
+bool fetches_ahead() {
+    return kFormat == StripFormat::kI4 || !follows_streams();
+}
 
 template <StripFormat kFormat, int kWidth>
 void kernel(const StripCall &call) {
@@ -57,8 +63,9 @@ void kernel(const StripCall &call) {
         acc[t][1] = _mm512_loadu_ps(call.acc + t * 32 + 16);
     }
     const uint8_t *block = call.weight, *panel = call.panel, *fetch = call.fetch, *next = call.next_panel;
+    const bool ahead = call.fetch_lines == 0 && fetches_ahead<kFormat>();
     for (int64_t b = 0; b < call.blocks; ++b) {
-        if (kAheadBytes<kFormat> > 0 && call.fetch_lines == 0) {
+        if (ahead) {
 #pragma GCC unroll 17
             for (int64_t i = 0; i < kBlockBytes<kFormat>; i += 64) {
                 _mm_prefetch(reinterpret_cast<const char *>(block + kAheadBytes<kFormat> + i), _MM_HINT_T0);
