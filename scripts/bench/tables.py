@@ -12,7 +12,7 @@ from bench.record import Run
 from bench.stats import Spread
 
 ABSENT = "\u2013"
-NOTE_CHARS = 60
+NOTE_CHARS = 100
 ORDER = (KRASIS, LLAMA, IK, KT)
 
 
