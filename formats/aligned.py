@@ -18,13 +18,18 @@ def aligned_empty(num_bytes: int) -> Bytes:
     It begins at a multiple of 4 KiB; from 2 MiB on at one of 2 MiB, in huge pages where the system has them.
     """
     if num_bytes < HUGE_PAGE_BYTES:
-        memory = mmap.mmap(-1, max(num_bytes, 1))
+        memory = _anonymous(max(num_bytes, 1))
         return np.frombuffer(memory, np.uint8)[:num_bytes]
-    memory = mmap.mmap(-1, align_up(num_bytes, HUGE_PAGE_BYTES) + HUGE_PAGE_BYTES)
+    memory = _anonymous(align_up(num_bytes, HUGE_PAGE_BYTES) + HUGE_PAGE_BYTES)
     whole = np.frombuffer(memory, np.uint8)
     begin = -whole.ctypes.data % HUGE_PAGE_BYTES
     memory.madvise(mmap.MADV_HUGEPAGE, begin, align_up(num_bytes, HUGE_PAGE_BYTES))
     return whole[begin : begin + num_bytes]
+
+
+def _anonymous(num_bytes: int) -> mmap.mmap:
+    # Private: Linux does not give shared anonymous memory, Python's default, huge pages for the asking.
+    return mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 def is_page_aligned(view: memoryview) -> bool:
