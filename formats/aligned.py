@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 
 import numpy as np
@@ -23,7 +24,8 @@ def aligned_empty(num_bytes: int) -> Bytes:
     memory = _anonymous(align_up(num_bytes, HUGE_PAGE_BYTES) + HUGE_PAGE_BYTES)
     whole = np.frombuffer(memory, np.uint8)
     begin = -whole.ctypes.data % HUGE_PAGE_BYTES
-    memory.madvise(mmap.MADV_HUGEPAGE, begin, align_up(num_bytes, HUGE_PAGE_BYTES))
+    with contextlib.suppress(OSError):  # a kernel without huge pages refuses
+        memory.madvise(mmap.MADV_HUGEPAGE, begin, align_up(num_bytes, HUGE_PAGE_BYTES))
     return whole[begin : begin + num_bytes]
 
 

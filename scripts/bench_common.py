@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-import mmap
 import os
 import statistics
 import time
@@ -17,7 +16,9 @@ import click
 import numpy as np
 import numpy.typing as npt
 
+from krasis.formats.aligned import aligned_empty
 from krasis.formats.bundle_reader import Bundle
+from krasis.formats.limits import HUGE_PAGE_BYTES
 from krasis.formats.native import Pool, check
 from krasis.runtime.native import ActsStruct, MoeArgs, prototype
 
@@ -27,7 +28,6 @@ TILE_ROWS = 32
 RECORD_ALIGNMENT_BYTES = 4096
 LEAST_STACK_BYTES = 2 << 30  # far beyond any cache
 BANDWIDTH_WINDOW_BYTES = 256 << 20
-HUGE_PAGE_BYTES = 2 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ class ExpertStack:
     def __init__(self, shape: LayerShape, tiles: str, least_bytes: int, bundle: Bundle | None = None) -> None:
         self.shape, self.tiles = shape, tiles
         self.layer_bytes = shape.num_experts * shape.stride_bytes(tiles)
-        self._memory: mmap.mmap | None = None
+        self._memory: npt.NDArray[np.uint8] | None = None
         if bundle is not None:
             bundle.prefault("cpu", os.cpu_count() or 1)
             self.layers = [
@@ -80,14 +80,10 @@ class ExpertStack:
             ]
             return
         num_layers = max(shape.num_layers, -(-least_bytes // self.layer_bytes))
-        # Private: Linux does not give shared anonymous memory huge pages by default.
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        self._memory = mmap.mmap(-1, num_layers * self.layer_bytes + HUGE_PAGE_BYTES, flags)
-        self._memory.madvise(mmap.MADV_HUGEPAGE)
-        array = np.frombuffer(self._memory, np.uint8)
-        start = -address_of(array) % HUGE_PAGE_BYTES
-        self._fill(array[start : start + num_layers * self.layer_bytes])
-        first = address_of(array) + start
+        num_bytes = num_layers * self.layer_bytes
+        self._memory = aligned_empty(max(num_bytes, HUGE_PAGE_BYTES))  # at a huge page whatever the size
+        self._fill(self._memory[:num_bytes])
+        first = address_of(self._memory)
         self.layers = [first + i * self.layer_bytes for i in range(num_layers)]
 
     @property

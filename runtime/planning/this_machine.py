@@ -4,15 +4,14 @@ speed.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import mmap
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from krasis.formats import native
+from krasis.formats.aligned import aligned_empty
 from krasis.formats.errors import KrasisError
 from krasis.runtime import environment
 from krasis.runtime.planning.hardware import Figure, GpuSpec, HardwareSpec, describe_gpu, describe_host, given
@@ -161,25 +160,17 @@ def _best_rate(most_bytes: int) -> tuple[float, int]:
     read.restype = ctypes.c_int32
     seconds = ctypes.c_double()
     best = 0.0
-    with (
-        native.Pool() as pool,
-        mmap.mmap(-1, most_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as buffer,
-    ):
-        # A kernel without huge pages refuses: 4 KiB pages are then what decode gets too.
-        with contextlib.suppress(OSError):
-            buffer.madvise(mmap.MADV_HUGEPAGE)
-        view = (ctypes.c_char * most_bytes).from_buffer(buffer)
-        try:
-            num_bytes = _touch(ctypes.addressof(view), most_bytes, pool.num_threads)
-            start = time.monotonic()
-            for _ in range(_MAX_REPEATS):
-                status = read(pool.handle, ctypes.addressof(view), num_bytes, ctypes.byref(seconds))
-                native.check(status, "krasis_read_bandwidth")
-                best = max(best, num_bytes / max(seconds.value, 1e-9))
-                if time.monotonic() - start > _READ_BUDGET_S:
-                    break
-        finally:
-            del view  # mmap refuses to close under it
+    buffer = aligned_empty(most_bytes)  # huge pages where decode gets them too
+    address = buffer.ctypes.data
+    with native.Pool() as pool:
+        num_bytes = _touch(address, most_bytes, pool.num_threads)
+        start = time.monotonic()
+        for _ in range(_MAX_REPEATS):
+            status = read(pool.handle, address, num_bytes, ctypes.byref(seconds))
+            native.check(status, "krasis_read_bandwidth")
+            best = max(best, num_bytes / max(seconds.value, 1e-9))
+            if time.monotonic() - start > _READ_BUDGET_S:
+                break
     return best, num_bytes
 
 

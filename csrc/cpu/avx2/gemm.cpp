@@ -35,7 +35,7 @@ constexpr int64_t kBlockBytes = kFormat == StripFormat::kRows ? 1024 : kCodeByte
 
 // How far ahead of the multiplication a lone stream of weights is fetched. Longer for 8 bits than for AVX-512: a block
 // takes three times the instructions, so the core itself looks less far ahead. Longer for 4 bits gains nothing on one
-// thread and costs two threads of one core 3 % (Zen 5). Never a multiple of 4096: see avx512/gemm.cpp.
+// thread and cost two threads 3 % (Zen 5). Never a multiple of 4096: see avx512/gemm.cpp.
 template <StripFormat kFormat>
 constexpr int64_t kAheadBytes = kFormat == StripFormat::kI4 ? 6592 : 9792;
 

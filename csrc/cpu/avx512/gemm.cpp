@@ -44,8 +44,7 @@ constexpr int64_t kBlockBytes = kFormat == StripFormat::kRows ? 1024 : kCodeByte
 
 // How far ahead of the multiplication a lone stream of weights is fetched. 4-bit blocks go by too fast for any CPU's
 // own prefetcher; 8-bit ones are left to it where it is good enough (fetching only some of the lines is worst of all).
-// Never a multiple of 4096: loads and prefetches that share their low twelve address bits get in each other's way (10
-// %).
+// Never a multiple of 4096: loads and prefetches that share their low twelve address bits disturb each other (10 %).
 template <StripFormat kFormat>
 constexpr int64_t kAheadBytes = (kFormat == StripFormat::kI4 ? 12 : 6) * kBlockBytes<kFormat>;
 
@@ -56,6 +55,7 @@ bool fetches_ahead() {
 
 template <StripFormat kFormat, int kWidth>
 void kernel(const StripCall &call) {
+    const bool ahead = call.fetch_lines == 0 && fetches_ahead<kFormat>();  // asked before the registers are full
     __m512 acc[kWidth][2];
 #pragma GCC unroll 8
     for (int t = 0; t < kWidth; ++t) {
@@ -63,7 +63,6 @@ void kernel(const StripCall &call) {
         acc[t][1] = _mm512_loadu_ps(call.acc + t * 32 + 16);
     }
     const uint8_t *block = call.weight, *panel = call.panel, *fetch = call.fetch, *next = call.next_panel;
-    const bool ahead = call.fetch_lines == 0 && fetches_ahead<kFormat>();
     for (int64_t b = 0; b < call.blocks; ++b) {
         if (ahead) {
 #pragma GCC unroll 17
