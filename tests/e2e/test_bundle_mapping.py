@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import subprocess
 import sys
@@ -15,7 +16,6 @@ from krasis.convert.conversion import convert, prepare
 from krasis.convert.progress import Reporter
 from krasis.convert.settings import ConvertSettings
 from krasis.formats.bundle_reader import Bundle
-from krasis.formats.file_mapping import FileMapping
 
 HUGE_PAGE_BYTES = 2 << 20
 MAKE_MODEL = Path(__file__).parents[2] / "scripts/make_random_model.py"
@@ -24,16 +24,31 @@ SHAPE = "--shape custom --layers 2 --hidden 256 --heads 4 --kv-heads 2 --head-di
 SHAPE += "--expert-intermediate 512 --vocab 512"
 
 
+# The kernel may drop a file's clean pages at any time, with memory to spare too, and what is then read
+# without our advice comes back in small ones: seen with one bundle in sixty, whose small pages had been read
+# from the disk, not written.
+ATTEMPTS = 5
+
+
 @pytest.fixture(scope="module")
-def bundle_path(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("bundle")
-    model, out = folder / "model", folder / "model.krasis"
+def model_path(tmp_path_factory) -> Path:
+    model = tmp_path_factory.mktemp("model") / "model"
     command = [sys.executable, MAKE_MODEL, *SHAPE.split(), "--out", model]
     subprocess.run(command, check=True, capture_output=True, timeout=120)
+    return model
+
+
+@pytest.fixture(scope="module")
+def bundle_path(model_path, tmp_path_factory) -> Path:
+    return converted(model_path, tmp_path_factory.mktemp("bundle") / "model.krasis")
+
+
+def converted(model: Path, out: Path) -> Path:
+    """Written through the page cache, whose pages the writer chooses. A shard written past it gets them when
+    it is first read: huge ones but at its very beginning, where reading the header has brought in small
+    ones. Shards as small as these are little else; scripts/bench_convert.py looks at real ones.
+    """
     reporter = Reporter(0)
-    # Through the page cache, whose pages the writer chooses. A shard written past it gets them when it is
-    # first read: huge ones but at its very beginning, where reading the header has brought in small ones.
-    # Shards as small as these are little else; scripts/bench_convert.py looks at real ones.
     convert(prepare([model], out, ConvertSettings(output_io="buffered"), reporter), reporter)
     return out
 
@@ -50,16 +65,18 @@ def huge_mapped_bytes(path: Path) -> int:
 
 
 def kernel_maps_files_by_huge_pages(folder: Path) -> bool:
-    """Tried with a plain file of this file system, written in whole huge pages."""
+    """Tried with a plain file of this file system, written in whole huge pages, and Python's own mapping."""
     path = folder / "control.bin"
-    num_bytes = 4 * HUGE_PAGE_BYTES
+    num_pages = 8
     fd = os.open(path, os.O_RDWR | os.O_CREAT)
     try:
-        for offset in range(0, num_bytes, HUGE_PAGE_BYTES):
-            os.pwrite(fd, bytes([1]) * HUGE_PAGE_BYTES, offset)
-        mapped = FileMapping(fd, num_bytes).view()
-        touched = int(mapped[::HUGE_PAGE_BYTES].sum())
-        return touched == 4 and huge_mapped_bytes(path) == num_bytes
+        for page in range(num_pages):
+            os.pwrite(fd, bytes([1]) * HUGE_PAGE_BYTES, page * HUGE_PAGE_BYTES)
+        with mmap.mmap(fd, num_pages * HUGE_PAGE_BYTES, prot=mmap.PROT_READ) as mapped:
+            mapped.madvise(mmap.MADV_HUGEPAGE)
+            touched = sum(mapped[::HUGE_PAGE_BYTES])
+            # Where the mapping does not begin at a huge page, one is cut in two.
+            return touched == num_pages and huge_mapped_bytes(path) >= (num_pages - 1) * HUGE_PAGE_BYTES
     finally:
         os.close(fd)
         path.unlink()
@@ -87,9 +104,9 @@ def test_expert_blobs_lie_at_huge_page_boundaries_in_file_and_memory(bundle_path
             assert bundle.map(blob.name).ctypes.data % HUGE_PAGE_BYTES == 0
 
 
-def test_expert_blobs_are_mapped_by_huge_pages(bundle_path):
-    if not kernel_maps_files_by_huge_pages(bundle_path.parent):
-        pytest.skip("this kernel or file system backs no file mapping by huge pages")
+def lacking_huge_pages(bundle_path: Path) -> list[str]:
+    """The shards whose experts, once read, are not mapped by huge pages wherever they fill one."""
+    lacking = []
     with Bundle.open(bundle_path) as bundle:
         for tier in ("gpu", "cpu"):
             blobs = [blob for blob in bundle.manifest.blobs if blob.tier == tier]
@@ -104,4 +121,20 @@ def test_expert_blobs_are_mapped_by_huge_pages(bundle_path):
             }
             assert len(pages) >= len(blobs)
             path = bundle_path / blobs[0].file
-            assert huge_mapped_bytes(path) >= len(pages) * HUGE_PAGE_BYTES
+            huge = huge_mapped_bytes(path)
+            if huge < len(pages) * HUGE_PAGE_BYTES:
+                lacking.append(f"{path}: {huge // HUGE_PAGE_BYTES} huge pages of {len(pages)}")
+    return lacking
+
+
+def test_expert_blobs_are_mapped_by_huge_pages(model_path, tmp_path):
+    lacking, kernel_does = [], False
+    for attempt in range(ATTEMPTS):
+        found = lacking_huge_pages(converted(model_path, tmp_path / f"{attempt}.krasis"))
+        if not found:
+            return
+        lacking += found
+        kernel_does |= kernel_maps_files_by_huge_pages(tmp_path)
+    if not kernel_does:
+        pytest.skip("this kernel or file system backs no file mapping by huge pages")
+    pytest.fail("\n".join(lacking))
