@@ -115,6 +115,10 @@ KRASIS_API int32_t krasis_map_file(int32_t fd, int64_t bytes, int64_t alignment_
 KRASIS_API int32_t krasis_unmap_file(void *address, int64_t bytes);
 /* Brings a mapped range into memory (MADV_POPULATE_READ, else touching); blocks; safe from any thread. */
 KRASIS_API int32_t krasis_prefault(const void *address, int64_t bytes);
+/* Moves the whole 2 MiB pieces of a mapped range into huge pages (MADV_COLLAPSE, Linux 6.1); blocks; others may read
+ * the range meanwhile. *declined: 0, or the errno with which the kernel declined, EINVAL if it never does that for such
+ * memory; some pieces may lie in huge pages all the same. */
+KRASIS_API int32_t krasis_collapse(const void *address, int64_t bytes, int32_t *declined);
 /* Reads the range once with all threads of the pool and returns the seconds: the ceiling for decode. */
 KRASIS_API int32_t krasis_read_bandwidth(krasis_pool *pool, const void *address, int64_t bytes, double *seconds);
 

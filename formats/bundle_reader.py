@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from krasis.formats.assets import decompress_asset
 from krasis.formats.dtypes import BUNDLE_DTYPES
 from krasis.formats.errors import ChecksumError, FormatError, ResourceError
 from krasis.formats.file_mapping import FileMapping, prefault
+from krasis.formats.file_ops import io_errors
 from krasis.formats.limits import MAX_ASSET_BYTES, MAX_MANIFEST_BYTES, MIB
 from krasis.formats.manifest import MANIFEST_NAME, AssetRecord, BlobRecord, FileRecord, Manifest
 from krasis.formats.names import shown
@@ -140,11 +141,7 @@ class Bundle:
         with self._lock:
             mapping = self._mappings.get(file)
             if mapping is None:
-                fd = self._fds.get(file)
-                if fd is None:
-                    raise FormatError(
-                        "the bundle is closed or has no such file", where=f"{self.path}: {shown(file)}"
-                    )
+                fd = self._fd(file)
                 # Shrunk by then, it would have ranges that are not there to read.
                 hint = "it was changed while the bundle was open; get this file again"
                 size = _checked_size(fd, self._sizes[file], str(self.path / file), hint)
@@ -153,10 +150,13 @@ class Bundle:
 
     def read_file_range(self, file: str, offset: int, num_bytes: int) -> bytes:
         """Bytes of a shard, read and not mapped. Errors as ``regular_file.read_range``."""
+        return read_range(self._fd(file), offset, num_bytes, str(self.path / file))
+
+    def _fd(self, file: str) -> int:
         fd = self._fds.get(file)
         if fd is None:
             raise FormatError("the bundle is closed or has no such file", where=f"{self.path}: {shown(file)}")
-        return read_range(fd, offset, num_bytes, str(self.path / file))
+        return fd
 
     def asset(self, name: str) -> bytes:
         """A text file's contents. FormatError if there is none or it is not what the manifest says, or
@@ -196,6 +196,19 @@ class Bundle:
             for _ in pool.map(lambda piece: prefault(*piece), ranges):
                 pass
         return sum(num_bytes for _, num_bytes in ranges)
+
+    def drop_cached(self, files: Iterable[str]) -> None:
+        """Gives shards' pages in the page cache back to the system: they are read from the disk when they
+        are used again, and lie in memory as that reading puts them.
+
+        What is mapped and in use stays, here or in another process; so does a file that lives in RAM. Raises
+        ResourceError if what was written to a shard cannot be brought to the disk first.
+        """
+        for file in files:
+            fd = self._fd(file)
+            with io_errors("writing a shard to disk", self.path / file):
+                os.fsync(fd)  # pages not yet written could not be dropped
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def entries(self) -> list[str]:
         """Names of everything in the bundle's directory, sorted."""

@@ -105,6 +105,11 @@ class CommandError(click.ClickException):
     help="Use at most so much of a GPU's memory, such as 14GiB. [default: what is free]",
 )
 @click.option(
+    "--reread",
+    is_flag=True,
+    help="Take the weights from the disk anew: what cp left of them in memory is slower to read.",
+)
+@click.option(
     "--load-kv",
     metavar="FILE",
     type=click.Path(path_type=Path),
@@ -163,6 +168,7 @@ def _run(bundle: Path, text: str | None, options: dict[str, Any]) -> int:
         device=options["device"],
         gpu_dtype=options["gpu_dtype"],
         vram_bytes=parse_bytes(vram, "--vram") if vram is not None else None,
+        reread=options["reread"],
     )
     opened = _open(bundle, settings, options["gpus"])
     if opened is None:  # a rank that has served its time
@@ -217,7 +223,7 @@ def _answer_once(engine: Engine, text: str, sampling: SamplingSettings, options:
     from krasis.runtime.chat import Message
     from krasis.runtime.conversation import Conversation
     from krasis.runtime.output import PrefillBar, note, stream_answer, write_text
-    from krasis.runtime.report import json_report, summary_line
+    from krasis.runtime.report import json_report, memory_note, summary_line
 
     if options["raw"] and options["system"]:
         raise UsageError("--system needs the chat template", hint="leave out --raw or --system")
@@ -243,6 +249,8 @@ def _answer_once(engine: Engine, text: str, sampling: SamplingSettings, options:
             conversation.turns = [Message("user", text), Message("assistant", stats.text)]
         _save(engine, options["save_kv"], conversation)
     note(summary_line(stats, engine))
+    if advice := memory_note(engine):
+        note(advice)
     return INTERRUPTED if stats.stop_reason == "interrupted" else 0
 
 

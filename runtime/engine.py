@@ -21,7 +21,7 @@ from krasis.runtime.generation import Answer, Generation, GenerationPlan, Piece,
 from krasis.runtime.kv_file import PrefixFile, save_prefix
 from krasis.runtime.model.backend import Backend, LayerProgress
 from krasis.runtime.model.registry import open_backend
-from krasis.runtime.prefault import Prefault, start_prefault
+from krasis.runtime.prefault import Prefault, files_of_tiers, start_prefault
 from krasis.runtime.sampler import Sampler
 from krasis.runtime.settings import EngineSettings, SamplingSettings
 from krasis.runtime.text_assets import TextAssets
@@ -63,11 +63,14 @@ class Engine:
         begin = time.perf_counter()
         with ExitStack() as undo:
             bundle = undo.enter_context(Bundle.open(Path(path)))
+            tiers = ("dense", settings.experts)
+            if settings.reread:
+                bundle.drop_cached(files_of_tiers(bundle, tiers))  # before anything is mapped
             backend = (make_backend or open_backend)(bundle, settings)
             undo.callback(backend.close)
             engine = cls(bundle, backend, settings)
             if settings.prefault:
-                engine._prefault = start_prefault(bundle, ("dense", settings.experts))
+                engine._prefault = start_prefault(bundle, tiers)
             undo.pop_all()
         engine.load_s = time.perf_counter() - begin
         logger.info("opened %s in %.3f s: %s", path, engine.load_s, engine._backend.description)
@@ -82,6 +85,18 @@ class Engine:
     def description(self) -> str:
         """One line: what runs the model, and how."""
         return self._backend.description
+
+    def wait_until_read(self) -> None:
+        """Returns when the weights that are read in the background are in memory, as far as they will be."""
+        if self._prefault is not None:
+            self._prefault.wait()
+
+    @property
+    def huge_page_share(self) -> float | None:
+        """The share of the weights in memory that huge pages map, 0 to 1; None while they are being read, if
+        they are not read ahead, or if they are too few for it to matter.
+        """
+        return self._prefault.huge_share if self._prefault is not None else None
 
     @property
     def placement(self) -> tuple[str, str]:

@@ -101,6 +101,7 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "krasis_map_file": (_I32, (_I32, _I64, _I64, ctypes.POINTER(_PTR))),
     "krasis_unmap_file": (_I32, (_PTR, _I64)),
     "krasis_prefault": (_I32, (_PTR, _I64)),
+    "krasis_collapse": (_I32, (_PTR, _I64, ctypes.POINTER(_I32))),
     "krasis_numa_cpus": (_I32, (_I64, ctypes.POINTER(NumaCpu), ctypes.POINTER(_I64))),
     "krasis_numa_first_unit": (_I64, (_I64, _I64, _I64)),
     "krasis_numa_page_nodes": (_I32, (_PTR, _I64, _PTR)),

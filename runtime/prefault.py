@@ -16,7 +16,8 @@ from collections.abc import Iterator, Sequence
 from krasis.formats.bundle_reader import Bundle
 from krasis.formats.errors import KrasisError
 from krasis.formats.file_mapping import prefault
-from krasis.formats.limits import HUGE_PAGE_BYTES
+from krasis.formats.limits import HUGE_PAGE_BYTES, MIB
+from krasis.runtime.huge_pages import collapse_all, huge_share
 from krasis.runtime.kv_cache import available_memory_bytes
 from krasis.runtime.numa import NumaNode, nodes_of_pages, numa_nodes, owned_ranges, piece_owners, read_exactly
 
@@ -25,6 +26,8 @@ logger = logging.getLogger(__name__)
 PIECE_BYTES = 64 * 2**20
 NUM_THREADS = 4  # of a node: enough to keep an NVMe drive busy, few enough to leave the kernels their cores
 NUM_SAMPLES = 512  # pages asked where they lie
+ENOUGH_HUGE = 0.9  # share in huge pages; a shard's header and the ends of its blobs may be none
+MATTERING_BYTES = 256 * MIB  # of fewer weights the caches hold a good part, whatever pages they lie in
 
 Piece = tuple[int, int]  # address, bytes
 
@@ -41,7 +44,12 @@ class Prefault:
         nodes: Sequence[NumaNode] = (),
     ) -> None:
         """nodes: several: each reads its own pieces with num_threads threads bound to it; else nothing is
-        bound."""
+        bound.
+
+        ``huge_share``: of what was read, the share that lies in huge pages; None until all is read, and for
+        weights so few that it does not matter.
+        """
+        self.huge_share: float | None = None
         self._bundle, self._files = bundle, files
         self._ranges = [bundle.mapping_of(file) for file in files]
         self._nodes = tuple(nodes) if len(nodes) > 1 else ()
@@ -109,6 +117,7 @@ class Prefault:
             if self._nodes:
                 self._read_exactly(False)
                 self._report_nodes()
+            self._make_huge()
 
     def _read_pieces(self, queue: int) -> None:
         num_pages = sum(num_bytes for _, num_bytes in self._ranges) // HUGE_PAGE_BYTES
@@ -141,6 +150,17 @@ class Prefault:
             self._num_bytes / 1e9 / seconds,
             stopped,
         )
+
+    def _make_huge(self) -> None:
+        if self._num_bytes < MATTERING_BYTES:
+            return
+        share = huge_share(self._ranges)
+        if share is not None and share < ENOUGH_HUGE and not self._stopping.is_set():
+            collapse_all(self._ranges, NUM_THREADS, self._stopping)
+            share = huge_share(self._ranges)
+        if share is not None and not self._stopping.is_set():
+            self.huge_share = share
+            logger.info("prefault: %.0f %% of the weights lie in huge pages", 100 * share)
 
     def _report_nodes(self) -> None:
         try:

@@ -7,6 +7,7 @@ from typing import Any
 
 from krasis.runtime.engine import Engine
 from krasis.runtime.generation import Generation
+from krasis.runtime.prefault import ENOUGH_HUGE
 from krasis.runtime.settings import SamplingSettings
 
 
@@ -25,6 +26,20 @@ def summary_line(stats: Generation, engine: Engine) -> str:
     )
 
 
+def memory_note(engine: Engine) -> str:
+    """What keeps memory from being read at full speed, and the remedy; empty if nothing is known."""
+    share = engine.huge_page_share
+    if share is None or share >= ENOUGH_HUGE:
+        return ""
+    if engine.settings.reread:
+        remedy = "XFS keeps files in huge pages, and so does ext4 from Linux 6.16"
+    else:
+        remedy = "--reread takes them from the disk anew (it helps on XFS, and on ext4 from Linux 6.16)"
+    return (
+        f"{share:.0%} of the weights lie in huge pages: memory is read slower than this machine can; {remedy}"
+    )
+
+
 def json_report(
     engine: Engine, stats: Generation, sampling: SamplingSettings, max_tokens: int | None
 ) -> dict[str, Any]:
@@ -37,6 +52,7 @@ def json_report(
         "num_cached_tokens": stats.num_cached_tokens,
         "num_tokens": len(stats.tokens),
         "load_s": engine.load_s,
+        "huge_page_share": engine.huge_page_share,
         "prefill_s": stats.prefill_s,
         "time_to_first_token_s": stats.time_to_first_token_s,
         "decode_s": stats.decode_s,

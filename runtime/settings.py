@@ -42,7 +42,8 @@ class EngineSettings:
     CPU.
     kv_dtype: ``f16`` or ``f32``. prefill_chunk: most tokens computed in one pass (memory, not results,
     depends on it); None = 512 on a CPU, on a GPU as many as the plan finds best.
-    prefault: read the weights into memory in the background.
+    prefault: read the weights into memory in the background. reread: from the disk, wherever they are in
+    memory before: what ``cp`` left in the page cache is read slower than what comes from the disk.
     device: ``cpu``; ``cuda``: prefill on the GPU, decode on both; ``auto``: the GPU if all it needs is there
     (the log says what is missing); ``double``: the GPU's code on the CPU, checked and slow, for tests.
     gpu_dtype: of the GPU's activations and KV cache. vram_bytes: use no more of a GPU's memory; None = what
@@ -57,6 +58,7 @@ class EngineSettings:
     kv_dtype: str = "f16"
     prefill_chunk: int | None = None
     prefault: bool = True
+    reread: bool = False
     device: str = "auto"
     gpu_dtype: str = "bf16"
     vram_bytes: int | None = None

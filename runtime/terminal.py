@@ -15,7 +15,7 @@ from krasis.runtime.conversation import PREFIX_SUFFIX, Conversation
 from krasis.runtime.engine import Progress
 from krasis.runtime.generation import Answer, Generation
 from krasis.runtime.output import PrefillBar, note, stream_answer
-from krasis.runtime.report import summary_line
+from krasis.runtime.report import memory_note, summary_line
 from krasis.runtime.settings import SamplingSettings
 
 PROMPT, MORE = ">>> ", "... "
@@ -139,6 +139,8 @@ class Terminal:
         engine = self.conversation.engine
         if self._last is not None:
             note(summary_line(self._last, engine))
+        if advice := memory_note(engine):
+            note(advice)
         note(f"context {len(engine.tokens)} of {engine.context} tokens; {engine.description}")
 
     def set_value(self, text: str) -> None:

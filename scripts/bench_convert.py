@@ -110,24 +110,16 @@ def start(bundle: Path) -> Start:
 
 
 def huge_page_coverage(bundle: Path) -> tuple[int, int]:
-    """(FilePmdMapped, mapped) bytes of the expert shards after reading their blobs once, from smaps."""
+    """(bytes in huge pages, bytes mapped) of the expert shards after reading their blobs once."""
     from krasis.formats.bundle_reader import Bundle
+    from krasis.runtime.huge_pages import huge_and_mapped_bytes
+    from krasis.runtime.prefault import files_of_tiers
 
-    pmd_bytes = mapped_bytes = 0
+    tiers = ("cpu", "gpu")
     with Bundle.open(bundle) as opened:
-        touched = 0
-        for blob in opened.manifest.blobs:
-            if blob.tier in ("cpu", "gpu"):
-                touched += int(opened.map(blob.name).reshape(-1)[:: 2 << 20].sum())
-        inside = False
-        for line in Path("/proc/self/smaps").read_text().splitlines():
-            if "-" in line.split(" ", 1)[0]:
-                inside = str(bundle.resolve()) in line and ("cpu-" in line or "gpu-" in line)
-            elif inside and line.startswith("Size:"):
-                mapped_bytes += int(line.split()[1]) * 1024
-            elif inside and line.startswith("FilePmdMapped:"):
-                pmd_bytes += int(line.split()[1]) * 1024
-    return pmd_bytes, mapped_bytes
+        for tier in tiers:
+            opened.prefault(tier, 1)
+        return huge_and_mapped_bytes([opened.mapping_of(file) for file in files_of_tiers(opened, tiers)])
 
 
 def make_model(work: Path, shape: str, layers: int, with_gguf: bool) -> list[Path]:

@@ -11,9 +11,13 @@
 #ifndef MADV_POPULATE_READ
 #define MADV_POPULATE_READ 22  // Linux 5.14; older headers lack it
 #endif
+#ifndef MADV_COLLAPSE
+#define MADV_COLLAPSE 25  // Linux 6.1
+#endif
 
 namespace {
 
+constexpr uintptr_t kHugePageBytes = uintptr_t{2} << 20;
 constexpr int64_t kSliceBytes = int64_t{256} << 20;  // bounds one system call, so that signals are served between
 
 int64_t page_bytes() { return sysconf(_SC_PAGESIZE); }
@@ -90,5 +94,15 @@ int32_t krasis_prefault(const void *address, int64_t bytes) {
         const int64_t slice = total - offset < kSliceBytes ? total - offset : kSliceBytes;
         if (const int32_t status = populate(reinterpret_cast<char *>(begin) + offset, slice, page)) return status;
     }
+    return KRASIS_OK;
+}
+
+int32_t krasis_collapse(const void *address, int64_t bytes, int32_t *declined) {
+    if (!address || bytes <= 0 || !declined) return KRASIS_ERR_ARGUMENT;
+    *declined = 0;
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(address);
+    const uintptr_t first = (begin + kHugePageBytes - 1) / kHugePageBytes * kHugePageBytes;
+    const uintptr_t last = (begin + static_cast<uintptr_t>(bytes)) / kHugePageBytes * kHugePageBytes;
+    if (first < last && madvise(reinterpret_cast<void *>(first), last - first, MADV_COLLAPSE) != 0) *declined = errno;
     return KRASIS_OK;
 }

@@ -27,10 +27,11 @@ from device.limits import streaming_vram_bytes
 from krasis.formats.bundle_reader import Bundle
 from krasis.formats.native import Pool, check, library_path
 from krasis.runtime import Engine, EngineSettings
+from krasis.runtime.huge_pages import huge_share
 from krasis.runtime.native import prototype
+from krasis.runtime.prefault import files_of_tiers
 
 WINDOW_BYTES = 256 << 20
-PREFAULT_TIERS = ("dense", "cpu")
 
 
 class Meter:
@@ -67,16 +68,8 @@ def token_bytes(bundle: Bundle) -> int:
 
 def huge_fraction(bundle: Bundle) -> float:
     """The part of the CPU experts' mappings that the page tables map by huge pages; NaN if none is."""
-    huge = mapped = 0
-    inside = False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        if "-" in line.split(" ", 1)[0]:
-            inside = str(bundle.path.resolve()) in line and "cpu-" in line
-        elif inside and line.startswith("Rss:"):
-            mapped += int(line.split()[1])
-        elif inside and line.startswith("FilePmdMapped:"):
-            huge += int(line.split()[1])
-    return huge / mapped if mapped else float("nan")
+    share = huge_share([bundle.mapping_of(file) for file in files_of_tiers(bundle, ("cpu",))])
+    return float("nan") if share is None else share
 
 
 def sample(work: Callable[[], int], meter: Meter, repeats: int) -> dict[str, list[float]]:
@@ -176,7 +169,6 @@ def main() -> None:
         context=context,
         threads=options.threads,
         isa=options.isa,
-        prefault=False,
         device="cuda" if options.gpus else "cpu",
         vram_bytes=stream_bytes(options.bundle, context) if options.stream and options.gpus else None,
         **chunk,
@@ -185,8 +177,7 @@ def main() -> None:
         open_on(options.bundle, settings, options.gpus) as engine,
         Pool(options.threads, options.isa) as pool,
     ):
-        for tier in PREFAULT_TIERS:
-            engine.bundle.prefault(tier, options.threads)
+        engine.wait_until_read()
         meter = Meter(engine.bundle, pool)
         cases = measure(engine, meter, options.prompt, options.generate, options.repeats)
         if options.stream:  # hot experts would have moved in by now

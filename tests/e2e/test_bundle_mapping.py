@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +18,9 @@ from krasis.convert.conversion import convert, prepare
 from krasis.convert.progress import Reporter
 from krasis.convert.settings import ConvertSettings
 from krasis.formats.bundle_reader import Bundle
+from krasis.formats.errors import FormatError, ResourceError
+from krasis.runtime.host_memory.filesystem import IN_RAM, filesystem_of_path
+from krasis.runtime.host_memory.page_cache import cached_share
 
 HUGE_PAGE_BYTES = 2 << 20
 MAKE_MODEL = Path(__file__).parents[2] / "scripts/make_random_model.py"
@@ -138,3 +143,33 @@ def test_expert_blobs_are_mapped_by_huge_pages(model_path, tmp_path):
     if not kernel_does:
         pytest.skip("this kernel or file system backs no file mapping by huge pages")
     pytest.fail("\n".join(lacking))
+
+
+def test_dropped_files_leave_the_page_cache(bundle_path: Path, tmp_path: Path) -> None:
+    if filesystem_of_path(tmp_path) in IN_RAM:
+        pytest.skip("the temporary folder lies in RAM")
+    shutil.copytree(bundle_path, tmp_path / "copy.krasis")
+    with Bundle.open(tmp_path / "copy.krasis") as bundle:
+        dropped = [file.name for file in bundle.manifest.files]
+        bundle.drop_cached(dropped)
+        for name in dropped:
+            assert cached_share(*bundle.mapping_of(name)) == 0.0
+        blob = next(blob for blob in bundle.manifest.blobs if blob.file == dropped[0])
+        with Bundle.open(bundle_path) as original:
+            np.testing.assert_array_equal(bundle.map(blob.name), original.map(blob.name))
+    with pytest.raises(FormatError, match="closed"):
+        bundle.drop_cached(dropped)
+
+
+def test_dropping_what_cannot_be_written_is_an_error(
+    bundle_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with (
+        Bundle.open(bundle_path) as bundle,
+        pytest.raises(ResourceError, match="writing a shard to disk failed: Input/output error"),
+    ):
+        bundle.drop_cached([bundle.manifest.files[0].name])

@@ -232,3 +232,12 @@ def test_ctrl_c_stops_a_one_shot_answer_and_keeps_what_was_said(chat_bundle: Pat
     assert process.returncode == 130
     assert b"Traceback" not in stderr
     assert b"tok/s" in stderr.splitlines()[-1]
+
+
+def test_weights_are_taken_from_the_disk_anew(chat_bundle: Path) -> None:
+    result = run(chat_bundle, "--prompt", "hi", "--raw", "--json", "--reread", *GREEDY)
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["settings"]["reread"] is True
+    assert report["huge_page_share"] is None  # so few weights
+    assert report["text"] == expected_text(chat_bundle, "hi")
