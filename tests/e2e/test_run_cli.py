@@ -241,3 +241,13 @@ def test_weights_are_taken_from_the_disk_anew(chat_bundle: Path) -> None:
     assert report["settings"]["reread"] is True
     assert report["huge_page_share"] is None  # so few weights
     assert report["text"] == expected_text(chat_bundle, "hi")
+
+
+def test_small_pages_are_told_beside_the_speed(chat_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Engine, "huge_page_share", 0.04)
+    result = run(chat_bundle, "--prompt", "hi", "--raw", *GREEDY)
+    assert result.exit_code == 0, result.output
+    *_, speed, advice = result.stderr.splitlines()
+    assert "tok/s" in speed
+    assert advice.startswith("4% of the weights lie in huge pages")
+    assert "--reread" in advice
