@@ -20,6 +20,7 @@ from krasis.runtime.distributed.torch_parallel import TorchParallel, abort_group
 TOKEN_COUNTS = (1, 2, 3, 4, 5, 7, 8, 13)
 NUM_EXPERTS, TOP_K, HIDDEN, KV_HEADS, HEAD_DIM, CAPACITY = 7, 3, 8, 2, 4, 24
 START = 6  # positions in the cache before the chunk
+LINGER_S = 20.0
 
 torch.set_num_threads(1)
 
@@ -48,8 +49,10 @@ def joined(place, sum_dtype=torch.float32, silence_s=20.0):
     try:
         yield TorchParallel(place, control, NUM_EXPERTS, sum_dtype), control
     finally:
-        leave_group(failed=control.failure is not None)
-        control.close()
+        failed = control.failure is not None
+        leave_group(failed=failed)
+        # Rank 0's process runs the store: gone before the others have left, it looks to them as if it had died.
+        control.close(linger_s=LINGER_S if place.rank == 0 and not failed else 0.0)
 
 
 def layer(place, folder: Path) -> None:
