@@ -54,7 +54,10 @@ class CommandError(click.ClickException):
     help="Longest answer. [default: until it ends or the context is full]",
 )
 @click.option(
-    "--ctx", metavar="N", type=int, help="Tokens of context. [default: the model's maximum, at most 8192]"
+    "--ctx",
+    metavar="N",
+    type=int,
+    help="Tokens of context. [default: the model's maximum, or what memory has room for]",
 )
 @click.option("--threads", metavar="N", type=int, default=0, help="CPU threads. [default: all]")
 @click.option(

@@ -17,6 +17,7 @@ from krasis.formats.bundle_reader import Bundle
 from krasis.formats.errors import KrasisError
 from krasis.formats.file_mapping import prefault
 from krasis.formats.limits import HUGE_PAGE_BYTES, MIB
+from krasis.runtime.context_size import weights_to_hold_bytes
 from krasis.runtime.huge_pages import collapse_all, huge_share
 from krasis.runtime.kv_cache import available_memory_bytes
 from krasis.runtime.numa import NumaNode, nodes_of_pages, numa_nodes, owned_ranges, piece_owners, read_exactly
@@ -193,7 +194,7 @@ def _bind(node: NumaNode) -> None:
 def start_prefault(bundle: Bundle, tiers: Sequence[str]) -> Prefault | None:
     """Reads the tiers' weights in the background; None, with a warning, if they are more than memory can
     hold."""
-    num_bytes = sum(blob.num_bytes for blob in bundle.manifest.blobs if blob.tier in tiers)
+    num_bytes = weights_to_hold_bytes(bundle, tuple(tiers))
     available = available_memory_bytes()
     if available is not None and num_bytes > available:
         logger.warning(

@@ -9,7 +9,6 @@ from typing import Any
 
 from krasis.formats.errors import FormatError, UsageError
 
-DEFAULT_CONTEXT = 8192
 CPU_PREFILL_CHUNK = 512
 ISAS = ("auto", "avx2", "avx512_vnni")
 ACTIVATIONS = ("int8", "float32")
@@ -35,7 +34,8 @@ def _between(name: str, value: float, low: float, high: float) -> None:
 class EngineSettings:
     """How to run a bundle. Raises UsageError for a value out of range.
 
-    context: tokens the KV cache holds; None = the model's maximum, at most 8192.
+    context: tokens the KV cache holds; None = the model's maximum, or what memory has room for if that is
+    less.
     threads: of the CPU kernels; 0 = every CPU of the affinity mask. isa: ``auto``, ``avx2``, ``avx512_vnni``.
     activations: ``int8`` (the fast kernels) or ``float32`` (a slow reference on dequantised weights).
     experts: tier the experts are taken from; ``gpu`` (the Marlin copy) needs activations ``float32`` on a
@@ -83,10 +83,12 @@ class EngineSettings:
                 hint='use activations="float32" (slow, for measurements), or experts="cpu"',
             )
 
-    def context_for(self, max_positions: int) -> int:
-        """The tokens the KV cache shall hold. Raises UsageError beyond the model's maximum."""
+    def context_for(self, max_positions: int, tokens_that_fit: int | None = None) -> int:
+        """The tokens the KV cache shall hold. tokens_that_fit: what memory has room for (``context_size``);
+        None = any number. Raises UsageError beyond the model's maximum.
+        """
         if self.context is None:
-            return min(max_positions, DEFAULT_CONTEXT)
+            return max_positions if tokens_that_fit is None else min(max_positions, tokens_that_fit)
         if self.context > max_positions:
             raise UsageError(
                 "the context is longer than the model allows", got=self.context, limit=max_positions

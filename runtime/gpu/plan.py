@@ -12,6 +12,7 @@ import torch
 from krasis.formats.bundle_reader import Bundle
 from krasis.formats.errors import NativeError, ResourceError
 from krasis.runtime import environment
+from krasis.runtime.context_size import tokens_in_vram
 from krasis.runtime.device.api import Device
 from krasis.runtime.distributed.parallel import Parallel
 from krasis.runtime.planning.hardware import Figure, GpuSpec, HardwareSpec, describe_gpu, describe_host
@@ -43,12 +44,13 @@ class GpuPlan:
 def plan_gpu(bundle: Bundle, device: Device, settings: EngineSettings, parallel: Parallel) -> GpuPlan:
     """Raises ResourceError with the numbers if the model does not fit."""
     sizes = sizes_of_bundle(bundle.manifest)
-    capacity = settings.context_for(bundle.architecture.max_positions)
+    hardware = describe_machine(device, settings, parallel)
+    fitting = tokens_in_vram(sizes, hardware.gpus[0].vram_bytes, settings.gpu_dtype)
+    capacity = settings.context_for(bundle.architecture.max_positions, fitting)
     # Nothing is known of the prompts to come: the longest is planned for (docs/PLANNING.md says why), or a
     # chunk where the settings cut prompts.
     prompt = min(capacity, MOST_PASS_TOKENS, settings.prefill_chunk or MOST_PASS_TOKENS)
     workload = Workload(capacity, prompt, settings.gpu_dtype)
-    hardware = describe_machine(device, settings, parallel)
     plan = make_plan(sizes, hardware, workload)
     batch = parallel.agree(plan.batch_tokens)
     return GpuPlan(sizes, hardware, workload, batch, plan.gpus[parallel.rank])

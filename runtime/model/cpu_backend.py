@@ -24,7 +24,7 @@ from krasis.runtime.kernels import (
 from krasis.runtime.kv_cache import KvCache
 from krasis.runtime.model.backend import KvRows, LayerProgress, Logits, TokenIds
 from krasis.runtime.model.recorded_calls import RecordedCalls
-from krasis.runtime.model.rope import rope_tables
+from krasis.runtime.model.rope import RopeTables
 from krasis.runtime.model.weights import LayerWeights, ModelWeights
 from krasis.runtime.native_arrays import Array, aligned_empty
 from krasis.runtime.settings import EngineSettings
@@ -100,7 +100,7 @@ class CpuBackend:
         self.kv_dtype, self.placement = settings.kv_dtype, ("CPU", "CPU")
         # Refuses a context that RAM cannot hold.
         self._cache = cache = KvCache(architecture, self.capacity, settings.kv_dtype)
-        self._cos, self._sin = rope_tables(architecture, self.capacity)
+        self._rope = RopeTables(architecture, self.capacity)
         # Views with a lasting identity: the kernels' wrappers look up an array's address once.
         self._caches = list(zip(cache.keys, cache.values, strict=True))
         self._buffers = Buffers.allocate(architecture, self.prefill_chunk)
@@ -122,6 +122,7 @@ class CpuBackend:
 
     def prefill(self, tokens: TokenIds, start: int, want_all: bool) -> Logits:
         """See ``backend.Backend``."""
+        self._rope.ensure(start + len(tokens))
         buffers = self._buffers.first(len(tokens))
         weights = self._open_weights()
         weights.embedding.rows_into(tokens, buffers.hidden)
@@ -132,6 +133,7 @@ class CpuBackend:
 
     def decode(self, token: int, position: int) -> Logits:
         """See ``backend.Backend``."""
+        self._rope.ensure(position + 1)
         one = self._one
         self._open_weights().embedding.rows_into(np.array([token]), one.hidden)
         self._one_token.replay(position)
@@ -173,7 +175,16 @@ class CpuBackend:
         run.rms_norm(buffers.hidden, layer.attention_norm, eps, acts=buffers.hidden_acts)
         run.gemm_int8_rows(buffers.hidden_acts, layer.qkv.codes, layer.qkv.scales, buffers.qkv)
         run.qk_norm_rope_store(
-            buffers.qkv, start, heads, layer.q_norm, layer.k_norm, eps, self._cos, self._sin, keys, values
+            buffers.qkv,
+            start,
+            heads,
+            layer.q_norm,
+            layer.k_norm,
+            eps,
+            self._rope.cos,
+            self._rope.sin,
+            keys,
+            values,
         )
         scale = heads.head_dim**-0.5
         run.attention(buffers.qkv, start, heads, keys, values, scale, buffers.attended, self._scratch)

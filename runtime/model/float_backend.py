@@ -18,7 +18,7 @@ from krasis.formats.layouts import Int8RowsLayout
 from krasis.runtime import reference
 from krasis.runtime.kv_cache import KvCache
 from krasis.runtime.model.backend import KvRows, LayerProgress, Logits, TokenIds
-from krasis.runtime.model.rope import rope_tables
+from krasis.runtime.model.rope import RopeTables
 from krasis.runtime.model.weights import Int8Weight, LayerWeights, ModelWeights, to_float32
 from krasis.runtime.native_arrays import Array
 from krasis.runtime.settings import EngineSettings
@@ -42,7 +42,7 @@ class FloatBackend:
         self._unpacked = UnpackedCache(CACHE_BYTES)
         self.kv_dtype, self.placement = settings.kv_dtype, ("NumPy", "NumPy")
         self._cache = KvCache(self._architecture, self.capacity, settings.kv_dtype)
-        self._cos, self._sin = rope_tables(self._architecture, self.capacity)
+        self._rope = RopeTables(self._architecture, self.capacity)
         self.description = (
             f"NumPy float32 reference, {weights.expert_layout.layout_id} experts of the {settings.experts} "
             f"tier, {settings.kv_dtype} KV cache of {self.capacity} tokens"
@@ -102,6 +102,7 @@ class FloatBackend:
         """output(attention(norm(hidden))), [T, hidden_size]."""
         a = self._architecture
         end = start + len(hidden)
+        self._rope.ensure(end)
         normed = reference.rms_norm(hidden, layer.attention_norm, a.rms_norm_eps)
         qkv = reference.gemm(normed, self._dense((index, "qkv"), layer.qkv))
         q, k, v = reference.qk_norm_rope(
@@ -111,8 +112,8 @@ class FloatBackend:
             layer.q_norm,
             layer.k_norm,
             a.rms_norm_eps,
-            self._cos[start:end],
-            self._sin[start:end],
+            self._rope.cos[start:end],
+            self._rope.sin[start:end],
         )
         keys, values = self._cache.keys[index], self._cache.values[index]
         keys[:, start:end], values[:, start:end] = k.transpose(1, 0, 2), v.transpose(1, 0, 2)

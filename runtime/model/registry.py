@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from krasis.formats.bundle_reader import Bundle
 from krasis.formats.errors import UnsupportedModelError
+from krasis.runtime.context_size import tokens_in_ram
 from krasis.runtime.model.backend import Backend
 from krasis.runtime.model.weights import ModelWeights, load_weights
 from krasis.runtime.settings import EngineSettings
@@ -69,4 +70,7 @@ def open_backend(bundle: Bundle, settings: EngineSettings) -> Backend:
     if on_gpu is not None:
         return on_gpu
     weights = load_weights(bundle, settings.experts)
+    if settings.context is None:
+        fitting = tokens_in_ram(bundle, ("dense", settings.experts), settings.kv_dtype)
+        settings = replace(settings, context=settings.context_for(bundle.architecture.max_positions, fitting))
     return family.backends[settings.activations](weights, settings)

@@ -14,15 +14,49 @@ from krasis.formats.errors import UnsupportedModelError
 FloatArray = npt.NDArray[np.float32]
 
 
-def rope_tables(architecture: Architecture, num_positions: int) -> tuple[FloatArray, FloatArray]:
-    """(cos, sin), f32 [num_positions, head_dim/2], YaRN's attention factor included.
+ROWS_AT_ONCE = 4096
+
+
+class RopeTables:
+    """The tables of a context, of which only the rows that were needed are computed: those of a long context
+    would take longer than opening a bundle.
+
+    cos, sin: f32 [num_positions, head_dim/2]. The arrays stay the same; rows are valid as far as ``ensure``
+    was asked for.
+    """
+
+    __slots__ = ("_architecture", "_num_valid", "cos", "sin")
+
+    def __init__(self, architecture: Architecture, num_positions: int) -> None:
+        shape = (num_positions, architecture.head_dim // 2)
+        self._architecture, self._num_valid = architecture, 0
+        # Fresh pages: they take no memory before they are written.
+        self.cos: FloatArray = np.zeros(shape, np.float32)
+        self.sin: FloatArray = np.zeros(shape, np.float32)
+        self.ensure(min(1, num_positions))
+
+    def ensure(self, num_positions: int) -> None:
+        """Makes the rows of positions below num_positions valid, and some more with them."""
+        if num_positions <= self._num_valid:
+            return
+        end = min(len(self.cos), -(-num_positions // ROWS_AT_ONCE) * ROWS_AT_ONCE)
+        rows = slice(self._num_valid, end)
+        self.cos[rows], self.sin[rows] = rope_tables(self._architecture, end, self._num_valid)
+        self._num_valid = end
+
+
+def rope_tables(
+    architecture: Architecture, num_positions: int, first: int = 0
+) -> tuple[FloatArray, FloatArray]:
+    """(cos, sin) of positions from first to below num_positions, f32 [count, head_dim/2], YaRN's attention
+    factor included.
 
     Angles are formed in f32, as transformers does: the model was trained with that rounding.
     """
     frequencies, factor = inverse_frequencies(
         architecture.head_dim, architecture.rope_theta, architecture.rope_scaling
     )
-    positions = np.arange(num_positions, dtype=np.float32)
+    positions = np.arange(first, num_positions, dtype=np.float32)
     angles = (positions[:, None] * frequencies[None, :]).astype(np.float64)
     scale = np.float32(factor)
     return np.cos(angles).astype(np.float32) * scale, np.sin(angles).astype(np.float32) * scale

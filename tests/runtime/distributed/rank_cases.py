@@ -51,7 +51,8 @@ def joined(place, sum_dtype=torch.float32, silence_s=20.0):
     finally:
         failed = control.failure is not None
         leave_group(failed=failed)
-        # Rank 0's process runs the store: gone before the others have left, it looks to them as if it had died.
+        # Rank 0's process runs the store: gone before the others have left, it looks to them as if it had
+        # died.
         control.close(linger_s=LINGER_S if place.rank == 0 and not failed else 0.0)
 
 

@@ -1,0 +1,56 @@
+"""How long a context is when nobody says: the model's maximum, or what has room beside the weights."""
+
+from __future__ import annotations
+
+import logging
+
+from krasis.formats.architecture import Architecture
+from krasis.formats.bundle_reader import Bundle
+from krasis.runtime.host_memory.filesystem import IN_RAM, filesystem_of_path
+from krasis.runtime.kv_cache import available_memory_bytes, kv_cache_bytes
+from krasis.runtime.planning import assumptions as assumed
+from krasis.runtime.planning.sizes import ModelSizes
+
+logger = logging.getLogger(__name__)
+
+STEP_TOKENS = 1024
+LEAST_TOKENS = 8192
+"""Not less by itself, however short memory is: what then does not fit is refused with the numbers."""
+SHARE_OF_SPARE_RAM = 0.5
+"""Of the RAM that the weights leave; the rest is for other programs."""
+SHARE_OF_RAM = 1 / 16
+"""Where weights fill all RAM, and are read from the disk in any case."""
+SHARE_OF_VRAM = 0.2
+"""More would displace experts, and so make every answer slower for the sake of prompts that seldom come."""
+
+
+def tokens_in_ram(bundle: Bundle, tiers: tuple[str, ...], kv_dtype: str) -> int:
+    """Tokens whose keys and values RAM has room for beside the weights of those tiers."""
+    available = available_memory_bytes()
+    if available is None:
+        return LEAST_TOKENS
+    spare = available - weights_to_hold_bytes(bundle, tiers)
+    room = max(SHARE_OF_SPARE_RAM * spare, SHARE_OF_RAM * available)
+    return _tokens(room, bundle.architecture, kv_cache_bytes(bundle.architecture, 1, kv_dtype), "RAM")
+
+
+def tokens_in_vram(sizes: ModelSizes, vram_bytes: int, kv_dtype: str) -> int:
+    """Tokens whose keys and values have room on a GPU with that much memory beside the dense weights."""
+    spare = vram_bytes - assumed.GPU_RESERVE_BYTES - sizes.dense_bytes
+    room = min(SHARE_OF_VRAM * vram_bytes, SHARE_OF_SPARE_RAM * spare)
+    return _tokens(room, sizes.architecture, sizes.kv_bytes(1, kv_dtype), "VRAM")
+
+
+def weights_to_hold_bytes(bundle: Bundle, tiers: tuple[str, ...]) -> int:
+    """Weights of those tiers that have yet to find room in RAM: none where the bundle itself lies in RAM."""
+    if filesystem_of_path(bundle.path) in IN_RAM:
+        return 0
+    return sum(blob.num_bytes for blob in bundle.manifest.blobs if blob.tier in tiers)
+
+
+def _tokens(room: float, architecture: Architecture, token_bytes: int, memory: str) -> int:
+    fitting = max(LEAST_TOKENS, int(room) // token_bytes // STEP_TOKENS * STEP_TOKENS)
+    longest = architecture.max_positions
+    if fitting < longest:
+        logger.info("context: %d tokens of the model's %d have room in %s", fitting, longest, memory)
+    return fitting
