@@ -1,1 +1,1 @@
-"""Krasis and its peers on the same work: measures, records in HDF5, and writes docs/BENCHMARKS.md."""
+"""Krasis and its peers on the same work: measures, records in HDF5, and writes the documents from that."""

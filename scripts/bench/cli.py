@@ -13,7 +13,8 @@ from bench.document import write_document
 from bench.facts import REPOSITORY, note_facts, note_programs
 from bench.machine import load_1m
 from bench.peers import IK, KT, LLAMA, Krasis, Program, ik_llama_cpp, llama_cpp
-from bench.record import STAGES, Record
+from bench.record import REFERENCE, STAGES, Record
+from bench.reference import command as reference
 from bench.speed import Model, Plan
 
 TINY = REPOSITORY / "tests" / "assets" / "tiny-qwen3-moe"
@@ -33,9 +34,12 @@ def stages(_: click.Context, __: click.Parameter, value: str) -> tuple[str, ...]
     """A click callback: names of stages, or ``all``."""
     names = tuple(part.strip() for part in value.split(",") if part.strip())
     chosen = STAGES if names == ("all",) else names
-    unknown = [name for name in chosen if name not in STAGES]
+    known = (*STAGES, REFERENCE)
+    unknown = [name for name in chosen if name not in known]
     if unknown or not chosen:
-        raise click.BadParameter(f"{unknown or 'nothing'}; there are {', '.join(STAGES)}")
+        raise click.BadParameter(f"{unknown or 'nothing'}; there are {', '.join(known)}")
+    if REFERENCE in chosen and len(chosen) > 1:
+        raise click.BadParameter(f"{REFERENCE} takes the whole machine: run it by itself")
     return chosen
 
 
@@ -92,7 +96,12 @@ def options(command: Any) -> Any:
             "--quality-model", default=TINY, type=PATH, help="Trained BF16 folder with heldout.txt."
         ),
         click.option(
-            "--stage", "chosen", default="all", show_default=True, callback=stages, help=", ".join(STAGES)
+            "--stage",
+            "chosen",
+            default="all",
+            show_default=True,
+            callback=stages,
+            help=", ".join((*STAGES, REFERENCE)),
         ),
         click.option("--restart", is_flag=True, help="Measure the chosen stages anew."),
         click.option(
@@ -103,8 +112,13 @@ def options(command: Any) -> Any:
             "--work", type=PATH, default=Path("build/bench"), show_default=True, help="Scratch files."
         ),
         click.option("--record", "record_path", type=PATH, default=Path("bench.h5"), show_default=True),
-        click.option("--out", type=PATH, default=REPOSITORY / "docs" / "BENCHMARKS.md", show_default=True),
+        click.option(
+            "--out",
+            type=PATH,
+            help="The document [default: docs/BENCHMARKS.md for reference, else docs/measured/bench.md].",
+        ),
         click.option("--plots", type=PATH, help="Folder for PNG charts (needs matplotlib)."),
+        *reference.OPTIONS,
     ):
         command = option(command)
     return command
@@ -113,8 +127,11 @@ def options(command: Any) -> Any:
 @click.command(help=__doc__)
 @click.argument("action", type=click.Choice(["run", "render"]), default="run")
 @options
-def main(action: str, record_path: Path, out: Path, plots: Path | None, **given: Any) -> None:
+def main(action: str, record_path: Path, out: Path | None, plots: Path | None, **given: Any) -> None:
     record = Record(record_path)
+    if out is None:
+        is_reference = record.runs(REFERENCE) if action == "render" else given["chosen"] == (REFERENCE,)
+        out = REPOSITORY / "docs" / ("BENCHMARKS.md" if is_reference else "measured/bench.md")
     if action == "run":
         finished = measure(record, **given)
         click.echo(
@@ -128,6 +145,10 @@ def measure(record: Record, *, chosen: tuple[str, ...], restart: bool, budget_s:
     """Runs the chosen stages. Returns whether all are complete."""
     begin, work = time.monotonic(), Path(given["work"])
     work.mkdir(parents=True, exist_ok=True)
+    if chosen == (REFERENCE,):
+        if restart:
+            record.drop(REFERENCE)
+        return reference.run(record, given, budget_s, click.echo)
     found = models(given["folders"], given["ggufs"], given["bundles"], work)
     if restart:
         for stage in chosen:

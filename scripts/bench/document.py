@@ -1,20 +1,31 @@
-"""Writes docs/BENCHMARKS.md from the record alone: everything in it is measured, or a template below."""
+"""Writes the documents from the record alone: everything in them is measured, or a template below.
+
+docs/BENCHMARKS.md begins with the reference table and repeats the main tables of the CPU stages, whose own
+document lies below docs/measured/; the other stages have documents of their own.
+"""
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from bench import stats, tables
+from bench.facts import REPOSITORY
 from bench.goals import goals
 from bench.hybrid import IK_FLAGS, LLAMA_ENV, LLAMA_FLAGS
 from bench.peers import IK, KRASIS, LLAMA
 from bench.plots import write_plots
-from bench.record import STAGES, Record, Run
+from bench.record import REFERENCE, STAGES, Record, Run
+from bench.reference import section
+from bench.reference.chart import write_chart
+from bench.shown import without_places
 from bench.tables import first_seen, pick, table
 from bench.texts import INTRODUCTIONS, MARK, METHOD, TITLES
 
+REPEATED = {"cpu-epyc.md": ("CPU alone", ("Decode", "Prefill on the CPU"))}
+"""Sections of other documents that this one repeats: file, (title here, headings there)."""
 RENDERERS: dict[str, Callable[[Sequence[Run]], str]] = {
     "decode": tables.speed_tables,
     "prefill": tables.speed_tables,
@@ -32,11 +43,52 @@ def write_document(record: Record, out: Path, plots: Path | None) -> None:
     charts = write_plots(runs, plots) if plots else {}
     out.parent.mkdir(parents=True, exist_ok=True)
     pictures = {stage: _relative(path, out) for stage, path in charts.items()}
-    out.write_text(render(record, runs, pictures, _other_machines(out)), "utf-8")
+    if record.runs(REFERENCE):
+        chart = (write_chart(record, plots) if plots else None) or _kept_chart(out)
+        picture = _relative(chart, out) if chart else ""
+        text = render_reference(record, picture, out.parent / "measured")
+        if out.resolve() == REPOSITORY / "docs" / "BENCHMARKS.md":
+            section.update_readme(record, REPOSITORY / "README.md", f"docs/{picture}" if picture else "")
+    else:
+        text = render(record, runs, pictures)
+    out.write_text(without_places(text), "utf-8")
 
 
-def render(record: Record, runs: Sequence[Run], charts: dict[str, str], others: Sequence[str] = ()) -> str:
-    """The whole document. charts: a picture's path by stage. others: what follows it."""
+def render_reference(record: Record, picture: str, measured: Path) -> str:
+    """The document that begins with the reference table. measured: the folder of the other documents."""
+    parts = ["# Benchmarks", MARK, *section.sections(record, picture), _machine(record)]
+    parts += [f"## Commands\n\n{_commands(record, record.runs(REFERENCE), (REFERENCE,))}"]
+    parts += [_gaps(record, record.runs(REFERENCE), (REFERENCE,))]
+    for name, (title, wanted) in REPEATED.items():
+        if (measured / name).exists():
+            text = (measured / name).read_text("utf-8")
+            whole = f"[measured/{name}](measured/{name})"
+            parts.append(f"## {title}\n\nFrom {whole}, which has machine, method and commands.")
+            parts += [f"#{found}" for heading in wanted if (found := _section_of(text, heading))]
+    others = sorted(path.name for path in measured.glob("*.md"))
+    parts.append(
+        "## All documents\n\n" + "\n".join(f"- [measured/{name}](measured/{name})" for name in others)
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+def _section_of(text: str, heading: str) -> str:
+    """A section of a document, its headings one level lower and its pictures left out; empty if it has none."""
+    found = re.search(rf"^## {re.escape(heading)}\n.*?(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
+    if found is None:
+        return ""
+    lines = [line for line in found.group(0).strip().splitlines() if not line.startswith("![")]
+    return "\n".join(f"#{line}" if line.startswith("### ") else line for line in lines)
+
+
+def _kept_chart(out: Path) -> Path | None:
+    """The chart of an earlier rendering, where matplotlib is not there now."""
+    path = out.parent / "plots" / "reference.png"
+    return path if path.exists() else None
+
+
+def render(record: Record, runs: Sequence[Run], charts: dict[str, str]) -> str:
+    """The whole document of the other stages. charts: a picture's path by stage."""
     parts = ["# Benchmarks", MARK, _machine(record), f"## Method\n\n{METHOD}", _programs(record, runs)]
     lines = goals(runs)
     if lines:
@@ -50,7 +102,7 @@ def render(record: Record, runs: Sequence[Run], charts: dict[str, str], others: 
         if stage in charts:
             section.append(f"![{TITLES[stage]}]({charts[stage]})")
         parts.append("\n\n".join(section))
-    parts += [_hybrid_flags(), _gaps(record, runs), *others]
+    parts += [_hybrid_flags(), _gaps(record, runs, STAGES)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -73,7 +125,7 @@ def _programs(record: Record, runs: Sequence[Run]) -> str:
         text += "\n\n" + table(["model", "what it is"], [[k, str(v)] for k, v in models.items()]).replace(
             "---:", "---"
         )
-    return f"## Programs and models\n\n{text}\n\n{_commands(record, runs)}"
+    return f"## Programs and models\n\n{text}\n\n{_commands(record, runs, STAGES)}"
 
 
 def _source(sources: Mapping[str, object], subject: str) -> str:
@@ -81,12 +133,12 @@ def _source(sources: Mapping[str, object], subject: str) -> str:
     return next((str(sources[name]) for name in sources if f"{subject} ".startswith(f"{name} ")), "")
 
 
-def _commands(record: Record, runs: Sequence[Run]) -> str:
+def _commands(record: Record, runs: Sequence[Run], stages: Sequence[str]) -> str:
     """The benchmark's own commands, and one command of every program and stage, as it was run."""
     lines = ["The benchmark was run by:", "", "```sh"]
     lines += first_seen(str(command) for command in record.facts("commands").values())
     lines += ["```", "", "It ran, for example (the record has every command):", "", "```sh"]
-    for stage in STAGES:
+    for stage in stages:
         for subject in tables.subjects(pick(runs, stage=stage)):
             ran = [run.command for run in pick(runs, stage=stage, subject=subject) if run.command]
             lines += [f"{ran[-1]}   # {stage}, {subject}"] if ran else []
@@ -119,9 +171,9 @@ def _hybrid_flags() -> str:
     )
 
 
-def _gaps(record: Record, runs: Sequence[Run]) -> str:
-    lines = [f"- Stage `{stage}` has not been run." for stage in STAGES if not pick(runs, stage=stage)]
-    for stage in STAGES:
+def _gaps(record: Record, runs: Sequence[Run], stages: Sequence[str]) -> str:
+    lines = [f"- Stage `{stage}` has not been run." for stage in stages if not pick(runs, stage=stage)]
+    for stage in stages:
         mine = pick(runs, stage=stage)
         for problem in stats.errors(mine):
             alike = [run for run in mine if run.error == problem]
@@ -129,13 +181,6 @@ def _gaps(record: Record, runs: Sequence[Run]) -> str:
             lines.append(f"- {stage}, {', '.join(tables.subjects(alike))}: {problem} ({'; '.join(cases)})")
     lines += [f"- {name}: {text}" for name, text in record.facts("gaps").items()]
     return "## What could not be measured here\n\n" + ("\n".join(lines) or "Nothing was left out.")
-
-
-def _other_machines(out: Path) -> list[str]:
-    """Documents of the same kind beside this one."""
-    beside = sorted(path.name for path in out.parent.glob("BENCHMARKS*.md") if path.name != out.name)
-    links = "\n".join(f"- [{name}]({name})" for name in beside)
-    return [f"## Other machines\n\n{links}"] if links else []
 
 
 def _relative(path: Path, out: Path) -> str:

@@ -22,9 +22,7 @@ def note_facts(
     record: Record, stages: Sequence[str], models: Sequence[Model], sources: Mapping[str, Found]
 ) -> None:
     """Renews all of it."""
-    record.set_facts("machine", machine_facts())
-    command = shlex.join(["python", "scripts/bench/run.py", *sys.argv[1:]])
-    record.set_facts("commands", dict.fromkeys(stages, command))
+    note_machine(record, stages)
     note_programs(record, sources)
     record.set_facts("programs", {"krasis": repository_state(REPOSITORY)})
     record.set_facts("models", {model.name: model_text(model) for model in models})
@@ -32,6 +30,13 @@ def note_facts(
     if made and len(made) == len(models):
         text = f"{', '.join(made)} have random weights of the released layer shapes and fewer layers"
         record.set_facts("gaps", {"Released models": text})
+
+
+def note_machine(record: Record, stages: Sequence[str]) -> None:
+    """The machine, and the command that is running."""
+    record.set_facts("machine", machine_facts())
+    command = shlex.join(["python", "scripts/bench/run.py", *sys.argv[1:]])
+    record.set_facts("commands", dict.fromkeys(stages, command))
 
 
 def note_programs(record: Record, sources: Mapping[str, Found]) -> None:

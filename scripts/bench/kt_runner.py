@@ -45,7 +45,8 @@ def pointers(stack: torch.Tensor) -> list[list[int]]:
 class Layer:
     """A layer's experts in one format, ready to run."""
 
-    def __init__(self, options: argparse.Namespace, work: LayerWork) -> None:
+    def __init__(self, options: argparse.Namespace, work: LayerWork, max_tokens: int = 64) -> None:
+        """max_tokens: the most of one call, for which kt-kernel makes its buffers."""
         import kt_kernel  # type: ignore[import-not-found]
         from kt_kernel import kt_kernel_ext
 
@@ -57,7 +58,7 @@ class Layer:
         config = kt_kernel_ext.moe.MOEConfig(
             options.experts, options.top_k, options.hidden, options.intermediate, self._mask.data_ptr()
         )
-        config.layer_idx, config.pool, config.max_len = 0, self.cpu.backend_, 64
+        config.layer_idx, config.pool, config.max_len = 0, self.cpu.backend_, max_tokens
         self._keep: list[torch.Tensor] = []
         makers = {"q8_0": self._q8_0, "rawint4": self._rawint4, "rawint4-g128": self._rawint4}
         kind, self.expert_bytes = makers.get(options.format, self._from_bf16)(config)

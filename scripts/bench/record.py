@@ -18,6 +18,8 @@ import numpy as np
 
 FORMAT = 1
 STAGES = ("decode", "prefill", "layer", "contention", "convert", "quality", "hybrid")
+REFERENCE = "reference"
+"""A stage of its own, run by name only: it takes all the memory there is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
