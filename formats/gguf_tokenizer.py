@@ -15,6 +15,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from krasis.formats.errors import FormatError, UnsupportedModelError
+from krasis.formats.gguf_sampling import sampling_config
 from krasis.formats.names import shown
 
 # English contractions; words with at most one leading mark; single digits; punctuation; line ends; spaces.
@@ -26,7 +27,7 @@ _QWEN2_SPLIT = (
 _SPLITS = {"qwen2": _QWEN2_SPLIT, "deepseek-r1-qwen": _QWEN2_SPLIT}
 
 _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5
-_SAMPLING = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
+_NO_TOKEN = 2**32 - 1  # what llama.cpp writes for a token that a vocabulary lacks
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +169,7 @@ def _added_json(vocabulary: _Vocabulary, number: int) -> dict[str, Any]:
 def _token_id(metadata: Mapping[str, Any], name: str, vocabulary: _Vocabulary, where: str) -> int | None:
     key = f"tokenizer.ggml.{name}_token_id"
     number = metadata.get(key)
-    if number is None:
+    if number is None or number == _NO_TOKEN:
         return None
     if type(number) is not int or not 0 <= number < len(vocabulary.tokens):
         raise FormatError(
@@ -195,11 +196,7 @@ def _generation_config(metadata: Mapping[str, Any], vocabulary: _Vocabulary, whe
     config: dict[str, Any] = {}
     if unique := [number for number in dict.fromkeys(ends) if number is not None]:
         config["eos_token_id"] = unique
-    for theirs, ours in _SAMPLING.items():
-        value = metadata.get(f"general.sampling.{theirs}")
-        if isinstance(value, int | float):
-            config[ours] = value
-    return config
+    return config | sampling_config(metadata, where)
 
 
 def _json(value: Mapping[str, Any]) -> bytes:

@@ -39,7 +39,7 @@ class ChatTemplate:
     Raises FormatError for a template that is too large or does not parse.
     """
 
-    __slots__ = ("_environment", "_template", "_tokens", "_where")
+    __slots__ = ("_environment", "_template", "_tokens", "_where", "source")
 
     def __init__(self, source: str, tokens: Mapping[str, str], where: str = "chat template") -> None:
         from jinja2 import TemplateError
@@ -47,6 +47,7 @@ class ChatTemplate:
         from krasis.runtime.template_sandbox import LimitedEnvironment
 
         self._where = where
+        self.source = source
         self._tokens = dict(tokens)
         self._environment: LimitedEnvironment = LimitedEnvironment()
         if len(source) > MAX_TEMPLATE_CHARACTERS:
@@ -65,7 +66,7 @@ class ChatTemplate:
         messages: Sequence[Message],
         *,
         add_generation_prompt: bool = True,
-        variables: Mapping[str, bool | int | float | str] | None = None,
+        variables: Mapping[str, object] | None = None,
     ) -> str:
         """The prompt's text. variables: what a template offers beside, such as enable_thinking.
 

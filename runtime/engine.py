@@ -24,7 +24,9 @@ from krasis.runtime.model.registry import open_backend
 from krasis.runtime.prefault import Prefault, files_of_tiers, start_prefault
 from krasis.runtime.sampler import Sampler
 from krasis.runtime.settings import EngineSettings, SamplingSettings
+from krasis.runtime.template_variables import Variables, merged_variables, refuse_variables
 from krasis.runtime.text_assets import TextAssets
+from krasis.runtime.text_ends import TextEnds, ends_of_text
 
 logger = logging.getLogger(__name__)
 
@@ -202,14 +204,18 @@ class Engine:
             logger.info("restored %d tokens from %s (computed by: %s)", len(tokens), path, file.computed_by)
         return conversation
 
-    def encode(self, prompt: Prompt) -> list[int]:
+    def encode(self, prompt: Prompt, *, template_vars: Variables | None = None) -> list[int]:
         """Token ids of plain text, of messages (by the chat template), or of ids (as they are).
 
-        Raises UsageError if messages are given and the bundle has no chat template.
+        template_vars: what the template is told beside the messages, on top of the settings' ones.
+        Raises UsageError if messages are given and the bundle has no chat template, or for a variable that
+        the program sets itself.
         """
         if isinstance(prompt, str):
+            refuse_variables(template_vars)
             return self.text.tokenizer.encode(prompt, special=True)
         if all(isinstance(one, (int, np.integer)) for one in prompt):
+            refuse_variables(template_vars)
             return [int(one) for one in cast("Sequence[int]", prompt)]
         messages = [
             one if isinstance(one, Message) else Message(one["role"], one["content"])
@@ -218,7 +224,9 @@ class Engine:
         tokenizer = self.text.tokenizer
         if self.text.template is None:
             raise missing_template(str(self.bundle.path))
-        return tokenizer.encode(self.text.template.render(messages))
+        variables = merged_variables(self.settings.template_vars, template_vars)
+        self.text.note_unused(variables)
+        return tokenizer.encode(self.text.template.render(messages, variables=variables))
 
     def generate(
         self,
@@ -228,22 +236,29 @@ class Engine:
         max_tokens: int | None = None,
         stop: Sequence[str] = (),
         progress: Progress | None = None,
+        template_vars: Variables | None = None,
+        split_thinking: bool = True,
     ) -> Answer:
         """Text that follows the prompt, piece by piece; ``.stats`` of the result has counts and times.
 
         What the cache already holds of the prompt is not computed again. sampling: None = as
-        generation_config.json suggests. max_tokens: None = until an end token or the context is full. Raises
-        UsageError if the prompt does not fit the context.
+        generation_config.json suggests. max_tokens: None = until an end token or the context is full. stop:
+        texts, or special tokens, that end the answer. template_vars: as for ``encode``. split_thinking: what
+        the model thinks comes as pieces of the kind ``reasoning``; False: all is answer, markers included.
+        Raises UsageError if the prompt does not fit the context.
         """
-        ids = self.encode(prompt)
+        ids = self.encode(prompt, template_vars=template_vars)
         if not ids or len(ids) > self.context:
             self._refuse_length(len(ids), 0)
         stats = Generation(num_prompt_tokens=len(ids))
         limit = self.context if max_tokens is None else max_tokens
         if limit < 1:
             raise UsageError("max_tokens must be positive", got=max_tokens)
+        if sampling is None:
+            self.text.note_sampling()
+        text_ends = ends_of_text(self.text, ids, stop, is_plain=isinstance(prompt, str), split=split_thinking)
         return Answer(
-            self._generate(ids, sampling or self.text.sampling, limit, stop, progress, stats), stats
+            self._generate(ids, sampling or self.text.sampling, limit, text_ends, progress, stats), stats
         )
 
     def _generate(
@@ -251,7 +266,7 @@ class Engine:
         ids: list[int],
         sampling: SamplingSettings,
         max_tokens: int,
-        stop: Sequence[str],
+        ends: TextEnds,
         progress: Progress | None,
         stats: Generation,
     ) -> Generator[Piece]:
@@ -262,10 +277,12 @@ class Engine:
             context=self._tokens,
             room=self.context - len(ids),
             sampler=Sampler(sampling),
-            stream=self.text.tokenizer.stream(),
-            end_tokens=self.text.end_tokens,
-            stops=StopStrings(stop),
+            stream=ends.stream,
+            end_tokens=ends.end_tokens,
+            stops=StopStrings(ends.stops.texts, ends.stops.signs.values()),
             max_tokens=max_tokens,
+            stop_tokens=ends.stops.ids,
+            splitter=ends.splitter,
         )
         yield from run(plan, stats)
 

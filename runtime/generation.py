@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from krasis.runtime.sampler import Sampler
+from krasis.runtime.thinking import ANSWER, MarkedStream, Segment, ThinkingSplitter
 from krasis.runtime.tokenizer import TokenStream
 
 Logits = npt.NDArray[np.float32]
@@ -17,10 +18,14 @@ Logits = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What one step adds: a token, None for the last piece of text, and text, possibly empty."""
+    """What one step adds: a token, None for further text of one, and text, possibly empty.
+
+    kind: ``answer``, or ``reasoning`` for what the model thinks first.
+    """
 
     token: int | None
     text: str
+    kind: str = ANSWER
 
 
 @dataclass(slots=True)
@@ -29,6 +34,7 @@ class Generation:
 
     num_prompt_tokens: of the whole prompt; num_cached_tokens: of these, found in the KV cache and not
     computed again.
+    text: the answer. reasoning: what the model thought, apart from it. tokens: of both.
     stop_reason: ``end`` (an end token), ``stop`` (a stop string), ``length`` (max_tokens), ``context`` (the
     cache is full), ``interrupted`` (the caller stopped reading), and ``""`` while it runs.
     """
@@ -42,6 +48,7 @@ class Generation:
     stop_reason: str = ""
     tokens: list[int] = field(default_factory=list)
     text: str = ""
+    reasoning: str = ""
 
     @property
     def prefill_tokens_per_s(self) -> float:
@@ -57,13 +64,14 @@ class Generation:
 
 class StopStrings:
     """Finds the first stop string in text that arrives in pieces, and holds back what may be the beginning of
-    one."""
+    one. signs: characters that only stop strings are to see: they are never shown."""
 
-    __slots__ = ("_held", "_stops")
+    __slots__ = ("_held", "_hidden", "_stops")
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], signs: Iterable[str] = ()) -> None:
         self._stops = [stop for stop in stops if stop]
         self._held = ""
+        self._hidden = dict.fromkeys(map(ord, signs))
 
     def push(self, text: str) -> tuple[str, bool]:
         """(text that may be shown, whether a stop string was met). The stop string itself is never shown."""
@@ -71,15 +79,18 @@ class StopStrings:
         found = [at for stop in self._stops if (at := held.find(stop)) >= 0]
         if found:
             self._held = ""
-            return held[: min(found)], True
+            return self._shown(held[: min(found)]), True
         keep = max((_overlap(held, stop) for stop in self._stops), default=0)
         self._held = held[len(held) - keep :]
-        return held[: len(held) - keep], False
+        return self._shown(held[: len(held) - keep]), False
 
     def finish(self) -> str:
         """What was held back."""
         held, self._held = self._held, ""
-        return held
+        return self._shown(held)
+
+    def _shown(self, text: str) -> str:
+        return text.translate(self._hidden) if self._hidden else text
 
 
 def _overlap(text: str, stop: str) -> int:
@@ -113,7 +124,7 @@ class GenerationPlan:
 
     first: computes the prompt and gives its last token's logits, f32 [vocab]. step: feeds one token and gives
     the next logits. room: tokens the context still has after the prompt. context: all ids so far, for the
-    repetition penalty.
+    repetition penalty. end_tokens, stop_tokens: ids that end the text. splitter: parts thinking and answer.
     """
 
     first: Callable[[], Logits]
@@ -121,10 +132,12 @@ class GenerationPlan:
     context: Sequence[int]
     room: int
     sampler: Sampler
-    stream: TokenStream
+    stream: TokenStream | MarkedStream
     end_tokens: frozenset[int]
     stops: StopStrings
     max_tokens: int
+    stop_tokens: frozenset[int] = frozenset()
+    splitter: ThinkingSplitter = field(default_factory=ThinkingSplitter)
 
 
 def run(plan: GenerationPlan, stats: Generation) -> Generator[Piece]:
@@ -136,7 +149,7 @@ def run(plan: GenerationPlan, stats: Generation) -> Generator[Piece]:
     # The last token is shown but needs no place in the cache: nothing attends to it.
     limit = min(plan.max_tokens, plan.room + 1)
     for count in range(1, limit + 1):
-        token = plan.sampler.pick(logits, plan.context)
+        token = plan.sampler.pick(logits, plan.context, stats.tokens)
         now = time.perf_counter() - begin
         if count == 1:
             stats.time_to_first_token_s = now
@@ -144,11 +157,14 @@ def run(plan: GenerationPlan, stats: Generation) -> Generator[Piece]:
         if token in plan.end_tokens:
             stats.stop_reason = "end"
             break
+        if token in plan.stop_tokens:
+            stats.stop_reason = "stop"
+            break
         stats.tokens.append(token)
         text, stopped = plan.stops.push(plan.stream.push(token))
-        stats.text += text
-        yield Piece(token, text)
+        yield from _pieces(plan.splitter.push(text), plan.splitter.kind, token, stats)
         if stopped:
+            yield from _pieces(plan.splitter.finish(), plan.splitter.kind, None, stats)
             stats.stop_reason = "stop"
             return
         if count < limit:
@@ -157,6 +173,16 @@ def run(plan: GenerationPlan, stats: Generation) -> Generator[Piece]:
         stats.stop_reason = "length" if limit == plan.max_tokens else "context"
     text, stopped = plan.stops.push(plan.stream.finish())
     text += "" if stopped else plan.stops.finish()
-    if text:
-        stats.text += text
-        yield Piece(None, text)
+    rest = [*plan.splitter.push(text), *plan.splitter.finish()]
+    yield from _pieces(rest, plan.splitter.kind, None, stats)
+
+
+def _pieces(segments: Sequence[Segment], kind: str, token: int | None, stats: Generation) -> Iterator[Piece]:
+    """Segments as pieces, kept in stats; a token always has a piece, if an empty one of kind."""
+    for one in segments or ([Segment(kind, "")] if token is not None else []):
+        if one.kind == ANSWER:
+            stats.text += one.text
+        else:
+            stats.reasoning += one.text
+        yield Piece(token, one.text, one.kind)
+        token = None

@@ -1,7 +1,7 @@
 """Picks the next token from logits.
 
-The order is transformers': repetition penalty, temperature, top-k, top-p, min-p, then one draw. Ties go to
-the lower id.
+The order is transformers': repetition penalty, temperature, top-k, top-p, min-p, then one draw; presence and
+frequency penalties come right after the repetition penalty, as in llama.cpp. Ties go to the lower id.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ class Sampler:
         self.settings = settings
         self._random = np.random.Generator(np.random.PCG64(settings.seed))
 
-    def pick(self, logits: Logits, context: Sequence[int] = ()) -> int:
+    def pick(self, logits: Logits, context: Sequence[int] = (), answer: Sequence[int] = ()) -> int:
         """The next token's id. logits: f32 [vocab], not changed. context: ids the repetition penalty applies
-        to.
+        to: the prompt's and the answer's. answer: those of the answer, to which presence and frequency
+        penalties apply.
 
         Raises NativeError if the logits hold NaN or infinity.
         """
@@ -38,13 +39,31 @@ class Sampler:
             raise NativeError(
                 "the model produced NaN or infinite logits", hint="krasis-info --verify the bundle"
             )
-        logits = penalize_repetition(logits, context, self.settings.repetition_penalty)
+        logits = self._penalize(logits, context, answer)
         if self.settings.temperature == 0.0:
             return int(np.argmax(logits))
         ids, probabilities = distribution(logits, self.settings)
         # The inverse of the cumulative distribution; the last entry absorbs what rounding leaves.
         index = int(np.searchsorted(np.cumsum(probabilities), self._random.random(), side="right"))
         return int(ids[min(index, len(ids) - 1)])
+
+    def _penalize(self, logits: Logits, context: Sequence[int], answer: Sequence[int]) -> Logits:
+        chosen = self.settings
+        if chosen.penalty_last_n == 0:
+            return logits
+        if chosen.repetition_penalty != 1.0:
+            logits = penalize_repetition(
+                logits, _last(context, chosen.penalty_last_n), chosen.repetition_penalty
+            )
+        if chosen.presence_penalty or chosen.frequency_penalty:
+            seen = _last(answer, chosen.penalty_last_n)
+            logits = penalize_presence(logits, seen, chosen.presence_penalty, chosen.frequency_penalty)
+        return logits
+
+
+def _last(ids: Sequence[int], count: int) -> Sequence[int]:
+    """The last count ids; all for -1."""
+    return ids if count < 0 else ids[-count:]
 
 
 def penalize_repetition(logits: Logits, context: Sequence[int], penalty: float) -> Logits:
@@ -59,11 +78,25 @@ def penalize_repetition(logits: Logits, context: Sequence[int], penalty: float) 
     return penalized
 
 
+def penalize_presence(logits: Logits, answer: Sequence[int], presence: float, frequency: float) -> Logits:
+    """Subtracts presence, and frequency for each time, from the logits of the ids in answer (OpenAI's
+    definition: logit - count * frequency - (count > 0) * presence, over the tokens sampled so far). Returns a
+    copy if it changes any."""
+    if not len(answer) or (presence == 0.0 and frequency == 0.0):
+        return logits
+    ids, counts = np.unique(np.asarray(answer, dtype=np.int64), return_counts=True)
+    penalized = logits.copy()
+    penalized[ids] -= (counts * frequency + presence).astype(np.float32)
+    return penalized
+
+
 def distribution(logits: Logits, settings: SamplingSettings) -> tuple[Ids, Probabilities]:
     """(ids, probabilities), most likely first: what a token is drawn from at a temperature above 0."""
     ids = _largest(logits, settings.top_k)
-    scaled = logits[ids].astype(np.float64) / settings.temperature
-    weights = np.exp(scaled - scaled[0])
+    chosen = logits[ids].astype(np.float64)
+    # The difference first: a tiny temperature would make infinities of the logits themselves.
+    with np.errstate(over="ignore"):
+        weights = np.exp((chosen - chosen[0]) / settings.temperature)
     weights /= weights.sum()
     if settings.top_p < 1.0:
         # A token stays while those before it hold less than top_p; the first always stays.

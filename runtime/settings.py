@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass, field
 
-from krasis.formats.errors import FormatError, UsageError
+from krasis.formats.errors import UsageError
+from krasis.runtime.template_variables import check_variables
 
 CPU_PREFILL_CHUNK = 512
 ISAS = ("auto", "avx2", "avx512_vnni")
@@ -47,7 +47,7 @@ class EngineSettings:
     device: ``cpu``; ``cuda``: prefill on the GPU, decode on both; ``auto``: the GPU if all it needs is there
     (the log says what is missing); ``double``: the GPU's code on the CPU, checked and slow, for tests.
     gpu_dtype: of the GPU's activations and KV cache. vram_bytes: use no more of a GPU's memory; None = what
-    is free.
+    is free. template_vars: what every conversation's chat template is told beside, such as enable_thinking.
     """
 
     context: int | None = None
@@ -62,6 +62,7 @@ class EngineSettings:
     device: str = "auto"
     gpu_dtype: str = "bf16"
     vram_bytes: int | None = None
+    template_vars: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.context is not None:
@@ -82,6 +83,7 @@ class EngineSettings:
                 "GPU experts cannot be run by the int8 kernels of the CPU",
                 hint='use activations="float32" (slow, for measurements), or experts="cpu"',
             )
+        check_variables(self.template_vars)
 
     def context_for(self, max_positions: int, tokens_that_fit: int | None = None) -> int:
         """The tokens the KV cache shall hold. tokens_that_fit: what memory has room for (``context_size``);
@@ -106,7 +108,10 @@ class SamplingSettings:
     range.
 
     temperature: 0 = the most likely token. top_k: 0 = off. top_p: 1 = off. min_p: 0 = off.
-    repetition_penalty: 1 = off. seed: None = fresh entropy for every generation.
+    repetition_penalty: 1 = off; applies to tokens of the prompt and of the answer. presence_penalty,
+    frequency_penalty: 0 = off; as OpenAI defines them, over the tokens of the answer so far.
+    penalty_last_n: all three look at so many of the last tokens only; -1 = at all, 0 = at none.
+    seed: None = fresh entropy for every generation.
     """
 
     temperature: float = 0.0
@@ -114,6 +119,9 @@ class SamplingSettings:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    penalty_last_n: int = -1
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -122,25 +130,8 @@ class SamplingSettings:
         _between("top_p", self.top_p, 0.0, 1.0)
         _between("min_p", self.min_p, 0.0, 1.0)
         _between("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
+        _between("presence_penalty", self.presence_penalty, -100.0, 100.0)
+        _between("frequency_penalty", self.frequency_penalty, -100.0, 100.0)
+        _between("penalty_last_n", self.penalty_last_n, -1, 2**31 - 1)
         if self.seed is not None:
             _between("seed", self.seed, 0, 2**64 - 1)
-
-    @classmethod
-    def from_generation_config(cls, config: Mapping[str, Any], where: str) -> SamplingSettings:
-        """Hugging Face's ``generation_config.json``. Raises FormatError for a value no sampler can use."""
-        known: dict[str, Any] = {}
-        for field in fields(cls):
-            value = config.get(field.name)
-            if field.name == "seed" or value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise FormatError(f"{field.name} must be a number", where=where, got=value)
-            known[field.name] = int(value) if field.name == "top_k" else float(value)
-        if config.get("do_sample") is not True:
-            known["temperature"] = 0.0
-        elif "temperature" not in known:
-            known["temperature"] = 1.0
-        try:
-            return cls(**known)
-        except UsageError as error:
-            raise FormatError(error.what, where=where, got=error.got, limit=error.limit) from error

@@ -3,6 +3,7 @@ first used."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
@@ -11,12 +12,26 @@ from krasis.formats.bundle_reader import Bundle
 from krasis.formats.errors import FormatError
 from krasis.formats.strict_json import parse_json_object
 from krasis.runtime.chat import ChatTemplate
+from krasis.runtime.end_tokens import (
+    EndTokens,
+    NamedEnds,
+    added_note,
+    chat_ends,
+    eos_values,
+    named_ends,
+)
+from krasis.runtime.generation_defaults import GenerationDefaults, describe, read_defaults
 from krasis.runtime.settings import SamplingSettings
+from krasis.runtime.template_variables import Variables, unused_note
+from krasis.runtime.thinking import Format, find_formats, marker_tokens
 from krasis.runtime.tokenizer import Tokenizer, missing_tokenizer
+
+logger = logging.getLogger(__name__)
 
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 GENERATION_CONFIG = "generation_config.json"
+MODEL_CONFIG = "config.json"
 TEMPLATE_FILE = "chat_template.jinja"
 MAX_CONFIG_BYTES = 16 * 2**20
 _TEMPLATE_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -30,6 +45,7 @@ class TextAssets:
         self._where = str(bundle.path)
         self._names = {asset.name for asset in bundle.manifest.assets}
         self._vocab_size = bundle.architecture.vocab_size
+        self._noted: set[str] = set()
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -49,29 +65,87 @@ class TextAssets:
         return ChatTemplate(source, tokens, f"{self._where}: chat template")
 
     @cached_property
-    def end_tokens(self) -> frozenset[int]:
-        """Ids that end an answer: of generation_config.json, and the tokenizer's end token."""
-        ids = self._generation.get("eos_token_id")
-        found = set(ids if isinstance(ids, list) else [] if ids is None else [ids])
-        if not all(isinstance(one, int) and 0 <= one < self._vocab_size for one in found):
-            raise FormatError(
-                "eos_token_id is no token", where=f"{self._where}: {GENERATION_CONFIG}", got=ids
-            )
-        text = _token_text(self._tokens.get("eos_token"))
-        if text and (named := self.tokenizer.token_id(text)) is not None:
-            found.add(named)
-        return frozenset(found)
+    def named_ends(self) -> frozenset[int]:
+        """Ids that the files name as ends: generation_config.json, config.json, and the tokenizer's end
+        token."""
+        ids, notes = named_ends(
+            [
+                NamedEnds(f"{self._where}: {GENERATION_CONFIG}", self._generation.get("eos_token_id")),
+                *(
+                    NamedEnds(f"{self._where}: {MODEL_CONFIG}", value)
+                    for value in eos_values(self._model_config)
+                ),
+                NamedEnds(f"{self._where}: {TOKENIZER_CONFIG}", self._tokens.get("eos_token")),
+            ],
+            self.tokenizer,
+        )
+        for note in notes:
+            logger.warning("%s", note)
+        return ids
 
     @cached_property
+    def end_tokens(self) -> EndTokens:
+        """What ends a chat's answers: the named ends, and those that the template ends turns with."""
+        if self.template is None:
+            return EndTokens(self.named_ends)
+        found = chat_ends(self.named_ends, self.tokenizer, self.template)
+        if note := added_note(found):
+            logger.info("%s", note)
+        return found
+
+    @cached_property
+    def defaults(self) -> GenerationDefaults:
+        """What generation_config.json recommends."""
+        found = read_defaults(self._generation, f"{self._where}: {GENERATION_CONFIG}")
+        for note in found.notes:
+            logger.warning("%s", note)
+        return found
+
+    @property
     def sampling(self) -> SamplingSettings:
         """The sampling that generation_config.json suggests; greedy without one."""
-        return SamplingSettings.from_generation_config(
-            self._generation, f"{self._where}: {GENERATION_CONFIG}"
-        )
+        return self.defaults.sampling
+
+    def note_sampling(self) -> None:
+        """Logs what tokens are picked with where a caller does not say; a warning, once, if no file does."""
+        if "sampling" not in self._noted:
+            self._noted.add("sampling")
+            how = describe(self.sampling)
+            if self.defaults.recommended:
+                logger.info("sampling as %s recommends: %s", GENERATION_CONFIG, how)
+            else:
+                logger.warning("%s: the model's files recommend no sampling: %s", self._where, how)
+
+    @cached_property
+    def thinking(self) -> tuple[Format, ...]:
+        """How a chat's answers may mark their thinking; none without a template."""
+        return () if self.template is None else find_formats(self.template.source, self.tokenizer)
+
+    @cached_property
+    def thinking_markers(self) -> dict[int, str]:
+        """Id -> text of the special tokens that mark thinking."""
+        return marker_tokens(self.thinking, self.tokenizer)
+
+    def note_unused(self, variables: Variables) -> None:
+        """Logs the names of variables that the template does not read, each once."""
+        new = tuple(name for name in variables if f"variable {name}" not in self._noted)
+        if new and self.template is not None:
+            self._noted.update(f"variable {name}" for name in new)
+            if note := unused_note(new, self.template.source):
+                logger.warning("%s", note)
 
     @cached_property
     def _tokens(self) -> Mapping[str, Any]:
         return self._json_object(TOKENIZER_CONFIG)
+
+    @cached_property
+    def _model_config(self) -> Mapping[str, Any]:
+        # Kept as a record, and of use here only for its end token: nothing else depends on it.
+        try:
+            return self._json_object(MODEL_CONFIG)
+        except FormatError as error:
+            logger.warning("its end token is not known: %s", error)
+            return {}
 
     @cached_property
     def _generation(self) -> Mapping[str, Any]:

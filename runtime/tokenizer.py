@@ -45,8 +45,21 @@ class Tokenizer:
 
     def token_id(self, token: str) -> int | None:
         """The id of a token such as ``<|im_end|>``, None if there is none."""
-        found = self._tokenizer.token_to_id(token)
+        try:
+            found = self._tokenizer.token_to_id(token)
+        except UnicodeEncodeError:  # half a character is in no vocabulary
+            return None
         return None if found is None else int(found)
+
+    def special_tokens(self) -> dict[str, int]:
+        """Text -> id of the tokens that decoding leaves out."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        return {token.content: number for number, token in added.items() if token.special}
+
+    def added_tokens(self) -> dict[str, int]:
+        """Text -> id of all tokens that were added to the vocabulary, matched before any splitting."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        return {token.content: number for number, token in added.items()}
 
     def stream(self) -> TokenStream:
         """A decoder for tokens that arrive one by one."""

@@ -15,6 +15,8 @@ from tokenizers import (
 
 from krasis.formats.errors import FormatError, UnsupportedModelError
 from krasis.formats.gguf_tokenizer import tokenizer_assets
+from krasis.runtime.generation_defaults import read_defaults
+from krasis.runtime.settings import SamplingSettings
 
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
@@ -116,7 +118,16 @@ def test_the_other_files(metadata, original):
         "general.sampling.top_k": 20,
     }
     generation = json.loads(tokenizer_assets(more, "x")["generation_config.json"])
-    assert generation == {"eos_token_id": [end, pad], "temperature": 0.6, "top_k": 20}
+    assert generation == {
+        "eos_token_id": [end, pad],
+        "do_sample": True,
+        "temperature": 0.6,
+        "top_k": 20,
+    }
+    assert read_defaults(generation, "x").sampling == SamplingSettings(temperature=0.6, top_k=20)
+    # What llama.cpp writes for a token that there is not.
+    none = metadata | {"tokenizer.ggml.eot_token_id": 2**32 - 1}
+    assert json.loads(tokenizer_assets(none, "x")["generation_config.json"]) == {"eos_token_id": [end]}
 
 
 def test_transformers_reads_the_files(metadata, original, tmp_path):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from krasis.formats.errors import NativeError, UsageError
-from krasis.runtime.sampler import Sampler, distribution, penalize_repetition
+from krasis.runtime.sampler import Sampler, distribution, penalize_presence, penalize_repetition
 from krasis.runtime.settings import SamplingSettings
 
 
@@ -122,8 +122,94 @@ def test_broken_logits_are_an_error(bad: float) -> None:
         ("top_p", 1.01),
         ("min_p", -1.0),
         ("seed", -1),
+        ("presence_penalty", math.inf),
+        ("frequency_penalty", -101.0),
+        ("penalty_last_n", -2),
     ],
 )
 def test_settings_out_of_range_are_refused(name: str, value: float) -> None:
     with pytest.raises(UsageError, match=name):
         SamplingSettings(**{name: value})
+
+
+def test_presence_and_frequency_follow_openais_definition() -> None:
+    # mu[j] - c[j] * alpha_frequency - float(c[j] > 0) * alpha_presence, c over the tokens sampled so far.
+    logits = np.random.default_rng(5).normal(0, 3, 200).astype(np.float32)
+    answer = [3, 3, 7, 199, 3, 0]
+    expected = logits.astype(np.float64)
+    for token in range(200):
+        count = answer.count(token)
+        expected[token] -= count * 0.25 + (count > 0) * 1.5
+    found = penalize_presence(logits, answer, 1.5, 0.25)
+    assert found == pytest.approx(expected, abs=1e-6)
+    assert penalize_presence(logits, answer, 0.0, 0.0) is logits
+    assert penalize_presence(logits, [], 1.5, 0.25) is logits
+
+
+def test_penalties_count_the_answer_and_repetition_the_prompt_too() -> None:
+    logits = np.array([3.0, 2.9, 0.0, 0.0], dtype=np.float32)
+    presence = Sampler(SamplingSettings(presence_penalty=1.0))
+    assert presence.pick(logits, [0, 0], []) == 0  # the prompt's tokens do not count
+    assert presence.pick(logits, [0, 0], [0]) == 1
+    assert Sampler(SamplingSettings(frequency_penalty=0.06)).pick(logits, [], [0]) == 0
+    assert Sampler(SamplingSettings(frequency_penalty=0.06)).pick(logits, [], [0, 0]) == 1
+    assert Sampler(SamplingSettings(frequency_penalty=-1.0)).pick(logits, [], [1]) == 1
+    assert Sampler(SamplingSettings(repetition_penalty=1.1)).pick(logits, [0], []) == 1
+    assert logits.tolist() == [3.0, pytest.approx(2.9), 0.0, 0.0]
+
+
+def test_penalties_look_back_so_far_only() -> None:
+    logits = np.array([3.0, 2.9, 0.0], dtype=np.float32)
+
+    def pick(last: int, context: list[int]) -> int:
+        chosen = SamplingSettings(repetition_penalty=2.0, presence_penalty=1.0, penalty_last_n=last)
+        return Sampler(chosen).pick(logits, context, context)
+
+    assert pick(-1, [0, 2, 2]) == 1
+    assert pick(3, [0, 2, 2]) == 1
+    assert pick(2, [0, 2, 2]) == 0
+    assert pick(0, [0, 2, 2]) == 0
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        SamplingSettings(temperature=1.0, repetition_penalty=1.3),
+        SamplingSettings(temperature=0.6, top_k=20, top_p=0.95),
+        SamplingSettings(temperature=0.7, repetition_penalty=1.1, top_k=50, top_p=0.8, min_p=0.02),
+        SamplingSettings(temperature=1.5, min_p=0.1),
+        SamplingSettings(temperature=1.0, top_k=100_000),
+        SamplingSettings(temperature=1.0, top_p=0.0),
+    ],
+)
+def test_the_distribution_is_transformers(chosen: SamplingSettings) -> None:
+    torch = pytest.importorskip("torch")
+    process = pytest.importorskip("transformers.generation.logits_process")
+    logits = np.random.default_rng(11).normal(0, 3, 500).astype(np.float32)
+    context = [1, 5, 5, 499, 17]
+    # In the order of transformers' GenerationMixin; float64, so that both see the same sums.
+    steps = [process.RepetitionPenaltyLogitsProcessor(chosen.repetition_penalty)]
+    steps.append(process.TemperatureLogitsWarper(chosen.temperature))
+    if chosen.top_k:
+        steps.append(process.TopKLogitsWarper(chosen.top_k))
+    if chosen.top_p < 1:
+        steps.append(process.TopPLogitsWarper(chosen.top_p))
+    if chosen.min_p:
+        steps.append(process.MinPLogitsWarper(chosen.min_p))
+    scores = torch.from_numpy(logits.astype(np.float64))[None]
+    for step in steps:
+        scores = step(torch.tensor([context]), scores)
+    expected = torch.softmax(scores[0], dim=-1).numpy()
+    found = np.zeros(500)
+    penalized = penalize_repetition(logits, context, chosen.repetition_penalty)
+    ids, probabilities = distribution(penalized, chosen)
+    found[ids] = probabilities
+    assert set(np.flatnonzero(found)) == set(np.flatnonzero(expected))
+    assert found == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-38, 1e-7])
+def test_a_tiny_temperature_is_no_division_by_zero(temperature: float) -> None:
+    logits = np.array([1.0, 4.0, 4.0, -1000.0], dtype=np.float32)
+    ids, probabilities = distribution(logits, SamplingSettings(temperature=temperature))
+    assert dict(zip(ids.tolist(), probabilities.tolist(), strict=True)) == {1: 0.5, 2: 0.5, 0: 0.0, 3: 0.0}
