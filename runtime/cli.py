@@ -12,6 +12,13 @@ from typing import IO, TYPE_CHECKING, Any
 import click
 
 from krasis.formats.errors import KrasisError, UsageError
+from krasis.runtime.cli_text_options import (
+    PENALTY_OPTIONS,
+    given_variables,
+    note_sampling,
+    text_options,
+    think_switch,
+)
 
 if TYPE_CHECKING:
     from krasis.runtime.conversation import Conversation
@@ -19,7 +26,7 @@ if TYPE_CHECKING:
     from krasis.runtime.settings import EngineSettings, SamplingSettings
 
 INTERRUPTED = 130  # what a shell reports for a command that Ctrl-C ended
-SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", *PENALTY_OPTIONS)
 
 
 class CommandError(click.ClickException):
@@ -72,6 +79,7 @@ class CommandError(click.ClickException):
 @click.option(
     "--repeat-penalty", "repetition_penalty", metavar="X", type=float, help="Above 1 discourages repetition."
 )
+@text_options
 @click.option("--seed", metavar="N", type=int, help="Makes drawing repeatable.")
 @click.option(
     "--kv-dtype", type=click.Choice(["f16", "f32"]), default="f16", help="Precision of the KV cache."
@@ -172,12 +180,14 @@ def _run(bundle: Path, text: str | None, options: dict[str, Any]) -> int:
         gpu_dtype=options["gpu_dtype"],
         vram_bytes=parse_bytes(vram, "--vram") if vram is not None else None,
         reread=options["reread"],
+        template_vars=given_variables(options),
     )
     opened = _open(bundle, settings, options["gpus"])
     if opened is None:  # a rank that has served its time
         return 0
     with opened as engine:
         sampling = _sampling(engine, options)
+        note_sampling(engine, sampling, options)
         if text is None:
             return _chat(engine, sampling, options)
         return _answer_once(engine, text, sampling, options)
@@ -209,12 +219,13 @@ def _chat(engine: Engine, sampling: SamplingSettings, options: dict[str, Any]) -
     if engine.text.tokenizer and engine.text.template is None:
         raise missing_template(str(engine.bundle.path))
     conversation = Conversation(engine, sampling, options["max_tokens"], None)
+    conversation.template_vars = think_switch(engine, options)
     if options["load_kv"] is not None:
         conversation.load(options["load_kv"])
         note(f"{len(engine.tokens)} tokens and {len(conversation.turns)} messages restored")
     if options["system"]:
         conversation.system = options["system"]
-    Terminal(conversation, options["stop"]).run()
+    Terminal(conversation, options["stop"], options["show_thinking"]).run()
     if options["save_kv"] is not None:
         _save(engine, options["save_kv"], conversation)
     return 0
@@ -227,23 +238,34 @@ def _answer_once(engine: Engine, text: str, sampling: SamplingSettings, options:
     from krasis.runtime.conversation import Conversation
     from krasis.runtime.output import PrefillBar, note, stream_answer, write_text
     from krasis.runtime.report import json_report, memory_note, summary_line
+    from krasis.runtime.thinking_view import unfinished_note, write_whole
 
     if options["raw"] and options["system"]:
         raise UsageError("--system needs the chat template", hint="leave out --raw or --system")
     system = [Message("system", options["system"])] if options["system"] else []
     prompt = text if options["raw"] else [*system, Message("user", text)]
     streaming = not (options["as_json"] or options["no_stream"])
+    variables = think_switch(engine, options)
     if options["load_kv"] is not None:
         engine.load_prefix(options["load_kv"])
     with PrefillBar(engine) as bar:
         answer = engine.generate(
-            prompt, sampling, max_tokens=options["max_tokens"], stop=options["stop"], progress=bar.update
+            prompt,
+            sampling,
+            max_tokens=options["max_tokens"],
+            stop=options["stop"],
+            progress=bar.update,
+            template_vars=variables or None,
         )
-        stats = stream_answer(answer, bar, show=streaming)
+        stats = stream_answer(answer, bar, show=streaming, show_thinking=options["show_thinking"])
     if options["as_json"]:
-        write_text(json.dumps(json_report(engine, stats, sampling, options["max_tokens"])) + "\n")
+        report = json_report(engine, stats, sampling, options["max_tokens"])
+        report["settings"]["template_vars"] = {**engine.settings.template_vars, **variables}
+        write_text(json.dumps(report) + "\n")
     elif not streaming:
-        write_text(stats.text + "\n")
+        write_whole(stats, options["show_thinking"])
+    if advice := unfinished_note(stats):
+        note(advice)
     if stats.stop_reason == "context":
         note(f"the context of {engine.context} tokens is full: a larger --ctx makes longer answers possible")
     if options["save_kv"] is not None:

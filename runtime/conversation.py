@@ -29,6 +29,7 @@ class Conversation:
         self.max_tokens = max_tokens
         self.system = system
         self.turns: list[Message] = []
+        self.template_vars: dict[str, object] = {}  # what the template is told beside, on top of the settings
 
     @property
     def messages(self) -> list[Message]:
@@ -76,7 +77,12 @@ class Conversation:
 
     def _answer(self, progress: Progress | None, stop: Sequence[str]) -> Answer:
         return self.engine.generate(
-            self.messages, self.sampling, max_tokens=self.max_tokens, stop=stop, progress=progress
+            self.messages,
+            self.sampling,
+            max_tokens=self.max_tokens,
+            stop=stop,
+            progress=progress,
+            template_vars=self.template_vars,
         )
 
     def add_answer(self, text: str) -> None:

@@ -157,18 +157,20 @@ def _add_environment(record: dict[str, Any], texts: list[str]) -> None:
 def _add_bundle(request: _Request, path: Path, record: dict[str, Any], texts: list[str]) -> None:
     from krasis.formats.bundle_reader import Bundle
     from krasis.runtime import info
+    from krasis.runtime.info_text import text_to_json
     from krasis.runtime.planning.planner import make_workload
     from krasis.runtime.planning.sizes import sizes_of_bundle
 
     with Bundle.open(path) as bundle:
         manifest: Manifest = bundle.manifest
+        about_text = text_to_json(bundle)
     workload = make_workload(
         manifest.architecture,
         context=request.context,
         prompt_tokens=request.prompt_tokens,
         kv_dtype=request.kv_dtype,
     )
-    record["bundle"] = info.bundle_to_json(manifest, str(path), workload)
+    record["bundle"] = info.bundle_to_json(manifest, str(path), workload) | {"text": about_text}
     if not (request.tensors or request.verify or request.plan or request.env):
         texts.append(info.bundle_to_text(record["bundle"]))
     if request.tensors:

@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from krasis.runtime.generation import Answer, Generation
+from krasis.runtime.thinking_view import ThinkingView
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -67,17 +68,24 @@ class PrefillBar:
         self.close()
 
 
-def stream_answer(answer: Answer, bar: PrefillBar, *, show: bool = True) -> Generation:
-    """Writes an answer as it comes. Ctrl-C ends it, not the program: the stats then say ``interrupted``."""
+def stream_answer(
+    answer: Answer, bar: PrefillBar, *, show: bool = True, show_thinking: bool | None = None
+) -> Generation:
+    """Writes an answer as it comes. Ctrl-C ends it, not the program: the stats then say ``interrupted``.
+
+    show_thinking: as for ``ThinkingView``.
+    """
+    view = ThinkingView(show_thinking)
     try:
         for piece in answer:
             bar.close()
             if show:
-                write_text(piece.text)
+                view.write(piece)
     except KeyboardInterrupt:
         answer.stats.stop_reason = "interrupted"
     finally:
         answer.close()
+        view.close()
     if show and (sys.stdout.isatty() or not answer.stats.text.endswith("\n")):
         write_text("\n")
     return answer.stats

@@ -46,6 +46,7 @@ def json_report(
     """Text, counts, seconds, rates and settings of one answer."""
     return {
         "text": stats.text,
+        "reasoning": stats.reasoning,
         "tokens": stats.tokens,
         "stop_reason": stats.stop_reason,
         "num_prompt_tokens": stats.num_prompt_tokens,

@@ -17,6 +17,8 @@ from krasis.runtime.generation import Answer, Generation
 from krasis.runtime.output import PrefillBar, note, stream_answer
 from krasis.runtime.report import memory_note, summary_line
 from krasis.runtime.settings import SamplingSettings
+from krasis.runtime.text_settings import set_text_option, text_settings
+from krasis.runtime.thinking_view import unfinished_note
 
 PROMPT, MORE = ">>> ", "... "
 QUOTES = '"""'
@@ -36,11 +38,15 @@ class Command:
 
 
 class Terminal:
-    """Reads questions until the user leaves. stop: strings that end an answer."""
+    """Reads questions until the user leaves. stop: strings that end an answer. show_thinking: None = yes, on
+    a terminal."""
 
-    def __init__(self, conversation: Conversation, stop: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, conversation: Conversation, stop: tuple[str, ...] = (), show_thinking: bool | None = None
+    ) -> None:
         self.conversation = conversation
         self._stop = stop
+        self.show_thinking = show_thinking
         self._last: Generation | None = None
 
     def run(self) -> None:
@@ -87,9 +93,11 @@ class Terminal:
     def _answer(self, ask: Callable[[Progress, tuple[str, ...]], Answer]) -> None:
         """Writes the answer that ask begins; a Ctrl-C keeps what was written so far."""
         with PrefillBar(self.conversation.engine) as bar:
-            stats = stream_answer(ask(bar.update, self._stop), bar)
+            stats = stream_answer(ask(bar.update, self._stop), bar, show_thinking=self.show_thinking)
         self.conversation.add_answer(stats.text)
         self._last = stats
+        if advice := unfinished_note(stats):
+            note(advice)
         if stats.stop_reason == "context":
             note("the context is full: /reset or /undo makes room, --ctx makes it larger")
 
@@ -146,11 +154,11 @@ class Terminal:
     def set_value(self, text: str) -> None:
         """/set NAME VALUE; alone it shows the settings."""
         name, _, value = text.partition(" ")
-        if text:
+        if text and not set_text_option(self, name.replace("-", "_"), value.strip()):
             set_option(self.conversation, name.replace("-", "_"), value.strip())
         sampling = self.conversation.sampling
         shown = [f"{field.name} {getattr(sampling, field.name)}" for field in fields(sampling)]
-        note(", ".join([*shown, f"max_tokens {self.conversation.max_tokens}"]))
+        note(", ".join([*shown, f"max_tokens {self.conversation.max_tokens}", *text_settings(self)]))
 
     def show_help(self, _: str) -> None:
         """/help."""
@@ -184,7 +192,7 @@ def set_option(conversation: Conversation, name: str, text: str) -> None:
     known = [field.name for field in fields(SamplingSettings)]
     if name not in (*known, "max_tokens"):
         raise UsageError("unknown setting", got=name, limit=", ".join([*known, "max_tokens"]))
-    whole = name in ("top_k", "seed", "max_tokens")
+    whole = name in ("top_k", "seed", "max_tokens", "penalty_last_n")
     try:
         value: Any = None if text == "none" else int(text) if whole else float(text)
     except ValueError as error:
