@@ -67,7 +67,7 @@ def named_ends(files: Iterable[NamedEnds], tokenizer: Tokenizer) -> tuple[frozen
 
 def chat_ends(named: frozenset[int], tokenizer: Tokenizer, template: ChatTemplate) -> EndTokens:
     """The named ones, the token that the template ends turns with, and those that are spelled like it."""
-    closing = turn_end(template, tokenizer)
+    closing = turn_end(template, tokenizer, named)
     added: dict[str, int] = {}
     for text in dict.fromkeys([closing, *_spelled(tokenizer)]):
         number = tokenizer.token_id(text)
@@ -110,9 +110,12 @@ def _spelled(tokenizer: Tokenizer) -> list[str]:
     return [text for text in SPELLINGS if text in found]
 
 
-def turn_end(template: ChatTemplate, tokenizer: Tokenizer) -> str:
-    """The special token that the template writes behind an assistant's turn; empty if there is none, or if
-    the template refuses the trial conversation."""
+def turn_end(template: ChatTemplate, tokenizer: Tokenizer, named: Collection[int] = ()) -> str:
+    """The special token that the template writes behind an assistant's turn.
+
+    Empty if there is none, or more than one that could be it; if one that is named (ids) comes before the
+    next turn's text: then the files know how turns end; or if the template refuses the trial conversation.
+    """
     from krasis.runtime.chat import Message
 
     turns = [
@@ -125,11 +128,15 @@ def turn_end(template: ChatTemplate, tokenizer: Tokenizer) -> str:
     except FormatError:
         return ""
     _, found, tail = text.rpartition(_ANSWER)
-    tail = tail.lstrip()
+    tail = tail.partition(_QUESTION)[0].lstrip()
     if not found or not tail:
         return ""
     specials = tokenizer.special_tokens()
+    if any(text and number in named and text in tail for text, number in specials.items()):
+        return ""
     first = max((text for text in specials if text and tail.startswith(text)), key=len, default="")
+    if first and tail.count(first) > 1:
+        return ""  # it ends parts of a turn as well, such as its thinking
     if first == _PART_END and any(set(specials) >= tokens for tokens in _END_INSIDE):
         return ""
     return first

@@ -8,7 +8,6 @@ from typing import Any
 from krasis.formats.bundle_verify import Problem
 from krasis.formats.manifest import BlobRecord, Manifest
 from krasis.runtime.format_units import format_bytes, format_count, text_fields, text_table
-from krasis.runtime.info_text import text_to_text
 from krasis.runtime.planning.planner import (
     cpu_ram_bytes,
     least_vram_bytes,
@@ -108,8 +107,6 @@ def bundle_to_text(summary: Mapping[str, Any]) -> str:
         "Quality (squared error over squared sum, against the source)\n" + _quality_text(summary["quality"]),
         "Assets\n" + _asset_text(summary["assets"]),
     ]
-    if summary.get("text"):
-        parts.insert(-1, "Text\n" + text_to_text(summary["text"]))
     return "\n\n".join(parts)
 
 

@@ -157,22 +157,24 @@ def _add_environment(record: dict[str, Any], texts: list[str]) -> None:
 def _add_bundle(request: _Request, path: Path, record: dict[str, Any], texts: list[str]) -> None:
     from krasis.formats.bundle_reader import Bundle
     from krasis.runtime import info
-    from krasis.runtime.info_text import text_to_json
+    from krasis.runtime.info_text import text_to_json, text_to_text
     from krasis.runtime.planning.planner import make_workload
     from krasis.runtime.planning.sizes import sizes_of_bundle
 
+    is_summary = not (request.tensors or request.verify or request.plan or request.env)
     with Bundle.open(path) as bundle:
         manifest: Manifest = bundle.manifest
-        about_text = text_to_json(bundle)
+        about_text = text_to_json(bundle) if is_summary else {}
     workload = make_workload(
         manifest.architecture,
         context=request.context,
         prompt_tokens=request.prompt_tokens,
         kv_dtype=request.kv_dtype,
     )
-    record["bundle"] = info.bundle_to_json(manifest, str(path), workload) | {"text": about_text}
-    if not (request.tensors or request.verify or request.plan or request.env):
-        texts.append(info.bundle_to_text(record["bundle"]))
+    record["bundle"] = info.bundle_to_json(manifest, str(path), workload)
+    if is_summary:
+        record["text"] = about_text
+        texts += [info.bundle_to_text(record["bundle"]), text_to_text(about_text)]
     if request.tensors:
         record["tensors"] = info.tensors_to_json(manifest)
         texts.append(info.tensors_to_text(record["tensors"]))

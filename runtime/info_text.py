@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -10,7 +10,7 @@ from krasis.formats.bundle_reader import Bundle
 from krasis.formats.errors import KrasisError
 from krasis.formats.names import shown
 from krasis.runtime.end_tokens import added_note
-from krasis.runtime.format_units import text_fields
+from krasis.runtime.format_units import printable, text_fields, text_paragraphs
 from krasis.runtime.generation_defaults import describe
 from krasis.runtime.template_variables import names_offered
 from krasis.runtime.text_assets import TOKENIZER, TextAssets
@@ -56,9 +56,11 @@ def _is_known(marker: str, assets: TextAssets) -> bool:
 
 
 def text_to_text(record: Mapping[str, Any]) -> str:
-    """The human form, a line a fact."""
+    """The human form, a line a fact; notes wrapped."""
+    if not record:
+        return "Text\n  (none: this bundle has no tokenizer)"
     if "problem" in record:
-        return text_fields([("problem", record["problem"])])
+        return "Text\n" + _wrapped([record["problem"]])
     ends = " ".join(_visible(one) for one in record["end_tokens"]) or "none named"
     if record["added_end_tokens"]:
         ends += "; in a chat also " + " ".join(_visible(one) for one in record["added_end_tokens"])
@@ -74,8 +76,11 @@ def text_to_text(record: Mapping[str, Any]) -> str:
         rows.append(("template variables", ", ".join(record["template_variables"])))
     if record["thinking"]:
         rows.append(("thinking", " ".join(_visible(one) for one in record["thinking"])))
-    rows += [("note", note) for note in record["notes"]]
-    return text_fields(rows)
+    return "\n".join(["Text", text_fields(rows), *([_wrapped(record["notes"])] if record["notes"] else [])])
+
+
+def _wrapped(sentences: Iterable[str]) -> str:
+    return text_paragraphs(printable(one) for one in sentences)
 
 
 def _visible(token: str) -> str:

@@ -31,8 +31,13 @@ _TAKEN = frozenset(
     ]
 )
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}\Z")
-# What templates call the switch of --think: Qwen, GLM and others; DeepSeek, Kimi and Granite.
-THINK_SWITCHES = ("enable_thinking", "thinking")
+# What templates call the switch of --think, and their values for on and off: Qwen, GLM and others; DeepSeek,
+# Kimi and Granite; MiniMax.
+THINK_SWITCHES: dict[str, tuple[object, object]] = {
+    "enable_thinking": (True, False),
+    "thinking": (True, False),
+    "thinking_mode": ("enabled", "disabled"),
+}
 SWITCH_WORDS = {
     **dict.fromkeys(("on", "true", "yes", "1"), True),
     **dict.fromkeys(("off", "false", "no", "0"), False),
@@ -95,7 +100,7 @@ def parse_value(text: str, name: str = "") -> object:
     word = text.strip()
     if word in _PYTHON:
         return _PYTHON[word]
-    if name in THINK_SWITCHES and word.lower() in SWITCH_WORDS:
+    if isinstance(THINK_SWITCHES.get(name, ("",))[0], bool) and word.lower() in SWITCH_WORDS:
         return SWITCH_WORDS[word.lower()]
     if len(text) > MAX_VALUE_BYTES:
         raise UsageError("a template variable is too long", got=len(text), limit=MAX_VALUE_BYTES)
@@ -177,7 +182,9 @@ def _parse(source: str) -> nodes.Template | None:
 
 def think_variables(think: bool | None, names: frozenset[str]) -> dict[str, object]:
     """What ``--think`` and ``--no-think`` tell a template that reads such names; empty without a switch."""
-    return {} if think is None else {name: think for name in THINK_SWITCHES if name in names}
+    if think is None:
+        return {}
+    return {name: on if think else off for name, (on, off) in THINK_SWITCHES.items() if name in names}
 
 
 def merged_variables(settings: Variables, given: Variables | None) -> dict[str, object]:

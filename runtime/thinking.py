@@ -21,11 +21,13 @@ TAIL_TOKENS = 24  # of the prompt that are looked at for a marker at its end
 @dataclass(frozen=True, slots=True)
 class Format:
     """How one family marks its thinking. closes: any of them ends it. skips: texts that are neither thinking
-    nor answer. anywhere: also behind text of the answer; only for markers no text can contain by itself."""
+    nor answer. tokens: what a vocabulary with this format has; none: what opens it. anywhere: also behind
+    text of the answer; only for markers no text can contain by itself."""
 
     opens: str
     closes: tuple[str, ...]
     skips: tuple[str, ...] = ()
+    tokens: tuple[str, ...] = ()
     anywhere: bool = False
 
 
@@ -48,6 +50,8 @@ _FORMATS = (
     Format("<ifm|think>", ("</ifm|think>",)),
     Format("\u25c1think\u25b7", ("\u25c1/think\u25b7",)),
     Format("<|begin_of_thought|>", ("<|end_of_thought|>",), ("<|begin_of_solution|>", "<|end_of_solution|>")),
+    Format("Here is my thought process:", ("Here is my response:",)),
+    Format("Here are my reasoning steps:", ("[BEGIN FINAL RESPONSE]",), ("[END FINAL RESPONSE]",)),
     Format("<|inner_prefix|>", ("<|inner_suffix|>",), anywhere=True),
     Format("[THINK]", ("[/THINK]",), anywhere=True),
     Format(
@@ -56,11 +60,26 @@ _FORMATS = (
         ("<|START_RESPONSE|>", "<|END_RESPONSE|>", "<|START_TEXT|>", "<|END_TEXT|>"),
         anywhere=True,
     ),
-    Format("<|channel>thought", ("<channel|>",), anywhere=True),
+    Format("<|channel>thought", ("<channel|>",), tokens=("<|channel>", "<channel|>"), anywhere=True),
     Format(
         "<|channel|>analysis<|message|>",
         ("<|end|>", "<|channel|>final<|message|>"),
         ("<|start|>assistant", "<|channel|>final<|message|>", "<|channel|>commentary<|message|>"),
+        tokens=("<|channel|>", "<|message|>"),
+        anywhere=True,
+    ),
+    Format(
+        "<|open|>think<|sep|>",
+        ("<|close|>think<|sep|>",),
+        ("<|open|>response<|sep|>", "<|close|>response<|sep|>", "<|close|>message<|sep|>"),
+        tokens=("<|open|>", "<|close|>", "<|sep|>"),
+        anywhere=True,
+    ),
+    Format(
+        "<|think|>",
+        ("<|end|>",),
+        ("<|begin|>assistant", "<|content|>"),
+        tokens=("<|think|>", "<|content|>"),
         anywhere=True,
     ),
 )
@@ -69,16 +88,17 @@ _FORMATS = (
 def find_formats(source: str, tokenizer: Tokenizer) -> tuple[Format, ...]:
     """The formats that a template (its text) or a vocabulary knows. ``<think>`` always counts: fine-tunes
     think so without a word in their templates."""
+    specials = tokenizer.special_tokens()
 
     def is_known(one: Format) -> bool:
-        markers = (one.opens, *one.closes)
-        if any(marker in source for marker in markers):
+        tokens = one.tokens or (one.opens,)
+        if all(tokenizer.token_id(token) is not None for token in tokens):
             return True
-        return any(tokenizer.token_id(marker) is not None for marker in (one.opens, one.closes[0]))
+        return one.opens in source or (not one.anywhere and one.closes[0] in source)
 
     def is_possible(one: Format) -> bool:
         # A marker that no text contains by itself is made of special tokens, or it is no marker here.
-        return not one.anywhere or bool(_specials_in(one, tokenizer.special_tokens()))
+        return not one.anywhere or any(token in one.opens for token in specials if token)
 
     return tuple(one for one in _FORMATS if one is _THINK or (is_known(one) and is_possible(one)))
 

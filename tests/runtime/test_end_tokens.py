@@ -150,6 +150,17 @@ def test_learnt_tokens_count_only_if_no_text_is_spelled_so() -> None:
     assert chat(source, vocabulary(text=("<|im_end|>",)))[0] == {"<|im_end|>"}
 
 
+def test_a_template_whose_turns_end_as_named_adds_nothing() -> None:
+    # Cohere: a text ends before its turn does, and a call may come between.
+    source = "{% for m in messages %}{{ '<|T|>' + m.content + '<|/T|><|END|>' }}{% endfor %}"
+    tokenizer = vocabulary("<|T|>", "<|/T|>", "<|END|>")
+    assert chat(source, tokenizer, frozenset([tokenizer.token_id("<|END|>") or 0])) == (set(), "")
+    assert chat(source, tokenizer)[0] == {"<|/T|>"}
+    # Kimi K3: one token closes thinking, answer and turn alike.
+    source = "{% for m in messages %}{{ m.content + '<|close|>response<|close|>turn' }}{% endfor %}"
+    assert chat(source, vocabulary("<|close|>")) == (set(), "")
+
+
 def test_an_end_inside_an_answer_is_none() -> None:
     # gpt-oss: <|end|> parts thinking and answer; an answer ends by <|return|>, a call by <|call|>.
     turn = "'<|start|>' + m.role + '<|message|>' + m.content + '<|end|>'"

@@ -112,6 +112,7 @@ def test_the_switch_of_thinking_has_more_than_one_name() -> None:
     assert think_variables(True, names_read(DEEPSEEK)) == {"thinking": True}
     assert think_variables(True, names_read(GPT_OSS)) == {}
     assert think_variables(None, names_read(QWEN)) == {}
+    assert think_variables(False, frozenset(["thinking_mode", "x"])) == {"thinking_mode": "disabled"}
 
 
 def test_unused_variables_are_named() -> None:

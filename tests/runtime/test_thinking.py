@@ -154,6 +154,9 @@ def test_formats_of_the_template_and_the_vocabulary(special: Tokenizer, tokenize
     assert [one.opens for one in find_formats("", special)] == ["<think>", "[THINK]"]
     assert [one.opens for one in find_formats("{{ x }}", tokenizer)] == ["<think>"]
     assert [one.opens for one in find_formats("'<seed:think>'", tokenizer)] == ["<think>", "<seed:think>"]
+    assert [one.opens for one in find_formats("Here is my response:", tokenizer)][1:] == [
+        "Here is my thought process:"
+    ]
     # Without such tokens a text that looks like them is text.
     assert [one.opens for one in find_formats("[THINK]", tokenizer)] == ["<think>"]
 
