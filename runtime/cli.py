@@ -141,7 +141,8 @@ def main(bundle: Path, prompt: str | None, prompt_file: Path | None, verbose: in
     """Chat with the model in BUNDLE (a folder made by krasis-convert), or answer one prompt.
 
     Without --prompt and --file, a text piped to stdin is the prompt; at a terminal a chat begins. Sampling
-    follows the model's generation_config.json where no option says otherwise.
+    follows what the model's files recommend where no option says otherwise; if they recommend nothing, the
+    most likely token is taken, and a line says so.
     """
     _configure_logging(verbose)
     try:

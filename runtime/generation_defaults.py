@@ -138,8 +138,8 @@ class _Reader:
             return None
         if name in _WHOLE and number != int(number):
             raise FormatError(f"{name} must be a whole number", where=self.where, got=shown(value))
-        if number in _OFF[name]:
-            if number < 0 and name != "penalty_last_n" and name != "top_k":
+        if number in _OFF[name] or (name == "top_k" and number < 0):
+            if number < 0 and name not in _WHOLE:
                 self.note(f"{name} is {number:g}, which is read as off")
             elif number == 0 and name == "repetition_penalty":
                 self.note(f"{name} is 0, which is read as off")

@@ -17,7 +17,7 @@ from krasis.runtime.generation import Answer, Generation
 from krasis.runtime.output import PrefillBar, note, stream_answer
 from krasis.runtime.report import memory_note, summary_line
 from krasis.runtime.settings import SamplingSettings
-from krasis.runtime.text_settings import set_text_option, text_settings
+from krasis.runtime.text_settings import TEXT_OPTIONS, set_text_option, text_settings
 from krasis.runtime.thinking_view import unfinished_note
 
 PROMPT, MORE = ">>> ", "... "
@@ -181,7 +181,9 @@ COMMANDS = {
     "save": Command("FILE", "write the conversation; FILE.kv: with what was computed for it", Terminal.save),
     "load": Command("FILE", "read a conversation, and what was computed for it", Terminal.load),
     "stats": Command("", "speed of the last answer, context used", Terminal.show_stats),
-    "set": Command("[NAME VALUE]", "change a setting, such as temperature 0.7", Terminal.set_value),
+    "set": Command(
+        "[NAME VALUE]", "change a setting, such as temperature 0.7 or think off", Terminal.set_value
+    ),
     "quit": Command("", "leave", Terminal.quit),
 }
 
@@ -191,7 +193,7 @@ def set_option(conversation: Conversation, name: str, text: str) -> None:
     ``none`` unsets."""
     known = [field.name for field in fields(SamplingSettings)]
     if name not in (*known, "max_tokens"):
-        raise UsageError("unknown setting", got=name, limit=", ".join([*known, "max_tokens"]))
+        raise UsageError("unknown setting", got=name, limit=", ".join([*known, "max_tokens", *TEXT_OPTIONS]))
     whole = name in ("top_k", "seed", "max_tokens", "penalty_last_n")
     try:
         value: Any = None if text == "none" else int(text) if whole else float(text)

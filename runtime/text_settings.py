@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from krasis.runtime.terminal import Terminal
 
 
+TEXT_OPTIONS = ("think", "show_thinking", "variables of the chat template")
+
+
 def set_text_option(terminal: Terminal, name: str, text: str) -> bool:
     """Sets ``think``, ``show_thinking`` or a variable of the chat template (``none`` unsets it); False if
     name is none of them. Raises UsageError for a bad value or a template without such a switch."""

@@ -84,5 +84,7 @@ def unfinished_note(stats: Generation) -> str:
     remedy = {
         "length": "a larger --max-tokens lets it come to an answer",
         "context": "a larger --ctx lets it come to an answer",
-    }.get(stats.stop_reason, "--show-thinking shows its thoughts")
+    }.get(stats.stop_reason)
+    if remedy is None:
+        return f"the model ended after {len(stats.tokens)} tokens of thinking, without an answer"
     return f"the model was still thinking after {len(stats.tokens)} tokens; {remedy}"

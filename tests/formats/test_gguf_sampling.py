@@ -45,6 +45,17 @@ def test_what_no_sampler_here_does_is_kept_for_the_note() -> None:
     assert sampling(typ_p=0.5) == {"typical_p": 0.5, "do_sample": True}
 
 
+def test_at_zero_and_below_llama_cpp_takes_the_most_likely() -> None:
+    for value in (0, 0.0, -1.0):
+        assert sampling(temp=value, top_k=20) == {"temperature": 0.0, "do_sample": False, "top_k": 20}
+
+
+def test_texts_in_a_list_are_one_text_and_other_lists_are_refused() -> None:
+    assert sampling(sequence=["top_k", "temperature"]) == {"sequence": "top_k;temperature"}
+    with pytest.raises(FormatError, match=r"general\.sampling\.top_k"):
+        sampling(top_k=[1, 2])
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_number_that_is_none_is_refused_by_name(value: float) -> None:
     with pytest.raises(FormatError, match=r"general\.sampling\.temp"):

@@ -49,6 +49,7 @@ def test_values_without_do_sample_mean_drawing() -> None:
     [
         ("top_k", -1, 0),
         ("top_k", 0, 0),
+        ("top_k", -2, 0),
         ("top_k", None, 0),
         ("top_k", 20.0, 20),
         ("top_k", 10**12, 0),
@@ -102,7 +103,6 @@ def test_temperature_zero_with_do_sample_takes_the_most_likely_and_says_so() -> 
         ("temperature", 1e9),
         ("temperature", float("nan")),
         ("top_k", 2.5),
-        ("top_k", -2),
         ("top_p", -0.5),
         ("top_p", {}),
         ("min_p", 1.5),

@@ -79,4 +79,5 @@ def test_why_there_is_no_answer() -> None:
     note = unfinished_note(Generation(reasoning="y", stop_reason="length", tokens=[1, 2]))
     assert "2 tokens" in note
     assert "--max-tokens" in note
+    assert "without an answer" in unfinished_note(Generation(reasoning="y", stop_reason="end"))
     assert "--ctx" in unfinished_note(Generation(reasoning="y", stop_reason="context"))
