@@ -244,8 +244,8 @@ class Engine:
         What the cache already holds of the prompt is not computed again. sampling: None = as
         generation_config.json suggests. max_tokens: None = until an end token or the context is full. stop:
         texts, or special tokens, that end the text, be it answer or thinking. template_vars: as for
-        ``encode``. split_thinking: what the model thinks comes as pieces of the kind ``reasoning``; False: all
-        is answer, with the markers as far as decoding shows them.
+        ``encode``. split_thinking: what the model thinks comes as pieces of the kind ``reasoning``; False:
+        all is answer, with the markers as far as decoding shows them.
         Raises UsageError if the prompt does not fit the context.
         """
         ids = self.encode(prompt, template_vars=template_vars)

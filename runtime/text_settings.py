@@ -44,6 +44,8 @@ def set_text_option(terminal: Terminal, name: str, text: str) -> bool:
         return True
     if name not in names_offered(source):
         return False
+    if not text:
+        raise UsageError(f"{name} needs a value", hint=f"/set {name} none unsets it")
     if text == "none":
         variables.pop(name, None)
     else:

@@ -270,7 +270,7 @@ def test_a_chat_sends_answers_back_without_their_thinking(
     assert terminal.show_thinking is False
     terminal.set_value("presence_penalty 1.5")
     assert conversation.sampling.presence_penalty == 1.5
-    for wrong in ("think perhaps", "show_thinking 7", "budget 3", "messages []"):
+    for wrong in ("think perhaps", "show_thinking 7", "budget 3", "messages []", "enable_thinking"):
         with pytest.raises(UsageError):
             terminal.set_value(wrong)
 
