@@ -6,7 +6,7 @@ frequency penalties come right after the repetition penalty, as in llama.cpp. Ti
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -22,16 +22,18 @@ Probabilities = npt.NDArray[np.float64]
 class Sampler:
     """One generation's sampler. The same settings, seed and logits give the same tokens (PCG64)."""
 
-    __slots__ = ("_random", "settings")
+    __slots__ = ("_answer", "_context", "_random", "settings")
 
     def __init__(self, settings: SamplingSettings) -> None:
         self.settings = settings
+        self._context = _Counts(settings.penalty_last_n)
+        self._answer = _Counts(settings.penalty_last_n)
         self._random = np.random.Generator(np.random.PCG64(settings.seed))
 
     def pick(self, logits: Logits, context: Sequence[int] = (), answer: Sequence[int] = ()) -> int:
         """The next token's id. logits: f32 [vocab], not changed. context: ids the repetition penalty applies
         to: the prompt's and the answer's. answer: those of the answer, to which presence and frequency
-        penalties apply.
+        penalties apply. Both only grow from call to call.
 
         Raises NativeError if the logits hold NaN or infinity.
         """
@@ -52,18 +54,41 @@ class Sampler:
         if chosen.penalty_last_n == 0:
             return logits
         if chosen.repetition_penalty != 1.0:
-            logits = penalize_repetition(
-                logits, _last(context, chosen.penalty_last_n), chosen.repetition_penalty
-            )
+            seen = list(self._context.update(context))
+            logits = penalize_repetition(logits, seen, chosen.repetition_penalty)
         if chosen.presence_penalty or chosen.frequency_penalty:
-            seen = _last(answer, chosen.penalty_last_n)
-            logits = penalize_presence(logits, seen, chosen.presence_penalty, chosen.frequency_penalty)
+            counts = self._answer.update(answer)
+            logits = penalize_presence(logits, counts, chosen.presence_penalty, chosen.frequency_penalty)
         return logits
 
 
-def _last(ids: Sequence[int], count: int) -> Sequence[int]:
-    """The last count ids; all for -1."""
-    return ids if count < 0 else ids[-count:]
+class _Counts:
+    """How often each id is among the last ids of a sequence that grows. last: -1 = all of them.
+
+    Counted as it grows: to count an answer of thousands of tokens anew for each of them takes milliseconds.
+    """
+
+    __slots__ = ("_counts", "_done", "_last")
+
+    def __init__(self, last: int) -> None:
+        self._last = last
+        self._counts: dict[int, int] = {}
+        self._done = 0
+
+    def update(self, ids: Sequence[int]) -> Mapping[int, int]:
+        """The counts with what is new in ids."""
+        if len(ids) < self._done:
+            self._counts.clear()
+            self._done = 0
+        for token in ids[self._done :]:
+            self._counts[token] = self._counts.get(token, 0) + 1
+        if self._last >= 0:
+            for token in ids[max(self._done - self._last, 0) : max(len(ids) - self._last, 0)]:
+                self._counts[token] -= 1
+                if not self._counts[token]:
+                    del self._counts[token]
+        self._done = len(ids)
+        return self._counts
 
 
 def penalize_repetition(logits: Logits, context: Sequence[int], penalty: float) -> Logits:
@@ -78,15 +103,16 @@ def penalize_repetition(logits: Logits, context: Sequence[int], penalty: float) 
     return penalized
 
 
-def penalize_presence(logits: Logits, answer: Sequence[int], presence: float, frequency: float) -> Logits:
-    """Subtracts presence, and frequency for each time, from the logits of the ids in answer (OpenAI's
+def penalize_presence(logits: Logits, counts: Mapping[int, int], presence: float, frequency: float) -> Logits:
+    """Subtracts presence, and frequency for each time, from the logits of the ids counted (OpenAI's
     definition: logit - count * frequency - (count > 0) * presence, over the tokens sampled so far). Returns a
     copy if it changes any."""
-    if not len(answer) or (presence == 0.0 and frequency == 0.0):
+    if not counts or (presence == 0.0 and frequency == 0.0):
         return logits
-    ids, counts = np.unique(np.asarray(answer, dtype=np.int64), return_counts=True)
+    ids = np.fromiter(counts.keys(), dtype=np.int64, count=len(counts))
+    times = np.fromiter(counts.values(), dtype=np.float64, count=len(counts))
     penalized = logits.copy()
-    penalized[ids] -= (counts * frequency + presence).astype(np.float32)
+    penalized[ids] -= (times * frequency + presence).astype(np.float32)
     return penalized
 
 

@@ -4,6 +4,7 @@ numbers."""
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -140,10 +141,10 @@ def test_presence_and_frequency_follow_openais_definition() -> None:
     for token in range(200):
         count = answer.count(token)
         expected[token] -= count * 0.25 + (count > 0) * 1.5
-    found = penalize_presence(logits, answer, 1.5, 0.25)
+    found = penalize_presence(logits, Counter(answer), 1.5, 0.25)
     assert found == pytest.approx(expected, abs=1e-6)
-    assert penalize_presence(logits, answer, 0.0, 0.0) is logits
-    assert penalize_presence(logits, [], 1.5, 0.25) is logits
+    assert penalize_presence(logits, Counter(answer), 0.0, 0.0) is logits
+    assert penalize_presence(logits, {}, 1.5, 0.25) is logits
 
 
 def test_penalties_count_the_answer_and_repetition_the_prompt_too() -> None:
@@ -156,6 +157,24 @@ def test_penalties_count_the_answer_and_repetition_the_prompt_too() -> None:
     assert Sampler(SamplingSettings(frequency_penalty=-1.0)).pick(logits, [], [1]) == 1
     assert Sampler(SamplingSettings(repetition_penalty=1.1)).pick(logits, [0], []) == 1
     assert logits.tolist() == [3.0, pytest.approx(2.9), 0.0, 0.0]
+
+
+@given(st.lists(st.integers(0, 4), max_size=25), st.integers(-1, 6).filter(bool), st.integers(1, 4))
+@settings(max_examples=100, deadline=None)
+def test_a_growing_answer_is_counted_as_if_anew(answer: list[int], last: int, stride: int) -> None:
+    logits = np.array([5.0, 4.5, 4.0, -3.0, 3.5], dtype=np.float32)
+    chosen = SamplingSettings(
+        presence_penalty=0.7, frequency_penalty=0.3, repetition_penalty=1.2, penalty_last_n=last
+    )
+    growing = Sampler(chosen)
+    for size in range(0, len(answer) + 1, stride):
+        part = answer[:size]
+        seen = part if last < 0 else part[-last:]
+        expected = logits.astype(np.float64)
+        for token in set(seen):
+            expected[token] *= 1.2 if expected[token] < 0 else 1 / 1.2
+            expected[token] -= 0.7 + 0.3 * seen.count(token)
+        assert growing.pick(logits, part, part) == int(np.argmax(expected.astype(np.float32)))
 
 
 def test_penalties_look_back_so_far_only() -> None:
