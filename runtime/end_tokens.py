@@ -35,10 +35,15 @@ _QUESTION, _ANSWER = "Krasis1question", "Krasis2answer"
 
 @dataclass(frozen=True, slots=True)
 class NamedEnds:
-    """What one file says: a value of ``eos_token_id`` or ``eos_token``."""
+    """What one file says: a value of ``eos_token_id`` or ``eos_token``.
+
+    is_doubtful: another file names ends as well, which the makers of chat models keep better: of this one
+    only ids of added tokens count. A config.json often has the id of another vocabulary, left over.
+    """
 
     where: str
     value: object
+    is_doubtful: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +149,7 @@ def turn_end(template: ChatTemplate, tokenizer: Tokenizer, named: Collection[int
 
 def _read_ids(file: NamedEnds, tokenizer: Tokenizer, notes: list[str]) -> Iterable[int]:
     """The ids of one value: an id, a token's text, an id as text, or a list of such; null is none."""
+    added = set(tokenizer.added_tokens().values()) if file.is_doubtful else set()
     values: Sequence[object] = file.value if isinstance(file.value, list) else [file.value]
     for value in values:
         if isinstance(value, Mapping):  # {"content": "</s>", ...}, a token of tokenizer_config.json
@@ -162,6 +168,9 @@ def _read_ids(file: NamedEnds, tokenizer: Tokenizer, notes: list[str]) -> Iterab
                     f"{file.where}: the end token {number} is outside the vocabulary of "
                     f"{tokenizer.vocab_size} and is ignored"
                 )
+            continue
+        if file.is_doubtful and number not in added:
+            notes.append(f"{file.where}: the end token {number} is an ordinary token and is ignored")
             continue
         yield number
 

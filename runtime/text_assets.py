@@ -68,17 +68,14 @@ class TextAssets:
     def named_ends(self) -> frozenset[int]:
         """Ids that the files name as ends: generation_config.json, config.json, and the tokenizer's end
         token."""
-        ids, notes = named_ends(
-            [
-                NamedEnds(f"{self._where}: {GENERATION_CONFIG}", self._generation.get("eos_token_id")),
-                *(
-                    NamedEnds(f"{self._where}: {MODEL_CONFIG}", value)
-                    for value in eos_values(self._model_config)
-                ),
-                NamedEnds(f"{self._where}: {TOKENIZER_CONFIG}", self._tokens.get("eos_token")),
-            ],
-            self.tokenizer,
-        )
+        named = self._generation.get("eos_token_id")
+        files = [NamedEnds(f"{self._where}: {GENERATION_CONFIG}", named)]
+        files += [
+            NamedEnds(f"{self._where}: {MODEL_CONFIG}", value, is_doubtful=named is not None)
+            for value in eos_values(self._model_config)
+        ]
+        files.append(NamedEnds(f"{self._where}: {TOKENIZER_CONFIG}", self._tokens.get("eos_token")))
+        ids, notes = named_ends(files, self.tokenizer)
         for note in notes:
             logger.warning("%s", note)
         return ids

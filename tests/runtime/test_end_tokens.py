@@ -95,6 +95,15 @@ def test_all_files_are_joined() -> None:
     assert eos_values({"text_config": None}) == [None, None]
 
 
+def test_an_id_left_over_in_config_json_ends_nothing() -> None:
+    tokenizer = vocabulary("<|endoftext|>", "<|im_end|>")
+    files = [NamedEnds("a", 3), NamedEnds("config.json", [1, 2], is_doubtful=True)]
+    ids, notes = named_ends(files, tokenizer)
+    assert ids == {2, 3}
+    assert notes == ("config.json: the end token 1 is an ordinary token and is ignored",)
+    assert named_ends([NamedEnds("config.json", [1, 2])], tokenizer)[0] == {1, 2}
+
+
 def chat(template: str, tokenizer: Tokenizer, named: frozenset[int] = frozenset()) -> tuple[set[str], str]:
     """(spellings that were added, the note)."""
     found = chat_ends(named, tokenizer, ChatTemplate(template, {"eos_token": "</s>"}))
