@@ -31,6 +31,7 @@ from krasis.convert.resources import (
     check_disk,
     check_memory,
     free_disk_bytes,
+    usable_memory_bytes,
 )
 from krasis.convert.settings import ConvertSettings, format_bytes, format_seconds
 from krasis.convert.verify import verify_checksums, verify_sample
@@ -116,7 +117,7 @@ def prepare(paths: Sequence[Path], out: Path, settings: ConvertSettings, reporte
             f"both inputs hold the same model: {cross_check.num_tensors} tensors sampled, largest relative "
             f"error {cross_check.worst_relative_error:.2g} ({cross_check.worst_tensor})"
         )
-    plan = plan_conversion(inputs.hf, inputs.gguf, settings)
+    plan = plan_conversion(inputs.hf, inputs.gguf, settings, usable_memory_bytes())
     calibration = None
     if settings.calibration is not None:
         calibration = load_calibration(settings.calibration, plan.architecture)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,6 +14,7 @@ from krasis.convert.names import PARTS
 from krasis.convert.slices import TensorSlice
 from krasis.convert.sources import WeightSource
 from krasis.formats.layouts.matrix import MatrixView
+from krasis.formats.machine_limits import usable_cpus
 
 READ_AHEAD_EXPERTS = 3
 # NumPy code holds the interpreter lock half of the time: more threads only need more memory.
@@ -43,7 +43,7 @@ class ExpertReader:
         self._decode_slots = decode_slots
         # One thread reads and hashes, so that digests see slices in file order.
         self._reader = ThreadPoolExecutor(1, "krasis-read")
-        num_workers = num_threads or len(os.sched_getaffinity(0))
+        num_workers = num_threads or usable_cpus()
         self._decoders = ThreadPoolExecutor(min(num_workers, MAX_DECODE_THREADS), "krasis-decode")
 
     def __enter__(self) -> ExpertReader:

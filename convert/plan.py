@@ -108,13 +108,17 @@ def expert_record(architecture: Architecture, settings: ConvertSettings, tier: s
 
 
 def plan_conversion(
-    hf: WeightSource | None, gguf: WeightSource | None, settings: ConvertSettings
+    hf: WeightSource | None,
+    gguf: WeightSource | None,
+    settings: ConvertSettings,
+    usable_bytes: int | None = None,
 ) -> ConversionPlan:
     """Decides which source gives what, and lays everything out.
 
     Dense tensors and GPU experts come from the Hugging Face checkpoint when there is one, CPU experts from
-    the GGUF. Raises UsageError without a source or for a group that does not divide the model's sizes,
-    ResourceError when the buffers exceed ``settings.memory_limit_bytes``.
+    the GGUF. usable_bytes: memory that buffers shall be made shallower for. Raises UsageError without a
+    source or for a group that does not divide the model's sizes, ResourceError when the buffers exceed
+    ``settings.memory_limit_bytes``.
     """
     dense_source = hf or gguf
     cpu_source = gguf or hf
@@ -133,7 +137,7 @@ def plan_conversion(
         shards=plan_shards(blobs, settings.shard_bytes),
         blobs=blobs,
         units=units,
-        memory=plan_memory(arch, settings, dense_source, cpu_source),
+        memory=plan_memory(arch, settings, dense_source, cpu_source, usable_bytes),
     )
 
 
@@ -155,9 +159,16 @@ def check_groups(arch: Architecture, settings: ConvertSettings) -> None:
 
 
 def plan_memory(
-    arch: Architecture, settings: ConvertSettings, dense_source: WeightSource, cpu_source: WeightSource
+    arch: Architecture,
+    settings: ConvertSettings,
+    dense_source: WeightSource,
+    cpu_source: WeightSource,
+    usable_bytes: int | None = None,
 ) -> MemoryPlan:
-    """The deepest buffers within the usual budget, shallower under ``memory_limit_bytes``. Pure."""
+    """The deepest buffers within the usual budget, shallower under ``memory_limit_bytes``, or where that is
+    not set under usable_bytes, down to the least. Pure.
+    """
+    limit = usable_bytes if settings.memory_limit_bytes is None else settings.memory_limit_bytes
     record_bytes = max(expert_record(arch, settings, tier).record_bytes for tier in settings.tiers)
     expert_floats = 3 * arch.hidden_size * arch.expert_intermediate_size * 4
     # The gguf package builds each matrix twice while it dequantises it.
@@ -169,8 +180,11 @@ def plan_memory(
         slot_bytes = max(record_bytes, slab_bytes)
         for decode_slots in range(most, min(most, 1) - 1, -1):
             smallest = fixed + slots * slot_bytes + decode_slots * decode_bytes
-            if settings.memory_limit_bytes is None or smallest <= settings.memory_limit_bytes:
-                return MemoryPlan(slots, slot_bytes, decode_slots, smallest)
+            plan = MemoryPlan(slots, slot_bytes, decode_slots, smallest)
+            if limit is None or smallest <= limit:
+                return plan
+    if settings.memory_limit_bytes is None:
+        return plan  # the least there is; whoever begins the work refuses it
     raise ResourceError(
         "the memory limit is too small for this model",
         got=f"{(settings.memory_limit_bytes or 0) / _MIB:.0f} MiB allowed",

@@ -7,10 +7,8 @@ from pathlib import Path
 
 from krasis.convert.settings import format_bytes
 from krasis.formats.errors import ResourceError
+from krasis.formats.machine_limits import memory_limits
 
-_CGROUP_MAX = Path("/sys/fs/cgroup/memory.max")
-_CGROUP_CURRENT = Path("/sys/fs/cgroup/memory.current")
-_CGROUP_STAT = Path("/sys/fs/cgroup/memory.stat")
 # Directories, the manifest, text assets and the file system's own needs.
 DISK_RESERVE_BYTES = 64 << 20
 
@@ -33,39 +31,23 @@ def anonymous_bytes() -> int:
     return _field_bytes("/proc/self/status", "RssAnon") or 0
 
 
-def available_memory_bytes() -> int | None:
-    """Memory that can be allocated without swapping, within the container's limit. None if unknown."""
-    machine = _field_bytes("/proc/meminfo", "MemAvailable")
-    container = _cgroup_available_bytes()
-    known = [value for value in (machine, container) if value is not None]
-    return min(known) if known else None
-
-
-def _cgroup_available_bytes() -> int | None:
-    try:
-        limit = _CGROUP_MAX.read_text(encoding="ascii").strip()
-        if limit == "max":
-            return None
-        used = int(_CGROUP_CURRENT.read_text(encoding="ascii"))
-        reclaimable = 0
-        for line in _CGROUP_STAT.read_text(encoding="ascii").splitlines():
-            name, _, value = line.partition(" ")
-            if name in ("inactive_file", "active_file"):
-                reclaimable += int(value)
-    except (OSError, ValueError):
-        return None
-    return int(limit) - used + reclaimable
+def usable_memory_bytes() -> int | None:
+    """What a conversion may take in all: what can still be had, and what this process has taken already. None
+    where the system does not say.
+    """
+    limits = memory_limits()
+    return None if limits is None else limits.available_bytes + anonymous_bytes()
 
 
 def check_memory(need_bytes: int) -> None:
-    """Raises ResourceError when the machine has less available than the conversion's buffers need."""
-    available = available_memory_bytes()
-    if available is not None and available < need_bytes:
+    """Raises ResourceError when less can be had than the conversion's buffers need, naming what bounds it."""
+    limits, usable = memory_limits(), usable_memory_bytes()
+    if limits is not None and usable is not None and usable < need_bytes:
         raise ResourceError(
             "not enough free memory to convert",
-            got=f"{format_bytes(available)} available",
+            got=f"{format_bytes(usable)} available within {limits.available_reason}",
             limit=f"{format_bytes(need_bytes)} needed",
-            hint="close other programs, or lower --memory-limit to use smaller buffers",
+            hint="close other programs, raise that limit, or convert on another machine",
         )
 
 

@@ -15,6 +15,7 @@ import xxhash
 from krasis.formats.bundle_reader import Bundle
 from krasis.formats.errors import KrasisError
 from krasis.formats.limits import MIB
+from krasis.formats.machine_limits import usable_cpus
 from krasis.formats.manifest import MANIFEST_NAME, AssetRecord, BlobRecord
 from krasis.formats.names import shown
 from krasis.formats.publish import SCRATCH_PREFIXES
@@ -61,7 +62,7 @@ def verify_bundle(
             ),
             *(_asset_job(bundle, asset, report) for asset in bundle.manifest.assets),
         ]
-        count = num_threads or min(_MAX_THREADS, len(os.sched_getaffinity(0)))
+        count = num_threads or min(_MAX_THREADS, usable_cpus())
         problems = _strangers(bundle)
         with ThreadPoolExecutor(max(1, count)) as pool:
             for future in as_completed([pool.submit(job) for job in jobs]):

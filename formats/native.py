@@ -6,6 +6,7 @@ The library is looked for in ``$KRASIS_LIB_DIR``, then in ``krasis/_lib`` of the
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import sysconfig
 import threading
@@ -16,7 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 import krasis
+from krasis.formats.control_groups import cpu_quota
 from krasis.formats.errors import NativeError, ResourceError
+from krasis.formats.machine_limits import address_space_hint, usable_cpus
 
 ABI_VERSION = 1
 LIBRARY_NAME = "libkrasis_cpu.so"
@@ -102,9 +105,10 @@ def check(status: int, function: str) -> None:
     text = _STATUS_TEXT.get(status, f"unknown status {status}")
     if status == 7:
         code = ctypes.get_errno()
-        raise ResourceError(f"{text}: {os.strerror(code)}", where=function)
+        hint = address_space_hint() if code == errno.ENOMEM else ""
+        raise ResourceError(f"{text}: {os.strerror(code)}", where=function, hint=hint)
     if status in (5, 6):
-        raise ResourceError(text, where=function)
+        raise ResourceError(text, where=function, hint=address_space_hint())
     raise NativeError(text, where=function, got=f"status {status}")
 
 
@@ -120,7 +124,8 @@ def address(array: npt.NDArray[np.generic]) -> int:
 class Pool:
     """A native thread pool with its instruction set. Used by one caller at a time; close it, or use ``with``.
 
-    num_threads: threads including the caller; 0 = every CPU this process may run on.
+    num_threads: threads including the caller; 0 = every CPU this process may run on, within the time that its
+    control groups allow.
     isa: ``auto``, ``avx2`` or ``avx512_vnni``. Raises NativeError if the CPU lacks it.
     """
 
@@ -135,6 +140,8 @@ class Pool:
         create.argtypes = [ctypes.c_int32, ctypes.c_int32, ctypes.POINTER(ctypes.c_void_p)]
         create.restype = ctypes.c_int32
         handle = ctypes.c_void_p()
+        if not num_threads and cpu_quota() is not None:
+            num_threads = usable_cpus()
         check(create(num_threads, ISA_CODES[isa], ctypes.byref(handle)), "krasis_pool_create")
         self._handle = handle.value
         self.num_threads = int(self._call("krasis_pool_num_threads"))

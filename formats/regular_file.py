@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from krasis.formats.errors import FormatError, ResourceError
+from krasis.formats.machine_limits import address_space_hint
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -154,7 +155,10 @@ class MappedFile:
         try:
             self._mmap = mmap.mmap(fd, num_bytes, access=mmap.ACCESS_READ)
         except (OSError, ValueError, OverflowError) as error:
-            raise ResourceError("file cannot be mapped into memory", where=str(path), got=error) from error
+            hint = address_space_hint()
+            raise ResourceError(
+                "file cannot be mapped into memory", where=str(path), got=error, hint=hint
+            ) from error
         # [num_bytes] uint8, read-only
         self.bytes: Bytes = np.frombuffer(self._mmap, dtype=np.uint8)
 

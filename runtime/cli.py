@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -187,6 +186,7 @@ def _run(bundle: Path, text: str | None, options: dict[str, Any]) -> int:
     if opened is None:  # a rank that has served its time
         return 0
     with opened as engine:
+        _tell_idle_options(engine, options)
         sampling = _sampling(engine, options)
         note_sampling(engine, sampling, options)
         if text is None:
@@ -196,18 +196,35 @@ def _run(bundle: Path, text: str | None, options: dict[str, Any]) -> int:
 
 def _is_worker() -> bool:
     """Whether torchrun started this process as another rank than the first."""
-    return os.environ.get("RANK", "0") != "0" and "WORLD_SIZE" in os.environ
+    from krasis.runtime.distributed.launcher import is_worker_rank
+
+    return is_worker_rank()
 
 
 def _open(bundle: Path, settings: EngineSettings, num_gpus: int | None) -> Engine | None:
     """The engine; None on a rank that is not the first, once the first has ended."""
-    if num_gpus is None and "WORLD_SIZE" not in os.environ:
+    from krasis.runtime.distributed.launcher import ignored_note, is_launched_rank
+
+    if ignored := ignored_note():
+        click.echo(f"note: {ignored}", err=True)
+    if num_gpus is None and not is_launched_rank():
         from krasis.runtime.engine import Engine
 
         return Engine.open(bundle, settings)
     from krasis.runtime.distributed.launch import open_engine
 
     return open_engine(bundle, settings, num_gpus)
+
+
+def _tell_idle_options(engine: Engine, options: dict[str, Any]) -> None:
+    """A note if options for GPUs were given and none is used."""
+    from krasis.runtime.visible_gpus import idle_options_note
+
+    if not engine.description.startswith(("CPU", "NumPy")):
+        return
+    given = [flag for flag, name in (("--gpus", "gpus"), ("--vram", "vram")) if options[name] is not None]
+    if idle := idle_options_note(given, options["device"]):
+        click.echo(f"note: {idle}", err=True)
 
 
 def _chat(engine: Engine, sampling: SamplingSettings, options: dict[str, Any]) -> int:

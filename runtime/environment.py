@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from krasis.formats import native
+from krasis.formats.control_groups import limited_groups
 from krasis.formats.errors import KrasisError
-from krasis.runtime.cgroups import limited_groups
+from krasis.formats.machine_limits import MemoryLimits, meminfo, memory_limits, usable_cpus
 from krasis.runtime.device.library import cuda_candidates
+from krasis.runtime.visible_gpus import gpus_hidden
 
 CUDA_LIBRARY_NAME = "libkrasis_cuda.so"
 _CPU_FEATURES = (
@@ -162,8 +164,8 @@ def probe_libraries() -> NativeLibraries:
 
 def probe_cpu(root: Path = Path("/")) -> Cpu:
     """The processor by the native probe; without the library by /proc/cpuinfo."""
-    affinity = len(os.sched_getaffinity(0))
-    online = _cpu_list_length(_read(root / "sys/devices/system/cpu/online")) or os.cpu_count() or affinity
+    usable = usable_cpus(root)
+    online = _cpu_list_length(_read(root / "sys/devices/system/cpu/online")) or os.cpu_count() or usable
     info = _native_cpu_info()
     if info is not None:
         features = tuple(name for name in _CPU_FEATURES if getattr(info, f"has_{name}"))
@@ -174,7 +176,7 @@ def probe_cpu(root: Path = Path("/")) -> Cpu:
         nodes = _cpu_list_length(_read(root / "sys/devices/system/node/online")) or 1
         l2, l3 = 0, 0
     isa, reason = choose_isa(features)
-    return Cpu(brand, features, isa, reason, affinity, online, nodes, l2, l3)
+    return Cpu(brand, features, isa, reason, usable, online, nodes, l2, l3)
 
 
 def choose_isa(features: tuple[str, ...]) -> tuple[str, str]:
@@ -214,22 +216,14 @@ def _proc_cpuinfo(root: Path) -> tuple[tuple[str, ...], str]:
 
 def probe_memory(root: Path = Path("/")) -> Memory:
     """RAM, the cgroup's limit and the huge page modes."""
-    info = {
-        match.group(1): int(match.group(2)) * 1024
-        for match in re.finditer(r"^(\w+):\s+(\d+) kB$", _read(root / "proc/meminfo"), re.MULTILINE)
-    }
-    total = info.get("MemTotal", 0)
-    limit, reason = total, "all of the RAM"
-    groups = limited_groups(root)
-    tightest = min((group.limit_bytes for group in groups), default=total)
-    if tightest < total:
-        limit, reason = tightest, "the cgroup's limit"
+    info = meminfo(root)
+    limits = memory_limits(root) or MemoryLimits(0, 0, "all of the RAM", 0, "")
     pages = root / "sys/kernel/mm/transparent_hugepage"
     return Memory(
-        total_bytes=total,
-        available_bytes=min([info.get("MemAvailable", total), *(group.available_bytes for group in groups)]),
-        limit_bytes=limit,
-        limit_reason=reason,
+        total_bytes=limits.total_bytes,
+        available_bytes=limits.available_bytes,
+        limit_bytes=limits.limit_bytes,
+        limit_reason=limits.limit_reason,
         transparent_huge_pages=_chosen(_read(pages / "enabled")),
         file_huge_pages=_file_huge_pages(root, info),
         shmem_huge_pages=_chosen(_read(pages / "shmem_enabled")),
@@ -294,8 +288,8 @@ def _device(properties: object, index: int) -> Device:
 def _why_no_device(root: Path) -> str:
     if not nvidia_driver_loaded(root):
         return "no NVIDIA driver is loaded"
-    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
-        return "CUDA_VISIBLE_DEVICES hides every device"
+    if hidden := gpus_hidden():
+        return hidden
     return "the NVIDIA driver is loaded but torch finds no device (driver older than torch's CUDA?)"
 
 
@@ -315,7 +309,8 @@ def _findings(cpu: Cpu, memory: Memory, libraries: NativeLibraries, torch: Torch
     if torch is not None and torch.problem:
         found.append(f"CUDA through torch off: {torch.problem}")
     if cpu.num_cpus < cpu.num_online_cpus:
-        found.append(f"affinity allows {cpu.num_cpus} of {cpu.num_online_cpus} CPUs")
+        by = "affinity" if cpu.num_cpus == len(os.sched_getaffinity(0)) else "the control group's CPU quota"
+        found.append(f"{by} allows {cpu.num_cpus} of {cpu.num_online_cpus} CPUs")
     if memory.limit_bytes < memory.total_bytes:
         found.append("memory is limited by a cgroup below the machine's RAM")
     if memory.transparent_huge_pages == "never":

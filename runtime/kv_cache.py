@@ -3,7 +3,6 @@ used."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,9 +10,9 @@ import numpy.typing as npt
 
 from krasis.formats.architecture import Architecture
 from krasis.formats.errors import ResourceError
+from krasis.formats.machine_limits import available_memory_bytes
 
 KV_NUMPY: dict[str, type[np.generic]] = {"f16": np.float16, "f32": np.float32}
-MEMINFO = Path("/proc/meminfo")
 
 
 class KvCache:
@@ -61,16 +60,3 @@ def kv_cache_bytes(architecture: Architecture, capacity: int, dtype: str) -> int
     """Bytes of keys and values at full length."""
     per_position = 2 * architecture.num_layers * architecture.num_kv_heads * architecture.head_dim
     return per_position * capacity * np.dtype(KV_NUMPY[dtype]).itemsize
-
-
-def available_memory_bytes() -> int | None:
-    """RAM that can be had without swapping, page cache included; None where the system does not say."""
-    try:
-        lines = MEMINFO.read_text("ascii").splitlines()
-    except OSError:
-        return None
-    for line in lines:
-        name, _, value = line.partition(":")
-        if name == "MemAvailable":
-            return int(value.split()[0]) * 1024
-    return None

@@ -44,11 +44,16 @@ def double_candidates() -> list[Path]:
     return [beside, source_tree / "build" / "cuda" / built, source_tree / "build" / "double" / built]
 
 
+def find_cuda_library() -> Path:
+    """Where libkrasis_cuda is. Raises NativeError if this build lacks it; nothing is loaded."""
+    hint = "build it with a CUDA compiler (KRASIS_CUDA=on pip install .), or set KRASIS_CUDA_LIB to its file"
+    return _find(cuda_candidates(), CUDA_NAME, hint)
+
+
 @functools.cache
 def cuda_library() -> ctypes.CDLL:
     """libkrasis_cuda. Raises NativeError if it is missing, cannot be loaded or has another ABI."""
-    hint = "build it with a CUDA compiler (KRASIS_CUDA=on pip install .), or set KRASIS_CUDA_LIB to its file"
-    return _load(_find(cuda_candidates(), CUDA_NAME, hint))
+    return _load(find_cuda_library())
 
 
 @functools.cache

@@ -14,13 +14,12 @@ from krasis.formats.errors import UsageError
 from krasis.runtime.distributed.backend import DistributedBackend
 from krasis.runtime.distributed.control import Control
 from krasis.runtime.distributed.job import join, serve_rank
+from krasis.runtime.distributed.launcher import is_launched_rank, is_worker_rank
 from krasis.runtime.distributed.partition import Partition
 from krasis.runtime.distributed.place import (
     Place,
     host_local_store,
     host_store,
-    is_launched_rank,
-    is_worker_rank,
     listen_locally,
     local_place,
 )
@@ -56,6 +55,8 @@ def open_engine(path: Path, settings: EngineSettings, num_gpus: int | None = Non
             return None
         store = host_store(place) if place.hosts_store else None
         return Engine.open(path, settings, lambda bundle, chosen: _launched(bundle, chosen, place, store))
+    if num_gpus is not None and settings.device == "cpu":
+        raise UsageError("--gpus needs GPUs", got="--device cpu", hint="leave out one of them")
     if num_gpus is None or num_gpus == 1:
         return Engine.open(path, settings)
     if num_gpus < 1:

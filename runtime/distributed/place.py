@@ -52,8 +52,10 @@ class Place:
         )
 
     def environment(self) -> dict[str, str]:
-        """What ``from_environment`` reads back, without hosting the store."""
+        """What ``from_environment`` reads back, without hosting the store, whatever a launcher has set."""
         return {
+            "TORCHELASTIC_RESTART_COUNT": self.prefix.rpartition("/")[2],
+            "TORCHELASTIC_USE_AGENT_STORE": "False",
             "RANK": str(self.rank),
             "WORLD_SIZE": str(self.num_ranks),
             "LOCAL_RANK": str(self.local_rank),
@@ -75,16 +77,6 @@ class Place:
                 hint="are all ranks started, with the same MASTER_ADDR and MASTER_PORT?",
             ) from error
         return prefixed(self.prefix, store)
-
-
-def is_launched_rank(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether torchrun (or the like) started this process as one of several ranks."""
-    return int(environment.get("WORLD_SIZE", "1") or 1) > 1 and "RANK" in environment
-
-
-def is_worker_rank(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether this process is one of several ranks and not the first: it must not read or print anything."""
-    return is_launched_rank(environment) and environment["RANK"] != "0"
 
 
 def host_store(place: Place) -> Store:

@@ -3,7 +3,6 @@ precision."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from krasis.formats.machine_limits import usable_cpus
 from krasis.runtime.device.api import Device, Event, Stream
 from krasis.runtime.gpu.buffers import Buffers
 from krasis.runtime.gpu.upload import TORCH_DTYPES
@@ -32,7 +32,7 @@ class Embedding:
         shape = (rows, weight.data.shape[1])
         self._pieces = [device.pinned(shape, self._dtype) for _ in range(2)]
         self._sent: list[Event | None] = [None, None]
-        self._num_threads = min(MOST_THREADS, len(os.sched_getaffinity(0)))
+        self._num_threads = min(MOST_THREADS, usable_cpus())
         self._threads = ThreadPoolExecutor(self._num_threads, thread_name_prefix="krasis-embedding")
 
     def run(

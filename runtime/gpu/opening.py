@@ -16,8 +16,10 @@ from krasis.formats.errors import (
 )
 from krasis.formats.layouts import MarlinLayout, layout_from_id
 from krasis.runtime import environment
+from krasis.runtime.device.library import find_cuda_library
 from krasis.runtime.model.backend import Backend
 from krasis.runtime.settings import EngineSettings
+from krasis.runtime.visible_gpus import VARIABLE, gpus_hidden, has_gpu
 
 if TYPE_CHECKING:
     from krasis.runtime.device.api import Device
@@ -48,7 +50,12 @@ def open_gpu_backend(bundle: Bundle, settings: EngineSettings) -> Backend | None
     except _IN_THE_WAY as error:
         if insists:
             raise
-        logger.info("running on the CPU: %s", error)
+        # An idle GPU that a better installation would use is worth a line; what the user chose is not.
+        broken = has_gpu() and (isinstance(error, NativeError) or error.where.startswith("torch "))
+        words = (
+            "this machine's GPU is not used, everything runs on the CPU" if broken else "running on the CPU"
+        )
+        logger.log(logging.WARNING if broken else logging.INFO, "%s: %s", words, error)
         return None
 
 
@@ -69,6 +76,8 @@ def refuse(bundle: Bundle, settings: EngineSettings) -> None:
     _check_kernels(bundle)
     if settings.device != "double" and not environment.nvidia_driver_loaded():
         raise ResourceError("there is no GPU: no NVIDIA driver is loaded")
+    if settings.device != "double" and (hidden := gpus_hidden()):
+        raise ResourceError(f"there is no GPU: {hidden}", hint=f"unset {VARIABLE}, or use --device cpu")
 
 
 def _check_kernels(bundle: Bundle) -> None:
@@ -121,6 +130,7 @@ def open_device(settings: EngineSettings, index: int = 0) -> Device:
         from krasis.runtime.device.double import DeviceDouble
 
         return DeviceDouble(seed=index, total_bytes=settings.vram_bytes or DOUBLE_BYTES)
+    find_cuda_library()  # before torch, which takes a second to import
     from krasis.runtime.device.cuda import CudaDevice
 
     return CudaDevice(index, settings.vram_bytes)

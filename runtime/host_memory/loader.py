@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 
 from krasis.formats.errors import KrasisError, NativeError
+from krasis.formats.machine_limits import usable_cpus
 
 CHUNK_BYTES = 16 * 2**20
 MAX_THREADS = 32
@@ -22,7 +22,7 @@ def default_threads() -> int:
     """Every CPU of the affinity mask, up to 32: first touch of fresh memory is what costs, and it is the
     CPU's.
     """
-    return max(2, min(MAX_THREADS, len(os.sched_getaffinity(0))))
+    return max(2, min(MAX_THREADS, usable_cpus()))
 
 
 def forget_frames(error: BaseException | None) -> None:

@@ -22,6 +22,7 @@ from krasis.formats.errors import (
     UsageError,
 )
 from krasis.formats.file_ops import FileOps
+from krasis.formats.machine_limits import MemoryLimits
 
 
 def refuse(run, paths, out, error, match, **settings):
@@ -271,8 +272,9 @@ class TestResources:
         refuse(run, [hf_dir], out, ResourceError, "memory limit is too small", memory_limit_bytes=1 << 20)
 
     def test_machine_too_small(self, run, hf_dir, out, monkeypatch):
-        monkeypatch.setattr("krasis.convert.resources.available_memory_bytes", lambda: 1 << 20)
-        refuse(run, [hf_dir], out, ResourceError, "not enough free memory")
+        limits = MemoryLimits(8 << 30, 8 << 30, "all of the RAM", 1 << 20, "the control group's limit")
+        monkeypatch.setattr("krasis.convert.resources.memory_limits", lambda: limits)
+        refuse(run, [hf_dir], out, ResourceError, "not enough free memory .*within the control group's limit")
 
 
 class Interrupted(FileOps):

@@ -75,6 +75,7 @@ def rank_main(
 ) -> None:
     settings = replace(SETTINGS, vram_bytes=vram_bytes)
     os.environ |= {
+        "KRASIS_JOIN": "1",
         "RANK": str(rank),
         "WORLD_SIZE": str(num_ranks),
         "LOCAL_RANK": str(rank),

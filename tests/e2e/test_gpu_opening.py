@@ -26,6 +26,7 @@ def bundle(make_bundle: Callable[..., Path], make_config: Callable[..., Any]) ->
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also on a machine that has one."""
     monkeypatch.setattr(environment, "nvidia_driver_loaded", lambda *_: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
 def reason_of(caplog: pytest.LogCaptureFixture) -> str:
@@ -52,6 +53,36 @@ def test_auto_without_the_library_goes_to_the_cpu(
     assert "the native GPU library is not there" in reason_of(caplog)
     with pytest.raises(NativeError, match="library is not there"):
         Engine.open(bundle, EngineSettings(device="cuda"))
+
+
+@pytest.mark.parametrize("seen", [True, False])
+def test_a_gpu_without_the_library_is_worth_a_line(
+    bundle: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, seen: bool
+) -> None:
+    monkeypatch.setattr(environment, "nvidia_driver_loaded", lambda *_: True)
+    monkeypatch.setattr(opening, "has_gpu", lambda: seen)
+    monkeypatch.setenv("KRASIS_CUDA_LIB", "/nowhere/libkrasis_cuda.so")
+    with caplog.at_level(logging.WARNING), Engine.open(bundle, EngineSettings(prefault=False)) as engine:
+        assert engine.description.startswith("CPU, ")
+    if not seen:  # a container without devices on a machine that has some
+        assert not caplog.records
+        return
+    line = reason_of(caplog)
+    assert line.startswith("this machine's GPU is not used, everything runs on the CPU")
+    assert "KRASIS_CUDA=on pip install ." in line
+    assert "\n" not in line
+
+
+def test_hidden_gpus_are_told_apart_from_none(
+    bundle: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment, "nvidia_driver_loaded", lambda *_: True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(ResourceError, match=r"CUDA_VISIBLE_DEVICES='' hides every GPU.*unset"):
+        Engine.open(bundle, EngineSettings(device="cuda"))
+    with caplog.at_level(logging.INFO), Engine.open(bundle, EngineSettings(prefault=False)):
+        pass
+    assert [record.levelname for record in caplog.records if record.name == opening.__name__] == ["INFO"]
 
 
 def test_cuda_without_a_gpu_is_an_error(bundle: Path) -> None:

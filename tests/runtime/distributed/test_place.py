@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from krasis.formats.errors import UsageError
-from krasis.runtime.distributed.place import Place, is_launched_rank, is_worker_rank
+from krasis.runtime.distributed.place import Place
 
 TORCHRUN = {
     "RANK": "3",
@@ -52,8 +52,7 @@ def test_impossible_places(changes, message: str) -> None:
         Place.from_environment(environment)
 
 
-def test_who_may_read_the_prompt() -> None:
-    assert not is_worker_rank({})
-    assert not is_worker_rank({"RANK": "0", "WORLD_SIZE": "2"})
-    assert is_worker_rank({"RANK": "1", "WORLD_SIZE": "2"})
-    assert not is_launched_rank({"RANK": "0", "WORLD_SIZE": "1"})
+def test_workers_do_not_see_what_a_launcher_left() -> None:
+    place = Place.from_environment(TORCHRUN)
+    left = {**TORCHRUN, "TORCHELASTIC_RESTART_COUNT": "3", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    assert Place.from_environment({**left, **place.environment()}) == place
