@@ -11,19 +11,26 @@ from typing import Any
 
 import click
 
-from krasis.convert.conversion import Summary, convert, describe_plan, dry_run, prepare, tool_version
+from krasis.convert.conversion import (
+    Summary,
+    check_room,
+    convert,
+    describe_plan,
+    dry_run,
+    prepare,
+    tool_version,
+)
 from krasis.convert.partial import partial_path
 from krasis.convert.progress import Reporter
 from krasis.convert.settings import (
     GPU_GROUPS,
     ConvertSettings,
-    format_bytes,
-    format_seconds,
-    parse_size,
     parse_tiers,
 )
 from krasis.formats.errors import KrasisError, ResourceError
+from krasis.formats.file_ops import FILE_SIZE_HINT
 from krasis.formats.shard_output import OUTPUT_IO
+from krasis.formats.units import format_bytes, format_seconds, parse_bytes
 
 EXIT_INTERRUPTED = 130
 
@@ -108,11 +115,11 @@ def _settings(options: dict[str, Any]) -> ConvertSettings:
         gpu_group=GPU_GROUPS[options["gpu_group"]],
         gpu_scales=options["gpu_scales"],
         cpu_format=options["cpu_format"],
-        shard_bytes=parse_size(options["shard_size"], "--shard-size"),
+        shard_bytes=parse_bytes(options["shard_size"], "--shard-size"),
         calibration=options["calibration"],
         num_threads=options["threads"],
         output_io=options["output_io"],
-        memory_limit_bytes=None if limit is None else parse_size(limit, "--memory-limit"),
+        memory_limit_bytes=None if limit is None else parse_bytes(limit, "--memory-limit"),
         replace=options["force"],
         restart=not options["resume"],
         full_verify=options["verify"],
@@ -134,7 +141,8 @@ def _run(
         if as_json:
             print(json.dumps(asdict(plan), indent=2, default=str))
         else:
-            print("\n".join(describe_plan(plan)))
+            print("\n".join(describe_plan(plan)), flush=True)
+        check_room(prepared)  # the plan is told either way; the exit code says whether it can be done
         return
     try:
         summary = convert(prepared, reporter)
@@ -165,6 +173,8 @@ def _from_os_error(error: OSError) -> ResourceError:
     hint = ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         hint = "free some disk space, then run the same command again to continue"
+    if error.errno == errno.EFBIG:
+        hint = FILE_SIZE_HINT
     where = str(error.filename) if error.filename else ""
     return ResourceError(f"the system refused: {error.strerror or error}", where=where, hint=hint)
 

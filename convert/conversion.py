@@ -26,27 +26,29 @@ from krasis.convert.plan import ConversionPlan, plan_conversion
 from krasis.convert.progress import Reporter
 from krasis.convert.quality import REPORT_NAME, manifest_quality, report_bytes
 from krasis.convert.resources import (
-    DISK_RESERVE_BYTES,
     allocated_bytes,
     check_disk,
+    check_file_size,
     check_memory,
     free_disk_bytes,
+    needed_disk_bytes,
     usable_memory_bytes,
 )
-from krasis.convert.settings import ConvertSettings, format_bytes, format_seconds
+from krasis.convert.settings import ConvertSettings
 from krasis.convert.verify import verify_checksums, verify_sample
 from krasis.formats.errors import UsageError
 from krasis.formats.file_ops import FileOps
 from krasis.formats.manifest import AssetRecord, Manifest, SourceRecord
 from krasis.formats.publish import check_replaceable
+from krasis.formats.units import format_bytes, format_seconds
 
 
 @dataclass(frozen=True, slots=True)
 class Summary:
     """What a finished conversion reports.
 
-    source_bytes and elapsed_s: of this run; a resumed one did only the rest. output_io: how shards were
-    written, and why, for a person.
+    source_bytes (each tensor once) and elapsed_s: of this run; a resumed one did only the rest. output_io:
+    how shards were written, and why, for a person.
     """
 
     out: Path
@@ -67,13 +69,16 @@ class Summary:
 
 @dataclass(frozen=True, slots=True)
 class DryRun:
-    """What would be done. output_bytes: on disk, padding and text files aside."""
+    """What would be done. output_bytes: on disk, padding and text files aside. source_bytes: that are read,
+    each tensor once. needed_disk_bytes: beyond what an unfinished conversion holds already.
+    """
 
     tier_bytes: Mapping[str, int]
     output_bytes: int
     num_files: int
     source_bytes: int
     free_disk_bytes: int
+    needed_disk_bytes: int
     memory_bytes: int
     estimate: Estimate
     layouts: Mapping[str, str]
@@ -153,13 +158,26 @@ def dry_run(prepared: Prepared) -> DryRun:
         tier_bytes=plan.tier_bytes(),
         output_bytes=plan.shards.total_bytes,
         num_files=len(plan.shards.files),
-        source_bytes=plan.source_bytes,
+        source_bytes=plan.input_bytes,
         free_disk_bytes=free_disk_bytes(prepared.out),
+        needed_disk_bytes=needed_disk_bytes(
+            plan.shards.total_bytes, allocated_bytes(partial_path(prepared.out))
+        ),
         memory_bytes=plan.memory.total_bytes,
         estimate=estimate(plan),
         layouts=prepared.settings.layouts(),
         resumable=is_resumable(prepared.out),
     )
+
+
+def check_room(prepared: Prepared) -> None:
+    """Raises ResourceError, with the figures, where memory, disk or the size of a file does not suffice."""
+    plan, out = prepared.plan, prepared.out
+    check_memory(plan.memory.total_bytes)
+    largest = max((file.num_bytes for file in plan.shards.files), default=0)
+    check_file_size(out, largest, max((blob.num_bytes for blob in plan.blobs), default=0))
+    # What an earlier run holds is used again, or freed first.
+    check_disk(out, plan.shards.total_bytes, allocated_bytes(partial_path(out)))
 
 
 def fingerprint(prepared: Prepared) -> dict[str, Any]:
@@ -204,9 +222,7 @@ def convert(prepared: Prepared, reporter: Reporter, io: FileOps | None = None) -
     io = io or FileOps()
     plan, out, settings = prepared.plan, prepared.out, prepared.settings
     begin_s = time.monotonic()
-    check_memory(plan.memory.total_bytes)
-    # What an earlier run holds is used again, or freed first.
-    check_disk(out, plan.shards.total_bytes, allocated_bytes(partial_path(out)))
+    check_room(prepared)
     with open_partial(
         out,
         plan.shards,
@@ -286,12 +302,13 @@ def describe_plan(plan: DryRun) -> list[str]:
         for tier, size in plan.tier_bytes.items()
     ]
     time_s = plan.estimate.pack_s
-    fits = plan.resumable or plan.free_disk_bytes >= plan.output_bytes + DISK_RESERVE_BYTES
+    fits = plan.free_disk_bytes >= plan.needed_disk_bytes
+    lack = "" if fits else f", which is NOT enough: {format_bytes(plan.needed_disk_bytes)} are needed"
     return [
         "would write:",
         *lines,
         f"  total  {format_bytes(plan.output_bytes):>10s}  in {plan.num_files} files",
-        f"disk:    {format_bytes(plan.free_disk_bytes)} free{'' if fits else ', which is NOT enough'}",
+        f"disk:    {format_bytes(plan.free_disk_bytes)} free{lack}",
         f"memory:  {format_bytes(plan.memory_bytes)} beyond the page cache",
         f"reads:   {format_bytes(plan.source_bytes)} of source",
         f"time:    about {format_seconds(time_s)} ({plan.estimate.gb_per_s:.2f} GB/s of source, measured by "

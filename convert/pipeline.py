@@ -72,7 +72,7 @@ def run_units(
                     known.update(tensors)
                     record = UnitRecord(unit.name, blobs, tensors, quality.to_json())
                     journal.append(record)
-                    result.source_bytes += unit.source_bytes
+                    result.source_bytes += unit.new_bytes
                 result.blobs.update(record.blobs)
                 result.quality[unit.name] = UnitQuality.from_json(record.quality)
     finally:

@@ -33,7 +33,8 @@ CHUNK_BYTES = 32 * _MIB  # of float32 decoded at once from a dense tensor
 class Unit:
     """The smallest piece of work that a resume skips: written, synced and journalled as a whole.
 
-    kind: ``dense`` (layer None: the model's own tensors), ``gpu`` or ``cpu``. source_bytes: read for it.
+    kind: ``dense`` (layer None: the model's own tensors), ``gpu`` or ``cpu``. source_bytes: read for it;
+    new_bytes: of these, what no unit before it reads.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Unit:
     layer: int | None
     blobs: tuple[str, ...]
     source_bytes: int
+    new_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +76,11 @@ class ConversionPlan:
     def source_bytes(self) -> int:
         """Bytes read from the sources by all units (a tensor used by two tiers counts twice)."""
         return sum(unit.source_bytes for unit in self.units)
+
+    @property
+    def input_bytes(self) -> int:
+        """Bytes of the sources that are read at all (a tensor used by two tiers counts once)."""
+        return sum(unit.new_bytes for unit in self.units)
 
     def places(self) -> dict[str, tuple[ShardFile, PlacedBlob]]:
         """Blob name to its shard and its place there."""
@@ -243,15 +250,20 @@ def _units(
     arch: Architecture, settings: ConvertSettings, dense: WeightSource, experts: dict[str, WeightSource]
 ) -> Iterable[Unit]:
     top = ("embedding", "final_norm", "lm_head", "lm_head.scale")
-    top_bytes = sum(dense.dense(ours).raw.nbytes for ours in ("embedding", "final_norm", "lm_head"))
-    yield Unit("model", "dense", None, top, top_bytes)
+    parts = [dense.dense(ours) for ours in ("embedding", "final_norm", "lm_head")]
+    once = {piece.tensor: piece.raw.nbytes for piece in parts}  # a tied head is the embedding
+    yield Unit("model", "dense", None, top, sum(piece.raw.nbytes for piece in parts), sum(once.values()))
     int8 = ("attention.qkv", "attention.qkv.scale", "attention.output", "attention.output.scale")
     matrices = ("attention.q", "attention.k", "attention.v", "attention.output")
     for i in range(arch.num_layers):
         names = tuple(f"layers.{i}.{part}" for part in (*int8, *PLAIN_LAYER))
         num_bytes = sum(dense.dense(part, i).raw.nbytes for part in (*matrices, *PLAIN_LAYER))
-        yield Unit(f"layers.{i}.dense", "dense", i, names, num_bytes)
+        yield Unit(f"layers.{i}.dense", "dense", i, names, num_bytes, num_bytes)
+        seen: list[WeightSource] = []
         for tier in settings.tiers:
-            yield Unit(
-                f"layers.{i}.{tier}", tier, i, (f"layers.{i}.experts.{tier}",), experts[tier].expert_bytes(i)
-            )
+            source = experts[tier]
+            num_bytes = source.expert_bytes(i)
+            new_bytes = 0 if source in seen else num_bytes
+            seen.append(source)
+            blobs = (f"layers.{i}.experts.{tier}",)
+            yield Unit(f"layers.{i}.{tier}", tier, i, blobs, num_bytes, new_bytes)

@@ -8,7 +8,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from krasis.convert.settings import format_bytes, format_seconds
+from krasis.formats.units import format_bytes, format_seconds
 
 PLAIN_INTERVAL_S = 10.0
 

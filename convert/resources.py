@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import resource
 from pathlib import Path
 
-from krasis.convert.settings import format_bytes
 from krasis.formats.errors import ResourceError
 from krasis.formats.machine_limits import memory_limits
+from krasis.formats.mount_table import filesystem_kind
+from krasis.formats.units import format_bytes
 
 # Directories, the manifest, text assets and the file system's own needs.
 DISK_RESERVE_BYTES = 64 << 20
+# A shard of one blob has at least a header beside it, and the blob begins at a huge page.
+SHARD_HEADER_BYTES = 4 << 20
+_FAT = ("vfat", "msdos", "umsdos")
 
 
 def _field_bytes(path: str, field: str) -> int | None:
@@ -74,10 +79,46 @@ def allocated_bytes(folder: Path) -> int:
     )
 
 
+def check_file_size(out: Path, largest_bytes: int, largest_blob_bytes: int) -> None:
+    """Raises ResourceError when a shard would be larger than a file may be: by ``ulimit -f``, or on a FAT
+    disk.
+
+    largest_bytes: of the shards as planned; largest_blob_bytes: the least that --shard-size can bring it to.
+    """
+    most, reason = _largest_file(out)
+    if largest_bytes <= most:
+        return
+    smaller = most // 2**20
+    fits = largest_blob_bytes + SHARD_HEADER_BYTES <= most
+    raise ResourceError(
+        "a file of the bundle would be larger than files may be here",
+        where=str(out),
+        got=format_bytes(largest_bytes),
+        limit=f"{format_bytes(most)} ({reason})",
+        hint=f"use --shard-size {smaller}MiB, or another disk"
+        if fits
+        else "choose another disk or raise that limit",
+    )
+
+
+def _largest_file(out: Path) -> tuple[int, str]:
+    """The largest file that may be written there, and what says so."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    limits = [(soft, "ulimit -f")] if soft != resource.RLIM_INFINITY else []
+    if (kind := filesystem_kind(existing_parent(out))) in _FAT:
+        limits.append((2**32 - 1, f"the disk's file system, {kind}"))
+    return min(limits, default=(2**63 - 1, ""))
+
+
+def needed_disk_bytes(need_bytes: int, held_bytes: int) -> int:
+    """What must still be free for an output of which ``held_bytes`` are on disk already."""
+    return max(0, need_bytes - held_bytes) + DISK_RESERVE_BYTES
+
+
 def check_disk(out: Path, need_bytes: int, held_bytes: int) -> None:
     """Raises ResourceError when the output does not fit; ``held_bytes`` of it are on disk already."""
     free = free_disk_bytes(out)
-    still_needed = max(0, need_bytes - held_bytes) + DISK_RESERVE_BYTES
+    still_needed = needed_disk_bytes(need_bytes, held_bytes)
     if free < still_needed:
         held = f", beyond the {format_bytes(held_bytes)} already written" if held_bytes else ""
         raise ResourceError(
@@ -85,5 +126,5 @@ def check_disk(out: Path, need_bytes: int, held_bytes: int) -> None:
             where=str(out),
             got=f"{format_bytes(free)} free",
             limit=f"{format_bytes(still_needed)} needed{held}",
-            hint="choose another disk with -o, or fewer --tiers",
+            hint="choose another disk with -o, free some of this one, or write fewer --tiers",
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -17,9 +16,6 @@ GPU_GROUPS: dict[str, int | None] = {"32": 32, "64": 64, "128": 128, "channel": 
 GPU_SCALES = {"bf16": "BF16", "f16": "F16"}
 CPU_FORMATS = {"q8": "q8", "int4": "i4"}
 MIN_SHARD_BYTES = 1 << 20
-
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", re.IGNORECASE)
-_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,35 +101,3 @@ def parse_tiers(text: str) -> tuple[Tier, ...]:
     if unknown or not named:
         raise UsageError("--tiers names gpu, cpu or both", got=text)
     return tuple(tier for tier in TIERS if tier in named)
-
-
-def parse_size(text: str, option: str) -> int:
-    """``32GiB``, ``2g``, ``500MB`` (decimal with B alone, else binary) to bytes. Raises UsageError."""
-    match = _SIZE.fullmatch(text)
-    if match is None:
-        raise UsageError(f"{option} is no size", got=text, hint="write 32GiB, 500MB or a number of bytes")
-    number, unit, binary = match.groups()
-    decimal = not binary and text.strip().lower().endswith("b")
-    return int(float(number) * (1000 if decimal else 1024) ** _POWERS[unit.lower()])
-
-
-def format_bytes(num_bytes: float) -> str:
-    """``1.23 GB`` (decimal units, three significant digits)."""
-    value, unit = float(num_bytes), "B"
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if abs(value) < 999.5 or unit == "TB":
-            break
-        value /= 1000
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.3g} {unit}"
-
-
-def format_seconds(seconds: float) -> str:
-    """``42 s``, ``3 min 10 s``, ``2 h 05 min``."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 120:
-        return f"{whole} s"
-    if whole < 7200:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

@@ -21,6 +21,10 @@ _RENAME_NOREPLACE = 1
 _RENAME_EXCHANGE = 2
 _UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
 
+FILE_SIZE_HINT = (
+    "files may not be so large here: use a smaller --shard-size, raise ulimit -f, or choose another disk"
+)
+
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -138,6 +142,8 @@ def io_errors(what: str, where: str | os.PathLike[str]) -> Iterator[None]:
         hint = ""
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             hint = "free some disk space or choose another output directory, then run the same command again"
+        elif error.errno == errno.EFBIG:
+            hint = FILE_SIZE_HINT
         reason = error.strerror or str(error)
         raise ResourceError(f"{what} failed: {reason}", where=str(where), hint=hint) from error
 

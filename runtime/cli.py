@@ -162,7 +162,7 @@ def main(bundle: Path, prompt: str | None, prompt_file: Path | None, verbose: in
 
 def _run(bundle: Path, text: str | None, options: dict[str, Any]) -> int:
     """Opens the bundle and does what was asked; gives the exit code."""
-    from krasis.runtime.format_units import parse_bytes
+    from krasis.formats.units import parse_bytes
     from krasis.runtime.kv_file import check_target
     from krasis.runtime.settings import EngineSettings
 

@@ -35,7 +35,7 @@ def _cpu_fields(cpu: Cpu) -> list[tuple[str, str]]:
         ("model", cpu.brand),
         ("features", " ".join(cpu.features) or "none that matter here"),
         ("kernels", f"{cpu.isa or 'none'}: {cpu.isa_reason}"),
-        ("CPUs", f"{cpu.num_cpus} of {cpu.num_online_cpus} by affinity, {cpu.num_numa_nodes} NUMA node(s)"),
+        ("CPUs", f"{cpu.num_cpus} of {cpu.num_online_cpus} usable, {cpu.num_numa_nodes} NUMA node(s)"),
         ("caches", caches),
     ]
 

@@ -1,7 +1,5 @@
-"""Numbers for people: bytes, counts, seconds and plain text tables; and back again for command line flags.
-
-Sizes are printed in decimal units (1 GB = 10^9 bytes), as disks and links count. Flags accept both:
-``16GB`` is 16 * 10^9 bytes and ``16GiB`` is 16 * 2^30.
+"""Numbers for people: counts, rates and plain text tables beside the sizes and times of ``formats.units``;
+and lists of GPUs for command line flags.
 """
 
 from __future__ import annotations
@@ -12,22 +10,13 @@ import textwrap
 from collections.abc import Iterable, Sequence
 
 from krasis.formats.errors import UsageError
+from krasis.formats.units import format_bytes as format_bytes
+from krasis.formats.units import format_seconds as format_seconds
+from krasis.formats.units import parse_bytes as parse_bytes
+from krasis.formats.units import scaled
 
-_DECIMAL = ("B", "kB", "MB", "GB", "TB", "PB")
-_UNIT_BYTES = {"": 1, "b": 1} | {
-    f"{prefix}{infix}b": base ** (power + 1)
-    for power, prefix in enumerate("kmgtp")
-    for infix, base in (("", 1000), ("i", 1024))
-}
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", re.ASCII)
-_MAX_BYTES = 2**60
 _GPU_GROUP = re.compile(r"(?:(\d{1,4})\s*[xX*]\s*)?(.+)", re.ASCII)
 MAX_GPUS = 1024
-
-
-def format_bytes(num_bytes: float) -> str:
-    """``117.1 GB``. At least three significant digits; exact below 1 kB."""
-    return _scaled(num_bytes, _DECIMAL)
 
 
 def format_binary(num_bytes: int) -> str:
@@ -40,32 +29,7 @@ def format_binary(num_bytes: int) -> str:
 
 def format_count(count: float) -> str:
     """``235.1 B``: thousands, millions, billions, trillions."""
-    return _scaled(count, ("", "K", "M", "B", "T")).rstrip()
-
-
-def _scaled(value: float, units: Sequence[str]) -> str:
-    power = 0
-    while power + 1 < len(units) and abs(value) >= 999.5 * 1000**power:
-        power += 1
-    if power == 0:
-        return f"{value:.0f} {units[0]}"
-    scaled = value / 1000**power
-    return f"{scaled:.{1 if scaled >= 9.995 else 2}f} {units[power]}"
-
-
-def format_seconds(seconds: float) -> str:
-    """``8.2 us``, ``31 ms``, ``9.01 s``, ``3 min 20 s``, ``2 h 05 min``."""
-    if seconds < 0.9995e-3:
-        return f"{seconds * 1e6:.3g} us"
-    if seconds < 0.9995:
-        return f"{seconds * 1e3:.3g} ms"
-    if seconds < 119.5:
-        return f"{seconds:.3g} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 120:
-        return f"{minutes} min {rest:02d} s"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min"
+    return scaled(count, ("", "K", "M", "B", "T")).rstrip()
 
 
 def format_rate(per_second: float) -> str:
@@ -73,18 +37,6 @@ def format_rate(per_second: float) -> str:
     if per_second >= 100 or per_second == 0:
         return f"{per_second:.0f} tok/s"
     return f"{per_second:.{max(0, 2 - math.floor(math.log10(per_second)))}f} tok/s"
-
-
-def parse_bytes(text: str, where: str = "size") -> int:
-    """Bytes of ``16GiB``, ``1.5TB``, ``4096``. Raises UsageError for anything else and beyond 2^60."""
-    match = _SIZE.fullmatch(text)
-    unit = _UNIT_BYTES.get(match.group(2).lower()) if match else None
-    if match is None or unit is None:
-        raise UsageError("not a size", where=where, got=repr(text), hint="write it like 16GiB, 141GB or 1TiB")
-    num_bytes = float(match.group(1)) * unit
-    if not 1 <= num_bytes <= _MAX_BYTES:
-        raise UsageError("size is out of range", where=where, got=repr(text), limit="1 byte to 2^60 bytes")
-    return int(num_bytes)
 
 
 def parse_gpus(text: str, where: str = "--gpus") -> tuple[int, ...]:

@@ -7,7 +7,8 @@ from typing import Any
 
 from krasis.formats.bundle_verify import Problem
 from krasis.formats.manifest import BlobRecord, Manifest
-from krasis.runtime.format_units import format_bytes, format_count, text_fields, text_table
+from krasis.formats.units import format_bytes
+from krasis.runtime.format_units import format_count, text_fields, text_table
 from krasis.runtime.planning.planner import (
     cpu_ram_bytes,
     least_vram_bytes,

@@ -185,8 +185,8 @@ def _add_bundle(request: _Request, path: Path, record: dict[str, Any], texts: li
 
 def _add_verification(path: Path, record: dict[str, Any], texts: list[str]) -> bool:
     """Whether the bundle is damaged."""
+    from krasis.formats.units import format_bytes, format_seconds
     from krasis.runtime import info
-    from krasis.runtime.format_units import format_bytes, format_seconds
 
     num_bytes, seconds, problems = _verify_with_progress(path)
     lines = [info.problem_to_text(problem) for problem in problems]
@@ -254,7 +254,8 @@ def _add_plan(
     texts: list[str],
     shard: Path | None = None,
 ) -> None:
-    from krasis.runtime.format_units import parse_bytes, parse_gpus
+    from krasis.formats.units import parse_bytes
+    from krasis.runtime.format_units import parse_gpus
     from krasis.runtime.planning.planner import make_plan, make_workload
     from krasis.runtime.planning.report import plan_to_json, plan_to_text
     from krasis.runtime.planning.this_machine import HardwareFlags, hardware_from_flags

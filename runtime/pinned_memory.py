@@ -22,7 +22,7 @@ def pinned_memory_report(found: Environment) -> tuple[dict[str, Any], str]:
         return {"problem": problem}, f"{_TITLE}\n  not tried: {problem}"
     import torch
 
-    from krasis.runtime.format_units import format_bytes
+    from krasis.formats.units import format_bytes
     from krasis.runtime.host_memory.survey import survey_to_text, survey_with
     from krasis.runtime.host_memory.this_driver import driver_registrar
     from krasis.runtime.planning.measure_gpu import measure_gpu

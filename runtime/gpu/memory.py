@@ -8,8 +8,8 @@ import torch
 
 from krasis.formats.architecture import Architecture
 from krasis.formats.errors import OutOfDeviceMemoryError, ResourceError
+from krasis.formats.units import format_bytes
 from krasis.runtime.device.api import Device
-from krasis.runtime.format_units import format_bytes
 from krasis.runtime.gpu.buffers import Workspace
 from krasis.runtime.planning.workspace import activation_bytes
 

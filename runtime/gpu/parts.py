@@ -11,10 +11,10 @@ import torch
 
 from krasis.formats.bundle_reader import Bundle
 from krasis.formats.native import Pool
+from krasis.formats.units import format_bytes
 from krasis.runtime.device.api import Device, Stream
 from krasis.runtime.distributed.parallel import Parallel
 from krasis.runtime.environment import probe_memory
-from krasis.runtime.format_units import format_bytes
 from krasis.runtime.gpu.buffers import Workspace
 from krasis.runtime.gpu.cpu_experts import CpuExperts
 from krasis.runtime.gpu.decode import HybridDecoder

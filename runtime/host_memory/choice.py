@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from krasis.formats.errors import UsageError
-from krasis.runtime.format_units import format_bytes
+from krasis.formats.units import format_bytes
 from krasis.runtime.host_memory.api import METHODS, Method
 from krasis.runtime.host_memory.filesystem import IN_RAM
 

@@ -15,8 +15,8 @@ import numpy.typing as npt
 import torch
 
 from krasis.formats.errors import KrasisError, UsageError
+from krasis.formats.units import format_bytes
 from krasis.runtime.device.api import Event
-from krasis.runtime.format_units import format_bytes
 from krasis.runtime.host_memory.api import MAX_REGISTERED_BYTES, Choice, Group, LoadReport, Method, Piece
 from krasis.runtime.host_memory.experts import Experts
 from krasis.runtime.host_memory.loader import Loader, default_threads

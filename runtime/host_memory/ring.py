@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from krasis.formats.errors import KrasisError, NativeError, ResourceError, UsageError
+from krasis.formats.units import format_bytes
 from krasis.runtime.device.api import Device, Event
-from krasis.runtime.format_units import format_bytes
 from krasis.runtime.host_memory.api import Choice, Group, LoadReport, Method, Piece
 from krasis.runtime.host_memory.experts import Experts
 from krasis.runtime.host_memory.loader import CHUNK_BYTES, default_threads, forget_frames

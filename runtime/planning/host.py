@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from krasis.formats.architecture import Architecture
 from krasis.formats.errors import ResourceError
-from krasis.runtime.format_units import format_bytes
+from krasis.formats.units import format_bytes
 from krasis.runtime.planning import assumptions as assumed
 from krasis.runtime.planning.hardware import HardwareSpec
 from krasis.runtime.planning.sizes import ModelSizes

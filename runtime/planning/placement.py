@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from krasis.formats.architecture import Architecture
 from krasis.formats.errors import ResourceError, UsageError
-from krasis.runtime.format_units import format_bytes
+from krasis.formats.units import format_bytes
 from krasis.runtime.planning import assumptions as assumed
 from krasis.runtime.planning.hardware import GpuSpec
 from krasis.runtime.planning.sizes import ModelSizes

@@ -7,12 +7,11 @@ from dataclasses import asdict, replace
 from itertools import groupby
 from typing import Any
 
+from krasis.formats.units import format_bytes, format_seconds
 from krasis.runtime.format_units import (
     format_binary,
-    format_bytes,
     format_count,
     format_rate,
-    format_seconds,
     text_fields,
     text_paragraphs,
     text_table,

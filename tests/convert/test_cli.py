@@ -64,8 +64,13 @@ def test_dry_run_prints_the_plan_and_writes_nothing(invoke, hf_dir, q8_gguf, tmp
         assert text in result.stdout
     assert list(tmp_path.iterdir()) == []
     assert "NOT enough" not in result.stdout
-    monkeypatch.setattr("krasis.convert.conversion.free_disk_bytes", lambda _: 1 << 20)
-    assert "1.05 MB free, which is NOT enough" in invoke(hf_dir, "-o", out, "--dry-run").stdout
+    for module in ("conversion", "resources"):
+        monkeypatch.setattr(f"krasis.convert.{module}.free_disk_bytes", lambda _: 1 << 20)
+    short = invoke(hf_dir, "-o", out, "--dry-run")
+    assert short.exit_code == 6
+    assert "1.05 MB free, which is NOT enough: 7" in short.stdout
+    assert "not enough disk space for the bundle (got 1.05 MB free; limit 7" in short.stderr
+    monkeypatch.undo()
     plan = json.loads(invoke(hf_dir, q8_gguf, "-o", out, "--dry-run", "--json").stdout)
     assert plan["tier_bytes"] == dict(bundle.summary.tier_bytes)
     assert plan["output_bytes"] == sum(p.stat().st_size for p in bundle.path.glob("*.safetensors"))
@@ -78,7 +83,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(invoke, hf_dir, q8_gguf, tmp
     [
         (["/nowhere", "-o", "x"], 2, "no such file or folder"),
         (["{hf}", "-o", "{out}", "--tiers", "npu"], 2, "--tiers names gpu, cpu or both"),
-        (["{hf}", "-o", "{out}", "--shard-size", "large"], 2, "--shard-size is no size"),
+        (["{hf}", "-o", "{out}", "--shard-size", "large"], 2, "--shard-size: not a size"),
         (["{hf}", "-o", "{out}", "--memory-limit", "10MiB"], 6, "memory limit is too small"),
         (["{hf}", "-o", "{hf}/x"], 2, "inside an input"),
     ],

@@ -23,7 +23,7 @@ from krasis.convert.partial import describe_difference
 from krasis.convert.plan import plan_memory
 from krasis.convert.progress import Reporter
 from krasis.convert.quality import UnitQuality, manifest_quality, report_bytes
-from krasis.convert.settings import ConvertSettings, format_bytes, format_seconds, parse_size, parse_tiers
+from krasis.convert.settings import ConvertSettings, parse_tiers
 from krasis.convert.slices import TensorSlice
 from krasis.convert.text_assets import assets_from_gguf
 from krasis.formats.bundle_reader import Bundle
@@ -32,36 +32,11 @@ from krasis.formats.ggml_blocks import SUPPORTED_TYPES
 from krasis.formats.layouts import PackStats
 
 
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [("32GiB", 32 << 30), ("2g", 2 << 30), ("500MB", 500_000_000), ("1.5 GiB", 3 << 29), ("4096", 4096)],
-)
-def test_sizes(text, size):
-    assert parse_size(text, "--x") == size
-
-
-@pytest.mark.parametrize("text", ["", "x", "-1", "1 GiB 2", "nan", "1e9"])
-def test_no_sizes(text):
-    with pytest.raises(UsageError, match="--x is no size"):
-        parse_size(text, "--x")
-
-
 def test_tiers_in_any_order():
     assert parse_tiers("cpu, gpu") == ("gpu", "cpu")
     assert parse_tiers("cpu") == ("cpu",)
     with pytest.raises(UsageError):
         parse_tiers(" ,")
-
-
-def test_numbers_for_people():
-    assert [format_bytes(n) for n in (0, 999, 1000, 1_234_567, 5e12)] == [
-        "0 B",
-        "999 B",
-        "1 kB",
-        "1.23 MB",
-        "5 TB",
-    ]
-    assert [format_seconds(s) for s in (0.12, 42, 190, 7500)] == ["0.1 s", "42 s", "3 min 10 s", "2 h 05 min"]
 
 
 def test_recognise_says_how_many():
