@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from krasis.convert.model_folder import missing_path_hint, recognise_folder
 from krasis.formats.errors import FormatError, UsageError
+from krasis.formats.file_kinds import AGAIN, kind_of_bytes, read_head
+from krasis.formats.manifest import MANIFEST_NAME
+from krasis.formats.pieces import refuse_piece
+from krasis.formats.regular_file import open_regular
+from krasis.formats.shard_index import INDEX_SUFFIX
 
 GGUF_MAGIC = b"GGUF"
 _SPLIT_NAME = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
@@ -17,11 +24,13 @@ _SPLIT_NAME = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 class Inputs:
     """At least one of the two is set.
 
-    ``hf`` is a folder or a .safetensors file, ``gguf`` a (first split) file.
+    ``hf`` is a folder, an index or a .safetensors file, ``gguf`` a (first split) file. notes: what was taken
+    for what was given, a sentence each.
     """
 
     hf: Path | None
     gguf: Path | None
+    notes: tuple[str, ...] = ()
 
     def paths(self) -> tuple[Path, ...]:
         """The inputs given, Hugging Face first."""
@@ -40,8 +49,10 @@ def recognise(paths: Sequence[Path]) -> Inputs:
             hint="krasis-convert bf16/ model-q8_0.gguf -o model.krasis",
         )
     found: dict[str, Path] = {}
+    notes: list[str] = []
     for path in paths:
-        kind, resolved = _recognise_one(path)
+        kind, resolved, more = _recognise_one(path)
+        notes += more
         if kind in found:
             raise UsageError(
                 f"both inputs are {'GGUF files' if kind == 'gguf' else 'Hugging Face checkpoints'}",
@@ -50,64 +61,54 @@ def recognise(paths: Sequence[Path]) -> Inputs:
                 + ("; name only the first file of a split GGUF" if kind == "gguf" else ""),
             )
         found[kind] = resolved
-    return Inputs(hf=found.get("hf"), gguf=found.get("gguf"))
+    return Inputs(hf=found.get("hf"), gguf=found.get("gguf"), notes=tuple(notes))
 
 
-def _recognise_one(path: Path) -> tuple[str, Path]:
+def _recognise_one(path: Path) -> tuple[str, Path, tuple[str, ...]]:
     if not path.exists():
-        raise UsageError("no such file or folder", where=str(path))
+        hint = "it is a link that leads nowhere" if path.is_symlink() else missing_path_hint(path)
+        raise UsageError("no such file or folder", where=str(path), hint=hint)
     if path.is_dir():
-        return _recognise_folder(path)
+        return recognise_folder(path)
     if not path.is_file():
         raise FormatError("neither a regular file nor a folder", where=str(path))
-    try:
-        with path.open("rb") as file:
-            head = file.read(9)
-    except OSError as error:
-        raise FormatError(f"cannot be read: {error.strerror}", where=str(path)) from error
-    if head.startswith(GGUF_MAGIC):
-        return "gguf", _first_split(path)
-    # A safetensors file begins with its header's length (u64) and the header's brace.
-    if len(head) == 9 and head[8:9] == b"{":
-        if not (path.parent / "config.json").is_file():
-            raise UsageError("there is no config.json beside this safetensors file", where=str(path))
-        return "hf", path
-    if path.name.endswith(".index.json") or path.name == "config.json":
-        return _recognise_folder(path.parent)
-    raise FormatError(
-        "neither a GGUF nor a safetensors file",
-        where=str(path),
-        got=f"first bytes {head[:8].hex() or 'none'}",
-        hint="give a Hugging Face folder (config.json and *.safetensors) or a .gguf file",
-    )
-
-
-def _recognise_folder(path: Path) -> tuple[str, Path]:
-    if (path / "manifest.json").is_file():
+    if path.name.endswith(INDEX_SUFFIX):
+        return "hf", path, ()
+    if path.name == "config.json":
+        return recognise_folder(path.parent)
+    if path.name == MANIFEST_NAME:
         raise UsageError(
-            "this is a Krasis bundle already", where=str(path), hint="krasis-run takes it as it is"
+            "this is a Krasis bundle already", where=str(path.parent), hint="krasis-run takes it"
         )
-    has_weights = any(path.glob("*.safetensors")) or (path / "model.safetensors.index.json").is_file()
-    if (path / "config.json").is_file() and has_weights:
-        return "hf", path
-    ggufs = sorted(path.glob("*.gguf"))
-    firsts = [gguf for gguf in ggufs if not _later_split(gguf)]
-    if len(firsts) == 1:
-        return "gguf", firsts[0]
-    if len(firsts) > 1:
-        names = ", ".join(gguf.name for gguf in firsts[:4])
-        raise UsageError("this folder holds several GGUF models", where=str(path), got=names, hint="name one")
-    missing = "safetensors files" if (path / "config.json").is_file() else "config.json"
-    raise FormatError(
-        f"this folder is no model: it has no {missing}",
-        where=str(path),
-        hint="give the folder of the checkpoint",
-    )
-
-
-def _later_split(path: Path) -> bool:
-    match = _SPLIT_NAME.search(path.name)
-    return match is not None and int(match.group(1)) != 1
+    refuse_piece(path)
+    fd = open_regular(path, follow_links=True)
+    try:
+        head = read_head(fd, str(path))
+    finally:
+        os.close(fd)
+    if head.startswith(GGUF_MAGIC):
+        return "gguf", _first_split(path), ()
+    # A safetensors file begins with its header's length (u64) and the header's brace.
+    if head[8:9] == b"{":
+        if not (path.parent / "config.json").is_file():
+            raise UsageError(
+                "there is no config.json beside this safetensors file",
+                where=str(path),
+                hint="get the checkpoint's config.json and tokenizer files too",
+            )
+        return "hf", path, ()
+    if head:
+        kind = kind_of_bytes(head)
+        got = f"first bytes {head[:8].hex()}" if kind is None else None
+        raise FormatError(
+            "neither a GGUF nor a safetensors file" + (f": this is {kind.what}" if kind else ""),
+            where=str(path),
+            got=got,
+            hint=kind.hint
+            if kind
+            else "give a Hugging Face folder (config.json and *.safetensors) or a .gguf file",
+        )
+    raise FormatError("the file is empty: the download failed", where=str(path), hint=AGAIN)
 
 
 def _first_split(path: Path) -> Path:

@@ -82,10 +82,18 @@ HF_EXPERT = "model.layers.{i}.mlp.experts.{e}.{part}_proj.weight"
 HF_FUSED_GATE_UP = "model.layers.{i}.mlp.experts.gate_up_proj"  # [experts, 2 * intermediate, hidden]
 HF_FUSED_DOWN = "model.layers.{i}.mlp.experts.down_proj"  # [experts, hidden, intermediate]
 GGUF_MERGED = "blk.{i}.ffn_{part}_exps.weight"  # [experts, n, k]
+GGUF_FUSED_GATE_UP = "blk.{i}.ffn_gate_up_exps.weight"  # [experts, 2 * intermediate, hidden], gate first
 GGUF_EXPERT = "blk.{i}.ffn_{part}.{e}.weight"
 
 # Buffers that some exporters keep beside the weights; the runtime derives them from the config.
-IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "rope_freqs.weight")
+IGNORED_SUFFIXES = (
+    "rotary_emb.inv_freq",
+    "rotary_emb.cos_cached",
+    "rotary_emb.sin_cached",
+    "rotary_emb.original_inv_freq",
+    "rope_freqs.weight",
+    "_extra_state",
+)
 
 
 def dense_shape(architecture: Architecture, name: DenseName) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ from krasis.convert.sources import dense_types, quantised_types
 
 def notices(plan: ConversionPlan, inputs: OpenInputs) -> Iterator[str]:
     """One sentence each."""
+    yield from inputs.notes
     settings = plan.settings
     gguf_types = plan.cpu_source.expert_types() if plan.cpu_source.kind == "gguf" else ()
     rounded = ", ".join(quantised_types(gguf_types))

@@ -13,8 +13,12 @@ from krasis.convert.slices import Bytes
 from krasis.convert.sources import SourceFile, TensorInfo, TensorTable, WeightSource
 from krasis.convert.text_assets import assets_from_folder, assets_from_gguf
 from krasis.formats.architecture import from_gguf_metadata, from_hf_config
+from krasis.formats.errors import FormatError
+from krasis.formats.file_kinds import refuse_text
 from krasis.formats.gguf import GgufCheckpoint
+from krasis.formats.gguf_kind import check_is_model
 from krasis.formats.limits import MAX_CONFIG_BYTES
+from krasis.formats.quantised_checkpoint import refuse_side_files
 from krasis.formats.regular_file import read_small_file
 from krasis.formats.safetensors import ShardedCheckpoint
 from krasis.formats.strict_json import parse_json_object
@@ -22,11 +26,14 @@ from krasis.formats.strict_json import parse_json_object
 
 @dataclass(frozen=True, slots=True)
 class OpenInputs:
-    """Sources (at least one is set) and the text files that go into the bundle, by name."""
+    """Sources (at least one is set) and the text files that go into the bundle, by name. notes: what was
+    taken for what was given, and what was left alone.
+    """
 
     hf: WeightSource | None
     gguf: WeightSource | None
     assets: Mapping[str, bytes]
+    notes: tuple[str, ...] = ()
 
     def sources(self) -> tuple[WeightSource, ...]:
         """Those given."""
@@ -74,27 +81,35 @@ class _Table:
 
 def open_inputs(inputs: Inputs) -> OpenInputs:
     """Opens and checks every header, shape and type; reads no weights. Raises KrasisError."""
-    hf, hf_assets = _open_hf(inputs.hf) if inputs.hf is not None else (None, {})
+    hf, hf_assets, notes = _open_hf(inputs.hf) if inputs.hf is not None else (None, {}, ())
+    notes = (*inputs.notes, *notes)
     gguf, metadata = _open_gguf(inputs.gguf) if inputs.gguf is not None else (None, {})
     if "tokenizer.json" in hf_assets or gguf is None:
-        return OpenInputs(hf, gguf, hf_assets)
+        return OpenInputs(hf, gguf, hf_assets, notes)
     # Without a checkpoint, or with one that lacks its tokenizer. What the folder has goes first.
-    return OpenInputs(hf, gguf, {**assets_from_gguf(metadata, str(gguf.path)), **hf_assets})
+    return OpenInputs(hf, gguf, {**assets_from_gguf(metadata, str(gguf.path)), **hf_assets}, notes)
 
 
-def _open_hf(path: Path) -> tuple[WeightSource, dict[str, bytes]]:
+def _open_hf(path: Path) -> tuple[WeightSource, dict[str, bytes], tuple[str, ...]]:
     folder = path if path.is_dir() else path.parent
     config_path = folder / "config.json"
     data = read_small_file(config_path, MAX_CONFIG_BYTES, follow_links=True)
+    refuse_text(data, config_path)
     config = parse_json_object(data, str(config_path), max_bytes=MAX_CONFIG_BYTES)
     architecture = from_hf_config(config, str(config_path))
-    table = _Table(ShardedCheckpoint.open(path))
-    source = WeightSource("hf", path, architecture, _as_table(table), table.files())
-    return source, assets_from_folder(folder)
+    checkpoint = ShardedCheckpoint.open(path)
+    table = _Table(checkpoint)
+    try:
+        source = WeightSource("hf", path, architecture, _as_table(table), table.files())
+    except FormatError:
+        refuse_side_files(folder)  # if one explains it
+        raise
+    return source, assets_from_folder(folder), checkpoint.notes
 
 
 def _open_gguf(path: Path) -> tuple[WeightSource, Mapping[str, object]]:
     checkpoint = GgufCheckpoint.open(path)
+    check_is_model(checkpoint.metadata, checkpoint.tensors, str(path))
     architecture = from_gguf_metadata(checkpoint.metadata, checkpoint.tensors, str(path))
     table = _Table(checkpoint)
     return WeightSource("gguf", path, architecture, _as_table(table), table.files()), checkpoint.metadata

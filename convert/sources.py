@@ -10,6 +10,7 @@ from typing import Literal, Protocol
 from krasis.convert.names import (
     BY_OURS,
     GGUF_EXPERT,
+    GGUF_FUSED_GATE_UP,
     GGUF_MERGED,
     HF_EXPERT,
     HF_FUSED_DOWN,
@@ -23,9 +24,11 @@ from krasis.convert.names import (
     expert_shape,
 )
 from krasis.convert.slices import FLOAT_BYTES, Bytes, TensorSlice
+from krasis.convert.vocabulary import check_vocabulary
 from krasis.formats.architecture import Architecture
 from krasis.formats.errors import FormatError, UnsupportedModelError
 from krasis.formats.ggml_blocks import SUPPORTED_TYPES, tensor_bytes
+from krasis.formats.quantised_checkpoint import type_hint
 
 SourceKind = Literal["hf", "gguf"]
 
@@ -160,6 +163,9 @@ class WeightSource:
             merged = GGUF_MERGED.format(i=layer, part=part)
             if merged in self._infos:
                 return ExpertTensors(merged, expert * rows)
+            fused = GGUF_FUSED_GATE_UP.format(i=layer)
+            if part != "down" and fused in self._infos:
+                return ExpertTensors(fused, (2 * expert + (part == "up")) * rows)
             return ExpertTensors(GGUF_EXPERT.format(i=layer, part=part, e=expert), 0)
         fused = (HF_FUSED_DOWN if part == "down" else HF_FUSED_GATE_UP).format(i=layer)
         if fused not in self._infos:
@@ -202,13 +208,17 @@ class WeightSource:
         first = self._expert_place(layer, 0, part).tensor
         last = self._expert_place(layer, num_experts - 1, part).tensor
         if first == last and num_experts > 1:
-            fused = 2 if self.kind == "hf" and part != "down" else 1
+            fused = 2 if first in self._fused_gate_up(layer) else 1
             self._check_tensor(first, (num_experts, fused * rows, columns))
             return {first}
         tensors = [self._expert_place(layer, expert, part).tensor for expert in range(num_experts)]
         for tensor in tensors:
             self._check_tensor(tensor, (rows, columns))
         return set(tensors)
+
+    def _fused_gate_up(self, layer: int) -> tuple[str, str]:
+        """What a layer's gate and up of all experts are called where they are one tensor."""
+        return HF_FUSED_GATE_UP.format(i=layer), GGUF_FUSED_GATE_UP.format(i=layer)
 
     def _check_tensor(self, tensor: str, shape: tuple[int, ...]) -> None:
         if tensor not in self._infos:
@@ -220,6 +230,7 @@ class WeightSource:
         where = self._table.where(tensor)
         found = self._infos[tensor].shape
         if found != shape and _without_ones(found) != _without_ones(shape):
+            check_vocabulary(tensor, found, shape, where)
             raise FormatError("wrong shape", where=where, got=list(found), limit=list(shape))
         dtype = self._infos[tensor].dtype
         if self.kind == "hf" and dtype not in FLOAT_BYTES:
@@ -228,7 +239,7 @@ class WeightSource:
                 where=where,
                 got=dtype,
                 limit=", ".join(FLOAT_BYTES),
-                hint="give the unquantised (BF16) checkpoint",
+                hint=type_hint(dtype),
             )
         if self.kind == "gguf" and dtype not in SUPPORTED_TYPES:
             raise FormatError(

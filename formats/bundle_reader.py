@@ -18,11 +18,13 @@ from krasis.formats.architecture import Architecture
 from krasis.formats.assets import decompress_asset
 from krasis.formats.dtypes import BUNDLE_DTYPES
 from krasis.formats.errors import ChecksumError, FormatError, ResourceError
+from krasis.formats.file_kinds import ZSTD_MAGIC, refuse_text
 from krasis.formats.file_mapping import FileMapping, prefault
 from krasis.formats.file_ops import io_errors
 from krasis.formats.limits import MAX_ASSET_BYTES, MAX_MANIFEST_BYTES, MIB
 from krasis.formats.manifest import MANIFEST_NAME, AssetRecord, BlobRecord, FileRecord, Manifest
 from krasis.formats.names import shown
+from krasis.formats.not_a_bundle import explain_file, explain_folder, refuse_pointer
 from krasis.formats.publish import PARTIAL_SUFFIX
 from krasis.formats.regular_file import open_regular, read_range, read_small_file
 from krasis.formats.safetensors import Header, TensorInfo, parse_header
@@ -84,17 +86,19 @@ class Bundle:
         except FileNotFoundError as error:
             names = self.entries()
             is_shard = any(name.startswith(("dense-", "gpu-", "cpu-")) for name in names)
-            raise FormatError(
-                _NOT_FINISHED if is_shard else "not a bundle: it has no manifest",
-                where=str(path),
-                hint="" if is_shard else "give the directory that krasis-convert wrote",
-            ) from error
-        return read_small_file(path, MAX_MANIFEST_BYTES, follow_links=False, dir_fd=self._directory)
+            if is_shard:
+                raise FormatError(_NOT_FINISHED, where=str(path)) from error
+            raise explain_folder(self.path, names) from error
+        data = read_small_file(path, MAX_MANIFEST_BYTES, follow_links=False, dir_fd=self._directory)
+        refuse_text(data, path)
+        return data
 
     def _open_shard(self, file: FileRecord, blobs: dict[str, BlobRecord]) -> None:
         where = str(self.path / file.name)
         fd = open_regular(self.path / file.name, follow_links=False, dir_fd=self._directory)
         self._fds[file.name] = fd
+        if os.fstat(fd).st_size != file.num_bytes:
+            refuse_pointer(fd, where)
         size = _checked_size(fd, file.num_bytes, where, "the download may be incomplete")
         self._sizes[file.name] = size
         raw = read_range(fd, 0, file.header_bytes, where)
@@ -172,6 +176,8 @@ class Bundle:
         """An asset as it is stored, checked against the manifest's size and digest."""
         path = self.path / record.file
         packed = read_small_file(path, MAX_ASSET_BYTES, follow_links=False, dir_fd=self._directory)
+        if not packed.startswith(ZSTD_MAGIC):
+            refuse_text(packed, path)
         if len(packed) != record.num_bytes:
             raise FormatError(
                 "text file has another size than the manifest says",
@@ -240,8 +246,10 @@ def _open_directory(path: Path) -> int:
     except (FileNotFoundError, NotADirectoryError) as error:
         if not path.exists() and path.with_name(path.name + PARTIAL_SUFFIX).is_dir():
             raise FormatError(_NOT_FINISHED, where=str(path)) from error
+        if path.exists():
+            raise explain_file(path) from error
         raise FormatError(
-            "not a directory" if path.exists() else "there is no such bundle",
+            "there is no such bundle",
             where=str(path),
             hint="a bundle is the directory that krasis-convert wrote",
         ) from error

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import os
 import re
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 
 from krasis.formats.errors import FormatError
-from krasis.formats.gguf_header import GgufTensor, GgufValue, parse_gguf_header
+from krasis.formats.file_kinds import read_head, refuse_other
+from krasis.formats.gguf_header import MAGIC, VERSIONS, GgufTensor, GgufValue, parse_gguf_header
 from krasis.formats.names import shown
 from krasis.formats.regular_file import MappedFile, list_names, open_regular
 from krasis.formats.tensor_file import TensorFile, TensorFiles
@@ -21,6 +23,9 @@ from krasis.formats.tensor_file import TensorFile, TensorFiles
 _SPLIT_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 _MAX_PARTS = 99_999
 _MIN_FILE_BYTES = 24
+_MOST_SHOWN = 4
+_SEARCHED_BYTES = 4096  # behind the last tensor, for the next file's magic: more than any usual alignment
+_VERSIONS = tuple(struct.pack("<I", version) for version in VERSIONS)
 
 
 class GgufFile(TensorFile[GgufTensor]):
@@ -40,6 +45,9 @@ class GgufFile(TensorFile[GgufTensor]):
         fd = open_regular(self.path, follow_links=True)
         try:
             self.file_bytes = os.fstat(fd).st_size
+            head = read_head(fd, str(self.path))
+            if not head.startswith(MAGIC):
+                refuse_other(head, self.path, "GGUF")
             if self.file_bytes < _MIN_FILE_BYTES:
                 raise FormatError(
                     "file is too short for a GGUF header",
@@ -52,7 +60,27 @@ class GgufFile(TensorFile[GgufTensor]):
         finally:
             os.close(fd)
         self.metadata, self.tensors = parse_gguf_header(self._mapping.bytes.data, str(self.path))
+        self._refuse_joined()
         return self
+
+    def _refuse_joined(self) -> None:
+        """FormatError if another GGUF follows in the file: somebody joined what was to stay apart."""
+        ends = [tensor.offset_bytes + tensor.num_bytes for tensor in self.tensors.values()]
+        end = max(ends, default=self.file_bytes)
+        rest = self._mapping.bytes[end : end + _SEARCHED_BYTES].tobytes()
+        at = rest.find(MAGIC)
+        if at < 0 or rest[at + 4 : at + 8] not in _VERSIONS:
+            return
+        is_split = self.metadata.get("split.count", 0) not in (0, 1)
+        raise FormatError(
+            "several GGUF files were joined into this one, which makes no whole",
+            where=str(self.path),
+            got=f"a second header at byte {end + at}",
+            hint="keep the parts of a split GGUF as they were downloaded, in one folder, or join them with "
+            "llama-gguf-split --merge"
+            if is_split
+            else "give one of the files as it was downloaded",
+        )
 
 
 class GgufCheckpoint(TensorFiles[GgufFile]):
@@ -117,13 +145,16 @@ def _part_paths(path: Path) -> list[Path]:
     parts = [
         path.with_name(f"{match['stem']}-{part:05d}-of-{count:05d}.gguf") for part in range(1, count + 1)
     ]
-    for part in parts:
-        if not part.exists():
-            raise FormatError(
-                f"part {shown(part.name)} is missing",
-                where=str(path.parent),
-                hint="the download may be incomplete",
-            )
+    missing = [part.name for part in parts if not part.exists()]
+    if missing:
+        listed = ", ".join(shown(name) for name in missing[:_MOST_SHOWN])
+        more = f" and {len(missing) - _MOST_SHOWN} more" if len(missing) > _MOST_SHOWN else ""
+        raise FormatError(
+            f"part {listed} is missing" if len(missing) == 1 else f"parts {listed}{more} are missing",
+            where=str(path.parent),
+            got=f"{count - len(missing)} of {count} parts",
+            hint="the download may be incomplete",
+        )
     return parts
 
 

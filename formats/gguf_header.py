@@ -8,6 +8,7 @@ import struct
 from dataclasses import dataclass
 
 from krasis.formats.errors import FormatError
+from krasis.formats.foreign_ggml_types import explain_type
 from krasis.formats.ggml_blocks import TYPE_NAMES, tensor_bytes
 from krasis.formats.limits import MAX_HEADER_BYTES, MAX_TENSORS, MIB, align_up, checked_add
 from krasis.formats.names import check_tensor_name, shown
@@ -263,13 +264,8 @@ def _read_record(cursor: _Cursor) -> _Record:
         )
     number = cursor.scalar(_U32)
     if number not in TYPE_NAMES:
-        raise FormatError(
-            "unknown GGML type",
-            where=cursor.location(),
-            got=number,
-            limit=", ".join(TYPE_NAMES.values()),
-            hint="the gguf package may be too old for this file",
-        )
+        what, hint = explain_type(number)
+        raise FormatError(what, where=cursor.location(), got=f"type number {number}", hint=hint)
     offset = cursor.scalar(_U64)
     cursor.what = ""
     return _Record(name, TYPE_NAMES[number], tuple(reversed(sizes)), offset)

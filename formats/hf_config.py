@@ -15,6 +15,7 @@ from krasis.formats.architecture_record import (
 )
 from krasis.formats.errors import FormatError, UnsupportedModelError
 from krasis.formats.names import shown
+from krasis.formats.quantised_checkpoint import refuse_quantised
 
 _MISSING = object()
 _CAUSAL_LM = "Qwen3MoeForCausalLM"
@@ -76,13 +77,13 @@ def from_hf_config(config: Mapping[str, Any], where: str) -> Architecture:
 
 def _refuse_features(config: Mapping[str, Any], where: str) -> None:
     """UnsupportedModelError for every setting that would make the model compute something else than we do."""
+    refuse_quantised(config, where)
     rules: tuple[tuple[str, tuple[Any, ...], str], ...] = (
         ("hidden_act", ("silu",), "silu"),
         ("attention_bias", (False,), "no biases"),
         ("use_sliding_window", (False,), "full attention"),
         ("mlp_only_layers", ([],), "experts in every layer"),
         ("decoder_sparse_step", (1,), "experts in every layer"),
-        ("quantization_config", (), "an unquantised checkpoint (BF16, F16 or F32)"),
     )
     for field, allowed, limit in rules:
         value = config.get(field)

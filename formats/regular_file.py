@@ -62,6 +62,12 @@ def _check_kind(status: os.stat_result, path: Path) -> None:
 
 def _open_error(error: OSError, path: Path) -> FormatError | ResourceError:
     if error.errno in (errno.ENOENT, errno.ENOTDIR):
+        if path.is_symlink():
+            return FormatError(
+                "the link leads nowhere",
+                where=str(path),
+                hint="copy it with what it points to (cp -L), or download it again",
+            )
         return FormatError(
             "file is missing", where=str(path), hint="check the path; a download may be incomplete"
         )

@@ -18,30 +18,30 @@ import numpy.typing as npt
 
 from krasis.formats.dtypes import ITEM_BYTES, NUMPY_DTYPES
 from krasis.formats.errors import FormatError
+from krasis.formats.file_kinds import read_head, refuse_other
 from krasis.formats.limits import (
-    MAX_FILES,
     MAX_HEADER_BYTES,
-    MAX_INDEX_BYTES,
     MAX_RANK,
     MAX_TENSORS,
     checked_mul,
 )
-from krasis.formats.names import check_file_name, check_tensor_name, shown
+from krasis.formats.names import check_tensor_name, shown
+from krasis.formats.quantised_checkpoint import type_hint
 from krasis.formats.regular_file import (
     MappedFile,
-    list_names,
     open_regular,
     read_range,
-    read_small_file,
 )
+from krasis.formats.shard_index import check_present, find_entry, read_index
 from krasis.formats.strict_json import parse_json_object
 from krasis.formats.tensor_file import TensorFile, TensorFiles
 
 LENGTH_BYTES = 8
-INDEX_SUFFIX = ".safetensors.index.json"
 _METADATA_KEY = "__metadata__"
 _ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
 _HEADER_DEPTH = 4
+_TRAILING = "file goes on after its last tensor"
+_COMPARED_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +130,14 @@ def _entry(name: str, entry: Any, header_bytes: int, where: str) -> TensorInfo:
         )
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-        raise FormatError("unknown dtype", where=where, got=shown(dtype), limit=", ".join(ITEM_BYTES))
+        packed = isinstance(dtype, str) and dtype.startswith(("F4", "F6", "F8"))
+        raise FormatError(
+            "unknown dtype",
+            where=where,
+            got=shown(dtype),
+            limit=", ".join(ITEM_BYTES),
+            hint=type_hint(dtype) if packed else "",
+        )
     if not _are_sizes(shape) or len(shape) > MAX_RANK:
         raise FormatError(
             "shape is not a short list of sizes", where=where, got=shown(shape), limit=f"rank {MAX_RANK}"
@@ -177,12 +184,7 @@ def _check_coverage(tensors: dict[str, TensorInfo], header_bytes: int, file_byte
             )
         position += info.num_bytes
     if position != file_bytes:
-        raise FormatError(
-            "file goes on after its last tensor",
-            where=where,
-            got=f"{file_bytes} bytes",
-            limit=f"{position} bytes",
-        )
+        raise FormatError(_TRAILING, where=where, got=f"{file_bytes} bytes", limit=f"{position} bytes")
 
 
 class SafetensorsFile(TensorFile[TensorInfo]):
@@ -203,8 +205,14 @@ class SafetensorsFile(TensorFile[TensorInfo]):
         fd = open_regular(self.path, follow_links=True)
         try:
             self.file_bytes = os.fstat(fd).st_size
+            _refuse_other(fd, self.path)
             raw = read_header_bytes(fd, self.file_bytes, str(self.path))
-            header = parse_header(raw, self.file_bytes, str(self.path))
+            try:
+                header = parse_header(raw, self.file_bytes, str(self.path))
+            except FormatError as error:
+                if error.what == _TRAILING:
+                    _refuse_joined(fd, raw, self.path)
+                raise
             self._mapping = MappedFile(fd, self.file_bytes, self.path)
         finally:
             os.close(fd)
@@ -224,11 +232,14 @@ class SafetensorsFile(TensorFile[TensorInfo]):
 
 
 class ShardedCheckpoint(TensorFiles[SafetensorsFile]):
-    """A checkpoint of one or several safetensors files, seen as one table of tensors."""
+    """A checkpoint of one or several safetensors files, seen as one table of tensors. notes: what of its
+    folder was left alone, a sentence each.
+    """
 
-    __slots__ = ("metadata", "tensors")
+    __slots__ = ("metadata", "notes", "tensors")
 
     metadata: Mapping[str, str]
+    notes: tuple[str, ...]
     tensors: Mapping[str, TensorInfo]
 
     @classmethod
@@ -240,14 +251,17 @@ class ShardedCheckpoint(TensorFiles[SafetensorsFile]):
         """
         self = cls()
         self.path = Path(path)
-        entry = _find_entry(self.path) if self.path.is_dir() else self.path
-        if entry.name.endswith(INDEX_SUFFIX):
-            weight_map = _read_index(entry)
-            self.files = tuple(_open_shard(entry, name) for name in sorted(set(weight_map.values())))
-            self._owner = _match_index(weight_map, self.files, entry)
+        entry = find_entry(self.path)
+        self.notes = entry.notes
+        if entry.index is not None:
+            weight_map = read_index(entry.index)
+            names = sorted(set(weight_map.values()))
+            check_present(entry.index.parent, names, f"that {entry.index.name} names")
+            self.files = tuple(SafetensorsFile.open(entry.index.with_name(name)) for name in names)
+            self._owner = _match_index(weight_map, self.files, entry.index)
         else:
-            self.files = (SafetensorsFile.open(entry),)
-            self._owner = dict.fromkeys(self.files[0].tensors, self.files[0])
+            self.files = tuple(SafetensorsFile.open(file) for file in entry.files)
+            self._owner = _add_unlisted({}, self.files)
         self.tensors = {name: file.tensors[name] for name, file in self._owner.items()}
         self.metadata = self.files[0].metadata
         return self
@@ -257,81 +271,75 @@ class ShardedCheckpoint(TensorFiles[SafetensorsFile]):
         return self.file_of(name).array(name)
 
 
-def _find_entry(directory: Path) -> Path:
-    """The index, else the only safetensors file, of a directory."""
-    names = list_names(directory)
-    indexes = [name for name in names if name.endswith(INDEX_SUFFIX)]
-    shards = [name for name in names if name.endswith(".safetensors")]
-    for found, what in ((indexes, "indexes"), (shards, "safetensors files and no index")):
-        if len(found) == 1:
-            return directory / found[0]
-        if found:
-            raise FormatError(
-                f"directory has several {what}",
-                where=str(directory),
-                got=", ".join(found[:3]),
-                hint="name the one to read; the index may not have been downloaded",
-            )
-    raise FormatError(
-        "directory has no safetensors file", where=str(directory), hint="is this the right directory?"
-    )
+def _refuse_other(fd: int, path: Path) -> None:
+    """FormatError if the file is something known that is no safetensors file."""
+    head = read_head(fd, str(path))
+    # A header's brace after its length: whatever is wrong with it is told by the parser.
+    is_plausible = head[LENGTH_BYTES : LENGTH_BYTES + 1] == b"{" and head[6:8] == b"\0\0"
+    if not is_plausible:
+        refuse_other(head, path, "safetensors")
 
 
-def _read_index(path: Path) -> dict[str, str]:
-    """The index's tensor -> file table, names checked."""
-    where = str(path)
-    index = parse_json_object(
-        read_small_file(path, MAX_INDEX_BYTES, follow_links=True), where, max_bytes=MAX_INDEX_BYTES
-    )
-    weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise FormatError("index has no weight_map", where=where, got=shown(weight_map))
-    if len(weight_map) > MAX_TENSORS:
-        raise FormatError("too many tensors", where=where, got=len(weight_map), limit=MAX_TENSORS)
-    for name, file_name in weight_map.items():
-        check_tensor_name(name, where)
-        if not isinstance(file_name, str):
-            raise FormatError("file name must be text", where=f"{where}: {shown(name)}", got=shown(file_name))
-    file_names = set(weight_map.values())
-    if len(file_names) > MAX_FILES:
-        raise FormatError("too many files", where=where, got=len(file_names), limit=MAX_FILES)
-    for file_name in file_names:
-        check_file_name(file_name, where)
-    return weight_map
-
-
-def _open_shard(index: Path, name: str) -> SafetensorsFile:
-    path = index.with_name(name)
-    if not path.exists():
+def _refuse_joined(fd: int, header: bytes, path: Path) -> None:
+    """FormatError if another safetensors file begins where this one, of a sound header, should end."""
+    entries = parse_json_object(memoryview(header)[LENGTH_BYTES:], str(path), max_bytes=MAX_HEADER_BYTES)
+    entries.pop(_METADATA_KEY, None)
+    end = len(header) + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    start = read_head(fd, str(path), end)
+    if start[LENGTH_BYTES : LENGTH_BYTES + 1] == b"{" and start[6:8] == b"\0\0":
         raise FormatError(
-            f"shard {shown(name)} is missing",
-            where=str(index.parent),
-            got=f"named by {index.name}",
-            hint="the download may be incomplete",
+            "several safetensors files were joined into this one, which makes no whole",
+            where=str(path),
+            got=f"a second header at byte {end}",
+            hint="give the folder of the shards as they were downloaded, with their index",
         )
-    return SafetensorsFile.open(path)
 
 
 def _match_index(
-    weight_map: dict[str, str], files: tuple[SafetensorsFile, ...], index: Path
+    weight_map: Mapping[str, str], files: tuple[SafetensorsFile, ...], index: Path
 ) -> dict[str, SafetensorsFile]:
-    """tensor -> file, after checking that index and shards agree on every tensor."""
+    """tensor -> file. As transformers, which reads whole shards: a tensor may lie in another shard than the
+    index says, or be missing in the index; in two shards it must be the same.
+    """
     by_name = {file.path.name: file for file in files}
+    owner: dict[str, SafetensorsFile] = {}
     for name, file_name in weight_map.items():
-        if name not in by_name[file_name].tensors:
+        holders = [by_name[file_name], *files]
+        found = next((file for file in holders if name in file.tensors), None)
+        if found is None:
             raise FormatError(
                 "the index names a tensor that its shard does not have",
                 where=f"{index}: {shown(name)}",
                 got=file_name,
                 hint="index and shards may be of different versions",
             )
+        owner[name] = found
+    return _add_unlisted(owner, files)
+
+
+def _add_unlisted(
+    owner: dict[str, SafetensorsFile], files: tuple[SafetensorsFile, ...]
+) -> dict[str, SafetensorsFile]:
+    """The table with all that the files hold. FormatError for a tensor with two contents."""
     for file in files:
         for name in file.tensors:
-            if weight_map.get(name) != file.path.name:
+            first = owner.setdefault(name, file)
+            if first is not file and not _is_same(name, first, file):
                 raise FormatError(
-                    "a shard has a tensor that the index does not place there",
+                    "two shards hold a tensor of the same name and different contents",
                     where=f"{file.path}: {shown(name)}",
-                    got=f"index says {shown(weight_map.get(name))}",
-                    hint="index and shards may be of different versions",
+                    got=f"another in {first.path.name}",
+                    hint="the shards may be of different versions: get all of them again",
                 )
-    return {name: by_name[file_name] for name, file_name in weight_map.items()}
+    return owner
+
+
+def _is_same(name: str, one: SafetensorsFile, other: SafetensorsFile) -> bool:
+    first, second = one.info(name), other.info(name)
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    left, right = one.view(name), other.view(name)
+    starts = range(0, left.nbytes, _COMPARED_BYTES)
+    return all(
+        np.array_equal(left[at : at + _COMPARED_BYTES], right[at : at + _COMPARED_BYTES]) for at in starts
+    )

@@ -161,8 +161,7 @@ class TestCheckpoint:
 
     def test_a_tensor_that_the_index_lacks(self, folder):
         self.edit_index(folder, lambda table: table.pop("i"))
-        with pytest.raises(FormatError, match=r"two.safetensors: 'i'"):
-            ShardedCheckpoint.open(folder)
+        assert "i" in ShardedCheckpoint.open(folder).tensors  # as in transformers, which reads whole shards
 
     def test_an_empty_directory(self, tmp_path):
         with pytest.raises(FormatError, match="no safetensors"):

@@ -40,7 +40,6 @@ def test_what_is_a_size(text: str, size: int) -> None:
     "text",
     [
         "",
-        "",
         " ",
         "x",
         "GiB",

@@ -34,10 +34,6 @@ CASES = {
         index({"w": "one.safetensors", "ghost": "one.safetensors"}),
         ["'ghost'", "does not have"],
     ),
-    "index_omits_a_tensor": (
-        index({"w": "one.safetensors", "v": "two.safetensors"}),
-        ["'u'", "does not place"],
-    ),
     "index_names_a_tensor_twice": (
         b'{"weight_map": {"w": "one.safetensors", "w": "two.safetensors"}}',
         ["'w' occurs twice"],

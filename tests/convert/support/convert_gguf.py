@@ -54,9 +54,12 @@ def write_gguf(
     experts: str = "Q8_0",
     dense: str = "Q8_0",
     merged: bool = True,
+    fused: bool = False,
     split: int = 0,
 ) -> Path:
-    """A GGUF; split: tensors a file. Returns the first file."""
+    """A GGUF; fused: gate and up of a layer's experts in one tensor; split: tensors a file. Returns the first
+    file.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     writer = gguf.GGUFWriter(path, "qwen3moe", split_max_tensors=split)
     s = model.shape
@@ -73,7 +76,11 @@ def write_gguf(
     writer.add_rope_freq_base(10000.0)
     writer.add_expert_count(s.experts)
     writer.add_expert_used_count(s.top_k)
-    _add_tensors(writer, model, experts, dense, merged=merged)
+    _add_dense(writer, model, dense)
+    if fused:
+        _add_fused_experts(writer, model, experts)
+    else:
+        _add_experts(writer, model, experts, merged=merged)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -83,7 +90,7 @@ def write_gguf(
     return path
 
 
-def _add_tensors(writer: gguf.GGUFWriter, model: Model, experts: str, dense: str, *, merged: bool) -> None:
+def _add_dense(writer: gguf.GGUFWriter, model: Model, dense: str) -> None:
     for name, values in model.weights.items():
         if ".experts." in name:
             continue
@@ -93,6 +100,21 @@ def _add_tensors(writer: gguf.GGUFWriter, model: Model, experts: str, dense: str
         add_tensor(
             writer, ours if layer is None else f"blk.{layer}.{ours}", values, "F32" if is_float else dense
         )
+
+
+def _add_fused_experts(writer: gguf.GGUFWriter, model: Model, experts: str) -> None:
+    """As llama.cpp's converter writes with --fuse-gate-up-exps: gate rows first, then up rows, of each
+    expert.
+    """
+    for i in range(model.shape.layers):
+        numbers = range(model.shape.experts)
+        both = [np.concatenate([model.expert(i, e, "gate"), model.expert(i, e, "up")]) for e in numbers]
+        add_tensor(writer, f"blk.{i}.ffn_gate_up_exps.weight", np.stack(both), experts)
+        down = np.stack([model.expert(i, e, "down") for e in numbers])
+        add_tensor(writer, f"blk.{i}.ffn_down_exps.weight", down, experts)
+
+
+def _add_experts(writer: gguf.GGUFWriter, model: Model, experts: str, *, merged: bool) -> None:
     for i in range(model.shape.layers):
         for part in ("gate", "up", "down"):
             names = [
