@@ -30,6 +30,7 @@ from krasis.convert.resources import (
     check_disk,
     check_file_size,
     check_memory,
+    check_writable,
     free_disk_bytes,
     needed_disk_bytes,
     usable_memory_bytes,
@@ -171,8 +172,11 @@ def dry_run(prepared: Prepared) -> DryRun:
 
 
 def check_room(prepared: Prepared) -> None:
-    """Raises ResourceError, with the figures, where memory, disk or the size of a file does not suffice."""
+    """Raises ResourceError, with the figures, where memory, disk or the size of a file does not suffice, or
+    where nothing can be written.
+    """
     plan, out = prepared.plan, prepared.out
+    check_writable(out)
     check_memory(plan.memory.total_bytes)
     largest = max((file.num_bytes for file in plan.shards.files), default=0)
     check_file_size(out, largest, max((blob.num_bytes for blob in plan.blobs), default=0))

@@ -17,6 +17,7 @@ from krasis.formats.regular_file import open_regular
 from krasis.formats.shard_index import INDEX_SUFFIX
 
 GGUF_MAGIC = b"GGUF"
+_SHARD_NAME = re.compile(r"-(\d{5})-of-(\d{5})\.(gguf|safetensors)$")
 _SPLIT_NAME = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
 
@@ -42,6 +43,10 @@ def recognise(paths: Sequence[Path]) -> Inputs:
 
     Raises UsageError for none, three, or two of a kind, FormatError for others.
     """
+    for path in paths:
+        if path.is_file():
+            refuse_piece(path)
+    paths = list(dict.fromkeys(_whole(path) for path in paths))
     if not 1 <= len(paths) <= 2:
         raise UsageError(
             "one or two inputs are needed: a BF16 folder, a GGUF, or both",
@@ -80,7 +85,6 @@ def _recognise_one(path: Path) -> tuple[str, Path, tuple[str, ...]]:
         raise UsageError(
             "this is a Krasis bundle already", where=str(path.parent), hint="krasis-run takes it"
         )
-    refuse_piece(path)
     fd = open_regular(path, follow_links=True)
     try:
         head = read_head(fd, str(path))
@@ -109,6 +113,19 @@ def _recognise_one(path: Path) -> tuple[str, Path, tuple[str, ...]]:
             else "give a Hugging Face folder (config.json and *.safetensors) or a .gguf file",
         )
     raise FormatError("the file is empty: the download failed", where=str(path), hint=AGAIN)
+
+
+def _whole(path: Path) -> Path:
+    """What a file is one of several parts of: the first file of a split GGUF, the folder of a checkpoint's
+    shards; else the path itself. So a shell's ``*`` and any one of the parts name the model.
+    """
+    match = _SHARD_NAME.search(path.name)
+    if match is None or int(match.group(2)) == 1 or not path.is_file():
+        return path
+    if match.group(3) == "gguf":
+        first = _first_split(path)
+        return first if first.exists() else path
+    return path.parent if (path.parent / "config.json").is_file() else path
 
 
 def _first_split(path: Path) -> Path:

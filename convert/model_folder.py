@@ -55,7 +55,7 @@ def recognise_folder(path: Path) -> tuple[Kind, Path, tuple[str, ...]]:
                 f"{path}: the folder 'original' is left alone: it holds the publisher's own format",
             )
         return "hf", path, notes
-    ggufs = [name for name in names if name.endswith(".gguf")]
+    ggufs = [name for name in names if name.lower().endswith(".gguf")]
     if ggufs:
         name, more = _choose_gguf(path, ggufs)
         return "gguf", path / name, (*notes, *more)

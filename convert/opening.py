@@ -12,6 +12,7 @@ from krasis.convert.inputs import Inputs
 from krasis.convert.slices import Bytes
 from krasis.convert.sources import SourceFile, TensorInfo, TensorTable, WeightSource
 from krasis.convert.text_assets import assets_from_folder, assets_from_gguf
+from krasis.convert.vocabulary import check_gguf_tokens
 from krasis.formats.architecture import from_gguf_metadata, from_hf_config
 from krasis.formats.errors import FormatError
 from krasis.formats.file_kinds import refuse_text
@@ -111,6 +112,7 @@ def _open_gguf(path: Path) -> tuple[WeightSource, Mapping[str, object]]:
     checkpoint = GgufCheckpoint.open(path)
     check_is_model(checkpoint.metadata, checkpoint.tensors, str(path))
     architecture = from_gguf_metadata(checkpoint.metadata, checkpoint.tensors, str(path))
+    check_gguf_tokens(checkpoint.metadata, architecture.vocab_size, str(path))
     table = _Table(checkpoint)
     return WeightSource("gguf", path, architecture, _as_table(table), table.files()), checkpoint.metadata
 

@@ -79,6 +79,17 @@ def allocated_bytes(folder: Path) -> int:
     )
 
 
+def check_writable(out: Path) -> None:
+    """Raises ResourceError where this user must not write: on a read-only disk, in another one's folder."""
+    parent = existing_parent(out)
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise ResourceError(
+            "nothing can be written into the folder for the output",
+            where=str(parent),
+            hint="choose another folder with -o, or see to its permissions (is the disk mounted read-only?)",
+        )
+
+
 def check_file_size(out: Path, largest_bytes: int, largest_blob_bytes: int) -> None:
     """Raises ResourceError when a shard would be larger than a file may be: by ``ulimit -f``, or on a FAT
     disk.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from krasis.convert.names import BY_OURS
 from krasis.formats.errors import FormatError
 
@@ -30,3 +32,18 @@ def check_vocabulary(tensor: str, found: tuple[int, ...], shape: tuple[int, ...]
         if is_hf
         else "get another GGUF of the model: embedding and output head do not fit each other",
     )
+
+
+def check_gguf_tokens(metadata: Mapping[str, object], num_rows: int, where: str) -> None:
+    """Raises FormatError if a GGUF names more tokens than its embedding has rows: their ids would lead
+    nowhere.
+    """
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    if isinstance(tokens, list) and len(tokens) > num_rows:
+        raise FormatError(
+            "the vocabulary was resized: there are more tokens than rows of the embedding",
+            where=f"{where}: tokenizer.ggml.tokens",
+            got=f"{len(tokens)} tokens",
+            limit=f"{num_rows} rows",
+            hint="get another GGUF of the model",
+        )

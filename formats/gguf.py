@@ -145,7 +145,8 @@ def _part_paths(path: Path) -> list[Path]:
     parts = [
         path.with_name(f"{match['stem']}-{part:05d}-of-{count:05d}.gguf") for part in range(1, count + 1)
     ]
-    missing = [part.name for part in parts if not part.exists()]
+    present = set(list_names(path.parent)) if path.parent.is_dir() else set()
+    missing = [part.name for part in parts if part.name not in present]
     if missing:
         listed = ", ".join(shown(name) for name in missing[:_MOST_SHOWN])
         more = f" and {len(missing) - _MOST_SHOWN} more" if len(missing) > _MOST_SHOWN else ""

@@ -16,7 +16,14 @@ import numpy as np
 import pytest
 
 from krasis.convert.inputs import recognise
-from krasis.formats.errors import FormatError, KrasisError, MismatchError, UnsupportedModelError, UsageError
+from krasis.formats.errors import (
+    FormatError,
+    KrasisError,
+    MismatchError,
+    ResourceError,
+    UnsupportedModelError,
+    UsageError,
+)
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 4932342232\n"
 SETTINGS = {"gpu_group": 64, "tiers": ("cpu",), "num_threads": 1}
@@ -366,3 +373,60 @@ def test_fp8_weights_with_and_without_a_config_that_says_so(run, copy, tmp_path)
     refuse(run, copy, tmp_path, FormatError, "unsupported weight type", "BF16 checkpoint")
     (copy / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "NVFP4"}}')
     refuse(run, copy, tmp_path, UnsupportedModelError, "quantised (NVIDIA ModelOpt, NVFP4)")
+
+
+def test_more_tokens_than_rows(run, model, q8_gguf, tmp_path):
+    path = tmp_path / "m.gguf"
+    writer = gguf.GGUFWriter(path, "qwen3moe")
+    for field in gguf.GGUFReader(q8_gguf).fields.values():
+        if field.name.startswith("qwen3moe."):
+            writer.add_key_value(field.name, field.contents(), field.types[0])
+    writer.add_token_list([f"t{i}" for i in range(model.shape.vocab + 1)])
+    writer.add_tensor("token_embd.weight", np.zeros((model.shape.vocab, model.shape.hidden), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    refuse(
+        run,
+        path,
+        tmp_path,
+        FormatError,
+        f"got {model.shape.vocab + 1} tokens; limit {model.shape.vocab} rows",
+    )
+
+
+# ---- several names of one model ----------------------------------------------------------------------------
+
+
+def test_one_shard_or_all_of_them_mean_the_checkpoint(hf_dir):
+    shards = sorted(hf_dir.glob("*.safetensors"))
+    assert len(shards) == 2
+    for given in (shards[:1], shards[1:], shards, [*shards, *shards]):
+        assert recognise(given).hf == hf_dir
+
+
+def test_all_parts_of_a_split_gguf_mean_one_model(model, hf_dir, tmp_path):
+    first = model.write_gguf(tmp_path / "split" / "m.gguf", split=8)
+    parts = sorted(first.parent.glob("*.gguf"))
+    assert len(parts) > 2
+    assert recognise(parts).gguf == first
+    assert recognise([hf_dir, *reversed(parts)]) == recognise([hf_dir, first])
+
+
+def test_all_pieces_of_a_cut_file_are_told_as_such(q8_gguf, tmp_path):
+    data = q8_gguf.read_bytes()
+    pieces = [tmp_path / f"m.gguf.part{number}of3" for number in (1, 2, 3)]
+    for number, piece in enumerate(pieces):
+        piece.write_bytes(data[number::3])
+    with pytest.raises(FormatError, match="3 raw pieces"):
+        recognise(pieces)
+
+
+def test_a_folder_that_must_not_be_written_is_known_before_the_work(run, hf_dir, tmp_path, monkeypatch):
+    from krasis.convert import resources
+
+    monkeypatch.setattr(resources.os, "access", lambda *_: False)
+    with pytest.raises(ResourceError, match="nothing can be written into the folder"):
+        run([hf_dir], tmp_path / "m.krasis", **SETTINGS)
+    assert list(tmp_path.iterdir()) == []

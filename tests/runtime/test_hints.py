@@ -33,7 +33,8 @@ OWN_COMMAND = {
     "formats": "krasis-convert",
     "runtime": "krasis-run",
 }
-FOREIGN = {"--ulimit", "--nproc-per-node"}  # of docker and torchrun, which the messages name
+# Of docker, torchrun, llama-gguf-split and hf download, which the messages name.
+FOREIGN = {"--ulimit", "--nproc-per-node", "--merge", "--local-dir"}
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*[a-z]\b")
 COMMAND = re.compile("krasis-(?:run|info|convert)")
 
