@@ -105,7 +105,10 @@ def _open_hf(path: Path) -> tuple[WeightSource, dict[str, bytes], tuple[str, ...
     except FormatError:
         refuse_side_files(folder)  # if one explains it
         raise
-    return source, assets_from_folder(folder), checkpoint.notes
+    assets = assets_from_folder(folder)
+    for name, text in assets.items():
+        refuse_text(text, folder / name)
+    return source, assets, checkpoint.notes
 
 
 def _open_gguf(path: Path) -> tuple[WeightSource, Mapping[str, object]]:

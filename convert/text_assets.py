@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from krasis.formats.errors import FormatError, ResourceError
-from krasis.formats.file_kinds import refuse_text
 from krasis.formats.gguf_tokenizer import tokenizer_assets
 
 # Copied as they are. config.json is a record only: the runtime reads the manifest's architecture.
@@ -23,9 +22,7 @@ MAX_ASSET_BYTES = 128 << 20
 
 
 def assets_from_folder(folder: Path) -> dict[str, bytes]:
-    """The text files of a checkpoint that exist. Raises FormatError for one beyond the bound, and for a
-    git-lfs pointer or an error page in its place.
-    """
+    """The text files of a checkpoint that exist. Raises FormatError for one beyond the bound."""
     found: dict[str, bytes] = {}
     for name in HF_ASSETS:
         path = folder / name
@@ -36,11 +33,9 @@ def assets_from_folder(folder: Path) -> dict[str, bytes]:
                 raise FormatError(
                     "text file is too large", where=str(path), got=path.stat().st_size, limit=MAX_ASSET_BYTES
                 )
-            data = path.read_bytes()
+            found[name] = path.read_bytes()
         except OSError as error:
             raise ResourceError(f"cannot be read: {error.strerror}", where=str(path)) from error
-        refuse_text(data, path)
-        found[name] = data
     return found
 
 
