@@ -46,7 +46,7 @@ def recognise(paths: Sequence[Path]) -> Inputs:
     for path in paths:
         if path.is_file():
             refuse_piece(path)
-    paths = list(dict.fromkeys(_whole(path) for path in paths))
+    paths = _merged(paths)
     if not 1 <= len(paths) <= 2:
         raise UsageError(
             "one or two inputs are needed: a BF16 folder, a GGUF, or both",
@@ -94,6 +94,10 @@ def _recognise_one(path: Path) -> tuple[str, Path, tuple[str, ...]]:
         return "gguf", _first_split(path), ()
     # A safetensors file begins with its header's length (u64) and the header's brace.
     if head[8:9] == b"{":
+        if (path.parent / MANIFEST_NAME).is_file():
+            raise UsageError(
+                "this is a file of a Krasis bundle", where=str(path), hint="krasis-run takes the folder"
+            )
         if not (path.parent / "config.json").is_file():
             raise UsageError(
                 "there is no config.json beside this safetensors file",
@@ -113,6 +117,18 @@ def _recognise_one(path: Path) -> tuple[str, Path, tuple[str, ...]]:
             else "give a Hugging Face folder (config.json and *.safetensors) or a .gguf file",
         )
     raise FormatError("the file is empty: the download failed", where=str(path), hint=AGAIN)
+
+
+def _merged(paths: Sequence[Path]) -> list[Path]:
+    """The inputs, parts of one model as one."""
+    found: list[Path] = []
+    for path in paths:
+        whole = _whole(path)
+        if whole == path and _SHARD_NAME.search(path.name) is None:
+            found.append(path)  # named twice, it is told
+        elif whole not in found:
+            found.append(whole)
+    return found
 
 
 def _whole(path: Path) -> Path:

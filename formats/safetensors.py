@@ -291,7 +291,7 @@ def _refuse_joined(fd: int, header: bytes, path: Path) -> None:
             "several safetensors files were joined into this one, which makes no whole",
             where=str(path),
             got=f"a second header at byte {end}",
-            hint="give the folder of the shards as they were downloaded, with their index",
+            hint="give the shards as they were downloaded, by their folder or their index file",
         )
 
 

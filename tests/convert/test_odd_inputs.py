@@ -396,6 +396,11 @@ def test_more_tokens_than_rows(run, model, q8_gguf, tmp_path):
     )
 
 
+def test_files_of_a_bundle(run, bundle, tmp_path):
+    refuse(run, bundle.path / "manifest.json", tmp_path, UsageError, "a Krasis bundle already")
+    refuse(run, bundle.path / "gpu-000.safetensors", tmp_path, UsageError, "a file of a Krasis bundle")
+
+
 # ---- several names of one model ----------------------------------------------------------------------------
 
 
