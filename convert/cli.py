@@ -11,15 +11,7 @@ from typing import Any
 
 import click
 
-from krasis.convert.conversion import (
-    Summary,
-    check_room,
-    convert,
-    describe_plan,
-    dry_run,
-    prepare,
-    tool_version,
-)
+from krasis.convert.conversion import Summary, check_room, convert, describe_plan, dry_run, prepare
 from krasis.convert.partial import partial_path
 from krasis.convert.progress import Reporter
 from krasis.convert.settings import (
@@ -27,15 +19,17 @@ from krasis.convert.settings import (
     ConvertSettings,
     parse_tiers,
 )
+from krasis.formats.command_line import StreamsCommand, version_option
 from krasis.formats.errors import KrasisError, ResourceError
 from krasis.formats.file_ops import FILE_SIZE_HINT
 from krasis.formats.shard_output import OUTPUT_IO
+from krasis.formats.standard_streams import write_output
 from krasis.formats.units import format_bytes, format_seconds, parse_bytes
 
 EXIT_INTERRUPTED = 130
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(cls=StreamsCommand, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument(
     "inputs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="[BF16_DIR] [GGUF]"
 )
@@ -83,7 +77,7 @@ EXIT_INTERRUPTED = 130
 @click.option("-q", "--quiet", is_flag=True, help="Errors and quality notes only.")
 @click.option("-v", "--verbose", is_flag=True, help="Say more.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary (or the plan) as JSON on stdout.")
-@click.version_option(tool_version(), prog_name="krasis-convert")
+@version_option()
 def main(inputs: tuple[Path, ...], output: Path, *, dry_run: bool, as_json: bool, **options: Any) -> None:
     """Convert a Qwen3-MoE checkpoint into a bundle that krasis-run starts from at once.
 
@@ -139,9 +133,9 @@ def _run(
     if plan_only:
         plan = dry_run(prepared)
         if as_json:
-            print(json.dumps(asdict(plan), indent=2, default=str))
+            write_output(json.dumps(asdict(plan), indent=2, default=str) + "\n")
         else:
-            print("\n".join(describe_plan(plan)), flush=True)
+            write_output("\n".join(describe_plan(plan)) + "\n")
         check_room(prepared)  # the plan is told either way; the exit code says whether it can be done
         return
     try:
@@ -150,10 +144,11 @@ def _run(
         if partial_path(output).exists():
             reporter.warn(f"what is finished so far is kept in {partial_path(output)}")
         raise
-    if as_json:
-        print(json.dumps({**asdict(summary), "gb_per_s": summary.gb_per_s}, indent=2, default=str))
     for line in _describe(summary):
         reporter.say(line)
+    if as_json:
+        record = {**asdict(summary), "gb_per_s": summary.gb_per_s}
+        write_output(json.dumps(record, indent=2, default=str) + "\n")
 
 
 def _describe(summary: Summary) -> list[str]:

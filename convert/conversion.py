@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +39,7 @@ from krasis.formats.errors import UsageError
 from krasis.formats.file_ops import FileOps
 from krasis.formats.manifest import AssetRecord, Manifest, SourceRecord
 from krasis.formats.publish import check_replaceable
+from krasis.formats.tool import tool_version
 from krasis.formats.units import format_bytes, format_seconds
 
 
@@ -96,15 +95,6 @@ class Prepared:
     cross_check: CrossCheck | None
     calibration: Calibration | None
     out: Path
-
-
-@functools.cache
-def tool_version() -> str:
-    """Of the installed distribution."""
-    try:
-        return version("krasis-bundle")
-    except PackageNotFoundError:
-        return "0+unknown"
 
 
 def prepare(paths: Sequence[Path], out: Path, settings: ConvertSettings, reporter: Reporter) -> Prepared:

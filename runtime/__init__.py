@@ -43,6 +43,10 @@ def __getattr__(name: str) -> object:
     # Imported on first use: `krasis-run --help` and krasis-info should not pay for NumPy and the kernels.
     from importlib import import_module
 
+    if name == "__version__":
+        from krasis.formats.tool import tool_version
+
+        return tool_version()
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"krasis.runtime.{_HOMES[name]}"), name)

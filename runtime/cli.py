@@ -10,7 +10,9 @@ from typing import IO, TYPE_CHECKING, Any
 
 import click
 
+from krasis.formats.command_line import StreamsCommand, version_option
 from krasis.formats.errors import KrasisError, UsageError
+from krasis.formats.standard_streams import OutputError, check_stdout
 from krasis.runtime.cli_text_options import (
     PENALTY_OPTIONS,
     given_variables,
@@ -40,7 +42,9 @@ class CommandError(click.ClickException):
         click.echo(f"krasis-run: {self.message}", file=file or sys.stderr)
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.command(
+    cls=StreamsCommand, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+)
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--prompt", metavar="TEXT", help="Answer TEXT and leave.")
 @click.option(
@@ -135,17 +139,27 @@ class CommandError(click.ClickException):
     "--json", "as_json", is_flag=True, help="Print one JSON object: text, counts, timings, settings."
 )
 @click.option("--no-stream", is_flag=True, help="Print the answer when it is complete.")
+@click.option("--stats", is_flag=True, help="In a chat, tell the speed of every answer.")
+@click.option(
+    "--history/--no-history",
+    default=True,
+    help="Keep what is typed in a chat for the Up key of later ones. [default: on]",
+)
+@version_option()
 @click.option("-v", "--verbose", count=True, help="Say what is chosen and why; -vv says more.")
 def main(bundle: Path, prompt: str | None, prompt_file: Path | None, verbose: int, **options: Any) -> None:
     """Chat with the model in BUNDLE (a folder made by krasis-convert), or answer one prompt.
 
-    Without --prompt and --file, a text piped to stdin is the prompt; at a terminal a chat begins. Sampling
-    follows what the model's files recommend where no option says otherwise; if they recommend nothing, the
-    most likely token is taken, and a line says so.
+    A text piped to stdin, that of --file and that of --prompt make one prompt, in this order, a blank line
+    between. Without any of them, at a terminal, a chat begins. Sampling follows what the model's files
+    recommend where no option says otherwise; if they recommend nothing, the most likely token is taken, and a
+    line says so.
     """
     _configure_logging(verbose)
     try:
-        # Of several ranks only the first reads what the user says.
+        # Of several ranks only the first reads what the user says, and writes.
+        if not _is_worker():
+            check_stdout()
         text = None if _is_worker() else _prompt_text(prompt, prompt_file)
         if text is None and (options["raw"] or options["as_json"]) and not _is_worker():
             raise UsageError(
@@ -243,9 +257,18 @@ def _chat(engine: Engine, sampling: SamplingSettings, options: dict[str, Any]) -
         note(f"{len(engine.tokens)} tokens and {len(conversation.turns)} messages restored")
     if options["system"]:
         conversation.system = options["system"]
-    Terminal(conversation, options["stop"], options["show_thinking"]).run()
-    if options["save_kv"] is not None:
-        _save(engine, options["save_kv"], conversation)
+    terminal = Terminal(
+        conversation,
+        options["stop"],
+        options["show_thinking"],
+        stats=options["stats"],
+        remember=options["history"],
+    )
+    try:
+        terminal.run()
+    finally:  # also where the answers can no longer be written
+        if options["save_kv"] is not None:
+            _save(engine, options["save_kv"], conversation)
     return 0
 
 
@@ -275,13 +298,17 @@ def _answer_once(engine: Engine, text: str, sampling: SamplingSettings, options:
             progress=bar.update,
             template_vars=variables or None,
         )
-        stats = stream_answer(answer, bar, show=streaming, show_thinking=options["show_thinking"])
-    if options["as_json"]:
-        report = json_report(engine, stats, sampling, options["max_tokens"])
-        report["settings"]["template_vars"] = {**engine.settings.template_vars, **variables}
-        write_text(json.dumps(report) + "\n")
-    elif not streaming:
-        write_whole(stats, options["show_thinking"])
+        lost: OutputError | None = None
+        try:
+            stats = stream_answer(answer, bar, show=streaming, show_thinking=options["show_thinking"])
+            if options["as_json"]:
+                report = json_report(engine, stats, sampling, options["max_tokens"])
+                report["settings"]["template_vars"] = {**engine.settings.template_vars, **variables}
+                write_text(json.dumps(report) + "\n")
+            elif not streaming:
+                write_whole(stats, options["show_thinking"])
+        except OutputError as error:
+            stats, lost = answer.stats, error  # what was computed is saved before it is told
     if advice := unfinished_note(stats):
         note(advice)
     if stats.stop_reason == "context":
@@ -291,9 +318,11 @@ def _answer_once(engine: Engine, text: str, sampling: SamplingSettings, options:
         if not options["raw"]:
             conversation.turns = [Message("user", text), Message("assistant", stats.text)]
         _save(engine, options["save_kv"], conversation)
+    if lost is not None:
+        raise lost
     note(summary_line(stats, engine))
     if advice := memory_note(engine):
-        note(advice)
+        logging.getLogger(__name__).info(advice)
     return INTERRUPTED if stats.stop_reason == "interrupted" else 0
 
 
@@ -313,19 +342,27 @@ def _sampling(engine: Engine, options: dict[str, Any]) -> SamplingSettings:
 
 
 def _prompt_text(prompt: str | None, path: Path | None) -> str | None:
-    """The one prompt to answer, None for a chat. Raises UsageError if it is empty, unreadable or doubled."""
-    if prompt is not None and path is not None:
-        raise UsageError("--prompt and --file exclude each other")
-    if prompt is None:
-        if path is not None and str(path) != "-":
-            prompt = _read_file(path)
-        elif path is not None or not sys.stdin.isatty():
-            prompt = _decode(sys.stdin.buffer.read(), "stdin")
-        else:
-            return None
-    if not prompt.strip():
-        raise UsageError("the prompt is empty")
-    return prompt
+    """The one prompt to answer: a text piped in, then that of the file, then that of --prompt; None for a
+    chat. Raises UsageError if there is none or one is unreadable.
+    """
+    from krasis.runtime.piped_text import is_piped, join_prompt, read_piped
+
+    from_stdin = path is not None and str(path) == "-"
+    alone = prompt is None and path is None
+    if alone and sys.stdin is not None and sys.stdin.isatty():
+        return None
+    if sys.stdin is None and (alone or from_stdin):
+        raise UsageError("there is no prompt: stdin is closed", hint="give it by --prompt or --file")
+    pieces = []
+    if alone or from_stdin or is_piped():
+        pieces.append(_decode(read_piped(sys.stdin.buffer.read, alone=alone or from_stdin), "stdin"))
+    if path is not None and not from_stdin:
+        pieces.append(_read_file(path))
+    text = join_prompt([*pieces, prompt or ""])
+    if not text:
+        what = "there is no prompt: stdin is empty" if alone else "the prompt is empty"
+        raise UsageError(what, hint="give it by --prompt or --file" if alone else "")
+    return text
 
 
 def _read_file(path: Path) -> str:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import h5py
@@ -26,6 +25,7 @@ from krasis.formats.architecture import Architecture
 from krasis.formats.atomic_file import AtomicFile
 from krasis.formats.bundle_reader import Bundle
 from krasis.formats.errors import UsageError
+from krasis.formats.tool import tool_version
 from krasis.runtime.model.float_backend import FloatBackend
 from krasis.runtime.model.weights import load_weights
 from krasis.runtime.native_arrays import Array
@@ -158,12 +158,8 @@ def _windows(tokens: Sequence[int], context: int) -> list[npt.NDArray[np.int64]]
 
 def _provenance(bundle: Bundle, text: str, num_tokens: int, context: int, tier: str) -> dict[str, str | int]:
     manifest = bundle.manifest
-    try:
-        tool = version("krasis-bundle")
-    except PackageNotFoundError:
-        tool = "0+unknown"
     return {
-        "tool_version": tool,
+        "tool_version": tool_version(),
         "bundle": bundle.path.name,
         "bundle_digest": xxhash.xxh3_128_hexdigest(manifest.to_bytes()),
         "model_type": manifest.architecture.model_type,

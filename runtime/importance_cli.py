@@ -16,12 +16,13 @@ import click
 from tqdm import tqdm
 
 from krasis.formats.bundle_reader import Bundle
+from krasis.formats.command_line import StreamsCommand, version_option
 from krasis.formats.errors import KrasisError
 from krasis.runtime.importance import Importance, collect
 from krasis.runtime.settings import EXPERT_TIERS
 
 
-@click.command(help=__doc__)
+@click.command(cls=StreamsCommand, help=__doc__)
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option(
     "--text",
@@ -39,6 +40,7 @@ from krasis.runtime.settings import EXPERT_TIERS
     "--context", default=2048, show_default=True, type=click.IntRange(2), help="Tokens that see each other."
 )
 @click.option("--experts", type=click.Choice(EXPERT_TIERS), help="Experts to run [default: cpu if there].")
+@version_option()
 def main(
     bundle: Path,
     texts: tuple[Path, ...],

@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from krasis.formats.command_line import StreamsCommand, version_option
 from krasis.formats.errors import KrasisError, UsageError
+from krasis.formats.standard_streams import check_stdout, write_output
 
 if TYPE_CHECKING:
     from krasis.formats.bundle_verify import Problem
@@ -69,7 +71,9 @@ def _rate(flag: str, text: str) -> Callable[[_Command], _Command]:
 _AT_LEAST_1 = click.IntRange(min=1)
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.command(
+    cls=StreamsCommand, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+)
 @click.argument("bundle", required=False, type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, every size in bytes.")
 @click.option(
@@ -99,6 +103,7 @@ _AT_LEAST_1 = click.IntRange(min=1)
 @click.option("--context", type=_AT_LEAST_1, help="Positions of KV cache.  [default: the prompt + 2048]")
 @click.option("--prompt-tokens", type=_AT_LEAST_1, help="Length of the prompt.  [default: 10000]")
 @click.option("--kv-dtype", type=click.Choice(["f16", "bf16", "f32"]), default="f16", show_default=True)
+@version_option()
 def main(**options: Any) -> None:
     """Show what is inside BUNDLE (a .krasis directory), what it needs, and whether it is intact."""
     try:
@@ -110,6 +115,8 @@ def main(**options: Any) -> None:
 
 def _run(request: _Request) -> int:
     _check(request)
+    if not request.verify:  # whose verdict is its exit code
+        check_stdout()
     record: dict[str, Any] = {"krasis_info": JSON_VERSION}
     texts: list[str] = []
     if request.env:
@@ -122,7 +129,7 @@ def _run(request: _Request) -> int:
             _add_bundle(request, request.bundle, record, texts)
     elif request.plan:
         _add_plan(request, _sizes_of_shape(request), record, texts)
-    click.echo(json.dumps(record, indent=1) if request.as_json else "\n\n".join(texts))
+    write_output((json.dumps(record, indent=1) if request.as_json else "\n\n".join(texts)) + "\n")
     return EXIT_DAMAGED if damaged else 0
 
 

@@ -6,6 +6,7 @@ import re
 import sys
 from typing import TYPE_CHECKING, Any
 
+from krasis.formats.standard_streams import write_output
 from krasis.runtime.generation import Answer, Generation
 from krasis.runtime.thinking_view import ThinkingView
 
@@ -14,23 +15,40 @@ if TYPE_CHECKING:
 
     from krasis.runtime.engine import Engine
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_BIDI = "\u202a-\u202e\u2066-\u2069"  # embeddings, overrides and isolates: they reorder what is read
+# C0 but newline, tab and carriage return; DEL; C1; lone surrogates; the line separators that editors obey.
+_CONTROL = re.compile(f"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\u2028\u2029{_BIDI}]")
+_HIDDEN = re.compile(f"[{_BIDI}]")
 
 
 def note(text: str) -> None:
-    """A line on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    """A line on stderr. What is of a file or of a model in it cannot drive the terminal."""
+    print(safe_for_terminal(text) if sys.stderr.isatty() else text, file=sys.stderr, flush=True)
 
 
 def safe_for_terminal(text: str) -> str:
-    """text without control characters but newline and tab: a model must not drive the user's terminal."""
-    return _CONTROL.sub("", text)
+    """text with control characters escaped (``\\x1b``), all but newline and tab: nothing of a model, a bundle
+    or a saved chat drives the user's terminal. Carriage returns are left out: they end lines elsewhere.
+    """
+    return _CONTROL.sub(_escaped, text.replace("\r", ""))
+
+
+def hide_bidi(text: str) -> str:
+    """text, as long as it was, with a mark for every character that would reorder the rest."""
+    return _HIDDEN.sub("\ufffd", text)
+
+
+def _escaped(found: re.Match[str]) -> str:
+    code = ord(found.group())
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
 
 
 def write_text(text: str) -> None:
-    """Part of an answer on stdout, at once."""
-    sys.stdout.write(safe_for_terminal(text) if sys.stdout.isatty() else text)
-    sys.stdout.flush()
+    """Part of an answer on stdout, at once: as it is into a file or pipe, made safe for a terminal.
+
+    Raises OutputError if it cannot be written.
+    """
+    write_output(safe_for_terminal(text) if sys.stdout is not None and sys.stdout.isatty() else text)
 
 
 class PrefillBar:
@@ -86,6 +104,6 @@ def stream_answer(
     finally:
         answer.close()
         view.close()
-    if show and (sys.stdout.isatty() or not answer.stats.text.endswith("\n")):
+    if show and ((sys.stdout is not None and sys.stdout.isatty()) or not answer.stats.text.endswith("\n")):
         write_text("\n")
     return answer.stats

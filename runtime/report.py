@@ -26,6 +26,29 @@ def summary_line(stats: Generation, engine: Engine) -> str:
     )
 
 
+def speed_line(stats: Generation, engine: Engine) -> str:
+    """``12 tokens, 95.1 tok/s on CPU; prompt 80 tokens, 410.0 tok/s on CPU``."""
+    prefilled_on, decoded_on = engine.placement
+    cached = f" ({stats.num_cached_tokens} cached)" if stats.num_cached_tokens else ""
+    return (
+        f"[{len(stats.tokens)} tokens, {stats.decode_tokens_per_s:.1f} tok/s on {decoded_on}; "
+        f"prompt {stats.num_prompt_tokens} tokens{cached}, "
+        f"{stats.prefill_tokens_per_s:.1f} tok/s on {prefilled_on}]"
+    )
+
+
+def banner(engine: Engine) -> str:
+    """``tiny: qwen3_moe, 4 layers of 8 experts; context 2,048 tokens; runs on CPU``."""
+    shape = engine.architecture
+    prefills_on, decodes_on = engine.placement
+    where = prefills_on if prefills_on == decodes_on else f"{prefills_on} (prompts), {decodes_on} (answers)"
+    name = engine.bundle.path.resolve().name.removesuffix(".krasis")
+    return (
+        f"{name}: {shape.model_type}, {shape.num_layers} layers of "
+        f"{shape.num_experts} experts; context {engine.context:,} tokens; runs on {where}"
+    )
+
+
 def memory_note(engine: Engine) -> str:
     """What keeps memory from being read at full speed, and the remedy; empty if nothing is known."""
     share = engine.huge_page_share

@@ -1,9 +1,8 @@
-"""krasis-run's interactive chat: line editing, /commands, streaming, Ctrl-C that stops the answer and not the
-program."""
+"""krasis-run's interactive chat: /commands, streaming, Ctrl-C that stops the answer and not the program."""
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -11,17 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from krasis.formats.errors import KrasisError, UsageError
+from krasis.formats.standard_streams import OutputError
+from krasis.runtime.chat_commands import AS_TEXT, Question, parse
 from krasis.runtime.conversation import PREFIX_SUFFIX, Conversation
 from krasis.runtime.engine import Progress
 from krasis.runtime.generation import Answer, Generation
 from krasis.runtime.output import PrefillBar, note, stream_answer
-from krasis.runtime.report import memory_note, summary_line
+from krasis.runtime.prompt_input import QUOTES, Typed, open_input
+from krasis.runtime.report import banner, memory_note, speed_line, summary_line
 from krasis.runtime.settings import SamplingSettings
 from krasis.runtime.text_settings import TEXT_OPTIONS, set_text_option, text_settings
 from krasis.runtime.thinking_view import unfinished_note
 
-PROMPT, MORE = ">>> ", "... "
-QUOTES = '"""'
+logger = logging.getLogger(__name__)
 
 
 class QuitError(Exception):
@@ -39,63 +40,101 @@ class Command:
 
 class Terminal:
     """Reads questions until the user leaves. stop: strings that end an answer. show_thinking: None = yes, on
-    a terminal."""
+    a terminal. stats: tell the speed of every answer. remember: keep the questions for later chats.
+    """
 
     def __init__(
-        self, conversation: Conversation, stop: tuple[str, ...] = (), show_thinking: bool | None = None
+        self,
+        conversation: Conversation,
+        stop: tuple[str, ...] = (),
+        show_thinking: bool | None = None,
+        *,
+        stats: bool = False,
+        remember: bool = True,
     ) -> None:
         self.conversation = conversation
         self._stop = stop
         self.show_thinking = show_thinking
+        self._stats = stats
         self._last: Generation | None = None
+        self._interrupted = False  # by the last key, at the prompt
+        self._input = open_input(remember=remember)
 
     def run(self) -> None:
-        """The session."""
-        _enable_line_editing()
+        """The session. Raises OutputError when the answers can no longer be written."""
+        note(banner(self.conversation.engine))
         note("/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves.")
-        interrupted = False
-        while True:
-            try:
-                text = read_question()
-            except EOFError:
-                note("")
-                return
-            except KeyboardInterrupt:
-                if interrupted:
-                    note("")
-                    return
-                interrupted = True
-                note("\n(Ctrl-C again, Ctrl-D or /quit leaves)")
-                continue
-            interrupted = False
-            try:
-                self._handle(text)
-            except QuitError:
-                return
-            except KrasisError as error:
-                note(f"{error}")
+        with self._input.session():
+            self._converse()
 
-    def _handle(self, text: str) -> None:
-        if not text.strip():
+    def _converse(self) -> None:
+        going_on = True
+        while going_on:
+            try:
+                going_on = self._turn()
+            except KeyboardInterrupt:  # in a command, or anywhere but in an answer, which handles its own
+                note("\n(stopped)")
+
+    def _turn(self) -> bool:
+        """One question or command; whether the user stays."""
+        try:
+            typed = self._input.question()
+        except (EOFError, OSError):  # Ctrl-D, or the terminal has closed
+            return False
+        except KeyboardInterrupt:
+            if self._interrupted:
+                return False
+            self._interrupted = True
+            note("(Ctrl-C again, Ctrl-D or /quit leaves)")
+            return True
+        self._interrupted = False
+        try:
+            self._handle(typed)
+        except QuitError:
+            return False
+        except OutputError:
+            raise
+        except KrasisError as error:
+            note(f"{error}")
+        except Exception as error:  # hours of conversation do not end by a fault of ours
+            logger.debug("a fault in the chat", exc_info=True)
+            note(f"that failed, by a fault of Krasis ({type(error).__name__}: {error}); the chat goes on")
+        return True
+
+    def _handle(self, typed: Typed) -> None:
+        if not typed.text.strip():
             return
-        if not text.startswith("/"):
-            self._answer(partial(self.conversation.ask, text))
+        line = parse(typed, COMMANDS)
+        if isinstance(line, Question):
+            if line.text.strip():
+                self._answer(partial(self.conversation.ask, line.text))
             return
-        name, _, argument = text[1:].partition(" ")
-        command = COMMANDS.get(name)
-        if command is None:
-            raise UsageError("unknown command", got=f"/{name}", hint="/help lists them")
-        argument = argument.strip()
-        if bool(argument) != bool(command.argument) and not command.argument.startswith("["):
-            raise UsageError("wrong use", where=f"/{name}", hint=f"/{name} {command.argument}".rstrip())
+        command, argument = COMMANDS[line.name], line.argument
+        missing = bool(argument) != bool(command.argument) and not command.argument.startswith("[")
+        if missing or ("\n" in argument and "TEXT" not in command.argument):
+            usage = f"/{line.name} {command.argument}".rstrip()
+            raise UsageError("wrong use", where=f"/{line.name}", hint=f"{usage} ({AS_TEXT})")
         command.run(self, argument)
 
     def _answer(self, ask: Callable[[Progress, tuple[str, ...]], Answer]) -> None:
-        """Writes the answer that ask begins; a Ctrl-C keeps what was written so far."""
-        with PrefillBar(self.conversation.engine) as bar:
-            stats = stream_answer(ask(bar.update, self._stop), bar, show_thinking=self.show_thinking)
-        self.conversation.add_answer(stats.text)
+        """Writes the answer that ask begins; a Ctrl-C keeps what was written so far. Without an answer the
+        conversation is what it was before.
+        """
+        before = list(self.conversation.turns)
+        try:
+            with PrefillBar(self.conversation.engine) as bar:
+                stats = stream_answer(ask(bar.update, self._stop), bar, show_thinking=self.show_thinking)
+        except BaseException:
+            self.conversation.turns = before
+            raise
         self._last = stats
+        if stats.stop_reason == "interrupted" and not stats.text:
+            self.conversation.turns = before
+            note("(stopped before an answer began: the conversation is as it was before)")
+            return
+        self.conversation.add_answer(stats.text)
+        if self._stats:
+            note(speed_line(stats, self.conversation.engine))
         if advice := unfinished_note(stats):
             note(advice)
         if stats.stop_reason == "context":
@@ -110,7 +149,10 @@ class Terminal:
         question = self.conversation.last_question
         if not question:
             raise UsageError("there is no question to edit")
-        text = text or edit_line(question)
+        try:
+            text = text or self._input.edit(question)
+        except EOFError:
+            return
         if text.strip():
             self._answer(partial(self.conversation.edit, text))
 
@@ -131,13 +173,13 @@ class Terminal:
 
     def save(self, name: str) -> None:
         """/save."""
-        self.conversation.save(Path(name).expanduser())
+        self.conversation.save(path_of(name))
         held = len(self.conversation.engine.tokens)
         note(f"saved {name}" + (f" with {held} computed tokens" if name.endswith(PREFIX_SUFFIX) else ""))
 
     def load(self, name: str) -> None:
         """/load."""
-        if self.conversation.load(Path(name).expanduser()):
+        if self.conversation.load(path_of(name)):
             note(f"loaded {len(self.conversation.turns)} messages")
         else:
             note("loaded the computed tokens; no conversation was saved with them")
@@ -148,23 +190,28 @@ class Terminal:
         if self._last is not None:
             note(summary_line(self._last, engine))
         if advice := memory_note(engine):
-            note(advice)
+            logger.info(advice)
         note(f"context {len(engine.tokens)} of {engine.context} tokens; {engine.description}")
 
     def set_value(self, text: str) -> None:
         """/set NAME VALUE; alone it shows the settings."""
         name, _, value = text.partition(" ")
-        if text and not set_text_option(self, name.replace("-", "_"), value.strip()):
+        if name == "stats":
+            self._stats = _on_or_off(name, value.strip())
+        elif text and not set_text_option(self, name.replace("-", "_"), value.strip()):
             set_option(self.conversation, name.replace("-", "_"), value.strip())
         sampling = self.conversation.sampling
         shown = [f"{field.name} {getattr(sampling, field.name)}" for field in fields(sampling)]
-        note(", ".join([*shown, f"max_tokens {self.conversation.max_tokens}", *text_settings(self)]))
+        shown += [f"max_tokens {self.conversation.max_tokens}", f"stats {'on' if self._stats else 'off'}"]
+        note(", ".join([*shown, *text_settings(self)]))
 
     def show_help(self, _: str) -> None:
         """/help."""
         for name, command in COMMANDS.items():
             note(f"  /{name + ' ' + command.argument:<22}{command.help}")
-        note(f"  A line ending in \\ goes on in the next; {QUOTES} begins and ends a text of several lines.")
+        note("  Pasted lines are one question. Alt-Enter, or \\ at the end, goes on in the next line;")
+        note(f"  {QUOTES} begins and ends a text of several lines. Tab completes commands and files.")
+        note("  A blank before a slash makes a question of what would be a command.")
 
     def quit(self, _: str) -> None:
         """/quit."""
@@ -188,12 +235,35 @@ COMMANDS = {
 }
 
 
+def path_of(name: str) -> Path:
+    """The file a user named, ~ for the home. Raises UsageError for a name no file can have."""
+    if "\0" in name:
+        raise UsageError("a file's name cannot have a zero byte", got=name)
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise UsageError(
+            "there is no such user", where=name, hint=f"write ./{name} for a file of that name"
+        ) from error
+
+
+def setting_names() -> list[str]:
+    """What /set knows."""
+    return [*(field.name for field in fields(SamplingSettings)), "max_tokens", "stats", *TEXT_OPTIONS]
+
+
+def _on_or_off(name: str, text: str) -> bool:
+    if text not in ("on", "off"):
+        raise UsageError(f"{name} is on or off", got=text)
+    return text == "on"
+
+
 def set_option(conversation: Conversation, name: str, text: str) -> None:
     """Changes a sampling setting or max_tokens. Raises UsageError for an unknown name or a bad value;
     ``none`` unsets."""
     known = [field.name for field in fields(SamplingSettings)]
     if name not in (*known, "max_tokens"):
-        raise UsageError("unknown setting", got=name, limit=", ".join([*known, "max_tokens", *TEXT_OPTIONS]))
+        raise UsageError("unknown setting", got=name, limit=", ".join(setting_names()))
     whole = name in ("top_k", "seed", "max_tokens", "penalty_last_n")
     try:
         value: Any = None if text == "none" else int(text) if whole else float(text)
@@ -207,52 +277,3 @@ def set_option(conversation: Conversation, name: str, text: str) -> None:
         raise UsageError("max_tokens must be positive", got=text)
     else:
         conversation.max_tokens = value
-
-
-def read_question() -> str:
-    """One question: a line, lines joined by trailing backslashes, or lines between triple quotes.
-
-    Raises EOFError and KeyboardInterrupt as ``input`` does.
-    """
-    line = input(PROMPT)
-    if line.lstrip().startswith(QUOTES):
-        return _quoted(line.lstrip().removeprefix(QUOTES))
-    lines = []
-    while line.endswith("\\"):
-        lines.append(line[:-1])
-        line = input(MORE)
-    return "\n".join([*lines, line])
-
-
-def edit_line(text: str) -> str:
-    """The user's edit of a text of one line. Raises UsageError where a line cannot be edited in place."""
-    if "\n" in text or not sys.stdin.isatty():
-        raise UsageError("this question cannot be edited on one line", hint="give the new one: /edit TEXT")
-    try:
-        import readline
-    except ImportError as error:
-        raise UsageError(
-            "this Python has no line editing", hint="give the new question: /edit TEXT"
-        ) from error
-    readline.set_startup_hook(lambda: readline.insert_text(text))
-    try:
-        return input(PROMPT)
-    finally:
-        readline.set_startup_hook(None)
-
-
-def _quoted(line: str) -> str:
-    lines = []
-    while QUOTES not in line:
-        lines.append(line)
-        line = input(MORE)
-    return "\n".join([*lines, line.partition(QUOTES)[0]]).strip("\n")
-
-
-def _enable_line_editing() -> None:
-    if sys.stdin.isatty():
-        try:
-            import readline
-        except ImportError:  # a Python built without it: input() still works, plainly
-            return
-        readline.set_auto_history(True)

@@ -6,6 +6,7 @@ import os
 import sys
 from typing import TextIO
 
+from krasis.formats.standard_streams import write_output
 from krasis.runtime.generation import Generation, Piece
 from krasis.runtime.thinking import REASONING
 
@@ -57,6 +58,9 @@ class ThinkingView:
         self._put(safe_for_terminal(text) if self._stream.isatty() else text)
 
     def _put(self, text: str) -> None:
+        if self._stream is sys.stdout:
+            write_output(text)  # whose failure ends the answer
+            return
         self._stream.write(text)
         self._stream.flush()
 

@@ -1,114 +1,22 @@
-"""krasis-run's chat on a real pseudo-terminal: streaming, commands, several lines, Ctrl-C and Ctrl-D."""
+"""krasis-run's chat on a plain pseudo-terminal: streaming, commands, several lines, Ctrl-C and Ctrl-D."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import pty
 import re
-import select
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-RUN = [sys.executable, "-c", "from krasis.runtime.cli import main; main(prog_name='krasis-run')"]
-PROMPT = ">>> "
-CTRL_C, CTRL_D = "\x03", "\x04"
-
-
-class Session:
-    """A krasis-run that believes a person is typing."""
-
-    def __init__(self, bundle: Path, *arguments: str) -> None:
-        master, slave = pty.openpty()
-        # A session of its own with this terminal, so that Ctrl-C reaches it as it would from a keyboard.
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", _WITH_TERMINAL, *RUN, str(bundle), *arguments],
-            stdin=slave,
-            stdout=slave,
-            stderr=slave,
-            start_new_session=True,
-            env={**os.environ, "TERM": "dumb", "PYTHONUNBUFFERED": "1"},
-        )
-        os.close(slave)
-        self.master = master
-        self.unread = ""
-
-    def type(self, text: str) -> None:
-        os.write(self.master, text.encode())
-
-    def until(self, pattern: str, seconds: float = 30) -> str:
-        """Everything up to and including what matches. Fails when it does not come in time."""
-        deadline = time.monotonic() + seconds
-        while not (match := re.search(pattern, self.unread)):
-            ready, _, _ = select.select([self.master], [], [], max(deadline - time.monotonic(), 0))
-            if not ready:
-                pytest.fail(f"waited for {pattern!r}, saw {self.unread[-2000:]!r}")
-            try:
-                data = os.read(self.master, 65536)
-            except OSError:  # the other side is gone
-                data = b""
-            if not data:
-                pytest.fail(f"it ended before {pattern!r}: {self.unread[-2000:]!r}")
-            self.unread += data.decode("utf-8", "replace").replace("\r\n", "\n")
-        text, self.unread = self.unread[: match.end()], self.unread[match.end() :]
-        return text
-
-    def command(self, line: str, answer: str) -> str:
-        """Types a line and waits for an answer and the next prompt."""
-        self.type(line + "\n")
-        text = self.until(answer)
-        self.until(re.escape(PROMPT))
-        return text
-
-    def interrupt_prompt(self) -> None:
-        """Ctrl-C once the program waits for its terminal.
-
-        Between showing the prompt and waiting, readline loses the wake-up of a signal: it is seen at the
-        next key. A person is never that fast.
-        """
-        still = 0
-        deadline = time.monotonic() + 20
-        while still < 5 and time.monotonic() < deadline:
-            state = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[0]
-            still = still + 1 if state == "S" else 0
-            time.sleep(0.02)
-        self.type(CTRL_C)
-
-    def ended(self) -> int:
-        """The exit code, once it has ended."""
-        deadline = time.monotonic() + 20
-        while self.process.poll() is None and time.monotonic() < deadline:
-            ready, _, _ = select.select([self.master], [], [], 0.05)
-            if ready:
-                with contextlib.suppress(OSError):
-                    self.unread += os.read(self.master, 65536).decode("utf-8", "replace")
-        code = self.process.poll()
-        if code is None:
-            pytest.fail(f"it did not end: {self.unread[-2000:]!r}")
-        return code
-
-    def close(self) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.wait()
-        os.close(self.master)
-
-
-_WITH_TERMINAL = (
-    "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
-    "os.execv(sys.argv[1], sys.argv[1:])"
-)
+from terminal_session import CTRL_C, CTRL_D, PROMPT, Session
 
 
 @pytest.fixture
 def session(chat_bundle: Path) -> Iterator[Session]:
-    session = Session(chat_bundle, "--threads", "2", "--ctx", "32768", "--max-tokens", "10", "--seed", "3")
+    session = Session(
+        chat_bundle, "--threads", "2", "--ctx", "32768", "--max-tokens", "10", "--seed", "3", term="dumb"
+    )
     session.until(re.escape(PROMPT))
     yield session
     session.close()
@@ -172,7 +80,7 @@ def test_a_chat_is_saved_with_its_cache(session: Session, chat_bundle: Path, tmp
     session.command(f"/save {tmp_path / 'talk.kv'}", r"with \d+ computed tokens")
     session.command(f"/save {tmp_path / 'talk.kv'}", r"with \d+ computed tokens")  # an older one is replaced
     flags = ["--threads", "2", "--ctx", "32768", "--max-tokens", "5", "--load-kv", str(tmp_path / "talk.kv")]
-    again = Session(chat_bundle, *flags, "--save-kv", str(tmp_path / "later.kv"))
+    again = Session(chat_bundle, *flags, "--save-kv", str(tmp_path / "later.kv"), term="dumb")
     again.until(r"\d+ tokens and 2 messages restored")
     again.until(re.escape(PROMPT))
     again.command("and then?", r"then\?\n")
@@ -195,6 +103,23 @@ def test_several_lines(session: Session, tmp_path: Path) -> None:
     contents = [one["content"] for one in json.loads((tmp_path / "talk").read_text())["messages"]]
     assert contents[0] == "one \ntwo"
     assert contents[2] == "three\n\nfour"
+
+
+def test_an_unfinished_text_is_forgotten(session: Session, tmp_path: Path) -> None:
+    for key in (CTRL_D, CTRL_C):
+        session.type('"""three\n')
+        session.until(r"\.\.\. ")
+        session.wait_until_idle()
+        session.type(key)
+        session.until("forgotten")
+        session.until(re.escape(PROMPT))
+    session.command('"""four""" five', r"five\n")
+    session.type(b"caf\xff e\n")
+    session.until("not text in the terminal's encoding")
+    session.until(re.escape(PROMPT))
+    session.command(f"/save {tmp_path / 'talk'}", "saved")
+    messages = json.loads((tmp_path / "talk").read_text())["messages"]
+    assert [one["content"] for one in messages][::2] == ["four five"]
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(session: Session, tmp_path: Path) -> None:
@@ -232,7 +157,7 @@ def test_ctrl_d_leaves(session: Session) -> None:
 
 
 def test_a_question_beyond_the_context_is_refused_and_forgotten(chat_bundle: Path) -> None:
-    session = Session(chat_bundle, "--ctx", "48", "--threads", "2")
+    session = Session(chat_bundle, "--ctx", "48", "--threads", "2", term="dumb")
     session.until(re.escape(PROMPT))
     session.command("word " * 60, "context is full")
     session.command("/undo", "nothing to undo")

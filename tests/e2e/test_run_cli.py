@@ -148,7 +148,7 @@ def test_verbose_says_what_was_chosen(chat_bundle: Path) -> None:
     [
         (["/nowhere/model.krasis", "--prompt", "x"], 3, "there is no such bundle"),
         (["BUNDLE", "--prompt", ""], 2, "the prompt is empty"),
-        (["BUNDLE", "--prompt", "x", "--file", "y"], 2, "exclude each other"),
+        (["BUNDLE", "--prompt", "x", "--file", "y"], 2, "y: the prompt cannot be read"),
         (["BUNDLE", "--file", "/nowhere/prompt"], 2, "cannot be read"),
         (["BUNDLE", "--prompt", "x", "--temperature", "-1"], 2, "temperature is out of range"),
         (["BUNDLE", "--prompt", "x", "--top-p", "nan"], 2, "top_p is out of range"),
@@ -198,7 +198,8 @@ def test_no_chat_template_points_to_raw(chat_bundle: Path, monkeypatch: pytest.M
 def test_help_does_not_load_the_engine() -> None:
     code = (
         "import sys; from krasis.runtime.cli import main; main(['--help'], standalone_mode=False);"
-        "heavy = {'numpy', 'torch', 'transformers', 'h5py', 'tokenizers', 'jinja2'} & set(sys.modules);"
+        "heavy = {'numpy', 'torch', 'transformers', 'h5py', 'tokenizers', 'jinja2', 'prompt_toolkit'};"
+        "heavy &= set(sys.modules);"
         "print('heavy', sorted(heavy))"
     )
     done = subprocess.run(
@@ -211,7 +212,8 @@ def test_running_does_not_load_torch(chat_bundle: Path) -> None:
     arguments = [str(chat_bundle), "--prompt", "x", "--max-tokens", "3"]
     code = (
         f"import sys; from krasis.runtime.cli import main; main({arguments!r}, standalone_mode=False);"
-        "print('heavy', sorted({'torch', 'transformers', 'h5py', 'gguf'} & set(sys.modules)))"
+        "heavy = {'torch', 'transformers', 'h5py', 'gguf', 'prompt_toolkit'} & set(sys.modules);"
+        "print('heavy', sorted(heavy))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
@@ -243,11 +245,16 @@ def test_weights_are_taken_from_the_disk_anew(chat_bundle: Path) -> None:
     assert report["text"] == expected_text(chat_bundle, "hi")
 
 
-def test_small_pages_are_told_beside_the_speed(chat_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_pages_are_told_on_request(
+    chat_bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(Engine, "huge_page_share", 0.04)
     result = run(chat_bundle, "--prompt", "hi", "--raw", *GREEDY)
     assert result.exit_code == 0, result.output
-    *_, speed, advice = result.stderr.splitlines()
-    assert "tok/s" in speed
+    assert "tok/s" in result.stderr.splitlines()[-1]
+    assert "huge" not in result.stderr
+    with caplog.at_level("INFO"):
+        run(chat_bundle, "--prompt", "hi", "--raw", *GREEDY, "-v")
+    advice = caplog.messages[-1]
     assert advice.startswith("4% of the weights lie in huge pages")
     assert "--reread" in advice

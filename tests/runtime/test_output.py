@@ -48,4 +48,8 @@ def test_short_prompts_and_pipes_show_none(
 
 
 def test_control_characters_do_not_reach_the_terminal() -> None:
-    assert safe_for_terminal("a\x1b[2Jb\x07\x9bc\r\n\td\x7f é🙂") == "a[2Jbc\n\td é🙂"
+    assert safe_for_terminal("a\x1b[2Jb\x07\x9bc\r\n\td\x7f é🙂") == "a\\x1b[2Jb\\x07\\x9bc\n\td\\x7f é🙂"
+    assert safe_for_terminal("\x1b]52;c;AAAA\x07") == "\\x1b]52;c;AAAA\\x07"
+    assert safe_for_terminal("a\u202eb\u2066c\ud800") == "a\\u202eb\\u2066c\\ud800"
+    # What writing needs stays: joiners, variation selectors, marks of right-to-left text.
+    assert safe_for_terminal("👩\u200d🔬 ❤\ufe0f \u200fعربي") == "👩\u200d🔬 ❤\ufe0f \u200fعربي"

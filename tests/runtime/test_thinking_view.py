@@ -45,13 +45,13 @@ def written(monkeypatch: pytest.MonkeyPatch) -> object:
 
 
 def test_on_a_terminal_it_comes_first_and_dim(written) -> None:
-    shown = "[thinking]\n\x1b[2ma b[2J\x1b[0m\n[answer]\nYes no"
+    shown = "[thinking]\n\x1b[2ma b\\x1b[2J\x1b[0m\n[answer]\nYes no"
     assert written(True, True, None) == written(True, True, True) == (shown, "")
-    plain = "[thinking]\na b[2J\n[answer]\nYes no"
+    plain = "[thinking]\na b\\x1b[2J\n[answer]\nYes no"
     assert written(True, True, None, "dumb") == (plain, "")
     assert written(True, True, False) == ("Yes no", "")
     # Ended while thinking, and no thinking at all.
-    assert written(True, True, None, "dumb", PIECES[:2]) == ("[thinking]\na b[2J\n", "")
+    assert written(True, True, None, "dumb", PIECES[:2]) == ("[thinking]\na b\\x1b[2J\n", "")
     assert written(True, True, None, "xterm", PIECES[2:]) == ("Yes no", "")
     assert written(True, True, None, "xterm", [Piece(1, "", "reasoning"), PIECES[2]]) == ("Yes", "")
 
@@ -59,7 +59,7 @@ def test_on_a_terminal_it_comes_first_and_dim(written) -> None:
 def test_a_pipe_has_the_answer_only(written) -> None:
     assert written(False, False, None) == ("Yes no", "")
     assert written(False, True, None) == ("Yes no", "")
-    assert written(False, True, True, "dumb") == ("Yes no", "[thinking]\na b[2J\n[answer]\n")
+    assert written(False, True, True, "dumb") == ("Yes no", "[thinking]\na b\\x1b[2J\n[answer]\n")
     out, err = written(False, False, True)
     assert (out, err) == ("Yes no", "[thinking]\na b\x1b[2J\n[answer]\n")
 
