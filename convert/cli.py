@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import sys
 from dataclasses import asdict
@@ -27,12 +26,14 @@ from krasis.convert.settings import (
     ConvertSettings,
     parse_tiers,
 )
+from krasis.formats import mapping_guard
 from krasis.formats.errors import KrasisError, ResourceError
-from krasis.formats.file_ops import FILE_SIZE_HINT
+from krasis.formats.file_ops import refusal
 from krasis.formats.shard_output import OUTPUT_IO
 from krasis.formats.units import format_bytes, format_seconds, parse_bytes
 
 EXIT_INTERRUPTED = 130
+_WHEN_CUT = "get this file again; what is finished so far is kept, and the same command goes on from there"
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -102,7 +103,7 @@ def main(inputs: tuple[Path, ...], output: Path, *, dry_run: bool, as_json: bool
     except KrasisError as error:
         _fail(error)
     except OSError as error:
-        _fail(_from_os_error(error))
+        _fail(refusal(error))
     except MemoryError:
         _fail(ResourceError("out of memory", hint="use --memory-limit or fewer --threads"))
 
@@ -135,6 +136,7 @@ def _run(
     plan_only: bool,
     as_json: bool,
 ) -> None:
+    mapping_guard.install("krasis-convert", hint=_WHEN_CUT)
     prepared = prepare(inputs, output, settings, reporter)
     if plan_only:
         plan = dry_run(prepared)
@@ -167,16 +169,6 @@ def _describe(summary: Summary) -> list[str]:
         *(f"  {kind:{width}s}  {100 * row['relative_mse']:.4f} %" for kind, row in summary.quality.items()),
         f"next: krasis-run {summary.out}",
     ]
-
-
-def _from_os_error(error: OSError) -> ResourceError:
-    hint = ""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        hint = "free some disk space, then run the same command again to continue"
-    if error.errno == errno.EFBIG:
-        hint = FILE_SIZE_HINT
-    where = str(error.filename) if error.filename else ""
-    return ResourceError(f"the system refused: {error.strerror or error}", where=where, hint=hint)
 
 
 def _fail(error: KrasisError) -> None:

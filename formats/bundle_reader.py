@@ -149,7 +149,7 @@ class Bundle:
                 # Shrunk by then, it would have ranges that are not there to read.
                 hint = "it was changed while the bundle was open; get this file again"
                 size = _checked_size(fd, self._sizes[file], str(self.path / file), hint)
-                mapping = self._mappings[file] = FileMapping(fd, size)
+                mapping = self._mappings[file] = FileMapping(fd, size, self.path / file)
             return mapping
 
     def read_file_range(self, file: str, offset: int, num_bytes: int) -> bytes:

@@ -26,6 +26,7 @@ LIBRARY_NAME = "libkrasis_cpu.so"
 
 STATUS_OK = 0
 STATUS_NONFINITE = 3
+STATUS_SYSTEM = 7
 _STATUS_TEXT = {
     1: "an argument is out of its domain",
     2: "a size is not a multiple of the layout's tile",
@@ -103,7 +104,7 @@ def check(status: int, function: str) -> None:
     if status == STATUS_OK:
         return
     text = _STATUS_TEXT.get(status, f"unknown status {status}")
-    if status == 7:
+    if status == STATUS_SYSTEM:
         code = ctypes.get_errno()
         hint = address_space_hint() if code == errno.ENOMEM else ""
         raise ResourceError(f"{text}: {os.strerror(code)}", where=function, hint=hint)

@@ -162,6 +162,7 @@ def main(bundle: Path, prompt: str | None, prompt_file: Path | None, verbose: in
 
 def _run(bundle: Path, text: str | None, options: dict[str, Any]) -> int:
     """Opens the bundle and does what was asked; gives the exit code."""
+    from krasis.formats import mapping_guard
     from krasis.formats.units import parse_bytes
     from krasis.runtime.kv_file import check_target
     from krasis.runtime.settings import EngineSettings
@@ -182,6 +183,7 @@ def _run(bundle: Path, text: str | None, options: dict[str, Any]) -> int:
         reread=options["reread"],
         template_vars=given_variables(options),
     )
+    mapping_guard.install("krasis-run")
     opened = _open(bundle, settings, options["gpus"])
     if opened is None:  # a rank that has served its time
         return 0

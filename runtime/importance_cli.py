@@ -15,6 +15,7 @@ from pathlib import Path
 import click
 from tqdm import tqdm
 
+from krasis.formats import mapping_guard
 from krasis.formats.bundle_reader import Bundle
 from krasis.formats.errors import KrasisError
 from krasis.runtime.importance import Importance, collect
@@ -48,6 +49,7 @@ def main(
     experts: str | None,
 ) -> None:
     try:
+        mapping_guard.install("importance")
         text = "\n\n".join(path.read_text(encoding="utf-8") for path in texts)
         with (
             Bundle.open(bundle) as opened,

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+from krasis.formats import mapping_guard
 from krasis.formats.errors import KrasisError
 from krasis.runtime.distributed.errors import RankError
 from krasis.runtime.distributed.job import serve_rank
@@ -36,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run_rank(bundle: Path, settings: EngineSettings, place: Place) -> int:
     """``serve_rank``, its errors as a line on standard error and an exit code."""
     try:
+        mapping_guard.install(f"krasis-run: rank {place.rank}")
         serve_rank(bundle, settings, place)
     except KrasisError as error:
         print(f"krasis-run: rank {place.rank}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)

@@ -159,6 +159,7 @@ def test_json_has_the_documented_form(pristine: Path):
             "verify": {
                 "path": TEXT,
                 "intact": bool,
+                "verdict": TEXT,
                 "problems": [TEXT],
                 "num_bytes": INTEGER,
                 "seconds": float,
