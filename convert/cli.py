@@ -159,6 +159,8 @@ def _run(
 
 
 def _describe(summary: Summary) -> list[str]:
+    if summary.was_complete:
+        return [f"{summary.out} is complete already: it was made of these inputs with these settings"]
     tiers = ", ".join(f"{tier} {format_bytes(size)}" for tier, size in summary.tier_bytes.items())
     width = max(len(kind) for kind in summary.quality)
     return [

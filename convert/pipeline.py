@@ -16,6 +16,7 @@ from krasis.convert.plan import ConversionPlan, Unit, expert_record
 from krasis.convert.progress import Reporter
 from krasis.convert.quality import UnitQuality
 from krasis.convert.resources import anonymous_bytes
+from krasis.convert.resumption import check_finished
 from krasis.convert.writer_thread import Bytes, StagingRing, WriterThread
 from krasis.formats.bundle_writer import BlobSink, BundleWriter
 from krasis.formats.errors import FormatError
@@ -48,6 +49,7 @@ def run_units(
 ) -> PipelineResult:
     """Does what ``finished`` lacks, in the plan's order. Interrupted at any point, the journal stays true."""
     result = PipelineResult(ContentDigests())
+    check_finished(plan, finished)
     for earlier in finished.values():
         result.digests.restore(earlier.tensors)
     done_bytes = sum(unit.source_bytes for unit in plan.units if unit.name in finished)

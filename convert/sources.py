@@ -26,7 +26,7 @@ from krasis.convert.names import (
 from krasis.convert.slices import FLOAT_BYTES, Bytes, TensorSlice
 from krasis.convert.vocabulary import check_vocabulary
 from krasis.formats.architecture import Architecture
-from krasis.formats.errors import FormatError, UnsupportedModelError
+from krasis.formats.errors import FormatError, MismatchError, UnsupportedModelError
 from krasis.formats.ggml_blocks import SUPPORTED_TYPES, tensor_bytes
 from krasis.formats.quantised_checkpoint import type_hint
 
@@ -66,11 +66,31 @@ class SourceFile:
     header_digest covers names, types, shapes, offsets.
     """
 
+    path: Path
     name: str
     num_bytes: int
     mtime_ns: int
     header_digest: str
     tensors: tuple[str, ...]
+
+    def check_unchanged(self) -> None:
+        """Raises MismatchError if the file is not as it was when it was opened."""
+        try:
+            status = self.path.stat()
+        except OSError as error:
+            raise self._changed(error.strerror or str(error)) from error
+        if status.st_size != self.num_bytes:
+            raise self._changed(f"{status.st_size} bytes, were {self.num_bytes}")
+        if status.st_mtime_ns != self.mtime_ns:
+            raise self._changed("another time stamp")
+
+    def _changed(self, got: str) -> MismatchError:
+        return MismatchError(
+            "this source file was changed while it was being converted",
+            where=str(self.path),
+            got=got,
+            hint="let nothing write to it, then run the same command with --restart",
+        )
 
     def fingerprint(self) -> dict[str, str | int]:
         """What a resume must find unchanged."""
