@@ -30,6 +30,7 @@ from krasis.formats import mapping_guard
 from krasis.formats.errors import KrasisError, ResourceError
 from krasis.formats.file_ops import refusal
 from krasis.formats.shard_output import OUTPUT_IO
+from krasis.formats.stop_signals import ends_in_order
 from krasis.formats.units import format_bytes, format_seconds, parse_bytes
 
 EXIT_INTERRUPTED = 130
@@ -85,6 +86,7 @@ _WHEN_CUT = "get this file again; what is finished so far is kept, and the same 
 @click.option("-v", "--verbose", is_flag=True, help="Say more.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary (or the plan) as JSON on stdout.")
 @click.version_option(tool_version(), prog_name="krasis-convert")
+@ends_in_order("")
 def main(inputs: tuple[Path, ...], output: Path, *, dry_run: bool, as_json: bool, **options: Any) -> None:
     """Convert a Qwen3-MoE checkpoint into a bundle that krasis-run starts from at once.
 

@@ -39,6 +39,7 @@ from krasis.convert.resources import (
 )
 from krasis.convert.settings import ConvertSettings
 from krasis.convert.verify import verify_checksums, verify_sample
+from krasis.formats import stop_signals
 from krasis.formats.errors import UsageError
 from krasis.formats.file_ops import FileOps
 from krasis.formats.manifest import MANIFEST_NAME, AssetRecord, Manifest, SourceRecord
@@ -315,7 +316,8 @@ def _write(prepared: Prepared, partial: Partial, reporter: Reporter) -> Pipeline
         reporter.say(f"reading back {format_bytes(sum(plan.tier_bytes().values()))} to check every checksum")
         verify_checksums(plan, writer.path, result.blobs)
     manifest = _manifest(prepared, result, assets)
-    writer.finish(manifest, prepared.out, replace=settings.replace, scratch=[JOURNAL_NAME])
+    with stop_signals.deferred():  # what is complete is not called stopped
+        writer.finish(manifest, prepared.out, replace=settings.replace, scratch=[JOURNAL_NAME])
     return result
 
 

@@ -11,6 +11,7 @@ from typing import IO, TYPE_CHECKING, Any
 import click
 
 from krasis.formats.errors import KrasisError, UsageError
+from krasis.formats.stop_signals import deferred, ends_in_order, received
 from krasis.runtime.cli_text_options import (
     PENALTY_OPTIONS,
     given_variables,
@@ -136,6 +137,7 @@ class CommandError(click.ClickException):
 )
 @click.option("--no-stream", is_flag=True, help="Print the answer when it is complete.")
 @click.option("-v", "--verbose", count=True, help="Say what is chosen and why; -vv says more.")
+@ends_in_order("krasis-run")
 def main(bundle: Path, prompt: str | None, prompt_file: Path | None, verbose: int, **options: Any) -> None:
     """Chat with the model in BUNDLE (a folder made by krasis-convert), or answer one prompt.
 
@@ -245,9 +247,14 @@ def _chat(engine: Engine, sampling: SamplingSettings, options: dict[str, Any]) -
         note(f"{len(engine.tokens)} tokens and {len(conversation.turns)} messages restored")
     if options["system"]:
         conversation.system = options["system"]
-    Terminal(conversation, options["stop"], options["show_thinking"]).run()
-    if options["save_kv"] is not None:
-        _save(engine, options["save_kv"], conversation)
+    try:
+        Terminal(conversation, options["stop"], options["show_thinking"]).run()
+    except KeyboardInterrupt:
+        if received() is None:
+            raise
+    finally:  # whatever ended it, a terminal that is gone too
+        if options["save_kv"] is not None:
+            _save(engine, options["save_kv"], conversation)
     return 0
 
 
@@ -305,7 +312,8 @@ def _save(engine: Engine, path: Path, conversation: Conversation) -> None:
     if not engine.tokens:
         note(f"nothing was computed: {path} is not written")
         return
-    engine.save_prefix(path, conversation=conversation.to_json() if conversation.turns else b"")
+    with deferred():
+        engine.save_prefix(path, conversation=conversation.to_json() if conversation.turns else b"")
     note(f"saved {len(engine.tokens)} tokens to {path}")
 
 

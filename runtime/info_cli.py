@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from krasis.formats.errors import KrasisError, UsageError
+from krasis.formats.stop_signals import INTERRUPTED, ends_in_order
 
 if TYPE_CHECKING:
     from krasis.formats.bundle_verify import Problem
@@ -106,6 +107,7 @@ _AT_LEAST_1 = click.IntRange(min=1)
 @click.option("--context", type=_AT_LEAST_1, help="Positions of KV cache.  [default: the prompt + 2048]")
 @click.option("--prompt-tokens", type=_AT_LEAST_1, help="Length of the prompt.  [default: 10000]")
 @click.option("--kv-dtype", type=click.Choice(["f16", "bf16", "f32"]), default="f16", show_default=True)
+@ends_in_order("")
 def main(**options: Any) -> None:
     """Show what is inside BUNDLE (a .krasis directory), what it needs, and whether it is intact."""
     try:
@@ -116,6 +118,9 @@ def main(**options: Any) -> None:
         from krasis.formats.file_ops import refusal
 
         _fail(refusal(error))
+    except KeyboardInterrupt:
+        click.echo("krasis-info: stopped", err=True)
+        sys.exit(INTERRUPTED)
 
 
 def _fail(error: KrasisError) -> None:

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from krasis.formats import stop_signals
 from krasis.formats.errors import KrasisError, UsageError
 from krasis.runtime.conversation import PREFIX_SUFFIX, Conversation
 from krasis.runtime.engine import Progress
@@ -54,7 +55,7 @@ class Terminal:
         _enable_line_editing()
         note("/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves.")
         interrupted = False
-        while True:
+        while stop_signals.received() is None:
             try:
                 text = read_question()
             except EOFError:
@@ -63,6 +64,8 @@ class Terminal:
             except KeyboardInterrupt:
                 if interrupted:
                     note("")
+                    return
+                if stop_signals.received() is not None:
                     return
                 interrupted = True
                 note("\n(Ctrl-C again, Ctrl-D or /quit leaves)")

@@ -29,7 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--log-level", type=int, default=logging.WARNING)
     options = parser.parse_args(arguments)
     logging.basicConfig(level=options.log_level, format="%(name)s: %(message)s", stream=sys.stderr)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 decides what Ctrl-C means
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        # Rank 0 decides what they mean: it may still have something to save. When it has gone, so do we.
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_leave_with_parent, name="krasis-parent", daemon=True).start()
     return run_rank(options.bundle, EngineSettings(**json.loads(options.settings)), Place.from_environment())
 

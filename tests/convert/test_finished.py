@@ -20,7 +20,7 @@ class KilledError(BaseException):
 
 
 class Dies(FileOps):
-    """After the rename that gives the bundle its name: at the sync, or before the journal or the old one goes."""
+    """After the rename that gives the bundle its name: at the sync, or before the leftovers go."""
 
     def __init__(self, at: str) -> None:
         self.at, self.renamed = at, False
