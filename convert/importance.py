@@ -7,6 +7,7 @@ down.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ import xxhash
 from krasis.formats.architecture import Architecture
 from krasis.formats.errors import FormatError
 from krasis.formats.layouts.expert_record import ExpertImportance
+from krasis.formats.regular_file import open_regular
 
 Floats = npt.NDArray[np.float32]
 
@@ -44,6 +46,7 @@ class Calibration:
 
 def load_calibration(path: Path, architecture: Architecture) -> Calibration:
     """Reads and checks the whole file (a few MB a layer). Raises FormatError."""
+    os.close(open_regular(path, follow_links=True))  # HDF5 would wait at a FIFO for ever
     try:
         with h5py.File(path, "r") as file:
             layers = {i: _layer(file, i, architecture, str(path)) for i in range(architecture.num_layers)}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from krasis.formats.errors import FormatError, ResourceError
 from krasis.formats.gguf_tokenizer import tokenizer_assets
+from krasis.formats.regular_file import read_small_file
 
 # Copied as they are. config.json is a record only: the runtime reads the manifest's architecture.
 HF_ASSETS = (
@@ -22,20 +23,15 @@ MAX_ASSET_BYTES = 128 << 20
 
 
 def assets_from_folder(folder: Path) -> dict[str, bytes]:
-    """The text files of a checkpoint that exist. Raises FormatError for one beyond the bound."""
+    """The text files of a checkpoint that exist. Raises FormatError for one beyond the bound or no file,
+    ResourceError for one that the system refuses.
+    """
     found: dict[str, bytes] = {}
     for name in HF_ASSETS:
         path = folder / name
-        try:
-            if not path.is_file():
-                continue
-            if path.stat().st_size > MAX_ASSET_BYTES:
-                raise FormatError(
-                    "text file is too large", where=str(path), got=path.stat().st_size, limit=MAX_ASSET_BYTES
-                )
-            found[name] = path.read_bytes()
-        except OSError as error:
-            raise ResourceError(f"cannot be read: {error.strerror}", where=str(path)) from error
+        # A link that leads nowhere is a download that is not complete, and no model without a tokenizer.
+        if os.path.lexists(path):
+            found[name] = read_small_file(path, MAX_ASSET_BYTES, follow_links=True)
     return found
 
 

@@ -324,25 +324,20 @@ def _sampling(engine: Engine, options: dict[str, Any]) -> SamplingSettings:
 
 def _prompt_text(prompt: str | None, path: Path | None) -> str | None:
     """The one prompt to answer, None for a chat. Raises UsageError if it is empty, unreadable or doubled."""
+    from krasis.runtime.user_files import MAX_PROMPT_BYTES, read_stdin, read_user_file
+
     if prompt is not None and path is not None:
         raise UsageError("--prompt and --file exclude each other")
     if prompt is None:
         if path is not None and str(path) != "-":
-            prompt = _read_file(path)
+            prompt = _decode(read_user_file(path, "the prompt", MAX_PROMPT_BYTES), str(path))
         elif path is not None or not sys.stdin.isatty():
-            prompt = _decode(sys.stdin.buffer.read(), "stdin")
+            prompt = _decode(read_stdin(), "stdin")
         else:
             return None
     if not prompt.strip():
         raise UsageError("the prompt is empty")
     return prompt
-
-
-def _read_file(path: Path) -> str:
-    try:
-        return _decode(path.read_bytes(), str(path))
-    except OSError as error:
-        raise UsageError("the prompt cannot be read", where=str(path), got=error.strerror) from error
 
 
 def _decode(data: bytes, where: str) -> str:

@@ -13,6 +13,7 @@ from krasis.runtime.engine import Engine, Progress
 from krasis.runtime.generation import Answer
 from krasis.runtime.kv_file import looks_like_prefix
 from krasis.runtime.settings import SamplingSettings
+from krasis.runtime.user_files import read_user_file
 
 MAX_FILE_BYTES = 64 * 2**20
 PREFIX_SUFFIX = ".kv"  # a conversation saved under such a name takes its keys and values along
@@ -116,10 +117,14 @@ class Conversation:
         if path.suffix == PREFIX_SUFFIX:
             self.engine.save_prefix(path, conversation=self.to_json())
             return
+        is_made = False
         try:
             with path.open("xb") as file:
+                is_made = True
                 file.write(self.to_json())
         except OSError as error:
+            if is_made:  # half a conversation is none
+                path.unlink(missing_ok=True)
             raise UsageError(
                 "the conversation cannot be saved", where=str(path), got=error.strerror
             ) from error
@@ -134,7 +139,7 @@ class Conversation:
             if not data:
                 return False
         else:
-            data = _read(path)
+            data = read_user_file(path, "the conversation", MAX_FILE_BYTES)
         self.read_json(data, str(path))
         return True
 
@@ -149,13 +154,6 @@ class Conversation:
             raise FormatError("a system message must come first", where=where)
         self.system = messages.pop(0).content if messages and messages[0].role == "system" else None
         self.turns = messages
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UsageError("the conversation cannot be read", where=str(path), got=error.strerror) from error
 
 
 def _message(row: object, where: str) -> Message:

@@ -27,6 +27,7 @@ from krasis.runtime.settings import EngineSettings, SamplingSettings
 from krasis.runtime.template_variables import Variables, merged_variables, refuse_variables
 from krasis.runtime.text_assets import TextAssets
 from krasis.runtime.text_ends import TextEnds, ends_of_text
+from krasis.runtime.user_files import check_length
 
 logger = logging.getLogger(__name__)
 
@@ -209,10 +210,11 @@ class Engine:
 
         template_vars: what the template is told beside the messages, on top of the settings' ones.
         Raises UsageError if messages are given and the bundle has no chat template, or for a variable that
-        the program sets itself.
+        the program sets itself, or for a text far beyond the context.
         """
         if isinstance(prompt, str):
             refuse_variables(template_vars)
+            check_length(prompt, self.context, self.text.tokenizer)
             return self.text.tokenizer.encode(prompt, special=True)
         if all(isinstance(one, (int, np.integer)) for one in prompt):
             refuse_variables(template_vars)
@@ -224,6 +226,7 @@ class Engine:
         tokenizer = self.text.tokenizer
         if self.text.template is None:
             raise missing_template(str(self.bundle.path))
+        check_length(messages, self.context, tokenizer)
         variables = merged_variables(self.settings.template_vars, template_vars)
         self.text.note_unused(variables)
         return tokenizer.encode(self.text.template.render(messages, variables=variables))

@@ -20,6 +20,9 @@ from krasis.formats.bundle_reader import Bundle
 from krasis.formats.errors import KrasisError
 from krasis.runtime.importance import Importance, collect
 from krasis.runtime.settings import EXPERT_TIERS
+from krasis.runtime.user_files import read_user_file
+
+MAX_TEXT_BYTES = 1 << 30
 
 
 @click.command(help=__doc__)
@@ -50,7 +53,7 @@ def main(
 ) -> None:
     try:
         mapping_guard.install("importance")
-        text = "\n\n".join(path.read_text(encoding="utf-8") for path in texts)
+        text = "\n\n".join(read_user_file(path, "the text", MAX_TEXT_BYTES).decode() for path in texts)
         with (
             Bundle.open(bundle) as opened,
             tqdm(total=opened.architecture.num_layers, unit="layer", disable=not sys.stderr.isatty()) as bar,

@@ -26,10 +26,18 @@ from krasis.formats.architecture import Architecture
 from krasis.formats.atomic_file import AtomicFile
 from krasis.formats.bundle_reader import Bundle
 from krasis.formats.dtypes import NUMPY_DTYPES
-from krasis.formats.errors import ChecksumError, FormatError, MismatchError, UsageError, VersionError
+from krasis.formats.errors import (
+    ChecksumError,
+    FormatError,
+    MismatchError,
+    ResourceError,
+    UsageError,
+    VersionError,
+)
 from krasis.formats.file_ops import FileOps
 from krasis.formats.limits import MIB, PAGE_BYTES
 from krasis.formats.names import shown
+from krasis.formats.publish import PARTIAL_SUFFIX
 from krasis.formats.regular_file import open_regular, read_into, read_range
 from krasis.formats.safetensors import LENGTH_BYTES, Header, TensorInfo, parse_header, read_header_bytes
 from krasis.formats.shard_plan import encode_header
@@ -67,6 +75,12 @@ def check_target(path: Path) -> None:
     """UsageError unless a prefix may be written there: into a folder, under a name that is free or an older
     one's.
     """
+    if path.name.endswith(PARTIAL_SUFFIX):
+        raise UsageError(
+            f"a saved prefix must not be called {PARTIAL_SUFFIX}: so are those that are being written",
+            where=str(path),
+            hint="choose another name",
+        )
     if not path.absolute().parent.is_dir():
         raise UsageError("there is no such folder to save in", where=str(path), hint="make it first")
     if os.path.lexists(path) and (path.is_symlink() or not path.is_file() or not is_prefix_file(path)):
@@ -349,11 +363,16 @@ class PrefixFile:
 def looks_like_prefix(path: Path) -> bool:
     """Whether a file begins as safetensors files do, which no JSON text can. False if it cannot be read."""
     try:
-        with path.open("rb") as file:
-            head = file.read(LENGTH_BYTES + 1)
-            size = os.fstat(file.fileno()).st_size
-    except OSError:
+        fd = open_regular(path, follow_links=True)
+    except (FormatError, ResourceError):
         return False
+    try:
+        size = os.fstat(fd).st_size
+        head = read_range(fd, 0, min(size, LENGTH_BYTES + 1), str(path))
+    except (FormatError, ResourceError):
+        return False
+    finally:
+        os.close(fd)
     return (
         head[LENGTH_BYTES:] == b"{" and int.from_bytes(head[:LENGTH_BYTES], "little") <= size - LENGTH_BYTES
     )

@@ -61,6 +61,11 @@ class Tokenizer:
         added = self._tokenizer.get_added_tokens_decoder()
         return {token.content: number for number, token in added.items()}
 
+    @property
+    def longest_token(self) -> int:
+        """Characters of the longest token, as the vocabulary spells it: at least those it stands for."""
+        return max(map(len, self._tokenizer.get_vocab(with_added_tokens=True)), default=1)
+
     def stream(self) -> TokenStream:
         """A decoder for tokens that arrive one by one."""
         return TokenStream(self)
