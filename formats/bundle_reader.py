@@ -21,6 +21,7 @@ from krasis.formats.errors import ChecksumError, FormatError, ResourceError
 from krasis.formats.file_kinds import ZSTD_MAGIC, refuse_text
 from krasis.formats.file_mapping import FileMapping, prefault
 from krasis.formats.file_ops import io_errors
+from krasis.formats.folder_snapshot import FileState
 from krasis.formats.limits import MAX_ASSET_BYTES, MAX_MANIFEST_BYTES, MIB
 from krasis.formats.manifest import MANIFEST_NAME, AssetRecord, BlobRecord, FileRecord, Manifest
 from krasis.formats.names import shown
@@ -51,6 +52,7 @@ class Bundle:
         self._directory = -1
         self._fds: dict[str, int] = {}
         self._sizes: dict[str, int] = {}
+        self._states: dict[str, FileState] = {}
         self._mappings: dict[str, FileMapping] = {}
         self._lock = threading.Lock()
 
@@ -100,6 +102,7 @@ class Bundle:
         if os.fstat(fd).st_size != file.num_bytes:
             refuse_pointer(fd, where)
         size = _checked_size(fd, file.num_bytes, where, "the download may be incomplete")
+        self._states[file.name] = FileState.of(os.fstat(fd))
         self._sizes[file.name] = size
         raw = read_range(fd, 0, file.header_bytes, where)
         if xxhash.xxh3_128_hexdigest(raw) != file.header_xxh3_128:
@@ -215,6 +218,15 @@ class Bundle:
             with io_errors("writing a shard to disk", self.path / file):
                 os.fsync(fd)  # pages not yet written could not be dropped
                 os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def changed_files(self) -> list[str]:
+        """Shards that were written to since they were opened: what was read of them may be anything."""
+        return [
+            name
+            for name, fd in self._fds.items()
+            if (now := FileState.of(os.fstat(fd))).modified_ns != self._states[name].modified_ns
+            or now.num_bytes != self._states[name].num_bytes
+        ]
 
     def entries(self) -> list[str]:
         """Names of everything in the bundle's directory, sorted."""

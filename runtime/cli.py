@@ -193,9 +193,12 @@ def _run(bundle: Path, text: str | None, options: dict[str, Any]) -> int:
         _tell_idle_options(engine, options)
         sampling = _sampling(engine, options)
         note_sampling(engine, sampling, options)
-        if text is None:
-            return _chat(engine, sampling, options)
-        return _answer_once(engine, text, sampling, options)
+        try:
+            if text is None:
+                return _chat(engine, sampling, options)
+            return _answer_once(engine, text, sampling, options)
+        finally:
+            _tell_changes(engine)
 
 
 def _is_worker() -> bool:
@@ -315,6 +318,16 @@ def _save(engine: Engine, path: Path, conversation: Conversation) -> None:
     with deferred():
         engine.save_prefix(path, conversation=conversation.to_json() if conversation.turns else b"")
     note(f"saved {len(engine.tokens)} tokens to {path}")
+
+
+def _tell_changes(engine: Engine) -> None:
+    from krasis.runtime.output import note
+
+    if changed := engine.bundle.changed_files():
+        where = ", ".join(str(engine.bundle.path / name) for name in changed)
+        note(
+            f"{where}: written to while the model ran: what it said may be wrong. krasis-info --verify checks"
+        )
 
 
 def _sampling(engine: Engine, options: dict[str, Any]) -> SamplingSettings:

@@ -76,8 +76,9 @@ def python(code: str, *arguments: object, **environment: str) -> subprocess.Comp
     )
 
 
-@pytest.mark.parametrize("shard", ["cpu-000.safetensors", "dense-000.safetensors"])
-@pytest.mark.parametrize("faulthandler", ["", "1"])
+@pytest.mark.parametrize(
+    ("shard", "faulthandler"), [("cpu-000.safetensors", ""), ("dense-000.safetensors", "1")]
+)
 def test_a_shard_cut_while_it_is_used(chat_bundle_copy: Path, shard: str, faulthandler: str) -> None:
     arguments = (chat_bundle_copy, "--raw", "--prompt", "x", "--max-tokens", 30, "--temperature", 0, shard)
     done = python(RUN, *arguments, PYTHONFAULTHANDLER=faulthandler)
@@ -158,3 +159,35 @@ def test_the_system_meets_the_cut_before_we_do(tmp_path: Path) -> None:
             prefault(mapping.address, 4096)
         with pytest.raises(FormatError, match="cut short"), io_errors("writing", "out"):
             os.write(out.fileno(), mapping.view().data)
+
+
+def test_a_shard_that_is_written_to_is_told(chat_bundle_copy: Path) -> None:
+    """The mapping shows the new bytes: neither an error nor a signal says so."""
+    code = RUN.replace("os.truncate(shard, 4096)", "os.utime(shard)")
+    arguments = (chat_bundle_copy, "--raw", "--prompt", "x", "--max-tokens", 5, "cpu-000.safetensors")
+    done = python(code, *arguments)
+    assert done.returncode == 0, done
+    assert f"{chat_bundle_copy}/cpu-000.safetensors: written to while the model ran" in done.stderr
+    assert "written to" not in python(code.replace("os.utime(shard)", "pass"), *arguments).stderr
+
+
+def test_a_rank_says_which_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "shard"
+    path.write_bytes(bytes(3 * 4096))
+    code = """
+import os, sys
+from krasis.formats.file_mapping import FileMapping
+from krasis.runtime.distributed import worker
+from pathlib import Path
+def serve(path, settings, place):
+    with path.open("rb") as file:
+        mapping = FileMapping(file.fileno(), 3 * 4096, path)
+    os.truncate(path, 0)
+    return mapping.view().sum()
+worker.serve_rank = serve
+place = type("Place", (), {"rank": 2})()
+worker.run_rank(Path(sys.argv[1]), None, place)
+"""
+    done = python(code, path)
+    assert done.returncode == 3, done
+    assert done.stderr.startswith(f"krasis-run: rank 2: {path}: the file was cut short")
