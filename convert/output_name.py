@@ -8,6 +8,7 @@ from pathlib import Path
 
 from krasis.convert.partial import partial_path
 from krasis.formats.errors import UsageError
+from krasis.formats.manifest import MANIFEST_NAME
 from krasis.formats.publish import PARTIAL_SUFFIX, REPLACED_SUFFIX
 
 _SUFFIXES = (PARTIAL_SUFFIX, REPLACED_SUFFIX)
@@ -38,7 +39,14 @@ def check_name(out: Path) -> None:
 
 def check_apart(out: Path, sources: Sequence[Path]) -> None:
     """UsageError if the output, or the unfinished bundle beside it, lies inside an input or the other way
-    round."""
+    round, or inside another bundle.
+    """
+    if (out.parent / MANIFEST_NAME).is_file() or out.absolute().parent.name.endswith(_SUFFIXES):
+        raise UsageError(
+            "the output lies inside another bundle, which would then be no sound one",
+            where=str(out),
+            hint="choose another folder",
+        )
     for place in (out, partial_path(out)):
         resolved = place.resolve()
         for source in sources:

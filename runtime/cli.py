@@ -170,7 +170,7 @@ def _run(bundle: Path, text: str | None, options: dict[str, Any]) -> int:
     from krasis.runtime.settings import EngineSettings
 
     if options["save_kv"] is not None and not _is_worker():
-        check_target(options["save_kv"])  # now, rather than after hours of chat
+        check_target(options["save_kv"], bundle)  # now, rather than after hours of chat
     vram = options["vram"]
     settings = EngineSettings(
         context=options["ctx"],

@@ -35,7 +35,7 @@ from krasis.formats.errors import (
     VersionError,
 )
 from krasis.formats.file_ops import FileOps
-from krasis.formats.limits import MIB, PAGE_BYTES
+from krasis.formats.limits import MAX_FILE_NAME_BYTES, MIB, PAGE_BYTES
 from krasis.formats.names import shown
 from krasis.formats.publish import PARTIAL_SUFFIX
 from krasis.formats.regular_file import open_regular, read_into, read_range
@@ -71,22 +71,31 @@ def is_prefix_file(path: Path) -> bool:
     return True
 
 
-def check_target(path: Path) -> None:
-    """UsageError unless a prefix may be written there: into a folder, under a name that is free or an older
-    one's.
+def check_target(path: Path, bundle: Path | None = None) -> None:
+    """UsageError unless a prefix may be written there: into a folder that can be written to, under a name
+    that is free or an older one's, and not into the bundle, of which it would be no part.
     """
+    where, folder = str(path), path.absolute().parent
     if path.name.endswith(PARTIAL_SUFFIX):
         raise UsageError(
             f"a saved prefix must not be called {PARTIAL_SUFFIX}: so are those that are being written",
-            where=str(path),
+            where=where,
             hint="choose another name",
         )
-    if not path.absolute().parent.is_dir():
-        raise UsageError("there is no such folder to save in", where=str(path), hint="make it first")
+    if len(os.fsencode(path.name + PARTIAL_SUFFIX)) > MAX_FILE_NAME_BYTES:
+        raise UsageError("the name to save under is too long", got=f"{len(os.fsencode(path.name))} bytes")
+    if not folder.is_dir():
+        raise UsageError("there is no such folder to save in", where=where, hint="make it first")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UsageError("this folder cannot be written to", where=str(folder), hint="choose another one")
+    if bundle is not None and bundle.is_dir() and folder.samefile(bundle):
+        raise UsageError(
+            "a prefix cannot be saved inside the bundle", where=where, hint="choose another folder"
+        )
     if os.path.lexists(path) and (path.is_symlink() or not path.is_file() or not is_prefix_file(path)):
         raise UsageError(
             "there is another file of this name, and it is no saved prefix",
-            where=str(path),
+            where=where,
             hint="choose another name",
         )
 
@@ -110,7 +119,7 @@ def save_prefix(
         raise UsageError("there is nothing to save: no token was computed", where=str(path))
     if len(conversation) > MAX_CONVERSATION_BYTES:
         raise UsageError("the conversation is too long to be saved", where=str(path), got=len(conversation))
-    check_target(path)
+    check_target(path, bundle.path)
     writer = _Writer(path, bundle, backend, tokens, conversation)
     with AtomicFile(path, io=io) as file:
         writer.write(file)

@@ -53,6 +53,17 @@ def test_names_that_are_too_long(hf_dir, tmp_path, num_bytes, letter):
     assert not list(tmp_path.iterdir())
 
 
+def test_not_inside_another_bundle(hf_dir, bundle, tmp_path):
+    before = sorted(bundle.path.iterdir())
+    unfinished = tmp_path / "x.krasis.partial"
+    unfinished.mkdir()
+    for folder in (bundle.path, unfinished):
+        result = invoke(hf_dir, "-o", folder / "y.krasis")
+        assert result.exit_code == 2
+        assert "inside another bundle" in result.stderr
+    assert sorted(bundle.path.iterdir()) == before
+
+
 def test_the_longest_name_works_and_is_replaced(hf_dir, tmp_path):
     out = tmp_path / ("x" * 246)
     assert invoke(hf_dir, "-o", out, "-q").exit_code == 0

@@ -19,6 +19,7 @@ from krasis.convert.text_assets import assets_from_folder
 from krasis.formats.errors import FormatError, KrasisError, UsageError
 from krasis.runtime import Engine
 from krasis.runtime.conversation import Conversation
+from krasis.runtime.kv_file import check_target
 from krasis.runtime.settings import EngineSettings, SamplingSettings
 from krasis.runtime.user_files import MAX_PROMPT_BYTES
 
@@ -168,7 +169,18 @@ def test_no_half_conversation_is_left_on_a_full_disk(
         assert (tmp_path / "talk.json").read_text() == "mine"
 
 
-def test_a_prefix_must_not_be_called_partial(chat_bundle: Path, tmp_path: Path) -> None:
+def test_where_a_prefix_must_not_be_saved(
+    chat_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Known before the first token, and not after hours of chat."""
     done = run(chat_bundle, "--prompt", "x", "--max-tokens", 1, "--save-kv", tmp_path / "talk.kv.partial")
     assert done.returncode == 2, done
+    assert not done.stdout
     assert "choose another name" in done.stderr
+    with pytest.raises(UsageError, match="too long"):
+        check_target(tmp_path / ("x" * 250), chat_bundle)
+    with pytest.raises(UsageError, match="inside the bundle"):
+        check_target(chat_bundle / "talk.kv", chat_bundle)
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
+    with pytest.raises(UsageError, match="cannot be written to"):
+        check_target(tmp_path / "talk.kv", chat_bundle)
