@@ -52,6 +52,9 @@ def ends_in_order(program: str) -> Callable[[Callable[_P, None]], Callable[_P, N
                     code = error.code
                     if _received is None:
                         raise
+                except OSError:
+                    if _received is not signal.SIGHUP:  # else it wrote to the terminal a moment too late
+                        raise
                 except RuntimeError as error:  # click's Exit is one
                     code = getattr(error, "exit_code", None)
                     if _received is None or code is None:

@@ -13,11 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from krasis.convert.importance import load_calibration
 from krasis.convert.text_assets import assets_from_folder
 from krasis.formats.errors import FormatError, KrasisError, UsageError
 from krasis.runtime import Engine
+from krasis.runtime.cli import main
 from krasis.runtime.conversation import Conversation
 from krasis.runtime.kv_file import check_target
 from krasis.runtime.settings import EngineSettings, SamplingSettings
@@ -69,8 +71,8 @@ def run(*arguments: object, seconds: float = 20, **options: object) -> subproces
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_prompt_file(chat_bundle: Path, strange: Callable[[str], Path], kind: str) -> None:
-    done = run(chat_bundle, "--file", strange(kind))
-    assert done.returncode == 2, done
+    done = CliRunner().invoke(main, [str(chat_bundle), "--file", str(strange(kind))])
+    assert done.exit_code == 2, done
     assert done.stderr.startswith("krasis-run: ")
     assert len(done.stderr.splitlines()) == 1
 
@@ -91,10 +93,9 @@ def test_a_saved_conversation(chat_bundle: Path, strange: Callable[[str], Path],
 @pytest.mark.parametrize("kind", ["fifo", "zero"])
 def test_a_saved_prefix(chat_bundle: Path, strange: Callable[[str], Path], kind: str) -> None:
     path = strange(kind)
-    done = run(chat_bundle, "--prompt", "x", "--load-kv", path)
-    assert done.returncode == 3, done
-    done = run(chat_bundle, "--prompt", "x", "--save-kv", path)
-    assert done.returncode == 2, done
+    for option, code in (("--load-kv", 3), ("--save-kv", 2)):
+        done = CliRunner().invoke(main, [str(chat_bundle), "--prompt", "x", option, str(path)])
+        assert done.exit_code == code, done.output
 
 
 @pytest.mark.parametrize("kind", KINDS)
