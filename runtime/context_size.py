@@ -7,7 +7,7 @@ import logging
 from krasis.formats.architecture import Architecture
 from krasis.formats.bundle_reader import Bundle
 from krasis.formats.machine_limits import available_memory_bytes
-from krasis.runtime.host_memory.filesystem import IN_RAM, filesystem_of_path
+from krasis.runtime.filesystem import IN_RAM, filesystem_of_path
 from krasis.runtime.kv_cache import kv_cache_bytes
 from krasis.runtime.planning import assumptions as assumed
 from krasis.runtime.planning.sizes import ModelSizes
