@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from threading import Lock
 from typing import Any, NoReturn
 
 from jinja2 import Template, TemplateError, nodes
@@ -41,13 +42,14 @@ class GenerationTag(Extension):
 
 
 class LimitedEnvironment(ImmutableSandboxedEnvironment):
-    """See the module. One template at a time; ``counting`` starts a fresh budget."""
+    """See the module. ``counting`` starts a fresh budget; threads take turns at it."""
 
     intercepted_binops = frozenset(["+", "*", "**", "%"])
 
     def __init__(self) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, loopcontrols])
         self._steps = 0
+        self._counting = Lock()
         self.filters["tojson"] = _to_json
         self.filters["replace"] = _replace
         # These make a string of any size from a number; no template of a model has needed them.
@@ -75,8 +77,9 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
     @contextmanager
     def counting(self) -> Iterator[None]:
         """Within, a template may take MAX_STEPS steps."""
-        self._steps = 0
-        yield
+        with self._counting:
+            self._steps = 0
+            yield
 
     def _step(self) -> str:
         self._steps += 1
