@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -16,14 +17,23 @@ def test_each_rendering_has_a_budget_of_its_own(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("krasis.runtime.template_sandbox.MAX_STEPS", 2500)
     loop = "{% for i in range(1000) %}{% set x = i * 2 %}{% endfor %}"
     template = ChatTemplate(loop + "{{ messages[0].content }}", {})
+    begin = threading.Barrier(4)
+
+    def render(number: int) -> list[str]:
+        texts = []
+        for _ in range(20):
+            begin.wait(20)
+            texts.append(template.render([Message("user", f"question {number}")]))
+        return texts
+
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     try:
         with ThreadPoolExecutor(4) as pool:
-            texts = list(pool.map(lambda n: template.render([Message("user", f"question {n}")]), range(16)))
+            found = list(pool.map(render, range(4)))
     finally:
         sys.setswitchinterval(before)
-    assert texts == [f"question {n}" for n in range(16)]
+    assert found == [[f"question {number}"] * 20 for number in range(4)]
 
 
 def test_threads_get_the_tokens_of_their_own_text(tokenizer: Tokenizer) -> None:
