@@ -227,4 +227,6 @@ class Claim:
                 "this answer cannot go on: another call has changed what the engine holds",
                 hint="read an answer to its end before the next call; an engine holds one conversation",
             )
-        return self.begin(work, *args, **kwargs)
+        result = work(*args, **kwargs)
+        self._seen = self._gate.num_changes
+        return result

@@ -130,24 +130,19 @@ class Answer(Iterator[Piece]):
 
     def __next__(self) -> Piece:
         """Raises UsageError if the engine was closed, or another call has changed what it holds."""
-        if self._pieces is None:
+        pieces = self._pieces
+        if pieces is None:
             raise StopIteration
         if not self._cancellation.reason:
             try:
-                return self._gate.run(self._cancellation, self._step)
+                return self._gate.run(self._cancellation, pieces.__next__)
+            except StopIteration:
+                self._pieces = None
+                raise
             except CallCancelledError:
                 if not self._cancellation.reason:
                     raise
         raise self._end()
-
-    def _step(self) -> Piece:
-        if self._pieces is None:  # another thread read the last piece while this one waited
-            raise StopIteration
-        try:
-            return next(self._pieces)
-        except BaseException:
-            self._pieces = None
-            raise
 
     def _end(self) -> StopIteration:
         self._pieces = None
