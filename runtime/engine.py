@@ -20,7 +20,9 @@ from krasis.runtime.chat import Message, missing_template
 from krasis.runtime.exclusive import Cancellation, Claim, Exclusive
 from krasis.runtime.generation import Answer, Generation, GenerationPlan, Piece, StopStrings, run
 from krasis.runtime.kv_file import PrefixFile, save_prefix
-from krasis.runtime.model.backend import Backend, LayerProgress
+from krasis.runtime.layer_progress import Progress as Progress
+from krasis.runtime.layer_progress import layer_progress
+from krasis.runtime.model.backend import Backend
 from krasis.runtime.model.registry import open_backend
 from krasis.runtime.prefault import Prefault, files_of_tiers, start_prefault
 from krasis.runtime.sampler import Sampler
@@ -33,8 +35,6 @@ from krasis.runtime.token_ids import checked_ids
 logger = logging.getLogger(__name__)
 
 Logits = npt.NDArray[np.float32]
-# Called with (prompt tokens done, prompt tokens to do) as a prompt is computed.
-Progress = Callable[[int, int], None]
 MakeBackend = Callable[[Bundle, EngineSettings], Backend]
 Prompt = str | Sequence[int] | Sequence[Message] | Sequence[Mapping[str, str]]
 
@@ -156,7 +156,7 @@ class Engine:
             for begin in range(0, len(ids), most):
                 cancellation.check()
                 chunk = ids[begin : begin + most]
-                self._backend.layer_done = _layer_done(cancellation, progress, begin, len(chunk), len(ids))
+                self._backend.layer_done = layer_progress(cancellation, progress, begin, len(chunk), len(ids))
                 last = self._backend.prefill(chunk, len(self._tokens), all_logits)
                 self._gate.num_changes += 1
                 self._tokens.extend(chunk.tolist())
@@ -390,17 +390,3 @@ class Engine:
             limit=f"{self.context} tokens",
             hint="shorten the prompt, or open with a larger context (--ctx)",
         )
-
-
-def _layer_done(
-    cancellation: Cancellation, progress: Progress | None, begin: int, num_tokens: int, total: int
-) -> LayerProgress:
-    """Between layers: ends a cancelled call, and tells progress of layers as of so many of num_tokens tokens.
-    The last layer is left to the end of the pass."""
-
-    def layer_done(done: int, num_layers: int) -> None:
-        cancellation.check()
-        if progress is not None and done < num_layers:
-            progress(begin + num_tokens * done // num_layers, total)
-
-    return layer_done
