@@ -5,9 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from krasis.formats.errors import FormatError, UsageError
+from krasis.formats.plain_text import plain_text
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -16,14 +17,14 @@ if TYPE_CHECKING:
 
 MAX_TEMPLATE_CHARACTERS = 256 * 1024
 MAX_PROMPT_CHARACTERS = 16 * 1024 * 1024
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 # What a template can raise beside Jinja's own errors: it computes with Python values.
 _FAILURES = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError, MemoryError)
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a conversation. Raises UsageError for a role other than system, user, assistant."""
+    """One turn of a conversation. Raises UsageError for an unknown role or a content that is no text."""
 
     role: str
     content: str
@@ -31,15 +32,17 @@ class Message:
     def __post_init__(self) -> None:
         if self.role not in ROLES:
             raise UsageError("unknown role of a message", got=self.role, limit=", ".join(ROLES))
+        plain_text(self.content, f"the {self.role} message")
 
 
 class ChatTemplate:
     """A compiled template. source: Jinja text. tokens: what templates call bos_token, eos_token and the like.
 
-    Raises FormatError for a template that is too large or does not parse.
+    Raises FormatError for a template that is too large or does not parse. probes: what ``messages`` found out
+    by trying the template.
     """
 
-    __slots__ = ("_environment", "_template", "_tokens", "_where", "source")
+    __slots__ = ("_environment", "_template", "_tokens", "_where", "probes", "source")
 
     def __init__(self, source: str, tokens: Mapping[str, str], where: str = "chat template") -> None:
         from jinja2 import TemplateError
@@ -48,6 +51,7 @@ class ChatTemplate:
 
         self._where = where
         self.source = source
+        self.probes: dict[str, str | None] = {}
         self._tokens = dict(tokens)
         self._environment: LimitedEnvironment = LimitedEnvironment()
         if len(source) > MAX_TEMPLATE_CHARACTERS:
@@ -63,12 +67,14 @@ class ChatTemplate:
 
     def render(
         self,
-        messages: Sequence[Message],
+        messages: Sequence[Message | Mapping[str, Any]],
         *,
         add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, object] | None = None,
     ) -> str:
-        """The prompt's text. variables: what a template offers beside, such as enable_thinking.
+        """The prompt's text. messages: as they are given to the template. tools: JSON schemas of functions.
+        variables: what a template offers beside, such as enable_thinking.
 
         Raises FormatError if the template fails, refuses the messages or exceeds its limits.
         """
@@ -77,8 +83,11 @@ class ChatTemplate:
         values = {
             **self._tokens,
             **dict(variables or {}),
-            "messages": [{"role": message.role, "content": message.content} for message in messages],
-            "tools": None,
+            "messages": [
+                {"role": one.role, "content": one.content} if isinstance(one, Message) else one
+                for one in messages
+            ],
+            "tools": tools,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }
@@ -99,7 +108,18 @@ class ChatTemplate:
             raise FormatError(
                 "the chat template refused the conversation", where=self._where, got=_one_line(error)
             ) from error
-        return "".join(pieces)
+        text = "".join(pieces)
+        if not text.isascii() and not _is_encodable(text):
+            raise FormatError("the chat template writes half characters", where=self._where)
+        return text
+
+
+def _is_encodable(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _one_line(error: Exception) -> str:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -22,11 +22,13 @@ from krasis.runtime.generation import Answer, Generation, GenerationPlan, Piece,
 from krasis.runtime.kv_file import PrefixFile, save_prefix
 from krasis.runtime.layer_progress import Progress as Progress
 from krasis.runtime.layer_progress import layer_progress
+from krasis.runtime.messages import read_messages, render_chat, token_ids
 from krasis.runtime.model.backend import Backend
 from krasis.runtime.model.registry import open_backend
 from krasis.runtime.prefault import Prefault, files_of_tiers, start_prefault
 from krasis.runtime.sampler import Sampler
 from krasis.runtime.settings import EngineSettings, SamplingSettings
+from krasis.runtime.stops import stop_texts
 from krasis.runtime.template_variables import Variables, merged_variables, refuse_variables
 from krasis.runtime.text_assets import TextAssets
 from krasis.runtime.text_ends import TextEnds, ends_of_text
@@ -36,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 Logits = npt.NDArray[np.float32]
 MakeBackend = Callable[[Bundle, EngineSettings], Backend]
-Prompt = str | Sequence[int] | Sequence[Message] | Sequence[Mapping[str, str]]
+Prompt = str | Sequence[int] | Sequence[Message] | Sequence[Mapping[str, Any]]
 
 
 class Engine:
@@ -54,7 +56,7 @@ class Engine:
     def __init__(self, bundle: Bundle, backend: Backend, settings: EngineSettings) -> None:
         self.bundle, self.settings = bundle, settings
         self._vocab_size = bundle.architecture.vocab_size
-        self.text = TextAssets(bundle)
+        self.text = TextAssets(bundle, settings.chat_template)
         self.load_s = 0.0
         self._backend = backend
         self._tokens: list[int] = []
@@ -263,27 +265,26 @@ class Engine:
     def encode(self, prompt: Prompt, *, template_vars: Variables | None = None) -> list[int]:
         """Token ids of plain text, of messages (by the chat template), or of ids (as they are).
 
-        template_vars: what the template is told beside the messages, on top of the settings' ones.
-        Raises UsageError if messages are given and the bundle has no chat template, or for a variable that
-        the program sets itself.
+        Messages are dicts, ``Message`` or other objects with role and content, as APIs send them: content may
+        be a list of text parts, an assistant may have tool_calls. template_vars: what the template is told
+        beside the messages, on top of the settings' ones. Raises UsageError for what is none of these, for
+        text that is not UTF-8, for messages if the bundle has no chat template, or for a variable that the
+        program sets itself.
         """
         self._gate.check()
         if isinstance(prompt, str):
             refuse_variables(template_vars)
             return self.text.tokenizer.encode(prompt, special=True)
-        if all(isinstance(one, (int, np.integer)) for one in prompt):
+        if (ids := token_ids(prompt)) is not None:
             refuse_variables(template_vars)
-            return [int(one) for one in cast("Sequence[int]", prompt)]
-        messages = [
-            one if isinstance(one, Message) else Message(one["role"], one["content"])
-            for one in cast("Sequence[Message | Mapping[str, str]]", prompt)
-        ]
+            return ids
+        messages = read_messages(prompt)
         tokenizer = self.text.tokenizer
         if self.text.template is None:
             raise missing_template(str(self.bundle.path))
         variables = merged_variables(self.settings.template_vars, template_vars)
         self.text.note_unused(variables)
-        return tokenizer.encode(self.text.template.render(messages, variables=variables))
+        return tokenizer.encode(render_chat(self.text.template, messages, variables=variables))
 
     def generate(
         self,
@@ -291,7 +292,7 @@ class Engine:
         sampling: SamplingSettings | None = None,
         *,
         max_tokens: int | None = None,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         progress: Progress | None = None,
         template_vars: Variables | None = None,
         split_thinking: bool = True,
@@ -300,11 +301,12 @@ class Engine:
 
         What the cache already holds of the prompt is not computed again. sampling: None = as
         generation_config.json suggests. max_tokens: None = until an end token or the context is full. stop:
-        texts, or special tokens, that end the text, be it answer or thinking. template_vars: as for
-        ``encode``. split_thinking: what the model thinks comes as pieces of the kind ``reasoning``; False:
-        all is answer, with the markers as far as decoding shows them.
+        one text or several, or special tokens, that end the text, be it answer or thinking. template_vars: as
+        for ``encode``. split_thinking: what the model thinks comes as pieces of the kind ``reasoning``;
+        False: all is answer, with the markers as far as decoding shows them.
         Raises UsageError if the prompt does not fit the context.
         """
+        stop = stop_texts(stop)
         ids = self.encode(prompt, template_vars=template_vars)
         if not ids or len(ids) > self.context:
             self._refuse_length(len(ids), 0)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from krasis.formats.errors import FormatError, UnsupportedModelError
+from krasis.formats.plain_text import decode_file, plain_text, what_it_is
+from krasis.runtime.added_tokens import DeclaredTokens, join_tokens
 
 if TYPE_CHECKING:
     import tokenizers
@@ -17,17 +19,35 @@ CONTEXT_TOKENS = 4
 
 
 class Tokenizer:
-    """A bundle's ``tokenizer.json``. vocab_size: rows of the model's embedding; larger ids are refused."""
+    """A bundle's ``tokenizer.json``. vocab_size: rows of the model's embedding; larger ids are refused.
 
-    __slots__ = ("_tokenizer", "vocab_size")
+    declared: tokens that stand beside the file. What the file says of truncation and padding was for training
+    and is not done. notes: a sentence for each declared token that did not fit.
+    """
 
-    def __init__(self, data: bytes, vocab_size: int, where: str = "tokenizer.json") -> None:
+    __slots__ = ("_tokenizer", "notes", "vocab_size")
+
+    def __init__(
+        self,
+        data: bytes,
+        vocab_size: int,
+        where: str = "tokenizer.json",
+        declared: DeclaredTokens | None = None,
+    ) -> None:
         from tokenizers import Tokenizer as Library
 
+        text = decode_file(data, where)
         try:
-            self._tokenizer: tokenizers.Tokenizer = Library.from_str(data.decode("utf-8"))
+            self._tokenizer: tokenizers.Tokenizer = Library.from_str(text)
         except Exception as error:
-            raise FormatError("the tokenizer cannot be read", where=where, got=error) from error
+            raise FormatError(
+                "the tokenizer cannot be read", where=where, got=error, hint=what_it_is(data)
+            ) from error
+        self.notes: list[str] = []
+        if declared is not None:
+            self._tokenizer, self.notes = join_tokens(self._tokenizer, data, declared, vocab_size)
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
         size = self._tokenizer.get_vocab_size(with_added_tokens=True)
         if size > vocab_size:
             raise FormatError(
@@ -36,8 +56,11 @@ class Tokenizer:
         self.vocab_size = vocab_size
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
-        """Token ids. special: add what the tokenizer puts around a text (a begin token, if it has one)."""
-        return list(self._tokenizer.encode(text, add_special_tokens=special).ids)
+        """Token ids. special: add what the tokenizer puts around a text (a begin token, if it has one).
+
+        Raises UsageError for what is no text, or has half characters.
+        """
+        return list(self._tokenizer.encode(plain_text(text, "the text"), add_special_tokens=special).ids)
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """The text of ids; broken UTF-8 becomes U+FFFD."""
