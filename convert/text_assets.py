@@ -36,9 +36,7 @@ def assets_from_folder(folder: Path) -> tuple[dict[str, bytes], dict[str, Krasis
         if not os.path.lexists(path):
             continue
         try:
-            text = read_small_file(path, MAX_ASSET_BYTES, follow_links=True)
-            refuse_text(text, path)
-            found[name] = text
+            found[name] = read_small_file(path, MAX_ASSET_BYTES, follow_links=True)
         except KrasisError as error:
             unreadable[name] = error
             if path.is_symlink() and not path.exists():
