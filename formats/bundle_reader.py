@@ -60,6 +60,7 @@ class Bundle:
         self._lock = threading.RLock()
         self._num_users = 0
         self._is_closed = False
+        self._run_as: Architecture | None = None
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Bundle:
@@ -123,8 +124,15 @@ class Bundle:
 
     @property
     def architecture(self) -> Architecture:
-        """The model's shapes and constants."""
-        return self.manifest.architecture
+        """The model's shapes and constants: the manifest's, or those it is to be run with."""
+        return self._run_as or self.manifest.architecture
+
+    def run_as(self, architecture: Architecture) -> None:
+        """Gives the model another rotary scaling than the manifest's, for whoever asks from now on.
+
+        What was computed so is of another model: ``kv_file`` tells them apart.
+        """
+        self._run_as = None if architecture == self.manifest.architecture else architecture
 
     def blob(self, name: str) -> BlobRecord:
         """A blob's record. FormatError if the bundle has none of that name."""

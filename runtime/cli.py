@@ -72,6 +72,11 @@ class CommandError(click.ClickException):
     type=int,
     help="Tokens of context. [default: the model's maximum, or what memory has room for]",
 )
+@click.option(
+    "--rope-scaling",
+    metavar="SPEC",
+    help="Stretch the context: yarn,FACTOR,ORIGINAL such as yarn,4,32768, or linear,FACTOR, or none.",
+)
 @click.option("--threads", metavar="N", type=int, default=0, help="CPU threads. [default: all]")
 @click.option(
     "--isa", type=click.Choice(["auto", "avx2", "avx512_vnni"]), default="auto", help="Instruction set."
@@ -190,6 +195,7 @@ def _run(bundle: Path, text: str | None, options: dict[str, Any]) -> int:
         reread=options["reread"],
         chat_template=None if options["chat_template"] is None else str(options["chat_template"]),
         template_vars=given_variables(options),
+        rope_scaling=options["rope_scaling"],
     )
     opened = _open(bundle, settings, options["gpus"])
     if opened is None:  # a rank that has served its time

@@ -26,6 +26,7 @@ from krasis.runtime.messages import read_messages, render_chat, token_ids
 from krasis.runtime.model.backend import Backend
 from krasis.runtime.model.registry import open_backend
 from krasis.runtime.prefault import Prefault, files_of_tiers, start_prefault
+from krasis.runtime.rope_option import open_bundle
 from krasis.runtime.sampler import Sampler
 from krasis.runtime.settings import EngineSettings, SamplingSettings
 from krasis.runtime.stops import stop_texts
@@ -76,7 +77,7 @@ class Engine:
         settings = settings or EngineSettings()
         begin = time.perf_counter()
         with ExitStack() as undo:
-            bundle = undo.enter_context(Bundle.open(Path(path)))
+            bundle = undo.enter_context(open_bundle(Path(path), settings))
             tiers = ("dense", settings.experts)
             if settings.reread:
                 bundle.drop_cached(files_of_tiers(bundle, tiers))  # before anything is mapped

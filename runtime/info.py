@@ -31,6 +31,7 @@ def bundle_to_json(manifest: Manifest, path: str, workload: Workload | None = No
         "format": [manifest.format_major, manifest.format_minor],
         "tool_version": manifest.tool_version,
         "architecture": manifest.architecture.to_json(),
+        "max_context": manifest.architecture.max_context,
         "parameters": {
             "total": parameters.total,
             "active": parameters.active,
@@ -118,7 +119,7 @@ def _indent(text: str) -> str:
 def _model_fields(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     arch, parameters = summary["architecture"], summary["parameters"]
     scaling = arch["rope_scaling"]
-    context = f"{arch['max_positions']:,} positions"
+    context = f"{summary['max_context']:,} positions"
     if scaling["kind"] != "none":
         context += f" ({scaling['kind']} x{scaling['factor']:g})"
     experts = f"{arch['num_experts']} a layer, top-{arch['num_experts_per_token']}"

@@ -20,6 +20,7 @@ from krasis.runtime.distributed.place import Place
 from krasis.runtime.distributed.ranked import RankedBackend
 from krasis.runtime.distributed.store import CONNECT_S
 from krasis.runtime.distributed.torch_parallel import TorchParallel, abort_group, join_group, leave_group
+from krasis.runtime.rope_option import open_bundle
 from krasis.runtime.settings import EngineSettings
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ def serve_rank(path: Path, settings: EngineSettings, place: Place) -> None:
         control = Control(place)
         undo.callback(control.close)
         with control.joint("opening"):
-            bundle = undo.enter_context(Bundle.open(path))
+            bundle = undo.enter_context(open_bundle(path, settings))
             rank = undo.enter_context(join(bundle, settings, place, control))
         serve(rank.backend, rank.parallel, control)
 

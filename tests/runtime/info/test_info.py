@@ -65,6 +65,7 @@ BUNDLE_SCHEMA = {
     "architecture": dict,
     "parameters": {"total": INTEGER, "active": INTEGER, "experts": INTEGER},
     "tiers": {"dense": TIER, "gpu": TIER, "cpu": TIER},
+    "max_context": INTEGER,
     "total_bytes": INTEGER,
     "assets": [{"name": TEXT, "num_bytes": INTEGER, "decompressed_bytes": INTEGER}],
     "sources": [{"name": TEXT, "kind": TEXT, "num_bytes": INTEGER, "digest": TEXT}],
