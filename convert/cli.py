@@ -83,6 +83,11 @@ EXIT_INTERRUPTED = 130
     help="Go on without a tokenizer, a chat template or settings that cannot be used.",
 )
 @click.option(
+    "--force-weights",
+    is_flag=True,
+    help="Convert weights that look damaged (long stretches of zeros, values no scale can hold) as they are.",
+)
+@click.option(
     "--resume/--restart",
     "resume",
     default=True,
@@ -150,6 +155,7 @@ def _settings(options: dict[str, Any]) -> ConvertSettings:
         restart=not options["resume"],
         full_verify=options["verify"],
         force_text=options["force_text"],
+        force_weights=options["force_weights"],
     )
 
 

@@ -1,4 +1,4 @@
-"""What is refused and said of configurations for long contexts; what is computed: e2e/test_long_context.py."""
+"""What is refused and said of configurations for long contexts; e2e/test_long_context.py has what is computed"""
 
 from __future__ import annotations
 
