@@ -29,8 +29,8 @@ Layout = CpuTileLayout | Int8RowsLayout | MarlinLayout
 
 
 def explained_error(layout: Layout, k: int) -> float:
-    """The squared error, relative to the squared weights, that rounding to a layout can leave of a matrix of k
-    columns; for 4 bits, of those that models have: the bound would explain anything.
+    """The squared error, relative to the squared weights, that rounding to a layout can leave of k columns;
+    for 4 bits, of weights that models have: the bound would explain anything.
     """
     if isinstance(layout, CpuTileLayout):
         bits, group = (8, 32) if layout.tiles == "q8" else (4, 32)

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import xxhash
 
+from krasis.formats.blob_names import check_blob_names
 from krasis.formats.bundle_reader import Bundle
+from krasis.formats.code_ranges import code_range
 from krasis.formats.errors import KrasisError
 from krasis.formats.limits import MIB
 from krasis.formats.machine_limits import usable_cpus
@@ -63,7 +65,7 @@ def verify_bundle(
             *(_asset_job(bundle, asset, report) for asset in bundle.manifest.assets),
         ]
         count = num_threads or min(_MAX_THREADS, usable_cpus())
-        problems = _strangers(bundle)
+        problems = [*_strangers(bundle), *_names(bundle)]
         with ThreadPoolExecutor(max(1, count)) as pool:
             for future in as_completed([pool.submit(job) for job in jobs]):
                 problems += future.result()
@@ -90,11 +92,16 @@ def _chunks(bundle: Bundle, file: str, offset: int, num_bytes: int, report: Prog
 
 def _blob_job(bundle: Bundle, blob: BlobRecord, report: Progress) -> Callable[[], list[Problem]]:
     def run() -> list[Problem]:
-        digest = xxhash.xxh3_128()
+        digest, codes = xxhash.xxh3_128(), code_range(bundle.manifest, blob)
         for chunk in _chunks(bundle, blob.file, blob.offset_bytes, blob.num_bytes, report):
             digest.update(chunk)
+            if codes is not None:
+                codes.add(chunk)
         if digest.hexdigest() == blob.xxh3_128:
-            return []
+            if codes is None or codes.first is None:
+                return []
+            what = f"byte {codes.first} is the code -128, which no packer writes: convert the model again"
+            return [Problem(f"{bundle.path / blob.file}: {blob.name}", what)]
         return [Problem(f"{bundle.path / blob.file}: {blob.name}", "data was altered: get this file again")]
 
     return _guarded(run, f"{bundle.path / blob.file}: {blob.name}")
@@ -136,6 +143,15 @@ def _guarded(run: Callable[[], list[Problem]], where: str) -> Callable[[], list[
 def _sentence(error: KrasisError) -> str:
     """The error's sentence without its place, which stands before it anyway."""
     return str(error).removeprefix(f"{error.where}: ")
+
+
+def _names(bundle: Bundle) -> list[Problem]:
+    """Blobs that the architecture does not have, or lacks."""
+    try:
+        check_blob_names(bundle.manifest, str(bundle.path / MANIFEST_NAME))
+    except KrasisError as error:
+        return [Problem(error.where, _sentence(error))]
+    return []
 
 
 def _strangers(bundle: Bundle) -> list[Problem]:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from krasis.formats.architecture import Architecture
 from krasis.formats.bundle_reader import Bundle
 from krasis.formats.errors import UsageError
+from krasis.runtime.bundle_opening import open_bundle
 from krasis.runtime.chat import Message, missing_template
 from krasis.runtime.exclusive import Cancellation, Claim, Exclusive
 from krasis.runtime.generation import Answer, Generation, GenerationPlan, Piece, StopStrings, run
@@ -26,7 +27,6 @@ from krasis.runtime.messages import read_messages, render_chat, token_ids
 from krasis.runtime.model.backend import Backend
 from krasis.runtime.model.registry import open_backend
 from krasis.runtime.prefault import Prefault, files_of_tiers, start_prefault
-from krasis.runtime.rope_option import open_bundle
 from krasis.runtime.sampler import Sampler
 from krasis.runtime.settings import EngineSettings, SamplingSettings
 from krasis.runtime.stops import stop_texts

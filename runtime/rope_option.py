@@ -4,15 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 from krasis.formats.architecture import Architecture, RopeScaling, check_architecture
-from krasis.formats.bundle_reader import Bundle
 from krasis.formats.errors import KrasisError, UsageError
-
-if TYPE_CHECKING:
-    from krasis.runtime.settings import EngineSettings
 
 OPTION = "--rope-scaling"
 _HINT = "write none, linear,FACTOR or yarn,FACTOR,ORIGINAL, such as yarn,4,32768"
@@ -89,17 +83,3 @@ def rescaled(architecture: Architecture, scaling: RopeScaling, where: str = "") 
             f"{OPTION} is out of range: {error.what}", where=error.where, got=error.got, limit=error.limit
         ) from error
     return changed
-
-
-def open_bundle(path: Path, settings: EngineSettings) -> Bundle:
-    """``Bundle.open``, with the settings' rope scaling as the architecture's. Raises UsageError besides."""
-    bundle = Bundle.open(path)
-    if settings.rope_scaling is None:
-        return bundle
-    try:
-        scaling = parse_rope_scaling(settings.rope_scaling)
-        bundle.run_as(rescaled(bundle.architecture, scaling, str(path)))
-    except BaseException:
-        bundle.close()
-        raise
-    return bundle

@@ -14,13 +14,13 @@ import torch
 
 from krasis.formats.bundle_reader import Bundle
 from krasis.formats.errors import KrasisError
+from krasis.runtime.bundle_opening import open_bundle
 from krasis.runtime.distributed.backend import serve
 from krasis.runtime.distributed.control import Control
 from krasis.runtime.distributed.place import Place
 from krasis.runtime.distributed.ranked import RankedBackend
 from krasis.runtime.distributed.store import CONNECT_S
 from krasis.runtime.distributed.torch_parallel import TorchParallel, abort_group, join_group, leave_group
-from krasis.runtime.rope_option import open_bundle
 from krasis.runtime.settings import EngineSettings
 
 logger = logging.getLogger(__name__)

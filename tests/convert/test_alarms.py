@@ -1,4 +1,4 @@
-"""Weights that no training leaves stop a conversion before it ends, unless the user insists; honest zeros do not."""
+"""Weights that no training leaves stop a conversion, unless the user insists; honest zeros do not."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_stops_for_a_gguf_that_ends_in_zeros(share: float, q8_gguf: Path, run: A
     broken = tmp_path / "model.gguf"
     shutil.copy(q8_gguf, broken)
     cut(broken, share)
-    with pytest.raises(FormatError, match="damaged|NaN"):
+    with pytest.raises(FormatError, match=r"damaged|NaN"):
         run([broken], tmp_path / "out.krasis", gpu_group=64, num_threads=1)
 
 
@@ -166,7 +166,7 @@ def test_the_command_insists_and_continues(model: Any, model_class: Any, tmp_pat
     ids=lambda layout: layout.layout_id,
 )
 def test_no_distribution_of_weights_is_refused_for_its_error(layout: Any) -> None:
-    """Gaussian, heavy-tailed and one-outlier-a-group matrices lose less than what counts as beyond a format."""
+    """Gaussian, heavy-tailed and one-outlier-a-group matrices lose less than what a format explains."""
     from krasis.formats.layouts.matrix import MatrixView
     from krasis.formats.native import Pool
 

@@ -1,4 +1,4 @@
-"""What is refused and said of configurations for long contexts; e2e/test_long_context.py has what is computed"""
+"""What is refused and said of configurations for long contexts; what is computed is in e2e."""
 
 from __future__ import annotations
 

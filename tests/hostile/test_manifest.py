@@ -85,7 +85,8 @@ MANIFEST_CASES = {
     ),
     "blob_invented": (
         lambda m: m["blobs"].append(
-            m["blobs"][3] | {"name": "ghost", "offset_bytes": 3 << 20, "shape": [1], "num_bytes": 1}
+            next(blob for blob in m["blobs"] if blob["tier"] == "gpu")
+            | {"name": "ghost", "offset_bytes": 5 << 20, "shape": [1], "num_bytes": 1}
         ),
         FormatError,
         ["lacks a blob", "'ghost'"],

@@ -73,7 +73,9 @@ def write_bundle(final: Path) -> None:
         writer.create()
         for blob in blob_specs():
             with writer.open_blob(blob.name) as sink:
-                sink.write(rng.integers(0, 256, blob.num_bytes, dtype=np.uint8))
+                data = rng.integers(0, 256, blob.num_bytes, dtype=np.uint8)
+                data[data == 128] = 127  # no packer writes the code -128
+                sink.write(data)
                 digests[blob.name] = sink.close()
         asset = writer.write_asset("tokenizer.json", TOKENIZER)
         manifest = Manifest(
