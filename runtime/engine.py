@@ -3,6 +3,7 @@ thread."""
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -34,6 +35,7 @@ from krasis.runtime.template_variables import Variables, merged_variables, refus
 from krasis.runtime.text_assets import TextAssets
 from krasis.runtime.text_ends import TextEnds, ends_of_text
 from krasis.runtime.token_ids import checked_ids
+from krasis.runtime.wider_cache import is_number, nonfinite_logits, widened
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +62,7 @@ class Engine:
         self.text = TextAssets(bundle, settings.chat_template)
         self.load_s = 0.0
         self._backend = backend
+        self._reopen: Callable[[EngineSettings], Backend] | None = None
         self._tokens: list[int] = []
         self._gate = Exclusive()
         self._prefault: Prefault | None = None
@@ -84,6 +87,7 @@ class Engine:
             backend = (make_backend or open_backend)(bundle, settings)
             undo.callback(backend.close)
             engine = cls(bundle, backend, settings)
+            engine._reopen = functools.partial(make_backend or open_backend, bundle)
             if settings.prefault:
                 engine._prefault = start_prefault(bundle, tiers)
             undo.pop_all()
@@ -161,6 +165,8 @@ class Engine:
                 chunk = ids[begin : begin + most]
                 self._backend.layer_done = layer_progress(cancellation, progress, begin, len(chunk), len(ids))
                 last = self._backend.prefill(chunk, len(self._tokens), all_logits)
+                if not is_number(last[-1]) and self._widen():
+                    last = self._backend.prefill(chunk, len(self._tokens), all_logits)
                 self._gate.num_changes += 1
                 self._tokens.extend(chunk.tolist())
                 if all_logits:
@@ -185,6 +191,8 @@ class Engine:
         if position >= self._backend.capacity or type(token) is not int or not 0 <= token < self._vocab_size:
             token = self._checked_one(token)
         logits = self._backend.decode(token, position)
+        if not is_number(logits) and self._widen():
+            logits = self._backend.decode(token, position)
         self._gate.num_changes += 1
         self._tokens.append(token)
         return logits
@@ -337,8 +345,8 @@ class Engine:
         claim = Claim(self._gate)
         stats.num_cached_tokens = kept = self._keep_prefix(ids)
         plan = GenerationPlan(
-            first=lambda: claim.begin(self._prefill, ids[kept:], cancellation, False, progress),
-            step=lambda token: claim.go_on(self._decode, token),
+            first=lambda: self._usable(claim.begin(self._prefill, ids[kept:], cancellation, False, progress)),
+            step=lambda token: self._usable(claim.go_on(self._decode, token)),
             context=self._tokens,
             room=self.context - len(ids),
             sampler=Sampler(sampling),
@@ -374,6 +382,21 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _widen(self) -> bool:
+        """Goes on with an F32 cache in place of an F16 one that overflowed. False if that cannot be."""
+        found = self._reopen and widened(self._backend, self.settings, self._reopen, self._tokens)
+        if not found:
+            return False
+        self._backend.close()
+        self._backend, self.settings = found
+        return True
+
+    def _usable(self, logits: Logits) -> Logits:
+        """The logits [vocab] themselves. Raises NativeError if they are no numbers."""
+        if not is_number(logits):
+            raise nonfinite_logits(self._backend.kv_dtype)
+        return logits
 
     def _checked(self, tokens: Sequence[int]) -> npt.NDArray[np.int64]:
         ids = checked_ids(tokens, self._vocab_size)
