@@ -154,8 +154,11 @@ def _build(vocabulary: _Vocabulary, split: str, bos: int | None) -> Tokenizer:
     processor: Any = processors.ByteLevel(trim_offsets=False)
     if bos is not None:
         name = vocabulary.tokens[bos]
+        # In a template's pieces "$" begins a sequence and ":" a type: such a token needs another name there.
+        alias = "begin" if ":" in name or name.startswith("$") else name
+        special = {"id": alias, "ids": [bos], "tokens": [name]}
         first = processors.TemplateProcessing(
-            single=[name, "$A"], pair=[name, "$A", "$B"], special_tokens=[(name, bos)]
+            single=[alias, "$A"], pair=[alias, "$A", "$B"], special_tokens=[special]
         )
         processor = processors.Sequence([processor, first])
     tokenizer.post_processor = processor

@@ -150,6 +150,21 @@ def test_a_leading_token_if_the_file_asks_for_it(metadata, original):
     )
 
 
+@pytest.mark.parametrize("name", ["def:", ":", "::1", "$A", "$", "$0:1", "<|endoftext|>"])
+def test_a_leading_token_of_any_spelling(metadata, original, name):
+    tokens = list(metadata["tokenizer.ggml.tokens"])
+    number = original.token_to_id("<|endoftext|>")
+    if name in tokens:
+        tokens[tokens.index(name)] = "another"
+    tokens[number] = name
+    asked = {
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.bos_token_id": number,
+        "tokenizer.ggml.add_bos_token": True,
+    }
+    assert rebuild(metadata | asked).encode("hi").ids == [number, *original.encode("hi").ids]
+
+
 @pytest.mark.parametrize(
     ("change", "error", "complaint"),
     [
