@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from krasis.convert.constant_runs import ConstantRun, constant_runs
+from krasis.convert.progress import Reporter
 from krasis.convert.slices import TensorSlice
 from krasis.formats.errors import FormatError
 from krasis.formats.ggml_blocks import block_size
@@ -161,13 +162,17 @@ class Alarms:
             self.padded.append(f"{where} ({num_rows} of {piece.shape[0]} rows)")
 
 
-def refuse(found: Sequence[Finding]) -> FormatError:
-    """The error for weights that should not be converted: the first finding, and how many there are."""
-    return FormatError(
-        f"the weights look damaged: {found[0].text}",
-        got=f"{len(found)} such places so far" if len(found) > 1 else None,
-        hint=found[0].hint,
-    )
+def tell(alarms: Alarms, reporter: Reporter, *, force: bool) -> None:
+    """Raises FormatError for what was found since the last time; if forced, notes it."""
+    found = alarms.take()
+    if found and not force:
+        raise FormatError(
+            f"the weights look damaged: {found[0].text}",
+            got=f"{len(found)} such places so far" if len(found) > 1 else None,
+            hint=found[0].hint,
+        )
+    for finding in found:
+        reporter.warn(finding.text)
 
 
 def _stretch(where: str, piece: TensorSlice, run: ConstantRun) -> str:

@@ -13,8 +13,10 @@ from typing import Any
 
 import xxhash
 
+from krasis.convert.alarms import Alarms, tell
 from krasis.convert.crosscheck import CrossCheck, check_same_model
 from krasis.convert.estimate import Estimate, estimate
+from krasis.convert.holes import look_into_holes
 from krasis.convert.importance import Calibration, load_calibration
 from krasis.convert.inputs import recognise
 from krasis.convert.journal import JOURNAL_NAME
@@ -131,6 +133,10 @@ def prepare(paths: Sequence[Path], out: Path, settings: ConvertSettings, reporte
         calibration = load_calibration(settings.calibration, plan.architecture)
     for notice in notices(plan, inputs):
         reporter.warn(notice)
+    alarms = Alarms()
+    for source in inputs.sources():
+        look_into_holes(source, alarms)
+    tell(alarms, reporter, force=settings.force_weights)
     return Prepared(inputs, settings, plan, cross_check, calibration, out)
 
 

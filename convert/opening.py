@@ -80,7 +80,7 @@ class _Table:
         header = "".join(f"{name} {self._infos[name]}\n" for name in names)
         status = path.stat()
         digest = xxhash.xxh3_128_hexdigest(header.encode())
-        return SourceFile(path.name, status.st_size, status.st_mtime_ns, digest, tuple(names))
+        return SourceFile(path.name, status.st_size, status.st_mtime_ns, digest, tuple(names), path)
 
 
 def open_inputs(inputs: Inputs) -> OpenInputs:

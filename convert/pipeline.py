@@ -6,7 +6,7 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from krasis.convert.alarms import Alarms, PackedPart, explained_error, refuse
+from krasis.convert.alarms import Alarms, PackedPart, explained_error, tell
 from krasis.convert.dense import DensePacker
 from krasis.convert.digests import ContentDigests
 from krasis.convert.expert_reader import ExpertReader, ExpertWeights
@@ -17,7 +17,6 @@ from krasis.convert.plan import ConversionPlan, Unit, expert_record
 from krasis.convert.progress import Reporter
 from krasis.convert.quality import UnitQuality
 from krasis.convert.resources import anonymous_bytes
-from krasis.convert.settings import ConvertSettings
 from krasis.convert.writer_thread import Bytes, StagingRing, WriterThread
 from krasis.formats.bundle_writer import BlobSink, BundleWriter
 from krasis.formats.errors import FormatError
@@ -68,7 +67,7 @@ def run_units(
                 record = finished.get(unit.name)
                 if record is None:
                     blobs, quality = worker.pack(unit)
-                    _tell(worker.alarms, settings, reporter)
+                    tell(worker.alarms, reporter, force=settings.force_weights)
                     for blob in {files[blob]: blob for blob in unit.blobs}.values():
                         writer.sync_blob(blob)  # each shard once
                     tensors = result.digests.take_new(known)
@@ -83,15 +82,6 @@ def run_units(
     finally:
         reporter.end()
     return result
-
-
-def _tell(alarms: Alarms, settings: ConvertSettings, reporter: Reporter) -> None:
-    """Raises FormatError for what was found in a unit, before it counts as finished; if forced, notes it."""
-    found = alarms.take()
-    if found and not settings.force_weights:
-        raise refuse(found)
-    for finding in found:
-        reporter.warn(finding.text)
 
 
 class _Worker:

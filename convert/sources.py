@@ -74,6 +74,7 @@ class SourceFile:
     mtime_ns: int
     header_digest: str
     tensors: tuple[str, ...]
+    path: Path
 
     def fingerprint(self) -> dict[str, str | int]:
         """What a resume must find unchanged."""
@@ -127,6 +128,11 @@ class WeightSource:
         """One matrix of one expert, ``[n, k]``."""
         place = self._expert_place(layer, expert, part)
         return self._slice(place.tensor, expert_shape(self.architecture, part), place.first_row)
+
+    def place(self, tensor: str) -> tuple[int, int]:
+        """(begin, end) of a tensor in its file, in bytes."""
+        info = self._infos[tensor]
+        return info.offset_bytes, info.offset_bytes + info.num_bytes
 
     def release(self, pieces: Iterable[TensorSlice]) -> None:
         """Unmaps the tensors of which these are the last slices; the page cache keeps what it likes.
