@@ -179,7 +179,8 @@ def plain_gguf(tmp_path_factory: pytest.TempPathFactory) -> GgufCheckpoint:
 
 
 def read_gguf(plain: GgufCheckpoint, rope: dict[str, Any]) -> Architecture:
-    metadata = {**plain.metadata, **{f"qwen3moe.rope.{key}": value for key, value in rope.items()}}
+    as_stored = {key: float(np.float32(one)) if isinstance(one, float) else one for key, one in rope.items()}
+    metadata = {**plain.metadata, **{f"qwen3moe.rope.{key}": value for key, value in as_stored.items()}}
     return from_gguf_metadata(metadata, plain.tensors)
 
 
