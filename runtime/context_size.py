@@ -51,7 +51,7 @@ def weights_to_hold_bytes(bundle: Bundle, tiers: tuple[str, ...]) -> int:
 
 def _tokens(room: float, architecture: Architecture, token_bytes: int, memory: str) -> int:
     fitting = max(LEAST_TOKENS, int(room) // token_bytes // STEP_TOKENS * STEP_TOKENS)
-    longest = architecture.max_positions
+    longest = architecture.max_context
     if fitting < longest:
         logger.info("context: %d tokens of the model's %d have room in %s", fitting, longest, memory)
     return fitting
