@@ -35,7 +35,7 @@ from krasis.runtime.template_variables import Variables, merged_variables, refus
 from krasis.runtime.text_assets import TextAssets
 from krasis.runtime.text_ends import TextEnds, ends_of_text
 from krasis.runtime.token_ids import checked_ids
-from krasis.runtime.wider_cache import is_number, nonfinite_logits, widened
+from krasis.runtime.wider_cache import is_number, usable, widened
 
 logger = logging.getLogger(__name__)
 
@@ -345,8 +345,10 @@ class Engine:
         claim = Claim(self._gate)
         stats.num_cached_tokens = kept = self._keep_prefix(ids)
         plan = GenerationPlan(
-            first=lambda: self._usable(claim.begin(self._prefill, ids[kept:], cancellation, False, progress)),
-            step=lambda token: self._usable(claim.go_on(self._decode, token)),
+            first=lambda: usable(
+                claim.begin(self._prefill, ids[kept:], cancellation, False, progress), self._backend
+            ),
+            step=lambda token: usable(claim.go_on(self._decode, token), self._backend),
             context=self._tokens,
             room=self.context - len(ids),
             sampler=Sampler(sampling),
@@ -391,12 +393,6 @@ class Engine:
         self._backend.close()
         self._backend, self.settings = found
         return True
-
-    def _usable(self, logits: Logits) -> Logits:
-        """The logits [vocab] themselves. Raises NativeError if they are no numbers."""
-        if not is_number(logits):
-            raise nonfinite_logits(self._backend.kv_dtype)
-        return logits
 
     def _checked(self, tokens: Sequence[int]) -> npt.NDArray[np.int64]:
         ids = checked_ids(tokens, self._vocab_size)

@@ -39,6 +39,13 @@ def nonfinite_logits(kv_dtype: str) -> NativeError:
     return NativeError("the model produced NaN or infinite logits", hint=_HINTS[kv_dtype])
 
 
+def usable(logits: Logits, backend: Backend) -> Logits:
+    """The logits [vocab] themselves. Raises NativeError if they are no numbers."""
+    if not is_number(logits):
+        raise nonfinite_logits(backend.kv_dtype)
+    return logits
+
+
 def widened(
     backend: Backend,
     settings: EngineSettings,
