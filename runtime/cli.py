@@ -162,6 +162,10 @@ def main(bundle: Path, prompt: str | None, prompt_file: Path | None, verbose: in
 
 def _run(bundle: Path, text: str | None, options: dict[str, Any]) -> int:
     """Opens the bundle and does what was asked; gives the exit code."""
+    if not _is_worker():
+        from krasis.runtime.text_sandbox import shared_sandbox
+
+        shared_sandbox().start()  # it gets ready while this process imports and maps
     from krasis.formats.units import parse_bytes
     from krasis.runtime.kv_file import check_target
     from krasis.runtime.settings import EngineSettings

@@ -65,12 +65,15 @@ class Engine:
         begin = time.perf_counter()
         with ExitStack() as undo:
             bundle = undo.enter_context(Bundle.open(Path(path)))
+            text = TextAssets(bundle)
+            text.prepare()
             tiers = ("dense", settings.experts)
             if settings.reread:
                 bundle.drop_cached(files_of_tiers(bundle, tiers))  # before anything is mapped
             backend = (make_backend or open_backend)(bundle, settings)
             undo.callback(backend.close)
             engine = cls(bundle, backend, settings)
+            engine.text = text
             if settings.prefault:
                 engine._prefault = start_prefault(bundle, tiers)
             undo.pop_all()

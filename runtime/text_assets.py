@@ -9,9 +9,10 @@ from functools import cached_property
 from typing import Any
 
 from krasis.formats.bundle_reader import Bundle
-from krasis.formats.errors import FormatError
+from krasis.formats.errors import FormatError, KrasisError
 from krasis.formats.strict_json import parse_json_object
 from krasis.runtime.chat import ChatTemplate
+from krasis.runtime.early import Early
 from krasis.runtime.end_tokens import (
     EndTokens,
     NamedEnds,
@@ -46,12 +47,28 @@ class TextAssets:
         self._names = {asset.name for asset in bundle.manifest.assets}
         self._vocab_size = bundle.architecture.vocab_size
         self._noted: set[str] = set()
+        self._early: Early[Tokenizer] | None = None
+
+    def prepare(self) -> None:
+        """Begins to load the tokenizer, beside what else it takes to open a bundle. Whatever is wrong with it
+        is said when it is asked for: who runs token ids needs none."""
+        if TOKENIZER not in self._names or self._early is not None:
+            return
+        where = f"{self._where}: {TOKENIZER}"
+        try:
+            data = self._bundle.asset(TOKENIZER)
+        except KrasisError as error:
+            logger.info("%s cannot be read: %s", where, error)
+            return
+        self._early = Early(lambda: Tokenizer(data, self._vocab_size, where))
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """Raises UnsupportedModelError if the bundle has none, FormatError if it is damaged."""
         if TOKENIZER not in self._names:
             raise missing_tokenizer(self._where)
+        if self._early is not None:
+            return self._early.result()
         where = f"{self._where}: {TOKENIZER}"
         return Tokenizer(self._bundle.asset(TOKENIZER), self._vocab_size, where)
 
