@@ -15,6 +15,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from krasis.formats.errors import FormatError, UnsupportedModelError
+from krasis.formats.foreign import foreign_errors
 from krasis.formats.gguf_sampling import sampling_config
 from krasis.formats.names import shown
 
@@ -67,7 +68,8 @@ def tokenizer_assets(metadata: Mapping[str, Any], where: str) -> dict[str, bytes
     vocabulary = _read_vocabulary(metadata, where)
     bos, eos, pad = (_token_id(metadata, name, vocabulary, where) for name in ("bos", "eos", "padding"))
     is_bos_added = metadata.get("tokenizer.ggml.add_bos_token", False) is True and bos is not None
-    tokenizer = _build(vocabulary, _SPLITS[str(split)], bos if is_bos_added else None)
+    with foreign_errors("the tokenizer cannot be rebuilt", f"{where}: tokenizer.ggml"):
+        tokenizer = _build(vocabulary, _SPLITS[str(split)], bos if is_bos_added else None)
     names = {
         key: None if number is None else vocabulary.tokens[number]
         for key, number in (("bos_token", bos), ("eos_token", eos), ("pad_token", pad))

@@ -29,7 +29,7 @@ from krasis.formats.worker_protocol import ANSWER, DONE, MAX_REFUSAL_BYTES, OUT_
 # machine that swaps. Generous, because a busy machine must not fail an honest file.
 DEADLINE_S = 60.0
 _READ_BYTES = 1 << 20
-_KEPT_VARIABLES = ("TZ", "LANG", "LC_ALL", "LC_TIME", "LD_LIBRARY_PATH")
+_KEPT_VARIABLES = ("TZ", "LANG", "LC_ALL", "LC_TIME", "LD_LIBRARY_PATH", "HDF5_USE_FILE_LOCKING")
 _SETTINGS = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 # krasis.* is found where this process found it, also where an import hook of an editable install did.
 _BOOT = """\
