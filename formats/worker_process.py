@@ -89,6 +89,11 @@ class WorkerProcess:
         """Whether it still runs."""
         return self._process.poll() is None
 
+    @property
+    def pid(self) -> int:
+        """The process's number."""
+        return self._process.pid
+
     def call(
         self, operation: str, payload: bytes, *, cpu_s: float, memory_bytes: int, max_answer_bytes: int
     ) -> bytes:

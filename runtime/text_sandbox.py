@@ -13,6 +13,7 @@ import itertools
 import logging
 import os
 import weakref
+from collections.abc import Mapping
 from threading import RLock
 from typing import Any
 
@@ -26,7 +27,7 @@ MIB = 1 << 20
 # What any request may spend, in seconds of CPU and bytes, and what more for every byte it gives. A tokenizer
 # of 150,000 tokens (12 MB) takes 0.6 s and 120 MiB to load; text at its worst, a token each byte, 1.6 s and
 # 270 MB a megabyte to encode.
-_SECONDS, _MEMORY_BYTES = 0.8, 224 * MIB
+_SECONDS, _MEMORY_BYTES = 0.5, 224 * MIB
 _SECONDS_PER_BYTE = {"load_tokenizer": 0.2 / MIB, "encode": 3.0 / MIB}
 _MEMORY_PER_BYTE = {"load_tokenizer": 16, "encode": 300}
 _OTHER_SECONDS_PER_BYTE, _OTHER_MEMORY_PER_BYTE = 1.0 / MIB, 32
@@ -67,6 +68,12 @@ class TextSandbox:
                 except ResourceError as error:
                     logger.info("no worker yet: %s", error)
 
+    @property
+    def worker_pid(self) -> int | None:
+        """The worker's process, None while there is none."""
+        process = self._process
+        return None if process is None else process.pid
+
     def load(self, resident: Resident) -> bytes:
         """Loads it; gives what the worker says of it. Raises FormatError, ResourceError."""
         with self._lock:
@@ -82,7 +89,7 @@ class TextSandbox:
         resident: Resident,
         operation: str,
         failure: str,
-        head: dict[str, Any],
+        head: Mapping[str, Any],
         text: bytes,
         max_answer_bytes: int,
     ) -> bytes:
@@ -127,7 +134,7 @@ class TextSandbox:
         self,
         resident: Resident,
         failure: str,
-        head: dict[str, Any],
+        head: Mapping[str, Any],
         text: bytes,
         max_answer_bytes: int,
         operation: str = "",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from threading import Thread
 
 from krasis.formats.errors import FormatError, KrasisError, UnsupportedModelError, UsageError
@@ -89,8 +89,13 @@ class Tokenizer:
         except UnicodeEncodeError:  # half a character is in no vocabulary
             return None
         answer = self._ask("token_id", "the tokenizer fails on a token", {}, data, MAX_TOKEN_BYTES)
-        found, _ = unpack_parts(answer)
-        return None if found is None else int(found)
+        try:
+            found, _ = unpack_parts(answer)
+            return None if found is None else int(found)
+        except (ValueError, TypeError) as error:
+            raise FormatError(
+                "the tokenizer fails on a token", where=self._resident.where, got=error
+            ) from error
 
     def special_tokens(self) -> dict[str, int]:
         """Text -> id of the tokens that decoding leaves out."""
@@ -118,7 +123,7 @@ class Tokenizer:
         except (KrasisError, ValueError) as error:
             logger.info("%s: tokens are decoded by the worker: %s", self._resident.where, error)
 
-    def _ask(self, operation: str, failure: str, head: dict[str, int], data: bytes, most: int) -> bytes:
+    def _ask(self, operation: str, failure: str, head: Mapping[str, int], data: bytes, most: int) -> bytes:
         return shared_sandbox().call(self._resident, operation, failure, head, data, most)
 
     def stream(self) -> TokenStream:
