@@ -132,6 +132,10 @@ class WorkerProcess:
     def close(self) -> None:
         """Ends it at once. Calling it again does nothing."""
         self._close_pipes()
+        self.end()
+
+    def end(self) -> None:
+        """Ends it at once, whatever another thread asks it just now: that one meets the end of the pipe."""
         if self._process.poll() is None:
             self._process.kill()
             self._process.wait()

@@ -17,6 +17,8 @@ class LibraryTokenizer:
 
     def __init__(self, data: bytes) -> None:
         self._library = Tokenizer.from_str(data.decode("utf-8"))
+        self._library.no_truncation()  # what the file says of both was for training
+        self._library.no_padding()
 
     @property
     def num_tokens(self) -> int:

@@ -9,6 +9,7 @@ token, costs none where the tokens are spelled byte by byte (``byte_level``).
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import logging
 import os
@@ -115,6 +116,11 @@ class TextSandbox:
             self._process = None
             self._loaded.clear()
 
+    def end(self) -> None:
+        """When this process ends: no child is left for others to collect."""
+        if self._process is not None:
+            self._process.end()
+
     def forget(self) -> None:
         """In the child of a fork: the worker is the parent's."""
         self._lock = RLock()
@@ -181,6 +187,7 @@ class TextSandbox:
 
 
 _shared = TextSandbox()
+atexit.register(_shared.end)
 os.register_at_fork(after_in_child=_shared.forget)
 
 
