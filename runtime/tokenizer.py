@@ -43,7 +43,7 @@ class Tokenizer:
         try:
             facts, _ = unpack_parts(answer)
             size = int(facts["num_tokens"])
-            self._added = [(int(number), str(text), bool(special)) for number, text, special in facts["added"]]
+            self._added = [(int(number), str(text), bool(skip)) for number, text, skip in facts["added"]]
             if facts["is_byte_level"] and size <= vocab_size:
                 special = [number for number, _, is_special in self._added if is_special]
                 self._byte_level = ByteLevelDecoder(size, special)

@@ -29,7 +29,9 @@ def library() -> LibraryTokenizer:
 @pytest.fixture(scope="module")
 def decoder(library: LibraryTokenizer) -> ByteLevelDecoder:
     assert library.is_byte_level
-    made = ByteLevelDecoder(library.num_tokens, library.special_ids())
+    made = ByteLevelDecoder(
+        library.num_tokens, [number for number, _, skip in library.added_tokens() if skip]
+    )
     while not made.is_complete:
         made.learn(*library.spelled(*made.next_slice))
     return made
