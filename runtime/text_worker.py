@@ -24,6 +24,13 @@ def _load_template(payload: bytes) -> bytes:
     return b""
 
 
+def _load_names(payload: bytes) -> bytes:
+    from krasis.runtime.template_variables import names_in  # few bundles are asked for them
+
+    _, (source,) = unpack_parts(payload)
+    return pack_parts(names_in(str(source, "utf-8", "surrogatepass")))
+
+
 def _render(payload: bytes) -> bytes:
     head, (values,) = unpack_parts(payload)
     text = _kept[head["number"]].render(json.loads(str(values, "ascii")), head["max_characters"])
@@ -72,6 +79,7 @@ def _drop(payload: bytes) -> bytes:
 
 HANDLERS: dict[str, Handler] = {
     "load_template": _load_template,
+    "load_names": _load_names,
     "render": _render,
     "load_tokenizer": _load_tokenizer,
     "spell": _spell,

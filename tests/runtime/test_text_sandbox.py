@@ -14,6 +14,7 @@ import pytest
 from krasis.formats import worker_process
 from krasis.formats.errors import FormatError, ResourceError, UsageError
 from krasis.runtime.chat import ChatTemplate, Message
+from krasis.runtime.template_variables import names_offered
 from krasis.runtime.text_sandbox import TextSandbox, shared_sandbox
 from krasis.runtime.tokenizer import Tokenizer
 
@@ -161,3 +162,13 @@ def test_no_threads_are_left(tokenizer_json: bytes) -> None:
     assert tokenizer._byte_level is not None
     assert tokenizer._byte_level.is_complete
     assert threading.active_count() < 20
+
+
+@pytest.mark.parametrize("source", ["{{ " + "1+" * 90_000 + "x }}", "{{ " + "[" * 50_000, "{% for"])
+def test_the_names_of_a_template_that_exhausts_the_parser(source: str) -> None:
+    assert names_offered(source) == ()
+
+
+def test_the_names_of_a_template() -> None:
+    source = "{% if enable_thinking is defined %}{{ enable_thinking }}{% endif %}{{ messages }}"
+    assert names_offered(source) == ("enable_thinking",)
