@@ -6,7 +6,7 @@ import functools
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from krasis.convert.resources import (
     usable_memory_bytes,
 )
 from krasis.convert.settings import ConvertSettings
+from krasis.convert.text_check import sound_text
 from krasis.convert.verify import verify_checksums, verify_sample
 from krasis.formats.errors import UsageError
 from krasis.formats.file_ops import FileOps
@@ -116,6 +117,7 @@ def prepare(paths: Sequence[Path], out: Path, settings: ConvertSettings, reporte
     inputs = open_inputs(recognised)
     for source in inputs.sources():
         reporter.detail(f"{source.kind}: {source.path}, {len(source.files)} files")
+    inputs = replace(inputs, assets=_sound_text(inputs, settings, reporter), unreadable={})
     cross_check = None
     if inputs.hf is not None and inputs.gguf is not None:
         cross_check = check_same_model(inputs.hf, inputs.gguf)
@@ -130,6 +132,12 @@ def prepare(paths: Sequence[Path], out: Path, settings: ConvertSettings, reporte
     for notice in notices(plan, inputs):
         reporter.warn(notice)
     return Prepared(inputs, settings, plan, cross_check, calibration, out)
+
+
+def _sound_text(inputs: OpenInputs, settings: ConvertSettings, reporter: Reporter) -> dict[str, bytes]:
+    source = inputs.sources()[0]
+    where, rows = str(source.path), source.architecture.vocab_size
+    return sound_text(inputs.assets, inputs.unreadable, where, rows, reporter, force=settings.force_text)
 
 
 def check_output(out: Path, sources: Sequence[Path], settings: ConvertSettings) -> None:

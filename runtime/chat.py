@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from krasis.formats.errors import FormatError, UsageError
+from krasis.formats.plain_text import plain_text
 from krasis.runtime.text_sandbox import Resident, shared_sandbox
 
 MAX_TEMPLATE_CHARACTERS = 256 * 1024
@@ -16,12 +17,12 @@ MAX_PROMPT_CHARACTERS = 16 * 1024 * 1024
 # A template adds some words to what it is given; one that makes megabytes of a greeting is no template.
 FREE_CHARACTERS = 64 * 1024
 CHARACTERS_PER_GIVEN = 16
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a conversation. Raises UsageError for a role other than system, user, assistant."""
+    """One turn of a conversation. Raises UsageError for an unknown role or a content that is no text."""
 
     role: str
     content: str
@@ -29,20 +30,23 @@ class Message:
     def __post_init__(self) -> None:
         if self.role not in ROLES:
             raise UsageError("unknown role of a message", got=self.role, limit=", ".join(ROLES))
+        plain_text(self.content, f"the {self.role} message")
 
 
 class ChatTemplate:
     """A compiled template. source: Jinja text. tokens: what templates call bos_token, eos_token and the like.
 
     It runs in a worker with limits on time and memory (text_sandbox). Raises FormatError for a template that
-    is too large or does not parse, ResourceError if the system starts no worker.
+    is too large or does not parse, ResourceError if the system starts no worker. probes: what ``messages``
+    found out by trying the template.
     """
 
-    __slots__ = ("_resident", "_tokens", "_where", "source")
+    __slots__ = ("_resident", "_tokens", "_where", "probes", "source")
 
     def __init__(self, source: str, tokens: Mapping[str, str], where: str = "chat template") -> None:
         self._where = where
         self.source = source
+        self.probes: dict[str, str | None] = {}
         self._tokens = dict(tokens)
         if len(source) > MAX_TEMPLATE_CHARACTERS:
             raise FormatError(
@@ -54,12 +58,14 @@ class ChatTemplate:
 
     def render(
         self,
-        messages: Sequence[Message],
+        messages: Sequence[Message | Mapping[str, Any]],
         *,
         add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, object] | None = None,
     ) -> str:
-        """The prompt's text. variables: what a template offers beside, such as enable_thinking.
+        """The prompt's text. messages: as they are given to the template. tools: JSON schemas of functions.
+        variables: what a template offers beside, such as enable_thinking.
 
         Raises FormatError if the template fails, refuses the messages or exceeds its limits; UsageError for
         variables that JSON cannot hold.
@@ -67,8 +73,11 @@ class ChatTemplate:
         values = {
             **self._tokens,
             **dict(variables or {}),
-            "messages": [{"role": message.role, "content": message.content} for message in messages],
-            "tools": None,
+            "messages": [
+                {"role": one.role, "content": one.content} if isinstance(one, Message) else one
+                for one in messages
+            ],
+            "tools": tools,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }
@@ -82,7 +91,7 @@ class ChatTemplate:
                 "what is given to the chat template must be JSON values", where=self._where, got=error
             ) from error
         most = min(MAX_PROMPT_CHARACTERS, FREE_CHARACTERS + CHARACTERS_PER_GIVEN * len(given))
-        text = shared_sandbox().call(
+        answer = shared_sandbox().call(
             self._resident,
             "render",
             "the chat template refused the conversation",
@@ -90,7 +99,10 @@ class ChatTemplate:
             given.encode("ascii"),
             4 * most,
         )
-        return text.decode("utf-8", "surrogatepass")
+        try:
+            return answer.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise FormatError("the chat template writes half characters", where=self._where) from error
 
 
 def missing_template(where: str) -> UsageError:

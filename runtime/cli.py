@@ -13,6 +13,7 @@ import click
 from krasis.formats.errors import KrasisError, UsageError
 from krasis.formats.last_resort import last_resort
 from krasis.formats.log_lines import PrintableFormatter
+from krasis.runtime.arguments import read_texts
 from krasis.runtime.cli_text_options import (
     PENALTY_OPTIONS,
     given_variables,
@@ -54,6 +55,12 @@ class CommandError(click.ClickException):
 )
 @click.option("--raw", is_flag=True, help="Continue the text as it is, without the chat template.")
 @click.option("--system", metavar="TEXT", help="System message.")
+@click.option(
+    "--chat-template",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Use the chat template in FILE (Jinja) instead of the bundle's.",
+)
 @click.option("--stop", metavar="TEXT", multiple=True, help="End an answer at TEXT. May be repeated.")
 @click.option(
     "--max-tokens",
@@ -148,6 +155,7 @@ def main(bundle: Path, prompt: str | None, prompt_file: Path | None, verbose: in
     """
     _configure_logging(verbose)
     try:
+        prompt, options = read_texts(prompt, options)
         # Of several ranks only the first reads what the user says.
         text = None if _is_worker() else _prompt_text(prompt, prompt_file)
         if text is None and (options["raw"] or options["as_json"]) and not _is_worker():
@@ -187,6 +195,7 @@ def _run(bundle: Path, text: str | None, options: dict[str, Any]) -> int:
         gpu_dtype=options["gpu_dtype"],
         vram_bytes=parse_bytes(vram, "--vram") if vram is not None else None,
         reread=options["reread"],
+        chat_template=None if options["chat_template"] is None else str(options["chat_template"]),
         template_vars=given_variables(options),
     )
     opened = _open(bundle, settings, options["gpus"])
@@ -344,7 +353,7 @@ def _read_file(path: Path) -> str:
 
 def _decode(data: bytes, where: str) -> str:
     try:
-        return data.decode("utf-8")
+        return data.decode("utf-8-sig")  # a byte order mark is no part of the text
     except UnicodeDecodeError as error:
         raise UsageError(
             "the prompt is not UTF-8 text", where=where, got=f"bad byte at {error.start}"

@@ -187,7 +187,7 @@ def _add_bundle(request: _Request, path: Path, record: dict[str, Any], texts: li
 
 
 def _add_verification(path: Path, record: dict[str, Any], texts: list[str]) -> bool:
-    """Whether the bundle is damaged."""
+    """Whether the bundle is damaged, or its text files cannot be used."""
     from krasis.formats.units import format_bytes, format_seconds
     from krasis.runtime import info
 
@@ -200,13 +200,18 @@ def _add_verification(path: Path, record: dict[str, Any], texts: list[str]) -> b
         "num_bytes": num_bytes,
         "seconds": seconds,
     }
+    text_is_unsound = False
+    if not problems:
+        from krasis.runtime.info_text_check import add_text_check
+
+        text_is_unsound = add_text_check(path, record["verify"], texts)
     if problems:
         texts.append("\n".join([f"{path}: DAMAGED, {len(lines)} problem(s)", *lines]))
     else:
         rate = num_bytes / max(seconds, 1e-9) / 1e9
         checked = f"{format_bytes(num_bytes)} checked in {format_seconds(seconds)} ({rate:.2f} GB/s)"
-        texts.append(f"{path}: intact, {checked}")
-    return bool(problems)
+        texts.insert(0, f"{path}: intact, {checked}")
+    return bool(problems) or text_is_unsound
 
 
 def _verify_with_progress(path: Path) -> tuple[int, float, list[Problem]]:

@@ -6,18 +6,30 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import Any
 
 from tokenizers import Tokenizer, decoders
 
+from krasis.runtime.added_tokens import DeclaredTokens, join_tokens
+
 
 class LibraryTokenizer:
-    """Loaded from the file's bytes; raises what the library raises."""
+    """Loaded from the file's bytes; raises what the library raises.
 
-    __slots__ = ("_library",)
+    declared: ``DeclaredTokens.to_json``, the tokens that stand beside the file. notes: on those of them that
+    did not fit into num_rows rows.
+    """
 
-    def __init__(self, data: bytes) -> None:
+    __slots__ = ("_library", "notes")
+
+    def __init__(self, data: bytes, declared: dict[str, Any] | None = None, num_rows: int = 0) -> None:
         self._library = Tokenizer.from_str(data.decode("utf-8"))
-        self._library.no_truncation()  # what the file says of both was for training
+        self.notes: list[str] = []
+        if declared is not None:
+            tokens = DeclaredTokens.from_json(declared)
+            self._library, self.notes = join_tokens(self._library, data, tokens, num_rows)
+        # Settings of the training that the file was saved from.
+        self._library.no_truncation()
         self._library.no_padding()
 
     @property

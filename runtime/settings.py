@@ -47,7 +47,8 @@ class EngineSettings:
     device: ``cpu``; ``cuda``: prefill on the GPU, decode on both; ``auto``: the GPU if all it needs is there
     (the log says what is missing); ``double``: the GPU's code on the CPU, checked and slow, for tests.
     gpu_dtype: of the GPU's activations and KV cache. vram_bytes: use no more of a GPU's memory; None = what
-    is free. template_vars: what every conversation's chat template is told beside, such as enable_thinking.
+    is free. chat_template: a file whose template takes the place of the bundle's. template_vars: what every
+    conversation's chat template is told beside, such as enable_thinking.
     """
 
     context: int | None = None
@@ -62,6 +63,7 @@ class EngineSettings:
     device: str = "auto"
     gpu_dtype: str = "bf16"
     vram_bytes: int | None = None
+    chat_template: str | None = None
     template_vars: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

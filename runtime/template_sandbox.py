@@ -14,6 +14,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
+from threading import Lock
 from typing import Any, NoReturn
 
 from jinja2 import Template, TemplateError, nodes, pass_context
@@ -42,13 +43,14 @@ class GenerationTag(Extension):
 
 
 class LimitedEnvironment(ImmutableSandboxedEnvironment):
-    """See the module. One template at a time; ``counting`` starts a fresh budget."""
+    """See the module. ``counting`` starts a fresh budget; threads take turns at it."""
 
     intercepted_binops = frozenset(["+", "*", "**", "%"])
 
     def __init__(self) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, loopcontrols])
         self._steps = 0
+        self._counting = Lock()
         self.filters["tojson"] = _to_json
         self.filters[_STEP_FILTER] = self._step
         self.filters[_JOIN_FILTER] = _join
@@ -76,8 +78,9 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
     @contextmanager
     def counting(self) -> Iterator[None]:
         """Within, a template may take MAX_STEPS steps."""
-        self._steps = 0
-        yield
+        with self._counting:
+            self._steps = 0
+            yield
 
     @pass_context
     def _step(self, _: Context, __: None) -> str:

@@ -45,6 +45,7 @@ def _load_tokenizer(payload: bytes) -> bytes:
         "num_tokens": tokenizer.num_tokens,
         "is_byte_level": tokenizer.is_byte_level,
         "added": tokenizer.added_tokens(),
+        "notes": tokenizer.notes,
     }
     return pack_parts(facts)
 

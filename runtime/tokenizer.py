@@ -8,8 +8,10 @@ from array import array
 from collections.abc import Mapping, Sequence
 from threading import Thread
 
-from krasis.formats.errors import FormatError, KrasisError, UnsupportedModelError, UsageError
+from krasis.formats.errors import FormatError, KrasisError, UnsupportedModelError
+from krasis.formats.plain_text import decode_file, plain_text, what_it_is
 from krasis.formats.worker_protocol import unpack_parts
+from krasis.runtime.added_tokens import DeclaredTokens
 from krasis.runtime.byte_level import ByteLevelDecoder
 from krasis.runtime.text_sandbox import Resident, shared_sandbox
 
@@ -29,26 +31,45 @@ LEARNING_PAUSE_S = 0.0005  # in which others may ask the worker
 class Tokenizer:
     """A bundle's ``tokenizer.json``. vocab_size: rows of the model's embedding; larger ids are refused.
 
+    declared: tokens that stand beside the file. What the file says of truncation and padding was for training
+    and is not done. notes: a sentence for each declared token that did not fit.
+
     The library runs in a worker with limits on time and memory (text_sandbox). Raises FormatError for a file
     that it refuses or does not survive, ResourceError if the system starts no worker.
     """
 
-    __slots__ = ("_added", "_byte_level", "_learner", "_resident", "vocab_size")
+    __slots__ = ("_added", "_byte_level", "_learner", "_resident", "notes", "vocab_size")
 
-    def __init__(self, data: bytes, vocab_size: int, where: str = "tokenizer.json") -> None:
-        self._resident = Resident("load_tokenizer", data, where, "the tokenizer cannot be read")
+    def __init__(
+        self,
+        data: bytes,
+        vocab_size: int,
+        where: str = "tokenizer.json",
+        declared: DeclaredTokens | None = None,
+    ) -> None:
+        options = {} if declared is None else {"declared": declared.to_json(), "num_rows": vocab_size}
+        text = decode_file(data, where).encode()
+        self._resident = Resident("load_tokenizer", text, where, "the tokenizer cannot be read", options)
         self._byte_level: ByteLevelDecoder | None = None
         self._learner: Thread | None = None
-        answer = shared_sandbox().load(self._resident)
+        try:
+            answer = shared_sandbox().load(self._resident)
+        except FormatError as error:
+            if hint := what_it_is(data):
+                raise FormatError(error.what, where=where, got=error.got, hint=hint) from error
+            raise
         try:
             facts, _ = unpack_parts(answer)
             size = int(facts["num_tokens"])
             self._added = [(int(number), str(text), bool(skip)) for number, text, skip in facts["added"]]
+            self.notes = [str(note) for note in facts["notes"]]
             if facts["is_byte_level"] and size <= vocab_size:
                 special = [number for number, _, is_special in self._added if is_special]
                 self._byte_level = ByteLevelDecoder(size, special)
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise FormatError("the tokenizer cannot be read", where=where, got=error) from error
+        for note in self.notes:
+            logger.info("%s: %s", where, note)
         if size > vocab_size:
             raise FormatError(
                 "the tokenizer has more tokens than the model", where=where, got=size, limit=vocab_size
@@ -58,9 +79,10 @@ class Tokenizer:
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Token ids. special: add what the tokenizer puts around a text (a begin token, if it has one).
 
-        Raises FormatError if the tokenizer fails on this text or exceeds its limits.
+        Raises UsageError for what is no text or has half characters, FormatError if the tokenizer fails on it
+        or exceeds its limits.
         """
-        data = _utf8(text)
+        data = plain_text(text, "the text").encode()
         # Each byte is a token at worst, unless the tokenizer makes text of its own.
         most = 4 * (MAX_ADDED_TOKENS + 4 * len(data))
         answer = self._ask("encode", "the tokenizer fails on this text", {"special": special}, data, most)
@@ -171,16 +193,6 @@ class TokenStream:
         ending = self._tokenizer.decode(kept)
         if text.endswith(ending) and not ending.startswith(REPLACEMENT):
             self._ids, self._given = kept, len(ending)
-
-
-def _utf8(text: str) -> bytes:
-    try:
-        return text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UsageError(
-            "the text cannot be tokenised: it has bytes that are not UTF-8 or half a character",
-            got=f"character {error.start}",
-        ) from error
 
 
 def missing_tokenizer(where: str) -> UnsupportedModelError:

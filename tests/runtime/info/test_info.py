@@ -162,6 +162,8 @@ def test_json_has_the_documented_form(pristine: Path):
                 "problems": [TEXT],
                 "num_bytes": INTEGER,
                 "seconds": float,
+                "text_problems": [TEXT],
+                "text_notes": [TEXT],
             },
             "bundle": BUNDLE_SCHEMA,
             "tensors": [TENSOR_SCHEMA],
