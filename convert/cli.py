@@ -30,6 +30,8 @@ from krasis.convert.settings import (
 )
 from krasis.formats.errors import KrasisError, ResourceError, UsageError
 from krasis.formats.file_ops import FILE_SIZE_HINT
+from krasis.formats.last_resort import last_resort
+from krasis.formats.printable import printable_lines
 from krasis.formats.shard_output import OUTPUT_IO
 from krasis.formats.units import format_bytes, format_seconds, parse_bytes
 
@@ -102,6 +104,7 @@ EXIT_INTERRUPTED = 130
 @click.option("-v", "--verbose", is_flag=True, help="Say more.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary (or the plan) as JSON on stdout.")
 @click.version_option(tool_version(), prog_name="krasis-convert")
+@last_resort("krasis-convert")
 def main(
     inputs: tuple[Path, ...],
     output: Path | None,
@@ -174,7 +177,7 @@ def _run(
         if as_json:
             print(json.dumps(asdict(plan), indent=2, default=str))
         else:
-            print("\n".join(describe_plan(plan)), flush=True)
+            print(printable_lines("\n".join(describe_plan(plan))), flush=True)
         check_room(prepared)  # the plan is told either way; the exit code says whether it can be done
         return
     try:

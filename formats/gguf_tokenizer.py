@@ -15,6 +15,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from krasis.formats.errors import FormatError, UnsupportedModelError
+from krasis.formats.foreign import foreign_errors
 from krasis.formats.gguf_control import CONTROL, UNUSED, USER_DEFINED, corrected_types
 from krasis.formats.gguf_sampling import sampling_config
 from krasis.formats.names import shown
@@ -68,7 +69,8 @@ def tokenizer_assets(metadata: Mapping[str, Any], where: str) -> dict[str, bytes
     vocabulary = _read_vocabulary(metadata, where)
     bos, eos, pad = (_token_id(metadata, name, vocabulary, where) for name in ("bos", "eos", "padding"))
     is_bos_added = metadata.get("tokenizer.ggml.add_bos_token", False) is True and bos is not None
-    tokenizer = _build(vocabulary, _SPLITS[str(split)], bos if is_bos_added else None)
+    with foreign_errors("the tokenizer cannot be rebuilt", f"{where}: tokenizer.ggml"):
+        tokenizer = _build(vocabulary, _SPLITS[str(split)], bos if is_bos_added else None)
     # A name makes a token special. Some files give the role of a begin token to a comma.
     names = {
         key: None if number is None or number not in vocabulary.added else vocabulary.tokens[number]

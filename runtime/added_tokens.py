@@ -7,7 +7,6 @@ A token that transformers would give a number beyond the model's rows is left ou
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,8 +22,6 @@ MAX_TOKENS = 1 << 20
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 # Classes that rebuild the tokenizer by their own rule and make every special token a plain special one.
 _PLAIN_SPECIAL = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +47,26 @@ class DeclaredTokens:
     config: Mapping[str, Any]
     splits_special: bool
     resets_flags: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """What ``from_json`` takes, for another process; without the config."""
+        return {
+            "tokens": [[token.content, token.number, dict(token.flags)] for token in self.tokens],
+            "special": sorted(self.special),
+            "splits_special": self.splits_special,
+            "resets_flags": self.resets_flags,
+        }
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> DeclaredTokens:
+        """Of ``to_json``."""
+        return cls(
+            tokens=tuple(DeclaredToken(*token) for token in record["tokens"]),
+            special=frozenset(record["special"]),
+            config={},
+            splits_special=record["splits_special"],
+            resets_flags=record["resets_flags"],
+        )
 
 
 def read_declared(
@@ -218,8 +235,6 @@ def _add(library: tokenizers.Tokenizer, declared: DeclaredTokens, num_rows: int)
         if token.number is not None and number != token.number:
             notes.append(f"{shown(token.content)} is {number}, although it is named as {token.number}")
     library.add_tokens(batch)
-    for note in notes:
-        logger.info("tokenizer: %s", note)
     return notes
 
 

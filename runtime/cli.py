@@ -11,6 +11,8 @@ from typing import IO, TYPE_CHECKING, Any
 import click
 
 from krasis.formats.errors import KrasisError, UsageError
+from krasis.formats.last_resort import last_resort
+from krasis.formats.log_lines import PrintableFormatter
 from krasis.runtime.arguments import read_texts
 from krasis.runtime.cli_text_options import (
     PENALTY_OPTIONS,
@@ -148,6 +150,7 @@ class CommandError(click.ClickException):
 )
 @click.option("--no-stream", is_flag=True, help="Print the answer when it is complete.")
 @click.option("-v", "--verbose", count=True, help="Say what is chosen and why; -vv says more.")
+@last_resort("krasis-run")
 def main(bundle: Path, prompt: str | None, prompt_file: Path | None, verbose: int, **options: Any) -> None:
     """Chat with the model in BUNDLE (a folder made by krasis-convert), or answer one prompt.
 
@@ -175,6 +178,10 @@ def main(bundle: Path, prompt: str | None, prompt_file: Path | None, verbose: in
 
 def _run(bundle: Path, text: str | None, options: dict[str, Any]) -> int:
     """Opens the bundle and does what was asked; gives the exit code."""
+    if not _is_worker():
+        from krasis.runtime.text_sandbox import shared_sandbox
+
+        shared_sandbox().start()  # it gets ready while this process imports and maps
     from krasis.formats.units import parse_bytes
     from krasis.runtime.kv_file import check_target
     from krasis.runtime.settings import EngineSettings
@@ -361,4 +368,6 @@ def _decode(data: bytes, where: str) -> str:
 
 def _configure_logging(verbose: int) -> None:
     level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
-    logging.basicConfig(level=level, format="%(name)s: %(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(PrintableFormatter("%(name)s: %(message)s"))
+    logging.basicConfig(level=level, handlers=[handler])

@@ -56,10 +56,13 @@ class Engine:
     and in a child of ``fork``.
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend, settings: EngineSettings) -> None:
+    def __init__(
+        self, bundle: Bundle, backend: Backend, settings: EngineSettings, text: TextAssets | None = None
+    ) -> None:
+        """text: what was begun to be read already; None: read from the bundle when it is needed."""
         self.bundle, self.settings = bundle, settings
         self._vocab_size = bundle.architecture.vocab_size
-        self.text = TextAssets(bundle, settings.chat_template)
+        self.text = text or TextAssets(bundle, settings.chat_template)
         self.load_s = 0.0
         self._backend = backend
         self._reopen: Callable[[EngineSettings], Backend] | None = None
@@ -81,12 +84,14 @@ class Engine:
         begin = time.perf_counter()
         with ExitStack() as undo:
             bundle = undo.enter_context(open_bundle(Path(path), settings))
+            text = TextAssets(bundle, settings.chat_template)
+            text.prepare()
             tiers = ("dense", settings.experts)
             if settings.reread:
                 bundle.drop_cached(files_of_tiers(bundle, tiers))  # before anything is mapped
             backend = (make_backend or open_backend)(bundle, settings)
             undo.callback(backend.close)
-            engine = cls(bundle, backend, settings)
+            engine = cls(bundle, backend, settings, text)
             engine._reopen = functools.partial(make_backend or open_backend, bundle)
             if settings.prefault:
                 engine._prefault = start_prefault(bundle, tiers)

@@ -7,6 +7,7 @@ from typing import Any
 
 from krasis.formats.bundle_verify import Problem
 from krasis.formats.manifest import BlobRecord, Manifest
+from krasis.formats.printable import printable
 from krasis.formats.units import format_bytes
 from krasis.runtime.format_units import format_count, text_fields, text_table
 from krasis.runtime.planning.planner import (
@@ -293,4 +294,4 @@ def tensors_to_text(tensors: Sequence[Mapping[str, Any]]) -> str:
 
 def problem_to_text(problem: Problem) -> str:
     """One line."""
-    return " ".join(str(problem).split())
+    return printable(" ".join(str(problem).split()))

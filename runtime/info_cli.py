@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from krasis.formats.errors import KrasisError, UsageError
+from krasis.formats.last_resort import last_resort
+from krasis.formats.printable import printable_lines
 
 if TYPE_CHECKING:
     from krasis.formats.bundle_verify import Problem
@@ -99,13 +101,14 @@ _AT_LEAST_1 = click.IntRange(min=1)
 @click.option("--context", type=_AT_LEAST_1, help="Positions of KV cache.  [default: the prompt + 2048]")
 @click.option("--prompt-tokens", type=_AT_LEAST_1, help="Length of the prompt.  [default: 10000]")
 @click.option("--kv-dtype", type=click.Choice(["f16", "bf16", "f32"]), default="f16", show_default=True)
+@last_resort("krasis-info")
 def main(**options: Any) -> None:
     """Show what is inside BUNDLE (a .krasis directory), what it needs, and whether it is intact."""
     try:
         sys.exit(_run(_Request(**options)))
-    except (KrasisError, OSError) as error:
+    except KrasisError as error:
         click.echo(f"krasis-info: {error}", err=True)
-        sys.exit(error.exit_code if isinstance(error, KrasisError) else 1)
+        sys.exit(error.exit_code)
 
 
 def _run(request: _Request) -> int:
@@ -122,7 +125,7 @@ def _run(request: _Request) -> int:
             _add_bundle(request, request.bundle, record, texts)
     elif request.plan:
         _add_plan(request, _sizes_of_shape(request), record, texts)
-    click.echo(json.dumps(record, indent=1) if request.as_json else "\n\n".join(texts))
+    click.echo(json.dumps(record, indent=1) if request.as_json else printable_lines("\n\n".join(texts)))
     return EXIT_DAMAGED if damaged else 0
 
 

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from krasis.formats.bundle_reader import Bundle
-from krasis.formats.errors import FormatError
+from krasis.formats.errors import FormatError, KrasisError
 from krasis.formats.plain_text import BYTE_ORDER_MARK, decode_file, what_it_is
 from krasis.formats.regular_file import read_small_file
 from krasis.formats.strict_json import parse_json_object
 from krasis.runtime.added_tokens import SPECIAL_NAMES, DeclaredTokens, read_declared, token_text
 from krasis.runtime.chat import ChatTemplate
+from krasis.runtime.early import Early
 from krasis.runtime.end_tokens import (
     EndTokens,
     NamedEnds,
@@ -70,12 +71,28 @@ class TextAssets:
         source = TEMPLATE_FILE if TEMPLATE_FILE in names else TOKENIZER_CONFIG
         self._template_where = f"{where}: {source}"
         self._noted: set[str] = set()
+        self._early: Early[Tokenizer] | None = None
+
+    def prepare(self) -> None:
+        """Begins to load the tokenizer, beside what else it takes to open a bundle. Whatever is wrong with it
+        is said when it is asked for: who runs token ids needs none."""
+        if TOKENIZER not in self._names or self._early is not None:
+            return
+        where = f"{self._where}: {TOKENIZER}"
+        try:
+            data, declared = self._read(TOKENIZER), self._declared
+        except KrasisError as error:
+            logger.info("%s cannot be read: %s", where, error)
+            return
+        self._early = Early(lambda: Tokenizer(data, self._vocab_size, where, declared))
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """Raises UnsupportedModelError if the bundle has none, FormatError if it is damaged."""
         if TOKENIZER not in self._names:
             raise missing_tokenizer(self._where)
+        if self._early is not None:
+            return self._early.result()
         where = f"{self._where}: {TOKENIZER}"
         return Tokenizer(self._read(TOKENIZER), self._vocab_size, where, self._declared)
 

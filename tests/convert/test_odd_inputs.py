@@ -172,7 +172,7 @@ def test_error_pages_and_nothing_in_place_of_the_config(run, copy, tmp_path, dat
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json"])
 @pytest.mark.parametrize(
-    ("data", "what"), [(b"<!doctype html><title>Sign in</title>", "HTML"), (b"", "the file is empty")]
+    ("data", "what"), [(b"<!doctype html><title>Sign in</title>", "a web page"), (b"", "the file is empty")]
 )
 def test_error_pages_and_nothing_in_place_of_text_files(run, copy, tmp_path, name, data, what):
     (copy / name).write_bytes(data)
