@@ -21,14 +21,17 @@ from krasis.convert.conversion import (
 )
 from krasis.convert.partial import partial_path
 from krasis.convert.progress import Reporter
+from krasis.convert.refresh_cli import run_refresh
 from krasis.convert.settings import (
     GPU_GROUPS,
     ConvertSettings,
     parse_tiers,
 )
 from krasis.formats import mapping_guard
-from krasis.formats.errors import KrasisError, ResourceError
+from krasis.formats.errors import KrasisError, ResourceError, UsageError
 from krasis.formats.file_ops import refusal
+from krasis.formats.last_resort import last_resort
+from krasis.formats.printable import printable_lines
 from krasis.formats.shard_output import OUTPUT_IO
 from krasis.formats.stop_signals import ends_in_order
 from krasis.formats.units import format_bytes, format_seconds, parse_bytes
@@ -41,7 +44,14 @@ _WHEN_CUT = "get this file again; what is finished so far is kept, and the same 
 @click.argument(
     "inputs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="[BF16_DIR] [GGUF]"
 )
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The bundle to write.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="The bundle to write.")
+@click.option(
+    "--refresh-text",
+    metavar="SOURCE",
+    type=click.Path(path_type=Path),
+    help="Put the tokenizer, chat template and defaults of SOURCE (a folder, a GGUF or one file) into a "
+    "finished bundle: krasis-convert --refresh-text SOURCE model.krasis.",
+)
 @click.option("--gpu-bits", type=click.Choice(["4", "8"]), default="4", show_default=True)
 @click.option(
     "--gpu-group",
@@ -72,6 +82,16 @@ _WHEN_CUT = "get this file again; what is finished so far is kept, and the same 
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle (at the very end, atomically).")
 @click.option(
+    "--force-text",
+    is_flag=True,
+    help="Go on without a tokenizer, a chat template or settings that cannot be used.",
+)
+@click.option(
+    "--force-weights",
+    is_flag=True,
+    help="Convert weights that look damaged (long stretches of zeros, values no scale can hold) as they are.",
+)
+@click.option(
     "--resume/--restart",
     "resume",
     default=True,
@@ -86,8 +106,17 @@ _WHEN_CUT = "get this file again; what is finished so far is kept, and the same 
 @click.option("-v", "--verbose", is_flag=True, help="Say more.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary (or the plan) as JSON on stdout.")
 @click.version_option(tool_version(), prog_name="krasis-convert")
+@last_resort("krasis-convert")
 @ends_in_order("")
-def main(inputs: tuple[Path, ...], output: Path, *, dry_run: bool, as_json: bool, **options: Any) -> None:
+def main(
+    inputs: tuple[Path, ...],
+    output: Path | None,
+    refresh_text: Path | None,
+    *,
+    dry_run: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
     """Convert a Qwen3-MoE checkpoint into a bundle that krasis-run starts from at once.
 
     Give a Hugging Face folder (BF16), a GGUF, or both in any order. With both, GPU experts and everything
@@ -96,9 +125,14 @@ def main(inputs: tuple[Path, ...], output: Path, *, dry_run: bool, as_json: bool
     """
     try:
         reporter = Reporter(0 if options["quiet"] else 2 if options["verbose"] else 1)
+        if refresh_text is not None:
+            run_refresh(refresh_text, inputs, output, options, reporter, plan_only=dry_run, as_json=as_json)
+            return
+        if output is None:
+            raise UsageError("the bundle to write is missing", hint="name it by -o model.krasis")
         _run(inputs, output, _settings(options), reporter, plan_only=dry_run, as_json=as_json)
     except KeyboardInterrupt:
-        held = partial_path(output).exists() and not dry_run
+        held = output is not None and partial_path(output).exists() and not dry_run
         text = "run the same command to continue" if held else "nothing was written"
         print(f"krasis-convert: stopped; {text}", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
@@ -126,6 +160,8 @@ def _settings(options: dict[str, Any]) -> ConvertSettings:
         replace=options["force"],
         restart=not options["resume"],
         full_verify=options["verify"],
+        force_text=options["force_text"],
+        force_weights=options["force_weights"],
     )
 
 
@@ -145,7 +181,7 @@ def _run(
         if as_json:
             print(json.dumps(asdict(plan), indent=2, default=str))
         else:
-            print("\n".join(describe_plan(plan)), flush=True)
+            print(printable_lines("\n".join(describe_plan(plan))), flush=True)
         check_room(prepared)  # the plan is told either way; the exit code says whether it can be done
         return
     try:

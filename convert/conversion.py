@@ -6,16 +6,18 @@ import functools
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
+from krasis.convert.alarms import Alarms, tell
 from krasis.convert.crosscheck import CrossCheck, check_same_model
 from krasis.convert.estimate import Estimate, estimate
 from krasis.convert.finished import finish_earlier_run, same_bundle
+from krasis.convert.holes import look_into_holes
 from krasis.convert.importance import Calibration, load_calibration
 from krasis.convert.inputs import recognise
 from krasis.convert.journal import JOURNAL_NAME
@@ -38,6 +40,7 @@ from krasis.convert.resources import (
     usable_memory_bytes,
 )
 from krasis.convert.settings import ConvertSettings
+from krasis.convert.text_check import sound_text
 from krasis.convert.verify import verify_checksums, verify_sample
 from krasis.formats import stop_signals
 from krasis.formats.errors import UsageError
@@ -121,6 +124,7 @@ def prepare(paths: Sequence[Path], out: Path, settings: ConvertSettings, reporte
     inputs = open_inputs(recognised)
     for source in inputs.sources():
         reporter.detail(f"{source.kind}: {source.path}, {len(source.files)} files")
+    inputs = replace(inputs, assets=_sound_text(inputs, settings, reporter), unreadable={})
     cross_check = None
     if inputs.hf is not None and inputs.gguf is not None:
         cross_check = check_same_model(inputs.hf, inputs.gguf)
@@ -134,7 +138,17 @@ def prepare(paths: Sequence[Path], out: Path, settings: ConvertSettings, reporte
         calibration = load_calibration(settings.calibration, plan.architecture)
     for notice in notices(plan, inputs):
         reporter.warn(notice)
+    alarms = Alarms()
+    for source in inputs.sources():
+        look_into_holes(source, alarms)
+    tell(alarms, reporter, force=settings.force_weights)
     return Prepared(inputs, settings, plan, cross_check, calibration, out)
+
+
+def _sound_text(inputs: OpenInputs, settings: ConvertSettings, reporter: Reporter) -> dict[str, bytes]:
+    source = inputs.sources()[0]
+    where, rows = str(source.path), source.architecture.vocab_size
+    return sound_text(inputs.assets, inputs.unreadable, where, rows, reporter, force=settings.force_text)
 
 
 def check_output(out: Path, sources: Sequence[Path], settings: ConvertSettings) -> None:

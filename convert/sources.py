@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
+import numpy as np
+
 from krasis.convert.names import (
     BY_OURS,
     GGUF_EXPERT,
@@ -31,6 +33,7 @@ from krasis.formats.ggml_blocks import SUPPORTED_TYPES, tensor_bytes
 from krasis.formats.quantised_checkpoint import type_hint
 
 SourceKind = Literal["hf", "gguf"]
+_COMPARED_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +148,11 @@ class WeightSource:
         place = self._expert_place(layer, expert, part)
         return self._slice(place.tensor, expert_shape(self.architecture, part), place.first_row)
 
+    def place(self, tensor: str) -> tuple[int, int]:
+        """(begin, end) of a tensor in its file, in bytes."""
+        info = self._infos[tensor]
+        return info.offset_bytes, info.offset_bytes + info.num_bytes
+
     def release(self, pieces: Iterable[TensorSlice]) -> None:
         """Unmaps the tensors of which these are the last slices; the page cache keeps what it likes.
 
@@ -175,6 +183,8 @@ class WeightSource:
 
     def _dense_tensor(self, name: DenseName, layer: int | None) -> str:
         template = name.hf if self.kind == "hf" else name.gguf
+        if name.ours == "embedding" and self.architecture.tie_word_embeddings and template not in self._infos:
+            template = BY_OURS["lm_head"].hf  # a tied checkpoint may hold the one matrix under either name
         return template if layer is None else template.format(i=layer)
 
     def _expert_place(self, layer: int, expert: int, part: Part) -> ExpertTensors:
@@ -283,6 +293,24 @@ class WeightSource:
                 got=f"{len(others)} such tensors",
                 hint="it has a feature (a bias, shared experts, dense layers, ...) that would be dropped",
             )
+
+
+def has_own_head(table: TensorTable) -> bool:
+    """Whether a Hugging Face checkpoint holds an output head whose bytes are not the embedding's.
+
+    Reads both until they differ, so equal ones in full: such checkpoints are rare.
+    """
+    infos = table.infos()
+    head, embedding = BY_OURS["lm_head"].hf, BY_OURS["embedding"].hf
+    if head not in infos or embedding not in infos:
+        return False
+    if (infos[head].dtype, infos[head].shape) != (infos[embedding].dtype, infos[embedding].shape):
+        return True
+    ours, theirs = table.view(head), table.view(embedding)
+    return any(
+        not np.array_equal(ours[begin : begin + _COMPARED_BYTES], theirs[begin : begin + _COMPARED_BYTES])
+        for begin in range(0, ours.nbytes, _COMPARED_BYTES)
+    )
 
 
 def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -13,7 +13,9 @@ from typing import Literal
 
 import xxhash
 
+from krasis.formats.blob_names import check_blob_names
 from krasis.formats.bundle_reader import Bundle
+from krasis.formats.code_ranges import code_range
 from krasis.formats.errors import FormatError, KrasisError, MismatchError, ResourceError
 from krasis.formats.folder_snapshot import FolderSnapshot
 from krasis.formats.limits import MIB
@@ -94,7 +96,7 @@ def _check(path: Path, report: Progress, num_threads: int) -> list[Problem]:
             *(_asset_job(bundle, asset, report) for asset in bundle.manifest.assets),
         ]
         count = num_threads or min(_MAX_THREADS, usable_cpus())
-        problems = []
+        problems = _names(bundle)
         with ThreadPoolExecutor(max(1, count)) as pool:
             try:
                 for future in as_completed([pool.submit(job) for job in jobs]):
@@ -162,11 +164,16 @@ def _header_job(bundle: Bundle, file: FileRecord) -> Callable[[], list[Problem]]
 
 def _blob_job(bundle: Bundle, blob: BlobRecord, report: Progress) -> Callable[[], list[Problem]]:
     def run() -> list[Problem]:
-        digest = xxhash.xxh3_128()
+        digest, codes = xxhash.xxh3_128(), code_range(bundle.manifest, blob)
         for chunk in _chunks(bundle, blob.file, blob.offset_bytes, blob.num_bytes, report):
             digest.update(chunk)
+            if codes is not None:
+                codes.add(chunk)
         if digest.hexdigest() == blob.xxh3_128:
-            return []
+            if codes is None or codes.first is None:
+                return []
+            what = f"byte {codes.first} is the code -128, which no packer writes: convert the model again"
+            return [Problem(f"{bundle.path / blob.file}: {blob.name}", what)]
         return [Problem(f"{bundle.path / blob.file}: {blob.name}", "data was altered: get this file again")]
 
     return _guarded(run, f"{bundle.path / blob.file}: {blob.name}")
@@ -211,6 +218,15 @@ def _problem(error: KrasisError, where: str) -> Problem:
     return Problem(
         error.where or where, what, "unreadable" if isinstance(error, ResourceError) else "damaged"
     )
+
+
+def _names(bundle: Bundle) -> list[Problem]:
+    """Blobs that the architecture does not have, or lacks."""
+    try:
+        check_blob_names(bundle.manifest, str(bundle.path / MANIFEST_NAME))
+    except KrasisError as error:
+        return [_problem(error, str(bundle.path))]
+    return []
 
 
 def _strangers(bundle: Bundle) -> list[Problem]:

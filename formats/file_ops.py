@@ -50,6 +50,10 @@ class FileOps:
         finally:
             os.close(root)
 
+    def link(self, source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+        """link(2): another name for a file, which must not be taken."""
+        os.link(source, target, follow_symlinks=False)
+
     def close(self, fd: int) -> None:
         """close(2)."""
         os.close(fd)

@@ -11,7 +11,10 @@ from typing import IO, TYPE_CHECKING, Any
 import click
 
 from krasis.formats.errors import KrasisError, UsageError
+from krasis.formats.last_resort import last_resort
+from krasis.formats.log_lines import PrintableFormatter
 from krasis.formats.stop_signals import deferred, ends_in_order, received
+from krasis.runtime.arguments import read_texts
 from krasis.runtime.cli_text_options import (
     PENALTY_OPTIONS,
     given_variables,
@@ -53,6 +56,12 @@ class CommandError(click.ClickException):
 )
 @click.option("--raw", is_flag=True, help="Continue the text as it is, without the chat template.")
 @click.option("--system", metavar="TEXT", help="System message.")
+@click.option(
+    "--chat-template",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Use the chat template in FILE (Jinja) instead of the bundle's.",
+)
 @click.option("--stop", metavar="TEXT", multiple=True, help="End an answer at TEXT. May be repeated.")
 @click.option(
     "--max-tokens",
@@ -65,6 +74,11 @@ class CommandError(click.ClickException):
     metavar="N",
     type=int,
     help="Tokens of context. [default: the model's maximum, or what memory has room for]",
+)
+@click.option(
+    "--rope-scaling",
+    metavar="SPEC",
+    help="Stretch the context: yarn,FACTOR,ORIGINAL such as yarn,4,32768, or linear,FACTOR, or none.",
 )
 @click.option("--threads", metavar="N", type=int, default=0, help="CPU threads. [default: all]")
 @click.option(
@@ -137,6 +151,7 @@ class CommandError(click.ClickException):
 )
 @click.option("--no-stream", is_flag=True, help="Print the answer when it is complete.")
 @click.option("-v", "--verbose", count=True, help="Say what is chosen and why; -vv says more.")
+@last_resort("krasis-run")
 @ends_in_order("krasis-run")
 def main(bundle: Path, prompt: str | None, prompt_file: Path | None, verbose: int, **options: Any) -> None:
     """Chat with the model in BUNDLE (a folder made by krasis-convert), or answer one prompt.
@@ -147,6 +162,7 @@ def main(bundle: Path, prompt: str | None, prompt_file: Path | None, verbose: in
     """
     _configure_logging(verbose)
     try:
+        prompt, options = read_texts(prompt, options)
         # Of several ranks only the first reads what the user says.
         text = None if _is_worker() else _prompt_text(prompt, prompt_file)
         if text is None and (options["raw"] or options["as_json"]) and not _is_worker():
@@ -165,6 +181,11 @@ def main(bundle: Path, prompt: str | None, prompt_file: Path | None, verbose: in
 def _run(bundle: Path, text: str | None, options: dict[str, Any]) -> int:
     """Opens the bundle and does what was asked; gives the exit code."""
     from krasis.formats import mapping_guard
+
+    if not _is_worker():
+        from krasis.runtime.text_sandbox import shared_sandbox
+
+        shared_sandbox().start()  # it gets ready while this process imports and maps
     from krasis.formats.units import parse_bytes
     from krasis.runtime.kv_file import check_target
     from krasis.runtime.settings import EngineSettings
@@ -183,7 +204,9 @@ def _run(bundle: Path, text: str | None, options: dict[str, Any]) -> int:
         gpu_dtype=options["gpu_dtype"],
         vram_bytes=parse_bytes(vram, "--vram") if vram is not None else None,
         reread=options["reread"],
+        chat_template=None if options["chat_template"] is None else str(options["chat_template"]),
         template_vars=given_variables(options),
+        rope_scaling=options["rope_scaling"],
     )
     mapping_guard.install("krasis-run")
     opened = _open(bundle, settings, options["gpus"])
@@ -355,7 +378,7 @@ def _prompt_text(prompt: str | None, path: Path | None) -> str | None:
 
 def _decode(data: bytes, where: str) -> str:
     try:
-        return data.decode("utf-8")
+        return data.decode("utf-8-sig")  # a byte order mark is no part of the text
     except UnicodeDecodeError as error:
         raise UsageError(
             "the prompt is not UTF-8 text", where=where, got=f"bad byte at {error.start}"
@@ -364,4 +387,6 @@ def _decode(data: bytes, where: str) -> str:
 
 def _configure_logging(verbose: int) -> None:
     level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
-    logging.basicConfig(level=level, format="%(name)s: %(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(PrintableFormatter("%(name)s: %(message)s"))
+    logging.basicConfig(level=level, handlers=[handler])

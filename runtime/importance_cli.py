@@ -18,6 +18,7 @@ from tqdm import tqdm
 from krasis.formats import mapping_guard
 from krasis.formats.bundle_reader import Bundle
 from krasis.formats.errors import KrasisError
+from krasis.formats.last_resort import last_resort
 from krasis.runtime.importance import Importance, collect
 from krasis.runtime.settings import EXPERT_TIERS
 from krasis.runtime.user_files import read_user_file
@@ -43,6 +44,7 @@ MAX_TEXT_BYTES = 1 << 30
     "--context", default=2048, show_default=True, type=click.IntRange(2), help="Tokens that see each other."
 )
 @click.option("--experts", type=click.Choice(EXPERT_TIERS), help="Experts to run [default: cpu if there].")
+@last_resort("importance")
 def main(
     bundle: Path,
     texts: tuple[Path, ...],

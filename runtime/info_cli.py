@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from krasis.formats.errors import KrasisError, UsageError
+from krasis.formats.last_resort import last_resort
+from krasis.formats.printable import printable_lines
 from krasis.formats.stop_signals import INTERRUPTED, ends_in_order
 
 if TYPE_CHECKING:
@@ -107,6 +109,7 @@ _AT_LEAST_1 = click.IntRange(min=1)
 @click.option("--context", type=_AT_LEAST_1, help="Positions of KV cache.  [default: the prompt + 2048]")
 @click.option("--prompt-tokens", type=_AT_LEAST_1, help="Length of the prompt.  [default: 10000]")
 @click.option("--kv-dtype", type=click.Choice(["f16", "bf16", "f32"]), default="f16", show_default=True)
+@last_resort("krasis-info")
 @ends_in_order("")
 def main(**options: Any) -> None:
     """Show what is inside BUNDLE (a .krasis directory), what it needs, and whether it is intact."""
@@ -142,7 +145,7 @@ def _run(request: _Request) -> int:
             _add_bundle(request, request.bundle, record, texts)
     elif request.plan:
         _add_plan(request, _sizes_of_shape(request), record, texts)
-    click.echo(json.dumps(record, indent=1) if request.as_json else "\n\n".join(texts))
+    click.echo(json.dumps(record, indent=1) if request.as_json else printable_lines("\n\n".join(texts)))
     return code
 
 
@@ -204,7 +207,9 @@ def _add_bundle(request: _Request, path: Path, record: dict[str, Any], texts: li
 
 
 def _add_verification(path: Path, record: dict[str, Any], texts: list[str]) -> int:
-    """The exit code: 0 if the bundle is intact, else that of the gravest problem's kind."""
+    """The exit code: 0 if the bundle is intact and its text files can be used, else that of the gravest
+    problem's kind.
+    """
     from krasis.formats.bundle_verify import EXIT_CODES, verdict
     from krasis.formats.units import format_bytes, format_seconds
     from krasis.runtime import info
@@ -220,13 +225,18 @@ def _add_verification(path: Path, record: dict[str, Any], texts: list[str]) -> i
         "num_bytes": num_bytes,
         "seconds": seconds,
     }
+    text_is_unsound = False
+    if not problems:
+        from krasis.runtime.info_text_check import add_text_check
+
+        text_is_unsound = add_text_check(path, record["verify"], texts)
     if problems:
         texts.append("\n".join([f"{path}: {_HEADINGS[found]}, {len(lines)} problem(s)", *lines]))
     else:
         rate = num_bytes / max(seconds, 1e-9) / 1e9
         checked = f"{format_bytes(num_bytes)} checked in {format_seconds(seconds)} ({rate:.2f} GB/s)"
-        texts.append(f"{path}: intact, {checked}")
-    return EXIT_CODES[found]
+        texts.insert(0, f"{path}: intact, {checked}")
+    return EXIT_CODES["damaged"] if text_is_unsound else EXIT_CODES[found]
 
 
 def _verify_with_progress(path: Path) -> tuple[int, float, list[Problem]]:

@@ -36,6 +36,7 @@ from krasis.formats.errors import (
 )
 from krasis.formats.file_ops import FileOps
 from krasis.formats.limits import MAX_FILE_NAME_BYTES, MIB, PAGE_BYTES
+from krasis.formats.manifest import canonical_json
 from krasis.formats.names import shown
 from krasis.formats.publish import PARTIAL_SUFFIX
 from krasis.formats.regular_file import open_regular, read_into, read_range
@@ -57,9 +58,12 @@ logger = logging.getLogger(__name__)
 
 def bundle_identity(bundle: Bundle) -> str:
     """What tells a bundle from every other: the XXH3-128 digest of its manifest, which holds those of all its
-    data.
+    data, and of the architecture where it is run with another.
     """
-    return str(xxhash.xxh3_128_hexdigest(bundle.manifest.to_bytes()))
+    digest = xxhash.xxh3_128(bundle.manifest.to_bytes())
+    if bundle.architecture != bundle.manifest.architecture:
+        digest.update(canonical_json(bundle.architecture.to_json()))
+    return str(digest.hexdigest())
 
 
 def is_prefix_file(path: Path) -> bool:
@@ -272,7 +276,7 @@ class PrefixFile:
         """
         if self.bundle != bundle_identity(bundle):
             raise MismatchError(
-                "the prefix was saved from another bundle",
+                "the prefix was saved from another bundle, or with another --rope-scaling",
                 where=self._where,
                 got=f"bundle {shown(self.bundle)}",
                 limit=f"{bundle.path}: {bundle_identity(bundle)}",

@@ -6,6 +6,7 @@ import re
 import sys
 from typing import TYPE_CHECKING, Any
 
+from krasis.formats.printable import printable_lines
 from krasis.runtime.generation import Answer, Generation
 from krasis.runtime.thinking_view import ThinkingView
 
@@ -19,7 +20,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 def note(text: str) -> None:
     """A line on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    print(printable_lines(text), file=sys.stderr, flush=True)
 
 
 def safe_for_terminal(text: str) -> str:
