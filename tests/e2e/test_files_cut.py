@@ -33,13 +33,13 @@ RUN = """
 import os, sys
 from krasis.runtime import cli, engine
 shard = sys.argv[1] + "/" + sys.argv.pop()
-decode, calls = engine.Engine.decode, []
+decode, calls = engine.Engine._decode, []
 def cut(self, token):
     calls.append(token)
     if len(calls) == 3:
         os.truncate(shard, 4096)
     return decode(self, token)
-engine.Engine.decode = cut
+engine.Engine._decode = cut
 sys.argv[0] = "krasis-run"
 cli.main()
 """

@@ -72,7 +72,7 @@ def test_a_one_shot_answer_is_saved(chat_bundle: Path, tmp_path: Path) -> None:
 def test_the_code_names_the_signal(chat_bundle: Path, tmp_path: Path, number: int) -> None:
     saved = tmp_path / "talk.kv"
     arguments = (chat_bundle, "--prompt", "hello", "--save-kv", saved, "--ctx", 512)
-    done = signalled("krasis.runtime.cli", "krasis.runtime.engine", "Engine.decode", 5, number, *arguments)
+    done = signalled("krasis.runtime.cli", "krasis.runtime.engine", "Engine._decode", 5, number, *arguments)
     assert done.returncode == 128 + number, done
     assert done.stderr.splitlines()[-1] == f"krasis-run: stopped by {signal.Signals(number).name}"
     assert saved.exists()
@@ -100,7 +100,7 @@ def test_a_save_that_fails_is_told(chat_bundle: Path, tmp_path: Path) -> None:
     code = code.replace(
         "main = import", "from krasis.runtime import kv_file\nkv_file.check_target = print\nmain = import"
     )
-    line = ["krasis.runtime.cli", "Engine.decode", "3", "15", "krasis.runtime.engine", chat_bundle]
+    line = ["krasis.runtime.cli", "Engine._decode", "3", "15", "krasis.runtime.engine", chat_bundle]
     done = subprocess.run(
         [sys.executable, "-c", code, *line, "--prompt", "x", "--save-kv", saved, "--ctx", "512"],
         capture_output=True,
@@ -113,7 +113,7 @@ def test_a_save_that_fails_is_told(chat_bundle: Path, tmp_path: Path) -> None:
 
 
 def test_nohup_stays_nohup(chat_bundle: Path) -> None:
-    line = ["krasis.runtime.cli", "Engine.decode", "3", str(int(signal.SIGHUP)), "krasis.runtime.engine"]
+    line = ["krasis.runtime.cli", "Engine._decode", "3", str(int(signal.SIGHUP)), "krasis.runtime.engine"]
     command = ["sh", "-c", "trap '' HUP; exec \"$@\"", "sh", sys.executable, "-c", SELF, *line]
     done = subprocess.run(
         [*command, chat_bundle, "--prompt", "hello", "--max-tokens", "5"],
