@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import sys
 from dataclasses import asdict
@@ -14,26 +13,39 @@ import click
 from krasis.convert.conversion import Summary, check_room, convert, describe_plan, dry_run, prepare
 from krasis.convert.partial import partial_path
 from krasis.convert.progress import Reporter
+from krasis.convert.refresh_cli import run_refresh
 from krasis.convert.settings import (
     GPU_GROUPS,
     ConvertSettings,
     parse_tiers,
 )
+from krasis.formats import mapping_guard
 from krasis.formats.command_line import StreamsCommand, version_option
-from krasis.formats.errors import KrasisError, ResourceError
-from krasis.formats.file_ops import FILE_SIZE_HINT
+from krasis.formats.errors import KrasisError, ResourceError, UsageError
+from krasis.formats.file_ops import refusal
+from krasis.formats.last_resort import last_resort
+from krasis.formats.printable import printable_lines
 from krasis.formats.shard_output import OUTPUT_IO
 from krasis.formats.standard_streams import write_output
+from krasis.formats.stop_signals import ends_in_order
 from krasis.formats.units import format_bytes, format_seconds, parse_bytes
 
 EXIT_INTERRUPTED = 130
+_WHEN_CUT = "get this file again; what is finished so far is kept, and the same command goes on from there"
 
 
 @click.command(cls=StreamsCommand, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument(
     "inputs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="[BF16_DIR] [GGUF]"
 )
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The bundle to write.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="The bundle to write.")
+@click.option(
+    "--refresh-text",
+    metavar="SOURCE",
+    type=click.Path(path_type=Path),
+    help="Put the tokenizer, chat template and defaults of SOURCE (a folder, a GGUF or one file) into a "
+    "finished bundle: krasis-convert --refresh-text SOURCE model.krasis.",
+)
 @click.option("--gpu-bits", type=click.Choice(["4", "8"]), default="4", show_default=True)
 @click.option(
     "--gpu-group",
@@ -64,6 +76,16 @@ EXIT_INTERRUPTED = 130
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle (at the very end, atomically).")
 @click.option(
+    "--force-text",
+    is_flag=True,
+    help="Go on without a tokenizer, a chat template or settings that cannot be used.",
+)
+@click.option(
+    "--force-weights",
+    is_flag=True,
+    help="Convert weights that look damaged (long stretches of zeros, values no scale can hold) as they are.",
+)
+@click.option(
     "--resume/--restart",
     "resume",
     default=True,
@@ -78,7 +100,17 @@ EXIT_INTERRUPTED = 130
 @click.option("-v", "--verbose", is_flag=True, help="Say more.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary (or the plan) as JSON on stdout.")
 @version_option()
-def main(inputs: tuple[Path, ...], output: Path, *, dry_run: bool, as_json: bool, **options: Any) -> None:
+@last_resort("krasis-convert")
+@ends_in_order("")
+def main(
+    inputs: tuple[Path, ...],
+    output: Path | None,
+    refresh_text: Path | None,
+    *,
+    dry_run: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
     """Convert a Qwen3-MoE checkpoint into a bundle that krasis-run starts from at once.
 
     Give a Hugging Face folder (BF16), a GGUF, or both in any order. With both, GPU experts and everything
@@ -87,16 +119,21 @@ def main(inputs: tuple[Path, ...], output: Path, *, dry_run: bool, as_json: bool
     """
     try:
         reporter = Reporter(0 if options["quiet"] else 2 if options["verbose"] else 1)
+        if refresh_text is not None:
+            run_refresh(refresh_text, inputs, output, options, reporter, plan_only=dry_run, as_json=as_json)
+            return
+        if output is None:
+            raise UsageError("the bundle to write is missing", hint="name it by -o model.krasis")
         _run(inputs, output, _settings(options), reporter, plan_only=dry_run, as_json=as_json)
     except KeyboardInterrupt:
-        held = partial_path(output).exists() and not dry_run
+        held = output is not None and partial_path(output).exists() and not dry_run
         text = "run the same command to continue" if held else "nothing was written"
         print(f"krasis-convert: stopped; {text}", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
     except KrasisError as error:
         _fail(error)
     except OSError as error:
-        _fail(_from_os_error(error))
+        _fail(refusal(error))
     except MemoryError:
         _fail(ResourceError("out of memory", hint="use --memory-limit or fewer --threads"))
 
@@ -117,6 +154,8 @@ def _settings(options: dict[str, Any]) -> ConvertSettings:
         replace=options["force"],
         restart=not options["resume"],
         full_verify=options["verify"],
+        force_text=options["force_text"],
+        force_weights=options["force_weights"],
     )
 
 
@@ -129,13 +168,14 @@ def _run(
     plan_only: bool,
     as_json: bool,
 ) -> None:
+    mapping_guard.install("krasis-convert", hint=_WHEN_CUT)
     prepared = prepare(inputs, output, settings, reporter)
     if plan_only:
         plan = dry_run(prepared)
         if as_json:
             write_output(json.dumps(asdict(plan), indent=2, default=str) + "\n")
         else:
-            write_output("\n".join(describe_plan(plan)) + "\n")
+            write_output(printable_lines("\n".join(describe_plan(plan))) + "\n")
         check_room(prepared)  # the plan is told either way; the exit code says whether it can be done
         return
     try:
@@ -152,6 +192,8 @@ def _run(
 
 
 def _describe(summary: Summary) -> list[str]:
+    if summary.was_complete:
+        return [f"{summary.out} is complete already: it was made of these inputs with these settings"]
     tiers = ", ".join(f"{tier} {format_bytes(size)}" for tier, size in summary.tier_bytes.items())
     width = max(len(kind) for kind in summary.quality)
     return [
@@ -162,16 +204,6 @@ def _describe(summary: Summary) -> list[str]:
         *(f"  {kind:{width}s}  {100 * row['relative_mse']:.4f} %" for kind, row in summary.quality.items()),
         f"next: krasis-run {summary.out}",
     ]
-
-
-def _from_os_error(error: OSError) -> ResourceError:
-    hint = ""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        hint = "free some disk space, then run the same command again to continue"
-    if error.errno == errno.EFBIG:
-        hint = FILE_SIZE_HINT
-    where = str(error.filename) if error.filename else ""
-    return ResourceError(f"the system refused: {error.strerror or error}", where=where, hint=hint)
 
 
 def _fail(error: KrasisError) -> None:

@@ -5,19 +5,23 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
+from krasis.convert.alarms import Alarms, tell
 from krasis.convert.crosscheck import CrossCheck, check_same_model
 from krasis.convert.estimate import Estimate, estimate
+from krasis.convert.finished import finish_earlier_run, same_bundle
+from krasis.convert.holes import look_into_holes
 from krasis.convert.importance import Calibration, load_calibration
 from krasis.convert.inputs import recognise
 from krasis.convert.journal import JOURNAL_NAME
 from krasis.convert.notices import notices
 from krasis.convert.opening import OpenInputs, open_inputs
+from krasis.convert.output_name import check_apart, check_name
 from krasis.convert.partial import Partial, is_resumable, open_partial, partial_path
 from krasis.convert.pipeline import PipelineResult, run_units
 from krasis.convert.plan import ConversionPlan, plan_conversion
@@ -34,10 +38,12 @@ from krasis.convert.resources import (
     usable_memory_bytes,
 )
 from krasis.convert.settings import ConvertSettings
+from krasis.convert.text_check import sound_text
 from krasis.convert.verify import verify_checksums, verify_sample
+from krasis.formats import stop_signals
 from krasis.formats.errors import UsageError
 from krasis.formats.file_ops import FileOps
-from krasis.formats.manifest import AssetRecord, Manifest, SourceRecord
+from krasis.formats.manifest import MANIFEST_NAME, AssetRecord, Manifest, SourceRecord
 from krasis.formats.publish import check_replaceable
 from krasis.formats.tool import tool_version
 from krasis.formats.units import format_bytes, format_seconds
@@ -48,7 +54,8 @@ class Summary:
     """What a finished conversion reports.
 
     source_bytes (each tensor once) and elapsed_s: of this run; a resumed one did only the rest. output_io:
-    how shards were written, and why, for a person.
+    how shards were written, and why, for a person. was_complete: an earlier run had made it, and this one
+    wrote nothing.
     """
 
     out: Path
@@ -60,6 +67,7 @@ class Summary:
     quality: Mapping[str, Mapping[str, float]]
     resumed_units: int
     output_io: str
+    was_complete: bool = False
 
     @property
     def gb_per_s(self) -> float:
@@ -106,6 +114,7 @@ def prepare(paths: Sequence[Path], out: Path, settings: ConvertSettings, reporte
     inputs = open_inputs(recognised)
     for source in inputs.sources():
         reporter.detail(f"{source.kind}: {source.path}, {len(source.files)} files")
+    inputs = replace(inputs, assets=_sound_text(inputs, settings, reporter), unreadable={})
     cross_check = None
     if inputs.hf is not None and inputs.gguf is not None:
         cross_check = check_same_model(inputs.hf, inputs.gguf)
@@ -119,32 +128,45 @@ def prepare(paths: Sequence[Path], out: Path, settings: ConvertSettings, reporte
         calibration = load_calibration(settings.calibration, plan.architecture)
     for notice in notices(plan, inputs):
         reporter.warn(notice)
+    alarms = Alarms()
+    for source in inputs.sources():
+        look_into_holes(source, alarms)
+    tell(alarms, reporter, force=settings.force_weights)
     return Prepared(inputs, settings, plan, cross_check, calibration, out)
 
 
+def _sound_text(inputs: OpenInputs, settings: ConvertSettings, reporter: Reporter) -> dict[str, bytes]:
+    source = inputs.sources()[0]
+    where, rows = str(source.path), source.architecture.vocab_size
+    return sound_text(inputs.assets, inputs.unreadable, where, rows, reporter, force=settings.force_text)
+
+
 def check_output(out: Path, sources: Sequence[Path], settings: ConvertSettings) -> None:
-    """UsageError when the output exists (without --force), lies inside an input, or has no parent folder."""
-    if not out.name:
-        raise UsageError("the output needs a name", got=str(out))
-    resolved = out.resolve()
-    for source in sources:
-        inside = source.resolve()
-        if resolved == inside or inside in resolved.parents:
-            raise UsageError("the output lies inside an input", where=str(out), got=str(source))
-        if resolved in inside.parents:
-            raise UsageError("an input lies inside the output", where=str(out), got=str(source))
+    """UsageError when the output has an impossible name, lies inside an input, has no parent folder, or is
+    something that may not be replaced. A bundle without --force is left to ``convert``, which looks closer.
+    """
+    check_name(out)
+    check_apart(out, sources)
     if not out.parent.is_dir():
         raise UsageError("the folder for the output does not exist", where=str(out.parent))
-    if not out.exists() and not out.is_symlink():
+    if not os.path.lexists(out):
         return
     if not settings.replace:
-        raise UsageError("the output exists already", where=str(out), hint="--force replaces it")
-    check_replaceable(out, replace=True)
+        if out.is_symlink() or not (out / MANIFEST_NAME).is_file() or settings.restart:
+            raise _exists(out)
+    else:
+        check_replaceable(out, replace=True)
+
+
+def _exists(out: Path) -> UsageError:
+    return UsageError("the output exists already", where=str(out), hint="--force replaces it")
 
 
 def dry_run(prepared: Prepared) -> DryRun:
-    """The plan with sizes, memory, disk and time. Writes nothing."""
+    """The plan with sizes, memory, disk and time. Writes nothing. UsageError if the output is there."""
     plan = prepared.plan
+    if os.path.lexists(prepared.out) and not prepared.settings.replace:
+        raise _exists(prepared.out)
     return DryRun(
         tier_bytes=plan.tier_bytes(),
         output_bytes=plan.shards.total_bytes,
@@ -216,6 +238,9 @@ def convert(prepared: Prepared, reporter: Reporter, io: FileOps | None = None) -
     io = io or FileOps()
     plan, out, settings = prepared.plan, prepared.out, prepared.settings
     begin_s = time.monotonic()
+    complete = _complete(prepared, reporter, io)
+    if complete is not None:
+        return _earlier_summary(prepared, complete, time.monotonic() - begin_s)
     check_room(prepared)
     with open_partial(
         out,
@@ -244,9 +269,47 @@ def convert(prepared: Prepared, reporter: Reporter, io: FileOps | None = None) -
     )
 
 
+def _complete(prepared: Prepared, reporter: Reporter, io: FileOps) -> Manifest | None:
+    """The manifest of the output that an earlier run of this conversion made; None if there is no output.
+
+    Raises UsageError for another output that may not be replaced.
+    """
+    plan, out, settings = prepared.plan, prepared.out, prepared.settings
+    if not os.path.lexists(out):
+        return None
+    manifest = None if settings.restart else finish_earlier_run(out, fingerprint(prepared), io)
+    if manifest is None and settings.replace:
+        return None
+    if manifest is None:
+        manifest = same_bundle(out, plan, prepared.inputs, recipe(prepared), tool_version(), reporter)
+    if manifest is None:
+        raise _exists(out)
+    if settings.full_verify:
+        verify_checksums(plan, out, {blob.name: blob.xxh3_128 for blob in manifest.blobs})
+    return manifest
+
+
+def _earlier_summary(prepared: Prepared, manifest: Manifest, elapsed_s: float) -> Summary:
+    return Summary(
+        out=prepared.out,
+        tier_bytes=prepared.plan.tier_bytes(),
+        total_bytes=sum(file.stat().st_size for file in prepared.out.iterdir()),
+        source_bytes=0,
+        elapsed_s=elapsed_s,
+        peak_bytes=0,
+        quality=manifest.quality,
+        resumed_units=len(prepared.plan.units),
+        output_io="an earlier run",
+        was_complete=True,
+    )
+
+
 def _write(prepared: Prepared, partial: Partial, reporter: Reporter) -> PipelineResult:
     plan, settings, writer = prepared.plan, prepared.settings, partial.writer
     result = run_units(plan, writer, partial.journal, partial.finished, prepared.calibration, reporter)
+    for source in prepared.inputs.sources():
+        for file in source.files:
+            file.check_unchanged()
     quality = [result.quality[unit.name] for unit in plan.units]
     assets = [writer.write_asset(name, data) for name, data in sorted(prepared.inputs.assets.items())]
     assets.append(writer.write_asset(REPORT_NAME, report_bytes(quality, plan.architecture.num_layers)))
@@ -257,7 +320,8 @@ def _write(prepared: Prepared, partial: Partial, reporter: Reporter) -> Pipeline
         reporter.say(f"reading back {format_bytes(sum(plan.tier_bytes().values()))} to check every checksum")
         verify_checksums(plan, writer.path, result.blobs)
     manifest = _manifest(prepared, result, assets)
-    writer.finish(manifest, prepared.out, replace=settings.replace, scratch=[JOURNAL_NAME])
+    with stop_signals.deferred():  # what is complete is not called stopped
+        writer.finish(manifest, prepared.out, replace=settings.replace, scratch=[JOURNAL_NAME])
     return result
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from krasis.convert.alarms import Alarms
 from krasis.convert.digests import ContentDigests
 from krasis.convert.plan import CHUNK_BYTES, PLAIN_LAYER, ROW_TILE, Unit, padded_vocab
 from krasis.convert.quality import UnitQuality
@@ -35,6 +36,7 @@ class DensePacker:
     writer: BundleWriter
     thread: WriterThread
     digests: ContentDigests
+    alarms: Alarms
     advance: Callable[[int], None]
 
     def pack(self, unit: Unit) -> tuple[dict[str, str], UnitQuality]:
@@ -68,6 +70,7 @@ class DensePacker:
                 data = block.raw if block.is_float else _decoded_bytes(block)
                 _check_finite(block if block.is_float else _as_f32(block, data), piece)
                 self.thread.write(sink, data)
+            self.alarms.look_at(piece)
             self.thread.flush()
             return {name: sink.close()}
 
@@ -80,6 +83,8 @@ class DensePacker:
             done = 0
             for matrix, where in self._matrices(parts):
                 done += self._pack_matrix(sink, matrix, where, scales[done:], kind, quality)
+            for piece in parts:
+                self.alarms.look_at(piece)
             self.thread.flush()
             digests = {name: sink.close()}
             scale_sink = stack.enter_context(self.writer.open_blob(f"{name}.scale"))

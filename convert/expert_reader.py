@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from krasis.convert.constant_runs import ConstantRun, constant_runs
 from krasis.convert.digests import ContentDigests
 from krasis.convert.names import PARTS
 from krasis.convert.slices import TensorSlice
@@ -24,10 +25,12 @@ _ROWS_PER_TASK = 64
 
 @dataclass(frozen=True, slots=True)
 class ExpertWeights:
-    """One expert, ready to pack: gate, up and down with the slices they came from."""
+    """One expert, ready to pack: gate, up and down with the slices they came from and the stretches of one
+    weight in these."""
 
     views: tuple[MatrixView, ...]
     pieces: tuple[TensorSlice, ...]
+    runs: tuple[list[ConstantRun], ...]
 
     @property
     def num_bytes(self) -> int:
@@ -57,7 +60,7 @@ class ExpertReader:
         """All experts of a layer. keep_q8_0: hand over Q8_0 matrices as raw blocks."""
         num_experts = source.architecture.num_experts
         ahead = max(1, min(READ_AHEAD_EXPERTS, num_experts))
-        reads: deque[Future[list[TensorSlice]]] = deque()
+        reads: deque[Future[_Read]] = deque()
         decodes: deque[_Decode] = deque()
         next_read = 0
         for _ in range(num_experts):
@@ -68,21 +71,27 @@ class ExpertReader:
                 decodes.append(_Decode(reads.popleft().result(), self._decoders, keep_q8_0=keep_q8_0))
             yield decodes.popleft().result()
 
-    def _read(self, source: WeightSource, layer: int, expert: int) -> list[TensorSlice]:
+    def _read(self, source: WeightSource, layer: int, expert: int) -> _Read:
         pieces = [source.expert(layer, expert, part) for part in PARTS]
         for piece in pieces:
             piece.touch()
             self._digests.add(source.kind, piece)
-        return pieces
+        return _Read(pieces, tuple(constant_runs(piece) for piece in pieces))
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    pieces: list[TensorSlice]
+    runs: tuple[list[ConstantRun], ...]
 
 
 class _Decode:
     """An expert on its way to MatrixViews; quantised parts are dequantised in row blocks on all threads."""
 
-    def __init__(self, pieces: list[TensorSlice], pool: ThreadPoolExecutor, *, keep_q8_0: bool) -> None:
-        self._pieces = pieces
+    def __init__(self, read: _Read, pool: ThreadPoolExecutor, *, keep_q8_0: bool) -> None:
+        self._read = read
         self._futures: list[Future[None]] = []
-        self._views = [self._start(piece, pool, keep_q8_0) for piece in pieces]
+        self._views = [self._start(piece, pool, keep_q8_0) for piece in read.pieces]
 
     def _start(self, piece: TensorSlice, pool: ThreadPoolExecutor, keep_q8_0: bool) -> MatrixView:
         if keep_q8_0 and piece.dtype == "Q8_0":
@@ -101,4 +110,4 @@ class _Decode:
     def result(self) -> ExpertWeights:
         for future in self._futures:
             future.result()
-        return ExpertWeights(tuple(self._views), tuple(self._pieces))
+        return ExpertWeights(tuple(self._views), tuple(self._read.pieces), self._read.runs)

@@ -7,12 +7,13 @@ down.
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import numpy.typing as npt
 import xxhash
@@ -20,8 +21,13 @@ import xxhash
 from krasis.formats.architecture import Architecture
 from krasis.formats.errors import FormatError
 from krasis.formats.layouts.expert_record import ExpertImportance
+from krasis.formats.regular_file import open_regular
+from krasis.formats.worker_process import WorkerLost, WorkerProcess, WorkerRefusal
+from krasis.formats.worker_protocol import MAX_REFUSAL_BYTES, pack_parts, unpack_parts
 
 Floats = npt.NDArray[np.float32]
+# What reading may take: seconds of CPU and memory for opening, and more for every byte wanted (10 MB/s).
+_SECONDS, _SECONDS_PER_BYTE, _MEMORY_BYTES = 2.0, 1e-7, 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +49,25 @@ class Calibration:
 
 
 def load_calibration(path: Path, architecture: Architecture) -> Calibration:
-    """Reads and checks the whole file (a few MB a layer). Raises FormatError."""
+    """Reads and checks the whole file (a few MB a layer), in a worker: HDF5 does not survive every damaged
+    file. Raises FormatError, and ResourceError if the system refuses."""
+    os.close(open_regular(path, follow_links=True))
+    experts = architecture.num_experts
+    shapes = {
+        "hidden": (experts, architecture.hidden_size),
+        "intermediate": (experts, architecture.expert_intermediate_size),
+    }
+    file = _CalibrationFile(path)
     try:
-        with h5py.File(path, "r") as file:
-            layers = {i: _layer(file, i, architecture, str(path)) for i in range(architecture.num_layers)}
-    except OSError as error:
-        raise FormatError("not a readable HDF5 file", where=str(path), got=error) from error
+        layers = {
+            layer: (
+                file.array(f"layers/{layer}/hidden", shapes["hidden"]),
+                file.array(f"layers/{layer}/intermediate", shapes["intermediate"]),
+            )
+            for layer in range(architecture.num_layers)
+        }
+    finally:
+        file.close()
     digest = xxhash.xxh3_128()
     for hidden, intermediate in layers.values():
         digest.update(hidden.tobytes())
@@ -56,31 +75,49 @@ def load_calibration(path: Path, architecture: Architecture) -> Calibration:
     return Calibration(layers, digest.hexdigest())
 
 
-def _layer(file: h5py.File, layer: int, arch: Architecture, path: str) -> tuple[Floats, Floats]:
-    experts = arch.num_experts
-    return (
-        _array(file, f"layers/{layer}/hidden", (experts, arch.hidden_size), path),
-        _array(file, f"layers/{layer}/intermediate", (experts, arch.expert_intermediate_size), path),
-    )
+class _CalibrationFile:
+    """The file, open in a worker."""
 
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._worker = WorkerProcess("krasis.convert.calibration_worker")
+        try:
+            self._ask("load", {"path": str(path.absolute())}, str(path), 0)
+        except BaseException:
+            self.close()
+            raise
 
-def _array(file: h5py.File, name: str, shape: tuple[int, int], path: str) -> Floats:
-    where = f"{path}: {name}"
-    group: Any = file
-    for part in name.split("/"):
-        # A link out of the file could read anything on this machine.
-        if not isinstance(group, h5py.Group) or not isinstance(group.get(part, getlink=True), h5py.HardLink):
-            raise FormatError(
-                "dataset is missing", where=where, hint="is it a calibration file of this model?"
+    def array(self, name: str, shape: tuple[int, int]) -> Floats:
+        """A dataset. FormatError if it is missing, of another shape, or no weights."""
+        where = f"{self._path}: {name}"
+        num_bytes = 4 * math.prod(shape)
+        answer = self._ask("read", {"name": name, "shape": shape}, where, num_bytes)
+        try:
+            problem, pieces = unpack_parts(answer)
+            if problem is not None:
+                what, got, limit = (*problem, None, None)[:3]
+                raise FormatError(
+                    what, where=where, got=got, limit=limit, hint="is it a calibration file of this model?"
+                )
+            values: Floats = np.frombuffer(pieces[0], "<f4").reshape(shape)
+        except (ValueError, TypeError, IndexError) as error:
+            raise FormatError("not a readable HDF5 file", where=where, got=error) from error
+        if not np.isfinite(values).all() or (values < 0).any():
+            raise FormatError("importance must be finite and not negative", where=where)
+        return values
+
+    def close(self) -> None:
+        """Ends the worker."""
+        self._worker.close()
+
+    def _ask(self, operation: str, head: Mapping[str, Any], where: str, num_bytes: int) -> bytes:
+        try:
+            return self._worker.call(
+                operation,
+                pack_parts(head),
+                cpu_s=_SECONDS + num_bytes * _SECONDS_PER_BYTE,
+                memory_bytes=_MEMORY_BYTES + 4 * num_bytes,
+                max_answer_bytes=num_bytes + MAX_REFUSAL_BYTES,
             )
-        group = group[part]
-    if not isinstance(group, h5py.Dataset) or group.external or group.is_virtual or group.dtype.kind != "f":
-        raise FormatError("not a plain dataset of floats", where=where)
-    if group.shape != shape:
-        raise FormatError(
-            "wrong shape: the file is of another model", where=where, got=group.shape, limit=shape
-        )
-    values: Floats = group[()].astype(np.float32)
-    if not np.isfinite(values).all() or (values < 0).any():
-        raise FormatError("importance must be finite and not negative", where=where)
-    return values
+        except (WorkerRefusal, WorkerLost) as error:
+            raise FormatError("not a readable HDF5 file", where=where, got=error) from error

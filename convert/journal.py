@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,13 +17,15 @@ from typing import Any
 
 import xxhash
 
-from krasis.formats.errors import MismatchError, ResourceError
+from krasis.formats.errors import FormatError, MismatchError, ResourceError
 from krasis.formats.file_ops import FileOps, io_errors, write_all
 from krasis.formats.regular_file import read_small_file
 
 JOURNAL_NAME = "journal.jsonl"  # readers of bundles ignore ``journal.*``
 JOURNAL_VERSION = 1
 _MAX_JOURNAL_BYTES = 256 << 20
+_MAX_HEADER_BYTES = 64 << 20
+_DIGEST = re.compile("[0-9a-f]{32}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,23 +64,51 @@ def decode_lines(data: bytes) -> tuple[list[dict[str, Any]], int]:
 
 
 def read_journal(folder: Path) -> tuple[dict[str, Any] | None, list[UnitRecord], int]:
-    """Header (None if there is no sound one), finished units, and the journal's sound bytes."""
+    """Header (None if none was ever written), finished units, and the journal's sound bytes.
+
+    Raises MismatchError, with the way out, for a journal that cannot be followed: its header is damaged, it
+    is of another version of this program, or no file of ours.
+    """
     path = folder / JOURNAL_NAME
     if not os.path.lexists(path):
         return None, [], 0
-    data = read_small_file(path, _MAX_JOURNAL_BYTES, follow_links=False)
-    records, sound_bytes = decode_lines(data)
-    if not records or records[0].get("krasis_journal") != JOURNAL_VERSION:
-        return None, [], 0
     try:
-        units = [UnitRecord(**record) for record in records[1:]]
-    except TypeError as error:
-        raise MismatchError(
-            "the unfinished conversion was begun by another version of this program",
-            where=str(path),
-            hint="--restart begins anew",
-        ) from error
-    return records[0], units, sound_bytes
+        data = read_small_file(path, _MAX_JOURNAL_BYTES, follow_links=False)
+    except FormatError as error:
+        raise _unusable(path, f"cannot be used: {error.what}") from error
+    records, sound_bytes = decode_lines(data)
+    if not records:
+        if b"\n" not in data[:_MAX_HEADER_BYTES]:
+            return None, [], 0  # killed while the very first line was being written
+        raise _unusable(path, "is damaged in its first line, which says what it is of")
+    header = records[0]
+    if header.get("krasis_journal") != JOURNAL_VERSION or not isinstance(header.get("fingerprint"), dict):
+        raise _unusable(path, "was begun by another version of this program")
+    units = [_unit_record(record) for record in records[1:]]
+    if None in units or len({unit.unit for unit in units if unit}) < len(units):
+        raise _unusable(path, "was begun by another version of this program")
+    return header, [unit for unit in units if unit], sound_bytes
+
+
+def _unusable(path: Path, what: str) -> MismatchError:
+    return MismatchError(
+        f"the journal of the unfinished conversion {what}",
+        where=str(path),
+        hint="--restart discards what was done and begins anew",
+    )
+
+
+def _unit_record(record: Mapping[str, Any]) -> UnitRecord | None:
+    """A line as a record; None if it has other fields or types."""
+    if set(record) != {"unit", "blobs", "tensors", "quality"} or not isinstance(record["unit"], str):
+        return None
+    for name in ("blobs", "tensors"):
+        table = record[name]
+        if not isinstance(table, dict) or not all(
+            isinstance(digest, str) and _DIGEST.fullmatch(digest) for digest in table.values()
+        ):
+            return None
+    return UnitRecord(**record) if isinstance(record["quality"], dict) else None
 
 
 class Journal:

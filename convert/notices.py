@@ -38,4 +38,7 @@ def notices(plan: ConversionPlan, inputs: OpenInputs) -> Iterator[str]:
         elif settings.cpu_format == "q8" and rounded:
             yield "the GGUF's Q8_0 experts are kept as they are, without loss"
     if "tokenizer.json" not in inputs.assets:
-        yield "there is no tokenizer among the inputs: the bundle will take token ids only"
+        yield (
+            "there is no tokenizer among the inputs: the bundle will take token ids only, until "
+            "krasis-convert --refresh-text gives it one"
+        )

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import xxhash
 
 from krasis.convert.inputs import Inputs
 from krasis.convert.slices import Bytes
-from krasis.convert.sources import SourceFile, TensorInfo, TensorTable, WeightSource
+from krasis.convert.sources import SourceFile, TensorInfo, TensorTable, WeightSource, has_own_head
 from krasis.convert.text_assets import assets_from_folder, assets_from_gguf
 from krasis.convert.vocabulary import check_gguf_tokens
 from krasis.formats.architecture import from_gguf_metadata, from_hf_config
-from krasis.formats.errors import FormatError
+from krasis.formats.errors import FormatError, KrasisError
 from krasis.formats.file_kinds import refuse_text
 from krasis.formats.gguf import GgufCheckpoint
 from krasis.formats.gguf_kind import check_is_model
 from krasis.formats.limits import MAX_CONFIG_BYTES
+from krasis.formats.long_context import gguf_context_notes, hf_context_notes
 from krasis.formats.quantised_checkpoint import refuse_side_files
 from krasis.formats.regular_file import read_small_file
 from krasis.formats.safetensors import ShardedCheckpoint
@@ -28,13 +29,15 @@ from krasis.formats.strict_json import parse_json_object
 @dataclass(frozen=True, slots=True)
 class OpenInputs:
     """Sources (at least one is set) and the text files that go into the bundle, by name. notes: what was
-    taken for what was given, and what was left alone.
+    taken for what was given, and what was left alone. unreadable: text files that are there but could not be
+    read, and why.
     """
 
     hf: WeightSource | None
     gguf: WeightSource | None
     assets: Mapping[str, bytes]
     notes: tuple[str, ...] = ()
+    unreadable: Mapping[str, KrasisError] = field(default_factory=dict)
 
     def sources(self) -> tuple[WeightSource, ...]:
         """Those given."""
@@ -77,38 +80,67 @@ class _Table:
         header = "".join(f"{name} {self._infos[name]}\n" for name in names)
         status = path.stat()
         digest = xxhash.xxh3_128_hexdigest(header.encode())
-        return SourceFile(path.name, status.st_size, status.st_mtime_ns, digest, tuple(names))
+        return SourceFile(path, path.name, status.st_size, status.st_mtime_ns, digest, tuple(names))
 
 
 def open_inputs(inputs: Inputs) -> OpenInputs:
     """Opens and checks every header, shape and type; reads no weights. Raises KrasisError."""
-    hf, hf_assets, notes = _open_hf(inputs.hf) if inputs.hf is not None else (None, {}, ())
+    hf, (hf_assets, unreadable), notes = (
+        _open_hf(inputs.hf) if inputs.hf is not None else (None, ({}, {}), ())
+    )
     notes = (*inputs.notes, *notes)
     gguf, metadata = _open_gguf(inputs.gguf) if inputs.gguf is not None else (None, {})
-    if "tokenizer.json" in hf_assets or gguf is None:
-        return OpenInputs(hf, gguf, hf_assets, notes)
+    if gguf is not None:
+        notes = (*notes, *_gguf_notes(hf, gguf, metadata))
+    if "tokenizer.json" in (*hf_assets, *unreadable) or gguf is None:
+        return OpenInputs(hf, gguf, hf_assets, notes, unreadable)
     # Without a checkpoint, or with one that lacks its tokenizer. What the folder has goes first.
-    return OpenInputs(hf, gguf, {**assets_from_gguf(metadata, str(gguf.path)), **hf_assets}, notes)
+    try:
+        rebuilt = assets_from_gguf(metadata, str(gguf.path))
+    except KrasisError as error:
+        return OpenInputs(hf, gguf, hf_assets, notes, {**unreadable, "tokenizer.json": error})
+    return OpenInputs(hf, gguf, {**rebuilt, **hf_assets}, notes, unreadable)
 
 
-def _open_hf(path: Path) -> tuple[WeightSource, dict[str, bytes], tuple[str, ...]]:
+def _gguf_notes(
+    hf: WeightSource | None, gguf: WeightSource, metadata: Mapping[str, object]
+) -> tuple[str, ...]:
+    if hf is None:
+        return tuple(gguf_context_notes(metadata, gguf.architecture))
+    ours, theirs = hf.architecture.rope_scaling, gguf.architecture.rope_scaling
+    if (ours.kind, ours.factor) == (theirs.kind, theirs.factor):
+        return ()
+    return (
+        f"the checkpoint's rope scaling ({ours.kind} x{ours.factor:g}) is used, not the GGUF's "
+        f"({theirs.kind} x{theirs.factor:g})",
+    )
+
+
+def _open_hf(
+    path: Path,
+) -> tuple[WeightSource, tuple[dict[str, bytes], dict[str, KrasisError]], tuple[str, ...]]:
     folder = path if path.is_dir() else path.parent
     config_path = folder / "config.json"
     data = read_small_file(config_path, MAX_CONFIG_BYTES, follow_links=True)
     refuse_text(data, config_path)
     config = parse_json_object(data, str(config_path), max_bytes=MAX_CONFIG_BYTES)
     architecture = from_hf_config(config, str(config_path))
+    notes = list(hf_context_notes(config, architecture))
     checkpoint = ShardedCheckpoint.open(path)
     table = _Table(checkpoint)
+    if architecture.tie_word_embeddings and has_own_head(table):
+        # As transformers loads it: two matrices that differ are not tied, whatever config.json says.
+        architecture = replace(architecture, tie_word_embeddings=False)
+        notes.append(
+            "config.json ties the output head to the embedding, but the checkpoint has a head of its own: "
+            "that one is used, as transformers does"
+        )
     try:
         source = WeightSource("hf", path, architecture, _as_table(table), table.files())
     except FormatError:
         refuse_side_files(folder)  # if one explains it
         raise
-    assets = assets_from_folder(folder)
-    for name, text in assets.items():
-        refuse_text(text, folder / name)
-    return source, assets, checkpoint.notes
+    return source, assets_from_folder(folder), (*checkpoint.notes, *notes)
 
 
 def _open_gguf(path: Path) -> tuple[WeightSource, Mapping[str, object]]:

@@ -29,7 +29,10 @@ def partial_path(out: Path) -> Path:
 
 def is_resumable(out: Path) -> bool:
     """Whether an earlier run left a sound journal."""
-    return partial_path(out).is_dir() and read_journal(partial_path(out))[0] is not None
+    try:
+        return partial_path(out).is_dir() and read_journal(partial_path(out))[0] is not None
+    except MismatchError:
+        return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +69,7 @@ def open_partial(
             units = _resume(folder, fingerprint, io, locks, restart=restart)
             if units is None:
                 writer.create()
-                locks.append(_lock(folder))
+                locks.append(lock_folder(folder))
                 journal = stack.enter_context(Journal(folder, io, 0))
                 journal.append_header(fingerprint)
             else:
@@ -91,10 +94,10 @@ def _resume(
         raise UsageError(
             "this is in the way of the unfinished bundle", where=str(folder), hint="move it away"
         )
-    locks.append(_lock(folder))
+    locks.append(lock_folder(folder))
     header, units, sound_bytes = (None, [], 0) if restart else read_journal(folder)
     if header is not None:
-        difference = describe_difference(header.get("fingerprint", {}), fingerprint)
+        difference = describe_difference(header["fingerprint"], fingerprint)
         if difference is not None:
             raise MismatchError(
                 f"an unfinished conversion is there, but {difference}",
@@ -119,7 +122,7 @@ def _parent_lock(parent: Path) -> Iterator[None]:
         os.close(fd)
 
 
-def _lock(folder: Path) -> int:
+def lock_folder(folder: Path) -> int:
     """An exclusive lock on the folder itself: it needs no file of its own and dies with the process."""
     with io_errors("opening the unfinished bundle", folder):
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -145,7 +148,17 @@ def _flock(fd: int, folder: Path, operation: int) -> None:
 
 
 def describe_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """The first difference between two fingerprints as half a sentence, or None."""
+    """The first difference between two fingerprints as half a sentence, or None.
+
+    before: from a journal, so of any JSON types; it must equal ``now`` to the last field.
+    """
+    try:
+        return _difference(before, now)
+    except (AttributeError, KeyError, TypeError, IndexError):
+        return "its journal was begun by another version of this program"
+
+
+def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     for key in ("tool_version", "recipe", "sources", "assets", "plan"):
         old, new = before.get(key), now.get(key)
         if old == new:
@@ -160,7 +173,7 @@ def describe_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> st
             names = _changed_keys(old or {}, new or {})
             return f"the text file {names[0]} has changed"
         return "the layout of its files would be another one"
-    return None
+    return None if dict(before) == dict(now) else "it was begun by another version of this program"
 
 
 def _changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

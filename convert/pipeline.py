@@ -6,6 +6,7 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from krasis.convert.alarms import Alarms, PackedPart, explained_error, tell
 from krasis.convert.dense import DensePacker
 from krasis.convert.digests import ContentDigests
 from krasis.convert.expert_reader import ExpertReader, ExpertWeights
@@ -16,6 +17,7 @@ from krasis.convert.plan import ConversionPlan, Unit, expert_record
 from krasis.convert.progress import Reporter
 from krasis.convert.quality import UnitQuality
 from krasis.convert.resources import anonymous_bytes
+from krasis.convert.resumption import check_finished
 from krasis.convert.writer_thread import Bytes, StagingRing, WriterThread
 from krasis.formats.bundle_writer import BlobSink, BundleWriter
 from krasis.formats.errors import FormatError
@@ -48,6 +50,7 @@ def run_units(
 ) -> PipelineResult:
     """Does what ``finished`` lacks, in the plan's order. Interrupted at any point, the journal stays true."""
     result = PipelineResult(ContentDigests())
+    check_finished(plan, finished)
     for earlier in finished.values():
         result.digests.restore(earlier.tensors)
     done_bytes = sum(unit.source_bytes for unit in plan.units if unit.name in finished)
@@ -66,6 +69,7 @@ def run_units(
                 record = finished.get(unit.name)
                 if record is None:
                     blobs, quality = worker.pack(unit)
+                    tell(worker.alarms, reporter, force=settings.force_weights)
                     for blob in {files[blob]: blob for blob in unit.blobs}.values():
                         writer.sync_blob(blob)  # each shard once
                     tensors = result.digests.take_new(known)
@@ -75,6 +79,8 @@ def run_units(
                     result.source_bytes += unit.new_bytes
                 result.blobs.update(record.blobs)
                 result.quality[unit.name] = UnitQuality.from_json(record.quality)
+            for note in worker.alarms.notes():
+                reporter.warn(note)
     finally:
         reporter.end()
     return result
@@ -96,8 +102,11 @@ class _Worker:
     ) -> None:
         self._plan, self._writer, self._pool, self._thread = plan, writer, pool, thread
         self._reader, self._calibration, self._reporter, self._result = reader, calibration, reporter, result
+        self.alarms = Alarms()
         self._ring = StagingRing(plan.memory.staging_slots, plan.memory.slot_bytes)
-        self._dense = DensePacker(pool, plan.dense_source, writer, thread, result.digests, self._advance)
+        self._dense = DensePacker(
+            pool, plan.dense_source, writer, thread, result.digests, self.alarms, self._advance
+        )
 
     def pack(self, unit: Unit) -> tuple[dict[str, str], UnitQuality]:
         """Writes the unit's blobs. Their digests and errors."""
@@ -127,6 +136,7 @@ class _Worker:
                 source.release(expert.pieces)
             self._write(sink, slab, filled)
             self._thread.flush()
+            self.alarms.end_layer(plan.architecture.num_experts)
             return {name: sink.close()}, quality
 
     def _write(self, sink: BlobSink, slab: Bytes, filled: int) -> None:
@@ -140,8 +150,8 @@ class _Worker:
         layout = plan.settings.layout(tier)
         importance = self._importance(unit, number)
         clear_padding(out, layout.expert_record(arch.hidden_size, arch.expert_intermediate_size))
-        w13 = PackStats()
-        for part, view, piece in zip(PARTS, expert.views, expert.pieces, strict=True):
+        w13, packed = PackStats(), []
+        for part, view, piece, runs in zip(PARTS, expert.views, expert.pieces, expert.runs, strict=True):
             stats = layout.pack_part(
                 self._pool,
                 part,
@@ -152,11 +162,14 @@ class _Worker:
                 importance=None if importance is None else importance.of(part),
                 where=piece.where,
             )
+            limit = explained_error(layout, view.k)
+            packed.append(PackedPart(piece, runs, stats, limit, layout.layout_id))
             if part == "down":
                 quality.add_expert(f"experts.{tier}.w2", stats)
             else:
                 w13 = w13 + stats
         quality.add_expert(f"experts.{tier}.w13", w13)
+        self.alarms.look_at_expert(f"layer {unit.layer} expert {number}", packed)
 
     def _importance(self, unit: Unit, number: int) -> ExpertImportance | None:
         if self._calibration is None or unit.layer is None:

@@ -8,6 +8,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from krasis.formats.printable import printable_lines
 from krasis.formats.units import format_bytes, format_seconds
 
 PLAIN_INTERVAL_S = 10.0
@@ -38,6 +39,7 @@ class Reporter:
         self._write(f"note: {text}")
 
     def _write(self, text: str) -> None:
+        text = printable_lines(text)  # it may quote a file
         if self._bar is not None:
             self._bar.write(text, file=self._stream)
         else:

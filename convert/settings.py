@@ -24,7 +24,8 @@ class ConvertSettings:
 
     gpu_group: input features a scale covers, None = all of them. num_threads: 0 = every CPU of this process.
     memory_limit_bytes: bound on memory beyond the page cache, None = what the machine has available.
-    output_io: whether shards are written past the page cache.
+    output_io: whether shards are written past the page cache. force_text: go on without text files that
+    cannot be used. force_weights: weights that look damaged are told, and converted as they are.
     """
 
     tiers: tuple[Tier, ...] = TIERS
@@ -41,6 +42,8 @@ class ConvertSettings:
     replace: bool = field(default=False)
     restart: bool = field(default=False)
     full_verify: bool = field(default=False)
+    force_text: bool = field(default=False)
+    force_weights: bool = field(default=False)
 
     def __post_init__(self) -> None:
         """Raises UsageError for settings that contradict each other."""

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
+import numpy as np
+
 from krasis.convert.names import (
     BY_OURS,
     GGUF_EXPERT,
@@ -26,11 +28,12 @@ from krasis.convert.names import (
 from krasis.convert.slices import FLOAT_BYTES, Bytes, TensorSlice
 from krasis.convert.vocabulary import check_vocabulary
 from krasis.formats.architecture import Architecture
-from krasis.formats.errors import FormatError, UnsupportedModelError
+from krasis.formats.errors import FormatError, MismatchError, UnsupportedModelError
 from krasis.formats.ggml_blocks import SUPPORTED_TYPES, tensor_bytes
 from krasis.formats.quantised_checkpoint import type_hint
 
 SourceKind = Literal["hf", "gguf"]
+_COMPARED_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +69,31 @@ class SourceFile:
     header_digest covers names, types, shapes, offsets.
     """
 
+    path: Path
     name: str
     num_bytes: int
     mtime_ns: int
     header_digest: str
     tensors: tuple[str, ...]
+
+    def check_unchanged(self) -> None:
+        """Raises MismatchError if the file is not as it was when it was opened."""
+        try:
+            status = self.path.stat()
+        except OSError as error:
+            raise self._changed(error.strerror or str(error)) from error
+        if status.st_size != self.num_bytes:
+            raise self._changed(f"{status.st_size} bytes, were {self.num_bytes}")
+        if status.st_mtime_ns != self.mtime_ns:
+            raise self._changed("another time stamp")
+
+    def _changed(self, got: str) -> MismatchError:
+        return MismatchError(
+            "this source file was changed while it was being converted",
+            where=str(self.path),
+            got=got,
+            hint="let nothing write to it, then run the same command with --restart",
+        )
 
     def fingerprint(self) -> dict[str, str | int]:
         """What a resume must find unchanged."""
@@ -125,6 +148,11 @@ class WeightSource:
         place = self._expert_place(layer, expert, part)
         return self._slice(place.tensor, expert_shape(self.architecture, part), place.first_row)
 
+    def place(self, tensor: str) -> tuple[int, int]:
+        """(begin, end) of a tensor in its file, in bytes."""
+        info = self._infos[tensor]
+        return info.offset_bytes, info.offset_bytes + info.num_bytes
+
     def release(self, pieces: Iterable[TensorSlice]) -> None:
         """Unmaps the tensors of which these are the last slices; the page cache keeps what it likes.
 
@@ -155,6 +183,8 @@ class WeightSource:
 
     def _dense_tensor(self, name: DenseName, layer: int | None) -> str:
         template = name.hf if self.kind == "hf" else name.gguf
+        if name.ours == "embedding" and self.architecture.tie_word_embeddings and template not in self._infos:
+            template = BY_OURS["lm_head"].hf  # a tied checkpoint may hold the one matrix under either name
         return template if layer is None else template.format(i=layer)
 
     def _expert_place(self, layer: int, expert: int, part: Part) -> ExpertTensors:
@@ -263,6 +293,24 @@ class WeightSource:
                 got=f"{len(others)} such tensors",
                 hint="it has a feature (a bias, shared experts, dense layers, ...) that would be dropped",
             )
+
+
+def has_own_head(table: TensorTable) -> bool:
+    """Whether a Hugging Face checkpoint holds an output head whose bytes are not the embedding's.
+
+    Reads both until they differ, so equal ones in full: such checkpoints are rare.
+    """
+    infos = table.infos()
+    head, embedding = BY_OURS["lm_head"].hf, BY_OURS["embedding"].hf
+    if head not in infos or embedding not in infos:
+        return False
+    if (infos[head].dtype, infos[head].shape) != (infos[embedding].dtype, infos[embedding].shape):
+        return True
+    ours, theirs = table.view(head), table.view(embedding)
+    return any(
+        not np.array_equal(ours[begin : begin + _COMPARED_BYTES], theirs[begin : begin + _COMPARED_BYTES])
+        for begin in range(0, ours.nbytes, _COMPARED_BYTES)
+    )
 
 
 def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:

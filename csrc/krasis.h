@@ -1,7 +1,8 @@
 /* krasis.h: the whole C ABI of libkrasis_cpu.
  *
  * Plain pointers and sizes in, an error code out. The library knows neither torch nor Python, keeps no
- * global state but the CPU probe, and never prints. Every function that works on tensors takes a pool;
+ * global state but the CPU probe and the guard of mapped files, and prints nothing but what the guard was
+ * given to print. Every function that works on tensors takes a pool;
  * the pool carries the threads and the instruction set. Results are bit-identical for any thread count,
  * and, because every output element is accumulated in one fixed order (block after block along k), a
  * batch of n tokens gives the same bits as n batches of one.
@@ -119,6 +120,16 @@ KRASIS_API int32_t krasis_prefault(const void *address, int64_t bytes);
  * the range meanwhile. *declined: 0, or the errno with which the kernel declined, EINVAL if it never does that for such
  * memory; some pieces may lie in huge pages all the same. */
 KRASIS_API int32_t krasis_collapse(const void *address, int64_t bytes, int32_t *declined);
+/* A page of a mapped file that was cut short, or that its disk does not give, raises SIGBUS in whatever thread reads
+ * it. install: for whole programs, not for libraries; the first call counts. From then on such a fault inside a mapping
+ * that was added writes prefix, the mapping's name and the text cut (unreadable, if path still leads to the file in its
+ * old size) as one line to standard error and ends the process at once with that code; every other SIGBUS goes where it
+ * went before. add: path is looked up when it happens and should be absolute; texts are copied. remove: before the
+ * mapping is released; KRASIS_ERR_RANGE if none was added there. Both are safe from any thread. */
+KRASIS_API int32_t krasis_guard_install(const char *prefix, const char *cut, int32_t cut_code, const char *unreadable,
+                                        int32_t unreadable_code);
+KRASIS_API int32_t krasis_guard_add(const void *address, int64_t bytes, int32_t fd, const char *path, const char *name);
+KRASIS_API int32_t krasis_guard_remove(const void *address);
 /* Reads the range once with all threads of the pool and returns the seconds: the ceiling for decode. */
 KRASIS_API int32_t krasis_read_bandwidth(krasis_pool *pool, const void *address, int64_t bytes, double *seconds);
 

@@ -57,6 +57,17 @@ class Architecture:
         return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
 
     @property
+    def max_context(self) -> int:
+        """Tokens of context that the model can be asked for: its positions, stretched by its rope scaling.
+
+        Model cards tell users to add a scaling and to leave ``max_positions`` as it is; YaRN then reaches its
+        factor times the original positions, linear scaling its factor times ``max_positions``.
+        """
+        scaling = self.rope_scaling
+        reach = {"yarn": scaling.original_max_positions, "linear": self.max_positions}.get(scaling.kind, 0)
+        return min(max(self.max_positions, int(reach * scaling.factor)), _SIZE_LIMITS["max_positions"])
+
+    @property
     def attention_size(self) -> int:
         """Input features of the attention output projection."""
         return self.num_heads * self.head_dim

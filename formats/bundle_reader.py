@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,11 @@ import xxhash
 from krasis.formats.architecture import Architecture
 from krasis.formats.assets import decompress_asset
 from krasis.formats.dtypes import BUNDLE_DTYPES
-from krasis.formats.errors import ChecksumError, FormatError, ResourceError
+from krasis.formats.errors import ChecksumError, FormatError, ResourceError, UsageError
 from krasis.formats.file_kinds import ZSTD_MAGIC, refuse_text
 from krasis.formats.file_mapping import FileMapping, prefault
 from krasis.formats.file_ops import io_errors
+from krasis.formats.folder_snapshot import FileState
 from krasis.formats.limits import MAX_ASSET_BYTES, MAX_MANIFEST_BYTES, MIB
 from krasis.formats.manifest import MANIFEST_NAME, AssetRecord, BlobRecord, FileRecord, Manifest
 from krasis.formats.names import shown
@@ -37,6 +39,9 @@ _NOT_FINISHED = "conversion incomplete; run the same krasis-convert command to r
 class Bundle:
     """A bundle that was opened. Blobs are views of mapped files; they stay valid after ``close``.
 
+    Several threads may use it, and any of them may close it: what another is reading is read to its end, and
+    what is asked for later raises UsageError.
+
     Attributes: path, manifest, architecture; fillers: file name -> the zero-filled ranges between its blobs.
     """
 
@@ -51,8 +56,13 @@ class Bundle:
         self._directory = -1
         self._fds: dict[str, int] = {}
         self._sizes: dict[str, int] = {}
+        self._states: dict[str, FileState] = {}
         self._mappings: dict[str, FileMapping] = {}
-        self._lock = threading.Lock()
+        # Of what follows. One thread may hold it twice: a signal's handler may close what it interrupts.
+        self._lock = threading.RLock()
+        self._num_users = 0
+        self._is_closed = False
+        self._run_as: Architecture | None = None
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Bundle:
@@ -100,6 +110,7 @@ class Bundle:
         if os.fstat(fd).st_size != file.num_bytes:
             refuse_pointer(fd, where)
         size = _checked_size(fd, file.num_bytes, where, "the download may be incomplete")
+        self._states[file.name] = FileState.of(os.fstat(fd))
         self._sizes[file.name] = size
         raw = read_range(fd, 0, file.header_bytes, where)
         if xxhash.xxh3_128_hexdigest(raw) != file.header_xxh3_128:
@@ -116,8 +127,15 @@ class Bundle:
 
     @property
     def architecture(self) -> Architecture:
-        """The model's shapes and constants."""
-        return self.manifest.architecture
+        """The model's shapes and constants: the manifest's, or those it is to be run with."""
+        return self._run_as or self.manifest.architecture
+
+    def run_as(self, architecture: Architecture) -> None:
+        """Gives the model another rotary scaling than the manifest's, for whoever asks from now on.
+
+        What was computed so is of another model: ``kv_file`` tells them apart.
+        """
+        self._run_as = None if architecture == self.manifest.architecture else architecture
 
     def blob(self, name: str) -> BlobRecord:
         """A blob's record. FormatError if the bundle has none of that name."""
@@ -143,23 +161,44 @@ class Bundle:
 
     def _mapping(self, file: str) -> FileMapping:
         with self._lock:
+            self._check_open()
             mapping = self._mappings.get(file)
             if mapping is None:
                 fd = self._fd(file)
                 # Shrunk by then, it would have ranges that are not there to read.
                 hint = "it was changed while the bundle was open; get this file again"
                 size = _checked_size(fd, self._sizes[file], str(self.path / file), hint)
-                mapping = self._mappings[file] = FileMapping(fd, size)
+                mapping = self._mappings[file] = FileMapping(fd, size, self.path / file)
             return mapping
 
     def read_file_range(self, file: str, offset: int, num_bytes: int) -> bytes:
         """Bytes of a shard, read and not mapped. Errors as ``regular_file.read_range``."""
-        return read_range(self._fd(file), offset, num_bytes, str(self.path / file))
+        with self._in_use():
+            return read_range(self._fd(file), offset, num_bytes, str(self.path / file))
+
+    @contextmanager
+    def _in_use(self) -> Iterator[None]:
+        """Keeps the files open meanwhile, whoever closes the bundle: a number of a file that was closed may
+        soon be another file's. UsageError if it is closed.
+        """
+        with self._lock:
+            self._check_open()
+            self._num_users += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._num_users -= 1
+                self._close_unused()
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise UsageError("the bundle is closed", where=str(self.path), hint="open it again")
 
     def _fd(self, file: str) -> int:
         fd = self._fds.get(file)
         if fd is None:
-            raise FormatError("the bundle is closed or has no such file", where=f"{self.path}: {shown(file)}")
+            raise FormatError("the bundle has no such file", where=f"{self.path}: {shown(file)}")
         return fd
 
     def asset(self, name: str) -> bytes:
@@ -175,7 +214,8 @@ class Bundle:
     def read_asset_file(self, record: AssetRecord) -> bytes:
         """An asset as it is stored, checked against the manifest's size and digest."""
         path = self.path / record.file
-        packed = read_small_file(path, MAX_ASSET_BYTES, follow_links=False, dir_fd=self._directory)
+        with self._in_use():
+            packed = read_small_file(path, MAX_ASSET_BYTES, follow_links=False, dir_fd=self._directory)
         if not packed.startswith(ZSTD_MAGIC):
             refuse_text(packed, path)
         if len(packed) != record.num_bytes:
@@ -194,10 +234,11 @@ class Bundle:
         unreadable.
         """
         ranges = []
+        mappings = []  # kept until all is read, whoever closes the bundle meanwhile
         for blob in self.manifest.blobs:
             if blob.tier == tier:
-                address, _ = self.mapping_of(blob.file)
-                ranges += list(_pieces(address + blob.offset_bytes, blob.num_bytes))
+                mappings.append(mapping := self._mapping(blob.file))
+                ranges += list(_pieces(mapping.address + blob.offset_bytes, blob.num_bytes))
         with ThreadPoolExecutor(max(1, num_threads)) as pool:
             for _ in pool.map(lambda piece: prefault(*piece), ranges):
                 pass
@@ -211,25 +252,43 @@ class Bundle:
         ResourceError if what was written to a shard cannot be brought to the disk first.
         """
         for file in files:
-            fd = self._fd(file)
-            with io_errors("writing a shard to disk", self.path / file):
+            with self._in_use(), io_errors("writing a shard to disk", self.path / file):
+                fd = self._fd(file)
                 os.fsync(fd)  # pages not yet written could not be dropped
                 os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
+    def changed_files(self) -> list[str]:
+        """Shards that were written to since they were opened: what was read of them may be anything."""
+        return [
+            name
+            for name, fd in self._fds.items()
+            if (now := FileState.of(os.fstat(fd))).modified_ns != self._states[name].modified_ns
+            or now.num_bytes != self._states[name].num_bytes
+        ]
+
     def entries(self) -> list[str]:
         """Names of everything in the bundle's directory, sorted."""
-        return sorted(os.listdir(self._directory))  # noqa: PTH208 -- of the directory that was opened
+        with self._in_use():
+            return sorted(os.listdir(self._directory))  # noqa: PTH208 -- of the directory that was opened
 
     def close(self) -> None:
         """Closes the files. Views that were made stay valid, new ones are refused. Calling it again does
         nothing.
         """
+        with self._lock:
+            self._is_closed = True
+            self._mappings.clear()
+            self._close_unused()
+
+    def _close_unused(self) -> None:
+        """Closes the files of a closed bundle once nobody reads them any more."""
+        if not self._is_closed or self._num_users:
+            return
         while self._fds:
             os.close(self._fds.popitem()[1])
         if self._directory >= 0:
-            os.close(self._directory)
-            self._directory = -1
-        self._mappings.clear()
+            directory, self._directory = self._directory, -1
+            os.close(directory)
 
     def __enter__(self) -> Bundle:
         return self

@@ -8,6 +8,11 @@
 
 from __future__ import annotations
 
+from krasis.formats.printable import printable
+
+# Longest parts of a sentence, in characters: what a file says of itself may be of any length.
+_MAX_WHERE, _MAX_WHAT, _MAX_DETAIL = 5000, 1000, 500
+
 
 class KrasisError(Exception):
     """Base of every error that Krasis raises on purpose. ``exit_code`` is what a command returns for it."""
@@ -21,16 +26,19 @@ class KrasisError(Exception):
         super().__init__(self._sentence())
 
     def _sentence(self) -> str:
+        """One line that is safe on a terminal: this is where what files say is escaped, and nowhere else."""
         details = []
         if self.got is not None:
-            details.append(f"got {self.got}")
+            details.append(f"got {printable(self.got, _MAX_DETAIL)}")
         if self.limit is not None:
-            details.append(f"limit {self.limit}")
-        sentence = f"{self.where}: {self.what}" if self.where else self.what
+            details.append(f"limit {printable(self.limit, _MAX_DETAIL)}")
+        sentence = printable(self.what, _MAX_WHAT)
+        if self.where:
+            sentence = f"{printable(self.where, _MAX_WHERE)}: {sentence}"
         if details:
             sentence += f" ({'; '.join(details)})"
         if self.hint:
-            sentence += f". Hint: {self.hint}"
+            sentence += f". Hint: {printable(self.hint, _MAX_WHAT)}"
         return sentence
 
 

@@ -5,13 +5,17 @@ them.
 from __future__ import annotations
 
 import ctypes
+import errno
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from krasis.formats import mapping_guard
+from krasis.formats.errors import ResourceError
 from krasis.formats.limits import HUGE_PAGE_BYTES
-from krasis.formats.native import check, library
+from krasis.formats.native import STATUS_SYSTEM, check, library
 
 
 class FileMapping:
@@ -21,13 +25,14 @@ class FileMapping:
     the mapping.
     """
 
-    __slots__ = ("_unmap", "address", "num_bytes")
+    __slots__ = ("_is_watched", "_unmap", "address", "num_bytes")
 
-    def __init__(self, fd: int, num_bytes: int) -> None:
+    def __init__(self, fd: int, num_bytes: int, path: Path | None = None) -> None:
         """Maps ``num_bytes`` (> 0), the file's size; the descriptor may be closed afterwards. ResourceError
-        if refused.
+        if refused. path: what a guard of mapped files shall call it.
         """
         native = library()
+        self._is_watched = False
         self.address = 0
         self.num_bytes = num_bytes
         map_file = native.krasis_map_file
@@ -39,6 +44,8 @@ class FileMapping:
         address = ctypes.c_void_p()
         check(map_file(fd, num_bytes, HUGE_PAGE_BYTES, ctypes.byref(address)), "krasis_map_file")
         self.address = int(address.value or 0)
+        if path is not None:
+            self._is_watched = mapping_guard.watch(self.address, num_bytes, fd, path)
 
     @property
     def __array_interface__(self) -> dict[str, Any]:
@@ -50,15 +57,20 @@ class FileMapping:
 
     def __del__(self) -> None:
         if getattr(self, "address", 0):
+            if self._is_watched:
+                mapping_guard.unwatch(self.address)
             self._unmap(self.address, self.num_bytes)
             self.address = 0
 
 
 def prefault(address: int, num_bytes: int) -> None:
     """Brings a mapped range into memory; blocks, without the interpreter's lock. ResourceError if it cannot
-    be read.
+    be read: its file was cut short, or its disk fails.
     """
     function = library().krasis_prefault
     function.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     function.restype = ctypes.c_int32
-    check(function(address, num_bytes), "krasis_prefault")
+    status = function(address, num_bytes)
+    if status == STATUS_SYSTEM and ctypes.get_errno() == errno.EFAULT:  # what a read would be SIGBUS for
+        raise ResourceError("a mapped file was cut short, or its disk does not give it")
+    check(status, "krasis_prefault")

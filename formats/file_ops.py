@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from krasis.formats.errors import ResourceError
+from krasis.formats.errors import FormatError, ResourceError
 
 _log = logging.getLogger(__name__)
 
@@ -49,6 +49,10 @@ class FileOps:
             os.link(f"/proc/self/fd/{fd}", os.path.abspath(target), src_dir_fd=root)  # noqa: PTH100
         finally:
             os.close(root)
+
+    def link(self, source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+        """link(2): another name for a file, which must not be taken."""
+        os.link(source, target, follow_symlinks=False)
 
     def close(self, fd: int) -> None:
         """close(2)."""
@@ -133,19 +137,40 @@ def _renameat2(source: str | os.PathLike[str], target: str | os.PathLike[str], f
         raise OSError(code, os.strerror(code), str(source), None, str(target))
 
 
+def refusal(error: OSError) -> ResourceError:
+    """An error of the system that nobody made a sentence of, as one."""
+    where = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else ""
+    reason = error.strerror or str(error) or type(error).__name__
+    return ResourceError(f"the system refused: {reason}", where=where, hint=way_out(error))
+
+
+def way_out(error: OSError) -> str:
+    """What a user can do about an error of the system; empty if nothing comes to mind."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "free some disk space or choose another output directory, then run the same command again"
+    if error.errno == errno.EFBIG:
+        return FILE_SIZE_HINT
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return "allow more open files (ulimit -n)"
+    return ""
+
+
 @contextlib.contextmanager
 def io_errors(what: str, where: str | os.PathLike[str]) -> Iterator[None]:
-    """Turns an OSError inside the block into a ResourceError that says what was being done to which file."""
+    """Turns an OSError inside the block into a ResourceError that says what was being done to which file; a
+    FormatError where the bytes to be written lay in a mapped file that was cut short.
+    """
     try:
         yield
     except OSError as error:
-        hint = ""
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            hint = "free some disk space or choose another output directory, then run the same command again"
-        elif error.errno == errno.EFBIG:
-            hint = FILE_SIZE_HINT
+        if error.errno == errno.EFAULT:  # the bytes come from a mapped file, whose end is not there any more
+            raise FormatError(
+                f"{what} failed: a file was cut short while it was read",
+                where=str(where),
+                hint="get the source again, then run the same command",
+            ) from error
         reason = error.strerror or str(error)
-        raise ResourceError(f"{what} failed: {reason}", where=str(where), hint=hint) from error
+        raise ResourceError(f"{what} failed: {reason}", where=str(where), hint=way_out(error)) from error
 
 
 def sync_directory(path: Path, io: FileOps) -> None:

@@ -110,37 +110,37 @@ def _vocab_size(tensors: Mapping[str, SizedTensor], hidden_size: int, where: str
 
 
 def _read_scaling(keys: _Keys, max_positions: int) -> RopeScaling:
-    kind = keys.text("rope.scaling.type", default="none")
-    if kind == "none":
-        return RopeScaling()
-    factor = keys.number("rope.scaling.factor", default=1.0)
-    if kind == "linear":
-        return RopeScaling(kind="linear", factor=factor)
-    if kind != "yarn":
+    """As llama.cpp's loader of qwen3moe has it: without a type a factor is linear, its old name is
+    ``rope.scale_linear``, 0 is none; of YaRN only the original length and ``attn_factor`` can be set.
+    """
+    kind = keys.text("rope.scaling.type", default="linear")
+    old_factor = keys.number("rope.scale_linear", default=0.0)
+    factor = keys.number("rope.scaling.factor", default=old_factor) or 1.0
+    multiplier = keys.number("rope.scaling.attn_factor", default=1.0)
+    if kind not in ("none", "linear", "yarn"):
         raise UnsupportedModelError(
             "this kind of rope scaling is not supported",
             where=keys.path("rope.scaling.type"),
             got=shown(kind),
             limit="none, linear, yarn",
         )
-    # GGUF's attention factor multiplies YaRN's own 0.1 ln(factor) + 1, which ours replaces.
-    multiplier = keys.number("rope.scaling.attn_factor", default=1.0)
-    multiplier *= keys.number("rope.scaling.yarn_attn_factor", default=1.0)
+    if kind != "yarn":
+        if multiplier != 1.0:  # llama.cpp scales sine and cosine by it; nothing in a bundle could say so
+            raise UnsupportedModelError(
+                "an attention factor without YaRN is not supported",
+                where=keys.path("rope.scaling.attn_factor"),
+                got=multiplier,
+                limit=1.0,
+            )
+        return RopeScaling() if kind == "none" or factor == 1.0 else RopeScaling(kind="linear", factor=factor)
+    # The file's factor multiplies YaRN's own 0.1 ln(factor) + 1, which ours replaces.
     attention_factor = None if multiplier == 1.0 else multiplier * (0.1 * math.log(max(factor, 1.0)) + 1.0)
-    if (weight := keys.number("rope.scaling.yarn_ext_factor", default=1.0)) not in (1.0, -1.0):
-        raise UnsupportedModelError(
-            "this feature is not supported",
-            where=keys.path("rope.scaling.yarn_ext_factor"),
-            got=weight,
-            limit=1.0,
-        )
+    original = keys.integer("rope.scaling.original_context_length", default=max_positions)
     return RopeScaling(
         kind="yarn",
         factor=factor,
-        original_max_positions=keys.integer("rope.scaling.original_context_length", default=max_positions),
+        original_max_positions=original or max_positions,
         attention_factor=attention_factor,
-        beta_fast=keys.number("rope.scaling.yarn_beta_fast", default=32.0),
-        beta_slow=keys.number("rope.scaling.yarn_beta_slow", default=1.0),
     )
 
 

@@ -15,6 +15,8 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from krasis.formats.errors import FormatError, UnsupportedModelError
+from krasis.formats.foreign import foreign_errors
+from krasis.formats.gguf_control import CONTROL, UNUSED, USER_DEFINED, corrected_types
 from krasis.formats.gguf_sampling import sampling_config
 from krasis.formats.names import shown
 
@@ -26,7 +28,7 @@ _QWEN2_SPLIT = (
 # tokenizer.ggml.pre -> rule
 _SPLITS = {"qwen2": _QWEN2_SPLIT, "deepseek-r1-qwen": _QWEN2_SPLIT}
 
-_CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5
+_ROLES = ("bos", "eos", "eot", "eom", "padding")
 _NO_TOKEN = 2**32 - 1  # what llama.cpp writes for a token that a vocabulary lacks
 
 
@@ -41,12 +43,12 @@ class _Vocabulary:
     @property
     def used(self) -> dict[str, int]:
         """token -> id without the rows that only pad the embedding."""
-        return {token: number for number, token in enumerate(self.tokens) if self.types[number] != _UNUSED}
+        return {token: number for number, token in enumerate(self.tokens) if self.types[number] != UNUSED}
 
     @property
     def added(self) -> list[int]:
         """Ids of tokens that are matched as a whole before any splitting."""
-        return [number for number, kind in enumerate(self.types) if kind in (_CONTROL, _USER_DEFINED)]
+        return [number for number, kind in enumerate(self.types) if kind in (CONTROL, USER_DEFINED)]
 
 
 def tokenizer_assets(metadata: Mapping[str, Any], where: str) -> dict[str, bytes]:
@@ -67,9 +69,11 @@ def tokenizer_assets(metadata: Mapping[str, Any], where: str) -> dict[str, bytes
     vocabulary = _read_vocabulary(metadata, where)
     bos, eos, pad = (_token_id(metadata, name, vocabulary, where) for name in ("bos", "eos", "padding"))
     is_bos_added = metadata.get("tokenizer.ggml.add_bos_token", False) is True and bos is not None
-    tokenizer = _build(vocabulary, _SPLITS[str(split)], bos if is_bos_added else None)
+    with foreign_errors("the tokenizer cannot be rebuilt", f"{where}: tokenizer.ggml"):
+        tokenizer = _build(vocabulary, _SPLITS[str(split)], bos if is_bos_added else None)
+    # A name makes a token special. Some files give the role of a begin token to a comma.
     names = {
-        key: None if number is None else vocabulary.tokens[number]
+        key: None if number is None or number not in vocabulary.added else vocabulary.tokens[number]
         for key, number in (("bos_token", bos), ("eos_token", eos), ("pad_token", pad))
     }
     config = {
@@ -90,7 +94,9 @@ def tokenizer_assets(metadata: Mapping[str, Any], where: str) -> dict[str, bytes
 
 def _read_vocabulary(metadata: Mapping[str, Any], where: str) -> _Vocabulary:
     tokens = _list(metadata, "tokens", str, where)
-    types = _list(metadata, "token_type", int, where)
+    # Without types, as some old files are, every token is an ordinary one (1) unless its spelling says more.
+    has_types = metadata.get("tokenizer.ggml.token_type") is not None
+    types = _list(metadata, "token_type", int, where) if has_types else [1] * len(tokens)
     if len(types) != len(tokens):
         raise FormatError(
             "token types do not match the tokens",
@@ -98,12 +104,16 @@ def _read_vocabulary(metadata: Mapping[str, Any], where: str) -> _Vocabulary:
             got=len(types),
             limit=len(tokens),
         )
+    lines = _list(metadata, "merges", str, where)
+    named = [metadata.get(f"tokenizer.ggml.{role}_token_id") for role in _ROLES]
+    roles = [number for number in named if type(number) is int]
+    types = corrected_types(tokens, types, {_merged(line) for line in lines}, roles)
     merges: list[tuple[str, str]] = []
     vocabulary = _Vocabulary(tokens, types, merges)
     used = vocabulary.used
-    if len(used) != sum(kind != _UNUSED for kind in types):
+    if len(used) != sum(kind != UNUSED for kind in types):
         raise FormatError("a token occurs twice", where=f"{where}: tokenizer.ggml.tokens")
-    for line in _list(metadata, "merges", str, where):
+    for line in lines:
         # A token is never empty, so the space that parts the two cannot be the first character.
         at = line.find(" ", 1)
         left, right = line[:at], line[at + 1 :]
@@ -113,6 +123,12 @@ def _read_vocabulary(metadata: Mapping[str, Any], where: str) -> _Vocabulary:
             )
         merges.append((left, right))
     return vocabulary
+
+
+def _merged(line: str) -> str:
+    """What a merge makes: its two parts without the space between them."""
+    at = line.find(" ", 1)
+    return line[:at] + line[at + 1 :]
 
 
 def _list(metadata: Mapping[str, Any], name: str, kind: type, where: str) -> list[Any]:
@@ -140,13 +156,16 @@ def _build(vocabulary: _Vocabulary, split: str, bos: int | None) -> Tokenizer:
     processor: Any = processors.ByteLevel(trim_offsets=False)
     if bos is not None:
         name = vocabulary.tokens[bos]
+        # In a template's pieces "$" begins a sequence and ":" a type: such a token needs another name there.
+        alias = "begin" if ":" in name or name.startswith("$") else name
+        special = {"id": alias, "ids": [bos], "tokens": [name]}
         first = processors.TemplateProcessing(
-            single=[name, "$A"], pair=[name, "$A", "$B"], special_tokens=[(name, bos)]
+            single=[alias, "$A"], pair=[alias, "$A", "$B"], special_tokens=[special]
         )
         processor = processors.Sequence([processor, first])
     tokenizer.post_processor = processor
     for number in vocabulary.added:
-        is_special = vocabulary.types[number] == _CONTROL
+        is_special = vocabulary.types[number] == CONTROL
         token = AddedToken(vocabulary.tokens[number], special=is_special, normalized=False)
         if is_special:
             tokenizer.add_special_tokens([token])
@@ -162,7 +181,7 @@ def _added_json(vocabulary: _Vocabulary, number: int) -> dict[str, Any]:
         "normalized": False,
         "rstrip": False,
         "single_word": False,
-        "special": vocabulary.types[number] == _CONTROL,
+        "special": vocabulary.types[number] == CONTROL,
     }
 
 

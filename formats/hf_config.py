@@ -14,6 +14,7 @@ from krasis.formats.architecture_record import (
     unsupported_model_type,
 )
 from krasis.formats.errors import FormatError, UnsupportedModelError
+from krasis.formats.long_context import dual_chunk_context
 from krasis.formats.names import shown
 from krasis.formats.quantised_checkpoint import refuse_quantised
 
@@ -52,6 +53,7 @@ def from_hf_config(config: Mapping[str, Any], where: str) -> Architecture:
     head_dim = _int(config, "head_dim", where, default=hidden_size // max(num_heads, 1))
     max_positions = _int(config, "max_position_embeddings", where)
     rope_theta, rope_scaling = _read_rope(config, max_positions, where)
+    max_positions = min(max_positions, dual_chunk_context(config, rope_scaling, where) or max_positions)
     experts_field = "num_experts" if config.get("num_experts") is not None else "num_local_experts"
     architecture = Architecture(
         model_type=str(model_type),

@@ -18,7 +18,10 @@ MAX_SIZE = (1 << 63) - 1  # file offsets are signed 64-bit
 MAX_HEADER_BYTES = (
     100_000_000  # of a safetensors or GGUF header; the reference safetensors reader has the same bound
 )
-MAX_MANIFEST_BYTES = 64 * MIB
+MAX_MANIFEST_BYTES = 8 * MIB  # some 25,000 blobs; the largest models have a few thousand
+# Of the parts of a manifest that any program may write what it likes into: recipe and quality, each.
+MAX_REMARK_VALUES = 20_000
+MAX_REMARK_CHARACTERS = MIB
 MAX_CONFIG_BYTES = 4 * MIB
 MAX_INDEX_BYTES = 64 * MIB
 MAX_ASSET_BYTES = 256 * MIB  # decompressed

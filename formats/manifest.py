@@ -15,7 +15,13 @@ import xxhash
 
 from krasis.formats.architecture import Architecture
 from krasis.formats.errors import ChecksumError, FormatError, VersionError
-from krasis.formats.limits import MAX_FILES, MAX_MANIFEST_BYTES, MAX_TENSORS
+from krasis.formats.limits import (
+    MAX_FILES,
+    MAX_MANIFEST_BYTES,
+    MAX_REMARK_CHARACTERS,
+    MAX_REMARK_VALUES,
+    MAX_TENSORS,
+)
 from krasis.formats.manifest_records import (
     AssetRecord,
     BlobRecord,
@@ -120,6 +126,8 @@ class Manifest:
         if unknown or (missing := sorted(_KEYS - record.keys())):
             problem = ("unknown field", unknown[0]) if unknown else ("field is missing", missing[0])
             raise FormatError(problem[0], where=where, got=shown(problem[1]))
+        for key in ("recipe", "quality"):
+            _check_remark(record[key], f"{where}: {key}")
         _check_bytes(record, data, where)
         try:
             manifest = cls._from_record(record, where)
@@ -221,6 +229,29 @@ def _check_bytes(record: dict[str, Any], data: bytes, where: str) -> None:
 
 def _checksum(record: Mapping[str, Any]) -> str:
     return str(xxhash.xxh3_128_hexdigest(canonical_json(record)))
+
+
+def _check_remark(value: Any, where: str) -> None:
+    """FormatError for a record of free form that is too large to be read, written and shown at once."""
+    num_values = num_characters = 0
+    stack = [value]
+    while stack:
+        item = stack.pop()
+        num_values += 1
+        if isinstance(item, dict):
+            stack.extend(item.values())
+            num_characters += sum(map(len, item))
+        elif isinstance(item, list):
+            stack.extend(item)
+        elif isinstance(item, str):
+            num_characters += len(item)
+        if num_values + len(stack) > MAX_REMARK_VALUES or num_characters > MAX_REMARK_CHARACTERS:
+            raise FormatError(
+                "the record is too large",
+                where=where,
+                limit=f"{MAX_REMARK_VALUES} values, {MAX_REMARK_CHARACTERS} characters",
+                hint="the manifest may be damaged or hostile: get the bundle from a source you trust",
+            )
 
 
 Record = TypeVar("Record", FileRecord, BlobRecord, AssetRecord, SourceRecord)

@@ -26,6 +26,7 @@ LIBRARY_NAME = "libkrasis_cpu.so"
 
 STATUS_OK = 0
 STATUS_NONFINITE = 3
+STATUS_SYSTEM = 7
 _STATUS_TEXT = {
     1: "an argument is out of its domain",
     2: "a size is not a multiple of the layout's tile",
@@ -103,7 +104,7 @@ def check(status: int, function: str) -> None:
     if status == STATUS_OK:
         return
     text = _STATUS_TEXT.get(status, f"unknown status {status}")
-    if status == 7:
+    if status == STATUS_SYSTEM:
         code = ctypes.get_errno()
         hint = address_space_hint() if code == errno.ENOMEM else ""
         raise ResourceError(f"{text}: {os.strerror(code)}", where=function, hint=hint)
@@ -129,10 +130,11 @@ class Pool:
     isa: ``auto``, ``avx2`` or ``avx512_vnni``. Raises NativeError if the CPU lacks it.
     """
 
-    __slots__ = ("_handle", "_library", "isa", "num_threads")
+    __slots__ = ("_handle", "_library", "_pid", "isa", "num_threads")
 
     def __init__(self, num_threads: int = 0, isa: str = "auto") -> None:
         self._handle: int | None = None
+        self._pid = os.getpid()
         if isa not in ISA_CODES:
             raise NativeError("unknown instruction set", got=isa, limit=", ".join(ISA_CODES))
         self._library = library()
@@ -168,13 +170,14 @@ class Pool:
         check(function(self.handle, int(seconds * 1e9)), "krasis_pool_set_spin")
 
     def close(self) -> None:
-        """Stops the threads. Calling it again does nothing."""
-        if self._handle is not None:
+        """Stops the threads. Calling it again does nothing, nor does it in a child of ``fork``: the threads
+        are the parent's."""
+        handle, self._handle = self._handle, None
+        if handle is not None and self._pid == os.getpid():
             destroy = self._library.krasis_pool_destroy
             destroy.argtypes = [ctypes.c_void_p]
             destroy.restype = None
-            destroy(self._handle)
-            self._handle = None
+            destroy(handle)
 
     def __enter__(self) -> Pool:
         return self

@@ -8,12 +8,15 @@ import errno
 import mmap
 import os
 import stat
+import weakref
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from krasis.formats import mapping_guard
 from krasis.formats.errors import FormatError, ResourceError
+from krasis.formats.file_ops import way_out
 from krasis.formats.machine_limits import address_space_hint
 
 Bytes = npt.NDArray[np.uint8]
@@ -75,7 +78,7 @@ def _open_error(error: OSError, path: Path) -> FormatError | ResourceError:
         return FormatError(
             "not a regular file", where=str(path), got="a symbolic link", hint="replace it by the file"
         )
-    return ResourceError("file cannot be opened", where=str(path), got=error.strerror)
+    return ResourceError("file cannot be opened", where=str(path), got=error.strerror, hint=way_out(error))
 
 
 def list_names(directory: Path) -> list[str]:
@@ -149,8 +152,8 @@ def read_small_file(path: Path, max_bytes: int, *, follow_links: bool, dir_fd: i
 class MappedFile:
     """A read-only shared mapping of a source file, as bytes. Views of it keep it alive.
 
-    Another process that truncates the file while it is mapped kills this one with SIGBUS; nothing can be done
-    about it.
+    Another process that truncates the file while it is mapped ends this one: with SIGBUS, or as
+    ``mapping_guard`` says it.
     """
 
     __slots__ = ("_mmap", "bytes", "path")
@@ -167,6 +170,9 @@ class MappedFile:
             ) from error
         # [num_bytes] uint8, read-only
         self.bytes: Bytes = np.frombuffer(self._mmap, dtype=np.uint8)
+        address = self.bytes.ctypes.data
+        if mapping_guard.watch(address, num_bytes, fd, path):
+            weakref.finalize(self._mmap, mapping_guard.unwatch, address).atexit = False
 
     def release(self, offset: int, num_bytes: int) -> None:
         """Gives the pages wholly inside the range back; they are read again if touched again."""

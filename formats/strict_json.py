@@ -34,12 +34,23 @@ class _RefusedError(ValueError):
 
 
 def parse_json(
-    data: bytes | memoryview, where: str, *, max_bytes: int, max_depth: int = MAX_JSON_DEPTH
+    data: bytes | memoryview,
+    where: str,
+    *,
+    max_bytes: int,
+    max_depth: int = MAX_JSON_DEPTH,
+    wide_text: bool = False,
 ) -> Any:
-    """The value in ``data`` (UTF-8). FormatError for anything on the module's list."""
+    """The value in ``data`` (UTF-8). FormatError for anything on the module's list.
+
+    wide_text: a long text may have characters beyond U+FFFF, which make it take four bytes for each of its
+    characters in memory: for what people wrote, under a bound that allows for it.
+    """
     if len(data) > max_bytes:
         raise FormatError("JSON text is too long", where=where, got=f"{len(data)} bytes", limit=max_bytes)
     _check_structure(data, where, max_depth)
+    if not wide_text:
+        _check_width(data, where)
     try:
         text = str(data, "utf-8")
     except UnicodeDecodeError as error:
@@ -67,10 +78,15 @@ def parse_json(
 
 
 def parse_json_object(
-    data: bytes | memoryview, where: str, *, max_bytes: int, max_depth: int = MAX_JSON_DEPTH
+    data: bytes | memoryview,
+    where: str,
+    *,
+    max_bytes: int,
+    max_depth: int = MAX_JSON_DEPTH,
+    wide_text: bool = False,
 ) -> dict[str, Any]:
     """As ``parse_json``; the value must be an object."""
-    value = parse_json(data, where, max_bytes=max_bytes, max_depth=max_depth)
+    value = parse_json(data, where, max_bytes=max_bytes, max_depth=max_depth, wide_text=wide_text)
     if not isinstance(value, dict):
         raise FormatError("JSON must be an object", where=where, got=type(value).__name__)
     return value
@@ -99,6 +115,9 @@ def _check_structure(data: bytes | memoryview, where: str, max_depth: int) -> No
                 raise FormatError("JSON has too many objects and arrays", where=where, limit=limit)
         else:
             depth -= 1
+
+
+def _check_width(data: bytes | memoryview, where: str) -> None:
     if len(data) > _FREE_BYTES and _FOUR_BYTE_CHARACTER.search(data):
         # One of them makes Python keep four bytes for every character of the text.
         raise FormatError(

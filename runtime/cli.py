@@ -12,7 +12,11 @@ import click
 
 from krasis.formats.command_line import StreamsCommand, version_option
 from krasis.formats.errors import KrasisError, UsageError
+from krasis.formats.last_resort import last_resort
+from krasis.formats.log_lines import PrintableFormatter
 from krasis.formats.standard_streams import OutputError, check_stdout
+from krasis.formats.stop_signals import deferred, ends_in_order, received
+from krasis.runtime.arguments import read_texts
 from krasis.runtime.cli_text_options import (
     PENALTY_OPTIONS,
     given_variables,
@@ -56,6 +60,12 @@ class CommandError(click.ClickException):
 )
 @click.option("--raw", is_flag=True, help="Continue the text as it is, without the chat template.")
 @click.option("--system", metavar="TEXT", help="System message.")
+@click.option(
+    "--chat-template",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Use the chat template in FILE (Jinja) instead of the bundle's.",
+)
 @click.option("--stop", metavar="TEXT", multiple=True, help="End an answer at TEXT. May be repeated.")
 @click.option(
     "--max-tokens",
@@ -68,6 +78,11 @@ class CommandError(click.ClickException):
     metavar="N",
     type=int,
     help="Tokens of context. [default: the model's maximum, or what memory has room for]",
+)
+@click.option(
+    "--rope-scaling",
+    metavar="SPEC",
+    help="Stretch the context: yarn,FACTOR,ORIGINAL such as yarn,4,32768, or linear,FACTOR, or none.",
 )
 @click.option("--threads", metavar="N", type=int, default=0, help="CPU threads. [default: all]")
 @click.option(
@@ -147,6 +162,8 @@ class CommandError(click.ClickException):
 )
 @version_option()
 @click.option("-v", "--verbose", count=True, help="Say what is chosen and why; -vv says more.")
+@last_resort("krasis-run")
+@ends_in_order("krasis-run")
 def main(bundle: Path, prompt: str | None, prompt_file: Path | None, verbose: int, **options: Any) -> None:
     """Chat with the model in BUNDLE (a folder made by krasis-convert), or answer one prompt.
 
@@ -157,6 +174,7 @@ def main(bundle: Path, prompt: str | None, prompt_file: Path | None, verbose: in
     """
     _configure_logging(verbose)
     try:
+        prompt, options = read_texts(prompt, options)
         # Of several ranks only the first reads what the user says, and writes.
         if not _is_worker():
             check_stdout()
@@ -176,12 +194,18 @@ def main(bundle: Path, prompt: str | None, prompt_file: Path | None, verbose: in
 
 def _run(bundle: Path, text: str | None, options: dict[str, Any]) -> int:
     """Opens the bundle and does what was asked; gives the exit code."""
+    from krasis.formats import mapping_guard
+
+    if not _is_worker():
+        from krasis.runtime.text_sandbox import shared_sandbox
+
+        shared_sandbox().start()  # it gets ready while this process imports and maps
     from krasis.formats.units import parse_bytes
     from krasis.runtime.kv_file import check_target
     from krasis.runtime.settings import EngineSettings
 
     if options["save_kv"] is not None and not _is_worker():
-        check_target(options["save_kv"])  # now, rather than after hours of chat
+        check_target(options["save_kv"], bundle)  # now, rather than after hours of chat
     vram = options["vram"]
     settings = EngineSettings(
         context=options["ctx"],
@@ -194,8 +218,11 @@ def _run(bundle: Path, text: str | None, options: dict[str, Any]) -> int:
         gpu_dtype=options["gpu_dtype"],
         vram_bytes=parse_bytes(vram, "--vram") if vram is not None else None,
         reread=options["reread"],
+        chat_template=None if options["chat_template"] is None else str(options["chat_template"]),
         template_vars=given_variables(options),
+        rope_scaling=options["rope_scaling"],
     )
+    mapping_guard.install("krasis-run")
     opened = _open(bundle, settings, options["gpus"])
     if opened is None:  # a rank that has served its time
         return 0
@@ -203,9 +230,12 @@ def _run(bundle: Path, text: str | None, options: dict[str, Any]) -> int:
         _tell_idle_options(engine, options)
         sampling = _sampling(engine, options)
         note_sampling(engine, sampling, options)
-        if text is None:
-            return _chat(engine, sampling, options)
-        return _answer_once(engine, text, sampling, options)
+        try:
+            if text is None:
+                return _chat(engine, sampling, options)
+            return _answer_once(engine, text, sampling, options)
+        finally:
+            _tell_changes(engine)
 
 
 def _is_worker() -> bool:
@@ -266,7 +296,10 @@ def _chat(engine: Engine, sampling: SamplingSettings, options: dict[str, Any]) -
     )
     try:
         terminal.run()
-    finally:  # also where the answers can no longer be written
+    except KeyboardInterrupt:
+        if received() is None:
+            raise
+    finally:  # whatever ended it: a terminal that is gone too, or answers that can no longer be written
         if options["save_kv"] is not None:
             _save(engine, options["save_kv"], conversation)
     return 0
@@ -332,8 +365,19 @@ def _save(engine: Engine, path: Path, conversation: Conversation) -> None:
     if not engine.tokens:
         note(f"nothing was computed: {path} is not written")
         return
-    engine.save_prefix(path, conversation=conversation.to_json() if conversation.turns else b"")
+    with deferred():
+        engine.save_prefix(path, conversation=conversation.to_json() if conversation.turns else b"")
     note(f"saved {len(engine.tokens)} tokens to {path}")
+
+
+def _tell_changes(engine: Engine) -> None:
+    from krasis.runtime.output import note
+
+    if changed := engine.bundle.changed_files():
+        where = ", ".join(str(engine.bundle.path / name) for name in changed)
+        note(
+            f"{where}: written to while the model ran: what it said may be wrong. krasis-info --verify checks"
+        )
 
 
 def _sampling(engine: Engine, options: dict[str, Any]) -> SamplingSettings:
@@ -346,6 +390,7 @@ def _prompt_text(prompt: str | None, path: Path | None) -> str | None:
     chat. Raises UsageError if there is none or one is unreadable.
     """
     from krasis.runtime.piped_text import is_piped, join_prompt, read_piped
+    from krasis.runtime.user_files import MAX_PROMPT_BYTES, read_stdin, read_user_file
 
     from_stdin = path is not None and str(path) == "-"
     alone = prompt is None and path is None
@@ -355,9 +400,9 @@ def _prompt_text(prompt: str | None, path: Path | None) -> str | None:
         raise UsageError("there is no prompt: stdin is closed", hint="give it by --prompt or --file")
     pieces = []
     if alone or from_stdin or is_piped():
-        pieces.append(_decode(read_piped(sys.stdin.buffer.read, alone=alone or from_stdin), "stdin"))
+        pieces.append(_decode(read_piped(read_stdin, alone=alone or from_stdin), "stdin"))
     if path is not None and not from_stdin:
-        pieces.append(_read_file(path))
+        pieces.append(_decode(read_user_file(path, "the prompt", MAX_PROMPT_BYTES), str(path)))
     text = join_prompt([*pieces, prompt or ""])
     if not text:
         what = "there is no prompt: stdin is empty" if alone else "the prompt is empty"
@@ -365,16 +410,9 @@ def _prompt_text(prompt: str | None, path: Path | None) -> str | None:
     return text
 
 
-def _read_file(path: Path) -> str:
-    try:
-        return _decode(path.read_bytes(), str(path))
-    except OSError as error:
-        raise UsageError("the prompt cannot be read", where=str(path), got=error.strerror) from error
-
-
 def _decode(data: bytes, where: str) -> str:
     try:
-        return data.decode("utf-8")
+        return data.decode("utf-8-sig")  # a byte order mark is no part of the text
     except UnicodeDecodeError as error:
         raise UsageError(
             "the prompt is not UTF-8 text", where=where, got=f"bad byte at {error.start}"
@@ -383,4 +421,6 @@ def _decode(data: bytes, where: str) -> str:
 
 def _configure_logging(verbose: int) -> None:
     level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
-    logging.basicConfig(level=level, format="%(name)s: %(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(PrintableFormatter("%(name)s: %(message)s"))
+    logging.basicConfig(level=level, handlers=[handler])

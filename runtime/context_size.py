@@ -7,7 +7,7 @@ import logging
 from krasis.formats.architecture import Architecture
 from krasis.formats.bundle_reader import Bundle
 from krasis.formats.machine_limits import available_memory_bytes
-from krasis.runtime.host_memory.filesystem import IN_RAM, filesystem_of_path
+from krasis.runtime.filesystem import IN_RAM, filesystem_of_path
 from krasis.runtime.kv_cache import kv_cache_bytes
 from krasis.runtime.planning import assumptions as assumed
 from krasis.runtime.planning.sizes import ModelSizes
@@ -51,7 +51,7 @@ def weights_to_hold_bytes(bundle: Bundle, tiers: tuple[str, ...]) -> int:
 
 def _tokens(room: float, architecture: Architecture, token_bytes: int, memory: str) -> int:
     fitting = max(LEAST_TOKENS, int(room) // token_bytes // STEP_TOKENS * STEP_TOKENS)
-    longest = architecture.max_positions
+    longest = architecture.max_context
     if fitting < longest:
         logger.info("context: %d tokens of the model's %d have room in %s", fitting, longest, memory)
     return fitting

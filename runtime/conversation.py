@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from krasis.formats.errors import FormatError, UsageError
+from krasis.formats.atomic_file import AtomicFile
+from krasis.formats.errors import FormatError, KrasisError, UsageError
+from krasis.formats.plain_text import BYTE_ORDER_MARK, plain_text
 from krasis.formats.strict_json import parse_json_object
 from krasis.runtime.chat import Message
 from krasis.runtime.engine import Engine, Progress
 from krasis.runtime.generation import Answer
-from krasis.runtime.kv_file import looks_like_prefix
+from krasis.runtime.kv_file import MAX_CONVERSATION_BYTES, looks_like_prefix
 from krasis.runtime.settings import SamplingSettings
+from krasis.runtime.user_files import read_user_file
 
-MAX_FILE_BYTES = 64 * 2**20
+MAX_FILE_BYTES = MAX_CONVERSATION_BYTES  # of both forms, so that what is saved can be loaded
 PREFIX_SUFFIX = ".kv"  # a conversation saved under such a name takes its keys and values along
 
 
@@ -30,6 +34,15 @@ class Conversation:
         self.system = system
         self.turns: list[Message] = []
         self.template_vars: dict[str, object] = {}  # what the template is told beside, on top of the settings
+
+    @property
+    def system(self) -> str | None:
+        """The system message. Setting it raises UsageError for text that is not UTF-8."""
+        return self._system
+
+    @system.setter
+    def system(self, text: str | None) -> None:
+        self._system = None if text is None else plain_text(text, "the system message")
 
     @property
     def messages(self) -> list[Message]:
@@ -101,11 +114,18 @@ class Conversation:
         self.turns.clear()
 
     def to_json(self) -> bytes:
-        """All messages, as ``read_json`` takes them."""
+        """All messages, as ``read_json`` takes them. Raises UsageError if they are too long for it."""
         rows = [{"role": message.role, "content": message.content} for message in self.messages]
-        # What a terminal may have typed into it (lone surrogates) is kept, too: as JSON escapes.
         text = json.dumps({"messages": rows}, ensure_ascii=False, indent=1) + "\n"
-        return text.encode("utf-8", "backslashreplace")
+        data = text.encode("utf-8")
+        if len(data) > MAX_FILE_BYTES:
+            raise UsageError(
+                "the conversation is too long to be saved",
+                got=f"{len(data)} bytes",
+                limit=f"{MAX_FILE_BYTES} bytes",
+                hint="/undo or /reset makes it shorter",
+            )
+        return data
 
     def save(self, path: Path) -> None:
         """Writes JSON; under a name that ends in .kv a saved prefix with the JSON in it
@@ -113,16 +133,18 @@ class Conversation:
 
         Raises UsageError if the file exists (and is not an older prefix) or cannot be written.
         """
+        data = self.to_json()
         if path.suffix == PREFIX_SUFFIX:
-            self.engine.save_prefix(path, conversation=self.to_json())
+            self.engine.save_prefix(path, conversation=data)
             return
+        if os.path.lexists(path):
+            raise UsageError("the conversation cannot be saved", where=str(path), got="File exists")
         try:
-            with path.open("xb") as file:
-                file.write(self.to_json())
-        except OSError as error:
-            raise UsageError(
-                "the conversation cannot be saved", where=str(path), got=error.strerror
-            ) from error
+            with AtomicFile(path) as file:
+                file.write(data, 0)
+                file.commit()
+        except KrasisError as error:
+            raise UsageError("the conversation cannot be saved", where=str(path), got=error.what) from error
 
     def load(self, path: Path) -> bool:
         """Reads what ``save`` wrote, in either form; False if a prefix was saved without a conversation.
@@ -134,13 +156,14 @@ class Conversation:
             if not data:
                 return False
         else:
-            data = _read(path)
+            data = read_user_file(path, "the conversation", MAX_FILE_BYTES)
         self.read_json(data, str(path))
         return True
 
     def read_json(self, data: bytes, where: str) -> None:
         """Takes the messages of ``to_json``. Raises FormatError, and then nothing has changed."""
-        record = parse_json_object(data, where, max_bytes=MAX_FILE_BYTES)
+        data = data.removeprefix(BYTE_ORDER_MARK.encode())
+        record = parse_json_object(data, where, max_bytes=MAX_FILE_BYTES, wide_text=True)
         rows = record.get("messages")
         if set(record) != {"messages"} or not isinstance(rows, list):
             raise FormatError("this is no saved conversation", where=where, got=", ".join(record))
@@ -149,13 +172,6 @@ class Conversation:
             raise FormatError("a system message must come first", where=where)
         self.system = messages.pop(0).content if messages and messages[0].role == "system" else None
         self.turns = messages
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UsageError("the conversation cannot be read", where=str(path), got=error.strerror) from error
 
 
 def _message(row: object, where: str) -> Message:

@@ -1,14 +1,15 @@
-"""The library's face: opens a bundle, computes logits, generates text. One conversation at a time, one thread
-at a time."""
+"""The library's face: opens a bundle, computes logits, generates text. One conversation at a time, from any
+thread."""
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -16,39 +17,58 @@ import numpy.typing as npt
 from krasis.formats.architecture import Architecture
 from krasis.formats.bundle_reader import Bundle
 from krasis.formats.errors import UsageError
+from krasis.runtime.bundle_opening import open_bundle
 from krasis.runtime.chat import Message, missing_template
+from krasis.runtime.exclusive import Cancellation, Claim, Exclusive
 from krasis.runtime.generation import Answer, Generation, GenerationPlan, Piece, StopStrings, run
 from krasis.runtime.kv_file import PrefixFile, save_prefix
-from krasis.runtime.model.backend import Backend, LayerProgress
+from krasis.runtime.layer_progress import Progress as Progress
+from krasis.runtime.layer_progress import layer_progress
+from krasis.runtime.messages import read_messages, render_chat, token_ids
+from krasis.runtime.model.backend import Backend
 from krasis.runtime.model.registry import open_backend
 from krasis.runtime.prefault import Prefault, files_of_tiers, start_prefault
 from krasis.runtime.sampler import Sampler
 from krasis.runtime.settings import EngineSettings, SamplingSettings
+from krasis.runtime.stops import stop_texts
 from krasis.runtime.template_variables import Variables, merged_variables, refuse_variables
 from krasis.runtime.text_assets import TextAssets
 from krasis.runtime.text_ends import TextEnds, ends_of_text
+from krasis.runtime.token_ids import checked_ids
+from krasis.runtime.user_files import check_length
+from krasis.runtime.wider_cache import is_number, usable, widened
 
 logger = logging.getLogger(__name__)
 
 Logits = npt.NDArray[np.float32]
-# Called with (prompt tokens done, prompt tokens to do) as a prompt is computed.
-Progress = Callable[[int, int], None]
 MakeBackend = Callable[[Bundle, EngineSettings], Backend]
-Prompt = str | Sequence[int] | Sequence[Message] | Sequence[Mapping[str, str]]
+Prompt = str | Sequence[int] | Sequence[Message] | Sequence[Mapping[str, Any]]
 
 
 class Engine:
     """A bundle ready to run. Use ``Engine.open``; close it, or use ``with``.
 
     ``tokens`` are the ids whose keys and values the cache holds. load_s: seconds ``open`` took.
+
+    Any thread may call: calls take turns, in the order they came, and an answer's piece is one call. There is
+    one cache, so the newest call wins: an answer that was begun and then finds ``tokens`` changed by another
+    call (an answer, prefill, decode, truncate, reset, load_prefix) ends with a UsageError. A progress
+    callback may call ``cancel`` and no other method. All of them raise UsageError once the engine is closed,
+    and in a child of ``fork``.
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend, settings: EngineSettings) -> None:
+    def __init__(
+        self, bundle: Bundle, backend: Backend, settings: EngineSettings, text: TextAssets | None = None
+    ) -> None:
+        """text: what was begun to be read already; None: read from the bundle when it is needed."""
         self.bundle, self.settings = bundle, settings
-        self.text = TextAssets(bundle)
+        self._vocab_size = bundle.architecture.vocab_size
+        self.text = text or TextAssets(bundle, settings.chat_template)
         self.load_s = 0.0
         self._backend = backend
+        self._reopen: Callable[[EngineSettings], Backend] | None = None
         self._tokens: list[int] = []
+        self._gate = Exclusive()
         self._prefault: Prefault | None = None
 
     @classmethod
@@ -64,13 +84,16 @@ class Engine:
         settings = settings or EngineSettings()
         begin = time.perf_counter()
         with ExitStack() as undo:
-            bundle = undo.enter_context(Bundle.open(Path(path)))
+            bundle = undo.enter_context(open_bundle(Path(path), settings))
+            text = TextAssets(bundle, settings.chat_template)
+            text.prepare()
             tiers = ("dense", settings.experts)
             if settings.reread:
                 bundle.drop_cached(files_of_tiers(bundle, tiers))  # before anything is mapped
             backend = (make_backend or open_backend)(bundle, settings)
             undo.callback(backend.close)
-            engine = cls(bundle, backend, settings)
+            engine = cls(bundle, backend, settings, text)
+            engine._reopen = functools.partial(make_backend or open_backend, bundle)
             if settings.prefault:
                 engine._prefault = start_prefault(bundle, tiers)
             undo.pop_all()
@@ -90,15 +113,18 @@ class Engine:
 
     def wait_until_read(self) -> None:
         """Returns when the weights that are read in the background are in memory, as far as they will be."""
-        if self._prefault is not None:
-            self._prefault.wait()
+        self._gate.check()
+        prefault = self._prefault  # another thread may close the engine meanwhile, which ends the reading
+        if prefault is not None:
+            prefault.wait()
 
     @property
     def huge_page_share(self) -> float | None:
         """The share of the weights in memory that huge pages map, 0 to 1; None while they are being read, if
         they are not read ahead, or if they are too few for it to matter.
         """
-        return self._prefault.huge_share if self._prefault is not None else None
+        prefault = self._prefault
+        return prefault.huge_share if prefault is not None else None
 
     @property
     def placement(self) -> tuple[str, str]:
@@ -126,54 +152,94 @@ class Engine:
         """Computes tokens after those held; gives f32 logits [vocab] of the last, or [len(tokens), vocab] of
         all.
 
-        Raises UsageError for no tokens, an id outside the vocabulary, or too many for the context.
+        Raises UsageError for no tokens, an id outside the vocabulary, or too many for the context;
+        CallCancelledError after ``cancel``: then the passes done so far are held.
         """
+        cancellation = Cancellation()
+        return self._gate.run(cancellation, self._prefill, tokens, cancellation, all_logits, progress)
+
+    def _prefill(
+        self, tokens: Sequence[int], cancellation: Cancellation, all_logits: bool, progress: Progress | None
+    ) -> Logits:
         ids = self._checked(tokens)
         chunks: list[Logits] = []
         last: Logits | None = None
         most = self._backend.prefill_chunk
-        for begin in range(0, len(ids), most):
-            chunk = ids[begin : begin + most]
-            self._backend.layer_done = _token_progress(progress, begin, len(chunk), len(ids))
-            last = self._backend.prefill(chunk, len(self._tokens), all_logits)
-            self._tokens.extend(chunk.tolist())
-            if all_logits:
-                chunks.append(last.copy())
-            if progress is not None:
-                progress(begin + len(chunk), len(ids))
-        self._backend.layer_done = None
+        try:
+            for begin in range(0, len(ids), most):
+                cancellation.check()
+                chunk = ids[begin : begin + most]
+                self._backend.layer_done = layer_progress(cancellation, progress, begin, len(chunk), len(ids))
+                last = self._backend.prefill(chunk, len(self._tokens), all_logits)
+                if not is_number(last[-1]) and self._widen():
+                    last = self._backend.prefill(chunk, len(self._tokens), all_logits)
+                self._gate.num_changes += 1
+                self._tokens.extend(chunk.tolist())
+                if all_logits:
+                    chunks.append(last.copy())
+                if progress is not None:
+                    progress(begin + len(chunk), len(ids))
+        finally:
+            self._backend.layer_done = None
         return np.concatenate(chunks) if all_logits else cast("Logits", last)[-1].copy()
 
     def decode(self, token: int) -> Logits:
-        """Computes one token; gives its logits [vocab], a view that the next call overwrites. Raises as
-        ``prefill``."""
+        """Computes one token; gives its logits [vocab]. Raises as ``prefill``."""
+        return self._gate.run(None, self._decode_copy, token)
+
+    def _decode_copy(self, token: int) -> Logits:
+        # Another thread's call may overwrite the backend's own before this caller has looked at them.
+        return self._decode(token).copy()
+
+    def _decode(self, token: int) -> Logits:
+        """Logits as a view that the next call overwrites."""
         position = len(self._tokens)
-        if position >= self._backend.capacity or not 0 <= token < self.architecture.vocab_size:
-            self._checked([token])
+        if position >= self._backend.capacity or type(token) is not int or not 0 <= token < self._vocab_size:
+            token = self._checked_one(token)
         logits = self._backend.decode(token, position)
+        if not is_number(logits) and self._widen():
+            logits = self._backend.decode(token, position)
+        self._gate.num_changes += 1
         self._tokens.append(token)
         return logits
 
+    def cancel(self) -> None:
+        """Ends the answer or the prefill in progress, soon (a prompt: after a layer); does not wait for it.
+
+        An answer then ends as after ``Answer.cancel``, ``prefill`` raises CallCancelledError, and ``tokens``
+        are what was computed. May be called from any thread, a progress callback or a signal handler; without
+        anything in progress it does nothing.
+        """
+        self._gate.cancel()
+
     def truncate(self, num_tokens: int) -> None:
         """Forgets all but the first num_tokens tokens. Raises UsageError if fewer are held."""
+        self._gate.run(None, self._truncate, num_tokens)
+
+    def _truncate(self, num_tokens: int) -> None:
         if not 0 <= num_tokens <= len(self._tokens):
             raise UsageError("cannot keep more tokens than are held", got=num_tokens, limit=len(self._tokens))
-        del self._tokens[num_tokens:]
+        if num_tokens < len(self._tokens):
+            self._gate.num_changes += 1
+            del self._tokens[num_tokens:]
 
     def reset(self) -> None:
         """Forgets everything."""
-        self._tokens.clear()
+        self._gate.run(None, self._truncate, 0)
 
     def keep_prefix(self, tokens: Sequence[int]) -> int:
         """Keeps what the cache shares with tokens, but not the last of them; gives how many were kept.
 
         The last token is always left to compute: its logits are what comes next.
         """
+        return self._gate.run(None, self._keep_prefix, tokens)
+
+    def _keep_prefix(self, tokens: Sequence[int]) -> int:
         count = 0
         limit = min(len(self._tokens), len(tokens) - 1)
         while count < limit and self._tokens[count] == tokens[count]:
             count += 1
-        self.truncate(count)
+        self._truncate(max(count, 0))
         return count
 
     def save_prefix(self, path: str | Path, *, conversation: bytes = b"") -> None:
@@ -183,6 +249,9 @@ class Engine:
         replaced. Raises UsageError if there is nothing to save or another file of that name, ResourceError if
         the system refuses.
         """
+        self._gate.run(None, self._save_prefix, path, conversation)
+
+    def _save_prefix(self, path: str | Path, conversation: bytes) -> None:
         save_prefix(path, self.bundle, self._backend, self._tokens, conversation=conversation)
 
     def load_prefix(self, path: str | Path) -> bytes:
@@ -192,12 +261,16 @@ class Engine:
         prefix of another bundle or KV dtype, UsageError if it is longer than the context, FormatError
         (ChecksumError, VersionError) for a file that is not a sound one; what is held is then still held.
         """
+        return self._gate.run(None, self._load_prefix, path)
+
+    def _load_prefix(self, path: str | Path) -> bytes:
         with PrefixFile(path) as file:
             file.check(self.bundle, self._backend)
             file.verify()
             tokens, conversation = file.tokens(self.architecture), file.conversation()
             # From here on the cache is being overwritten: a failure to read must not leave old ids on new
             # keys.
+            self._gate.num_changes += 1
             self._tokens.clear()
             file.restore(self._backend)
             self._tokens.extend(tokens)
@@ -207,26 +280,28 @@ class Engine:
     def encode(self, prompt: Prompt, *, template_vars: Variables | None = None) -> list[int]:
         """Token ids of plain text, of messages (by the chat template), or of ids (as they are).
 
-        template_vars: what the template is told beside the messages, on top of the settings' ones.
-        Raises UsageError if messages are given and the bundle has no chat template, or for a variable that
-        the program sets itself.
+        Messages are dicts, ``Message`` or other objects with role and content, as APIs send them: content may
+        be a list of text parts, an assistant may have tool_calls. template_vars: what the template is told
+        beside the messages, on top of the settings' ones. Raises UsageError for what is none of these, for
+        text that is not UTF-8 or far beyond the context, for messages if the bundle has no chat template, or
+        for a variable that the program sets itself.
         """
+        self._gate.check()
         if isinstance(prompt, str):
             refuse_variables(template_vars)
+            check_length(prompt, self.context, self.text.tokenizer)
             return self.text.tokenizer.encode(prompt, special=True)
-        if all(isinstance(one, (int, np.integer)) for one in prompt):
+        if (ids := token_ids(prompt)) is not None:
             refuse_variables(template_vars)
-            return [int(one) for one in cast("Sequence[int]", prompt)]
-        messages = [
-            one if isinstance(one, Message) else Message(one["role"], one["content"])
-            for one in cast("Sequence[Message | Mapping[str, str]]", prompt)
-        ]
+            return ids
+        messages = read_messages(prompt)
         tokenizer = self.text.tokenizer
         if self.text.template is None:
             raise missing_template(str(self.bundle.path))
+        check_length(messages, self.context, tokenizer)
         variables = merged_variables(self.settings.template_vars, template_vars)
         self.text.note_unused(variables)
-        return tokenizer.encode(self.text.template.render(messages, variables=variables))
+        return tokenizer.encode(render_chat(self.text.template, messages, variables=variables))
 
     def generate(
         self,
@@ -234,7 +309,7 @@ class Engine:
         sampling: SamplingSettings | None = None,
         *,
         max_tokens: int | None = None,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         progress: Progress | None = None,
         template_vars: Variables | None = None,
         split_thinking: bool = True,
@@ -243,11 +318,12 @@ class Engine:
 
         What the cache already holds of the prompt is not computed again. sampling: None = as
         generation_config.json suggests. max_tokens: None = until an end token or the context is full. stop:
-        texts, or special tokens, that end the text, be it answer or thinking. template_vars: as for
-        ``encode``. split_thinking: what the model thinks comes as pieces of the kind ``reasoning``; False:
-        all is answer, with the markers as far as decoding shows them.
+        one text or several, or special tokens, that end the text, be it answer or thinking. template_vars: as
+        for ``encode``. split_thinking: what the model thinks comes as pieces of the kind ``reasoning``;
+        False: all is answer, with the markers as far as decoding shows them.
         Raises UsageError if the prompt does not fit the context.
         """
+        stop = stop_texts(stop)
         ids = self.encode(prompt, template_vars=template_vars)
         if not ids or len(ids) > self.context:
             self._refuse_length(len(ids), 0)
@@ -257,10 +333,11 @@ class Engine:
             raise UsageError("max_tokens must be positive", got=max_tokens)
         if sampling is None:
             self.text.note_sampling()
+            sampling = self.text.sampling
         text_ends = ends_of_text(self.text, ids, stop, is_plain=isinstance(prompt, str), split=split_thinking)
-        return Answer(
-            self._generate(ids, sampling or self.text.sampling, limit, text_ends, progress, stats), stats
-        )
+        cancellation = Cancellation()
+        pieces = self._generate(ids, sampling, limit, text_ends, progress, stats, cancellation)
+        return Answer(pieces, stats, self._gate, cancellation)
 
     def _generate(
         self,
@@ -270,11 +347,16 @@ class Engine:
         ends: TextEnds,
         progress: Progress | None,
         stats: Generation,
+        cancellation: Cancellation,
     ) -> Generator[Piece]:
-        stats.num_cached_tokens = kept = self.keep_prefix(ids)
+        """Goes on only inside ``_gate``, and only with what it has left in the cache."""
+        claim = Claim(self._gate)
+        stats.num_cached_tokens = kept = self._keep_prefix(ids)
         plan = GenerationPlan(
-            first=lambda: self.prefill(ids[kept:], progress=progress),
-            step=self.decode,
+            first=lambda: usable(
+                claim.begin(self._prefill, ids[kept:], cancellation, False, progress), self._backend
+            ),
+            step=lambda token: usable(claim.go_on(self._decode, token), self._backend),
             context=self._tokens,
             room=self.context - len(ids),
             sampler=Sampler(sampling),
@@ -288,12 +370,22 @@ class Engine:
         yield from run(plan, stats)
 
     def close(self) -> None:
-        """Frees threads and mappings. Calling it again does nothing."""
-        if self._prefault is not None:
-            self._prefault.stop()
-            self._prefault = None
-        self._backend.close()
-        self.bundle.close()
+        """Frees threads and mappings. Calling it again does nothing.
+
+        Ends an answer or prefill that another thread has in progress, as ``cancel``, and waits till that
+        thread has left; the reader of the answer gets a UsageError. A file that is being saved or loaded is
+        waited for. Raises UsageError inside a callback, which cannot be waited for. In a child of ``fork`` it
+        frees nothing, since nothing there is the child's.
+        """
+        self._gate.close(self._free)
+
+    def _free(self) -> None:
+        with ExitStack() as undo:  # each of them, whatever the others raise
+            undo.callback(self.bundle.close)
+            undo.callback(self._backend.close)
+            prefault, self._prefault = self._prefault, None
+            if prefault is not None:
+                prefault.stop()
 
     def __enter__(self) -> Engine:
         return self
@@ -301,17 +393,23 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _widen(self) -> bool:
+        """Goes on with an F32 cache in place of an F16 one that overflowed. False if that cannot be."""
+        found = self._reopen and widened(self._backend, self.settings, self._reopen, self._tokens)
+        if not found:
+            return False
+        self._backend.close()
+        self._backend, self.settings = found
+        return True
+
     def _checked(self, tokens: Sequence[int]) -> npt.NDArray[np.int64]:
-        try:
-            ids = np.asarray(tokens, dtype=np.int64)
-        except OverflowError as error:
-            raise UsageError("a token id is outside the vocabulary", got=error) from error
-        if ids.ndim != 1 or not ids.size or len(self._tokens) + ids.size > self.context:
+        ids = checked_ids(tokens, self._vocab_size)
+        if not ids.size or len(self._tokens) + ids.size > self.context:
             self._refuse_length(ids.size, len(self._tokens))
-        vocab = self.architecture.vocab_size
-        if ids.min() < 0 or ids.max() >= vocab:
-            raise UsageError("a token id is outside the vocabulary", got=int(ids.max()), limit=vocab)
         return ids
+
+    def _checked_one(self, token: int) -> int:
+        return int(self._checked([token])[0])
 
     def _refuse_length(self, count: int, held: int) -> None:
         if not count:
@@ -322,18 +420,3 @@ class Engine:
             limit=f"{self.context} tokens",
             hint="shorten the prompt, or open with a larger context (--ctx)",
         )
-
-
-def _token_progress(
-    progress: Progress | None, begin: int, num_tokens: int, total: int
-) -> LayerProgress | None:
-    """Layers of a pass over num_tokens tokens as so many tokens; the last layer is left to the end of the
-    pass."""
-    if progress is None:
-        return None
-
-    def layer_done(done: int, num_layers: int) -> None:
-        if done < num_layers:
-            progress(begin + num_tokens * done // num_layers, total)
-
-    return layer_done

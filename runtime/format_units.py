@@ -10,6 +10,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 
 from krasis.formats.errors import UsageError
+from krasis.formats.printable import printable
 from krasis.formats.units import format_bytes as format_bytes
 from krasis.formats.units import format_seconds as format_seconds
 from krasis.formats.units import parse_bytes as parse_bytes
@@ -79,11 +80,6 @@ def text_fields(pairs: Sequence[tuple[str, str]], indent: int = 2) -> str:
     width = max((len(name) for name, _ in pairs), default=0)
     lines = (f"{' ' * indent}{printable(name).ljust(width)}  {printable(value)}" for name, value in pairs)
     return "\n".join(line.rstrip() for line in lines)
-
-
-def printable(text: str) -> str:
-    """Text of a file without what would steer a terminal: control characters and escape sequences."""
-    return text if text.isprintable() else "".join(char if char.isprintable() else "?" for char in text)
 
 
 def text_paragraphs(sentences: Iterable[str], width: int = 108) -> str:

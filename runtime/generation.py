@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from krasis.runtime.exclusive import CallCancelledError, Cancellation, Exclusive
 from krasis.runtime.sampler import Sampler
 from krasis.runtime.thinking import ANSWER, MarkedStream, Segment, ThinkingSplitter
 from krasis.runtime.tokenizer import TokenStream
@@ -36,7 +37,8 @@ class Generation:
     computed again.
     text: the answer. reasoning: what the model thought, apart from it. tokens: of both.
     stop_reason: ``end`` (an end token), ``stop`` (a stop string), ``length`` (max_tokens), ``context`` (the
-    cache is full), ``interrupted`` (the caller stopped reading), and ``""`` while it runs.
+    cache is full), ``interrupted`` (the caller stopped reading, or an error ended it), ``cancelled``
+    (``cancel``), and ``""`` before its first token.
     """
 
     num_prompt_tokens: int = 0
@@ -102,20 +104,65 @@ def _overlap(text: str, stop: str) -> int:
 
 class Answer(Iterator[Piece]):
     """The pieces of a generation as they come, and its ``stats``. Closing it, or no longer reading, stops the
-    work."""
+    work.
 
-    __slots__ = ("_pieces", "stats")
+    The work of a piece is done while it is asked for, and of several threads that ask each gets other pieces.
+    ``close`` and ``cancel`` may be called from any thread, from a callback or a signal handler: they do not
+    wait, and whoever reads sees the end; a prompt that is being computed ends after a layer.
+    """
 
-    def __init__(self, pieces: Generator[Piece], stats: Generation) -> None:
-        self._pieces = pieces
+    __slots__ = ("_cancellation", "_gate", "_pieces", "stats")
+
+    def __init__(
+        self,
+        pieces: Generator[Piece],
+        stats: Generation,
+        gate: Exclusive | None = None,
+        cancellation: Cancellation | None = None,
+    ) -> None:
+        """gate: of the engine that pieces works with, which they then have for themselves. cancellation: what
+        pieces looks at.
+        """
+        self._pieces: Generator[Piece] | None = pieces
+        self._gate = gate or Exclusive()
+        self._cancellation = cancellation or Cancellation()
         self.stats = stats
 
     def __next__(self) -> Piece:
-        return next(self._pieces)
+        """Raises UsageError if the engine was closed, or another call has changed what it holds."""
+        pieces = self._pieces
+        if pieces is None:
+            raise StopIteration
+        if not self._cancellation.reason:
+            try:
+                return self._gate.run(self._cancellation, pieces.__next__)
+            except StopIteration:
+                self._pieces = None
+                raise
+            except CallCancelledError:
+                if not self._cancellation.reason:
+                    raise
+        raise self._end()
+
+    def _end(self) -> StopIteration:
+        self._pieces = None
+        if self._cancellation.reason == "closed":
+            self._gate.check()
+        self.stats.stop_reason = self._cancellation.reason
+        return StopIteration()
 
     def close(self) -> None:
-        """Ends the generation."""
-        self._pieces.close()
+        """Ends the generation; stop_reason says ``interrupted``."""
+        self._stop("interrupted")
+
+    def cancel(self) -> None:
+        """Ends the generation; stop_reason says ``cancelled``."""
+        self._stop("cancelled")
+
+    def _stop(self, reason: str) -> None:
+        self._cancellation.cancel(reason)
+        if self._pieces is not None and self.stats.stop_reason in ("", "interrupted"):
+            self.stats.stop_reason = self._cancellation.reason
 
 
 @dataclass(frozen=True, slots=True)

@@ -124,7 +124,7 @@ def collect(
     if not tokens:
         raise UsageError("the text is empty: there is nothing to calibrate on")
     settings = EngineSettings(
-        context=min(context, bundle.architecture.max_positions),
+        context=min(context, bundle.architecture.max_context),
         activations="float32",
         experts=tier,
         kv_dtype="f32",

@@ -15,11 +15,16 @@ from pathlib import Path
 import click
 from tqdm import tqdm
 
+from krasis.formats import mapping_guard
 from krasis.formats.bundle_reader import Bundle
 from krasis.formats.command_line import StreamsCommand, version_option
 from krasis.formats.errors import KrasisError
+from krasis.formats.last_resort import last_resort
 from krasis.runtime.importance import Importance, collect
 from krasis.runtime.settings import EXPERT_TIERS
+from krasis.runtime.user_files import read_user_file
+
+MAX_TEXT_BYTES = 1 << 30
 
 
 @click.command(cls=StreamsCommand, help=__doc__)
@@ -41,6 +46,7 @@ from krasis.runtime.settings import EXPERT_TIERS
 )
 @click.option("--experts", type=click.Choice(EXPERT_TIERS), help="Experts to run [default: cpu if there].")
 @version_option()
+@last_resort("importance")
 def main(
     bundle: Path,
     texts: tuple[Path, ...],
@@ -50,7 +56,8 @@ def main(
     experts: str | None,
 ) -> None:
     try:
-        text = "\n\n".join(path.read_text(encoding="utf-8") for path in texts)
+        mapping_guard.install("importance")
+        text = "\n\n".join(read_user_file(path, "the text", MAX_TEXT_BYTES).decode() for path in texts)
         with (
             Bundle.open(bundle) as opened,
             tqdm(total=opened.architecture.num_layers, unit="layer", disable=not sys.stderr.isatty()) as bar,

@@ -7,6 +7,7 @@ from typing import Any
 
 from krasis.formats.bundle_verify import Problem
 from krasis.formats.manifest import BlobRecord, Manifest
+from krasis.formats.printable import printable
 from krasis.formats.units import format_bytes
 from krasis.runtime.format_units import format_count, text_fields, text_table
 from krasis.runtime.planning.planner import (
@@ -31,6 +32,7 @@ def bundle_to_json(manifest: Manifest, path: str, workload: Workload | None = No
         "format": [manifest.format_major, manifest.format_minor],
         "tool_version": manifest.tool_version,
         "architecture": manifest.architecture.to_json(),
+        "max_context": manifest.architecture.max_context,
         "parameters": {
             "total": parameters.total,
             "active": parameters.active,
@@ -118,7 +120,7 @@ def _indent(text: str) -> str:
 def _model_fields(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     arch, parameters = summary["architecture"], summary["parameters"]
     scaling = arch["rope_scaling"]
-    context = f"{arch['max_positions']:,} positions"
+    context = f"{summary['max_context']:,} positions"
     if scaling["kind"] != "none":
         context += f" ({scaling['kind']} x{scaling['factor']:g})"
     experts = f"{arch['num_experts']} a layer, top-{arch['num_experts_per_token']}"
@@ -292,4 +294,4 @@ def tensors_to_text(tensors: Sequence[Mapping[str, Any]]) -> str:
 
 def problem_to_text(problem: Problem) -> str:
     """One line."""
-    return " ".join(str(problem).split())
+    return printable(" ".join(str(problem).split()))

@@ -19,7 +19,10 @@ import click
 
 from krasis.formats.command_line import StreamsCommand, version_option
 from krasis.formats.errors import KrasisError, UsageError
+from krasis.formats.last_resort import last_resort
+from krasis.formats.printable import printable_lines
 from krasis.formats.standard_streams import check_stdout, write_output
+from krasis.formats.stop_signals import INTERRUPTED, ends_in_order
 
 if TYPE_CHECKING:
     from krasis.formats.bundle_verify import Problem
@@ -28,8 +31,12 @@ if TYPE_CHECKING:
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
-EXIT_DAMAGED = 3
 JSON_VERSION = 1
+_HEADINGS = {
+    "damaged": "DAMAGED",
+    "changed": "CHANGED while it was checked, so that nothing is known",
+    "unreadable": "NOT CHECKED: the system does not let it be read",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +87,10 @@ _AT_LEAST_1 = click.IntRange(min=1)
     "--tensors", is_flag=True, help="List every blob: tier, dtype, shape, layout, file, offset, bytes."
 )
 @click.option(
-    "--verify", is_flag=True, help="Read everything and check every checksum; exit code 3 if damaged."
+    "--verify",
+    is_flag=True,
+    help="Read everything and check every checksum. Exit code 3 if damaged, 5 if changed meanwhile, 6 if "
+    "the system does not let it be read.",
 )
 @click.option(
     "--plan", is_flag=True, help="What this machine, or one described by the flags below, would do."
@@ -104,13 +114,26 @@ _AT_LEAST_1 = click.IntRange(min=1)
 @click.option("--prompt-tokens", type=_AT_LEAST_1, help="Length of the prompt.  [default: 10000]")
 @click.option("--kv-dtype", type=click.Choice(["f16", "bf16", "f32"]), default="f16", show_default=True)
 @version_option()
+@last_resort("krasis-info")
+@ends_in_order("")
 def main(**options: Any) -> None:
     """Show what is inside BUNDLE (a .krasis directory), what it needs, and whether it is intact."""
     try:
         sys.exit(_run(_Request(**options)))
-    except (KrasisError, OSError) as error:
-        click.echo(f"krasis-info: {error}", err=True)
-        sys.exit(error.exit_code if isinstance(error, KrasisError) else 1)
+    except KrasisError as error:
+        _fail(error)
+    except OSError as error:
+        from krasis.formats.file_ops import refusal
+
+        _fail(refusal(error))
+    except KeyboardInterrupt:
+        click.echo("krasis-info: stopped", err=True)
+        sys.exit(INTERRUPTED)
+
+
+def _fail(error: KrasisError) -> None:
+    click.echo(f"krasis-info: {error}", err=True)
+    sys.exit(error.exit_code)
 
 
 def _run(request: _Request) -> int:
@@ -121,16 +144,17 @@ def _run(request: _Request) -> int:
     texts: list[str] = []
     if request.env:
         _add_environment(record, texts)
-    damaged = False
+    code = 0
     if request.bundle is not None:
         if request.verify:
-            damaged = _add_verification(request.bundle, record, texts)
-        if not damaged:
+            code = _add_verification(request.bundle, record, texts)
+        if not code:
             _add_bundle(request, request.bundle, record, texts)
     elif request.plan:
         _add_plan(request, _sizes_of_shape(request), record, texts)
-    write_output((json.dumps(record, indent=1) if request.as_json else "\n\n".join(texts)) + "\n")
-    return EXIT_DAMAGED if damaged else 0
+    text = json.dumps(record, indent=1) if request.as_json else printable_lines("\n\n".join(texts))
+    write_output(text + "\n")
+    return code
 
 
 def _check(request: _Request) -> None:
@@ -190,27 +214,37 @@ def _add_bundle(request: _Request, path: Path, record: dict[str, Any], texts: li
         _add_plan(request, sizes_of_bundle(manifest), record, texts, shard)
 
 
-def _add_verification(path: Path, record: dict[str, Any], texts: list[str]) -> bool:
-    """Whether the bundle is damaged."""
+def _add_verification(path: Path, record: dict[str, Any], texts: list[str]) -> int:
+    """The exit code: 0 if the bundle is intact and its text files can be used, else that of the gravest
+    problem's kind.
+    """
+    from krasis.formats.bundle_verify import EXIT_CODES, verdict
     from krasis.formats.units import format_bytes, format_seconds
     from krasis.runtime import info
 
     num_bytes, seconds, problems = _verify_with_progress(path)
     lines = [info.problem_to_text(problem) for problem in problems]
+    found = verdict(problems)
     record["verify"] = {
         "path": str(path),
         "intact": not problems,
+        "verdict": found,
         "problems": lines,
         "num_bytes": num_bytes,
         "seconds": seconds,
     }
+    text_is_unsound = False
+    if not problems:
+        from krasis.runtime.info_text_check import add_text_check
+
+        text_is_unsound = add_text_check(path, record["verify"], texts)
     if problems:
-        texts.append("\n".join([f"{path}: DAMAGED, {len(lines)} problem(s)", *lines]))
+        texts.append("\n".join([f"{path}: {_HEADINGS[found]}, {len(lines)} problem(s)", *lines]))
     else:
         rate = num_bytes / max(seconds, 1e-9) / 1e9
         checked = f"{format_bytes(num_bytes)} checked in {format_seconds(seconds)} ({rate:.2f} GB/s)"
-        texts.append(f"{path}: intact, {checked}")
-    return bool(problems)
+        texts.insert(0, f"{path}: intact, {checked}")
+    return EXIT_CODES["damaged"] if text_is_unsound else EXIT_CODES[found]
 
 
 def _verify_with_progress(path: Path) -> tuple[int, float, list[Problem]]:

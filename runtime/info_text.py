@@ -9,8 +9,9 @@ from typing import Any
 from krasis.formats.bundle_reader import Bundle
 from krasis.formats.errors import KrasisError
 from krasis.formats.names import shown
+from krasis.formats.printable import printable
 from krasis.runtime.end_tokens import added_note
-from krasis.runtime.format_units import printable, text_fields, text_paragraphs
+from krasis.runtime.format_units import text_fields, text_paragraphs
 from krasis.runtime.generation_defaults import describe
 from krasis.runtime.template_variables import names_offered
 from krasis.runtime.text_assets import TOKENIZER, TextAssets

@@ -26,10 +26,19 @@ from krasis.formats.architecture import Architecture
 from krasis.formats.atomic_file import AtomicFile
 from krasis.formats.bundle_reader import Bundle
 from krasis.formats.dtypes import NUMPY_DTYPES
-from krasis.formats.errors import ChecksumError, FormatError, MismatchError, UsageError, VersionError
+from krasis.formats.errors import (
+    ChecksumError,
+    FormatError,
+    MismatchError,
+    ResourceError,
+    UsageError,
+    VersionError,
+)
 from krasis.formats.file_ops import FileOps
-from krasis.formats.limits import MIB, PAGE_BYTES
+from krasis.formats.limits import MAX_FILE_NAME_BYTES, MIB, PAGE_BYTES
+from krasis.formats.manifest import canonical_json
 from krasis.formats.names import shown
+from krasis.formats.publish import PARTIAL_SUFFIX
 from krasis.formats.regular_file import open_regular, read_into, read_range
 from krasis.formats.safetensors import LENGTH_BYTES, Header, TensorInfo, parse_header, read_header_bytes
 from krasis.formats.shard_plan import encode_header
@@ -49,9 +58,12 @@ logger = logging.getLogger(__name__)
 
 def bundle_identity(bundle: Bundle) -> str:
     """What tells a bundle from every other: the XXH3-128 digest of its manifest, which holds those of all its
-    data.
+    data, and of the architecture where it is run with another.
     """
-    return str(xxhash.xxh3_128_hexdigest(bundle.manifest.to_bytes()))
+    digest = xxhash.xxh3_128(bundle.manifest.to_bytes())
+    if bundle.architecture != bundle.manifest.architecture:
+        digest.update(canonical_json(bundle.architecture.to_json()))
+    return str(digest.hexdigest())
 
 
 def is_prefix_file(path: Path) -> bool:
@@ -63,16 +75,31 @@ def is_prefix_file(path: Path) -> bool:
     return True
 
 
-def check_target(path: Path) -> None:
-    """UsageError unless a prefix may be written there: into a folder, under a name that is free or an older
-    one's.
+def check_target(path: Path, bundle: Path | None = None) -> None:
+    """UsageError unless a prefix may be written there: into a folder that can be written to, under a name
+    that is free or an older one's, and not into the bundle, of which it would be no part.
     """
-    if not path.absolute().parent.is_dir():
-        raise UsageError("there is no such folder to save in", where=str(path), hint="make it first")
+    where, folder = str(path), path.absolute().parent
+    if path.name.endswith(PARTIAL_SUFFIX):
+        raise UsageError(
+            f"a saved prefix must not be called {PARTIAL_SUFFIX}: so are those that are being written",
+            where=where,
+            hint="choose another name",
+        )
+    if len(os.fsencode(path.name + PARTIAL_SUFFIX)) > MAX_FILE_NAME_BYTES:
+        raise UsageError("the name to save under is too long", got=f"{len(os.fsencode(path.name))} bytes")
+    if not folder.is_dir():
+        raise UsageError("there is no such folder to save in", where=where, hint="make it first")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UsageError("this folder cannot be written to", where=str(folder), hint="choose another one")
+    if bundle is not None and bundle.is_dir() and folder.samefile(bundle):
+        raise UsageError(
+            "a prefix cannot be saved inside the bundle", where=where, hint="choose another folder"
+        )
     if os.path.lexists(path) and (path.is_symlink() or not path.is_file() or not is_prefix_file(path)):
         raise UsageError(
             "there is another file of this name, and it is no saved prefix",
-            where=str(path),
+            where=where,
             hint="choose another name",
         )
 
@@ -96,7 +123,7 @@ def save_prefix(
         raise UsageError("there is nothing to save: no token was computed", where=str(path))
     if len(conversation) > MAX_CONVERSATION_BYTES:
         raise UsageError("the conversation is too long to be saved", where=str(path), got=len(conversation))
-    check_target(path)
+    check_target(path, bundle.path)
     writer = _Writer(path, bundle, backend, tokens, conversation)
     with AtomicFile(path, io=io) as file:
         writer.write(file)
@@ -249,7 +276,7 @@ class PrefixFile:
         """
         if self.bundle != bundle_identity(bundle):
             raise MismatchError(
-                "the prefix was saved from another bundle",
+                "the prefix was saved from another bundle, or with another --rope-scaling",
                 where=self._where,
                 got=f"bundle {shown(self.bundle)}",
                 limit=f"{bundle.path}: {bundle_identity(bundle)}",
@@ -349,11 +376,16 @@ class PrefixFile:
 def looks_like_prefix(path: Path) -> bool:
     """Whether a file begins as safetensors files do, which no JSON text can. False if it cannot be read."""
     try:
-        with path.open("rb") as file:
-            head = file.read(LENGTH_BYTES + 1)
-            size = os.fstat(file.fileno()).st_size
-    except OSError:
+        fd = open_regular(path, follow_links=True)
+    except (FormatError, ResourceError):
         return False
+    try:
+        size = os.fstat(fd).st_size
+        head = read_range(fd, 0, min(size, LENGTH_BYTES + 1), str(path))
+    except (FormatError, ResourceError):
+        return False
+    finally:
+        os.close(fd)
     return (
         head[LENGTH_BYTES:] == b"{" and int.from_bytes(head[:LENGTH_BYTES], "little") <= size - LENGTH_BYTES
     )

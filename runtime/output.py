@@ -6,6 +6,7 @@ import re
 import sys
 from typing import TYPE_CHECKING, Any
 
+from krasis.formats.printable import printable_lines
 from krasis.formats.standard_streams import write_output
 from krasis.runtime.generation import Answer, Generation
 from krasis.runtime.thinking_view import ThinkingView
@@ -23,7 +24,7 @@ _HIDDEN = re.compile(f"[{_BIDI}]")
 
 def note(text: str) -> None:
     """A line on stderr. What is of a file or of a model in it cannot drive the terminal."""
-    print(safe_for_terminal(text) if sys.stderr.isatty() else text, file=sys.stderr, flush=True)
+    print(printable_lines(text), file=sys.stderr, flush=True)
 
 
 def safe_for_terminal(text: str) -> str:

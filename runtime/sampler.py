@@ -39,7 +39,9 @@ class Sampler:
         """
         if not np.isfinite(logits).all():
             raise NativeError(
-                "the model produced NaN or infinite logits", hint="krasis-info --verify the bundle"
+                "the model produced NaN or infinite logits",
+                hint="an F16 KV cache may be too small for its values (--kv-dtype f32), or its weights are "
+                "damaged (krasis-info --verify)",
             )
         logits = self._penalize(logits, context, answer)
         if self.settings.temperature == 0.0:

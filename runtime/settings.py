@@ -46,8 +46,11 @@ class EngineSettings:
     memory before: what ``cp`` left in the page cache is read slower than what comes from the disk.
     device: ``cpu``; ``cuda``: prefill on the GPU, decode on both; ``auto``: the GPU if all it needs is there
     (the log says what is missing); ``double``: the GPU's code on the CPU, checked and slow, for tests.
+    rope_scaling: instead of the bundle's own: ``none``, ``linear,FACTOR`` or ``yarn,FACTOR,ORIGINAL``, as
+    ``rope_option.parse_rope_scaling`` reads it; None = the bundle's.
     gpu_dtype: of the GPU's activations and KV cache. vram_bytes: use no more of a GPU's memory; None = what
-    is free. template_vars: what every conversation's chat template is told beside, such as enable_thinking.
+    is free. chat_template: a file whose template takes the place of the bundle's. template_vars: what every
+    conversation's chat template is told beside, such as enable_thinking.
     """
 
     context: int | None = None
@@ -62,7 +65,9 @@ class EngineSettings:
     device: str = "auto"
     gpu_dtype: str = "bf16"
     vram_bytes: int | None = None
+    chat_template: str | None = None
     template_vars: Mapping[str, object] = field(default_factory=dict)
+    rope_scaling: str | None = None
 
     def __post_init__(self) -> None:
         if self.context is not None:
@@ -76,6 +81,10 @@ class EngineSettings:
         _one_of("kv_dtype", self.kv_dtype, KV_DTYPES)
         _one_of("device", self.device, DEVICES)
         _one_of("gpu_dtype", self.gpu_dtype, GPU_DTYPES)
+        if self.rope_scaling is not None:
+            from krasis.runtime.rope_option import parse_rope_scaling
+
+            parse_rope_scaling(self.rope_scaling)
         if self.vram_bytes is not None:
             _between("vram_bytes", self.vram_bytes, 1, 2**50)
         if self.experts == "gpu" and self.activations == "int8":
@@ -93,7 +102,10 @@ class EngineSettings:
             return max_positions if tokens_that_fit is None else min(max_positions, tokens_that_fit)
         if self.context > max_positions:
             raise UsageError(
-                "the context is longer than the model allows", got=self.context, limit=max_positions
+                "the context is longer than the model allows",
+                got=self.context,
+                limit=max_positions,
+                hint="--rope-scaling stretches the context of a model that is made for it",
             )
         return self.context
 

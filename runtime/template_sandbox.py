@@ -2,19 +2,22 @@
 spend.
 
 Beyond Jinja's own sandbox: every step of a loop and every macro call is counted, ranges are short, strings
-and powers cannot be multiplied into gigabytes. The functions, filters and tags are those templates of Hugging
-Face models use.
+and powers cannot be multiplied into gigabytes. These give the clear sentences; what no such list can name (a
+list that contains itself a thousand times and is printed) is bounded from outside: templates only run in a
+worker with limits on time and memory (``text_worker``). The functions, filters and tags are those templates
+of Hugging Face models use.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
+from threading import Lock
 from typing import Any, NoReturn
 
-from jinja2 import Template, TemplateError, nodes
+from jinja2 import Template, TemplateError, nodes, pass_context
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
@@ -25,8 +28,7 @@ MAX_STEPS = 250_000
 MAX_RANGE = 10_000
 MAX_STRING_CHARACTERS = 16 * 1024 * 1024
 MAX_NUMBER = 2**63
-STEP_FUNCTION = "krasis_step"
-JOIN_FUNCTION = "krasis_join"
+_STEP_FILTER, _JOIN_FILTER = "krasis_step", "krasis_join"
 
 
 class GenerationTag(Extension):
@@ -41,14 +43,17 @@ class GenerationTag(Extension):
 
 
 class LimitedEnvironment(ImmutableSandboxedEnvironment):
-    """See the module. One template at a time; ``counting`` starts a fresh budget."""
+    """See the module. ``counting`` starts a fresh budget; threads take turns at it."""
 
     intercepted_binops = frozenset(["+", "*", "**", "%"])
 
     def __init__(self) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, loopcontrols])
         self._steps = 0
+        self._counting = Lock()
         self.filters["tojson"] = _to_json
+        self.filters[_STEP_FILTER] = self._step
+        self.filters[_JOIN_FILTER] = _join
         self.filters["replace"] = _replace
         # These make a string of any size from a number; no template of a model has needed them.
         for name in ("center", "format", "indent", "wordwrap"):
@@ -59,8 +64,6 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
                 "range": _short_range,
                 "raise_exception": _raise_exception,
                 "strftime_now": _strftime_now,
-                STEP_FUNCTION: self._step,
-                JOIN_FUNCTION: _join,
             }
         )
 
@@ -75,10 +78,12 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
     @contextmanager
     def counting(self) -> Iterator[None]:
         """Within, a template may take MAX_STEPS steps."""
-        self._steps = 0
-        yield
+        with self._counting:
+            self._steps = 0
+            yield
 
-    def _step(self) -> str:
+    @pass_context
+    def _step(self, _: Context, __: None) -> str:
         self._steps += 1
         if self._steps > MAX_STEPS:
             raise SecurityError(f"more than {MAX_STEPS} steps")
@@ -117,12 +122,40 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         return result
 
 
+class SandboxedTemplate:
+    """A compiled template. Raises what Jinja and Python raise: it is for a worker."""
+
+    __slots__ = ("_environment", "_template")
+
+    def __init__(self, source: str) -> None:
+        self._environment = LimitedEnvironment()
+        self._template = self._environment.compile_limited(source)
+
+    def render(self, values: Mapping[str, Any], max_characters: int) -> str:
+        """The text."""
+        pieces: list[str] = []
+        size = 0
+        with self._environment.counting():
+            for piece in self._template.generate(values):
+                size += len(piece)
+                if size > max_characters:
+                    raise SecurityError(f"it writes too much: more than {max_characters} characters")
+                pieces.append(piece)
+        return "".join(pieces)
+
+
 def _count_steps(tree: nodes.Template) -> None:
     """Counts loops and macro calls."""
     for node in tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock)):
-        step = nodes.Call(nodes.Name(STEP_FUNCTION, "load"), [], [], None, None)
+        step = _own_filter(_STEP_FILTER, [])
         body: list[nodes.Node] = getattr(node, "body")  # noqa: B009  the stubs lose what find_all was asked for
         body.insert(0, nodes.ExprStmt(step).set_lineno(node.lineno))
+
+
+def _own_filter(name: str, arguments: list[nodes.Expr]) -> nodes.Expr:
+    """A call of one of our filters. No function: a template could give its name another meaning; and a call
+    through the sandbox takes ten times as long."""
+    return nodes.Filter(nodes.Const(None), name, arguments, [], None, None)
 
 
 def _replace_concat(node: nodes.Node) -> None:
@@ -141,11 +174,11 @@ def _replace_concat(node: nodes.Node) -> None:
 
 
 def _join_call(concat: nodes.Concat) -> nodes.Node:
-    call = nodes.Call(nodes.Name(JOIN_FUNCTION, "load"), concat.nodes, [], None, None)
-    return call.set_lineno(concat.lineno)
+    return _own_filter(_JOIN_FILTER, concat.nodes).set_lineno(concat.lineno)
 
 
-def _join(*parts: object) -> str:
+@pass_context
+def _join(_: Context, __: None, *parts: object) -> str:
     texts = [str(part) for part in parts]
     _check_size(sum(len(text) for text in texts))
     return "".join(texts)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from krasis.formats.errors import FormatError, UsageError
 from krasis.formats.names import shown
 from krasis.formats.strict_json import parse_json
+from krasis.formats.worker_protocol import unpack_parts
+from krasis.runtime.text_sandbox import Resident, shared_sandbox
 
 if TYPE_CHECKING:
     from jinja2 import nodes
+
+logger = logging.getLogger(__name__)
 
 Variables = Mapping[str, object]
 
@@ -112,6 +118,34 @@ def parse_value(text: str, name: str = "") -> object:
 
 def names_read(source: str) -> frozenset[str]:
     """All names that a template reads, its own among them. Empty for one that does not parse."""
+    return _names(source)[0]
+
+
+def names_offered(source: str) -> tuple[str, ...]:
+    """The variables that a template lets its caller choose, sorted. Empty for one that does not parse."""
+    return _names(source)[1]
+
+
+@lru_cache(maxsize=8)
+def _names(source: str) -> tuple[frozenset[str], tuple[str, ...]]:
+    """Both, found by the worker: parsing a stranger's template may take seconds or exhaust the stack."""
+    data = source.encode("utf-8", "surrogatepass")
+    failure = "the names in the chat template cannot be found"
+    try:
+        answer = shared_sandbox().load(Resident("load_names", data, "chat template", failure))
+        (read, offered), _ = unpack_parts(answer)
+        return frozenset(map(str, read)), tuple(map(str, offered))
+    except (FormatError, ValueError, TypeError) as error:
+        logger.info("%s: %s", failure, error)
+        return frozenset(), ()
+
+
+def names_in(source: str) -> tuple[list[str], list[str]]:
+    """What ``names_read`` and ``names_offered`` give, found here: it is for the worker."""
+    return sorted(_names_read(source)), list(_names_offered(source))
+
+
+def _names_read(source: str) -> frozenset[str]:
     from jinja2 import nodes
 
     tree = _parse(source)
@@ -120,8 +154,7 @@ def names_read(source: str) -> frozenset[str]:
     return frozenset(node.name for node in tree.find_all(nodes.Name) if node.ctx == "load")
 
 
-def names_offered(source: str) -> tuple[str, ...]:
-    """The variables that a template lets its caller choose, sorted. Empty for one that does not parse."""
+def _names_offered(source: str) -> tuple[str, ...]:
     from jinja2 import nodes
 
     tree = _parse(source)

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from krasis.formats import stop_signals
 from krasis.formats.errors import KrasisError, UsageError
 from krasis.formats.standard_streams import OutputError
 from krasis.runtime.chat_commands import AS_TEXT, Question, parse
@@ -69,7 +70,7 @@ class Terminal:
 
     def _converse(self) -> None:
         going_on = True
-        while going_on:
+        while going_on and stop_signals.received() is None:
             try:
                 going_on = self._turn()
             except KeyboardInterrupt:  # in a command, or anywhere but in an answer, which handles its own
@@ -82,7 +83,7 @@ class Terminal:
         except (EOFError, OSError):  # Ctrl-D, or the terminal has closed
             return False
         except KeyboardInterrupt:
-            if self._interrupted:
+            if self._interrupted or stop_signals.received() is not None:
                 return False
             self._interrupted = True
             note("(Ctrl-C again, Ctrl-D or /quit leaves)")

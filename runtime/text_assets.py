@@ -4,14 +4,19 @@ first used."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from krasis.formats.bundle_reader import Bundle
-from krasis.formats.errors import FormatError
+from krasis.formats.errors import FormatError, KrasisError
+from krasis.formats.plain_text import BYTE_ORDER_MARK, decode_file, what_it_is
+from krasis.formats.regular_file import read_small_file
 from krasis.formats.strict_json import parse_json_object
+from krasis.runtime.added_tokens import SPECIAL_NAMES, DeclaredTokens, read_declared, token_text
 from krasis.runtime.chat import ChatTemplate
+from krasis.runtime.early import Early
 from krasis.runtime.end_tokens import (
     EndTokens,
     NamedEnds,
@@ -33,36 +38,72 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 GENERATION_CONFIG = "generation_config.json"
 MODEL_CONFIG = "config.json"
 TEMPLATE_FILE = "chat_template.jinja"
+SPECIAL_TOKENS_MAP = "special_tokens_map.json"
+ADDED_TOKENS = "added_tokens.json"
 MAX_CONFIG_BYTES = 16 * 2**20
-_TEMPLATE_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
 class TextAssets:
-    """What a bundle says about text. The bundle must stay open until the properties needed were read."""
+    """What a bundle says about text. The bundle must stay open until the properties needed were read.
 
-    def __init__(self, bundle: Bundle) -> None:
-        self._bundle = bundle
-        self._where = str(bundle.path)
-        self._names = {asset.name for asset in bundle.manifest.assets}
-        self._vocab_size = bundle.architecture.vocab_size
+    template: a file (Jinja, or JSON with a chat_template) whose template takes the place of the bundle's; it
+    is read at once. Raises FormatError or ResourceError if that cannot be read.
+    """
+
+    def __init__(self, bundle: Bundle, template: str | Path | None = None) -> None:
+        names = {asset.name for asset in bundle.manifest.assets}
+        self._begin(bundle.asset, names, str(bundle.path), bundle.architecture.vocab_size)
+        self._given = None if template is None else read_template(Path(template))
+        if template is not None:
+            self._template_where = str(template)
+
+    @classmethod
+    def of_files(cls, files: Mapping[str, bytes], where: str, vocab_size: int) -> TextAssets:
+        """The same of text files that are in no bundle yet. where: the folder, for messages."""
+        self = cls.__new__(cls)
+        self._begin(files.__getitem__, set(files), where, vocab_size)
+        self._given = None
+        return self
+
+    def _begin(self, read: Callable[[str], bytes], names: set[str], where: str, vocab_size: int) -> None:
+        self._read, self._names = read, names
+        self._where, self._vocab_size = where, vocab_size
+        source = TEMPLATE_FILE if TEMPLATE_FILE in names else TOKENIZER_CONFIG
+        self._template_where = f"{where}: {source}"
         self._noted: set[str] = set()
+        self._early: Early[Tokenizer] | None = None
+
+    def prepare(self) -> None:
+        """Begins to load the tokenizer, beside what else it takes to open a bundle. Whatever is wrong with it
+        is said when it is asked for: who runs token ids needs none."""
+        if TOKENIZER not in self._names or self._early is not None:
+            return
+        where = f"{self._where}: {TOKENIZER}"
+        try:
+            data, declared = self._read(TOKENIZER), self._declared
+        except KrasisError as error:
+            logger.info("%s cannot be read: %s", where, error)
+            return
+        self._early = Early(lambda: Tokenizer(data, self._vocab_size, where, declared))
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """Raises UnsupportedModelError if the bundle has none, FormatError if it is damaged."""
         if TOKENIZER not in self._names:
             raise missing_tokenizer(self._where)
+        if self._early is not None:
+            return self._early.result()
         where = f"{self._where}: {TOKENIZER}"
-        return Tokenizer(self._bundle.asset(TOKENIZER), self._vocab_size, where)
+        return Tokenizer(self._read(TOKENIZER), self._vocab_size, where, self._declared)
 
     @cached_property
     def template(self) -> ChatTemplate | None:
         """The chat template, None if the bundle has none."""
-        source = self._template_source()
+        source = self._given if self._given is not None else self._template_source()
         if source is None:
             return None
-        tokens = {name: text for name in _TEMPLATE_TOKENS if (text := _token_text(self._tokens.get(name)))}
-        return ChatTemplate(source, tokens, f"{self._where}: chat template")
+        tokens = {name: text for name in SPECIAL_NAMES if (text := token_text(self._tokens.get(name)))}
+        return ChatTemplate(source, tokens, self._template_where)
 
     @cached_property
     def named_ends(self) -> frozenset[int]:
@@ -132,8 +173,18 @@ class TextAssets:
                 logger.warning("%s", note)
 
     @cached_property
+    def _declared(self) -> DeclaredTokens:
+        config = self._json_object(TOKENIZER_CONFIG)
+        # As in transformers, the older files count only where the newer one does not list the tokens.
+        older = "added_tokens_decoder" not in config
+        special_map = self._json_object(SPECIAL_TOKENS_MAP) if older else {}
+        added = self._json_object(ADDED_TOKENS) if older else {}
+        return read_declared(config, special_map, added, f"{self._where}: {TOKENIZER_CONFIG}")
+
+    @property
     def _tokens(self) -> Mapping[str, Any]:
-        return self._json_object(TOKENIZER_CONFIG)
+        """tokenizer_config.json, with what special_tokens_map.json changes in it."""
+        return self._declared.config
 
     @cached_property
     def _model_config(self) -> Mapping[str, Any]:
@@ -151,35 +202,54 @@ class TextAssets:
     def _template_source(self) -> str | None:
         if TEMPLATE_FILE in self._names:
             return self._text(TEMPLATE_FILE)
-        source = self._tokens.get("chat_template")
-        if isinstance(source, list):
-            # Several named templates: {"name": ..., "template": ...}.
-            named = {str(one.get("name")): one.get("template") for one in source if isinstance(one, dict)}
-            source = named.get("default")
-        if source is not None and not isinstance(source, str):
-            raise FormatError(
-                "chat_template must be text", where=f"{self._where}: {TOKENIZER_CONFIG}", got=source
-            )
-        return source or None
+        return named_template(self._tokens.get("chat_template"), f"{self._where}: {TOKENIZER_CONFIG}")
 
     def _text(self, name: str) -> str:
-        try:
-            return self._bundle.asset(name).decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise FormatError(
-                "the file is not UTF-8 text", where=f"{self._where}: {name}", got=error
-            ) from error
+        return decode_file(self._read(name), f"{self._where}: {name}")
 
     def _json_object(self, name: str) -> Mapping[str, Any]:
         if name not in self._names:
             return {}
+        return parse_text_json(self._read(name), f"{self._where}: {name}")
+
+
+def parse_text_json(data: bytes, where: str) -> dict[str, Any]:
+    """A JSON object of a text file. Raises FormatError, which says what the file is if that is evident."""
+    try:
         return parse_json_object(
-            self._bundle.asset(name), f"{self._where}: {name}", max_bytes=MAX_CONFIG_BYTES
+            data.removeprefix(BYTE_ORDER_MARK.encode()), where, max_bytes=MAX_CONFIG_BYTES
         )
+    except FormatError as error:
+        hint = what_it_is(data)
+        if not hint:
+            raise
+        raise FormatError(error.what, where=where, got=error.got, limit=error.limit, hint=hint) from error
 
 
-def _token_text(value: object) -> str | None:
-    """A token of tokenizer_config.json: text, or an object with ``content``."""
+def named_template(value: object, where: str) -> str | None:
+    """The template of a ``chat_template`` entry: text, or the default one of several. None for none."""
+    if isinstance(value, list):
+        # Several named templates: {"name": ..., "template": ...}.
+        value = {str(one.get("name")): one.get("template") for one in value if isinstance(one, dict)}
     if isinstance(value, dict):
-        value = value.get("content")
-    return value if isinstance(value, str) else None
+        value = value.get("default")
+    if value is not None and not isinstance(value, str):
+        raise FormatError("chat_template must be text", where=where, got=type(value).__name__)
+    return value or None
+
+
+def read_template(path: Path) -> str:
+    """A file's chat template: Jinja, or JSON that has a chat_template. Raises FormatError, ResourceError."""
+    data = read_small_file(path, MAX_CONFIG_BYTES, follow_links=True)
+    if path.suffix.lower() == ".json":
+        source = named_template(parse_text_json(data, str(path)).get("chat_template"), str(path))
+    else:
+        source = decode_file(data, str(path))
+    hint = what_it_is(data)
+    if hint or source is None or not source.strip():
+        raise FormatError(
+            "the file has no chat template",
+            where=str(path),
+            hint=hint or "give a .jinja file, or a tokenizer_config.json that has one",
+        )
+    return source

@@ -37,15 +37,27 @@ class DistributedBackend:
         self.description = f"{parallel.num_ranks} ranks; rank 0: {inner.description}"
         self.kv_dtype = inner.kv_dtype
         self._num_shared = 0  # positions whose keys and values all ranks have
+        self._layer_done: LayerProgress | None = None
+        self._raised: BaseException | None = None  # by layer_done, in a joint pass
 
     @property
     def layer_done(self) -> LayerProgress | None:
-        """Told of rank 0's layers, which are the others' too."""
-        return self._inner.layer_done
+        """Told of rank 0's layers, which are the others' too. What it raises in a pass of all ranks is raised
+        when they have ended it: a rank that left half-way would leave the others waiting.
+        """
+        return self._layer_done
 
     @layer_done.setter
     def layer_done(self, callback: LayerProgress | None) -> None:
-        self._inner.layer_done = callback
+        self._layer_done = self._inner.layer_done = callback
+
+    def _tell(self, done: int, num_layers: int) -> None:
+        if self._layer_done is None or self._raised is not None:
+            return
+        try:
+            self._layer_done(done, num_layers)
+        except BaseException as error:  # noqa: BLE001  raised by ``prefill``
+            self._raised = error
 
     @property
     def placement(self) -> tuple[str, str]:
@@ -65,13 +77,21 @@ class DistributedBackend:
             self._num_shared = min(self._num_shared, start)
             return self._inner.prefill(tokens, start, want_all, alone=True)
         shared = min(self._num_shared, start)
-        with _interrupts_deferred():
-            self._control.send(
-                "prefill", tokens=tokens.tolist(), start=start, want_all=want_all, shared=shared
-            )
-            with self._control.joint("prefill"):
-                logits = prefill_in_step(self._inner, self._parallel, tokens, start, want_all, shared)
+        self._raised = None
+        self._inner.layer_done = None if self._layer_done is None else self._tell
+        try:
+            with _interrupts_deferred():
+                self._control.send(
+                    "prefill", tokens=tokens.tolist(), start=start, want_all=want_all, shared=shared
+                )
+                with self._control.joint("prefill"):
+                    logits = prefill_in_step(self._inner, self._parallel, tokens, start, want_all, shared)
+        finally:
+            self._inner.layer_done = self._layer_done
         self._num_shared = start + len(tokens)
+        raised, self._raised = self._raised, None
+        if raised is not None:
+            raise raised
         return logits
 
     def decode(self, token: int, position: int) -> Logits:

@@ -31,7 +31,7 @@ NEWS_S = 3.0
 
 
 class Control:
-    """One rank's line to the others. Commands, agreement and ``joint`` belong to one thread.
+    """One rank's line to the others. Commands, agreement and ``joint``: by one thread at a time.
 
     silence_s: a rank not heard of for so long counts as dead.
     """

@@ -14,6 +14,7 @@ import torch
 
 from krasis.formats.bundle_reader import Bundle
 from krasis.formats.errors import KrasisError
+from krasis.runtime.bundle_opening import open_bundle
 from krasis.runtime.distributed.backend import serve
 from krasis.runtime.distributed.control import Control
 from krasis.runtime.distributed.place import Place
@@ -42,7 +43,7 @@ def serve_rank(path: Path, settings: EngineSettings, place: Place) -> None:
         control = Control(place)
         undo.callback(control.close)
         with control.joint("opening"):
-            bundle = undo.enter_context(Bundle.open(path))
+            bundle = undo.enter_context(open_bundle(path, settings))
             rank = undo.enter_context(join(bundle, settings, place, control))
         serve(rank.backend, rank.parallel, control)
 

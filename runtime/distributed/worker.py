@@ -13,6 +13,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+from krasis.formats import mapping_guard
 from krasis.formats.errors import KrasisError
 from krasis.runtime.distributed.errors import RankError
 from krasis.runtime.distributed.job import serve_rank
@@ -28,7 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--log-level", type=int, default=logging.WARNING)
     options = parser.parse_args(arguments)
     logging.basicConfig(level=options.log_level, format="%(name)s: %(message)s", stream=sys.stderr)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 decides what Ctrl-C means
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        # Rank 0 decides what they mean: it may still have something to save. When it has gone, so do we.
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_leave_with_parent, name="krasis-parent", daemon=True).start()
     return run_rank(options.bundle, EngineSettings(**json.loads(options.settings)), Place.from_environment())
 
@@ -36,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run_rank(bundle: Path, settings: EngineSettings, place: Place) -> int:
     """``serve_rank``, its errors as a line on standard error and an exit code."""
     try:
+        mapping_guard.install(f"krasis-run: rank {place.rank}")
         serve_rank(bundle, settings, place)
     except KrasisError as error:
         print(f"krasis-run: rank {place.rank}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)

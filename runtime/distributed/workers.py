@@ -23,7 +23,6 @@ from krasis.runtime.distributed.place import Place
 logger = logging.getLogger(__name__)
 
 LEAVE_S = 10.0
-KILL_S = 3.0
 LEAVE_AFTER_FAILURE_S = 2.0
 POLL_S = 0.05
 MODULE = "krasis.runtime.distributed.worker"
@@ -70,12 +69,9 @@ class Workers:
         for rank, process in self._processes.items():
             if not _has_left(process, deadline - time.monotonic()):
                 logger.warning("rank %d does not leave: it is ended", rank)
-                process.terminate()
-        deadline = time.monotonic() + KILL_S
-        for process in self._processes.values():
-            if not _has_left(process, deadline - time.monotonic()):
-                process.kill()
+                process.kill()  # it ignores anything milder
                 process.wait()
+        for process in self._processes.values():
             if process.stdin is not None:
                 process.stdin.close()
         for relay in self._relays:
@@ -83,7 +79,7 @@ class Workers:
 
     def _start(self, place: Place, arguments: Sequence[str]) -> None:
         flags = ["-O"] if sys.flags.optimize else []
-        # In our process group: a terminal that is closed takes the workers along. Ctrl-C they ignore.
+        # In our process group. What ends us there they ignore: they leave when we do.
         process = subprocess.Popen(  # noqa: S603  # our own interpreter and module
             [sys.executable, *flags, "-m", MODULE, *arguments],
             stdin=subprocess.PIPE,

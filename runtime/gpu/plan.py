@@ -46,7 +46,7 @@ def plan_gpu(bundle: Bundle, device: Device, settings: EngineSettings, parallel:
     sizes = sizes_of_bundle(bundle.manifest)
     hardware = describe_machine(device, settings, parallel)
     fitting = tokens_in_vram(sizes, hardware.gpus[0].vram_bytes, settings.gpu_dtype)
-    capacity = settings.context_for(bundle.architecture.max_positions, fitting)
+    capacity = settings.context_for(bundle.architecture.max_context, fitting)
     # Nothing is known of the prompts to come: the longest is planned for (docs/PLANNING.md says why), or a
     # chunk where the settings cut prompts.
     prompt = min(capacity, MOST_PASS_TOKENS, settings.prefill_chunk or MOST_PASS_TOKENS)

@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass
 
 from krasis.formats.errors import UsageError
 from krasis.formats.units import format_bytes
+from krasis.runtime.filesystem import IN_RAM
 from krasis.runtime.host_memory.api import METHODS, Method
-from krasis.runtime.host_memory.filesystem import IN_RAM
 
 RING_GROUPS = 4
 """Slots of a ring whose size nobody gave: one on its way to the GPU, one ready, two being read."""

@@ -19,8 +19,8 @@ import numpy.typing as npt
 from krasis.formats.bundle_reader import Bundle
 from krasis.formats.errors import KrasisError
 from krasis.formats.file_mapping import prefault
+from krasis.runtime.filesystem import IN_RAM
 from krasis.runtime.host_memory.experts import Experts, open_shard
-from krasis.runtime.host_memory.filesystem import IN_RAM
 from krasis.runtime.host_memory.memory import anonymous, tensor_of, writable_file
 from krasis.runtime.host_memory.registrar import Registrar
 from krasis.runtime.host_memory.shards import Shards

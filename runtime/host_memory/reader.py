@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from krasis.formats.errors import FormatError, ResourceError
+from krasis.runtime.filesystem import IN_RAM, filesystem_of
 from krasis.runtime.host_memory import page_cache
-from krasis.runtime.host_memory.filesystem import IN_RAM, filesystem_of
 
 Bytes = npt.NDArray[np.uint8]
 logger = logging.getLogger(__name__)

@@ -88,7 +88,7 @@ class CpuBackend:
     def __init__(self, weights: ModelWeights, settings: EngineSettings) -> None:
         architecture = weights.architecture
         self.layer_done: LayerProgress | None = None
-        self.capacity = settings.context_for(architecture.max_positions)
+        self.capacity = settings.context_for(architecture.max_context)
         self.prefill_chunk = settings.cpu_chunk_for(self.capacity)
         self._architecture = architecture
         self._weights: ModelWeights | None = weights

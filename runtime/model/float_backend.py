@@ -36,7 +36,7 @@ class FloatBackend:
     def __init__(self, weights: ModelWeights, settings: EngineSettings) -> None:
         self._architecture = weights.architecture
         self.layer_done: LayerProgress | None = None
-        self.capacity = settings.context_for(self._architecture.max_positions)
+        self.capacity = settings.context_for(self._architecture.max_context)
         self.prefill_chunk = settings.cpu_chunk_for(self.capacity)
         self._weights: ModelWeights | None = weights
         self._unpacked = UnpackedCache(CACHE_BYTES)

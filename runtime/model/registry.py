@@ -72,5 +72,5 @@ def open_backend(bundle: Bundle, settings: EngineSettings) -> Backend:
     weights = load_weights(bundle, settings.experts)
     if settings.context is None:
         fitting = tokens_in_ram(bundle, ("dense", settings.experts), settings.kv_dtype)
-        settings = replace(settings, context=settings.context_for(bundle.architecture.max_positions, fitting))
+        settings = replace(settings, context=settings.context_for(bundle.architecture.max_context, fitting))
     return family.backends[settings.activations](weights, settings)

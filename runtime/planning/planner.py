@@ -32,7 +32,7 @@ def make_workload(
     Raises UsageError if a given figure is not positive, the prompt exceeds the context, or the context the
     model.
     """
-    longest = arch.max_positions
+    longest = arch.max_context
     for name, value in (("--context", context), ("--prompt-tokens", prompt_tokens)):
         if value is not None and not 1 <= value <= longest:
             raise UsageError("out of range for this model", where=name, got=value, limit=f"1 to {longest}")

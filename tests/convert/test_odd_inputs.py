@@ -153,17 +153,30 @@ def test_a_name_on_the_hub_is_no_path(text):
 # ---- other things under a model's name ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["model-00001-of-00002.safetensors", "tokenizer.json", "config.json"])
+@pytest.mark.parametrize("name", ["model-00001-of-00002.safetensors", "config.json"])
 def test_pointers_of_git_lfs(run, copy, tmp_path, name):
     (copy / name).write_bytes(LFS)
     refuse(run, copy, tmp_path, FormatError, f"{name}: ", "git-lfs pointer", "4.93 GB", "git lfs pull")
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json", "config.json"])
+def test_pointers_of_git_lfs_in_place_of_text_files(run, copy, tmp_path):
+    (copy / "tokenizer.json").write_bytes(LFS)
+    refuse(run, copy, tmp_path, FormatError, "tokenizer.json: ", "git-lfs pointer", "git lfs pull")
+
+
 @pytest.mark.parametrize("data", [b"<!doctype html><title>Sign in</title>", b""])
-def test_error_pages_and_nothing_in_place_of_text_files(run, copy, tmp_path, name, data):
+def test_error_pages_and_nothing_in_place_of_the_config(run, copy, tmp_path, data):
+    (copy / "config.json").write_bytes(data)
+    refuse(run, copy, tmp_path, FormatError, "config.json: ", "the download failed")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json"])
+@pytest.mark.parametrize(
+    ("data", "what"), [(b"<!doctype html><title>Sign in</title>", "a web page"), (b"", "the file is empty")]
+)
+def test_error_pages_and_nothing_in_place_of_text_files(run, copy, tmp_path, name, data, what):
     (copy / name).write_bytes(data)
-    refuse(run, copy, tmp_path, FormatError, f"{name}: ", "the download failed")
+    refuse(run, copy, tmp_path, FormatError, f"{name}: ", what, "--force-text")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -284,3 +285,15 @@ def open_gpu(gpu_kind: str) -> Iterator[Callable[..., Any]]:
             return closing.enter_context(engine)
 
         yield open_engine
+
+
+@pytest.fixture
+def chat_bundle_copy(chat_bundle: Path, tmp_path: Path) -> Path:
+    """A copy of ``chat_bundle`` to break."""
+    return Path(shutil.copytree(chat_bundle, tmp_path / "broken.krasis"))
+
+
+@pytest.fixture
+def checkpoint_copy(tmp_path: Path, tokenizer_json: bytes) -> Path:
+    """A checkpoint to break: one file of weights."""
+    return write_checkpoint(tmp_path / "hf", config_json(), tokenizer=tokenizer_json)

@@ -18,8 +18,8 @@ from krasis.convert.conversion import convert, prepare
 from krasis.convert.progress import Reporter
 from krasis.convert.settings import ConvertSettings
 from krasis.formats.bundle_reader import Bundle
-from krasis.formats.errors import FormatError, ResourceError
-from krasis.runtime.host_memory.filesystem import IN_RAM, filesystem_of_path
+from krasis.formats.errors import ResourceError, UsageError
+from krasis.runtime.filesystem import IN_RAM, filesystem_of_path
 from krasis.runtime.host_memory.page_cache import cached_share
 
 HUGE_PAGE_BYTES = 2 << 20
@@ -157,7 +157,7 @@ def test_dropped_files_leave_the_page_cache(bundle_path: Path, tmp_path: Path) -
         blob = next(blob for blob in bundle.manifest.blobs if blob.file == dropped[0])
         with Bundle.open(bundle_path) as original:
             np.testing.assert_array_equal(bundle.map(blob.name), original.map(blob.name))
-    with pytest.raises(FormatError, match="closed"):
+    with pytest.raises(UsageError, match="closed"):
         bundle.drop_cached(dropped)
 
 

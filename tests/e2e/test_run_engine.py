@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from krasis.formats.errors import FormatError, MismatchError, NativeError, UsageError
+from krasis.formats.errors import FormatError, MismatchError, UsageError
 from krasis.runtime import Engine, EngineSettings, Message, SamplingSettings
 
 GREEDY = SamplingSettings()
@@ -166,7 +166,7 @@ def test_closing_ends_threads_and_refuses_work(chat_bundle: Path) -> None:
     engine.close()
     engine.close()
     assert threading.active_count() == before
-    with pytest.raises(NativeError, match="closed"):
+    with pytest.raises(UsageError, match="closed"):
         engine.prefill([1])
 
 

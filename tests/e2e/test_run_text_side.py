@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from krasis.formats.errors import UsageError
+from krasis.formats.errors import KrasisError, UsageError
 from krasis.runtime import Engine, EngineSettings, SamplingSettings
 from krasis.runtime.conversation import Conversation
 from krasis.runtime.sampler import Sampler
@@ -292,5 +292,5 @@ def test_krasis_info_tells_of_ends_and_sampling(bundle: Path, text_bundle: Calla
     assert record["added_end_tokens"] == ["<|im_end|>"]
     assert record["template_variables"] == ["enable_thinking"]
     assert record["thinking"] == ["<think>"]
-    bad = info(text_bundle({"do_sample": True, "temperature": -1}))
-    assert "temperature is out of range" in " ".join(bad.split())
+    with pytest.raises(KrasisError, match="temperature is out of range"):  # before the hours
+        text_bundle({"do_sample": True, "temperature": -1})

@@ -1,4 +1,7 @@
+import os
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -6,11 +9,13 @@ import safetensors.numpy
 from format_builders import ASSETS, SPECS, architecture, blob_data, manifest_of, write_bundle, write_partial
 from safetensors import safe_open
 
+from krasis.formats import folder_snapshot
 from krasis.formats.bundle_reader import Bundle
 from krasis.formats.bundle_verify import verify_bundle, verify_bytes
 from krasis.formats.bundle_writer import BundleWriter, plan_shards
 from krasis.formats.errors import FormatError, KrasisError, MismatchError, UsageError
 from krasis.formats.limits import HUGE_PAGE_BYTES, MIB
+from krasis.formats.regular_file import read_small_file
 from krasis.formats.shard_plan import BlobSpec
 
 NUMPY = {"U8": np.uint8, "I8": np.int8, "BF16": np.uint16, "F16": np.float16, "F32": np.float32}
@@ -71,8 +76,38 @@ def test_views_outlive_the_bundle(bundle):
     opened.close()
     shutil.rmtree(bundle)
     assert view.tobytes() == blob_data(SPECS[4]).tobytes()
-    with pytest.raises(FormatError, match="closed"):
+    with pytest.raises(UsageError, match="closed"):
         opened.map("layers.0.experts.cpu")
+
+
+def test_closing_waits_for_no_reader_and_breaks_none(bundle, monkeypatch):
+    """A reader in another thread ends its reading; the number of a file is not another file's meanwhile."""
+    opened = Bundle.open(bundle)
+    inside, leave = threading.Event(), threading.Event()
+
+    def slow(*arguments, **options):
+        inside.set()
+        assert leave.wait(20)
+        return read_small_file(*arguments, **options)
+
+    monkeypatch.setattr("krasis.formats.bundle_reader.read_small_file", slow)
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(opened.asset, "config.json")
+        assert inside.wait(20)
+        opened.close()
+        opened.close()
+        held = set(os.listdir("/proc/self/fd"))  # noqa: PTH208
+        with pytest.raises(UsageError, match="closed"):
+            opened.asset("config.json")
+        leave.set()
+        assert reading.result(20) == ASSETS["config.json"]
+    # Now, and not before, its files are closed.
+    assert len(held - set(os.listdir("/proc/self/fd"))) >= 2  # noqa: PTH208
+    for call in (opened.entries, lambda: opened.mapping_of("dense-000.safetensors")):
+        with pytest.raises(UsageError, match="closed"):
+            call()
+    with pytest.raises(UsageError, match="closed"):
+        opened.read_file_range("dense-000.safetensors", 0, 8)
 
 
 def test_unknown_names(bundle):
@@ -331,7 +366,8 @@ class TestVerify:
         with Bundle.open(bundle) as opened:
             assert sum(seen) == verify_bytes(opened)
 
-    def test_a_flipped_byte_anywhere_is_found(self, bundle):
+    def test_a_flipped_byte_anywhere_is_found(self, bundle, monkeypatch):
+        monkeypatch.setattr(folder_snapshot, "_TICK_S", 0.0)  # nobody else writes here: no need to wait
         rng = np.random.default_rng(5)
         for path in sorted(bundle.iterdir()):
             data = path.read_bytes()

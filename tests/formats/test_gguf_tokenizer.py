@@ -150,6 +150,21 @@ def test_a_leading_token_if_the_file_asks_for_it(metadata, original):
     )
 
 
+@pytest.mark.parametrize("name", ["def:", ":", "::1", "$A", "$", "$0:1", "<|endoftext|>"])
+def test_a_leading_token_of_any_spelling(metadata, original, name):
+    tokens = list(metadata["tokenizer.ggml.tokens"])
+    number = original.token_to_id("<|endoftext|>")
+    if name in tokens:
+        tokens[tokens.index(name)] = "another"
+    tokens[number] = name
+    asked = {
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.bos_token_id": number,
+        "tokenizer.ggml.add_bos_token": True,
+    }
+    assert rebuild(metadata | asked).encode("hi").ids == [number, *original.encode("hi").ids]
+
+
 @pytest.mark.parametrize(
     ("change", "error", "complaint"),
     [
@@ -175,3 +190,73 @@ def test_a_token_twice(metadata):
     metadata["tokenizer.ggml.tokens"][1] = metadata["tokenizer.ggml.tokens"][0]
     with pytest.raises(FormatError, match="occurs twice"):
         tokenizer_assets(metadata, "m.gguf")
+
+
+@pytest.mark.parametrize("kind", [0, 1, 2, 4, 5, 6])
+def test_control_tokens_by_spelling_where_the_type_is_wrong(metadata, original, kind):
+    names = metadata["tokenizer.ggml.tokens"]
+    wrong_types = {"<|im_end|>": kind, "<|endoftext|>": kind, "<|im_start|>": 1}
+    types = [
+        wrong_types.get(name, old)
+        for name, old in zip(names, metadata["tokenizer.ggml.token_type"], strict=True)
+    ]
+    wrong = metadata | {"tokenizer.ggml.token_type": types}
+    rebuilt = rebuild(wrong)
+    for text in TEXTS:
+        ids = original.encode(text).ids
+        assert rebuilt.encode(text).ids == ids
+        assert rebuilt.decode(ids) == original.decode(ids)
+    config = json.loads(tokenizer_assets(wrong, "x")["tokenizer_config.json"])
+    assert all(config["added_tokens_decoder"][str(names.index(one))]["special"] for one in SPECIAL)
+
+
+def test_without_any_types_control_tokens_are_still_tokens(metadata, original):
+    untyped = {key: value for key, value in metadata.items() if key != "tokenizer.ggml.token_type"}
+    untyped["tokenizer.ggml.tokens"] = metadata["tokenizer.ggml.tokens"][:-2]
+    text = "<|im_start|>user hello<|im_end|>"
+    assert rebuild(untyped).encode(text).ids == original.encode(text).ids
+
+
+def test_a_role_makes_no_control_token_of_a_character_or_a_word(metadata, original):
+    names = metadata["tokenizer.ggml.tokens"]
+    word = next(token for token in names if len(token) > 3 and token.isalpha())
+    odd = metadata | {
+        "tokenizer.ggml.bos_token_id": names.index(","),
+        "tokenizer.ggml.padding_token_id": names.index(word),
+    }
+    config = json.loads(tokenizer_assets(odd, "x")["tokenizer_config.json"])
+    assert "bos_token" not in config
+    assert "pad_token" not in config
+    text = f"a, b {word}"
+    ids = original.encode(text).ids
+    assert rebuild(odd).encode(text).ids == ids
+    assert rebuild(odd).decode(ids) == text
+
+
+def test_a_token_that_has_a_role_is_a_control_token(metadata):
+    names, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
+    odd = metadata | {
+        "tokenizer.ggml.tokens": [*names, "[STOP]"],
+        "tokenizer.ggml.token_type": [*types, 1],
+        "tokenizer.ggml.eos_token_id": len(names),
+    }
+    assert rebuild(odd).encode("a[STOP]").ids[-1] == len(names)
+
+
+def test_what_merges_make_is_no_control_token(metadata):
+    # Qwen2's vocabulary has </s> as an ordinary word, which transformers splits like any text.
+    names = list(metadata["tokenizer.ggml.tokens"])
+    merges = list(metadata["tokenizer.ggml.merges"])
+    for left, right in (("<", "/"), ("</", "s"), ("</s", ">")):
+        if left + right not in names:
+            names.append(left + right)
+            merges.append(f"{left} {right}")
+    types = metadata["tokenizer.ggml.token_type"]
+    more = {
+        "tokenizer.ggml.tokens": names,
+        "tokenizer.ggml.token_type": [*types, *[1] * (len(names) - len(types))],
+        "tokenizer.ggml.merges": merges,
+    }
+    config = json.loads(tokenizer_assets(metadata | more, "x")["tokenizer_config.json"])
+    assert "</s>" in names
+    assert "</s>" not in [one["content"] for one in config["added_tokens_decoder"].values()]

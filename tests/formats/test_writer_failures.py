@@ -178,7 +178,7 @@ def test_a_full_disk_is_met_before_any_data_is_written(tmp_path):
         def fallocate(self, fd, num_bytes):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(ResourceError, match=r"reserving 2[0-9]+ bytes.*No space left.*free some disk space"):
+    with pytest.raises(ResourceError, match=r"reserving [0-9]+ bytes.*No space left.*free some disk space"):
         write_partial(tmp_path / "m.partial", FullDisk())
 
 

@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "formats" / "support"))
+sys.path.extend(
+    str(Path(__file__).parents[1] / place / "support") for place in ("formats", "fuzz", "hostile")
+)
 
 import format_builders
 

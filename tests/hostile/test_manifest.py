@@ -36,6 +36,26 @@ MANIFEST_CASES = {
         FormatError,
         ["unexpected file name"],
     ),
+    "quality_of_many_numbers": (
+        lambda m: m.update(quality={"a": [1] * 30_000}),
+        FormatError,
+        ["quality", "the record is too large"],
+    ),
+    "quality_of_many_kinds": (
+        lambda m: m.update(quality={f"k{i}": {"count": 1} for i in range(20_000)}),
+        FormatError,
+        ["quality", "the record is too large"],
+    ),
+    "recipe_of_megabytes": (
+        lambda m: m.update(recipe={"a": "x" * 3_000_000}),
+        FormatError,
+        ["recipe", "the record is too large"],
+    ),
+    "quality_of_sixty_megabytes": (
+        lambda m: m.update(quality={"a": "x" * (60 << 20)}),
+        FormatError,
+        ["too l"],
+    ),
     "file_of_negative_size": (lambda m: m["files"][0].update(num_bytes=-1), FormatError, ["negative"]),
     "file_of_exabytes": (
         lambda m: m["files"][0].update(num_bytes=1 << 62),
@@ -85,7 +105,8 @@ MANIFEST_CASES = {
     ),
     "blob_invented": (
         lambda m: m["blobs"].append(
-            m["blobs"][3] | {"name": "ghost", "offset_bytes": 3 << 20, "shape": [1], "num_bytes": 1}
+            next(blob for blob in m["blobs"] if blob["tier"] == "gpu")
+            | {"name": "ghost", "offset_bytes": 5 << 20, "shape": [1], "num_bytes": 1}
         ),
         FormatError,
         ["lacks a blob", "'ghost'"],

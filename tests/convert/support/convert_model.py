@@ -17,6 +17,9 @@ from convert_shape import Shape
 
 Floats = npt.NDArray[np.float32]
 
+# The least that the tokenizers library reads.
+TOKENIZER = {"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []}}
+
 
 def to_bf16(values: Floats) -> npt.NDArray[np.uint16]:
     """float32 to BF16 bits, round to nearest even."""
@@ -115,7 +118,7 @@ class Model:
             (folder / "model.safetensors.index.json").write_text(json.dumps(index))
         (folder / "config.json").write_text(json.dumps(self.shape.config()))
         if tokenizer:
-            (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": {"type": "BPE"}}))
+            (folder / "tokenizer.json").write_text(json.dumps(TOKENIZER))
             (folder / "generation_config.json").write_text('{"eos_token_id": 3}')
         return folder
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from krasis.formats.architecture import Architecture, from_hf_config
+from krasis.formats.blob_names import blob_names
 from krasis.formats.bundle_writer import BlobSpec, BundleWriter, FileOps, ShardPlan, plan_shards
 from krasis.formats.manifest import AssetRecord, Manifest, SourceRecord
 
@@ -193,6 +194,12 @@ SPECS = (
     BlobSpec("layers.0.experts.gpu", "gpu", "U8", (4, 8192), "marlin-u4b8-g32-bf16"),
     BlobSpec("layers.0.experts.cpu", "cpu", "U8", (4, 12288), "cpu-q8-r32-b32"),
     BlobSpec("layers.1.experts.cpu", "cpu", "U8", (4, 12288), "cpu-q8-r32-b32"),
+    BlobSpec("layers.1.experts.gpu", "gpu", "U8", (4, 8192), "marlin-u4b8-g32-bf16"),
+    *(
+        BlobSpec(name, "dense", "F32", (16,), "plain")
+        for name in blob_names(architecture(), ())
+        if name not in ("embedding", "layers.0.attention.qkv.scale", "layers.0.attention.norm")
+    ),
 )
 LAYOUTS = {"gpu": "marlin-u4b8-g32-bf16", "cpu": "cpu-q8-r32-b32"}
 ASSETS = {"tokenizer.json": b'{"version": "1.0"}' * 50, "config.json": json.dumps(hf_config()).encode()}
@@ -201,7 +208,9 @@ ASSETS = {"tokenizer.json": b'{"version": "1.0"}' * 50, "config.json": json.dump
 def blob_data(spec: BlobSpec) -> np.ndarray:
     """uint8 [num_bytes], the same for the same name."""
     seed = sum(spec.name.encode())
-    return np.random.default_rng(seed).integers(0, 256, spec.num_bytes, dtype=np.uint8)
+    data = np.random.default_rng(seed).integers(0, 256, spec.num_bytes, dtype=np.uint8)
+    data[data == 128] = 127  # no packer writes the code -128
+    return data
 
 
 def manifest_of(plan: ShardPlan, digests: Mapping[str, str], assets: Iterable[AssetRecord]) -> Manifest:

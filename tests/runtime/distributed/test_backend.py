@@ -134,6 +134,36 @@ def test_loaded_keys_are_sent() -> None:
     assert job.sent == [(0, 6)] * LAYERS
 
 
+def test_a_callbacks_error_waits_until_all_ranks_have_ended_the_pass() -> None:
+    """A cancelled prompt, say: leaving the pass at once would leave the other ranks in it."""
+    backend, inner, job = make()
+    told: list[int] = []
+
+    def fail(done: int, num_layers: int) -> None:
+        told.append(done)
+        raise ValueError(done)
+
+    prefill = inner.prefill
+
+    def two_layers(*arguments: Any) -> np.ndarray:
+        inner.layer_done(1, 2)
+        inner.layer_done(2, 2)
+        return prefill(*arguments)
+
+    inner.prefill = two_layers
+    backend.layer_done = fail
+    assert backend.layer_done is fail
+    with pytest.raises(ValueError, match="1"):
+        backend.prefill(tokens(5), 0, False)
+    assert told == [1]
+    assert len(inner.calls) == 1
+    backend.layer_done = None
+    assert inner.layer_done is None
+    inner.prefill = prefill
+    backend.prefill(tokens(2), 3, False)
+    assert job.sent == []  # positions up to 5 are known to all
+
+
 def test_decode_without_cpu_experts_is_a_prefill_on_all_ranks() -> None:
     backend, inner, job = make(decodes_alone=False)
     backend.prefill(tokens(5), 0, False)

@@ -19,7 +19,7 @@ from krasis.formats.errors import NativeError
 from krasis.formats.file_mapping import FileMapping, prefault
 from krasis.formats.limits import HUGE_PAGE_BYTES, MIB
 from krasis.runtime import prefault as module
-from krasis.runtime.host_memory.filesystem import filesystem_of_path
+from krasis.runtime.filesystem import filesystem_of_path
 from krasis.runtime.huge_pages import collapse, collapse_all, huge_and_mapped_bytes, huge_share
 from krasis.runtime.prefault import Prefault
 from krasis.runtime.report import memory_note
