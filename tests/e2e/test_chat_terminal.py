@@ -219,12 +219,12 @@ from krasis.runtime.cli import main
 main(prog_name="krasis-run")
 """
 _SLOW_PREFILL = """
-prefill = Engine.prefill
+prefill = Engine._prefill
 def slow(self, *args, **options):
     print("computing", flush=True)
     time.sleep(60)
     return prefill(self, *args, **options)
-Engine.prefill = slow
+Engine._prefill = slow
 """
 _SLOW_SAVE = """
 from krasis.runtime.conversation import Conversation
