@@ -58,7 +58,7 @@ def render_reference(record: Record, picture: str, measured: Path) -> str:
     """The document that begins with the reference table. measured: the folder of the other documents."""
     parts = ["# Benchmarks", MARK, *section.sections(record, picture), _machine(record)]
     parts += [f"## Commands\n\n{_commands(record, record.runs(REFERENCE), (REFERENCE,))}"]
-    parts += [_gaps(record, record.runs(REFERENCE), (REFERENCE,))]
+    parts += [_gaps(record, record.runs(REFERENCE), (REFERENCE,)) + section.cards_not_there(record)]
     for name, (title, wanted) in REPEATED.items():
         if (measured / name).exists():
             text = (measured / name).read_text("utf-8")
@@ -73,7 +73,7 @@ def render_reference(record: Record, picture: str, measured: Path) -> str:
 
 
 def _section_of(text: str, heading: str) -> str:
-    """A section of a document, its headings one level lower and its pictures left out; empty if it has none."""
+    """A section of a document, its headings one level lower, without pictures; empty if it has none."""
     found = re.search(rf"^## {re.escape(heading)}\n.*?(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
     if found is None:
         return ""

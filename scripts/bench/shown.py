@@ -9,7 +9,9 @@ _IN_REPOSITORY = re.compile(r"(?:^|/)((?:scripts|tests|docs|examples)/.*)$")
 
 
 def without_places(text: str) -> str:
-    """The text with every absolute path cut to what says something: a path inside this repository, or a name."""
+    """The text with every absolute path cut to what says something: its name, or the path in this
+    repository.
+    """
 
     def shorten(match: re.Match[str]) -> str:
         inside = _IN_REPOSITORY.search(match.group(0))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bench.peers import KRASIS
 from bench.record import REFERENCE, Record
-from bench.reference.section import Reference
+from bench.reference.findings import Reference
 
 logger = logging.getLogger(__name__)
 OURS, THEIRS = "#1b6ca8", "#b0b7bf"

@@ -2,67 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from bench import stats
-from bench.peers import IK, KRASIS, LLAMA
+from bench.peers import KRASIS
 from bench.record import REFERENCE, Record, Run
+from bench.reference.conclusions import conclusions
+from bench.reference.findings import Reference, gib, gpus_of, vram
+from bench.reference.rows import cards
 from bench.reference.watch import GIB
 from bench.reference.work import FACTS
-from bench.stats import Spread
-from bench.tables import ABSENT, figure, first_seen, note, pick, table, times
+from bench.tables import ABSENT, figure, note, pick, table, times
 
 README_BEGIN, README_END = "<!-- reference: begin -->", "<!-- reference: end -->"
 README_ROWS = 6
+REFERENCE_CARDS = (1, 2, 3)
 TICK_S = 0.02
-"""kt-kernel's queue is waited for at ticks of 4 ms: calls below some of them are not measured by it."""
-
-
-class Reference:
-    """The runs of the stage, by what the table asks for."""
-
-    def __init__(self, record: Record) -> None:
-        self.facts = record.facts(FACTS)
-        self.runs = record.runs(REFERENCE)
-        self.prompt, self.generate = int(self.facts["prompt"]), int(self.facts["generate"])
-        self.shape = str(self.facts["shape"])
-        self.alone, self.both = (
-            f"{self.shape}, {self.facts[key]} layers" for key in ("layers_alone", "layers_both")
-        )
-
-    def of(self, model: str, subject: str) -> tuple[list[Run], list[Run]]:
-        """(prompt, answer) runs of a program."""
-        mine = pick(self.runs, model=model, subject=subject)
-        return [run for run in mine if run.case.startswith("pp")], [
-            run for run in mine if run.case.startswith("tg")
-        ]
-
-    def subjects(self, model: str, program: str = "") -> list[str]:
-        """In the order first measured, those that ran before those that did not."""
-        mine = [run for run in self.runs if run.model == model and run.case != "logits"]
-        mine.sort(key=lambda run: (_rank(run.subject), bool(run.error), run.started_s))
-        return [name for name in first_seen(run.subject for run in mine) if name.startswith(program)]
-
-    def rate(self, model: str, subject: str, part: int) -> Spread | None:
-        """Tokens/s of the prompt (0) or the answer (1)."""
-        return stats.spread(self.of(model, subject)[part], "tokens_per_s")
-
-    def ratio(self, ours: str, theirs: str, part: int) -> Spread | None:
-        """Ours over theirs, round by round, of files of the same depth; none for other sizes of prompt."""
-        left, right = self.of(self.both, ours)[part], self.of(self.both, theirs)[part]
-        same = {run.case for run in left} == {run.case for run in right}
-        return stats.ratios(left, right, "tokens_per_s") if same else None
-
-    def krasis(self, gpus: int) -> str:
-        """Its row for so many cards of the reference."""
-        names = self.subjects(self.both, KRASIS)
-        return next((name for name in names if name.startswith(f"{KRASIS}, {gpus} GPU")), "")
-
-
-def _rank(subject: str) -> int:
-    order = (KRASIS, LLAMA, IK)
-    return next((index for index, name in enumerate(order) if subject.startswith(name)), len(order))
+"""kt-kernel's queue is waited for at ticks of 4 ms: of shorter calls many must share a wait."""
+LOST = """\
+Calls of one token are not shown: each was waited for by itself, at ticks of 4 ms of kt-kernel's queue, which
+is most of what they would show."""
 
 
 def sections(record: Record, picture: str) -> list[str]:
@@ -80,61 +39,83 @@ def sections(record: Record, picture: str) -> list[str]:
         "## KTransformers",
         _kt_text(found),
         "## Conclusions",
-        _conclusions(found),
+        conclusions(found),
     ]
     return [part for part in parts if part]
 
 
 def _introduction(found: Reference) -> str:
-    facts = found.facts
-    cap, threads = int(facts["cap_bytes"]) // GIB, facts["threads"]
-    bundle, own, gguf = (
-        int(facts[key]) / 1e9 for key in ("bundle_bytes", "expert_bytes_whole", "gguf_bytes_whole")
-    )
+    threads = found.facts["threads"]
     return f"""\
 Random weights of the released layer shape, 4-bit experts and 8-bit attention and head for every program,
 files in memory (tmpfs of huge pages), {threads} threads. A prompt of {found.prompt:,} random tokens, then
-{found.generate} tokens after it. Krasis may allocate {cap} GiB on each GPU, as a small card has; the CUDA
-context, and with several GPUs NCCL's buffers, come on top. llama.cpp keeps all experts in RAM. Prompts are
-timed warm, the second time; "first token" is cold, from the command to the first token of that prompt.
+{found.generate} tokens after it. {_cap_text(found)}
+llama.cpp keeps all experts in RAM. Prompts are timed warm, the second time; "first token" is cold, from the
+command to the first token of that prompt.
 
-**Depth.** All {facts["model_layers"]} layers: the bundle ({bundle:.0f} GB, both tiers) fills this machine,
-and Krasis computes from it where it lies. llama.cpp at that depth wants a file of {gguf:.0f} GB and copies
-its experts ({own:.0f} GB) to memory of its own; beside a bundle for the same rounds that is more than there
-is. So programs are compared at {facts["layers_both"]} layers, the most of which both fit at once. Ratios are
-taken inside rounds; brackets show the smallest and the largest."""
+{_depth_text(found)}
+Ratios are taken inside rounds; brackets show the smallest and the largest."""
+
+
+def _cap_text(found: Reference) -> str:
+    """What the limit on a GPU's memory bounds: as it was seen."""
+    cap_bytes = int(found.facts["cap_bytes"])
+    names = [name for name in found.subjects(found.alone, KRASIS) if name.endswith("GiB")]
+    runs = [run for name in names for run in found.of(found.alone, name)[0]]
+    peaks = [peak for run in runs for peak in run.metrics.get("vram_bytes", ())]
+    if max(peaks, default=0) > cap_bytes:
+        return f"""\
+Krasis may allocate {cap_bytes // GIB} GiB on each GPU, as a small card has;
+the CUDA context, and with several GPUs NCCL's buffers, come on top."""
+    return f"Krasis may use {cap_bytes // GIB} GiB of each GPU, as a small card has."
+
+
+def _depth_text(found: Reference) -> str:
+    facts = found.facts
+    bundle, own, gguf = (
+        int(facts[key]) / 1e9 for key in ("bundle_bytes", "expert_bytes_whole", "gguf_bytes_whole")
+    )
+    alone, all_layers, both = (facts[key] for key in ("layers_alone", "model_layers", "layers_both"))
+    depth = f"All {all_layers} layers" if found.is_whole else f"{alone} of {all_layers} layers"
+    return f"""\
+**Depth.** {depth}: the bundle ({bundle:.0f} GB, both tiers) fills this machine, and Krasis computes from it
+where it lies. llama.cpp at all {all_layers} layers wants a file of {gguf:.0f} GB and copies its experts
+({own:.0f} GB) to memory of its own; beside a bundle for the same rounds that is more than there is.
+So programs are compared at {both} layers, the most of which both fit at once."""
 
 
 def key_table(found: Reference, most_rows: int = 0) -> str:
     """What a reader looks for first."""
     heads = ["", "layers", "prefill tok/s", "decode tok/s", "krasis / it, prefill", "krasis / it, decode"]
-    rows = []
-    for name in found.subjects(found.alone, KRASIS):
-        if name.endswith("GiB"):
-            rows.append([name, found.facts["layers_alone"], *_rates(found, found.alone, name), "", ""])
+    rows = [
+        [name, found.facts["layers_alone"], *_rates(found, found.alone, name), "", ""]
+        for name in found.subjects(found.alone, KRASIS)
+        if name.endswith("GiB")
+    ]
     for name in found.subjects(found.both):
         chosen = name.endswith(("GiB", "best flags", "default flags"))
         if chosen and found.rate(found.both, name, 0) is not None:
-            ours = found.krasis(_gpus(name))
+            ours = found.krasis(gpus_of(name))
             ratios = [times(found.ratio(ours, name, part)) for part in (0, 1)]
             cells = ["", ""] if name.startswith(KRASIS) else ratios
             rows.append([name, found.facts["layers_both"], *_rates(found, found.both, name), *cells])
-    if most_rows and len(rows) > most_rows:  # of two depths the full one, then the peers
-        rows = [
-            row for row in rows if not (row[0].startswith(KRASIS) and row[1] == found.facts["layers_both"])
-        ]
-        rows = rows[:most_rows]
+    if most_rows and len(rows) > most_rows:
+        rows = [row for row in rows if not _gains_nothing(found, row[0])][:most_rows]
     return table(heads, [[str(cell) for cell in row] for row in rows])
+
+
+def _gains_nothing(found: Reference, name: str) -> bool:
+    """Whether a peer's row is one on several GPUs that its own row on one GPU surpasses, so not its best."""
+    if name.startswith(KRASIS) or gpus_of(name) < 2:
+        return False
+    program, _, flags = name.split(", ", 2)
+    one = found.rate(found.both, f"{program}, {cards(1)}, {flags}", 0)
+    several = found.rate(found.both, name, 0)
+    return one is not None and several is not None and several.median < one.median
 
 
 def _rates(found: Reference, model: str, name: str) -> list[str]:
     return [figure(found.rate(model, name, part), digits) for part, digits in ((0, 0), (1, 1))]
-
-
-def _gpus(subject: str) -> int:
-    """Such as 2 of ``llama.cpp, 2 GPUs, best flags``."""
-    word = subject.split(", ")[1].split(" ")[0]
-    return int(word) if word.isdigit() else 0
 
 
 def _whole_table(found: Reference, model: str) -> str:
@@ -154,8 +135,8 @@ def _whole_table(found: Reference, model: str) -> str:
                 figure(stats.spread(answer, "tokens_per_s")),
                 str(rounds),
                 figure(stats.spread(prompt, "first_token_s")),
-                _vram(prompt, _gpus(name)),
-                _gib(prompt, "host_bytes"),
+                vram(prompt, gpus_of(name)),
+                gib(prompt, "host_bytes"),
             ]
         )
     below = (
@@ -164,147 +145,45 @@ def _whole_table(found: Reference, model: str) -> str:
     return f"{below}\n{table(heads, rows)}"
 
 
-def _gib(runs: Sequence[Run], metric: str) -> str:
-    most = max((max(run.metrics[metric]) for run in runs if run.metrics.get(metric)), default=None)
-    return ABSENT if most is None else f"{most / GIB:.1f}"
-
-
-def _vram(runs: Sequence[Run], gpus: int) -> str:
-    peaks = [run.metrics["vram_bytes"][:gpus] for run in runs if run.metrics.get("vram_bytes")]
-    each = [max(values) / GIB for values in zip(*peaks, strict=True)]
-    return " + ".join(f"{value:.1f}" for value in each) or ABSENT
-
-
 def _kt_text(found: Reference) -> str:
     model = f"{found.shape}, one layer"
     layers = int(found.facts["model_layers"])
     rows, floors = [], []
-    for name in found.subjects(model):
-        for run in pick(found.runs, model=model, subject=name):
-            seconds = stats.value(run, "seconds")
-            if seconds is None:
-                rows.append([name, run.case, run.error, ABSENT])
-            elif seconds > TICK_S:
-                rows.append(
-                    [
-                        f"{name} ({run.version})",
-                        run.case,
-                        f"{seconds * 1e3:.0f} ms",
-                        f"{layers * seconds:.1f} s",
-                    ]
-                )
-                if run.case == f"layer, {found.prompt} tokens":
-                    floors.append((layers * seconds, name))
+    runs = [run for name in found.subjects(model) for run in pick(found.runs, model=model, subject=name)]
+    for run in runs:
+        seconds = stats.value(run, "seconds")
+        if seconds is None:
+            rows.append([run.subject, run.case, run.error, ABSENT])
+        elif not _is_lost_in_ticks(run):
+            digits = 0 if seconds > TICK_S else 2
+            one, whole = f"{seconds * 1e3:.{digits}f} ms", f"{layers * seconds:.{1 + digits}f} s"
+            rows.append([f"{run.subject} ({run.version})", run.case, one, whole])
+            if run.case == f"layer, {found.prompt} tokens":
+                floors.append((layers * seconds, run.subject))
     if not rows:
         return "Not measured."
-    text = table(["kt-kernel", "what", "one layer", f"{layers} layers"], rows)
+    parts = [table(["kt-kernel", "what", "one layer", f"{layers} layers"], rows)]
     ours = found.rate(found.alone, found.krasis(1), 0)
     if floors and ours:
-        least, name = min(floors)
-        whole_s = found.prompt / ours.median
-        text += f"""
+        parts.append(_floor_text(found.prompt / ours.median, *min(floors)))
+    if any(_is_lost_in_ticks(run) for run in runs):
+        parts.append(LOST)
+    return "\n\n".join(parts)
 
+
+def _is_lost_in_ticks(run: Run) -> bool:
+    """A short call that was waited for by itself: what it shows is mostly the waiting."""
+    seconds = stats.value(run, "seconds")
+    return seconds is not None and seconds <= TICK_S and "calls_a_wait" not in run.metrics
+
+
+def _floor_text(whole_s: float, least_s: float, name: str) -> str:
+    return f"""\
 KTransformers as a whole needs SGLang, a torch of its own and half a gigabyte of wheels, which could not be
-brought to this machine. Its experts run in kt-kernel: what its layers alone take is a floor for its time. With
-its fastest class ({name}) that is {least:.1f} s for the prompt's experts, without attention and all else;
-Krasis takes {whole_s:.2f} s for the whole prompt on one GPU: at least **{least / whole_s:.1f}x**. Calls of one
-token are not shown: kt-kernel's queue is waited for at ticks of 4 ms on this machine, which is most of what
-they would show."""
-    return text
-
-
-def _conclusions(found: Reference) -> str:
-    lines = [*_llama_lines(found), *_scaling_lines(found), *_where_we_lose(found), *_checks(found)]
-    return "\n".join(f"- {line}" for line in lines)
-
-
-def _llama_lines(found: Reference) -> list[str]:
-    names = {name.split(", ", 2)[-1]: name for name in found.subjects(found.both, f"{LLAMA}, 1 GPU")}
-    rates = {
-        short: (found.rate(found.both, name, 0), found.rate(found.both, name, 1))
-        for short, name in names.items()
-    }
-    shown = {short: pair for short, pair in rates.items() if pair[0] and pair[1]}
-
-    def both(short: str) -> str:
-        prompt, answer = shown[short]
-        return f"{figure(prompt, 0)} and {figure(answer)} tok/s" if prompt and answer else ABSENT
-
-    lines = []
-    if "best flags" in shown and "-ub 512" in shown:
-        tried = ", ".join(f"{name}: {both(name)}" for name in ("-ub 512", "-ub 2048") if name in shown)
-        lines.append(
-            f"**llama.cpp, micro-batch.** Every micro-batch copies all experts to the GPU again, so `-ub` decides its"
-            f" prefill: {tried}, the whole prompt at once: {both('best flags')} (prefill and decode)."
-        )
-    if "best flags" in shown and "default flags" in shown:
-        lines.append(
-            f"**llama.cpp, loading and repacking.** With default flags (mapped file, repacked experts) it has"
-            f" {both('default flags')}: experts that are repacked for the CPU decode faster but are never offloaded, and a"
-            f" mapped file is copied from memory that is not pinned. One set of flags does not win both."
-        )
-    for short in shown:
-        if "in VRAM" in short:
-            lines.append(
-                f"**llama.cpp, {short}** (`-ncmoe`): {both(short)}, {_vram(found.of(found.both, names[short])[0], 1)} GiB."
-            )
-    return lines
-
-
-def _scaling_lines(found: Reference) -> list[str]:
-    lines = []
-    for program, model in ((KRASIS, found.alone), (LLAMA, found.both)):
-        ends = "GiB" if program == KRASIS else "best flags"
-        names = {_gpus(name): name for name in found.subjects(model, program) if name.endswith(ends)}
-        if {1, 2} <= names.keys():
-            pair = [found.of(model, names[count]) for count in (2, 1)]
-            ratios = [stats.ratios(pair[0][part], pair[1][part], "tokens_per_s") for part in (0, 1)]
-            lines.append(
-                f"**Two GPUs against one, {program}**: prefill {times(ratios[0])}, decode {times(ratios[1])}."
-            )
-    return lines
-
-
-def _where_we_lose(found: Reference) -> list[str]:
-    lines = []
-    peers = [
-        name for name in found.subjects(found.both, f"{LLAMA}, 1 GPU") if found.rate(found.both, name, 1)
-    ]
-    if peers and found.krasis(1):
-
-        def rate(name: str) -> float:
-            spread = found.rate(found.both, name, 1)
-            return spread.median if spread else 0.0
-
-        best = max(peers, key=rate)
-        lines.append(
-            f"**Decode is the smaller lead.** Against the llama.cpp row that decodes fastest ({best.split(', ', 2)[-1]}) it is"
-            f" {times(found.ratio(found.krasis(1), best, 1))}: both read the same experts from the same memory."
-        )
-    one = next(
-        (n for n in found.subjects(found.alone, f"{KRASIS}, 1 GPU") if n.endswith("all their memory")), ""
-    )
-    two = next(
-        (n for n in found.subjects(found.alone, f"{KRASIS}, 2 GPUs") if n.endswith("all their memory")), ""
-    )
-    pair = [found.rate(found.alone, name, 1) if name else None for name in (one, two)]
-    if pair[0] and pair[1] and pair[1].median < pair[0].median:
-        lines.append(
-            f"**A second GPU does not help decode yet.** With all their memory, one GPU decodes {pair[0].median:.1f} tok/s and"
-            f" two {pair[1].median:.1f}: decode runs on the first GPU and the CPU, and the experts of the other GPU are not used."
-        )
-    return lines
-
-
-def _checks(found: Reference) -> list[str]:
-    lines = []
-    for run in (run for run in found.runs if run.case == "logits" and run.metrics):
-        distance, same = run.metrics["relative_distance"][0], run.metrics["same_token"][0]
-        picked = "the same next token" if same else "another next token"
-        lines.append(
-            f"**Same answer.** {run.subject}, all layers: logits differ by {100 * distance:.2f} % of their norm; {picked}."
-        )
-    return lines
+brought to this machine. Its experts run in kt-kernel: what its layers alone take is a floor for its time.
+With its fastest class ({name}) that is {least_s:.1f} s for the prompt's experts, without attention
+and all else; Krasis takes {whole_s:.2f} s for the whole prompt on one GPU: at least
+**{least_s / whole_s:.1f}x**."""
 
 
 def update_readme(record: Record, readme: Path, chart: str) -> None:
@@ -318,3 +197,13 @@ def update_readme(record: Record, readme: Path, chart: str) -> None:
     picture = f"![tokens per second beside llama.cpp]({chart})\n\n" if chart else ""
     inner = f"{README_BEGIN}\n{picture}{key_table(found, README_ROWS)}\n{README_END}"
     readme.write_text(before + inner + after, "utf-8")
+
+
+def cards_not_there(record: Record) -> str:
+    """A line of the list of gaps for every number of GPUs that the reference has and the machine had not."""
+    there = str(record.facts("machine").get("gpus", "")).count(" MiB")
+    return "".join(
+        f"\n- {cards(count, int(record.facts(FACTS)['cap_bytes']))}: the machine had {there}."
+        for count in REFERENCE_CARDS
+        if count > there
+    )

@@ -8,6 +8,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -89,10 +90,8 @@ def run(arguments: Sequence[str], env: Mapping[str, str], timeout_s: float) -> W
 
 def end_group(child: subprocess.Popen[str]) -> None:
     """Ends a program and the processes it started."""
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(child.pid, 9)
-    except ProcessLookupError:
-        pass
     child.wait()
 
 
@@ -126,7 +125,7 @@ class GpuMemory:
     """The most memory in use on every GPU above the beginning, as nvidia-smi sees it."""
 
     def __init__(self) -> None:
-        self._seen: list[list[int]] = []
+        self._seen: list[tuple[int, int]] = []
         self._child: subprocess.Popen[str] | None = None
         tool = shutil.which("nvidia-smi")
         if tool is None:
@@ -154,11 +153,11 @@ class GpuMemory:
         most: dict[int, int] = {}
         for index, mebibytes in self._seen:
             most[index] = max(most.get(index, 0), mebibytes)
-        before = {index: mebibytes for index, mebibytes in self._before}
+        before = dict(self._before)
         return tuple((most[index] - before.get(index, 0)) << 20 for index in sorted(most))
 
 
-def _numbers(line: str) -> list[int]:
-    """index and MiB; empty for a line cut off or of a GPU that does not tell."""
+def _numbers(line: str) -> tuple[int, int] | None:
+    """index and MiB; None for a line cut off or of a GPU that does not tell."""
     parts = [part.strip() for part in line.split(",")]
-    return [int(part) for part in parts] if len(parts) == 2 and all(map(str.isdigit, parts)) else []
+    return (int(parts[0]), int(parts[1])) if len(parts) == 2 and all(map(str.isdigit, parts)) else None
