@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from bench.shown import without_places
+
 from device.state import State
 
 Record = dict[str, Any]
@@ -17,7 +19,7 @@ def to_markdown(state: State) -> str:
         entry = state.entries.get(name)
         if entry is not None and entry.result:
             lines += ["", *section(entry.result)]
-    return "\n".join(lines) + "\n"
+    return without_places("\n".join(lines) + "\n")
 
 
 def stage_table(state: State) -> list[str]:

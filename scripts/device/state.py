@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from bench.shown import without_places
+
 from device.context import REPOSITORY, Context
 
 Status = Literal["done", "failed", "skipped"]
@@ -62,8 +64,17 @@ class State:
         os.replace(temporary, self.path)  # noqa: PTH105
 
     def to_json(self) -> dict[str, Any]:
-        """The file's contents."""
-        return {"stages": [asdict(entry) for entry in self.entries.values()]}
+        """The file's contents, which are published: without the places of this machine."""
+        return {"stages": [_shown(asdict(entry)) for entry in self.entries.values()]}
+
+
+def _shown(value: Any) -> Any:
+    """A value for JSON, its texts without places."""
+    if isinstance(value, dict):
+        return {key: _shown(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_shown(one) for one in value]
+    return without_places(value) if isinstance(value, str) else value
 
 
 def source_digest(patterns: Iterable[str], context: Context) -> str:
