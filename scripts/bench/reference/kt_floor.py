@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from bench.reference.work import Deadline, Request
 
 RUNNER = Path(__file__).resolve().parent.parent / "kt_floor_runner.py"
+HANDED = "experts handed to the GPU"
 FORMATS = ("rawint4", "amxint4")
 TOKENS = (1, 512, 2048, 10_000)
 EXPECTED_S = 75.0
@@ -76,7 +77,10 @@ def _keep(record: Record, model: str, subject: str, threads: int, watched: watch
         Run(
             case=case,
             subject=subject,
-            metrics={"seconds": tuple(float(one) for one in samples)},
+            metrics={
+                "seconds": tuple(float(one) for one in samples),
+                "calls_a_wait": (float(found["calls_a_wait"][case]),),
+            },
             version=str(found["version"]),
             **common,
         )

@@ -9,6 +9,7 @@ from bench.peers import KRASIS
 from bench.record import REFERENCE, Record, Run
 from bench.reference.conclusions import conclusions
 from bench.reference.findings import Reference, gib, gpus_of, vram
+from bench.reference.kt_floor import HANDED
 from bench.reference.rows import cards
 from bench.reference.watch import GIB
 from bench.reference.work import FACTS
@@ -20,8 +21,8 @@ REFERENCE_CARDS = (1, 2, 3)
 TICK_S = 0.02
 """kt-kernel's queue is waited for at ticks of 4 ms: of shorter calls many must share a wait."""
 LOST = """\
-Calls of one token are not shown: each was waited for by itself, at ticks of 4 ms of kt-kernel's queue, which
-is most of what they would show."""
+Calls of one token, and handing over experts for prefill on the GPU, are not shown: each call, and each
+expert, was waited for by itself, at ticks of 4 ms of kt-kernel's queue, most of what they would show."""
 
 
 def sections(record: Record, picture: str) -> list[str]:
@@ -172,9 +173,13 @@ def _kt_text(found: Reference) -> str:
 
 
 def _is_lost_in_ticks(run: Run) -> bool:
-    """A short call that was waited for by itself: what it shows is mostly the waiting."""
+    """Of an older record, where every call was waited for by itself (and every expert that was handed over):
+    what a short one shows is mostly the waiting.
+    """
     seconds = stats.value(run, "seconds")
-    return seconds is not None and seconds <= TICK_S and "calls_a_wait" not in run.metrics
+    if seconds is None or "calls_a_wait" in run.metrics:
+        return False
+    return run.case == HANDED or seconds <= TICK_S
 
 
 def _floor_text(whole_s: float, least_s: float, name: str) -> str:
