@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-_ABSOLUTE = re.compile(r"(?<![\w.~-])/(?!proc/|sys/|dev/(?!shm/))(?:[\w.+@%-]+/)+(?P<name>[\w.+@%-]+)")
+_ABSOLUTE = re.compile(r"(?<![\w.~/-])/(?!proc/|sys/|dev/(?!shm/))(?:[\w.+@%-]+/)+(?P<name>[\w.+@%-]+)")
 _IN_REPOSITORY = re.compile(r"(?:^|/)((?:scripts|tests|docs|examples)/.*)$")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -71,10 +72,9 @@ def layers_for_both(kind: Kind, memory_bytes: int) -> int:
 
 
 def _most(kind: Kind, memory_bytes: int, needed: Callable[[int], int]) -> int:
-    count = kind.all_layers
-    while count > 1 and needed(count) > memory_bytes:
-        count -= 1
-    return count
+    """At least one: what then does not fit says so when it is made."""
+    fitting = bisect_right(range(2, kind.all_layers + 1), memory_bytes, key=needed)
+    return 1 + fitting
 
 
 def memory_folder(work: Path, num_bytes: int, say: Say) -> Path:

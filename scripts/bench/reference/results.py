@@ -22,7 +22,7 @@ def runs_of(row: Row, watched: Watched, model: str, threads: int, number: int) -
     if not error:
         try:
             metrics, version = parse(row, watched)
-        except (ValueError, KeyError, TypeError) as problem:
+        except (ValueError, LookupError, TypeError) as problem:
             error = f"output not understood: {problem}"
     common: dict[str, Any] = watched.outcome.facts | {"stage": STAGE, "model": model, "threads": threads}
     return [
