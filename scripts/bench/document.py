@@ -65,10 +65,9 @@ def render_reference(record: Record, picture: str, measured: Path) -> str:
             whole = f"[measured/{name}](measured/{name})"
             parts.append(f"## {title}\n\nFrom {whole}, which has machine, method and commands.")
             parts += [f"#{found}" for heading in wanted if (found := _section_of(text, heading))]
-    others = sorted(path.name for path in measured.glob("*.md"))
-    parts.append(
-        "## All documents\n\n" + "\n".join(f"- [measured/{name}](measured/{name})" for name in others)
-    )
+    others = [f"- [measured/{path.name}](measured/{path.name})" for path in sorted(measured.glob("*.md"))]
+    if others:
+        parts.append("\n".join(["## All documents\n", *others]))
     return "\n\n".join(parts) + "\n"
 
 

@@ -31,14 +31,22 @@ TOKENS = (1, 512, 2048, 10_000)
 EXPECTED_S = 75.0
 
 
+def left(record: Record, request: Request) -> list[str]:
+    """What the record lacks, as it names it."""
+    held = {run.subject for run in record.runs(STAGE) if run.model == model_of(request)}
+    return [subject for kind in FORMATS if (subject := f"{KT} {kind}") not in held]
+
+
+def model_of(request: Request) -> str:
+    """As the record names it."""
+    return f"{request.kind.shape}, one layer"
+
+
 def run(record: Record, request: Request, kt: Found, deadline: Deadline, say: Say) -> bool:
     """Every format once; false if there was no time for it."""
-    model = f"{request.kind.shape}, one layer"
-    held = {run.subject for run in record.runs(STAGE) if run.model == model}
-    for kind in FORMATS:
-        subject = f"{KT} {kind}"
-        if subject in held:
-            continue
+    model = model_of(request)
+    for subject in left(record, request):
+        kind = subject.removeprefix(f"{KT} ")
         if kt.path is None:
             record.add([_failed(model, subject, request.sizes.threads, kt.missing)])
             continue

@@ -36,7 +36,10 @@ def sections(record: Record, picture: str) -> list[str]:
         parts.append(f"![tokens per second beside llama.cpp]({picture})")
     parts += [
         "## Every row",
-        *(f"### {model}\n\n{_whole_table(found, model)}" for model in (found.alone, found.both)),
+        *(
+            f"### {model}\n\n{_whole_table(found, model)}"
+            for model in dict.fromkeys((found.alone, found.both))
+        ),
         "## KTransformers",
         _kt_text(found),
         "## Conclusions",
@@ -91,7 +94,7 @@ def key_table(found: Reference, most_rows: int = 0) -> str:
     rows = [
         [name, found.facts["layers_alone"], *_rates(found, found.alone, name), "", ""]
         for name in found.subjects(found.alone, KRASIS)
-        if name.endswith("GiB")
+        if name.endswith("GiB") and found.alone != found.both
     ]
     for name in found.subjects(found.both):
         chosen = name.endswith(("GiB", "best flags", "default flags"))

@@ -98,6 +98,7 @@ class Stage:
             finished = kt_floor.run(self._record, self._request, kernel, self._deadline, self._say)
             finished = finished and self._rounds(BOTH, rows[BOTH], folder)
         left = [row.subject for depth in rows for row, _ in self._left(rows[depth])]
+        left += kt_floor.left(self._record, self._request)
         self.unreached = tuple(dict.fromkeys(left))
         return finished
 
