@@ -10,7 +10,7 @@ import pytest
 
 from krasis.formats.architecture import RopeScaling
 from krasis.formats.errors import UnsupportedModelError
-from krasis.runtime.model.rope import inverse_frequencies, rope_tables
+from krasis.runtime.model.rope import ROWS_AT_ONCE, RopeTables, inverse_frequencies, rope_tables
 from krasis.runtime.planning.presets import shape
 
 ARCHITECTURE = shape("qwen3-30b-a3b")
@@ -74,3 +74,37 @@ def test_far_positions_stay_exact() -> None:
 def test_an_unknown_kind_is_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="longrope"):
         inverse_frequencies(64, 10_000.0, RopeScaling("longrope", 2.0))
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        [1],
+        [1, 2, 3],
+        [ROWS_AT_ONCE, ROWS_AT_ONCE + 1],
+        [ROWS_AT_ONCE + 1, 7, 9000],
+        [9000, 1, 9000],
+        [3, 5000, 4096, 8193],
+    ],
+    ids=str,
+)
+def test_rows_are_the_same_in_whatever_order_they_are_needed(case: str, wanted: list[int]) -> None:
+    architecture = replace(ARCHITECTURE, rope_scaling=CASES[case][1])
+    tables, whole = RopeTables(architecture, 9000), rope_tables(architecture, 9000)
+    before = (tables.cos, tables.sin)
+    for count in wanted:
+        tables.ensure(count)
+        for found, expected in zip((tables.cos, tables.sin), whole, strict=True):
+            np.testing.assert_array_equal(found[:count], expected[:count])
+    assert before[0] is tables.cos
+    assert before[1] is tables.sin
+
+
+def test_rows_that_are_not_needed_are_not_computed() -> None:
+    tables = RopeTables(ARCHITECTURE, 3 * ROWS_AT_ONCE)
+    tables.ensure(10)
+    assert not tables.cos[ROWS_AT_ONCE:].any()
+    tables.ensure(3 * ROWS_AT_ONCE)
+    assert tables.cos[-1].any()
+    assert RopeTables(ARCHITECTURE, 1).cos.tolist() == [[1.0] * (ARCHITECTURE.head_dim // 2)]
