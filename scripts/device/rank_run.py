@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Prefill of one bundle on some GPUs of this machine; prints one JSON object. Started by ``ranks``."""
+"""A prompt and tokens after it on some GPUs of this machine; prints one JSON object. Started by ``ranks``."""
 
 from __future__ import annotations
 
@@ -12,27 +12,43 @@ from pathlib import Path
 import numpy as np
 
 from krasis.formats.bundle_reader import Bundle
+from krasis.runtime import Engine
 from krasis.runtime.distributed.launch import open_engine
 from krasis.runtime.planning import sizes_of_bundle
 from krasis.runtime.planning.planner import whole_layer_vram_bytes
 from krasis.runtime.planning.types import Workload
 from krasis.runtime.settings import EngineSettings
 
-DECODED = 16
+WARM_UP = 8
+
+
+def streamed_bytes(path: Path, context: int) -> int:
+    """So little VRAM that every expert is streamed, whatever card this is."""
+    with Bundle.open(path) as bundle:
+        workload = Workload(context, context, "bf16")
+        return whole_layer_vram_bytes(sizes_of_bundle(bundle.manifest), workload)
+
+
+def decode_s(engine: Engine, token: int) -> float:
+    """Seconds of one token."""
+    begin = time.perf_counter()
+    engine.decode(token)
+    return time.perf_counter() - begin
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bundle", type=Path)
-    for name in ("gpus", "tokens", "repeats"):
+    for name in ("gpus", "tokens", "repeats", "decode"):
         parser.add_argument(f"--{name}", type=int, required=True)
     parser.add_argument("--device", required=True)
+    parser.add_argument(
+        "--vram", type=int, default=0, help="Bytes of each GPU; 0: so few that every expert is streamed."
+    )
+    parser.add_argument("--logits", type=Path, required=True, help="Keep the prompt's there (.npy).")
     options = parser.parse_args()
-    context = options.tokens + DECODED
-    with Bundle.open(options.bundle) as bundle:
-        workload = Workload(context, context, "bf16")
-        vram_bytes = whole_layer_vram_bytes(sizes_of_bundle(bundle.manifest), workload)
-    # So little VRAM that every expert is streamed, whatever card this is.
+    context = options.tokens + WARM_UP + options.decode
+    vram_bytes = options.vram or streamed_bytes(options.bundle, context)
     settings = EngineSettings(device=options.device, context=context, prefault=False, vram_bytes=vram_bytes)
     begin = time.perf_counter()
     engine = open_engine(options.bundle, settings, options.gpus)
@@ -48,16 +64,18 @@ def main() -> None:
             begin = time.perf_counter()
             logits = engine.prefill(ids)
             seconds.append(time.perf_counter() - begin)
-        begin = time.perf_counter()
-        for token in ids[:DECODED]:
-            engine.decode(token)
-        decode_s = (time.perf_counter() - begin) / DECODED
+        np.save(options.logits, logits)
+        answer = random.integers(0, engine.architecture.vocab_size, WARM_UP + options.decode).tolist()
+        each_s = [decode_s(engine, token) for token in answer][WARM_UP:]
         result = {
+            "vram_bytes": vram_bytes,
             "open_s": open_s,
             "first_s": seconds[0],
             "median_s": statistics.median(seconds[1:]),
             "best_s": min(seconds[1:]),
-            "decode_tokens_per_s": 1 / decode_s,
+            "decode_tokens_per_s": len(each_s) / sum(each_s),
+            "decode_median_s": statistics.median(each_s),
+            "decoded_on": engine.placement[1],
             "logits_norm": float(np.linalg.norm(logits)),
             "description": engine.description,
         }

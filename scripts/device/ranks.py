@@ -1,4 +1,4 @@
-"""The same prompt on one, two, ... GPUs of this machine, and what the ranks exchange for it."""
+"""The same prompt and tokens after it on one, two, ... GPUs of this machine, and what the ranks exchange."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from device import places
 from device.context import REPOSITORY, Context
+from device.prefill import CARD_BYTES
 from device.runner import SkippedError
+from krasis.runtime.gpu.opening import DOUBLE_BYTES
 
 
 class RanksError(Exception):
@@ -18,7 +22,9 @@ class RanksError(Exception):
 
 
 def run(context: Context) -> dict[str, Any]:
-    """Seconds of prefill by number of GPUs. Raises SkippedError with one GPU, RanksError if one fails."""
+    """By number of GPUs: prefill, decode after it, and logits against one GPU's; with every expert streamed,
+    and with a small card's memory. Raises SkippedError with one GPU, RanksError if one fails.
+    """
     counts = gpu_counts(context)
     if len(counts) < 2:
         raise SkippedError("this machine has one GPU")
@@ -31,19 +37,44 @@ def run(context: Context) -> dict[str, Any]:
         ]
     )
     bundle, made = places.bundle_in_ram(context, "30b" if context.size == "tiny" else "235b")
-    runs = {}
-    for count in counts:
-        command = [
-            Path(__file__).with_name("rank_run.py"),
-            bundle,
-            "--device",
-            context.device,
-            "--gpus",
-            count,
-        ]
-        sizes = context.sizes
-        runs[str(count)] = run_json([*command, "--tokens", sizes.prompt_tokens, "--repeats", sizes.repeats])
-    return {**made, "num_tokens": context.sizes.prompt_tokens, "exchange": exchange, "runs": runs}
+    card_bytes = CARD_BYTES if context.is_cuda else DOUBLE_BYTES
+    runs = {str(count): run_once(context, bundle, count, 0) for count in counts}
+    cards = {str(count): run_once(context, bundle, count, card_bytes) for count in counts}
+    for found in (runs, cards):
+        against_one(context, found)
+    num_tokens = context.sizes.prompt_tokens
+    return {**made, "num_tokens": num_tokens, "exchange": exchange, "runs": runs, "cards": cards}
+
+
+def run_once(context: Context, bundle: Path, count: int, vram_bytes: int) -> dict[str, Any]:
+    """The prompt and the tokens on so many GPUs. vram_bytes: of each; 0: every expert is streamed."""
+    sizes, logits = context.sizes, logits_path(context, count)
+    options: dict[str, object] = {
+        "--device": context.device,
+        "--gpus": count,
+        "--tokens": sizes.prompt_tokens,
+        "--repeats": sizes.repeats,
+        "--decode": sizes.decode_tokens,
+        "--vram": vram_bytes,
+        "--logits": logits,
+    }
+    flat = [part for pair in options.items() for part in pair]
+    found = run_json([Path(__file__).with_name("rank_run.py"), bundle, *flat])
+    return found | {"logits": np.load(logits)}
+
+
+def logits_path(context: Context, count: int) -> Path:
+    """Where a run leaves them."""
+    return context.folder / f"ranks-{count}.npy"
+
+
+def against_one(context: Context, runs: dict[str, dict[str, Any]]) -> None:
+    """Puts a distance in place of each run's logits."""
+    one = runs["1"]["logits"].astype(np.float64)
+    for run in runs.values():
+        logits = run.pop("logits")
+        run["relative_distance"] = float(np.linalg.norm(logits - one) / np.linalg.norm(one))
+        run["same_token"] = bool(np.argmax(logits) == np.argmax(one))
 
 
 def gpu_counts(context: Context) -> list[int]:

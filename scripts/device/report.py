@@ -167,21 +167,32 @@ def registration_section(result: Record) -> list[str]:
 
 
 def ranks_section(result: Record) -> list[str]:
-    alone = result["runs"]["1"]["median_s"]
     rows = [
-        [
-            count,
-            ms(run["median_s"]),
-            ms(run["best_s"]),
-            number(result["num_tokens"] / run["median_s"]),
-            f"{alone / run['median_s']:.2f}",
-            number(run["decode_tokens_per_s"]),
-        ]
-        for count, run in result["runs"].items()
+        ranks_row(result, memory, count, run)
+        for memory, runs in (("all streamed", result["runs"]), ("of a small card", result["cards"]))
+        for count, run in runs.items()
     ]
-    note = f"{result['num_tokens']} tokens through {layers_of(result)} layers, every expert streamed."
-    head = ["GPUs", "median", "best", "tok/s of these layers", "speed-up", "decode tok/s"]
+    note = f"{result['num_tokens']} tokens through {layers_of(result)} layers, then tokens one by one."
+    head = ["GPUs", "VRAM of each", "median", "best", "tok/s of these layers", "speed-up"]
+    head += ["decode tok/s", "decoded on", "logits against 1 GPU"]
     return ["## Several GPUs", "", note, "", *table(head, rows)]
+
+
+def ranks_row(result: Record, memory: str, count: str, run: Record) -> list[str]:
+    """One number of GPUs. Speed-up: over one GPU with the same memory."""
+    alone = (result["runs"] if memory == "all streamed" else result["cards"])["1"]
+    picked = "same token" if run["same_token"] else "another token"
+    return [
+        count,
+        f"{memory}, {gb(run['vram_bytes'])}",
+        ms(run["median_s"]),
+        ms(run["best_s"]),
+        number(result["num_tokens"] / run["median_s"]),
+        f"{alone['median_s'] / run['median_s']:.2f}",
+        number(run["decode_tokens_per_s"]),
+        run["decoded_on"],
+        "-" if count == "1" else f"{100 * run['relative_distance']:.2f} %, {picked}",
+    ]
 
 
 def correctness_section(result: Record) -> list[str]:

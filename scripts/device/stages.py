@@ -61,6 +61,6 @@ STAGES = {
         Stage("prefill-235b", "prefill:run_235b", ALL, "a long prompt through layers of Qwen3-235B's shape"),
         Stage("decode-235b", "decode:run_235b", ALL, "hybrid decode, layers of Qwen3-235B's shape"),
         Stage("startup", "startup:run", ALL, "opening a bundle on disk, cold and warm"),
-        Stage("ranks", "ranks:run", ALL, "the same prompt on 1, 2, ... GPUs of this machine"),
+        Stage("ranks", "ranks:run", ALL, "the same prompt and answer on 1, 2, ... GPUs"),
     )
 }

@@ -93,10 +93,17 @@ def remove_ram(context: Context) -> None:
 @pytest.mark.slow
 def test_ranks(double: None, context: Context) -> None:
     record = ranks.run(context)
-    assert set(record["runs"]) == {"1", "2"}
-    norms = [run["logits_norm"] for run in record["runs"].values()]
-    assert norms[1] == pytest.approx(norms[0], rel=0.02)
-    assert report.ranks_section(record)
+    rows = [line.split(" | ") for line in report.ranks_section(json.loads(json.dumps(record)))[-4:]]
+    for name in ("runs", "cards"):
+        assert set(record[name]) == {"1", "2"}
+        one, two = record[name].values()
+        assert one["relative_distance"] == 0
+        assert 0 < two["relative_distance"] < 0.02
+        assert min(run["decode_tokens_per_s"] for run in (one, two)) > 0
+        assert one["vram_bytes"] == two["vram_bytes"]
+    assert record["runs"]["1"]["decoded_on"] != record["cards"]["1"]["decoded_on"]  # few, and all on the GPU
+    assert [row[0] for row in rows] == ["| 1", "| 2"] * 2
+    assert rows[1][-1] == f"{100 * record['runs']['2']['relative_distance']:.2f} %, same token |"
     remove_ram(context)
 
 
