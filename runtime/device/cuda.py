@@ -153,13 +153,13 @@ class CudaGraph:
 class CudaDevice:
     """GPU number ``index`` of this process.
 
-    vram_bytes: allocate no more than that on top of what the process holds already (torch's limit for this
-    process: it counts what torch's allocator reserves, not the few hundred MB of the CUDA context and of
-    libraries); None: no limit but the GPU's own. Raises ResourceError if there is no such GPU, NativeError if
-    libkrasis_cuda is missing.
+    vram_bytes: use no more than that on top of what the process holds already; None: no limit but the GPU's
+    own. outside_bytes: of these, what is left to the CUDA context and to libraries: torch's limit for this
+    process, by which it is done, counts what torch's allocator reserves. Raises ResourceError if there is no
+    such GPU or nothing is left, NativeError if libkrasis_cuda is missing.
     """
 
-    def __init__(self, index: int = 0, vram_bytes: int | None = None) -> None:
+    def __init__(self, index: int = 0, vram_bytes: int | None = None, outside_bytes: int = 0) -> None:
         _check_gpu(index)
         self.library: ctypes.CDLL = cuda_library()
         self.index = index
@@ -171,10 +171,18 @@ class CudaDevice:
         all_bytes = int(properties.total_memory)
         self.total_bytes = all_bytes if vram_bytes is None else min(vram_bytes, all_bytes)
         self._is_capped = self.total_bytes < all_bytes
+        self._usable_bytes = self.total_bytes - (outside_bytes if self._is_capped else 0)
+        if self._usable_bytes <= 0:
+            raise ResourceError(
+                "the limit on the GPU's memory leaves nothing for the model",
+                got=f"{self.total_bytes} bytes",
+                limit=f"more than {outside_bytes} bytes, for CUDA's context and NCCL's buffers",
+                hint="a larger --vram",
+            )
         # Another engine of this process, or libraries' workspaces that torch allocated: not this device's.
         self._before_bytes = torch.cuda.memory_allocated(index)
         if self._is_capped:
-            limit_bytes = min(self.total_bytes + self._before_bytes, all_bytes)
+            limit_bytes = min(self._usable_bytes + self._before_bytes, all_bytes)
             torch.cuda.set_per_process_memory_fraction(limit_bytes / all_bytes, index)
         self.description = (
             f"{properties.name} (cuda:{index}, compute capability {properties.major}.{properties.minor}, "
@@ -212,7 +220,7 @@ class CudaDevice:
         free_bytes, _ = torch.cuda.mem_get_info(self.index)
         allocated_bytes = torch.cuda.memory_allocated(self.index)
         free_bytes += torch.cuda.memory_reserved(self.index) - allocated_bytes
-        return max(0, min(free_bytes, self.total_bytes - (allocated_bytes - self._before_bytes)))
+        return max(0, min(free_bytes, self._usable_bytes - (allocated_bytes - self._before_bytes)))
 
     def host_reads(self, *tensors: torch.Tensor) -> None:
         """Nothing: the double checks it."""

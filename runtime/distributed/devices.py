@@ -39,7 +39,7 @@ def open_rank_device(settings: EngineSettings, place: Place) -> Device:
     check_gpu_count(settings, place.num_local_ranks)
     if settings.device == "double":
         torch.set_num_threads(1)  # ranks share the host's cores
-    return open_device(settings, place.local_rank)
+    return open_device(settings, place.local_rank, place.num_ranks)
 
 
 def open_rank_backend(

@@ -18,6 +18,7 @@ from krasis.formats.layouts import MarlinLayout, layout_from_id
 from krasis.runtime import environment
 from krasis.runtime.device.library import find_cuda_library
 from krasis.runtime.model.backend import Backend
+from krasis.runtime.planning import assumptions as assumed
 from krasis.runtime.settings import EngineSettings
 from krasis.runtime.visible_gpus import VARIABLE, gpus_hidden, has_gpu
 
@@ -122,9 +123,9 @@ def _open(bundle: Bundle, settings: EngineSettings) -> Backend:
         raise
 
 
-def open_device(settings: EngineSettings, index: int = 0) -> Device:
-    """GPU number index of this process, or a double. Raises NativeError without the library, ResourceError
-    without such a GPU.
+def open_device(settings: EngineSettings, index: int = 0, num_ranks: int = 1) -> Device:
+    """GPU number index of this process, or a double. num_ranks: that will exchange data. Raises NativeError
+    without the library, ResourceError without such a GPU.
     """
     if settings.device == "double":
         from krasis.runtime.device.double import DeviceDouble
@@ -133,7 +134,12 @@ def open_device(settings: EngineSettings, index: int = 0) -> Device:
     find_cuda_library()  # before torch, which takes a second to import
     from krasis.runtime.device.cuda import CudaDevice
 
-    return CudaDevice(index, settings.vram_bytes)
+    return CudaDevice(index, settings.vram_bytes, outside_bytes(num_ranks))
+
+
+def outside_bytes(num_ranks: int) -> int:
+    """VRAM that a process takes beside what is allocated for the model."""
+    return assumed.GPU_CONTEXT_BYTES + (assumed.NCCL_BYTES if num_ranks > 1 else 0)
 
 
 def _close_quietly(device: Device) -> None:

@@ -9,6 +9,15 @@ from krasis.runtime.settings import CPU_PREFILL_CHUNK
 GPU_RESERVE_BYTES = 800_000_000
 """VRAM that is never ours: CUDA context, libraries' handles, fragmentation."""
 
+GPU_CONTEXT_BYTES = 700_000_000
+"""VRAM that a process takes beside torch's allocator: CUDA context and loaded kernels (an H200: half a GB and
+more). Taken off a limit on a GPU's memory (``krasis-run --vram``); without a limit it is not free to begin
+with.
+"""
+
+NCCL_BYTES = 1_200_000_000
+"""The same of NCCL's buffers on each of several GPUs (two H200: 1.1 GB)."""
+
 HOST_RESERVE_BYTES = 2_000_000_000
 """RAM for the system, Python and torch; on small machines at most an eighth of the RAM."""
 

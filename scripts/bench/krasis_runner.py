@@ -130,7 +130,7 @@ def open_on(bundle: Path, settings: EngineSettings, num_gpus: int) -> Engine:
 def stream_bytes(path: Path, context: int) -> int:
     """The memory that no expert finds room in, beside the buffers that all of them pass through."""
     with Bundle.open(path) as bundle:
-        return streaming_vram_bytes(bundle, context)
+        return streaming_vram_bytes(bundle, context, "cuda")
 
 
 def check_streamed(backend: Any) -> None:

@@ -32,7 +32,7 @@ def run(context: Context, label: str) -> dict[str, Any]:
     result: dict[str, Any] = {**made, "host_read_gbps": rates.host_read_gbps(), "runs": {}}
     prompt = context.sizes.decode_prompt
     num_positions = prompt + context.sizes.decode_tokens + WARM_UP + 1
-    budgets: dict[str, int | None] = {**vram_budgets(bundle, num_positions), "all VRAM": None}
+    budgets: dict[str, int | None] = {**vram_budgets(context, bundle, num_positions), "all VRAM": None}
     if context.size == "tiny":
         del budgets[CARD]
     for name, vram_bytes in budgets.items():

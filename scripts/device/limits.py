@@ -7,6 +7,7 @@ from typing import Any
 
 from krasis.formats.architecture import Architecture
 from krasis.formats.bundle_reader import Bundle
+from krasis.runtime.gpu.opening import outside_bytes
 from krasis.runtime.planning.cost import attention_macs, dense_macs_per_token
 from krasis.runtime.planning.planner import whole_layer_vram_bytes
 from krasis.runtime.planning.sizes import expert_weights, sizes_of_bundle
@@ -43,13 +44,15 @@ class PrefillWork:
         }
 
 
-def streaming_vram_bytes(bundle: Bundle, context: int, dtype: str = "bf16") -> int:
+def streaming_vram_bytes(bundle: Bundle, context: int, device: str, num_ranks: int = 1) -> int:
     """VRAM that holds dense weights, cache, one pass and two layers of experts, and no expert for good.
 
-    So that a card larger than the model still streams every expert from host memory.
+    So that a card larger than the model still streams every expert from host memory. device: ``cuda``, whose
+    context needs room too, or ``double``.
     """
     sizes = sizes_of_bundle(bundle.manifest)
-    return whole_layer_vram_bytes(sizes, Workload(context, context, dtype))
+    outside = outside_bytes(num_ranks) if device == "cuda" else 0
+    return outside + whole_layer_vram_bytes(sizes, Workload(context, context, "bf16"))
 
 
 def prefill_work(arch: Architecture, num_tokens: int, record_bytes: int) -> PrefillWork:

@@ -35,7 +35,7 @@ def run(context: Context, label: str) -> dict[str, Any]:
     bundle, made = places.bundle_in_ram(context, label)
     measured = rates.measure(context)
     num_tokens = context.sizes.prompt_tokens
-    budgets = vram_budgets(bundle, num_tokens + MORE_POSITIONS)
+    budgets = vram_budgets(context, bundle, num_tokens + MORE_POSITIONS)
     if context.size == "tiny":
         budgets = {STREAMED: budgets[STREAMED]}
     runs = {}
@@ -90,10 +90,10 @@ def run_once(context: Context, bundle: Path, vram_bytes: int, measured: dict[str
     }
 
 
-def vram_budgets(bundle: Path, context: int) -> dict[str, int]:
+def vram_budgets(context: Context, bundle: Path, num_positions: int) -> dict[str, int]:
     """As little as streams every expert in one pass, and what a card of 16 GiB has."""
     with Bundle.open(bundle) as opened:
-        return {STREAMED: streaming_vram_bytes(opened, context), CARD: CARD_BYTES}
+        return {STREAMED: streaming_vram_bytes(opened, num_positions, context.device), CARD: CARD_BYTES}
 
 
 def prefill_s(engine: Engine, ids: np.ndarray[Any, Any]) -> float:

@@ -6,27 +6,21 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from device.limits import streaming_vram_bytes
 from krasis.formats.bundle_reader import Bundle
 from krasis.runtime import Engine
 from krasis.runtime.distributed.launch import open_engine
-from krasis.runtime.planning import sizes_of_bundle
-from krasis.runtime.planning.planner import whole_layer_vram_bytes
-from krasis.runtime.planning.types import Workload
 from krasis.runtime.settings import EngineSettings
 
 WARM_UP = 8
-
-
-def streamed_bytes(path: Path, context: int) -> int:
-    """So little VRAM that every expert is streamed, whatever card this is."""
-    with Bundle.open(path) as bundle:
-        workload = Workload(context, context, "bf16")
-        return whole_layer_vram_bytes(sizes_of_bundle(bundle.manifest), workload)
 
 
 def decode_s(engine: Engine, token: int) -> float:
@@ -48,7 +42,9 @@ def main() -> None:
     parser.add_argument("--logits", type=Path, required=True, help="Keep the prompt's there (.npy).")
     options = parser.parse_args()
     context = options.tokens + WARM_UP + options.decode
-    vram_bytes = options.vram or streamed_bytes(options.bundle, context)
+    with Bundle.open(options.bundle) as bundle:
+        streamed_bytes = streaming_vram_bytes(bundle, context, options.device, options.gpus)
+    vram_bytes = options.vram or streamed_bytes
     settings = EngineSettings(device=options.device, context=context, prefault=False, vram_bytes=vram_bytes)
     begin = time.perf_counter()
     engine = open_engine(options.bundle, settings, options.gpus)

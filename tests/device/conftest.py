@@ -71,12 +71,12 @@ def open_engine(device_name: str) -> Iterator[Callable[..., Any]]:
 
 
 @pytest.fixture(scope="session")
-def streaming_vram() -> Callable[..., int]:
+def streaming_vram(device_name: str) -> Callable[..., int]:
     """(bundle, context) -> VRAM in which experts have no place for good."""
 
     def vram_bytes(bundle: Path, context: int) -> int:
         with Bundle.open(bundle) as opened:
-            return streaming_vram_bytes(opened, context)
+            return streaming_vram_bytes(opened, context, device_name)
 
     return vram_bytes
 

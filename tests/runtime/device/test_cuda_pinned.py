@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from contextlib import nullcontext
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -13,6 +13,9 @@ import torch
 from krasis.formats.errors import ResourceError, UsageError
 from krasis.runtime.device import cuda
 from krasis.runtime.device.cuda import CudaDevice
+from krasis.runtime.gpu.opening import open_device
+from krasis.runtime.planning import assumptions
+from krasis.runtime.settings import EngineSettings
 
 GIB = 2**30
 
@@ -115,6 +118,29 @@ def test_a_cap_limits_torch_and_what_counts_as_free(
     assert "4.0 GiB by setting" in capped.description
     capped.close()
     assert fractions == [6 / 16, 1.0]
+
+
+def test_a_cap_leaves_room_for_what_torch_does_not_count(
+    monkeypatch: pytest.MonkeyPatch, fractions: list[float]
+) -> None:
+    """The CUDA context, and NCCL's buffers where there are several ranks, come out of the limit."""
+    made: list[CudaDevice] = []
+    monkeypatch.setattr(cuda, "cuda_library", FakeDriver)
+    context, nccl = assumptions.GPU_CONTEXT_BYTES, assumptions.NCCL_BYTES
+    for num_ranks, outside in ((1, context), (2, context + nccl), (9, context + nccl)):
+        settings = EngineSettings(device="cuda", vram_bytes=4 * GIB)
+        made.append(cast("CudaDevice", open_device(settings, 0, num_ranks)))
+        assert made[-1].total_bytes == 4 * GIB
+        assert made[-1].free_bytes() == 4 * GIB - outside
+        assert fractions[-1] == (6 * GIB - outside) / (16 * GIB)
+        assert "4.0 GiB by setting" in made[-1].description
+    # No limit, or one beyond the GPU: its own memory, of which the context is not free.
+    for vram_bytes in (None, 16 * GIB, 99 * GIB):
+        whole = open_device(EngineSettings(device="cuda", vram_bytes=vram_bytes), 0, 2)
+        assert whole.free_bytes() == 13 * GIB
+    assert len(fractions) == 3
+    with pytest.raises(ResourceError, match="leaves nothing for the model"):
+        open_device(EngineSettings(device="cuda", vram_bytes=context))
 
 
 def test_a_stream_tells_pinned_memory_from_ordinary(
