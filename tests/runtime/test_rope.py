@@ -108,3 +108,15 @@ def test_rows_that_are_not_needed_are_not_computed() -> None:
     tables.ensure(3 * ROWS_AT_ONCE)
     assert tables.cos[-1].any()
     assert RopeTables(ARCHITECTURE, 1).cos.tolist() == [[1.0] * (ARCHITECTURE.head_dim // 2)]
+
+
+@pytest.mark.parametrize("case", ["plain", "yarn"])
+def test_long_tables_are_their_pieces(case: str) -> None:
+    """They are computed by several threads."""
+    architecture = replace(ARCHITECTURE, rope_scaling=CASES[case][1])
+    first, end = 1234, 1234 + 5 * ROWS_AT_ONCE + 7
+    long = rope_tables(architecture, end, first)
+    for begin in range(first, end, 3000):
+        last = min(end, begin + 3000)
+        for found, expected in zip(long, rope_tables(architecture, last, begin), strict=True):
+            np.testing.assert_array_equal(found[begin - first : last - first], expected)
