@@ -273,6 +273,19 @@ def test_the_time_limit_ends_the_children_too(tmp_path: Path) -> None:
     assert ends(int((tmp_path / "pid").read_text()))
 
 
+def test_what_a_program_leaves_behind_is_ended(tmp_path: Path) -> None:
+    """It would hold memory and GPUs while others are measured, and the output open."""
+    text = (
+        "import subprocess; child = subprocess.Popen(['sleep', '100']);"
+        f"open({str(tmp_path / 'pid')!r}, 'w').write(str(child.pid)); print('done')"
+    )
+    begin = time.monotonic()
+    found = run(text)
+    assert (found.outcome.error, found.outcome.output) == ("", "done\n")
+    assert time.monotonic() - begin < 30
+    assert ends(int((tmp_path / "pid").read_text()))
+
+
 def test_memory_that_a_program_takes_is_seen() -> None:
     """Others share the machine: much more may be seen, hardly less."""
     text = "import time; held = bytearray(b'x') * 300_000_000; time.sleep(0.6)"

@@ -71,13 +71,11 @@ def run(arguments: Sequence[str], env: Mapping[str, str], timeout_s: float) -> W
     for reader in readers:
         reader.start()
     late = False
-    while child.poll() is None:
+    while child.poll() is None and not late:
         host.sample()
-        late = time.perf_counter() - begin > timeout_s
-        if late:
-            end_group(child)
-            break
         time.sleep(SAMPLE_S)
+        late = child.poll() is None and time.perf_counter() - begin > timeout_s
+    end_group(child)  # also what a program left behind: it would be there while others are measured
     for reader in readers:
         reader.join()
     peaks = gpus.stop()
