@@ -16,7 +16,7 @@ from krasis.formats.bundle_reader import Bundle
 from krasis.runtime import Engine, EngineSettings, context_size
 from krasis.runtime.cli import main
 from krasis.runtime.context_size import tokens_in_ram, tokens_in_vram
-from krasis.runtime.host_memory.filesystem import filesystem_of_path
+from krasis.runtime.filesystem import filesystem_of_path
 from krasis.runtime.planning import assumptions, sizes_of_bundle
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 -- a file in RAM is what is wanted

@@ -126,6 +126,8 @@ def test_a_cap_leaves_room_for_what_torch_does_not_count(
     """The CUDA context, and NCCL's buffers where there are several ranks, come out of the limit."""
     made: list[CudaDevice] = []
     monkeypatch.setattr(cuda, "cuda_library", FakeDriver)
+    monkeypatch.setattr("krasis.runtime.device.library.find_cuda_library", lambda: None)
+    monkeypatch.setattr("krasis.runtime.gpu.opening.find_cuda_library", lambda: None, raising=False)
     context, nccl = assumptions.GPU_CONTEXT_BYTES, assumptions.NCCL_BYTES
     for num_ranks, outside in ((1, context), (2, context + nccl), (9, context + nccl)):
         settings = EngineSettings(device="cuda", vram_bytes=4 * GIB)
