@@ -12,12 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
 import make_random_gguf  # noqa: E402
 from bench import kt_floor_runner  # noqa: E402
+from bench.cli import main  # noqa: E402
 from bench.document import write_document  # noqa: E402
 from bench.provision import Found  # noqa: E402
 from bench.record import Record, Run  # noqa: E402
@@ -163,7 +165,7 @@ def the_document_says_it(bench: Bench) -> None:
 
 def test_a_program_that_fails_is_not_tried_again(tmp_path: Path) -> None:
     bench = Bench(tmp_path, llama_fails=True)
-    only_llama(bench)
+    only_llama(bench.record)
     assert bench.run(Counted())
     assert bench.run(Counted())
     assert len(bench.log.read_text().splitlines()) == 1
@@ -174,23 +176,41 @@ def test_a_program_that_fails_is_not_tried_again(tmp_path: Path) -> None:
     assert "unknown model architecture" in (tmp_path / "B.md").read_text()
 
 
-def only_llama(bench: Bench) -> None:
+def only_llama(record: Record) -> None:
     """The rest as if an earlier call had run it."""
-    common = {"stage": "reference", "threads": 1, "round": 0, "model": MODEL}
+    common: dict[str, Any] = {"stage": "reference", "threads": 1, "round": 0, "model": MODEL}
     rate = {"tokens_per_s": (5.0,)}
-    bench.record.add(
-        Run(subject="krasis, CPU alone", case=case, metrics=rate, **common) for case in ("pp24",)
-    )
+    record.add([Run(subject="krasis, CPU alone", case="pp24", metrics=rate, **common)])
     common["model"] = "tiny, one layer"
-    bench.record.add(
+    record.add(
         Run(subject=f"kt-kernel {kind}", case="layer", error="not run", **common) for kind in kt_floor.FORMATS
     )
+
+
+def test_the_command_goes_on_where_it_stopped(tmp_path: Path, places: list[str]) -> None:
+    options = ["--stage", "reference", "--shape", "tiny", "--layers", "2", "--memory-gib", "1", "--gpus", "0"]
+    options += ["--llama-bench", "off", "--kt-kernel", "off", "--reference-prompt", "24", *places]
+    first = CliRunner().invoke(main, ["run", *options, "--budget-s", "0.001"])
+    assert first.exit_code == 0, first.output
+    assert "layers: {'whole': 2, 'both': 2}" in first.output
+    assert "time is up: run the same command to go on" in first.output
+    only_llama(Record(tmp_path / "r.h5"))
+    second = CliRunner().invoke(main, ["run", *options])
+    assert second.exit_code == 0, second.output
+    assert "all chosen stages are complete" in second.output
+    record = Record(tmp_path / "r.h5")
+    (run,) = (run for run in record.runs() if (run.subject, run.case) == ("llama.cpp, CPU alone", "pp24"))
+    assert "not run" in run.error
+    assert record.facts("reference")["prompt"] == 24
+    assert "| llama.cpp, CPU alone | 24 | not run" in (tmp_path / "B.md").read_text()
+    refused = CliRunner().invoke(main, ["run", "--stage", "reference,decode", *places])
+    assert refused.exit_code == 2
 
 
 def test_gpus_that_are_not_there_are_said_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(work, "gpu_names", lambda: ["an H200"])
     bench = Bench(tmp_path)
-    only_llama(bench)
+    only_llama(bench.record)
     bench.run(Counted(0), gpus=(2,), rounds=3)
     runs = [run for run in bench.runs() if run.subject.startswith("krasis, 2 GPUs")]
     assert {run.error for run in runs} == {"needs 2 GPUs, this machine has 1"}
