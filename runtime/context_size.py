@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
+from typing import TYPE_CHECKING
 
 from krasis.formats.architecture import Architecture
 from krasis.formats.bundle_reader import Bundle
 from krasis.formats.machine_limits import available_memory_bytes
 from krasis.runtime.filesystem import IN_RAM, filesystem_of_path
 from krasis.runtime.kv_cache import kv_cache_bytes
-from krasis.runtime.planning import assumptions as assumed
-from krasis.runtime.planning.sizes import ModelSizes
+
+if TYPE_CHECKING:
+    from krasis.runtime.planning.sizes import ModelSizes
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +39,9 @@ def tokens_in_ram(bundle: Bundle, tiers: tuple[str, ...], kv_dtype: str) -> int:
 
 def tokens_in_vram(sizes: ModelSizes, vram_bytes: int, kv_dtype: str) -> int:
     """Tokens whose keys and values have room on a GPU with that much memory beside the dense weights."""
+    # The planner's modules take 50 ms to import: a start on the CPU does without.
+    from krasis.runtime.planning import assumptions as assumed
+
     spare = vram_bytes - assumed.GPU_RESERVE_BYTES - sizes.dense_bytes
     room = min(SHARE_OF_VRAM * vram_bytes, SHARE_OF_SPARE_RAM * spare)
     return _tokens(room, sizes.architecture, sizes.kv_bytes(1, kv_dtype), "VRAM")

@@ -18,7 +18,6 @@ from krasis.formats.layouts import MarlinLayout, layout_from_id
 from krasis.runtime import environment
 from krasis.runtime.device.library import find_cuda_library
 from krasis.runtime.model.backend import Backend
-from krasis.runtime.planning import assumptions as assumed
 from krasis.runtime.settings import EngineSettings
 from krasis.runtime.visible_gpus import VARIABLE, gpus_hidden, has_gpu
 
@@ -139,6 +138,9 @@ def open_device(settings: EngineSettings, index: int = 0, num_ranks: int = 1) ->
 
 def outside_bytes(num_ranks: int) -> int:
     """VRAM that a process takes beside what is allocated for the model."""
+    # The planner's modules take 50 ms to import: a start on the CPU passes here, and does without.
+    from krasis.runtime.planning import assumptions as assumed
+
     return assumed.GPU_CONTEXT_BYTES + (assumed.NCCL_BYTES if num_ranks > 1 else 0)
 
 
