@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from krasis.formats.architecture import Architecture
+from krasis.formats.architecture_record import Architecture
 from krasis.formats.errors import FormatError, VersionError
 from krasis.formats.manifest import FORMAT_MINOR, Manifest
 from krasis.formats.names import shown

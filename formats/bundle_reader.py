@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from krasis.formats.architecture import Architecture
+from krasis.formats.architecture_record import Architecture
 from krasis.formats.assets import decompress_asset
 from krasis.formats.dtypes import BUNDLE_DTYPES
 from krasis.formats.errors import ChecksumError, FormatError, ResourceError, UsageError

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import xxhash
 
-from krasis.formats.architecture import Architecture
+from krasis.formats.architecture_record import Architecture
 from krasis.formats.errors import ChecksumError, FormatError, VersionError
 from krasis.formats.limits import (
     MAX_FILES,

@@ -26,13 +26,11 @@ from krasis.formats.limits import (
     checked_mul,
 )
 from krasis.formats.names import check_tensor_name, shown
-from krasis.formats.quantised_checkpoint import type_hint
 from krasis.formats.regular_file import (
     MappedFile,
     open_regular,
     read_range,
 )
-from krasis.formats.shard_index import check_present, find_entry, read_index
 from krasis.formats.strict_json import parse_json_object
 from krasis.formats.tensor_file import TensorFile, TensorFiles
 
@@ -130,6 +128,8 @@ def _entry(name: str, entry: Any, header_bytes: int, where: str) -> TensorInfo:
         )
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        from krasis.formats.quantised_checkpoint import type_hint
+
         packed = isinstance(dtype, str) and dtype.startswith(("F4", "F6", "F8"))
         raise FormatError(
             "unknown dtype",
@@ -251,6 +251,9 @@ class ShardedCheckpoint(TensorFiles[SafetensorsFile]):
         """
         self = cls()
         self.path = Path(path)
+        # Checkpoints are opened by the converter alone; the runtime starts without these modules.
+        from krasis.formats.shard_index import check_present, find_entry, read_index
+
         entry = find_entry(self.path)
         self.notes = entry.notes
         if entry.index is not None:

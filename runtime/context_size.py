@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from krasis.formats.architecture import Architecture
+from krasis.formats.architecture_record import Architecture
 from krasis.formats.bundle_reader import Bundle
 from krasis.formats.machine_limits import available_memory_bytes
 from krasis.runtime.filesystem import IN_RAM, filesystem_of_path

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from krasis.formats.architecture import Architecture
+from krasis.formats.architecture_record import Architecture
 from krasis.formats.errors import ResourceError
 from krasis.formats.machine_limits import available_memory_bytes
 

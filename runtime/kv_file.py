@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from krasis.formats.architecture import Architecture
+from krasis.formats.architecture_record import Architecture
 from krasis.formats.atomic_file import AtomicFile
 from krasis.formats.bundle_reader import Bundle
 from krasis.formats.dtypes import NUMPY_DTYPES

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from krasis.formats.architecture import Architecture, RopeScaling, check_architecture
+from krasis.formats.architecture_record import Architecture, RopeScaling, check_architecture
 from krasis.formats.errors import KrasisError, UsageError
 
 OPTION = "--rope-scaling"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from krasis.formats.architecture import Architecture
+from krasis.formats.architecture_record import Architecture
 from krasis.formats.errors import NativeError
 from krasis.runtime.device.api import Device
 from krasis.runtime.gpu.kernels import Routing

@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from krasis.formats.architecture import Architecture
+from krasis.formats.architecture_record import Architecture
 from krasis.formats.errors import NativeError
 from krasis.runtime.device.api import Device, Stream
 from krasis.runtime.gpu.expert_stage import Step

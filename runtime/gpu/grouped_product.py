@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from krasis.formats.architecture import Architecture
+from krasis.formats.architecture_record import Architecture
 from krasis.formats.layouts import ExpertRecord, MarlinLayout
 from krasis.runtime.device.api import Stream
 from krasis.runtime.gpu.expert_stage import Step

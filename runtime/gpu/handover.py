@@ -16,7 +16,7 @@ import ctypes
 
 import torch
 
-from krasis.formats.architecture import Architecture
+from krasis.formats.architecture_record import Architecture
 from krasis.formats.errors import NativeError
 from krasis.runtime.device.api import Device, Stream
 from krasis.runtime.gpu.kernels import GpuKernels

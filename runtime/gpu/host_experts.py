@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from krasis.formats.architecture import Architecture
+from krasis.formats.architecture_record import Architecture
 from krasis.formats.errors import NativeError
 from krasis.formats.layouts import CpuTileLayout
 from krasis.formats.native import Pool, check

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from krasis.formats.architecture import Architecture
+from krasis.formats.architecture_record import Architecture
 from krasis.formats.errors import NativeError
 from krasis.runtime.device.api import Device, Stream
 from krasis.runtime.device.library import check_status

@@ -6,7 +6,7 @@ import logging
 
 import torch
 
-from krasis.formats.architecture import Architecture
+from krasis.formats.architecture_record import Architecture
 from krasis.formats.errors import OutOfDeviceMemoryError, ResourceError
 from krasis.formats.units import format_bytes
 from krasis.runtime.device.api import Device

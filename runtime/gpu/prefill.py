@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from krasis.formats.architecture import Architecture
+from krasis.formats.architecture_record import Architecture
 from krasis.runtime.device.api import Device, Event, Stream
 from krasis.runtime.distributed.parallel import Parallel
 from krasis.runtime.gpu.attention import attend

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from krasis.formats.architecture import Architecture
+from krasis.formats.architecture_record import Architecture
 from krasis.formats.errors import NativeError
 from krasis.runtime.device.api import Device, Stream
 from krasis.runtime.distributed.parallel import Parallel

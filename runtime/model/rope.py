@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import numpy.typing as npt
 
-from krasis.formats.architecture import Architecture, RopeScaling
+from krasis.formats.architecture_record import Architecture, RopeScaling
 from krasis.formats.errors import UnsupportedModelError
 
 FloatArray = npt.NDArray[np.float32]

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from krasis.formats.architecture import Architecture
+from krasis.formats.architecture_record import Architecture
 from krasis.formats.errors import ResourceError
 from krasis.formats.units import format_bytes
 from krasis.runtime.planning import assumptions as assumed

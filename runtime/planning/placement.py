@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from krasis.formats.architecture import Architecture
+from krasis.formats.architecture_record import Architecture
 from krasis.formats.errors import ResourceError, UsageError
 from krasis.formats.units import format_bytes
 from krasis.runtime.planning import assumptions as assumed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from krasis.formats.architecture import Architecture
+from krasis.formats.architecture_record import Architecture
 from krasis.formats.errors import ResourceError, UsageError
 from krasis.runtime.planning import assumptions as assumed
 from krasis.runtime.planning import cost

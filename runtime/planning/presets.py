@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from krasis.formats.architecture import Architecture, RopeScaling
+from krasis.formats.architecture_record import Architecture, RopeScaling
 from krasis.formats.errors import UsageError
 
 

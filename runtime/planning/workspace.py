@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from krasis.formats.architecture import Architecture
+from krasis.formats.architecture_record import Architecture
 
 ALIGNMENT_BYTES = 256
 F32, I32, HALF = 4, 4, 2
