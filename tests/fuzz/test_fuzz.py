@@ -48,8 +48,12 @@ def test_the_fuzzer_finds_what_it_looks_for():
     def greedy(data):
         bytearray(20_000_000)
 
+    class RudeError(FormatError):
+        def __str__(self):  # ours escape what they say: one that forgets to
+            return "\x1b[2J"
+
     def rude(data):
-        raise FormatError("\x1b[2J")
+        raise RudeError("anything")
 
     for parse, complaint in ((buggy, "IndexError"), (greedy, "bytes allocated"), (rude, "unprintable")):
         base = fuzzing.TARGETS["gguf"]
