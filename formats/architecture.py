@@ -12,7 +12,7 @@ from krasis.formats.architecture_record import (
     check_architecture,
 )
 from krasis.formats.gguf_config import from_gguf_metadata
-from krasis.formats.hf_config import from_hf_config
+from krasis.formats.hf_config import from_hf_config, read_hf_config
 
 __all__ = [
     "SUPPORTED_MODEL_TYPES",
@@ -21,4 +21,5 @@ __all__ = [
     "check_architecture",
     "from_gguf_metadata",
     "from_hf_config",
+    "read_hf_config",
 ]

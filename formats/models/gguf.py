@@ -144,34 +144,33 @@ class Keys:
             return Rope(dims, theta, style, "first", self._scaling())
 
     def _scaling(self) -> RopeScaling:
-        kind = self.text("rope.scaling.type", default="none")
-        if kind == "none":
-            return RopeScaling()
-        factor = self.number("rope.scaling.factor", default=1.0)
-        if kind == "linear":
-            return RopeScaling("linear", factor)
-        if kind != "yarn":
+        """As llama.cpp's loader has it: without a type a factor is linear, its old name is
+        ``rope.scale_linear``, 0 is none; of YaRN only the original length and ``attn_factor`` can be set.
+        """
+        kind = self.text("rope.scaling.type", default="linear")
+        old_factor = self.number("rope.scale_linear", default=0.0)
+        factor = self.number("rope.scaling.factor", default=old_factor) or 1.0
+        multiplier = self.number("rope.scaling.attn_factor", default=1.0)
+        if kind not in ("none", "linear", "yarn"):
             raise UnsupportedModelError(
                 "this kind of rope scaling is not supported",
                 where=self.path("rope.scaling.type"),
                 got=shown(kind),
                 limit="none, linear, yarn",
             )
-        # GGUF's attention factor multiplies YaRN's own 0.1 ln(factor) + 1, which ours replaces.
-        multiplier = self.number("rope.scaling.attn_factor", default=1.0)
-        multiplier *= self.number("rope.scaling.yarn_attn_factor", default=1.0)
-        attention_factor = (
-            None if multiplier == 1.0 else multiplier * (0.1 * math.log(max(factor, 1.0)) + 1.0)
-        )
-        if (weight := self.number("rope.scaling.yarn_ext_factor", default=1.0)) not in (1.0, -1.0):
-            where = self.path("rope.scaling.yarn_ext_factor")
-            raise UnsupportedModelError("this feature is not supported", where=where, got=weight, limit=1.0)
+        if kind != "yarn":
+            if multiplier != 1.0:  # llama.cpp scales sine and cosine by it; nothing in a bundle could say so
+                raise UnsupportedModelError(
+                    "an attention factor without YaRN is not supported",
+                    where=self.path("rope.scaling.attn_factor"),
+                    got=multiplier,
+                    limit=1.0,
+                )
+            return RopeScaling() if kind == "none" or factor == 1.0 else RopeScaling("linear", factor)
+        # The file's factor multiplies YaRN's own 0.1 ln(factor) + 1, which ours replaces.
+        own = 0.1 * math.log(max(factor, 1.0)) + 1.0
         context = self.size("context_length")
+        original = self.size("rope.scaling.original_context_length", default=context, least=0)
         return RopeScaling(
-            "yarn",
-            factor,
-            self.size("rope.scaling.original_context_length", default=context),
-            attention_factor,
-            self.number("rope.scaling.yarn_beta_fast", default=32.0),
-            self.number("rope.scaling.yarn_beta_slow", default=1.0),
+            "yarn", factor, original or context, None if multiplier == 1.0 else multiplier * own
         )

@@ -65,9 +65,7 @@ class Config:
             raise FormatError("field is missing", where=self.path(names[0]), hint=hint)
         return names[0], default
 
-    def size(
-        self, *names: str, default: Any = REQUIRED, least: int = 1, limit: int | None = None
-    ) -> int:
+    def size(self, *names: str, default: Any = REQUIRED, least: int = 1, limit: int | None = None) -> int:
         """A whole number from ``least`` to ``limit`` (by default the limit of sizes of that name)."""
         name, value = self._value(names, default)
         if not isinstance(value, int) or isinstance(value, bool):
@@ -92,7 +90,7 @@ class Config:
     def _number(self, name: str, value: Any) -> float:
         if not isinstance(value, int | float) or isinstance(value, bool):
             raise FormatError("field must be a number", where=self.path(name), got=shown(value))
-        if isinstance(value, int) and value.bit_length() > 63 or not math.isfinite(value):
+        if (isinstance(value, int) and value.bit_length() > 63) or not math.isfinite(value):
             raise FormatError("field must be a number", where=self.path(name), got=shown_number(value))
         return float(value)
 

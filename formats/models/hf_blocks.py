@@ -26,14 +26,20 @@ def model(
     *,
     norm: Norm | None = None,
     tied: bool = False,
+    max_positions: int | None = None,
     **changes: Any,
 ) -> ModelSpec:
-    """The model of these layers. norm: RMS with ``rms_norm_eps`` if left out; tied: the family's default."""
+    """The model of these layers. norm: RMS with ``rms_norm_eps`` if left out; tied: the family's default;
+    max_positions: where they are not what the config says.
+    """
+    if max_positions is None:
+        config.expect("dual_chunk_attention_config", limit="none")
+        max_positions = config.size("max_position_embeddings")
     return ModelSpec(
         family=family,
         hidden=config.size("hidden_size"),
         vocab=config.size("vocab_size"),
-        max_positions=config.size("max_position_embeddings"),
+        max_positions=max_positions,
         norm=norm or Norm(config.number("rms_norm_eps", default=1e-6)),
         layers=tuple(layers),
         tied=config.flag("tie_word_embeddings", default=tied),
@@ -56,10 +62,8 @@ def attention(config: Config, *, rope: dict[str, Any] | None = None, **changes: 
     head_dim = changes.pop("head_dim", None)
     if head_dim is None:
         head_dim = config.size("head_dim", default=max(1, config.size("hidden_size") // heads))
-    if "rotary" in changes:
-        rotary = changes.pop("rotary")
-    else:
-        rotary = read_rope(config, head_dim, **(rope or {}))
+    has_rotary = "rotary" in changes
+    rotary = changes.pop("rotary") if has_rotary else read_rope(config, head_dim, **(rope or {}))
     scale = changes.pop("scale", None) or head_dim**-0.5
     return Attention(heads, kv_heads, head_dim, rotary, scale, **changes)
 
@@ -74,7 +78,8 @@ def latent(config: Config, *, rope: dict[str, Any] | None = None, **changes: Any
         rotary = changes.pop("rotary")
     else:
         style = "interleaved" if config.flag("rope_interleave", default=True) else "half"
-        rotary = read_rope(config, **({"head_dim": rope_dim, "style": style} | (rope or {})))
+        arguments: dict[str, Any] = {"head_dim": rope_dim, "style": style}
+        rotary = read_rope(config, **(arguments | (rope or {})))
         if rotary.scaling.kind != "none":
             scale *= yarn_temperature(rope_table(config), "mscale_all_dim", rotary.scaling.factor) ** 2
     return LatentAttention(
@@ -155,16 +160,16 @@ def qwen_dense_layers(config: Config) -> list[bool]:
     return [i in alone or (i + 1) % step != 0 for i in range(num_layers(config))]
 
 
-def dense_mlp(config: Config, name: str = "intermediate_size", activation: Activation | None = None) -> GatedMlp:
+def dense_mlp(
+    config: Config, name: str = "intermediate_size", activation: Activation | None = None
+) -> GatedMlp:
     """The MLP of a layer without experts."""
     return GatedMlp(config.size(name), activation or Activation())
 
 
 def layers_of(mixers: Sequence[Mixer], dense: Sequence[bool], mlp: Mlp | None, routed: Mlp) -> list[Layer]:
     """One layer a mixer, with the MLP where ``dense`` says so, else with the experts."""
-    return [
-        Layer(mixer, mlp if is_dense else routed) for mixer, is_dense in zip(mixers, dense, strict=True)
-    ]
+    return [Layer(mixer, mlp if is_dense else routed) for mixer, is_dense in zip(mixers, dense, strict=True)]
 
 
 def moe_layers(config: Config, mixer: Mixer, routed: Mlp, dense: Sequence[bool] | None = None) -> list[Layer]:

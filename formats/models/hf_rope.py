@@ -23,8 +23,7 @@ _KEYS = {
     "default": _COMMON,
     "linear": _COMMON | {"factor"},
     "yarn": _COMMON | _YARN,
-    "llama3": _COMMON
-    | {"factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"},
+    "llama3": _COMMON | {"factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"},
     "proportional": _COMMON | {"factor"},
 }
 # Positions of images and videos: for text all three are the same.
@@ -32,8 +31,8 @@ MROPE = frozenset({"mrope_section", "mrope_interleaved"})
 
 
 def rope_table(config: Config, layer_kind: str | None = None) -> Config:
-    """The table with the rotary embedding's settings. As in transformers, a ``rope_scaling`` that is there wins
-    over ``rope_parameters``. layer_kind: whose table is taken where each layer type has one.
+    """The table with the rotary embedding's settings. As in transformers, a ``rope_scaling`` that is there
+    wins over ``rope_parameters``. layer_kind: whose table is taken where each layer type has one.
     """
     field = "rope_scaling" if config.table.get("rope_scaling") else "rope_parameters"
     table = config.child(field)

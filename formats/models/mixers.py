@@ -13,6 +13,7 @@ from krasis.formats.models.record import (
     Record,
     fail,
     number,
+    required,
     size,
 )
 from krasis.formats.models.rope import QueryTemperature, Rope
@@ -39,7 +40,7 @@ class Attention(Record):
     heads: int = size(MAX_HEADS)
     kv_heads: int = size(MAX_HEADS)
     head_dim: int = size(MAX_HEAD_DIM)
-    rope: Rope | None
+    rope: Rope | None = required()
     scale: float = number(1e-9, 1e9)
     qk_norm: QkNorm = "none"
     bias: bool = False
@@ -66,7 +67,9 @@ class Attention(Record):
                 f"a multiple of {self.kv_heads}",
             )
         if self.rope is not None and self.rope.dims > self.head_dim:
-            raise fail("more channels are rotated than there are", self, "rope", self.rope.dims, self.head_dim)
+            raise fail(
+                "more channels are rotated than there are", self, "rope", self.rope.dims, self.head_dim
+            )
 
     @property
     def query_rows(self) -> int:
@@ -100,7 +103,7 @@ class LatentAttention(Record):
     nope_dim: int = size(MAX_HEAD_DIM)
     rope_dim: int = size(MAX_HEAD_DIM, 0)
     value_dim: int = size(MAX_HEAD_DIM)
-    rope: Rope | None
+    rope: Rope | None = required()
     scale: float = number(1e-9, 1e9)
     latent_eps: float = number(0.0, 1.0, 1e-6)
     bias: bool = False
@@ -131,7 +134,7 @@ class CompressedAttention(Record):
     q_rank: int = size(MAX_HIDDEN)
     groups: int = size(MAX_HEADS)
     group_rank: int = size(MAX_HIDDEN)
-    rope: Rope
+    rope: Rope = required()
     scale: float = number(1e-9, 1e9)
     window: int = size(MAX_POSITIONS)
     ratio: int | None = size(MAX_POSITIONS, 1, None)
@@ -140,6 +143,8 @@ class CompressedAttention(Record):
 
     def check(self) -> None:
         if self.heads % self.groups:
-            raise fail("heads do not divide into groups", self, "heads", self.heads, f"multiple of {self.groups}")
+            raise fail(
+                "heads do not divide into groups", self, "heads", self.heads, f"multiple of {self.groups}"
+            )
         if self.ratio is None and (self.overlap or self.selection is not None):
             raise fail("nothing is compressed", self, "ratio", "none", "a ratio")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from krasis.formats.models.record import MAX_EXPERTS, MAX_HIDDEN, Record, fail, number, size
+from krasis.formats.models.record import MAX_EXPERTS, MAX_HIDDEN, Record, fail, number, required, size
 
 ActivationKind = Literal[
     "silu", "gelu_tanh", "swiglu_offset", "silu_clamped_before", "silu_clamped_after", "relu_squared", "situ"
@@ -48,8 +48,8 @@ class Router(Record):
     """How a token's experts and their weights come about.
 
     Scores of the logits (of all, or ``_of_top`` after the choice); with correction_bias they are chosen by
-    score + bias but weigh by the score alone. Of ``groups`` groups the best ``top_groups`` stay, by the sum of
-    their two best or by their best. renormalise: weights are divided by max(sum, sum_floor) + sum_epsilon.
+    score + bias but weigh by the score alone. Of ``groups`` groups the best ``top_groups`` stay, by the sum
+    of their two best or by their best. renormalise: weights are divided by max(sum, sum_floor) + sum_epsilon.
     scale: times the weights. bias: of the logits. logit_cap: cap * tanh(logits / cap). by_token: the experts
     come from a table of the token's id. input_norm: logits of scale * rms(x) / sqrt(hidden), of the residual
     itself. expert_scale: a factor an expert on its weight.
@@ -73,7 +73,9 @@ class Router(Record):
 
     def check(self) -> None:
         if self.top_groups > self.groups:
-            raise fail("more groups are chosen than there are", self, "top_groups", self.top_groups, self.groups)
+            raise fail(
+                "more groups are chosen than there are", self, "top_groups", self.top_groups, self.groups
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +90,7 @@ class Experts(Record):
     KIND: ClassVar[str] = "experts"
     count: int = size(MAX_EXPERTS)
     intermediate: int = size(MAX_HIDDEN)
-    router: Router
+    router: Router = required()
     activation: Activation = Activation()
     bias: bool = False
     shared: GatedMlp | None = None
@@ -99,7 +101,9 @@ class Experts(Record):
 
     def check(self) -> None:
         if self.router.top_k > self.count:
-            raise fail("more experts a token than there are", self, "router.top_k", self.router.top_k, self.count)
+            raise fail(
+                "more experts a token than there are", self, "router.top_k", self.router.top_k, self.count
+            )
         if self.count % self.router.groups:
             raise fail(
                 "experts do not divide into groups",

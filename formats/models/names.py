@@ -28,9 +28,7 @@ def decoder_names(
     """
     names = _model() | _attention(permuted, biases)
     if qk_norm:
-        names |= {
-            f"attention.{x}_norm": _weight(f"self_attn.{x}_norm", f"attn_{x}_norm") for x in ("q", "k")
-        }
+        names |= {f"attention.{x}_norm": _weight(f"self_attn.{x}_norm", f"attn_{x}_norm") for x in ("q", "k")}
     names["attention.norm"] = _weight("input_layernorm", "attn_norm")
     names["experts.norm"] = _weight("post_attention_layernorm", ffn_norm)
     names["experts.router"] = _weight(f"{mlp}.gate", "ffn_gate_inp")
@@ -68,9 +66,7 @@ def _attention(permuted: bool, biases: bool) -> dict[str, Source]:
             ours = f"attention.{part}" + (".bias" if kind == "bias" else "")
             hf, gguf = f"{_HF}self_attn.{part}_proj.{kind}", f"{_GGUF}attn_{part}.{kind}"
             undone = permuted and part != "v"
-            names[ours] = Source(
-                (hf,), (gguf,), gguf_transform="undo_rope_permutation" if undone else "none"
-            )
+            names[ours] = Source((hf,), (gguf,), gguf_transform="undo_rope_permutation" if undone else "none")
     return names | {"attention.output": _weight("self_attn.o_proj", "attn_output")}
 
 

@@ -7,7 +7,6 @@ therefore never changes its meaning.
 
 from __future__ import annotations
 
-import functools
 import math
 import types
 import typing
@@ -39,6 +38,11 @@ def size(limit: int = MAX_HIDDEN, least: int = 1, default: Any = MISSING) -> Any
 def number(low: float, high: float, default: Any = MISSING) -> Any:
     """A field that is a finite number from ``low`` to ``high``."""
     return field(default=default, metadata={"range": (low, high)})
+
+
+def required() -> Any:
+    """A field of another type that must be given."""
+    return field()
 
 
 @contextmanager
@@ -89,13 +93,17 @@ def _field_of(name: str, hint: Any, bounds: tuple[float, float] | None, default:
     return _Field(name, tuple(flat), item, tuple(choices), bounds, default)
 
 
-@functools.cache
+_FIELDS: dict[type[Any], tuple[_Field, ...]] = {}
+
+
 def _fields_of(cls: type[Any]) -> tuple[_Field, ...]:
-    hints = typing.get_type_hints(cls)
-    return tuple(
-        _field_of(entry.name, hints[entry.name], entry.metadata.get("range"), entry.default)
-        for entry in fields(cls)
-    )
+    if cls not in _FIELDS:
+        hints = typing.get_type_hints(cls)
+        _FIELDS[cls] = tuple(
+            _field_of(entry.name, hints[entry.name], entry.metadata.get("range"), entry.default)
+            for entry in fields(cls)
+        )
+    return _FIELDS[cls]
 
 
 class Record:
@@ -125,7 +133,8 @@ class Record:
         """Reads ``to_json``'s form. Unknown, missing or ill-typed fields and impossible values raise
         FormatError.
         """
-        return read_record(cls, record, where)
+        read: Self = read_record(cls, record, where)
+        return read
 
 
 def fail(what: str, record: Record, name: str, got: object, limit: object) -> FormatError:
@@ -155,9 +164,7 @@ def _check_text(value: str, entry: _Field, where: str) -> None:
     if entry.choices and value not in entry.choices:
         raise FormatError("unknown choice", where=where, got=shown(value), limit=", ".join(entry.choices))
     if len(value) > _MAX_TEXT:
-        raise FormatError(
-            "text is too long", where=where, got=shown(value), limit=f"{_MAX_TEXT} characters"
-        )
+        raise FormatError("text is too long", where=where, got=shown(value), limit=f"{_MAX_TEXT} characters")
 
 
 def _check_number(value: float, entry: _Field, where: str) -> None:
@@ -218,9 +225,7 @@ def _from_json(value: Any, entry: _Field, where: str, depth: int) -> Any:
     return value
 
 
-def _untagged(
-    value: Mapping[str, Any], entry: _Field, where: str
-) -> tuple[type[Record], Mapping[str, Any]]:
+def _untagged(value: Mapping[str, Any], entry: _Field, where: str) -> tuple[type[Record], Mapping[str, Any]]:
     """The record type that an object is of, and the object without the name of it."""
     if len(entry.records) == 1:
         return entry.records[0], value

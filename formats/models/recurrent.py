@@ -45,8 +45,8 @@ class GatedDelta(Record):
 class ChannelDelta(Record):
     """The gated delta rule with one decay a channel (Kimi Delta Attention).
 
-    decay_rank and gate_rank: of the two low-rank projections, None for full ones. lower_bound: the decay's logarithm is
-    lower_bound * sigmoid(...), None for -exp(A_log) * softplus(...).
+    decay_rank and gate_rank: of the two low-rank projections, None for full ones. lower_bound: the decay's
+    logarithm is lower_bound * sigmoid(...), None for -exp(A_log) * softplus(...).
     """
 
     KIND: ClassVar[str] = "channel_delta"
@@ -74,7 +74,9 @@ class Mamba2(Record):
 
     def check(self) -> None:
         if self.heads % self.groups:
-            raise fail("heads do not divide into groups", self, "heads", self.heads, f"multiple of {self.groups}")
+            raise fail(
+                "heads do not divide into groups", self, "heads", self.heads, f"multiple of {self.groups}"
+            )
 
     @property
     def inner(self) -> int:

@@ -47,8 +47,8 @@ def family_of_model_type(model_type: object) -> Family | None:
 def spec_from_hf(config: Mapping[str, Any], where: str) -> ModelSpec:
     """The model that a ``config.json`` describes, of any known family. where: the file, for messages.
 
-    Raises UnsupportedModelError for another model type or a setting that is not understood (naming the field),
-    FormatError for missing, ill-typed or impossible fields.
+    Raises UnsupportedModelError for another model type or a setting that is not understood (naming the
+    field), FormatError for missing, ill-typed or impossible fields.
     """
     model_type = config.get("model_type")
     family = family_of_model_type(model_type)
@@ -67,7 +67,7 @@ def spec_from_hf(config: Mapping[str, Any], where: str) -> ModelSpec:
 
 def _check_classes(config: Config, family: Family) -> None:
     classes = config.table.get("architectures")
-    if not classes or isinstance(classes, list) and any(name in classes for name in family.architectures):
+    if not classes or (isinstance(classes, list) and any(name in classes for name in family.architectures)):
         return
     raise UnsupportedModelError(
         "not a language model with an output head",
@@ -94,8 +94,8 @@ def spec_from_gguf(
     """The model that a GGUF's metadata describes. tensors: all of the model's (they tell vocabulary and
     tying).
 
-    Raises UnsupportedModelError for an architecture that is not known or whose GGUFs are not read, FormatError
-    for missing, ill-typed or impossible values.
+    Raises UnsupportedModelError for an architecture that is not known or whose GGUFs are not read,
+    FormatError for missing, ill-typed or impossible values.
     """
     name = metadata.get("general.architecture")
     readable = {family.gguf: family for family in all_families() if family.spec_from_gguf is not None}

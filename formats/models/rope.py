@@ -12,9 +12,9 @@ from krasis.formats.models.record import MAX_HEAD_DIM, MAX_POSITIONS, Record, fa
 class RopeScaling(Record):
     """Long-context scaling of a rotary embedding.
 
-    factor: context length over the original. ``yarn``: https://arxiv.org/abs/2309.00071 as transformers reads
-    it; attention_factor None stands for 0.1 ln(factor) + 1. ``llama3`` blends by wavelength between the two
-    frequency factors. ``proportional``: all pairs of the head, those beyond the rotated dims with frequency 0.
+    factor: context length over the original. ``yarn``: https://arxiv.org/abs/2309.00071 as transformers
+    reads it; attention_factor None stands for 0.1 ln(factor) + 1. ``llama3`` blends by wavelength between the
+    two frequency factors. ``proportional``: all pairs of the head, those beyond ``dims`` with frequency 0.
     """
 
     kind: Literal["none", "linear", "yarn", "llama3", "proportional"] = "none"

@@ -11,11 +11,11 @@ from krasis.formats.models.rope import Rope
 
 @dataclass(frozen=True, slots=True)
 class Selection(Record):
-    """An index that scores keys by small heads of their own; queries attend only to the best ``budget`` tokens.
+    """An index that scores keys by small heads of its own; queries attend to the best ``budget`` tokens only.
 
     kind: ``tokens`` scores each key (DSA), ``pools`` learnt averages of ``block`` keys, ``block_mean`` means
-    of blocks and ``block_max`` the best key of each. key_heads: heads of the index's keys. reuses: no index of
-    its own, the choice of the layer before that has one.
+    of blocks and ``block_max`` the best key of each. key_heads: heads of the index's keys. reuses: no index
+    of its own, the choice of the layer before that has one.
     """
 
     kind: Literal["tokens", "pools", "block_mean", "block_max"]

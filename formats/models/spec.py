@@ -20,6 +20,7 @@ from krasis.formats.models.record import (
     fail,
     number,
     read_record,
+    required,
     size,
 )
 from krasis.formats.models.recurrent import ChannelDelta, GatedDelta, Mamba2, ShortConv
@@ -49,7 +50,7 @@ class Residual(Record):
 
     kind: Literal["gated", "hyper"]
     streams: int = size(64)
-    end: Literal["mean", "head", "mixer"]
+    end: Literal["mean", "head", "mixer"] = required()
     rank: int = size(MAX_HIDDEN, 0, 0)
     rounds: int = size(1000, 0, 0)
     eps: float = number(0.0, 1.0, 1e-6)
@@ -116,8 +117,8 @@ class ModelSpec(Record):
     hidden: int = size(MAX_HIDDEN)
     vocab: int = size(MAX_VOCAB)
     max_positions: int = size(MAX_POSITIONS)
-    norm: Norm
-    layers: tuple[Layer, ...]
+    norm: Norm = required()
+    layers: tuple[Layer, ...] = required()
     tied: bool = False
     embedding_scale: float = number(1e-6, 1e6, 1.0)
     residual_scale: float = number(1e-6, 1e6, 1.0)

@@ -12,9 +12,10 @@ Store = Literal["int8_rows", "plain", "f32", "experts", "table", "ids"]
 class Tensor:
     """A tensor's name, shape in elements (outputs first) and how it is stored.
 
-    store: ``int8_rows`` (packed with a scale a row), ``plain`` (keeps its source's type), ``f32``, ``experts``
-    (in the experts' records: [experts, n, k], or [experts, n] for a bias), ``table`` (rows that are looked up,
-    too large for memory) or ``ids`` (int32 numbers, no weights). parts: the source's tensors that are stacked by rows, if more than itself.
+    store: ``int8_rows`` (packed with a scale a row), ``plain`` (keeps its source's type), ``f32``,
+    ``experts`` (in the experts' records: [experts, n, k], or [experts, n] for a bias), ``table`` (rows that
+    are looked up, too large for memory) or ``ids`` (int32 numbers, no weights). parts: the source's tensors
+    that are stacked by rows, if more than itself.
     """
 
     name: str

@@ -12,7 +12,8 @@ from typing import Literal
 from krasis.formats.limits import align_up, checked_add, checked_mul
 from krasis.formats.models.mixer_tensors import mixer_tensors
 from krasis.formats.models.mlp_tensors import mlp_tensors
-from krasis.formats.models.spec import Experts, Layer, MlpBesideExperts, ModelSpec, Residual
+from krasis.formats.models.mlps import Experts, MlpBesideExperts
+from krasis.formats.models.spec import Layer, ModelSpec, Residual
 from krasis.formats.models.tensor import Tensor, norm
 
 __all__ = ["Blob", "Tensor", "blobs", "count_parameters", "layer_tensors", "top_tensors"]

@@ -37,7 +37,9 @@ def _mixers(config: Config) -> list[Mixer]:
     dim = config.size("linear_head_dim", "head_dim", default=128)
     heads = config.size("linear_num_heads", "num_attention_heads")
     width = config.size("linear_conv_kernel_dim", "short_conv_kernel_size", default=4)
-    bound = config.number("kda_lower_bound", default=-5.0) if config.flag("kda_safe_gate", default=True) else None
+    bound = (
+        config.number("kda_lower_bound", default=-5.0) if config.flag("kda_safe_gate", default=True) else None
+    )
     known: dict[str, Mixer] = {
         "linear_attention": ChannelDelta(heads, dim, width, None, None, bound),
         "full_attention": latent(config, head_gate=True, rope={"theta": 6e6}),

@@ -29,7 +29,7 @@ def spec_from_hf(config: Config) -> ModelSpec:
     rotated = config.size("prefix_dense_sliding_window_pattern", default=1) == 1
     layers = [
         Layer(
-            _attention(config, sliding[i], sliding[i] or dense[i] and rotated),
+            _attention(config, sliding[i], sliding[i] or (dense[i] and rotated)),
             mlp if dense[i] else routed,
             parallel=True,
         )
@@ -48,9 +48,7 @@ def _norm(config: Config) -> Norm:
 def _sliding_layers(config: Config, count: int, first: int) -> list[bool]:
     prefix = config.size("prefix_dense_sliding_window_pattern", default=1)
     step = config.size("sliding_window_pattern", default=4)
-    default = [
-        bool((i + 1) % prefix) if i < first else bool((i - first + 1) % step) for i in range(count)
-    ]
+    default = [bool((i + 1) % prefix) if i < first else bool((i - first + 1) % step) for i in range(count)]
     names = ["sliding_attention" if entry else "full_attention" for entry in default]
     known = {"sliding_attention": True, "full_attention": False}
     return config.kinds("layer_types", count, known, names)
@@ -68,11 +66,11 @@ def _attention(config: Config, sliding: bool, rotated: bool) -> Attention:
 def _experts(config: Config) -> Experts:
     scores = {"softmax": "softmax_of_top", "sigmoid": "sigmoid_of_top"}
     score = config.choice("expert_selection_fn", scores, "softmax")
-    averaged = config.choice(
-        "shared_expert_combination_strategy", {"average": True, "sum": False}, "average"
-    )
+    averaged = config.choice("shared_expert_combination_strategy", {"average": True, "sum": False}, "average")
     router = softmax_router(
-        config, score=score, renormalise=config.flag("norm_topk_prob", default=True) and score == "sigmoid_of_top"
+        config,
+        score=score,
+        renormalise=config.flag("norm_topk_prob", default=True) and score == "sigmoid_of_top",
     )
     routed = experts(config, router, width="intermediate_size", shared_field="num_shared_experts")
     if routed.shared is None:

@@ -22,7 +22,11 @@ def spec_from_hf(config: Config) -> ModelSpec:
 FAMILY = Family(
     name=NAME,
     model_types=(NAME, "kimi_k2", "kimi_k25"),
-    architectures=("DeepseekV3ForCausalLM", "Kimi_K25ForConditionalGeneration", "KimiK25ForConditionalGeneration"),
+    architectures=(
+        "DeepseekV3ForCausalLM",
+        "Kimi_K25ForConditionalGeneration",
+        "KimiK25ForConditionalGeneration",
+    ),
     reference="DeepseekV3ForCausalLM",
     spec_from_hf=spec_from_hf,
     gguf="deepseek2",

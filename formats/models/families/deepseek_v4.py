@@ -104,7 +104,9 @@ def _rope(config: Config, head_dim: int, compressed: bool) -> Rope:
         table = {**table, "rope_theta": theta, **factor}
     else:
         table = {"rope_theta": config.number("rope_theta", default=10_000.0)}
-    own = {key: value for key, value in config.table.items() if key not in ("rope_scaling", "rope_parameters")}
+    own = {
+        key: value for key, value in config.table.items() if key not in ("rope_scaling", "rope_parameters")
+    }
     changed = Config({**own, "rope_parameters": table}, config.where)
     return read_rope(changed, head_dim, partial=partial, style="interleaved", place="last")
 

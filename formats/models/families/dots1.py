@@ -4,8 +4,15 @@ from __future__ import annotations
 
 from krasis.formats.models.family import Family
 from krasis.formats.models.hf import Config
-from krasis.formats.models.hf_blocks import attention, dense_layers, experts, model, moe_layers, num_layers
-from krasis.formats.models.hf_blocks import sigmoid_router
+from krasis.formats.models.hf_blocks import (
+    attention,
+    dense_layers,
+    experts,
+    model,
+    moe_layers,
+    num_layers,
+    sigmoid_router,
+)
 from krasis.formats.models.spec import ModelSpec
 
 NAME = "dots1"

@@ -1,4 +1,4 @@
-"""Gemma 4 (26B-A4B): two head sizes, values that are the keys, norms after blocks, an MLP beside the experts."""
+"""Gemma 4 (26B-A4B): two head sizes, values that are the keys, an MLP beside the experts, more norms."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _full(config: Config) -> Attention:
 
 
 def _overrides(config: Config) -> Config:
-    """What full layers have of their own: by layer as transformers 5 writes it, else in fields of the model."""
+    """What full layers have of their own: by layer as transformers 5 writes it, else in fields beside."""
     by_layer = config.child("per_layer_config")
     for name in by_layer.table:
         return by_layer.child(name)

@@ -62,5 +62,7 @@ FAMILY = Family(
     spec_from_hf=spec_from_hf,
     gguf="glm4moe",
     spec_from_gguf=spec_from_gguf,
-    names=decoder_names(ffn_norm="post_attention_norm", biases=True, shared=True, dense=True, correction=True),
+    names=decoder_names(
+        ffn_norm="post_attention_norm", biases=True, shared=True, dense=True, correction=True
+    ),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 from krasis.formats.models.families.deepseek_v32 import token_index
 from krasis.formats.models.family import Family
@@ -34,7 +35,9 @@ def spec_from_hf(config: Config) -> ModelSpec:
 
 def _mixers(config: Config) -> list[Mixer]:
     base, count = latent(config), num_layers(config)
-    style = "half" if not config.flag("indexer_rope_interleave", default=True) else "interleaved"
+    style: Literal["half", "interleaved"] = (
+        "half" if not config.flag("indexer_rope_interleave", default=True) else "interleaved"
+    )
     known: dict[str, Mixer] = {
         kind: replace(base, selection=token_index(config, style, reuses=kind == "shared"))
         for kind in ("full", "shared")

@@ -41,7 +41,9 @@ def _attention(config: Config) -> Attention:
 
 def _rope(config: Config) -> Rope:
     """A ``dynamic`` scaling with ``alpha`` is a larger theta."""
-    head_dim = config.size("head_dim", default=max(1, config.size("hidden_size") // config.size("num_attention_heads")))
+    head_dim = config.size(
+        "head_dim", default=max(1, config.size("hidden_size") // config.size("num_attention_heads"))
+    )
     table = rope_table(config)
     if table.table.get("rope_type", table.table.get("type")) != "dynamic" or not table.table.get("alpha"):
         return read_rope(config, head_dim)

@@ -33,9 +33,7 @@ def _attention(config: Config, kind: str, heads: int) -> Attention:
     theta, partial = _KINDS[kind]
     window = config.size("sliding_window", default=512) if kind == "sliding_attention" else None
     rope = {"layer_kind": kind, "theta": theta, "partial": partial}
-    return attention(
-        config, heads=heads, rope=rope, qk_norm="head", output_gate=_gate(config), window=window
-    )
+    return attention(config, heads=heads, rope=rope, qk_norm="head", output_gate=_gate(config), window=window)
 
 
 def _gate(config: Config) -> OutputGate:

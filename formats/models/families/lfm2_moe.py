@@ -29,7 +29,9 @@ def spec_from_hf(config: Config) -> ModelSpec:
     }
     mixers = config.kinds("layer_types", count, known, ["full_attention"] * count)
     bias = config.flag("use_expert_bias", default=True)
-    routed = experts(config, sigmoid_router(config, correction_bias=bias, sum_epsilon=1e-6), shared_field=None)
+    routed = experts(
+        config, sigmoid_router(config, correction_bias=bias, sum_epsilon=1e-6), shared_field=None
+    )
     dense = [i < first for i in range(count)]
     layers = layers_of(mixers, dense, dense_mlp(config) if any(dense) else None, routed)
     if config.has("tie_embedding"):

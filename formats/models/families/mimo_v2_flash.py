@@ -24,7 +24,9 @@ def spec_from_hf(config: Config) -> ModelSpec:
         "full_attention": _attention(config, sliding=False),
         "sliding_attention": _attention(config, sliding=True),
     }
-    pattern = config.items("hybrid_layer_pattern", count) or [int(bool(i and (i + 1) % 6)) for i in range(count)]
+    pattern = config.items("hybrid_layer_pattern", count) or [
+        int(bool(i and (i + 1) % 6)) for i in range(count)
+    ]
     default = ["sliding_attention" if entry == 1 else "full_attention" for entry in pattern]
     mixers = config.kinds("layer_types", count, known, default)
     frequency = config.items("moe_layer_freq", count) or [int(i > 0) for i in range(count)]
@@ -32,7 +34,9 @@ def spec_from_hf(config: Config) -> ModelSpec:
     dense = config.kinds("mlp_layer_types", count, {"dense": True, "sparse": False}, kinds)
     routed = experts(config, sigmoid_router(config), shared_field=None)
     layers = layers_of(mixers, dense, GatedMlp(config.size("intermediate_size")), routed)
-    return model(config, NAME, layers, norm=Norm(config.number("rms_norm_eps", "layernorm_epsilon", default=1e-5)))
+    return model(
+        config, NAME, layers, norm=Norm(config.number("rms_norm_eps", "layernorm_epsilon", default=1e-5))
+    )
 
 
 def _attention(config: Config, sliding: bool) -> Attention:

@@ -1,4 +1,4 @@
-"""MiniMax-M2: norms over the whole q and k, sigmoid router with a correction bias, half of each head rotated."""
+"""MiniMax-M2: norms over the whole q and k, sigmoid router, half of each head rotated."""
 
 from __future__ import annotations
 

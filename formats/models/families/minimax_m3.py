@@ -6,8 +6,15 @@ from dataclasses import replace
 
 from krasis.formats.models.family import Family
 from krasis.formats.models.hf import Config
-from krasis.formats.models.hf_blocks import attention, experts, layers_of, model, num_layers, one_plus
-from krasis.formats.models.hf_blocks import sigmoid_router
+from krasis.formats.models.hf_blocks import (
+    attention,
+    experts,
+    layers_of,
+    model,
+    num_layers,
+    one_plus,
+    sigmoid_router,
+)
 from krasis.formats.models.mlps import Activation, GatedMlp
 from krasis.formats.models.selection import Selection
 from krasis.formats.models.spec import Mixer, ModelSpec
@@ -41,7 +48,9 @@ def spec_from_hf(config: Config) -> ModelSpec:
 def _mixers(config: Config, count: int) -> list[Mixer]:
     head_dim = config.size("head_dim", default=128)
     rotary = config.size("rotary_dim", default=max(1, head_dim // 2), limit=head_dim)
-    full = attention(config, rope={"partial": rotary / head_dim, "theta": 5e6}, qk_norm="head", head_dim=head_dim)
+    full = attention(
+        config, rope={"partial": rotary / head_dim, "theta": 5e6}, qk_norm="head", head_dim=head_dim
+    )
     older = config.child("sparse_attention_config")
     block = older.size("sparse_block_size", default=config.size("index_block_size", default=128))
     blocks = older.size("sparse_topk_blocks", default=config.size("index_topk_blocks", default=16))

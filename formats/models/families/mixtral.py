@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from krasis.formats.errors import UnsupportedModelError
 from krasis.formats.models.family import Family
 from krasis.formats.models.gguf import Keys
 from krasis.formats.models.gguf_blocks import gguf_attention, gguf_experts, gguf_model, refuse_gguf_features
@@ -25,6 +26,13 @@ def spec_from_hf(config: Config) -> ModelSpec:
 
 def spec_from_gguf(keys: Keys) -> ModelSpec:
     """The model of a GGUF's metadata."""
+    if not keys.has("expert_count"):
+        raise UnsupportedModelError(
+            "a dense model: only models with experts are supported",
+            where=f"{keys.where}: general.architecture",
+            got="'llama'",
+            limit="qwen3moe and llama with experts",
+        )
     refuse_gguf_features(keys, "expert_weights_scale", "leading_dense_block_count", "expert_shared_count")
     width = "expert_feed_forward_length" if keys.has("expert_feed_forward_length") else "feed_forward_length"
     routed = gguf_experts(keys, width=width, renormalise=keys.flag("expert_weights_norm", default=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from krasis.formats.long_context import dual_chunk_context
 from krasis.formats.models.family import Family
 from krasis.formats.models.gguf import Keys
 from krasis.formats.models.gguf_blocks import gguf_attention, gguf_experts, gguf_model, refuse_gguf_features
@@ -17,7 +18,11 @@ def spec_from_hf(config: Config) -> ModelSpec:
     """The model of a ``config.json``."""
     refuse_features(config)
     mixer = attention(config, qk_norm="head")
-    return model(config, NAME, moe_layers(config, mixer, experts(config, softmax_router(config))))
+    layers = moe_layers(config, mixer, experts(config, softmax_router(config)))
+    longest = config.size("max_position_embeddings")
+    kind = "none" if mixer.rope is None else mixer.rope.scaling.kind
+    longest = min(longest, dual_chunk_context(config.table, kind, config.where) or longest)
+    return model(config, NAME, layers, max_positions=longest)
 
 
 def refuse_features(config: Config) -> None:

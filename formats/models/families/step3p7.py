@@ -33,7 +33,10 @@ def spec_from_hf(config: Config) -> ModelSpec:
     config.expect("moe_router_activation", "sigmoid")
     count = num_layers(config)
     kinds = config.kinds(
-        "layer_types", count, {kind: kind for kind in (_SLIDING, "full_attention")}, ["full_attention"] * count
+        "layer_types",
+        count,
+        {kind: kind for kind in (_SLIDING, "full_attention")},
+        ["full_attention"] * count,
     )
     sparse = _sparse_layers(config, count)
     limits = config.numbers("swiglu_limits", count, 0.0)

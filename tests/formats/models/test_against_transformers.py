@@ -1,4 +1,4 @@
-"""Every family's description counts the weights of transformers' own class, from the config that it writes."""
+"""Every family counts the weights of transformers' own class, from the config that it writes."""
 
 import importlib
 import warnings
@@ -27,7 +27,13 @@ BASE = {
     "num_experts_per_tok": 2,
 }
 E8 = {"num_experts": 8}
-ROUTED = {"n_routed_experts": 8, "n_shared_experts": 1, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}
+ROUTED = {
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
 MLA = {
     "q_lora_rank": 64,
     "kv_lora_rank": 32,
@@ -114,7 +120,9 @@ CASES = {
     ),
     "kimi_linear": (
         "KimiLinearConfig",
-        MLA | ROUTED | {"num_local_experts": 8, "linear_head_dim": 16, "linear_num_heads": 4, "num_hidden_layers": 6},
+        MLA
+        | ROUTED
+        | {"num_local_experts": 8, "linear_head_dim": 16, "linear_num_heads": 4, "num_hidden_layers": 6},
     ),
     "bailing_hybrid": (
         "BailingHybridConfig",
