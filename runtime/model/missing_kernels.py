@@ -24,11 +24,11 @@ def refuse_missing_kernels(spec: ModelSpec, where: str) -> None:
     """Raises UnsupportedModelError naming what the backends have no kernels for. where: the source."""
     missing = list(dict.fromkeys(missing_kernels(spec)))
     if missing:
-        more = f" and {len(missing) - 1} more: {', '.join(missing[1:])}" if len(missing) > 1 else ""
+        also = f"; it also needs {', '.join(missing[1:])}" if len(missing) > 1 else ""
         raise UnsupportedModelError(
-            f"no kernels yet for {missing[0]}, which {spec.family} needs{more}",
+            f"no kernels yet for {missing[0]}",
             where=where,
-            hint="the model was understood, but this version cannot run it",
+            hint=f"the {spec.family} model was understood, but this version cannot run it{also}",
         )
 
 

@@ -25,7 +25,9 @@ def spec_from_hf(config: Config) -> ModelSpec:
     count = num_layers(config)
     config.kinds("layer_types", count, {"full_attention": None}, ["full_attention"] * count)
     mixer = attention(config, qk_norm="head", bias=config.flag("attention_bias"))
-    router = sigmoid_router(config, renormalise=config.flag("norm_topk_prob"))
+    config.expect("scoring_func", "sigmoid", "noaux_tc")  # released files name the method there
+    table = Config({**config.table, "scoring_func": "sigmoid"}, config.where)
+    router = sigmoid_router(table, renormalise=config.flag("norm_topk_prob"))
     return model(config, NAME, moe_layers(config, mixer, experts(config, router), dense_layers(config)))
 
 
