@@ -1,5 +1,6 @@
-"""What the tensors of a Qwen3-MoE model are called and shaped: in our bundle, on the Hugging Face hub and in a
-GGUF. The names are the family's own (``formats/models/families``).
+"""What the tensors of a Qwen3-MoE model are called and shaped: in our bundle, on the hub and in a GGUF.
+
+The names are the family's own (``formats/models/families``).
 """
 
 from __future__ import annotations
