@@ -8,6 +8,7 @@ import pkgutil
 from collections.abc import Mapping
 from typing import Any
 
+from krasis.formats.architecture_record import SUPPORTED_MODEL_TYPES
 from krasis.formats.errors import UnsupportedModelError
 from krasis.formats.models import families
 from krasis.formats.models.family import Family
@@ -99,13 +100,14 @@ def spec_from_gguf(
     """
     name = metadata.get("general.architecture")
     readable = {family.gguf: family for family in all_families() if family.spec_from_gguf is not None}
+    runs = [str(gguf) for gguf, family in readable.items() if family.name in SUPPORTED_MODEL_TYPES]
     family = readable.get(name) if isinstance(name, str) else None
     if family is None or family.spec_from_gguf is None:
         raise UnsupportedModelError(
             "this model architecture is not supported",
             where=f"{where}: general.architecture",
             got=shown(name),
-            limit="supported architectures: " + ", ".join(sorted(str(key) for key in readable)),
+            limit="supported architectures: " + ", ".join(runs),
         )
     with located(where):
         return family.spec_from_gguf(Keys(metadata, str(name), tensors, where))
