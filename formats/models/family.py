@@ -34,7 +34,8 @@ class Family:
     name: of the spec. model_types: in ``config.json``; ``nested`` ones hold the language model in
     ``text_config``. architectures: the classes whose checkpoints are language models. gguf: its architecture
     in GGUF files, which are read where there is a ``spec_from_gguf``. reference: transformers' class that
-    tests compare with. names: sources by bundle tensor or part; empty while the converter does not take the family.
+    tests compare with. names: sources by bundle tensor or part, empty while the converter does not take the
+    family.
     """
 
     name: str

@@ -63,7 +63,7 @@ def spec_from_hf(config: Mapping[str, Any], where: str) -> ModelSpec:
     outer = Config(config, where)
     _check_classes(outer, family)
     with located(where):
-        return family.spec_from_hf(_language_model(outer) if model_type in family.nested else outer)
+        return family.spec_from_hf(_language_model(outer, family) if model_type in family.nested else outer)
 
 
 def _check_classes(config: Config, family: Family) -> None:
@@ -78,11 +78,13 @@ def _check_classes(config: Config, family: Family) -> None:
     )
 
 
-def _language_model(outer: Config) -> Config:
+def _language_model(outer: Config, family: Family) -> Config:
     """The part of a model of pictures and text that is the language model. What the whole says of the head
-    goes before the part.
+    goes before the part. Raises UnsupportedModelError where the part is of another family: some wrappers are
+    shared.
     """
     inner = outer.child("text_config")
+    inner.expect("model_type", *family.model_types)
     if not outer.has("tie_word_embeddings"):
         return inner
     tied = {"tie_word_embeddings": outer.table["tie_word_embeddings"]}

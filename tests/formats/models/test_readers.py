@@ -136,6 +136,12 @@ def test_a_setting_that_is_not_understood_is_named(name, field, value, complaint
         spec_from_hf(CONFIGS[name] | {field: value}, "config.json")
 
 
+def test_a_wrapper_around_another_family_is_refused():
+    config = {"model_type": "mistral3", "text_config": {"model_type": "mistral", "hidden_size": 5120}}
+    with pytest.raises(UnsupportedModelError, match=r"text_config: model_type.*'mistral'.*mistral4"):
+        spec_from_hf(config, "config.json")
+
+
 def test_an_unknown_model_type_is_named():
     with pytest.raises(UnsupportedModelError, match="'kimi_k3'"):
         spec_from_hf({"model_type": "kimi_k3"}, "config.json")
