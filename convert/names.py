@@ -1,6 +1,6 @@
-"""What the tensors of a Qwen3-MoE model are called: in our bundle, on the Hugging Face hub and in a GGUF.
+"""What the tensors of a Qwen3-MoE model are called and shaped: in our bundle, on the hub and in a GGUF.
 
-A family with other names adds its own ``ModelNames``; nothing else in the converter knows a tensor's name.
+The names are the family's own (``formats/models/families``).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from krasis.formats.architecture import Architecture
+from krasis.formats.models.families.qwen3_moe import FAMILY
 
 Part = Literal["gate", "up", "down"]
 PARTS: tuple[Part, ...] = ("gate", "up", "down")
@@ -26,56 +27,29 @@ class DenseName:
     per_layer: bool = True
 
 
-# Shapes by the name of an architecture property, or one of the sizes of _sizes.
-DENSE: tuple[DenseName, ...] = (
-    DenseName(
-        "embedding", "model.embed_tokens.weight", "token_embd.weight", ("vocab", "hidden"), per_layer=False
-    ),
-    DenseName("final_norm", "model.norm.weight", "output_norm.weight", ("hidden",), per_layer=False),
-    DenseName("lm_head", "lm_head.weight", "output.weight", ("vocab", "hidden"), per_layer=False),
-    DenseName(
-        "attention.q", "model.layers.{i}.self_attn.q_proj.weight", "blk.{i}.attn_q.weight", ("q", "hidden")
-    ),
-    DenseName(
-        "attention.k", "model.layers.{i}.self_attn.k_proj.weight", "blk.{i}.attn_k.weight", ("kv", "hidden")
-    ),
-    DenseName(
-        "attention.v", "model.layers.{i}.self_attn.v_proj.weight", "blk.{i}.attn_v.weight", ("kv", "hidden")
-    ),
-    DenseName(
-        "attention.output",
-        "model.layers.{i}.self_attn.o_proj.weight",
-        "blk.{i}.attn_output.weight",
-        ("hidden", "q"),
-    ),
-    DenseName(
-        "attention.q_norm",
-        "model.layers.{i}.self_attn.q_norm.weight",
-        "blk.{i}.attn_q_norm.weight",
-        ("head_dim",),
-    ),
-    DenseName(
-        "attention.k_norm",
-        "model.layers.{i}.self_attn.k_norm.weight",
-        "blk.{i}.attn_k_norm.weight",
-        ("head_dim",),
-    ),
-    DenseName(
-        "attention.norm", "model.layers.{i}.input_layernorm.weight", "blk.{i}.attn_norm.weight", ("hidden",)
-    ),
-    DenseName(
-        "experts.norm",
-        "model.layers.{i}.post_attention_layernorm.weight",
-        "blk.{i}.ffn_norm.weight",
-        ("hidden",),
-    ),
-    DenseName(
-        "experts.router",
-        "model.layers.{i}.mlp.gate.weight",
-        "blk.{i}.ffn_gate_inp.weight",
-        ("experts", "hidden"),
-    ),
-)
+# Shapes by the name of an architecture property, or one of the sizes of dense_shape.
+_SHAPES: dict[str, tuple[str, ...]] = {
+    "embedding": ("vocab", "hidden"),
+    "final_norm": ("hidden",),
+    "lm_head": ("vocab", "hidden"),
+    "attention.q": ("q", "hidden"),
+    "attention.k": ("kv", "hidden"),
+    "attention.v": ("kv", "hidden"),
+    "attention.output": ("hidden", "q"),
+    "attention.q_norm": ("head_dim",),
+    "attention.k_norm": ("head_dim",),
+    "attention.norm": ("hidden",),
+    "experts.norm": ("hidden",),
+    "experts.router": ("experts", "hidden"),
+}
+
+
+def _dense_name(ours: str, shape: tuple[str, ...]) -> DenseName:
+    source = FAMILY.names[ours]
+    return DenseName(ours, source.hf[0], source.gguf[0], shape, per_layer="{i}" in source.hf[0])
+
+
+DENSE = tuple(_dense_name(ours, shape) for ours, shape in _SHAPES.items())
 BY_OURS = {name.ours: name for name in DENSE}
 
 HF_EXPERT = "model.layers.{i}.mlp.experts.{e}.{part}_proj.weight"

@@ -13,17 +13,19 @@ from krasis.convert.slices import Bytes
 from krasis.convert.sources import SourceFile, TensorInfo, TensorTable, WeightSource, has_own_head
 from krasis.convert.text_assets import assets_from_folder, assets_from_gguf
 from krasis.convert.vocabulary import check_gguf_tokens
-from krasis.formats.architecture import from_gguf_metadata, from_hf_config
+from krasis.formats.architecture import from_gguf_metadata, from_hf_config, read_hf_config
 from krasis.formats.errors import FormatError, KrasisError
 from krasis.formats.file_kinds import refuse_text
 from krasis.formats.gguf import GgufCheckpoint
 from krasis.formats.gguf_kind import check_is_model
 from krasis.formats.limits import MAX_CONFIG_BYTES
 from krasis.formats.long_context import gguf_context_notes, hf_context_notes
+from krasis.formats.models.registry import spec_from_gguf
 from krasis.formats.quantised_checkpoint import refuse_side_files
 from krasis.formats.regular_file import read_small_file
 from krasis.formats.safetensors import ShardedCheckpoint
 from krasis.formats.strict_json import parse_json_object
+from krasis.runtime.model.missing_kernels import refuse_missing_kernels
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +126,7 @@ def _open_hf(
     data = read_small_file(config_path, MAX_CONFIG_BYTES, follow_links=True)
     refuse_text(data, config_path)
     config = parse_json_object(data, str(config_path), max_bytes=MAX_CONFIG_BYTES)
+    refuse_missing_kernels(read_hf_config(config, str(config_path)), str(config_path))
     architecture = from_hf_config(config, str(config_path))
     notes = list(hf_context_notes(config, architecture))
     checkpoint = ShardedCheckpoint.open(path)
@@ -146,6 +149,7 @@ def _open_hf(
 def _open_gguf(path: Path) -> tuple[WeightSource, Mapping[str, object]]:
     checkpoint = GgufCheckpoint.open(path)
     check_is_model(checkpoint.metadata, checkpoint.tensors, str(path))
+    refuse_missing_kernels(spec_from_gguf(checkpoint.metadata, checkpoint.tensors, str(path)), str(path))
     architecture = from_gguf_metadata(checkpoint.metadata, checkpoint.tensors, str(path))
     check_gguf_tokens(checkpoint.metadata, architecture.vocab_size, str(path))
     table = _Table(checkpoint)

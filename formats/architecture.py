@@ -1,9 +1,12 @@
-"""One declarative record of a model, from a Hugging Face ``config.json`` or GGUF metadata; the runtime reads
-nothing else.
+"""One declarative record of a model, from a Hugging Face ``config.json`` or GGUF metadata.
 
-A new family adds its ``model_type`` to ``SUPPORTED_MODEL_TYPES`` and a function from its config to the
-record.
+It is a view of the description in ``formats/models`` for models whose layers are all alike. The readers are
+imported on first use: a bundle needs none of them.
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from krasis.formats.architecture_record import (
     SUPPORTED_MODEL_TYPES,
@@ -11,8 +14,10 @@ from krasis.formats.architecture_record import (
     RopeScaling,
     check_architecture,
 )
-from krasis.formats.gguf_config import from_gguf_metadata
-from krasis.formats.hf_config import from_hf_config
+
+if TYPE_CHECKING:
+    from krasis.formats.gguf_config import from_gguf_metadata
+    from krasis.formats.hf_config import from_hf_config, read_hf_config
 
 __all__ = [
     "SUPPORTED_MODEL_TYPES",
@@ -21,4 +26,19 @@ __all__ = [
     "check_architecture",
     "from_gguf_metadata",
     "from_hf_config",
+    "read_hf_config",
 ]
+
+_HOMES = {
+    "from_gguf_metadata": "gguf_config",
+    "from_hf_config": "hf_config",
+    "read_hf_config": "hf_config",
+}
+
+
+def __getattr__(name: str) -> object:
+    from importlib import import_module
+
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"krasis.formats.{_HOMES[name]}"), name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from krasis.formats.architecture_record import Architecture, RopeScaling
+from krasis.formats.architecture_record import Architecture
 from krasis.formats.errors import UnsupportedModelError
 from krasis.formats.names import shown
 
@@ -21,7 +21,7 @@ _UNREAD_YARN = (
 )
 
 
-def dual_chunk_context(config: Mapping[str, Any], scaling: RopeScaling, where: str) -> int | None:
+def dual_chunk_context(config: Mapping[str, Any], scaling_kind: str, where: str) -> int | None:
     """The positions up to which plain attention is what a model with dual chunk attention was trained with;
     None for a model without. UnsupportedModelError if the configuration does not say, or also scales.
     """
@@ -37,11 +37,11 @@ def dual_chunk_context(config: Mapping[str, Any], scaling: RopeScaling, where: s
             got=shown(original),
             hint=f"remove {DUAL_CHUNKS} and set max_position_embeddings to the length of the training",
         )
-    if scaling.kind != "none":
+    if scaling_kind != "none":
         raise UnsupportedModelError(
             "dual chunk attention together with rope scaling is not supported",
             where=f"{where}: {DUAL_CHUNKS}",
-            got=scaling.kind,
+            got=scaling_kind,
             hint="use the checkpoint's config.json for its original length",
         )
     return original

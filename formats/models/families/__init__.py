@@ -1,0 +1,1 @@
+"""One file a model family; ``registry`` finds them by their names."""

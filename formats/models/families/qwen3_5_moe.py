@@ -1,0 +1,32 @@
+"""Qwen3.5 and 3.6 MoE: Qwen3-Next with projections apart and weights that are always renormalised."""
+
+from __future__ import annotations
+
+from krasis.formats.models.families.qwen3_next import gated_shared_experts, hybrid_mixers
+from krasis.formats.models.family import Family
+from krasis.formats.models.hf import Config
+from krasis.formats.models.hf_blocks import layers_of, model, one_plus
+from krasis.formats.models.spec import ModelSpec
+
+NAME = "qwen3_5_moe"
+
+
+def spec_from_hf(config: Config) -> ModelSpec:
+    """The model of the language part of a ``config.json``."""
+    config.expect("hidden_act", "silu")
+    config.expect("norm_topk_prob", True)
+    config.expect("mlp_only_layers", [])
+    mixers = hybrid_mixers(config)
+    layers = layers_of(mixers, [False] * len(mixers), None, gated_shared_experts(config))
+    return model(config, NAME, layers, norm=one_plus(config))
+
+
+FAMILY = Family(
+    name=NAME,
+    model_types=(NAME, "qwen3_5_moe_text"),
+    architectures=("Qwen3_5MoeForConditionalGeneration", "Qwen3_5MoeForCausalLM"),
+    reference="Qwen3_5MoeForCausalLM",
+    spec_from_hf=spec_from_hf,
+    gguf="qwen35moe",
+    nested=(NAME,),
+)

@@ -1,0 +1,49 @@
+"""What a file of ``families`` says about its model family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from krasis.formats.models.gguf import Keys
+from krasis.formats.models.hf import Config
+from krasis.formats.models.spec import ModelSpec
+
+Transform = Literal["none", "add_one", "undo_rope_permutation"]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a bundle's tensor comes from: its names on the hub and in a GGUF, the first that is there counts.
+
+    ``{i}`` stands for the layer, ``{e}`` for the expert. A name without ``{e}`` for an expert's matrix holds
+    all experts. transform: of the hub's tensor; gguf_transform: of the GGUF's.
+    """
+
+    hf: tuple[str, ...]
+    gguf: tuple[str, ...]
+    transform: Transform = "none"
+    gguf_transform: Transform = "none"
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """A model family: how its checkpoints are recognised and read.
+
+    name: of the spec. model_types: in ``config.json``; ``nested`` ones hold the language model in
+    ``text_config``. architectures: the classes whose checkpoints are language models. gguf: its architecture
+    in GGUF files, which are read where there is a ``spec_from_gguf``. reference: transformers' class that
+    tests compare with. names: sources by bundle tensor or part, empty while the converter does not take the
+    family.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    architectures: tuple[str, ...]
+    reference: str
+    spec_from_hf: Callable[[Config], ModelSpec]
+    gguf: str | None = None
+    spec_from_gguf: Callable[[Keys], ModelSpec] | None = None
+    nested: tuple[str, ...] = ()
+    names: Mapping[str, Source] = field(default_factory=dict)

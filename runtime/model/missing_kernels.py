@@ -1,0 +1,134 @@
+"""Which block of a model this version has no kernels for: said in one sentence before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from krasis.formats.errors import UnsupportedModelError
+from krasis.formats.models.mixers import Attention, CompressedAttention, LatentAttention
+from krasis.formats.models.mlps import Activation, Experts, GatedMlp, MlpBesideExperts, Router
+from krasis.formats.models.recurrent import ChannelDelta, GatedDelta, Mamba2, ShortConv
+from krasis.formats.models.spec import Layer, ModelSpec
+
+_MIXERS: dict[type, str] = {
+    LatentAttention: "latent attention (MLA)",
+    CompressedAttention: "compressed attention (CSA, HCA)",
+    GatedDelta: "linear attention (Gated DeltaNet)",
+    ChannelDelta: "linear attention (Kimi Delta Attention)",
+    Mamba2: "Mamba-2 layers",
+    ShortConv: "layers of short convolutions",
+}
+
+
+def refuse_missing_kernels(spec: ModelSpec, where: str) -> None:
+    """Raises UnsupportedModelError naming what the backends have no kernels for. where: the source."""
+    missing = list(dict.fromkeys(missing_kernels(spec)))
+    if missing:
+        also = f"; it also needs {', '.join(missing[1:])}" if len(missing) > 1 else ""
+        raise UnsupportedModelError(
+            f"no kernels yet for {missing[0]}",
+            where=where,
+            hint=f"the {spec.family} model was understood, but this version cannot run it{also}",
+        )
+
+
+def missing_kernels(spec: ModelSpec) -> Iterator[str]:
+    """What the backends lack, the largest first; nothing for a model that they run."""
+    layers = tuple(dict.fromkeys(spec.layers))
+    for layer in layers:
+        if type(layer.mixer) in _MIXERS:
+            yield _MIXERS[type(layer.mixer)]
+    yield from _of_model(spec)
+    for layer in layers:
+        yield from _of_layer(layer)
+
+
+def _of_model(spec: ModelSpec) -> Iterator[str]:
+    if spec.residual is not None:
+        yield "several residual streams"
+    if spec.ngram is not None:
+        yield "hashed n-gram tables"
+    if spec.norm.kind == "layer":
+        yield "layer norms"
+    if spec.norm.offset:
+        yield "norms with weights about 0 (1 + w)"
+    if spec.logits_cap is not None:
+        yield "a soft cap on the logits"
+    if (spec.embedding_scale, spec.residual_scale, spec.logits_scale) != (1.0, 1.0, 1.0):
+        yield "factors on embedding, residual or logits"
+
+
+def _of_layer(layer: Layer) -> Iterator[str]:
+    if isinstance(layer.mixer, Attention):
+        yield from _of_attention(layer.mixer)
+    if layer.mixer is None or layer.mlp is None:
+        yield "layers of one block"
+    if layer.parallel:
+        yield "attention and experts side by side"
+    if layer.post_norms or layer.output_scale:
+        yield "norms after blocks"
+    if isinstance(layer.mlp, GatedMlp):
+        yield "layers without experts"
+    elif isinstance(layer.mlp, MlpBesideExperts):
+        yield "an MLP beside the experts"
+        yield from _of_experts(layer.mlp.experts)
+    elif layer.mlp is not None:
+        yield from _of_experts(layer.mlp)
+
+
+def _of_attention(mixer: Attention) -> Iterator[str]:
+    if mixer.selection is not None:
+        yield "sparse attention by an index"
+    if mixer.window is not None or mixer.chunk is not None:
+        yield "attention in windows"
+    if mixer.sinks:
+        yield "attention sinks"
+    if mixer.output_gate != "none":
+        yield "gated attention"
+    if mixer.shared_kv or mixer.value_norm or mixer.value_width != mixer.head_dim or mixer.value_scale != 1.0:
+        yield "values unlike keys in size or norm"
+    if mixer.bias or mixer.output_bias:
+        yield "attention with biases"
+    if mixer.qk_norm != "head":
+        names = {"none": "attention without norms of q and k", "flat": "norms over the whole q and k"}
+        yield names.get(mixer.qk_norm, "norms of q and k after the rotation")
+    if mixer.clip is not None:
+        yield "clipped q, k and v"
+    if mixer.temperature is not None or mixer.scale != mixer.head_dim**-0.5:
+        yield "attention with a scale of its own"
+    yield from _of_rope(mixer)
+
+
+def _of_rope(mixer: Attention) -> Iterator[str]:
+    rope = mixer.rope
+    if rope is None:
+        yield "attention without rotation"
+    elif rope.style != "half" or rope.place != "first" or rope.dims != mixer.head_dim:
+        partial = rope.dims != mixer.head_dim
+        yield "rotation of a part of each head" if partial else "rotation of neighbouring channels"
+    if rope is not None and rope.scaling.kind in ("llama3", "proportional"):
+        yield f"{rope.scaling.kind} rope scaling"
+
+
+def _of_experts(mlp: Experts) -> Iterator[str]:
+    if mlp.shared is not None:
+        yield "shared experts"
+    if mlp.latent is not None:
+        yield "experts between two projections"
+    if mlp.weigh_input:
+        yield "weights on the experts' input"
+    if mlp.bias:
+        yield "experts with biases"
+    if mlp.activation != Activation():
+        yield f"the activation {mlp.activation.kind}"
+    yield from _of_router(mlp.router)
+
+
+def _of_router(router: Router) -> Iterator[str]:
+    if router.by_token:
+        yield "experts chosen by the token's id"
+    if router.score != "softmax":
+        yield f"a router of scores {router.score}"
+    plain = Router(router.top_k, router.score, router.renormalise, by_token=router.by_token)
+    if router != plain:
+        yield "routers with biases, groups or scales"
