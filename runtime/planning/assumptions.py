@@ -61,7 +61,7 @@ RING_BUFFERS = 2
 """Pinned staging buffers a GPU when experts are streamed from a mapped file, each of one expert group."""
 
 MEMORY_READ_EFFICIENCY = 0.8
-"""Share of the RAM's or VRAM's read bandwidth that decode kernels reach (issue 2's target on the CPU)."""
+"""Share of the read bandwidth of RAM or VRAM that decode kernels reach; the CPU kernels were built to."""
 
 HANDOVER_S = 25e-6
 """One layer's hand-over of activations from GPU to CPU and back at decode."""

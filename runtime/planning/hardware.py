@@ -71,8 +71,8 @@ _GPU_CLASSES = (
     _GpuClass(2**60, 55.0, 4800.0, 600.0, "as H200, PCIe 5.0 x16"),
 )
 
-# One thread of ik_llama.cpp's repacked prefill in DESIGN section 6: 137 (AVX-512 VNNI) and ~80 (AVX2), less
-# for many cores.
+# One thread of ik_llama.cpp's repacked prefill: 137 (AVX-512 VNNI) and about 80 (AVX2), measured. Less is
+# assumed, because many cores clock lower.
 GMACS_PER_CORE = {"avx512_vnni": 110.0, "avx2": 50.0}
 RAM_GBPS_PER_CORE = 12.0
 RAM_GBPS_CEILING = 140.0

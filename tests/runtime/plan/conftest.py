@@ -1,4 +1,4 @@
-"""Qwen3-235B-A22B by hand: the figures of DESIGN section 1, written out, not taken from the code."""
+"""Qwen3-235B-A22B by hand: the figures of its configuration, written out, not taken from the code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Model sizes against the figures of DESIGN section 1 and of the published models."""
+"""Model sizes against figures worked out by hand and those of the published models."""
 
 from __future__ import annotations
 
