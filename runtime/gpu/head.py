@@ -7,7 +7,6 @@ import torch
 
 from krasis.runtime.distributed.parallel import Parallel
 from krasis.runtime.gpu.buffers import Buffers
-from krasis.runtime.gpu.dense_product import dense_product
 from krasis.runtime.gpu.prefill import Chunk, GpuModel
 from krasis.runtime.model.backend import Logits
 from krasis.runtime.planning.workspace import LOGIT_ROWS, padded_vocab
@@ -56,7 +55,8 @@ class Head:
     def _project(self, x: torch.Tensor, buffers: Buffers) -> Logits:
         m = self._model
         logits, host = buffers.logits[: len(x)], self._host[: len(x)]
-        dense_product(m.kernels, m.stream, x, m.weights.lm_head, logits)
+        weight = m.weights.lm_head
+        m.kernels.int8_gemm(m.stream, x, weight.codes, weight.scales, logits)
         m.device.host_writes(host)
         m.stream.copy(host, logits)
         m.stream.synchronize()
