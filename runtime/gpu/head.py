@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from krasis.formats.layouts import padded_rows
 from krasis.runtime.distributed.parallel import Parallel
 from krasis.runtime.gpu.buffers import Buffers
 from krasis.runtime.gpu.prefill import Chunk, GpuModel
 from krasis.runtime.model.backend import Logits
-from krasis.runtime.planning.workspace import LOGIT_ROWS, padded_vocab
+from krasis.runtime.planning.workspace import LOGIT_ROWS
 
 
 class Head:
@@ -20,7 +21,7 @@ class Head:
     def __init__(self, model: GpuModel, parallel: Parallel) -> None:
         self._model, self._parallel = model, parallel
         self._vocab = model.architecture.vocab_size
-        shape = (LOGIT_ROWS, padded_vocab(model.architecture))
+        shape = (LOGIT_ROWS, padded_rows(model.architecture.vocab_size))
         self._host = model.device.pinned(shape, torch.float32)
 
     def last(self, chunk: Chunk, buffers: Buffers) -> Logits:

@@ -15,6 +15,7 @@ import logging
 import torch
 
 from krasis.formats.errors import NativeError
+from krasis.formats.layouts import STRIP_ROWS
 from krasis.runtime.device.api import Device, Stream
 from krasis.runtime.gpu.kernels import GpuKernels
 
@@ -27,7 +28,7 @@ every torch that multiplies 16-bit matrices into float32 also adds to one. The l
 besides, which torch allocates (32 MiB on sm_90).
 """
 
-TILE_ROWS, ALIGNMENT = 32, 256
+ALIGNMENT = 256
 
 
 KNOWN = {(9, 0): 1024}
@@ -89,7 +90,7 @@ class ManyRows:
         for begin, end in weight_pieces(n, k, weight_bytes):
             weight = scratch[: 2 * (end - begin) * k].view(x.dtype).view(end - begin, k)
             self._kernels.int8_dequant(
-                stream, codes[begin // TILE_ROWS : end // TILE_ROWS], scales[begin:end], weight
+                stream, codes[begin // STRIP_ROWS : end // STRIP_ROWS], scales[begin:end], weight
             )
             added = None if residual is None else residual[:, begin:end]
             _launch(stream, x, weight, out[:, begin:end], added, sums)
@@ -100,11 +101,11 @@ def weight_pieces(n: int, k: int, scratch_bytes: int) -> list[tuple[int, int]]:
 
     Raises NativeError if not even a tile does.
     """
-    tiles, most = -(-n // TILE_ROWS), scratch_bytes // (2 * k * TILE_ROWS)
+    tiles, most = -(-n // STRIP_ROWS), scratch_bytes // (2 * k * STRIP_ROWS)
     if most == 0:
-        raise NativeError("scratch holds no tile of weights", got=scratch_bytes, limit=2 * k * TILE_ROWS)
+        raise NativeError("scratch holds no tile of weights", got=scratch_bytes, limit=2 * k * STRIP_ROWS)
     count = -(-tiles // most)
-    cuts = [tiles * index // count * TILE_ROWS for index in range(count)] + [n]
+    cuts = [tiles * index // count * STRIP_ROWS for index in range(count)] + [n]
     return list(itertools.pairwise(cuts))
 
 
