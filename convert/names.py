@@ -1,6 +1,7 @@
 """What the tensors of a Qwen3-MoE model are called: in our bundle, on the Hugging Face hub and in a GGUF.
 
-A family with other names adds its own ``ModelNames``; nothing else in the converter knows a tensor's name.
+The tables ``DENSE`` and ``PARTS`` give the names of both kinds of source. What a bundle stores of them is also
+spelled by ``plan.py`` (which blobs there are) and ``dense.py`` (which tensors are fused).
 """
 
 from __future__ import annotations

@@ -196,10 +196,12 @@ def plan_memory(
 
 def _decodes(settings: ConvertSettings, dense_source: WeightSource, cpu_source: WeightSource) -> bool:
     """Whether any expert is dequantised to float32 on the way."""
-    lossless = {*FLOAT_BYTES, "Q8_0"} if settings.cpu_format == "q8" else set(FLOAT_BYTES)
-    gpu = "gpu" in settings.tiers and set(dense_source.expert_types()) - set(FLOAT_BYTES)
-    cpu = "cpu" in settings.tiers and set(cpu_source.expert_types()) - lossless
-    return bool(gpu or cpu)
+    sources = {"gpu": dense_source, "cpu": cpu_source}
+    for tier in settings.tiers:
+        kept = {*FLOAT_BYTES, "Q8_0"} if settings.keeps_q8_0(tier) else {*FLOAT_BYTES}
+        if set(sources[tier].expert_types()) - kept:
+            return True
+    return False
 
 
 def _dense_buffer_bytes(arch: Architecture) -> int:
