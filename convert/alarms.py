@@ -14,6 +14,7 @@ from krasis.convert.slices import TensorSlice
 from krasis.formats.errors import FormatError
 from krasis.formats.ggml_blocks import block_size
 from krasis.formats.layouts import CpuTileLayout, Int8RowsLayout, MarlinLayout
+from krasis.formats.layouts.cpu_tiles import BLOCK_K
 from krasis.formats.layouts.matrix import PackStats
 
 # Rows of zeros are padding of a vocabulary or of an expert, or were pruned, as long as they are few.
@@ -34,7 +35,7 @@ def explained_error(layout: Layout, k: int) -> float:
     for 4 bits, of weights that models have: the bound would explain anything.
     """
     if isinstance(layout, CpuTileLayout):
-        bits, group = (8, 32) if layout.tiles == "q8" else (4, 32)
+        bits, group = (8, BLOCK_K) if layout.tiles == "q8" else (4, BLOCK_K)
     elif isinstance(layout, MarlinLayout):
         bits, group = layout.bits, layout.group or k
     else:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from krasis.convert.alarms import Alarms
 from krasis.convert.digests import ContentDigests
-from krasis.convert.plan import CHUNK_BYTES, PLAIN_LAYER, ROW_TILE, Unit, padded_vocab
+from krasis.convert.plan import CHUNK_BYTES, PLAIN_LAYER, Unit
 from krasis.convert.quality import UnitQuality
 from krasis.convert.slices import TensorSlice, first_nonfinite_row
 from krasis.convert.sources import WeightSource
@@ -20,7 +20,7 @@ from krasis.convert.writer_thread import WriterThread
 from krasis.formats.aligned import aligned_empty
 from krasis.formats.bundle_writer import BlobSink, BundleWriter
 from krasis.formats.errors import FormatError
-from krasis.formats.layouts import Int8RowsLayout
+from krasis.formats.layouts import STRIP_ROWS, Int8RowsLayout, padded_rows
 from krasis.formats.layouts.matrix import MatrixView
 from krasis.formats.native import Pool
 
@@ -45,7 +45,7 @@ class DensePacker:
         if unit.layer is None:
             digests = self._plain("embedding", self.source.dense("embedding"))
             digests |= self._plain("final_norm", self.source.dense("final_norm"))
-            rows = padded_vocab(self.source.architecture)
+            rows = padded_rows(self.source.architecture.vocab_size)
             digests |= self._int8("lm_head", [self.source.dense("lm_head")], rows, quality)
             return digests, quality
         prefix = f"layers.{unit.layer}."
@@ -93,9 +93,9 @@ class DensePacker:
         return digests
 
     def _matrices(self, parts: list[TensorSlice]) -> Iterator[tuple[MatrixView, str]]:
-        """The parts in blocks of whole row tiles; check_architecture made sure that parts end at tiles."""
+        """The parts in blocks of whole strips; check_architecture made sure that parts end at strips."""
         for piece in parts:
-            for block in _row_blocks(piece, ROW_TILE):
+            for block in _row_blocks(piece, STRIP_ROWS):
                 self._read(block)
                 yield block.matrix(), block.where
 
@@ -108,7 +108,7 @@ class DensePacker:
         kind: str,
         quality: UnitQuality,
     ) -> int:
-        padded = -(-matrix.n // ROW_TILE) * ROW_TILE
+        padded = padded_rows(matrix.n)
         if padded != matrix.n:
             filled = np.zeros((padded, matrix.k), matrix.data.dtype)
             filled[: matrix.n] = matrix.data

@@ -38,7 +38,7 @@ def estimate(plan: ConversionPlan) -> Estimate:
         for tier in settings.tiers:
             layout = settings.layout(tier)
             out = np.zeros(expert_record(arch, settings, tier).record_bytes, np.uint8)
-            keep_q8_0 = tier == "cpu" and settings.cpu_format == "q8"
+            keep_q8_0 = settings.keeps_q8_0(tier)
             source = plan.expert_source(tier)
             begin, times = time.perf_counter(), list[float]()
             for expert in reader.experts(source, 0, keep_q8_0=keep_q8_0):

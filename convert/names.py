@@ -1,6 +1,7 @@
 """What the tensors of a Qwen3-MoE model are called and shaped: in our bundle, on the hub and in a GGUF.
 
-The names are the family's own (``formats/models/families``).
+The names are the family's own (``formats/models/families``). What a bundle stores of them is also spelled by
+``plan.py`` (which blobs there are) and ``dense.py`` (which tensors are fused).
 """
 
 from __future__ import annotations

@@ -120,7 +120,7 @@ class _Worker:
         plan, tier = self._plan, unit.kind
         source = plan.expert_source(tier)
         record_bytes = expert_record(plan.architecture, plan.settings, tier).record_bytes
-        keep_q8_0 = tier == "cpu" and plan.settings.cpu_format == "q8"
+        keep_q8_0 = plan.settings.keeps_q8_0(tier)
         quality = UnitQuality(unit.layer)
         (name,) = unit.blobs
         with self._writer.open_blob(name) as sink:

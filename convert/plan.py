@@ -11,11 +11,10 @@ from krasis.convert.slices import FLOAT_BYTES
 from krasis.convert.sources import WeightSource
 from krasis.formats.architecture import Architecture
 from krasis.formats.errors import ResourceError, UsageError
-from krasis.formats.layouts import Int8RowsLayout
+from krasis.formats.layouts import Int8RowsLayout, padded_rows
 from krasis.formats.layouts.expert_record import ExpertRecord
 from krasis.formats.shard_plan import BlobSpec, PlacedBlob, ShardFile, ShardPlan, plan_shards
 
-ROW_TILE = 32
 # Vectors and small matrices that keep their own precision, per layer.
 PLAIN_LAYER = ("attention.q_norm", "attention.k_norm", "attention.norm", "experts.norm", "experts.router")
 
@@ -96,11 +95,6 @@ class ConversionPlan:
     def expert_source(self, tier: str) -> WeightSource:
         """The model that a tier's experts come from."""
         return self.gpu_source if tier == "gpu" else self.cpu_source
-
-
-def padded_vocab(architecture: Architecture) -> int:
-    """Rows of the packed output head: the vocabulary rounded up to the row tile."""
-    return -(-architecture.vocab_size // ROW_TILE) * ROW_TILE
 
 
 def plain_dtype(dtype: str) -> str:
@@ -202,26 +196,28 @@ def plan_memory(
 
 def _decodes(settings: ConvertSettings, dense_source: WeightSource, cpu_source: WeightSource) -> bool:
     """Whether any expert is dequantised to float32 on the way."""
-    lossless = {*FLOAT_BYTES, "Q8_0"} if settings.cpu_format == "q8" else set(FLOAT_BYTES)
-    gpu = "gpu" in settings.tiers and set(dense_source.expert_types()) - set(FLOAT_BYTES)
-    cpu = "cpu" in settings.tiers and set(cpu_source.expert_types()) - lossless
-    return bool(gpu or cpu)
+    sources = {"gpu": dense_source, "cpu": cpu_source}
+    for tier in settings.tiers:
+        kept = {*FLOAT_BYTES, "Q8_0"} if settings.keeps_q8_0(tier) else {*FLOAT_BYTES}
+        if set(sources[tier].expert_types()) - kept:
+            return True
+    return False
 
 
 def _dense_buffer_bytes(arch: Architecture) -> int:
     qkv = arch.qkv_rows * arch.hidden_size
     output = arch.hidden_size * arch.attention_size
-    return max(qkv, output) + 4 * CHUNK_BYTES + 4 * padded_vocab(arch)
+    return max(qkv, output) + 4 * CHUNK_BYTES + 4 * padded_rows(arch.vocab_size)
 
 
 def _dense_blobs(arch: Architecture, source: WeightSource) -> Iterable[BlobSpec]:
-    rows = Int8RowsLayout().layout_id
+    layout = Int8RowsLayout()
 
     def plain(name: str, shape: tuple[int, ...], dtype: str) -> BlobSpec:
         return BlobSpec(name, "dense", dtype, shape, "plain")
 
     def int8(name: str, n: int, k: int) -> Iterable[BlobSpec]:
-        yield BlobSpec(name, "dense", "I8", (n // ROW_TILE, k // 4, ROW_TILE, 4), rows)
+        yield BlobSpec(name, "dense", "I8", layout.codes_shape(n, k), layout.layout_id)
         yield plain(f"{name}.scale", (n,), "F32")
 
     hidden = arch.hidden_size
@@ -233,7 +229,7 @@ def _dense_blobs(arch: Architecture, source: WeightSource) -> Iterable[BlobSpec]
             piece = source.dense(ours, i)
             yield plain(f"layers.{i}.{ours}", piece.shape, plain_dtype(piece.dtype))
     yield plain("final_norm", (hidden,), plain_dtype(source.dense("final_norm").dtype))
-    yield from int8("lm_head", padded_vocab(arch), hidden)
+    yield from int8("lm_head", padded_rows(arch.vocab_size), hidden)
 
 
 def _expert_blobs(arch: Architecture, settings: ConvertSettings) -> Iterable[BlobSpec]:

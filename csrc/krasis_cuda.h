@@ -78,10 +78,6 @@ typedef struct krasis_cuda_moe_gemm_args {
 } krasis_cuda_moe_gemm_args;
 KRASIS_API int32_t krasis_cuda_moe_gemm(const krasis_cuda_moe_gemm_args *args, void *stream);
 
-/* out[r, i] = silu(x[r, i]) * x[r, n + i], for products that were not gated. x [rows, 2n], out [rows, n] of dtype. n %
- * 8 == 0 */
-KRASIS_API int32_t krasis_cuda_silu_mul(const void *x, int64_t rows, int64_t n, int32_t dtype, void *out, void *stream);
-
 /* out[t] = residual[t] + sum over j of weights[t, j] * slots[t * top_k + j], in fp32 and in the order j = 0..top_k-1; a
  * slot with id -1 (or no expert) is left out. n % 8 == 0; addresses multiples of 16 bytes. */
 typedef struct krasis_cuda_moe_reduce_args {
@@ -229,48 +225,9 @@ KRASIS_API int32_t krasis_cuda_receive(const krasis_cuda_receive_args *args, voi
 /* ---- many rows: weights as 16-bit floats for a library's matrix products
  * --------------------------------------------- */
 
-/* Experts [expert_begin, expert_begin + count) of a Marlin matrix as out [count, n, k] of out_dtype, w = (u - 8) *
- * scale in fp32, rounded once. Addresses and offsets as in krasis_cuda_moe_gemm_args. A null expert_base: left
- * untouched. */
-typedef struct krasis_cuda_marlin_dequant_args {
-    const void *const *expert_base; /* [num_experts] device addresses */
-    int64_t codes_offset, scales_offset;
-    int32_t scale_dtype, out_dtype; /* KRASIS_BF16 or KRASIS_F16 */
-    int64_t group, k, n;
-    int32_t expert_begin, count;
-    void *out;
-} krasis_cuda_marlin_dequant_args;
-KRASIS_API int32_t krasis_cuda_marlin_dequant(const krasis_cuda_marlin_dequant_args *args, void *stream);
-
 /* INT8 rows [n/32, k/4, 32, 4] with scales [n] as out [n, k] of dtype. */
 KRASIS_API int32_t krasis_cuda_int8_dequant(const int8_t *weight, const float *scales, int64_t n, int64_t k,
                                             int32_t dtype, void *out, void *stream);
-
-/* Rows in the order of the experts: out[i] = x[sorted_slots[i] / slots_per_row] for the rows of experts [expert_begin,
- * expert_end), counted from first_block[expert_begin] * m_block; padding rows are zero. ends[e - expert_begin] = the
- * last row of expert e + 1 counted so: the offsets of a grouped product. Rows past the last are untouched. */
-typedef struct krasis_cuda_moe_gather_args {
-    const void *x;
-    int64_t x_stride, slots_per_row, k; /* k % 8 == 0 */
-    const int32_t *sorted_slots, *first_block;
-    int32_t m_block, expert_begin, expert_end, dtype; /* KRASIS_BF16 or KRASIS_F16 */
-    int64_t num_slots, max_rows;                      /* max_rows: rows out has room for */
-    void *out;                                        /* [max_rows, k] */
-    int32_t *ends;                                    /* out [expert_end - expert_begin] */
-} krasis_cuda_moe_gather_args;
-KRASIS_API int32_t krasis_cuda_moe_gather(const krasis_cuda_moe_gather_args *args, void *stream);
-
-/* The way back: out[sorted_slots[i]] = rows[i]; padding rows go nowhere. num_executed: as in the grouped product. */
-typedef struct krasis_cuda_moe_scatter_args {
-    const void *rows; /* [max_rows, n] of dtype */
-    int64_t n;        /* n % 8 == 0 */
-    const int32_t *sorted_slots, *first_block;
-    int32_t m_block, expert_begin, expert_end, dtype;
-    int64_t num_slots, max_rows, out_stride;
-    void *out; /* [num_slots, n] */
-    int64_t *num_executed;
-} krasis_cuda_moe_scatter_args;
-KRASIS_API int32_t krasis_cuda_moe_scatter(const krasis_cuda_moe_scatter_args *args, void *stream);
 
 /* ---- host memory (not in the double)
  * ---------------------------------------------------------------------------------- Page-locks host memory for DMA and

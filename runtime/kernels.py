@@ -12,6 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from krasis.formats.errors import NativeError
+from krasis.formats.layouts import STRIP_ROWS
+from krasis.formats.layouts.cpu_tiles import BLOCK_K, TILE_BYTES, TILE_ROWS
+from krasis.formats.layouts.native_pack import TILE_CODES
 from krasis.formats.native import Pool, check
 from krasis.runtime.native import ActsStruct, AttentionArgs, MoeArgs, QkvArgs, prototype
 from krasis.runtime.native_arrays import (
@@ -28,10 +31,6 @@ from krasis.runtime.native_arrays import (
     shape_2d,
 )
 
-BLOCK_K = 32
-TILE_ROWS = 32
-TILE_CODES = {"q8": 0, "i4": 1}
-TILE_BYTES = {"q8": 1088, "i4": 576}
 _MAX_VIEWS = 64
 
 NativeFunction = Callable[..., int]
@@ -204,7 +203,7 @@ class Kernels:
         status = self._gemm_int8_rows(
             self.pool.handle,
             acts.ref,
-            pointer(weight, (n // TILE_ROWS, acts.k // 4, TILE_ROWS, 4), I8, "gemm_int8_rows.weight"),
+            pointer(weight, (n // STRIP_ROWS, acts.k // 4, STRIP_ROWS, 4), I8, "gemm_int8_rows.weight"),
             pointer(scales, (n,), F32, "gemm_int8_rows.scales"),
             n,
             out_pointer(out, (acts.tokens, n), F32, "gemm_int8_rows.out"),

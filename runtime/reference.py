@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from krasis.formats.layouts.cpu_tiles import BLOCK_K
 from krasis.runtime.native_arrays import Array
 
-BLOCK_K = 32
 _QUERY_CHUNK = 64  # bounds the score matrix: [heads, chunk, keys]
 
 ExpertWeights = Callable[[int], tuple[Array, Array, Array]]

@@ -18,13 +18,12 @@ import numpy.typing as npt
 
 from krasis.formats.aligned import aligned_empty
 from krasis.formats.bundle_reader import Bundle
+from krasis.formats.layouts.cpu_tiles import TILE_BYTES, TILE_ROWS
+from krasis.formats.layouts.native_pack import TILE_CODES
 from krasis.formats.limits import HUGE_PAGE_BYTES
 from krasis.formats.native import Pool, check
 from krasis.runtime.native import ActsStruct, MoeArgs, prototype
 
-TILE_BYTES = {"q8": 1088, "i4": 576}
-TILE_CODES = {"q8": 0, "i4": 1}
-TILE_ROWS = 32
 RECORD_ALIGNMENT_BYTES = 4096
 LEAST_STACK_BYTES = 2 << 30  # far beyond any cache
 BANDWIDTH_WINDOW_BYTES = 256 << 20

@@ -1,4 +1,4 @@
-// moe_rows.cu: row by row work around the grouped product: silu(gate) * up, and the weighted sum of a token's slots.
+// moe_rows.cu: the weighted sum of a token's slots.
 #include <algorithm>
 
 #include "status.h"
@@ -8,28 +8,6 @@ namespace krasis::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-
-struct SiluParams {
-    const void *x;
-    void *out;
-    int64_t rows, n;
-    int32_t dtype;
-};
-
-KRASIS_KERNEL(kThreads, 1)
-silu_mul_kernel(const SiluParams p) {
-    const int64_t vectors = p.n / kVector, total = p.rows * vectors;
-    const int64_t stride = static_cast<int64_t>(simt::num_blocks()) * kThreads;
-    for (int64_t i = static_cast<int64_t>(simt::block_x()) * kThreads + simt::thread_x(); i < total; i += stride) {
-        const int64_t row = i / vectors, column = i % vectors * kVector;
-        float gate[kVector], up[kVector];
-        load8(p.x, row * 2 * p.n + column, p.dtype, gate);
-        load8(p.x, row * 2 * p.n + p.n + column, p.dtype, up);
-        KRASIS_UNROLL
-        for (int j = 0; j < kVector; ++j) gate[j] = gate[j] / (1.0f + simt::exp_float(-gate[j])) * up[j];
-        store8(p.out, row * p.n + column, p.dtype, gate);
-    }
-}
 
 // One block a token.
 KRASIS_KERNEL(kThreads, 1)
@@ -54,15 +32,6 @@ moe_reduce_kernel(const krasis_cuda_moe_reduce_args p) {
 
 }  // namespace
 }  // namespace krasis::cuda
-
-int32_t krasis_cuda_silu_mul(const void *x, int64_t rows, int64_t n, int32_t dtype, void *out, void *stream) {
-    using namespace krasis::cuda;
-    if (rows < 0 || n <= 0 || !is_dtype(dtype) || (rows > 0 && (!x || !out))) return KRASIS_ERR_ARGUMENT;
-    if (n % kVector || !is_aligned(x) || !is_aligned(out)) return KRASIS_ERR_SHAPE;
-    const int64_t blocks = std::min<int64_t>(ceil_div(rows * (n / kVector), kThreads), 1 << 16);
-    return launch<silu_mul_kernel>({static_cast<unsigned>(blocks), kThreads, 0}, SiluParams{x, out, rows, n, dtype},
-                                   stream);
-}
 
 int32_t krasis_cuda_moe_reduce(const krasis_cuda_moe_reduce_args *args, void *stream) {
     using namespace krasis::cuda;

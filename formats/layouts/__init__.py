@@ -13,11 +13,12 @@ import re
 from krasis.formats.errors import FormatError
 from krasis.formats.layouts.cpu_tiles import CpuTileLayout
 from krasis.formats.layouts.expert_record import ExpertImportance, ExpertLayout, ExpertRecord, Section
-from krasis.formats.layouts.int8_rows import Int8RowsLayout
+from krasis.formats.layouts.int8_rows import STRIP_ROWS, Int8RowsLayout, padded_rows
 from krasis.formats.layouts.marlin import MarlinLayout
 from krasis.formats.layouts.matrix import MatrixView, PackStats, bf16_to_float32, float32_to_bf16
 
 __all__ = [
+    "STRIP_ROWS",
     "CpuTileLayout",
     "ExpertImportance",
     "ExpertLayout",
@@ -30,6 +31,7 @@ __all__ = [
     "bf16_to_float32",
     "float32_to_bf16",
     "layout_from_id",
+    "padded_rows",
 ]
 
 PLAIN = "plain"

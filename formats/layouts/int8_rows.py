@@ -16,6 +16,11 @@ STRIP_ROWS = 32
 K_MULTIPLE = 32
 
 
+def padded_rows(num_rows: int) -> int:
+    """num_rows rounded up to whole strips, as the vocabulary of a packed output head is."""
+    return -(-num_rows // STRIP_ROWS) * STRIP_ROWS
+
+
 def pack_codes(codes: npt.NDArray[np.int8]) -> npt.NDArray[np.int8]:
     """Codes [n, k] as [n/32, k/4, 32, 4]."""
     if codes.ndim != 2 or codes.dtype != np.int8 or codes.shape[0] % STRIP_ROWS or codes.shape[1] % 4:

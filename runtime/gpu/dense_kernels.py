@@ -7,6 +7,7 @@ from ctypes import byref
 import torch
 
 from krasis.formats.errors import NativeError
+from krasis.formats.layouts import STRIP_ROWS
 from krasis.runtime.device.api import Stream
 from krasis.runtime.gpu.arguments import (
     CODES,
@@ -25,8 +26,6 @@ from krasis.runtime.gpu.arguments import (
 from krasis.runtime.gpu.launcher import Launcher, present
 from krasis.runtime.gpu.native import Int8GemmArgs, QkvArgs, RmsNormArgs
 from krasis.runtime.kernels import Heads
-
-TILE_ROWS = 32
 
 
 class DenseKernels(Launcher):
@@ -68,7 +67,7 @@ class DenseKernels(Launcher):
         """
         tokens, k = matrix(x, "int8_gemm.x")
         n = matrix(out, "int8_gemm.out")[1]
-        require(k % 64 == 0 and n % TILE_ROWS == 0, "sizes do not fit tiles", "int8_gemm", (k, n), "64, 32")
+        require(k % 64 == 0 and n % STRIP_ROWS == 0, "sizes do not fit tiles", "int8_gemm", (k, n), "64, 32")
         x_pointer, x_stride = row_pointer(x, (tokens, k), HALVES, "int8_gemm.x")
         out_pointer, out_stride = row_pointer(out, (tokens, n), (x.dtype, *F32), "int8_gemm.out")
         residual_pointer = None
@@ -85,7 +84,7 @@ class DenseKernels(Launcher):
             n,
             CODES[x.dtype],
             CODES[out.dtype],
-            vector_pointer(codes, (n // TILE_ROWS, k // 4, TILE_ROWS, 4), I8, "int8_gemm.codes"),
+            vector_pointer(codes, (n // STRIP_ROWS, k // 4, STRIP_ROWS, 4), I8, "int8_gemm.codes"),
             pointer(scales, (n,), F32, "int8_gemm.scales"),
             residual_pointer,
             out_pointer,
@@ -101,7 +100,7 @@ class DenseKernels(Launcher):
         """out [n, k], 16 bits = W, as in ``int8_gemm``."""
         n, k = matrix(out, "int8_dequant.out")
         arguments = (
-            vector_pointer(codes, (n // TILE_ROWS, k // 4, TILE_ROWS, 4), I8, "int8_dequant.codes"),
+            vector_pointer(codes, (n // STRIP_ROWS, k // 4, STRIP_ROWS, 4), I8, "int8_dequant.codes"),
             pointer(scales, (n,), F32, "int8_dequant.scales"),
             n,
             k,

@@ -1,6 +1,4 @@
-"""The products of a range of experts over the rows routed to them: one function in
-which the path is chosen.
-"""
+"""The products of a range of experts over the rows routed to them."""
 
 from __future__ import annotations
 
@@ -13,13 +11,10 @@ from krasis.formats.layouts import ExpertRecord, MarlinLayout
 from krasis.runtime.device.api import Stream
 from krasis.runtime.gpu.expert_stage import Step
 from krasis.runtime.gpu.kernels import ExpertMatrix, GpuKernels, Routing
-from krasis.runtime.gpu.many_rows_experts import M_BLOCK, ManyRowsExperts
 
 
 class ExpertProduct:
-    """gate, up and down of one model's experts. record_bytes: of one expert. many_rows: the library's path
-    for experts with many rows; None: never taken.
-    """
+    """gate, up and down of one model's experts. record_bytes: of one expert."""
 
     def __init__(
         self,
@@ -27,10 +22,9 @@ class ExpertProduct:
         architecture: Architecture,
         layout: MarlinLayout,
         record: ExpertRecord,
-        many_rows: ManyRowsExperts | None = None,
     ) -> None:
         a = architecture
-        self._kernels, self._architecture, self._many_rows = kernels, architecture, many_rows
+        self._kernels, self._architecture = kernels, architecture
         self.record_bytes = record.record_bytes
         scale_dtype = {"BF16": torch.bfloat16, "F16": torch.float16}[layout.scale_dtype]
         self.w13 = ExpertMatrix(
@@ -52,14 +46,7 @@ class ExpertProduct:
 
     def align(self, stream: Stream, step: Step, routing: Routing) -> None:
         """Sorts the step's slots by expert. routing: of the step's rows."""
-        chosen = routing if self._path(step) is None else routing.view(len(step.ids), M_BLOCK)
-        self._kernels.align(stream, step.ids, chosen)
-
-    def _path(self, step: Step) -> ManyRowsExperts | None:
-        """The library's path if it is taken: by the number of rows alone, so equal calls give equal bits."""
-        many, a = self._many_rows, self._architecture
-        num_slots = len(step.ids) * a.num_experts_per_token
-        return many if many is not None and many.takes(num_slots, a.num_experts) else None
+        self._kernels.align(stream, step.ids, routing)
 
     def run(
         self,
@@ -76,14 +63,6 @@ class ExpertProduct:
         table i64 [experts]: addresses of records, which lie in memory.
         """
         buffers, top_k = step.buffers, self._architecture.num_experts_per_token
-        many = self._path(step)
-        if many is not None:
-            sorted_by_16 = buffers.routing.view(len(step.ids), M_BLOCK)
-            matrices = (self.w13, self.w2)
-            many.run(
-                stream, step.x, sorted_by_16, table, memory, matrices, begin, end, buffers.slots, executed
-            )
-            return
         routing = buffers.routing.view(len(step.ids))
         common = (routing, table, memory)
         self._kernels.moe_gemm(

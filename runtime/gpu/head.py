@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from krasis.formats.layouts import padded_rows
 from krasis.runtime.distributed.parallel import Parallel
 from krasis.runtime.gpu.buffers import Buffers
-from krasis.runtime.gpu.dense_product import dense_product
 from krasis.runtime.gpu.prefill import Chunk, GpuModel
 from krasis.runtime.model.backend import Logits
-from krasis.runtime.planning.workspace import LOGIT_ROWS, padded_vocab
+from krasis.runtime.planning.workspace import LOGIT_ROWS
 
 
 class Head:
@@ -21,7 +21,7 @@ class Head:
     def __init__(self, model: GpuModel, parallel: Parallel) -> None:
         self._model, self._parallel = model, parallel
         self._vocab = model.architecture.vocab_size
-        shape = (LOGIT_ROWS, padded_vocab(model.architecture))
+        shape = (LOGIT_ROWS, padded_rows(model.architecture.vocab_size))
         self._host = model.device.pinned(shape, torch.float32)
 
     def last(self, chunk: Chunk, buffers: Buffers) -> Logits:
@@ -56,7 +56,8 @@ class Head:
     def _project(self, x: torch.Tensor, buffers: Buffers) -> Logits:
         m = self._model
         logits, host = buffers.logits[: len(x)], self._host[: len(x)]
-        dense_product(m.kernels, m.stream, x, m.weights.lm_head, logits)
+        weight = m.weights.lm_head
+        m.kernels.int8_gemm(m.stream, x, weight.codes, weight.scales, logits)
         m.device.host_writes(host)
         m.stream.copy(host, logits)
         m.stream.synchronize()

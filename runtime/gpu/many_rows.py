@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import itertools
 import logging
-from dataclasses import dataclass
 
 import torch
 
 from krasis.formats.errors import NativeError
+from krasis.formats.layouts import STRIP_ROWS
 from krasis.runtime.device.api import Device, Stream
 from krasis.runtime.gpu.kernels import GpuKernels
 
@@ -28,57 +28,46 @@ every torch that multiplies 16-bit matrices into float32 also adds to one. The l
 besides, which torch allocates (32 MiB on sm_90).
 """
 
-TILE_ROWS, ALIGNMENT = 32, 256
+ALIGNMENT = 256
 
 
-@dataclass(frozen=True, slots=True)
-class Thresholds:
-    """From how many rows on the library's product is taken: tokens of a dense product, and the mean rows of
-    an expert. None: never.
-    """
-
-    dense_tokens: int | None
-    rows_per_expert: int | None
-
-
-KNOWN = {(9, 0): Thresholds(1024, None)}
-"""By compute capability, as scripts/measure_many_rows.py shows. (9, 0), an H100: the library's path passes
-the native kernel at 1024 tokens (0.95 to 1.15 times its speed, launches included) and is 1.8 to 2.9 times
-faster at 4096; for experts it reaches 0.64 (Qwen3-30B) and 0.81 (235B) of the native kernel's speed at 2048
-rows each, and less below: never.
+KNOWN = {(9, 0): 1024}
+"""Tokens from which the library's product is taken, by compute capability; scripts/measure_many_rows.py
+measures them. (9, 0), an H100: the library's path passes the native kernel at 1024 tokens (0.95 to 1.15 times
+its speed, launches included) and is 1.8 to 2.9 times faster at 4096.
 """
 
-UNKNOWN = Thresholds(4096, None)
+UNKNOWN = 4096
 """An estimate: there unpacking costs a tenth of the product at most (3 bytes of traffic a weight against
 8192 flops).
 """
 
-NEVER = Thresholds(None, None)
 
-
-def thresholds_of(device: Device) -> Thresholds:
-    """The thresholds of a device's compute capability; never on the double."""
+def least_tokens_of(device: Device) -> int | None:
+    """The threshold of a device's compute capability; None, which is never, on the double."""
     if device.torch_device.type != "cuda":
-        return NEVER
+        return None
     capability = torch.cuda.get_device_capability(device.torch_device)
     found = KNOWN.get(capability)
     if found is None:
-        logger.info("compute capability %d.%d was not measured: %s", *capability, UNKNOWN)
+        logger.info("compute capability %d.%d was not measured: %d tokens", *capability, UNKNOWN)
     return found or UNKNOWN
 
 
 class ManyRows:
-    """Chooses the path of dense products. scratch: uint8, on the device; None: always the native kernel."""
+    """Chooses the path of dense products. scratch: uint8, on the device; None: always the native kernel.
+    least_tokens: from which on the library's product is taken; None: as measured for the device.
+    """
 
     def __init__(
-        self, kernels: GpuKernels, scratch: torch.Tensor | None, thresholds: Thresholds | None = None
+        self, kernels: GpuKernels, scratch: torch.Tensor | None, least_tokens: int | None = None
     ) -> None:
         self._kernels, self._scratch = kernels, scratch
-        self.thresholds = thresholds_of(kernels.device) if thresholds is None else thresholds
+        self._least_tokens = least_tokens_of(kernels.device) if least_tokens is None else least_tokens
 
     def takes(self, num_tokens: int) -> bool:
         """Whether the library's product is taken for so many rows."""
-        least = self.thresholds.dense_tokens
+        least = self._least_tokens
         return self._scratch is not None and least is not None and num_tokens >= least
 
     def dense_product(
@@ -101,7 +90,7 @@ class ManyRows:
         for begin, end in weight_pieces(n, k, weight_bytes):
             weight = scratch[: 2 * (end - begin) * k].view(x.dtype).view(end - begin, k)
             self._kernels.int8_dequant(
-                stream, codes[begin // TILE_ROWS : end // TILE_ROWS], scales[begin:end], weight
+                stream, codes[begin // STRIP_ROWS : end // STRIP_ROWS], scales[begin:end], weight
             )
             added = None if residual is None else residual[:, begin:end]
             _launch(stream, x, weight, out[:, begin:end], added, sums)
@@ -112,11 +101,11 @@ def weight_pieces(n: int, k: int, scratch_bytes: int) -> list[tuple[int, int]]:
 
     Raises NativeError if not even a tile does.
     """
-    tiles, most = -(-n // TILE_ROWS), scratch_bytes // (2 * k * TILE_ROWS)
+    tiles, most = -(-n // STRIP_ROWS), scratch_bytes // (2 * k * STRIP_ROWS)
     if most == 0:
-        raise NativeError("scratch holds no tile of weights", got=scratch_bytes, limit=2 * k * TILE_ROWS)
+        raise NativeError("scratch holds no tile of weights", got=scratch_bytes, limit=2 * k * STRIP_ROWS)
     count = -(-tiles // most)
-    cuts = [tiles * index // count * TILE_ROWS for index in range(count)] + [n]
+    cuts = [tiles * index // count * STRIP_ROWS for index in range(count)] + [n]
     return list(itertools.pairwise(cuts))
 
 

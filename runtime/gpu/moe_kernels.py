@@ -25,11 +25,8 @@ from krasis.runtime.gpu.arguments import (
 from krasis.runtime.gpu.launcher import Launcher, Tensors, present
 from krasis.runtime.gpu.native import (
     AlignArgs,
-    MarlinDequantArgs,
-    MoeGatherArgs,
     MoeGemmArgs,
     MoeReduceArgs,
-    MoeScatterArgs,
     RouteArgs,
     RouterArgs,
 )
@@ -177,19 +174,6 @@ class MoeKernels(Launcher):
             reads = present(x, r.sorted_slots, r.block_experts, r.first_block, table, *memory, executed)
             self.submit(stream, "moe_gemm", (byref(args),), reads, present(out, executed))
 
-    def silu_mul(self, stream: Stream, x: torch.Tensor, out: torch.Tensor) -> None:
-        """out [R, n] = silu(x[:, :n]) * x[:, n:], x [R, 2n]; both of one float type; n % 8 == 0."""
-        rows, n = matrix(out, "silu_mul.out")
-        arguments = (
-            vector_pointer(x, (rows, 2 * n), FLOATS, "silu_mul.x"),
-            rows,
-            n,
-            CODES[x.dtype],
-            vector_pointer(out, (rows, n), (x.dtype,), "silu_mul.out"),
-        )
-        if rows:
-            self.submit(stream, "silu_mul", arguments, (x,), (out,))
-
     def moe_reduce(
         self,
         stream: Stream,
@@ -225,107 +209,6 @@ class MoeKernels(Launcher):
         if tokens:
             reads = present(slots, ids, weights, residual)
             self.submit(stream, "moe_reduce", (byref(args),), reads, (out,))
-
-    def marlin_dequant(
-        self,
-        stream: Stream,
-        table: torch.Tensor,
-        memory: Tensors,
-        matrix: ExpertMatrix,
-        begin: int,
-        count: int,
-        out: torch.Tensor,
-    ) -> None:
-        """out [count, n, k], 16 bits = the matrices of experts begin..begin+count-1; not here: untouched."""
-        m, where = matrix, "marlin_dequant"
-        require(0 <= begin <= begin + count <= len(table), "experts out of range", where, begin, len(table))
-        args = MarlinDequantArgs(
-            pointer(table, (len(table),), I64, f"{where}.table"),
-            m.codes_offset,
-            m.scales_offset,
-            CODES[m.scale_dtype],
-            CODES.get(out.dtype, -1),
-            m.group,
-            m.k,
-            m.n,
-            begin,
-            count,
-            vector_pointer(out, (count, m.n, m.k), HALVES, f"{where}.out"),
-        )
-        if count:
-            self.submit(stream, where, (byref(args),), (table, *memory), (out,))
-
-    def moe_gather(
-        self,
-        stream: Stream,
-        x: torch.Tensor,
-        routing: Routing,
-        slots_per_row: int,
-        begin: int,
-        end: int,
-        out: torch.Tensor,
-        ends: torch.Tensor,
-    ) -> None:
-        """out [max_rows, k] = rows of x in the order of experts begin..end-1, zero where padded.
-
-        ends int32 [end - begin]: the last row of each expert + 1. x 16 bits as in ``moe_gemm``; k % 8 == 0.
-        """
-        r, where = routing, "moe_gather"
-        self._check_experts(r, begin, end, slots_per_row, where)
-        max_rows, k = matrix(out, f"{where}.out")
-        x_pointer, x_stride = row_pointer(x, (r.num_slots // slots_per_row, k), HALVES, f"{where}.x")
-        args = MoeGatherArgs(
-            x_pointer,
-            x_stride,
-            slots_per_row,
-            k,
-            r.sorted_slots.data_ptr(),
-            r.first_block.data_ptr(),
-            r.m_block,
-            begin,
-            end,
-            CODES[x.dtype],
-            r.num_slots,
-            max_rows,
-            vector_pointer(out, (max_rows, k), (x.dtype,), f"{where}.out"),
-            pointer(ends, (end - begin,), I32, f"{where}.ends"),
-        )
-        if r.num_slots and end > begin:
-            self.submit(stream, where, (byref(args),), (x, r.sorted_slots, r.first_block), (out, ends))
-
-    def moe_scatter(
-        self,
-        stream: Stream,
-        rows: torch.Tensor,
-        routing: Routing,
-        begin: int,
-        end: int,
-        out: torch.Tensor,
-        executed: torch.Tensor | None = None,
-    ) -> None:
-        """The way back: out [T * K, n] gets rows [max_rows, n] of experts begin..end-1; other rows stay."""
-        r, where = routing, "moe_scatter"
-        self._check_experts(r, begin, end, 1, where)
-        max_rows, n = matrix(rows, f"{where}.rows")
-        out_pointer, out_stride = row_pointer(out, (r.num_slots, n), (rows.dtype,), f"{where}.out")
-        args = MoeScatterArgs(
-            vector_pointer(rows, (max_rows, n), HALVES, f"{where}.rows"),
-            n,
-            r.sorted_slots.data_ptr(),
-            r.first_block.data_ptr(),
-            r.m_block,
-            begin,
-            end,
-            CODES[rows.dtype],
-            r.num_slots,
-            max_rows,
-            out_stride,
-            out_pointer,
-            optional_pointer(executed, (1,), I64, f"{where}.executed"),
-        )
-        if r.num_slots and end > begin:
-            reads = present(rows, r.sorted_slots, r.first_block, executed)
-            self.submit(stream, where, (byref(args),), reads, present(out, executed))
 
     @staticmethod
     def _check_experts(routing: Routing, begin: int, end: int, slots_per_row: int, where: str) -> None:

@@ -227,65 +227,6 @@ class ReceiveArgs(ctypes.Structure):
     )
 
 
-class MarlinDequantArgs(ctypes.Structure):
-    """``krasis_cuda_marlin_dequant_args``."""
-
-    _fields_ = (
-        ("expert_base", _PTR),
-        ("codes_offset", _I64),
-        ("scales_offset", _I64),
-        ("scale_dtype", _I32),
-        ("out_dtype", _I32),
-        ("group", _I64),
-        ("k", _I64),
-        ("n", _I64),
-        ("expert_begin", _I32),
-        ("count", _I32),
-        ("out", _PTR),
-    )
-
-
-class MoeGatherArgs(ctypes.Structure):
-    """``krasis_cuda_moe_gather_args``."""
-
-    _fields_ = (
-        ("x", _PTR),
-        ("x_stride", _I64),
-        ("slots_per_row", _I64),
-        ("k", _I64),
-        ("sorted_slots", _PTR),
-        ("first_block", _PTR),
-        ("m_block", _I32),
-        ("expert_begin", _I32),
-        ("expert_end", _I32),
-        ("dtype", _I32),
-        ("num_slots", _I64),
-        ("max_rows", _I64),
-        ("out", _PTR),
-        ("ends", _PTR),
-    )
-
-
-class MoeScatterArgs(ctypes.Structure):
-    """``krasis_cuda_moe_scatter_args``."""
-
-    _fields_ = (
-        ("rows", _PTR),
-        ("n", _I64),
-        ("sorted_slots", _PTR),
-        ("first_block", _PTR),
-        ("m_block", _I32),
-        ("expert_begin", _I32),
-        ("expert_end", _I32),
-        ("dtype", _I32),
-        ("num_slots", _I64),
-        ("max_rows", _I64),
-        ("out_stride", _I64),
-        ("out", _PTR),
-        ("num_executed", _PTR),
-    )
-
-
 # name without krasis_cuda_: (result, arguments). The last argument of what launches something is the stream.
 PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "moe_m_block": (_I32, (_I64, _I64)),
@@ -293,7 +234,6 @@ PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "attention_workspace_bytes": (_I64, (_I64, _I64, _I64)),
     "moe_align": (_I32, (_PTR, _PTR)),
     "moe_gemm": (_I32, (_PTR, _PTR)),
-    "silu_mul": (_I32, (_PTR, _I64, _I64, _I32, _PTR, _PTR)),
     "moe_reduce": (_I32, (_PTR, _PTR)),
     "int8_gemm": (_I32, (_PTR, _PTR)),
     "rms_norm": (_I32, (_PTR, _PTR)),
@@ -307,10 +247,7 @@ PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "add": (_I32, (_PTR, _PTR, _I64, _PTR)),
     "send": (_I32, (_PTR, _PTR)),
     "receive": (_I32, (_PTR, _PTR)),
-    "marlin_dequant": (_I32, (_PTR, _PTR)),
     "int8_dequant": (_I32, (_PTR, _PTR, _I64, _I64, _I32, _PTR, _PTR)),
-    "moe_gather": (_I32, (_PTR, _PTR)),
-    "moe_scatter": (_I32, (_PTR, _PTR)),
 }
 
 

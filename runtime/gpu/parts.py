@@ -24,7 +24,6 @@ from krasis.runtime.gpu.host_experts import CpuTier
 from krasis.runtime.gpu.kernels import GpuKernels
 from krasis.runtime.gpu.kv_cache import GpuKvCache
 from krasis.runtime.gpu.many_rows import ManyRows
-from krasis.runtime.gpu.many_rows_experts import M_BLOCK, ManyRowsBuffers, ManyRowsExperts, buffers_bytes
 from krasis.runtime.gpu.memory import OUT_OF_MEMORY, largest_workspace
 from krasis.runtime.gpu.plan import GpuPlan, plan_gpu
 from krasis.runtime.gpu.prefill import GpuModel
@@ -85,8 +84,7 @@ def open_parts(bundle: Bundle, settings: EngineSettings, device: Device, paralle
         residency, staging = _open_expert_memory(model, plan, store, copy)
         if residency is not None:
             undo.callback(residency.close)
-        many_rows = _many_rows_experts(model, workspace) if plan.placement.num_groups == 0 else None
-        product = ExpertProduct(model.kernels, arch, layout, record, many_rows)
+        product = ExpertProduct(model.kernels, arch, layout, record)
         streaming = Streaming(store, copy, staging, residency)
         streamed = StreamedExperts(device, arch, product, streaming, parallel)
         cpu = decoder = None
@@ -150,27 +148,6 @@ def _open_expert_memory(
     if residency is not None and 2 * residency.num_slots >= num_own:
         residency.fill(model.stream)
     return residency, staging
-
-
-def _many_rows_experts(model: GpuModel, workspace: Workspace) -> ManyRowsExperts | None:
-    """The library's products of experts that live in VRAM, if a pass can have so many rows that they pay and
-    there is room. (Streamed experts arrive more slowly than either path computes.)"""
-    a, device = model.architecture, model.device
-    chooser = ManyRowsExperts(model.kernels, None)
-    least = chooser.thresholds.rows_per_expert
-    num_slots = workspace.max_tokens * a.num_experts_per_token
-    if least is None or num_slots < least * a.num_experts:
-        return None
-    rows = num_slots + a.num_experts * M_BLOCK
-    needed = buffers_bytes(a, model.dtype, rows) + assumed.GPU_RESERVE_BYTES // 2
-    if needed > device.free_bytes():
-        logger.info(
-            "experts keep to the native kernel for many rows: the other path needs %s of VRAM, %s are free",
-            format_bytes(needed),
-            format_bytes(device.free_bytes()),
-        )
-        return None
-    return ManyRowsExperts(model.kernels, ManyRowsBuffers.allocate(device, a, model.dtype, rows))
 
 
 def _open_residency(

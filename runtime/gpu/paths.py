@@ -5,8 +5,9 @@
   of a layer's router, and a layer's copies run under its own products alone;
 - cpu: the CPU's copy of the experts, nothing but activations crosses the link.
 
-Rates are those of the plan's hardware: measured, given or assumed. Random routing is assumed: real routing
-touches fewer experts, in favour of the latter two.
+A layer's parts cost what the planner says (``planning/cost.py``); what differs is which of them run under
+each other. Rates are those of the plan's hardware: measured, given or assumed. Random routing is assumed:
+real routing touches fewer experts, in favour of the latter two.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Literal
 from krasis.runtime.planning import assumptions as assumed
 from krasis.runtime.planning import cost
 from krasis.runtime.planning.hardware import HardwareSpec
-from krasis.runtime.planning.sizes import ModelSizes, expert_weights
+from krasis.runtime.planning.sizes import ModelSizes
 
 Path = Literal["streamed", "routed", "cpu"]
 PATHS: tuple[Path, ...] = ("streamed", "routed", "cpu")
@@ -60,26 +61,17 @@ class PathModel:
     def seconds(self, path: Path, num_tokens: int, start: int, num_resident: int) -> float:
         """Expected seconds of a chunk."""
         sizes, arch, gpu = self.sizes, self.sizes.architecture, self.hardware.gpus[0]
-        num_ranks = (
-            1 if path == "cpu" else self.num_ranks
-        )  # the CPU's experts serve one rank, which works alone
-        dense, attention = cost.dense_layer_s(arch, gpu, start, num_tokens, num_ranks)
-        memory = gpu.memory_gbps.value * 1e9
-        compute = max(dense, sizes.dense_bytes / arch.num_layers / memory) + attention
+        # The CPU's experts serve one rank, which works alone.
+        num_ranks = 1 if path == "cpu" else self.num_ranks
+        compute = sum(cost.dense_layer_s(sizes, gpu, start, num_tokens, num_ranks))
         if path == "cpu":
             layer = compute + cost.cpu_experts_s(sizes, self.hardware, num_tokens) + assumed.HANDOVER_S
             return arch.num_layers * max(layer, LAYER_SUBMIT_S)
-        share = self.num_experts / arch.num_experts
-        touched = cost.distinct_experts(arch, num_tokens) * share
-        rows = num_tokens * arch.num_experts_per_token * share
-        expert = max(
-            2 * rows * expert_weights(arch) / (gpu.bf16_tflops.value * 1e12),
-            touched * sizes.gpu_expert_bytes / memory,
-        )
+        expert = cost.expert_products_s(sizes, gpu, num_tokens, self.num_experts)
         cold = 1.0 - num_resident / (self.num_experts * arch.num_layers)
-        link = gpu.link_gbps.value * 1e9
         if path == "streamed":
-            dma = cold * self.num_experts * sizes.gpu_expert_bytes / link
+            dma = cost.copy_s(sizes, gpu, cold * self.num_experts)
             return arch.num_layers * max(dma, compute + expert, LAYER_SUBMIT_S)
-        dma = cold * touched * sizes.gpu_expert_bytes / link
+        touched = cost.distinct_experts(arch, num_tokens) * self.num_experts / arch.num_experts
+        dma = cost.copy_s(sizes, gpu, cold * touched)
         return arch.num_layers * (max(compute, LAYER_SUBMIT_S) + HOST_SYNC_S + max(dma, expert))

@@ -17,14 +17,13 @@ import numpy.typing as npt
 from krasis.formats.architecture_record import Architecture
 from krasis.formats.bundle_reader import Bundle
 from krasis.formats.errors import FormatError, MismatchError
-from krasis.formats.layouts import CpuTileLayout, Int8RowsLayout, MarlinLayout, layout_from_id
+from krasis.formats.layouts import CpuTileLayout, Int8RowsLayout, MarlinLayout, layout_from_id, padded_rows
 
 Array = npt.NDArray[Any]
 FloatArray = npt.NDArray[np.float32]
 FLOAT_DTYPES = ("BF16", "F16", "F32")
 PLAIN = "plain"
 ROWS_AT_ONCE = 32
-ROWS = 32  # rows of a tile; fused weights and the vocabulary are padded to it
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +122,7 @@ def load_weights(bundle: Bundle, tier: str) -> ModelWeights:
         embedding=reader.float_weight("embedding", (vocab, hidden)),
         layers=tuple(layers),
         final_norm=reader.float32("final_norm", (hidden,)),
-        lm_head=reader.int8_weight("lm_head", -(-vocab // ROWS) * ROWS, hidden),
+        lm_head=reader.int8_weight("lm_head", padded_rows(vocab), hidden),
         expert_layout=layout,
     )
 
@@ -188,7 +187,7 @@ class _Reader:
         return to_float32(weight.data, weight.dtype)
 
     def int8_weight(self, name: str, rows: int, columns: int) -> Int8Weight:
-        shape = (rows // ROWS, columns // 4, ROWS, 4)
-        codes = self.raw(name, ("I8",), shape, Int8RowsLayout().layout_id)
+        layout = Int8RowsLayout()
+        codes = self.raw(name, ("I8",), layout.codes_shape(rows, columns), layout.layout_id)
         scales = self.raw(f"{name}.scale", ("F32",), (rows,), PLAIN)
         return Int8Weight(codes, scales)

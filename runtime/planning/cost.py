@@ -96,15 +96,19 @@ def gpu_prefill(
 
 
 def dense_layer_s(
-    arch: Architecture, spec: GpuSpec, start: int, tokens: int, num_ranks: int
+    sizes: ModelSizes, spec: GpuSpec, start: int, tokens: int, num_ranks: int
 ) -> tuple[float, float]:
-    """(projections and router, attention) of one layer, tokens shared evenly by the ranks."""
+    """(projections and router, attention) of one layer, tokens shared evenly by the ranks. Few tokens wait
+    for the weights to be read.
+    """
+    arch = sizes.architecture
     peak = spec.bf16_tflops.value * 1e12 * num_ranks
     whole = _whole_attention_tokens(arch, tokens) if start == 0 and num_ranks == 1 else 0
     whole_macs = attention_macs(arch, 0, whole)
     prefix_macs = attention_macs(arch, start, tokens) - whole_macs
     attention = whole_macs / assumed.WHOLE_ATTENTION_SHARE + prefix_macs / assumed.PREFIX_ATTENTION_SHARE
-    return 2 * tokens * dense_macs_per_token(arch) / peak, 2 * attention / peak
+    read = sizes.dense_bytes / arch.num_layers / (spec.memory_gbps.value * 1e9)
+    return max(2 * tokens * dense_macs_per_token(arch) / peak, read), 2 * attention / peak
 
 
 def _whole_attention_tokens(arch: Architecture, tokens: int) -> int:
@@ -115,14 +119,21 @@ def _whole_attention_tokens(arch: Architecture, tokens: int) -> int:
     return tokens // num_pieces
 
 
-def expert_products_s(arch: Architecture, spec: GpuSpec, tokens: int, num_experts: int) -> float:
+def expert_products_s(sizes: ModelSizes, spec: GpuSpec, tokens: int, num_experts: int) -> float:
     """One layer's grouped products of ``num_experts`` of its experts. Each one that is touched computes some
-    rows for nothing, so few rows an expert cost more each.
+    rows for nothing, so few rows an expert cost more each; and its weights are read once.
     """
-    share = num_experts / arch.num_experts
-    rows = tokens * arch.num_experts_per_token + assumed.PADDED_ROWS * distinct_experts(arch, tokens)
+    arch = sizes.architecture
+    share, touched = num_experts / arch.num_experts, distinct_experts(arch, tokens)
+    rows = tokens * arch.num_experts_per_token + assumed.PADDED_ROWS * touched
     rate = spec.bf16_tflops.value * 1e12 * assumed.GROUPED_SHARE
-    return 2 * share * rows * expert_weights(arch) / rate
+    read = touched * sizes.gpu_expert_bytes / (spec.memory_gbps.value * 1e9)
+    return share * max(2 * rows * expert_weights(arch) / rate, read)
+
+
+def copy_s(sizes: ModelSizes, spec: GpuSpec, num_experts: float) -> float:
+    """Copying so many experts of a layer over the GPU's link."""
+    return num_experts * sizes.gpu_expert_bytes / (spec.link_gbps.value * 1e9)
 
 
 def _exchange_s(arch: Architecture, spec: GpuSpec, tokens: int, num_ranks: int) -> float:
@@ -141,11 +152,11 @@ def _gpu_layer(
     disk_s: float,
 ) -> _LayerTime:
     arch = sizes.architecture
-    dense, attention = dense_layer_s(arch, spec, start, tokens, num_ranks)
-    expert = expert_products_s(arch, spec, tokens, gpu.num_experts)
+    dense, attention = dense_layer_s(sizes, spec, start, tokens, num_ranks)
+    expert = expert_products_s(sizes, spec, tokens, gpu.num_experts)
     streamed = gpu.num_experts - gpu.resident_experts / arch.num_layers
     touched = distinct_experts(arch, tokens) / arch.num_experts
-    dma = streamed * touched * sizes.gpu_expert_bytes / (spec.link_gbps.value * 1e9)
+    dma = copy_s(sizes, spec, streamed * touched)
     dma = max(dma, disk_s * touched) if streamed else 0.0
     ahead = min(1.0, assumed.DMA_GROUPS_AHEAD / gpu.num_groups) if gpu.num_groups else 0.0
     exposed = dma - min(dense + attention, ahead * dma)
@@ -169,7 +180,7 @@ def cpu_experts_prefill(
     arch = sizes.architecture
     layers = []
     for start, tokens in _passes(workload.prompt_tokens, batch_tokens):
-        dense, attention = dense_layer_s(arch, hardware.gpus[0], start, tokens, 1)
+        dense, attention = dense_layer_s(sizes, hardware.gpus[0], start, tokens, 1)
         expert = cpu_experts_s(sizes, hardware, tokens)
         total = dense + attention + expert + assumed.HANDOVER_S
         layers.append(_LayerTime(total, 0.0, expert, dense, attention, assumed.HANDOVER_S))
@@ -228,10 +239,7 @@ def _stream_routed_s(
     a_layer = arch.num_layers * arch.num_experts_per_token / arch.num_experts
     cold = [max(0.0, a_layer * gpu.num_experts - hit) for gpu, hit in zip(gpus, hits, strict=True)]
     return max(
-        (
-            count * sizes.gpu_expert_bytes / (hardware.gpus[gpu.rank].link_gbps.value * 1e9)
-            for count, gpu in zip(cold, gpus, strict=True)
-        ),
+        (copy_s(sizes, hardware.gpus[gpu.rank], count) for count, gpu in zip(cold, gpus, strict=True)),
         default=0.0,
     )
 

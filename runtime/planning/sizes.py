@@ -4,7 +4,6 @@ alone.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -103,9 +102,11 @@ def sizes_of_shape(
     arch: Architecture, gpu_layout: str = DEFAULT_GPU_LAYOUT, cpu_layout: str = DEFAULT_CPU_LAYOUT
 ) -> ModelSizes:
     """The sizes that a bundle of this architecture will have. Raises FormatError for an unknown layout id."""
-    padded_vocab = math.ceil(arch.vocab_size / 32) * 32
-    int8_rows = arch.num_layers * (arch.qkv_rows + arch.hidden_size) + padded_vocab
-    int8_codes = arch.num_layers * attention_weights(arch) + padded_vocab * arch.hidden_size
+    from krasis.formats.layouts import padded_rows
+
+    head_rows = padded_rows(arch.vocab_size)
+    int8_rows = arch.num_layers * (arch.qkv_rows + arch.hidden_size) + head_rows
+    int8_codes = arch.num_layers * attention_weights(arch) + head_rows * arch.hidden_size
     own = arch.num_layers * (arch.num_experts * arch.hidden_size + 2 * arch.hidden_size + 2 * arch.head_dim)
     own += arch.hidden_size
     return ModelSizes(

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from krasis.formats.architecture_record import Architecture
+from krasis.formats.layouts import padded_rows
 
 ALIGNMENT_BYTES = 256
 F32, I32, HALF = 4, 4, 2
@@ -89,7 +90,7 @@ def workspace_layout(arch: Architecture, num_tokens: int, num_ranks: int) -> Wor
     if num_ranks > 1:
         cursor.add("partial", gathered, a.hidden_size, HALF)
     cursor.back_to(phases)
-    cursor.add("logits", min(gathered, LOGIT_ROWS), padded_vocab(a), F32)
+    cursor.add("logits", min(gathered, LOGIT_ROWS), padded_rows(a.vocab_size), F32)
     if num_ranks > 1:
         cursor.add("ordered_x", gathered, a.hidden_size, HALF)
     return WorkspaceLayout(MappingProxyType(cursor.regions), cursor.most_bytes)
@@ -99,11 +100,6 @@ def activation_bytes(arch: Architecture, num_tokens: int, num_ranks: int) -> int
     """All that a pass of num_tokens tokens writes but the KV cache."""
     layout = workspace_layout(arch, num_tokens, num_ranks)
     return layout.total_bytes + routing_bytes(arch, num_tokens, num_ranks)
-
-
-def padded_vocab(arch: Architecture) -> int:
-    """Rows of the output head: whole tiles of 32."""
-    return -(-arch.vocab_size // 32) * 32
 
 
 def routing_bytes(arch: Architecture, num_tokens: int, num_ranks: int) -> int:

@@ -9,7 +9,7 @@ import numpy as np
 
 from krasis.formats.architecture import Architecture
 from krasis.formats.bundle_writer import BlobSpec
-from krasis.formats.layouts import Int8RowsLayout
+from krasis.formats.layouts import Int8RowsLayout, padded_rows
 from krasis.formats.layouts.expert_record import ExpertRecord
 from random_bundle.pools import RMS_4, RMS_8, Pool, Pools, as_bytes
 from random_bundle.request import BundleRequest
@@ -19,14 +19,13 @@ NORM_NOISE = 0.1
 
 def blob_specs(arch: Architecture, request: BundleRequest) -> list[BlobSpec]:
     """Every blob that a converter would write (docs/FORMAT.md, section 5)."""
-    rows, hidden = Int8RowsLayout().layout_id, arch.hidden_size
-    padded_vocab = -(-arch.vocab_size // 32) * 32
+    int8_rows, hidden = Int8RowsLayout(), arch.hidden_size
 
     def plain(name: str, *shape: int, dtype: str = "BF16") -> BlobSpec:
         return BlobSpec(name, "dense", dtype, shape, "plain")
 
     def int8(name: str, n: int, k: int) -> list[BlobSpec]:
-        codes = BlobSpec(name, "dense", "I8", (n // 32, k // 4, 32, 4), rows)
+        codes = BlobSpec(name, "dense", "I8", int8_rows.codes_shape(n, k), int8_rows.layout_id)
         return [codes, plain(f"{name}.scale", n, dtype="F32")]
 
     specs = [plain("embedding", arch.vocab_size, hidden)]
@@ -38,7 +37,7 @@ def blob_specs(arch: Architecture, request: BundleRequest) -> list[BlobSpec]:
         specs += [plain(at + "attention.norm", hidden), plain(at + "experts.norm", hidden)]
         specs.append(plain(at + "experts.router", arch.num_experts, hidden))
     specs.append(plain("final_norm", hidden))
-    specs += int8("lm_head", padded_vocab, hidden)
+    specs += int8("lm_head", padded_rows(arch.vocab_size), hidden)
     for tier in request.tiers:
         layout = request.gpu_layout if tier == "gpu" else request.cpu_layout
         record_bytes = layout.expert_record(hidden, arch.expert_intermediate_size).record_bytes

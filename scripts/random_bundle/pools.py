@@ -10,6 +10,7 @@ import numpy.typing as npt
 from model_files import to_bf16
 
 from krasis.formats.layouts import CpuTileLayout
+from krasis.formats.layouts.cpu_tiles import TILE_BYTES, TILE_ROWS
 from random_bundle.request import BundleRequest
 
 Bytes = npt.NDArray[np.uint8]
@@ -17,7 +18,6 @@ Bytes = npt.NDArray[np.uint8]
 SCALE_NOISE = 0.2
 # Root mean squares of uniform codes -7..7 and -127..127.
 RMS_4, RMS_8 = float(np.sqrt(280 / 15)), float(np.sqrt(127 * 128 / 3))
-TILE_ROWS, TILE_COLUMNS = 32, 32
 
 
 class Pool:
@@ -82,8 +82,8 @@ class Pools:
     def tiles(self, layout: CpuTileLayout, std: float) -> Pool:
         """Whole tiles of CPU experts: 32 x 32 codes, then 32 F16 scales."""
         is_q8 = layout.tiles == "q8"
-        code_bytes = TILE_ROWS * TILE_COLUMNS // (1 if is_q8 else 2)
-        tile_bytes = code_bytes + 2 * TILE_ROWS
+        tile_bytes = TILE_BYTES[layout.tiles]
+        code_bytes = tile_bytes - 2 * TILE_ROWS
 
         def draw(random: np.random.Generator, count: int) -> Bytes:
             tiles = np.empty((count, tile_bytes), np.uint8)

@@ -305,7 +305,7 @@ def test_many_rows_through_a_librarys_products(
 ) -> None:
     """Dense weights dequantised into scratch, as a GPU does it with hundreds of tokens."""
     monkeypatch.setattr(parts, "_scratch", lambda device: device.empty((20_000,), torch.uint8))
-    monkeypatch.setattr(many_rows, "thresholds_of", lambda device: many_rows.Thresholds(2, None))
+    monkeypatch.setattr(many_rows, "least_tokens_of", lambda device: 2)
     engine = open_gpu(model, seed=4, context=64, gpu_dtype="f16")
     assert relative_error(engine.prefill(tokens, all_logits=True), expected) <= LIMITS["f16"]
     assert any(name.startswith("matmul") for name in engine._backend._device.executed_orders)

@@ -1,5 +1,5 @@
 // device_bench.cu: speed of the kernels on this GPU, beside what its tensor cores do in a bare mma.sync loop and its
-// memory in a copy. One line a shape. Arguments: parts (experts, unpack, dense, attention; none: all), and --quick for
+// memory in a copy. One line a shape. Arguments: parts (experts, dense, attention; none: all), and --quick for
 // fewer shapes. Correctness is krasis_test_cuda_device's part.
 #include "bench_dense.h"
 #include "bench_experts.h"
@@ -36,14 +36,6 @@ void bench_attention_shapes() {
     bench::bench_attention("235b", 64, 4, 128, 131072, 131072);
 }
 
-void bench_unpack_shapes() {
-    bench::bench_marlin_unpack(2048, 1536);
-    bench::bench_marlin_unpack(4096, 3072);
-    bench::bench_marlin_unpack(1536, 4096);
-    bench::bench_reorder(625, 2048);
-    bench::bench_reorder(625, 4096);
-}
-
 }  // namespace
 
 int main(int argc, char **argv) {
@@ -56,7 +48,6 @@ int main(int argc, char **argv) {
         "%s: %d multiprocessors, L2 %d MB, mma.sync bf16 %.1f TFLOP/s, device copy %.0f GB/s (read + written)\n",
         device.name, device.multiProcessorCount, device.l2CacheSize >> 20, peak * 1e-12, bench::copy_rate() * 1e-9);
     if (is_wanted("attention", argc, argv)) bench_attention_shapes();
-    if (is_wanted("unpack", argc, argv)) bench_unpack_shapes();
     if (is_wanted("dense", argc, argv)) bench_dense_shapes(quick, peak);
     if (is_wanted("experts", argc, argv)) bench::bench_experts(quick, peak);
     return test::finish("device bench");

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from krasis.runtime.gpu.paths import PATHS, PathModel
-from krasis.runtime.planning import Figure, describe_gpu, describe_host, sizes_of_shape
+from krasis.runtime.planning import Figure, Workload, describe_gpu, describe_host, make_plan, sizes_of_shape
 from krasis.runtime.planning.presets import shape
 
 GIB = 2**30
@@ -63,3 +63,14 @@ def test_the_choice_is_told_with_its_seconds() -> None:
     text = str(model().choose(1, 0, 0, PATHS))
     assert text.startswith("cpu (streamed ")
     assert all(path in text for path in PATHS)
+
+
+def test_a_long_prompt_takes_as_long_as_the_planner_says() -> None:
+    paths = model()
+    plan = make_plan(paths.sizes, paths.hardware, Workload(10_240, 10_000))
+    assert (plan.prefill.path, plan.prefill.num_passes) == ("gpu-streamed", 1)
+    resident = plan.gpus[0].resident_experts
+    # The planner also sees the copies that have nothing to run under.
+    assert paths.seconds("streamed", 10_000, 0, resident) == pytest.approx(plan.prefill.total_s, rel=0.02)
+    parts = plan.prefill.expert_s + plan.prefill.dense_s + plan.prefill.attention_s
+    assert paths.seconds("streamed", 10_000, 0, 94 * 128) == pytest.approx(parts, rel=1e-9)

@@ -126,21 +126,21 @@ def test_expected_seconds_rank_the_measured_runs() -> None:
 
 
 def test_grouped_products_of_few_rows_are_slower() -> None:
-    arch, gpu = shape("qwen3-30b-a3b"), describe_gpu(80 * GIB, **H100)
-    per_row = {rows: expert_products_s(arch, gpu, rows * 16, 128) / rows for rows in (16, 64, 2048)}
+    sizes, gpu = sizes_of_shape(shape("qwen3-30b-a3b")), describe_gpu(80 * GIB, **H100)
+    per_row = {rows: expert_products_s(sizes, gpu, rows * 16, 128) / rows for rows in (16, 64, 2048)}
     assert per_row[64] / per_row[2048] == pytest.approx(344 / 244, rel=0.1)  # TFLOP/s of the record's table
     assert per_row[16] > 1.5 * per_row[64]
-    assert expert_products_s(arch, gpu, 1000, 64) == expert_products_s(arch, gpu, 1000, 128) / 2
+    assert expert_products_s(sizes, gpu, 1000, 64) == expert_products_s(sizes, gpu, 1000, 128) / 2
 
 
 def test_attention_after_a_prefix_is_half_as_fast() -> None:
-    arch, gpu = shape("qwen3-30b-a3b"), describe_gpu(80 * GIB, **H100)
-    whole = dense_layer_s(arch, gpu, 0, 10_000, 1)[1]
-    first, rest = (dense_layer_s(arch, gpu, start, 5_000, 1)[1] for start in (0, 5_000))
+    sizes, gpu = sizes_of_shape(shape("qwen3-30b-a3b")), describe_gpu(80 * GIB, **H100)
+    whole = dense_layer_s(sizes, gpu, 0, 10_000, 1)[1]
+    first, rest = (dense_layer_s(sizes, gpu, start, 5_000, 1)[1] for start in (0, 5_000))
     assert first == pytest.approx(whole / 4, rel=1e-3)
     assert rest == pytest.approx(3 * first * 0.8 / 0.39, rel=1e-3)
     # Two ranks halve the work, but their tokens lie after others'.
-    assert dense_layer_s(arch, gpu, 0, 10_000, 2)[1] == pytest.approx(whole / 2 * 0.8 / 0.39, rel=1e-9)
+    assert dense_layer_s(sizes, gpu, 0, 10_000, 2)[1] == pytest.approx(whole / 2 * 0.8 / 0.39, rel=1e-9)
     # 192 MiB of results are 24,576 tokens: the second of two pieces has a prefix
-    twice = dense_layer_s(arch, gpu, 0, 30_000, 1)[1]
+    twice = dense_layer_s(sizes, gpu, 0, 30_000, 1)[1]
     assert twice == pytest.approx(9 * whole * (1 / 4 + 3 / 4 * 0.8 / 0.39), rel=1e-3)

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from krasis.formats.errors import NativeError
-from krasis.runtime.gpu.many_rows import ManyRows, Thresholds, multiply, weight_pieces
+from krasis.runtime.gpu.many_rows import ManyRows, multiply, weight_pieces
 
 TILE_ROWS = 32
-ALWAYS = Thresholds(1, None)
+ALWAYS = 1
 
 
 def int8_weight(n: int, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -57,15 +57,15 @@ def test_few_rows_keep_to_the_native_kernel(bench: Any) -> None:
     native = bench.empty(9, 64)
     bench.kernels.int8_gemm(bench.stream, x, *placed, native)
     for many in (
-        ManyRows(bench.kernels, scratch, Thresholds(10, None)),
+        ManyRows(bench.kernels, scratch, 10),
         ManyRows(bench.kernels, None, ALWAYS),
-        ManyRows(bench.kernels, scratch, Thresholds(None, None)),
+        ManyRows(bench.kernels, scratch),  # as measured: thousands of tokens, on the double never
     ):
         assert not many.takes(9)
         out = bench.empty(9, 64)
         many.dense_product(bench.stream, x, *placed, out)
         assert torch.equal(bench.get(out), bench.get(native))
-    assert ManyRows(bench.kernels, scratch, Thresholds(9, None)).takes(9)
+    assert ManyRows(bench.kernels, scratch, 9).takes(9)
 
 
 @pytest.mark.parametrize(("n", "fits", "pieces"), [(96, 96, 1), (96, 64, 2), (4096, 1000, 5), (32, 32, 1)])

@@ -131,43 +131,6 @@ def test_moe_reduce(bench: Any) -> None:
     torch.testing.assert_close(bench.get(out).double(), hidden.double() + scaled.sum(1), rtol=1e-6, atol=1e-6)
 
 
-def test_silu_mul(bench: Any) -> None:
-    x, out = bench.random(7, 128, dtype=F16), bench.empty(7, 64, dtype=F16)
-    bench.kernels.silu_mul(bench.stream, bench.put(x), out)
-    gate, up = x.double().chunk(2, 1)
-    expected = torch.nn.functional.silu(gate) * up
-    torch.testing.assert_close(bench.get(out).double(), expected, rtol=2**-10, atol=1e-6)
-
-
-def test_marlin_dequant(bench: Any) -> None:
-    layer = Layer(bench, INTERMEDIATE, HIDDEN, absent=(2,))
-    out = bench.empty(3, HIDDEN, INTERMEDIATE, dtype=BF16)
-    bench.kernels.marlin_dequant(bench.stream, layer.table, [layer.memory], layer.matrix, 1, 3, out)
-    found, expected = bench.get(out), layer.weights[1:4].transpose(1, 2)
-    torch.testing.assert_close(found[[0, 2]].double(), expected[[0, 2]], rtol=2**-8, atol=0)
-    assert found[1].isnan().all()
-
-
-def test_gather_and_scatter_go_there_and_back(bench: Any) -> None:
-    layer, x = Layer(bench, INTERMEDIATE, HIDDEN), bench.random(TOKENS, 64, dtype=BF16)
-    begin, end = 1, 4
-    first = bench.get(layer.routing.first_block).tolist()
-    rows = bench.empty(16 * (first[end] - first[begin]), 64, dtype=BF16)
-    ends = bench.empty(end - begin, dtype=torch.int32)
-    bench.kernels.moe_gather(bench.stream, bench.put(x), layer.routing, TOP_K, begin, end, rows, ends)
-    assert bench.get(ends).tolist() == [16 * (first[e + 1] - first[begin]) for e in range(begin, end)]
-    slots = bench.get(layer.routing.sorted_slots)[16 * first[begin] : 16 * first[end]].long()
-    expected = torch.where((slots < 0)[:, None], torch.zeros(()), x[slots.clamp(min=0) // TOP_K].float())
-    assert torch.equal(bench.get(rows).float(), expected)
-
-    out, executed = bench.empty(TOKENS * TOP_K, 64, dtype=BF16), bench.put(torch.tensor([5]))
-    bench.kernels.moe_scatter(bench.stream, rows, layer.routing, begin, end, out, executed)
-    back, is_there = bench.get(out), rows_of(layer.ids, range(begin, end))
-    assert torch.equal(back[is_there], x.repeat_interleave(TOP_K, 0)[is_there])
-    assert back[~is_there].isnan().all()
-    assert bench.get(executed).tolist() == [5 + int(is_there.sum())]
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
 def test_router(bench: Any, dtype: torch.dtype) -> None:
     x, weight = bench.random(3, 128), bench.random(NUM_EXPERTS, 128, dtype=dtype, seed=2)
