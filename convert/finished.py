@@ -125,7 +125,7 @@ def _same_sources(manifest: Manifest, plan: ConversionPlan, inputs: OpenInputs, 
 
 
 def _digests(plan: ConversionPlan, reporter: Reporter) -> ContentDigests:
-    """Of every tensor that a conversion reads."""
+    """The digest of every tensor that a conversion reads."""
     digests = ContentDigests()
     arch = plan.architecture
 

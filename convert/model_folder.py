@@ -83,7 +83,7 @@ def _choose_gguf(folder: Path, names: Sequence[str]) -> tuple[str, tuple[str, ..
 
 
 def _no_model(path: Path, names: Sequence[str], *, has_weights: bool) -> FormatError:
-    """Why a folder is no model, and the way out."""
+    """The error that says why a folder is no model, and the way out."""
     where = str(path)
     for pieces in pieces_among(names).values():
         return pieces_error(path, pieces)

@@ -42,7 +42,7 @@ class OpenInputs:
     unreadable: Mapping[str, KrasisError] = field(default_factory=dict)
 
     def sources(self) -> tuple[WeightSource, ...]:
-        """Those given."""
+        """The sources that were given."""
         return tuple(source for source in (self.hf, self.gguf) if source is not None)
 
 

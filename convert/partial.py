@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 
 
 def partial_path(out: Path) -> Path:
-    """Where the bundle grows."""
+    """The folder in which the bundle grows."""
     return out.with_name(out.name + PARTIAL_SUFFIX)
 
 

@@ -52,7 +52,7 @@ class UnitQuality:
         self.experts.setdefault(kind, []).append(stats)
 
     def to_json(self) -> dict[str, Any]:
-        """For the journal."""
+        """The record as the journal keeps it."""
         return {
             "layer": self.layer,
             "kinds": {kind: stats_to_json(stats) for kind, stats in self.kinds.items()},

@@ -318,7 +318,7 @@ def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def quantised_types(types: Iterable[str]) -> list[str]:
-    """Those that lose precision against BF16 weights."""
+    """The types that lose precision against BF16 weights."""
     return [name for name in types if name not in FLOAT_BYTES]
 
 

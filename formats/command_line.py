@@ -21,7 +21,7 @@ class StreamsCommand(click.Command):
     """
 
     def main(self, *args: Any, **extra: Any) -> Any:
-        """As click's, with the standard streams prepared."""
+        """Runs the command as click does, with the standard streams prepared."""
         prepare_streams()
         try:
             return super().main(*args, **extra)

@@ -27,7 +27,7 @@ class FileState:
 
     @classmethod
     def of(cls, status: os.stat_result) -> FileState:
-        """From stat(2)."""
+        """The state that stat(2) reports of a file."""
         return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
     def difference(self, later: FileState | None) -> str | None:
@@ -72,7 +72,7 @@ class FolderSnapshot:
 
     @classmethod
     def take_settled(cls, path: Path) -> FolderSnapshot:
-        """As ``take``, of files that are old enough for any later write to show."""
+        """Takes a snapshot as ``take`` does, of files that are old enough for any later write to show."""
         snapshot = cls.take(path)
         youngest_ns = max((one.changed_ns for one in snapshot.files.values()), default=0)
         if abs(time.time() - youngest_ns / 1e9) < _TICK_S:

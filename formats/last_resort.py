@@ -78,7 +78,7 @@ def sentence(error: BaseException) -> str:
 
 
 def _place(error: BaseException) -> str:
-    """Where in our code it came from."""
+    """The place in our code that the error came from."""
     found = ""
     step = error.__traceback__
     while step is not None:

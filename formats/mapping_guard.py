@@ -72,7 +72,7 @@ def watch(address: int, num_bytes: int, fd: int, path: Path) -> bool:
 
 
 def unwatch(address: int) -> None:
-    """Before a mapping that ``watch`` took is released."""
+    """Must be called before a mapping that ``watch`` took is released."""
     remove = library().krasis_guard_remove
     remove.argtypes = [ctypes.c_void_p]
     remove.restype = ctypes.c_int32

@@ -16,7 +16,7 @@ _GIVE_FOLDER = "a bundle is the directory that krasis-convert wrote"
 
 
 def explain_file(path: Path) -> FormatError:
-    """Why a path that exists and is no folder is no bundle."""
+    """The reason why a path that exists and is no folder is no bundle."""
     where = str(path)
     if path.name == MANIFEST_NAME or (path.parent / MANIFEST_NAME).is_file():
         return FormatError("not a directory but a file of a bundle", where=where, hint=f"give {path.parent}")
@@ -39,7 +39,7 @@ def explain_file(path: Path) -> FormatError:
 
 
 def explain_folder(path: Path, names: Sequence[str]) -> FormatError:
-    """Why a folder without a manifest is no bundle."""
+    """The reason why a folder without a manifest is no bundle."""
     where = str(path)
     if "config.json" in names or any(name.endswith((".gguf", ".safetensors")) for name in names):
         what = (

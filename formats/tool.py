@@ -9,7 +9,7 @@ DISTRIBUTION = "krasis-bundle"
 
 @functools.cache
 def tool_version() -> str:
-    """Of the installed distribution; ``0+unknown`` where the code runs without having been installed."""
+    """The version of the installed distribution; ``0+unknown`` where the code runs without one."""
     from importlib.metadata import PackageNotFoundError, version  # slow to import, and seldom needed
 
     try:

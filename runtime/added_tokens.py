@@ -59,7 +59,7 @@ class DeclaredTokens:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> DeclaredTokens:
-        """Of ``to_json``."""
+        """The tokens that ``to_json`` wrote."""
         return cls(
             tokens=tuple(DeclaredToken(*token) for token in record["tokens"]),
             special=frozenset(record["special"]),

@@ -17,14 +17,14 @@ AS_TEXT = "a blank before the slash sends it as a question"
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """For the model."""
+    """A text for the model."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """Of a command: its name without the slash, and what follows."""
+    """A command: its name without the slash, and what follows it."""
 
     name: str
     argument: str

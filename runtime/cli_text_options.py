@@ -67,7 +67,7 @@ def text_options(command: _Command) -> _Command:
 
 
 def given_variables(options: dict[str, Any]) -> dict[str, object]:
-    """Those of ``--template-var``. Raises UsageError for what is no NAME=VALUE, or with ``--raw``."""
+    """The values of ``--template-var``. Raises UsageError for what is no NAME=VALUE, or with ``--raw``."""
     from krasis.runtime.template_variables import parse_assignment
 
     given = dict(parse_assignment(text) for text in options["template_vars"])

@@ -18,11 +18,11 @@ logger = logging.getLogger(__name__)
 
 STEP_TOKENS = 1024
 LEAST_TOKENS = 8192
-"""Not less by itself, however short memory is: what then does not fit is refused with the numbers."""
+"""The shortest default context, however short memory is: what then does not fit is refused with numbers."""
 SHARE_OF_SPARE_RAM = 0.5
-"""Of the RAM that the weights leave; the rest is for other programs."""
+"""The cache's share of the RAM that the weights leave; the rest is for other programs."""
 SHARE_OF_RAM = 1 / 16
-"""Where weights fill all RAM, and are read from the disk in any case."""
+"""The cache's share of all RAM where weights fill it, and are read from the disk in any case."""
 SHARE_OF_VRAM = 0.2
 """More would displace experts, and so make every answer slower for the sake of prompts that seldom come."""
 

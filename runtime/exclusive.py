@@ -176,7 +176,7 @@ class Exclusive:
         )
 
     def _wait(self, here: int, cancellation: Cancellation | None) -> None:
-        """Until it is this thread's turn."""
+        """Returns when it is this thread's turn."""
         bell = _Bell()
         try:
             with self._lock:

@@ -48,7 +48,7 @@ class LayerSums:
 
     @classmethod
     def zero(cls, architecture: Architecture) -> LayerSums:
-        """Of no token."""
+        """Sums over no tokens: all zero."""
         experts = architecture.num_experts
         return cls(
             np.zeros((experts, architecture.hidden_size)),

@@ -12,7 +12,7 @@ MEND = "krasis-convert --refresh-text SOURCE BUNDLE replaces them, without packi
 
 
 def text_problems(path: Path) -> list[TextProblem]:
-    """Of an intact bundle. Raises KrasisError if it cannot be opened."""
+    """The problems of an intact bundle's text files. Raises KrasisError if it cannot be opened."""
     with Bundle.open(path) as bundle:
         names = {asset.name for asset in bundle.manifest.assets} & set(TEXT_FILES)
         files = {name: bundle.asset(name) for name in sorted(names)}

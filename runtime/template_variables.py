@@ -221,7 +221,7 @@ def think_variables(think: bool | None, names: frozenset[str]) -> dict[str, obje
 
 
 def merged_variables(settings: Variables, given: Variables | None) -> dict[str, object]:
-    """Those of the settings and, on top, those of one call. Raises UsageError as ``check_variables``."""
+    """The settings' variables and, on top, those of one call. Raises UsageError as ``check_variables``."""
     if not given:
         return dict(settings)
     check_variables(given)

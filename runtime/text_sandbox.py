@@ -122,7 +122,7 @@ class TextSandbox:
             self._process.end()
 
     def forget(self) -> None:
-        """In the child of a fork: the worker is the parent's."""
+        """Lets go of the worker in the child of a fork: it is the parent's."""
         self._lock = RLock()
         if self._process is not None:
             self._process.forget()

@@ -93,7 +93,7 @@ def _close(close: Callable[[], None], control: Control) -> None:
 
 
 def _fingerprint(bundle: Bundle, settings: EngineSettings) -> str:
-    """Of all that decides the sequence of collectives; short enough to be shown when ranks differ."""
+    """Digest of all that decides the sequence of collectives; short enough to be shown when ranks differ."""
     manifest = hashlib.sha256((bundle.path / "manifest.json").read_bytes()).hexdigest()[:16]
     # threads: of each host's own CPUs; no rank has to have as many as another.
     chosen = {name: value for name, value in asdict(settings).items() if name not in ("threads", "isa")}

@@ -23,7 +23,7 @@ Segment = tuple[int, int]  # [begin, end) in tokens of the chunk
 
 @dataclass(frozen=True, slots=True)
 class Partition:
-    """Of num_ranks ranks. Raises UsageError for none."""
+    """How tokens are shared out among num_ranks ranks. Raises UsageError for none."""
 
     num_ranks: int
 

@@ -232,7 +232,7 @@ def _add_parts(hidden: torch.Tensor, parts: torch.Tensor) -> None:
 
 
 def _some(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    """Those that are not empty."""
+    """The tensors that are not empty."""
     return [tensor for tensor in tensors if tensor.numel()]
 
 

@@ -20,7 +20,7 @@ from krasis.runtime.model.weights import FloatWeight
 
 ROWS = 1024
 MOST_THREADS = 8
-"""That gather rows: one alone takes longer over a long prompt than the link over a layer of experts."""
+"""Threads that gather embedding rows. One needs longer than the link for one layer's experts."""
 
 
 class Embedding:

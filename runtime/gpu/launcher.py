@@ -16,7 +16,7 @@ Tensors = Sequence[torch.Tensor]
 
 
 def present(*tensors: torch.Tensor | None) -> list[torch.Tensor]:
-    """Those that are not None."""
+    """The tensors that are not None."""
     return [tensor for tensor in tensors if tensor is not None]
 
 

@@ -46,7 +46,9 @@ class GpuModel:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Tokens at positions start.. [num_tokens], of which this rank has own rows: segments, rising."""
+    """num_tokens tokens from position start. This rank computes `own` of them, in the ranges `segments`
+    (ascending).
+    """
 
     start: int
     num_tokens: int
@@ -79,7 +81,7 @@ class PassProgress:
             self._next()
 
     def wait(self) -> None:
-        """Until the last layer is done."""
+        """Returns when the last layer is done."""
         while self._running:
             self._running[0].synchronize()
             self._next()

@@ -95,17 +95,17 @@ class ExpertStore(Protocol):
 
     @property
     def num_bytes(self) -> int:
-        """Of host memory that it holds pinned."""
+        """Bytes of host memory that the store holds pinned."""
         ...
 
     @property
     def method(self) -> Method:
-        """Where the experts are."""
+        """The kind of memory in which the experts lie."""
         ...
 
     @property
     def reason(self) -> str:
-        """Why there."""
+        """The reason why this kind was taken."""
         ...
 
     def load_progress(self) -> tuple[int, int]:

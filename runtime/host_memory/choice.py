@@ -64,7 +64,7 @@ class Facts:
 
     @property
     def group_bytes(self) -> int:
-        """Of the largest group: a whole layer if nobody said otherwise."""
+        """Bytes of the largest group: a whole layer if nobody said otherwise."""
         return (self.group_experts or self.num_experts) * self.record_bytes
 
     @property

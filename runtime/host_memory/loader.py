@@ -66,7 +66,7 @@ class Loader:
 
     @property
     def num_threads(self) -> int:
-        """That load."""
+        """Number of loading threads."""
         return len(self._threads)
 
     @property

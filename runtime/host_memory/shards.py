@@ -28,17 +28,17 @@ class Shards:
             raise
 
     def reader(self, layer: int) -> ShardReader:
-        """Of the file that a layer's experts lie in."""
+        """The reader of the file that holds this layer's experts."""
         return self._readers[self._experts.layers[layer].file]
 
     @property
     def filesystems(self) -> tuple[str, ...]:
-        """Of the files, each once, sorted."""
+        """The file systems of the files, each once, sorted."""
         return tuple(sorted({reader.filesystem for reader in self._readers.values()}))
 
     @property
     def why_buffered(self) -> str:
-        """Why some file is not read directly; empty if all are."""
+        """The reason why some file is not read directly; empty if all are."""
         return next((reader.why_buffered for reader in self._readers.values() if reader.why_buffered), "")
 
     @property

@@ -112,8 +112,8 @@ def dense_layer_s(
 
 
 def _whole_attention_tokens(arch: Architecture, tokens: int) -> int:
-    """Of tokens from position 0 those in the first of the even pieces that attention is called for: the
-    others see a prefix. (Of several ranks, nearly all see one.)
+    """Attention runs in pieces of equal size. Returns the tokens of the first from position 0: only they have
+    no prefix. (Of several ranks, nearly all see one.)
     """
     num_pieces = math.ceil(tokens * 2 * arch.attention_size / assumed.ATTENTION_PIECE_BYTES)
     return tokens // num_pieces

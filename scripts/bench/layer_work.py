@@ -89,7 +89,7 @@ class LayerWork:
 
     @property
     def num_weights(self) -> int:
-        """Of one expert."""
+        """Weights of one expert."""
         return 3 * self.hidden * self.intermediate
 
     @cached_property

@@ -50,7 +50,7 @@ def gpu_names() -> list[str]:
 
 
 def compute_capability() -> str:
-    """Of the first GPU, such as 90; empty without one."""
+    """The compute capability of the first GPU, such as 90; empty without one."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return ""

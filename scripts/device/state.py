@@ -78,7 +78,7 @@ def _shown(value: Any) -> Any:
 
 
 def source_digest(patterns: Iterable[str], context: Context) -> str:
-    """Of the files below some paths of the repository, and of the sizes."""
+    """The digest of the files below some paths of the repository, and of the sizes."""
     found = hashlib.blake2b(f"{context.device} {context.size} {context.sizes}".encode(), digest_size=16)
     for path in sorted(file for pattern in patterns for file in _files(REPOSITORY / pattern)):
         found.update(f"{path.relative_to(REPOSITORY)}\0".encode() + path.read_bytes() + b"\0")

@@ -73,12 +73,14 @@ def blob_pieces(
 
 
 def input_std(fan_in: int) -> float:
-    """Of weights whose product with values of order one has values of order one."""
+    """The standard deviation of weights whose product with values of order one has values of order one."""
     return float(fan_in**-0.5)
 
 
 def output_std(arch: Architecture, fan_in: int) -> float:
-    """Of weights whose product is added to the residual stream: 2 * num_layers of such sums are of order one.
+    """The standard deviation of weights whose product is added to the residual stream.
+
+    2 * num_layers of such sums are of order one.
 
     So the embedding stays as loud as all layers together, tokens stay apart, and routers go on spreading
     them.
