@@ -72,7 +72,7 @@ _GPU_CLASSES = (
 )
 
 # One thread of ik_llama.cpp's repacked prefill: 137 (AVX-512 VNNI) and about 80 (AVX2), measured. Less is
-# assumed, because many cores clock lower.
+# assumed for many cores.
 GMACS_PER_CORE = {"avx512_vnni": 110.0, "avx2": 50.0}
 RAM_GBPS_PER_CORE = 12.0
 RAM_GBPS_CEILING = 140.0
