@@ -140,7 +140,7 @@ def test_lying_manifests(case, bundle, refuses):
 
 
 MANIFEST_BYTES = {
-    "manifest_empty": (b"", FormatError, ["not valid JSON"]),
+    "manifest_empty": (b"", FormatError, ["the file is empty"]),
     "manifest_is_a_list": (b"[]\n", FormatError, ["must be an object"]),
     "manifest_nested_deeply": (b'{"recipe":' * 100_000, FormatError, ["nested too deeply"]),
     "manifest_wide": (b"[" + b"{}," * 200_000, FormatError, ["too many objects"]),
