@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 from krasis.formats.architecture import Architecture
+from krasis.formats.layouts.expert_record import Part
 from krasis.formats.models.families.qwen3_moe import FAMILY
 
-Part = Literal["gate", "up", "down"]
 PARTS: tuple[Part, ...] = ("gate", "up", "down")
 
 

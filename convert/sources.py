@@ -20,7 +20,6 @@ from krasis.convert.names import (
     IGNORED_SUFFIXES,
     PARTS,
     DenseName,
-    Part,
     dense_keys,
     dense_shape,
     expert_shape,
@@ -30,6 +29,7 @@ from krasis.convert.vocabulary import check_vocabulary
 from krasis.formats.architecture import Architecture
 from krasis.formats.errors import FormatError, MismatchError, UnsupportedModelError
 from krasis.formats.ggml_blocks import SUPPORTED_TYPES, tensor_bytes
+from krasis.formats.layouts.expert_record import Part
 from krasis.formats.quantised_checkpoint import type_hint
 
 SourceKind = Literal["hf", "gguf"]

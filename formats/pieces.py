@@ -25,7 +25,7 @@ _MOST_SHOWN = 6
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class FilePiece:
     """A name taken apart. whole: the file it is a piece of; number: its place, by letters from 0; count: of
     all pieces, 0 if the name does not say; is_sure: whether the name alone says that it is a piece.
     """
@@ -38,7 +38,7 @@ class Piece:
     is_sure: bool
 
 
-def piece_of(name: str) -> Piece | None:
+def piece_of(name: str) -> FilePiece | None:
     """The piece that a name speaks of; None for other names."""
     match = _NAME.fullmatch(name)
     if match is None:
@@ -48,14 +48,14 @@ def piece_of(name: str) -> Piece | None:
     for letter in letters:
         number = number * 26 + ord(letter) - ord("a")
     is_sure = match["mark"] is not None or count > 0
-    return Piece(name, match["whole"], number, bool(letters), count, is_sure)
+    return FilePiece(name, match["whole"], number, bool(letters), count, is_sure)
 
 
-def pieces_among(names: Iterable[str]) -> dict[str, list[Piece]]:
+def pieces_among(names: Iterable[str]) -> dict[str, list[FilePiece]]:
     """The pieces among names by the file they make, in their order. What only looks like one, without another
     beside it, is none.
     """
-    found: dict[str, list[Piece]] = {}
+    found: dict[str, list[FilePiece]] = {}
     for piece in map(piece_of, names):
         if piece is not None:
             found.setdefault(piece.whole, []).append(piece)
@@ -76,7 +76,7 @@ def refuse_piece(path: Path) -> None:
         raise pieces_error(path.parent, pieces)
 
 
-def pieces_error(folder: Path, pieces: Sequence[Piece]) -> FormatError:
+def pieces_error(folder: Path, pieces: Sequence[FilePiece]) -> FormatError:
     """The sentence about the pieces of one file: how to join them, or which are missing."""
     whole, names = pieces[0].whole, [piece.name for piece in pieces]
     if missing := _missing(pieces):
@@ -95,7 +95,7 @@ def pieces_error(folder: Path, pieces: Sequence[Piece]) -> FormatError:
     )
 
 
-def _missing(pieces: Sequence[Piece]) -> str:
+def _missing(pieces: Sequence[FilePiece]) -> str:
     """``piece 2 of 3 is`` or ``pieces 2, 3 are``: what a complete set has beside these, as names tell."""
     found = {piece.number for piece in pieces}
     count = max(piece.count for piece in pieces)

@@ -96,7 +96,7 @@ class NativeLibraries:
 
 
 @dataclass(frozen=True, slots=True)
-class Device:
+class GpuInfo:
     """A CUDA device as torch sees it."""
 
     index: int
@@ -113,7 +113,7 @@ class Torch:
 
     version: str
     cuda_version: str
-    devices: tuple[Device, ...]
+    devices: tuple[GpuInfo, ...]
     problem: str
 
 
@@ -279,10 +279,10 @@ def _num_devices() -> int:
     return torch.cuda.device_count()
 
 
-def _device(properties: object, index: int) -> Device:
+def _device(properties: object, index: int) -> GpuInfo:
     major, minor = getattr(properties, "major", 0), getattr(properties, "minor", 0)
     name, vram = getattr(properties, "name", ""), getattr(properties, "total_memory", 0)
-    return Device(index, str(name), int(vram), f"{major}.{minor}")
+    return GpuInfo(index, str(name), int(vram), f"{major}.{minor}")
 
 
 def _why_no_device(root: Path) -> str:

@@ -30,7 +30,7 @@ NUM_SAMPLES = 512  # pages asked where they lie
 ENOUGH_HUGE = 0.9  # share in huge pages; a shard's header and the ends of its blobs may be none
 MATTERING_BYTES = 256 * MIB  # of fewer weights the caches hold a good part, whatever pages they lie in
 
-Piece = tuple[int, int]  # address, bytes
+MappedRange = tuple[int, int]  # address, bytes
 
 
 class Prefault:
@@ -81,12 +81,12 @@ class Prefault:
         for thread in self._threads:
             thread.join()
 
-    def _split(self) -> Iterator[Piece]:
+    def _split(self) -> Iterator[MappedRange]:
         for address, num_bytes in self._ranges:
             for offset in range(0, num_bytes, PIECE_BYTES):
                 yield address + offset, min(PIECE_BYTES, num_bytes - offset)
 
-    def _pieces_of(self, node: int) -> Iterator[Piece]:
+    def _pieces_of(self, node: int) -> Iterator[MappedRange]:
         blobs, architecture = self._bundle.manifest.blobs, self._bundle.architecture
         for file, (address, num_bytes) in zip(self._files, self._ranges, strict=True):
             ranges = (

@@ -21,7 +21,7 @@ import torch
 from krasis.formats.errors import OutOfDeviceMemoryError, UsageError
 from krasis.runtime.device.api import Graph, Stream
 from krasis.runtime.device.double_checks import Checks
-from krasis.runtime.device.double_memory import Memory
+from krasis.runtime.device.double_memory import DoubleMemory
 from krasis.runtime.device.double_schedule import POLICIES, Operation, Schedule, Touched
 from krasis.runtime.device.double_streams import DoubleEvent, DoubleGraph, DoubleStream, Submission
 from krasis.runtime.device.hidden import hidden
@@ -59,7 +59,7 @@ class DeviceDouble:
         self.paranoid = paranoid
         self._schedule = Schedule(chosen, seed, self._run)
         self._lock = self._schedule.lock
-        self._memory = Memory(total_bytes)
+        self._memory = DoubleMemory(total_bytes)
         self._checks = Checks()
         self._streams: list[DoubleStream] = []
         self._is_closed = False

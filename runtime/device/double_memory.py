@@ -37,7 +37,7 @@ class Allocation:
         return self.kind == "device"
 
 
-class Memory:
+class DoubleMemory:
     """All allocations of one double. total_bytes: of the VRAM it pretends to have."""
 
     def __init__(self, total_bytes: int) -> None:

@@ -19,14 +19,14 @@ from krasis.runtime.gpu.expert_stage import ExpertStage
 from krasis.runtime.gpu.head import Head
 from krasis.runtime.gpu.memory import OUT_OF_MEMORY, half_batch, largest_workspace
 from krasis.runtime.gpu.parts import CPU_STAGE_TOKENS, Parts, open_parts
-from krasis.runtime.gpu.paths import Choice, Path, PathModel
+from krasis.runtime.gpu.paths import ExpertPath, PathChoice, PathModel
 from krasis.runtime.gpu.prefill import PrefillPass
 from krasis.runtime.model.backend import KvRows, LayerProgress, Logits, TokenIds
 from krasis.runtime.settings import EngineSettings
 
 logger = logging.getLogger(__name__)
 
-PATH_WORDS: dict[Path, str] = {
+PATH_WORDS: dict[ExpertPath, str] = {
     "streamed": "GPU, streamed experts",
     "routed": "GPU, routed experts streamed",
     "cpu": "GPU, experts on the CPU",
@@ -41,7 +41,7 @@ class LastPrefill:
     expected_s: by the cost model.
     """
 
-    path: Path
+    path: ExpertPath
     num_tokens: int
     num_passes: int
     num_groups: int
@@ -107,7 +107,7 @@ class GpuBackend:
 
         alone: of several ranks, only this one computes (short prompts, on the CPU's experts).
         """
-        parts = self._open_parts()
+        parts = self._live_parts()
         stage, choice = self._choose(parts, len(tokens), start, alone)
         logger.debug("prefill of %d tokens at %d: %s", len(tokens), start, choice)
         pipeline = parts.streamed.pipeline
@@ -142,7 +142,7 @@ class GpuBackend:
 
     def decode(self, token: int, position: int) -> Logits:
         """See ``backend.Backend``."""
-        decoder = self._open_parts().decoder
+        decoder = self._live_parts().decoder
         if decoder is not None:
             return decoder.decode(token, position)
         logits: Logits = self.prefill(np.array([token], np.int64), position, False)[0]
@@ -150,16 +150,16 @@ class GpuBackend:
 
     def export_kv(self, layer: int, num_tokens: int) -> tuple[KvRows, KvRows]:
         """See ``backend.Backend``."""
-        return self._open_parts().model.cache.read(self.compute_stream, layer, num_tokens)
+        return self._live_parts().model.cache.read(self.compute_stream, layer, num_tokens)
 
     def import_kv(self, layer: int, keys: KvRows, values: KvRows) -> None:
         """See ``backend.Backend``."""
-        self._open_parts().model.cache.write(self.compute_stream, layer, keys, values)
+        self._live_parts().model.cache.write(self.compute_stream, layer, keys, values)
 
     @property
     def last_decode_split(self) -> dict[str, float] | None:
         """Seconds of the last decoded token, by what they went into; None if decode is a prefill."""
-        decoder = self._open_parts().decoder
+        decoder = self._live_parts().decoder
         return None if decoder is None else decoder.last_split
 
     def close(self) -> None:
@@ -176,17 +176,17 @@ class GpuBackend:
     @property
     def num_resident_experts(self) -> int:
         """Experts in VRAM now, of all layers."""
-        return self._num_resident(self._open_parts())
+        return self._num_resident(self._live_parts())
 
     # ---- for DistributedBackend ------------------------------------------------------------------------
 
     def kv_layers(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """(keys, values) [num_kv_heads, capacity, head_dim] of each layer."""
-        return self._open_parts().model.cache.layers
+        return self._live_parts().model.cache.layers
 
     def prefers_alone(self, num_tokens: int, start: int) -> bool:
         """Whether this rank alone, on the CPU's experts, computes so few tokens faster than all ranks do."""
-        parts = self._open_parts()
+        parts = self._live_parts()
         if not self._takes_cpu(parts, num_tokens, alone=True):
             return False
         resident = self._num_resident(parts)
@@ -194,9 +194,11 @@ class GpuBackend:
 
     # ---- one pass --------------------------------------------------------------------------------------
 
-    def _choose(self, parts: Parts, num_tokens: int, start: int, alone: bool) -> tuple[ExpertStage, Choice]:
+    def _choose(
+        self, parts: Parts, num_tokens: int, start: int, alone: bool
+    ) -> tuple[ExpertStage, PathChoice]:
         """The stage that runs the experts of so many tokens, and why."""
-        paths: tuple[Path, ...] = ("streamed", "routed")
+        paths: tuple[ExpertPath, ...] = ("streamed", "routed")
         if alone:
             paths = ("cpu",)
         elif self._parallel.num_ranks == 1 and self._takes_cpu(parts, num_tokens, alone):
@@ -218,7 +220,7 @@ class GpuBackend:
         return 0 if parts.residency is None else parts.residency.num_resident
 
     def _run(self, tokens: TokenIds, start: int, want_all: bool, stage: ExpertStage, alone: bool) -> Logits:
-        residency = self._open_parts().residency
+        residency = self._live_parts().residency
         prefill, head = self._passes[alone]
         try:
             buffers = self._workspace.view(len(tokens), 1 if alone else None)
@@ -244,7 +246,7 @@ class GpuBackend:
 
     def _shrink(self, words: str) -> None:
         """After running out of memory: half the batch from now on."""
-        model, num_ranks, old = self._open_parts().model, self._parallel.num_ranks, self._workspace
+        model, num_ranks, old = self._live_parts().model, self._parallel.num_ranks, self._workspace
         num_tokens = half_batch(self._device, model.architecture, old.max_tokens, num_ranks, words)
         old.give_up()
         gc.collect()  # cycles of what was thrown may hold views of it
@@ -252,7 +254,7 @@ class GpuBackend:
             self._device, model.architecture, model.dtype, num_tokens, num_ranks
         )
 
-    def _open_parts(self) -> Parts:
+    def _live_parts(self) -> Parts:
         if self._parts is None:
             raise NativeError("the engine is closed")
         return self._parts

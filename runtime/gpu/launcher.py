@@ -10,7 +10,7 @@ import torch
 
 from krasis.runtime.device.api import Device, Stream
 from krasis.runtime.device.library import check_status
-from krasis.runtime.gpu.native import prototype
+from krasis.runtime.gpu.native import cuda_prototype
 
 Tensors = Sequence[torch.Tensor]
 
@@ -31,7 +31,7 @@ class Launcher:
         """``krasis_cuda_`` + name. Raises NativeError if the library lacks it."""
         found = self._functions.get(name)
         if found is None:
-            found = self._functions[name] = prototype(self.device.library, name)
+            found = self._functions[name] = cuda_prototype(self.device.library, name)
         return found
 
     def submit(

@@ -1,7 +1,7 @@
 """ctypes prototypes of ``csrc/krasis_cuda.h`` and its structures; nothing here checks tensors.
 
-``prototype(library, name)`` gives a function with its argument types set; a function that the library lacks
-is an error only when asked for. Pointers are plain integers.
+``cuda_prototype(library, name)`` gives a function with its argument types set; a function that the library
+lacks is an error only when asked for. Pointers are plain integers.
 """
 
 from __future__ import annotations
@@ -251,7 +251,7 @@ PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
 }
 
 
-def prototype(library: ctypes.CDLL, name: str) -> Callable[..., int]:
+def cuda_prototype(library: ctypes.CDLL, name: str) -> Callable[..., int]:
     """``krasis_cuda_`` + name. Raises NativeError if the library lacks it or it is not in the table."""
     try:
         result, arguments = PROTOTYPES[name]

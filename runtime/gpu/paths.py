@@ -20,8 +20,8 @@ from krasis.runtime.planning import cost
 from krasis.runtime.planning.hardware import HardwareSpec
 from krasis.runtime.planning.sizes import ModelSizes
 
-Path = Literal["streamed", "routed", "cpu"]
-PATHS: tuple[Path, ...] = ("streamed", "routed", "cpu")
+ExpertPath = Literal["streamed", "routed", "cpu"]
+PATHS: tuple[ExpertPath, ...] = ("streamed", "routed", "cpu")
 HOST_SYNC_S = 60e-6
 """The device waits while the host sees a layer's choice of experts and submits the copies (assumed)."""
 LAYER_SUBMIT_S = 250e-6
@@ -31,11 +31,11 @@ for.
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class PathChoice:
     """The path taken and the seconds expected of every path that was open."""
 
-    path: Path
-    expected_s: dict[Path, float]
+    path: ExpertPath
+    expected_s: dict[ExpertPath, float]
 
     def __str__(self) -> str:
         others = ", ".join(f"{path} {seconds:.4f} s" for path, seconds in self.expected_s.items())
@@ -51,14 +51,16 @@ class PathModel:
     num_ranks: int
     num_experts: int
 
-    def choose(self, num_tokens: int, start: int, num_resident: int, open_paths: tuple[Path, ...]) -> Choice:
+    def choose(
+        self, num_tokens: int, start: int, num_resident: int, open_paths: tuple[ExpertPath, ...]
+    ) -> PathChoice:
         """The fastest of open_paths for num_tokens tokens at positions start...
         num_resident: of all layers.
         """
         expected = {path: self.seconds(path, num_tokens, start, num_resident) for path in open_paths}
-        return Choice(min(expected, key=lambda path: expected[path]), expected)
+        return PathChoice(min(expected, key=lambda path: expected[path]), expected)
 
-    def seconds(self, path: Path, num_tokens: int, start: int, num_resident: int) -> float:
+    def seconds(self, path: ExpertPath, num_tokens: int, start: int, num_resident: int) -> float:
         """Expected seconds of a chunk."""
         sizes, arch, gpu = self.sizes, self.sizes.architecture, self.hardware.gpus[0]
         # The CPU's experts serve one rank, which works alone.

@@ -9,7 +9,7 @@ import torch
 
 from krasis.formats.errors import NativeError
 from krasis.runtime.device.api import Device
-from krasis.runtime.gpu.native import prototype
+from krasis.runtime.gpu.native import cuda_prototype
 
 M_BLOCKS = (16, 32, 64, 128)
 
@@ -85,7 +85,7 @@ class Routing:
                 "more tokens than buffers", where="routing", got=num_tokens, limit=self.num_tokens
             )
         num_slots = num_tokens * self.top_k
-        chosen = m_block or prototype(self.library, "moe_m_block")(num_slots, self.num_experts)
+        chosen = m_block or cuda_prototype(self.library, "moe_m_block")(num_slots, self.num_experts)
         if chosen not in M_BLOCKS:
             raise NativeError("no such block", where="routing", got=chosen, limit=M_BLOCKS)
         blocks = _max_blocks(self.library, num_slots, self.num_experts, chosen)
@@ -104,4 +104,4 @@ class Routing:
 
 
 def _max_blocks(library: ctypes.CDLL, num_slots: int, num_experts: int, m_block: int) -> int:
-    return prototype(library, "align_max_blocks")(num_slots, num_experts, m_block)
+    return cuda_prototype(library, "align_max_blocks")(num_slots, num_experts, m_block)

@@ -12,14 +12,14 @@ from krasis.runtime.device.api import Event
 
 Method = Literal["in-place", "arena", "ring"]
 METHODS: tuple[Method, ...] = ("in-place", "arena", "ring")
-Group = tuple[int, int, int]  # layer, first expert (of the whole layer), number of experts
+ExpertRange = tuple[int, int, int]  # layer, first expert (of the whole layer), number of experts
 
 MAX_REGISTERED_BYTES = 2**30
 """Most bytes of one registration: longer ones show no progress and fail as a whole."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Piece:
+class PinnedExperts:
     """Experts [first, first + count) of a layer in pinned host memory. Copy from ``parts``, in their order.
 
     parts: uint8 [.., record_bytes], together [count, record_bytes]; each lies inside one registration, which
@@ -120,7 +120,7 @@ class ExpertStore(Protocol):
         """Blocks until all is loaded (a ring: at once). Raises what ``acquire`` would."""
         ...
 
-    def expect(self, groups: Sequence[Group]) -> None:
+    def expect(self, groups: Sequence[ExpertRange]) -> None:
         """The order in which groups of the next pass will be asked for. A ring reads ahead by it; others
         ignore it.
 
@@ -129,7 +129,7 @@ class ExpertStore(Protocol):
         """
         ...
 
-    def acquire(self, layer: int, first: int, count: int) -> Piece:
+    def acquire(self, layer: int, first: int, count: int) -> PinnedExperts:
         """The experts' bytes, once they are there.
 
         Raises UsageError for a group outside the store or after ``close``, FormatError if the file is shorter
@@ -137,7 +137,7 @@ class ExpertStore(Protocol):
         """
         ...
 
-    def release(self, piece: Piece, event: Event) -> None:
+    def release(self, piece: PinnedExperts, event: Event) -> None:
         """Gives a piece back: its memory may be overwritten once the event is done."""
         ...
 

@@ -17,7 +17,14 @@ import torch
 from krasis.formats.errors import KrasisError, UsageError
 from krasis.formats.units import format_bytes
 from krasis.runtime.device.api import Event
-from krasis.runtime.host_memory.api import MAX_REGISTERED_BYTES, Choice, Group, LoadReport, Method, Piece
+from krasis.runtime.host_memory.api import (
+    MAX_REGISTERED_BYTES,
+    Choice,
+    ExpertRange,
+    LoadReport,
+    Method,
+    PinnedExperts,
+)
 from krasis.runtime.host_memory.experts import Experts
 from krasis.runtime.host_memory.loader import Loader, default_threads
 from krasis.runtime.host_memory.memory import tensor_of
@@ -154,12 +161,12 @@ class PinnedStore:
         for part in range(len(self._parts)):
             self._loader.wait(part)
 
-    def expect(self, groups: Sequence[Group]) -> None:
+    def expect(self, groups: Sequence[ExpertRange]) -> None:
         """Everything is kept: only checks the groups."""
         for group in groups:
             self._experts.check_group(*group)
 
-    def acquire(self, layer: int, first: int, count: int) -> Piece:
+    def acquire(self, layer: int, first: int, count: int) -> PinnedExperts:
         """See ``ExpertStore``."""
         self._experts.check_group(layer, first, count)
         if self._closed:
@@ -175,9 +182,9 @@ class PinnedStore:
                 found.append(
                     part.tensor[max(begin, part.first) - part.first : min(end, part.end) - part.first]
                 )
-        return Piece(layer, first, count, tuple(found))
+        return PinnedExperts(layer, first, count, tuple(found))
 
-    def release(self, piece: Piece, event: Event) -> None:
+    def release(self, piece: PinnedExperts, event: Event) -> None:
         """Nothing is overwritten: the event does not matter."""
 
     def close(self) -> None:

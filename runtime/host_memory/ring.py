@@ -20,7 +20,7 @@ import numpy.typing as npt
 from krasis.formats.errors import KrasisError, NativeError, ResourceError, UsageError
 from krasis.formats.units import format_bytes
 from krasis.runtime.device.api import Device, Event
-from krasis.runtime.host_memory.api import Choice, Group, LoadReport, Method, Piece
+from krasis.runtime.host_memory.api import Choice, ExpertRange, LoadReport, Method, PinnedExperts
 from krasis.runtime.host_memory.experts import Experts
 from krasis.runtime.host_memory.loader import CHUNK_BYTES, default_threads, forget_frames
 from krasis.runtime.host_memory.registrar import Registrar
@@ -60,7 +60,7 @@ class RingStore:
         self.choice = choice
         self._experts, self._shards, self._device, self._registrar = experts, shards, device, registrar
         self._ring_bytes, self._cache_bytes = ring_bytes, cache_bytes
-        self._pending: deque[tuple[int, Group]] = deque()  # (order, group) still to be read
+        self._pending: deque[tuple[int, ExpertRange]] = deque()  # (order, group) still to be read
         self._next_order = 0
         self._is_urgent = False  # somebody waits for the first of the pending groups
         self._changed = threading.Condition()
@@ -108,7 +108,7 @@ class RingStore:
     def wait_loaded(self) -> None:
         """Nothing to wait for."""
 
-    def expect(self, groups: Sequence[Group]) -> None:
+    def expect(self, groups: Sequence[ExpertRange]) -> None:
         """See ``ExpertStore``. What was announced before is forgotten; what was read already is kept if it
         comes soon.
         """
@@ -125,7 +125,7 @@ class RingStore:
             self._keep_what_comes_soon()
             self._changed.notify_all()
 
-    def acquire(self, layer: int, first: int, count: int) -> Piece:
+    def acquire(self, layer: int, first: int, count: int) -> PinnedExperts:
         """See ``ExpertStore``. Raises UsageError if every slot is held: two groups at least can be."""
         group = (layer, first, count)
         self._experts.check_group(*group)
@@ -144,9 +144,9 @@ class RingStore:
                 self._raise_if_broken()
                 raise NativeError("a slot of the ring was lost", where="host memory")
             slot.state = State.HELD
-            return Piece(layer, first, count, slot.parts_of(count), self._slots.index(slot))
+            return PinnedExperts(layer, first, count, slot.parts_of(count), self._slots.index(slot))
 
-    def release(self, piece: Piece, event: Event) -> None:
+    def release(self, piece: PinnedExperts, event: Event) -> None:
         """See ``ExpertStore``."""
         with self._changed:
             if not 0 <= piece.slot < len(self._slots) or self._slots[piece.slot].state is not State.HELD:
@@ -234,13 +234,13 @@ class RingStore:
             self._pending = waiting
             self._changed.notify_all()
 
-    def _find(self, group: Group, state: State | None = None) -> Slot | None:
+    def _find(self, group: ExpertRange, state: State | None = None) -> Slot | None:
         """The first slot in order that has the group, or will."""
         wanted = (state,) if state else (State.FILLING, State.FULL)
         found = [s for s in self._slots if s.state in wanted and s.is_wanted and s.group == group]
         return min(found, key=lambda slot: slot.order, default=None)
 
-    def _number(self, group: Group) -> tuple[int, Group]:
+    def _number(self, group: ExpertRange) -> tuple[int, ExpertRange]:
         self._next_order += 1
         return self._next_order, group
 
@@ -258,7 +258,7 @@ class RingStore:
             elif slot.state is State.FULL:
                 slot.state = State.FREE
 
-    def _make_urgent(self, group: Group) -> None:
+    def _make_urgent(self, group: ExpertRange) -> None:
         """Puts a group first among those to be read; the reader makes room for it."""
         if all(slot.state is State.HELD for slot in self._slots):
             raise UsageError(

@@ -11,7 +11,7 @@ import torch
 
 from krasis.formats.errors import KrasisError
 from krasis.runtime.device.api import Event
-from krasis.runtime.host_memory.api import MAX_REGISTERED_BYTES, Group
+from krasis.runtime.host_memory.api import MAX_REGISTERED_BYTES, ExpertRange
 from krasis.runtime.host_memory.memory import anonymous, tensor_of
 from krasis.runtime.host_memory.registrar import Registrar
 
@@ -65,7 +65,7 @@ class Slot:
             self.free()
             raise
 
-    def take(self, group: Group, order: int) -> None:
+    def take(self, group: ExpertRange, order: int) -> None:
         """Marks it as being filled with a group. order: in which groups will be asked for, for eviction."""
         self.state, self.group, self.order = State.FILLING, group, order
         self.event, self.is_wanted = None, True

@@ -34,7 +34,7 @@ LOGIT_ROWS = 64  # tokens whose logits are computed at once when all are wanted
 
 
 @dataclass(frozen=True, slots=True)
-class Buffers:
+class CpuBuffers:
     """Everything a pass over T tokens writes. Made once; ``first(T)`` gives views of the first rows."""
 
     hidden: FloatArray  # [T, hidden_size], the residual stream
@@ -48,7 +48,7 @@ class Buffers:
     expert_weights: FloatArray  # [T, top_k]
 
     @classmethod
-    def allocate(cls, architecture: Architecture, num_tokens: int) -> Buffers:
+    def allocate(cls, architecture: Architecture, num_tokens: int) -> CpuBuffers:
         """Uninitialised buffers for num_tokens tokens."""
         a = architecture
 
@@ -67,9 +67,9 @@ class Buffers:
             expert_weights=floats(a.num_experts_per_token),
         )
 
-    def first(self, num_tokens: int) -> Buffers:
+    def first(self, num_tokens: int) -> CpuBuffers:
         """The same memory for fewer tokens."""
-        return Buffers(
+        return CpuBuffers(
             hidden=self.hidden[:num_tokens],
             normed=self.normed[:num_tokens],
             hidden_acts=self.hidden_acts.view(num_tokens),
@@ -103,7 +103,7 @@ class CpuBackend:
         self._rope = RopeTables(architecture, self.capacity)
         # Views with a lasting identity: the kernels' wrappers look up an array's address once.
         self._caches = list(zip(cache.keys, cache.values, strict=True))
-        self._buffers = Buffers.allocate(architecture, self.prefill_chunk)
+        self._buffers = CpuBuffers.allocate(architecture, self.prefill_chunk)
         self._one = self._buffers.first(1)
         self._scratch = workspace(
             _workspace_bytes(architecture, self._heads, self.prefill_chunk, self.capacity)
@@ -124,7 +124,7 @@ class CpuBackend:
         """See ``backend.Backend``."""
         self._rope.ensure(start + len(tokens))
         buffers = self._buffers.first(len(tokens))
-        weights = self._open_weights()
+        weights = self._live_weights()
         weights.embedding.rows_into(tokens, buffers.hidden)
         self._run_layers(self._kernels, weights, start, buffers)
         if want_all:
@@ -135,7 +135,7 @@ class CpuBackend:
         """See ``backend.Backend``."""
         self._rope.ensure(position + 1)
         one = self._one
-        self._open_weights().embedding.rows_into(np.array([token]), one.hidden)
+        self._live_weights().embedding.rows_into(np.array([token]), one.hidden)
         self._one_token.replay(position)
         logits: Logits = self._last_logits(one.hidden)[0]
         return logits
@@ -158,7 +158,7 @@ class CpuBackend:
         self._weights = None
         self._pool.close()
 
-    def _run_layers(self, run: Kernels, weights: ModelWeights, start: int, buffers: Buffers) -> None:
+    def _run_layers(self, run: Kernels, weights: ModelWeights, start: int, buffers: CpuBuffers) -> None:
         """From the embedding to the last layer's output, both in buffers.hidden."""
         layers = zip(weights.layers, self._caches, strict=True)
         for index, (layer, (keys, values)) in enumerate(layers):
@@ -168,7 +168,7 @@ class CpuBackend:
                 self.layer_done(index + 1, len(weights.layers))
 
     def _attend(
-        self, run: Kernels, layer: LayerWeights, keys: Array, values: Array, start: int, buffers: Buffers
+        self, run: Kernels, layer: LayerWeights, keys: Array, values: Array, start: int, buffers: CpuBuffers
     ) -> None:
         """hidden += output(attention(norm(hidden)))."""
         eps, heads = self._architecture.rms_norm_eps, self._heads
@@ -194,7 +194,7 @@ class CpuBackend:
             buffers.attended_acts, output.codes, output.scales, buffers.hidden, accumulate=True
         )
 
-    def _run_experts(self, run: Kernels, layer: LayerWeights, buffers: Buffers) -> None:
+    def _run_experts(self, run: Kernels, layer: LayerWeights, buffers: CpuBuffers) -> None:
         """hidden += the routed experts of norm(hidden). Raises NativeError if one was left out."""
         a = self._architecture
         ids, weights = buffers.expert_ids, buffers.expert_weights
@@ -235,11 +235,11 @@ class CpuBackend:
         return result
 
     def _head(self, hidden: FloatArray, acts: Acts, out: Logits) -> None:
-        weights = self._open_weights()
+        weights = self._live_weights()
         self._kernels.rms_norm(hidden, weights.final_norm, self._architecture.rms_norm_eps, acts=acts)
         self._kernels.gemm_int8_rows(acts, weights.lm_head.codes, weights.lm_head.scales, out)
 
-    def _open_weights(self) -> ModelWeights:
+    def _live_weights(self) -> ModelWeights:
         if self._weights is None:
             raise NativeError("the engine is closed")
         return self._weights

@@ -50,7 +50,7 @@ class FloatBackend:
 
     def prefill(self, tokens: TokenIds, start: int, want_all: bool) -> Logits:
         """See ``backend.Backend``."""
-        weights = self._open_weights()
+        weights = self._live_weights()
         hidden = weights.embedding.rows(tokens)
         for index, layer in enumerate(weights.layers):
             hidden += self._attend(index, layer, hidden, start)
@@ -74,8 +74,8 @@ class FloatBackend:
         with the layer and what ``reference.ExpertObserver`` gets, several times for an expert. Keys and
         values held before are lost.
         """
-        hidden = [self._open_weights().embedding.rows(tokens) for tokens in windows]
-        for index, layer in enumerate(self._open_weights().layers):
+        hidden = [self._live_weights().embedding.rows(tokens) for tokens in windows]
+        for index, layer in enumerate(self._live_weights().layers):
             see = functools.partial(observe, index)
             for group in _groups(hidden, TOKENS_AT_ONCE):
                 for rows in group:
@@ -133,7 +133,7 @@ class FloatBackend:
         normed = reference.rms_norm(hidden, layer.experts_norm, a.rms_norm_eps)
         logits = reference.gemm(normed, to_float32(layer.router.data, layer.router.dtype))
         ids, weights = reference.route_topk(logits, a.num_experts_per_token, a.norm_topk_prob)
-        layout = self._open_weights().expert_layout
+        layout = self._live_weights().expert_layout
 
         def unpack(number: int) -> tuple[Array, ...]:
             return layout.unpack_expert(layer.experts[number], a.hidden_size, a.expert_intermediate_size)
@@ -148,7 +148,7 @@ class FloatBackend:
         """[n, k] of an INT8 weight."""
         return self._unpacked.get(key, lambda: (Int8RowsLayout().unpack(weight.codes, weight.scales),))[0]
 
-    def _open_weights(self) -> ModelWeights:
+    def _live_weights(self) -> ModelWeights:
         if self._weights is None:
             raise NativeError("the engine is closed")
         return self._weights

@@ -13,7 +13,7 @@ from krasis.formats.units import format_bytes
 from krasis.runtime.planning import assumptions as assumed
 from krasis.runtime.planning.hardware import HardwareSpec
 from krasis.runtime.planning.sizes import ModelSizes
-from krasis.runtime.planning.types import ExpertStore, GpuPlacement, HostPlacement, Workload
+from krasis.runtime.planning.types import GpuPlacement, HostPlacement, StoreKind, Workload
 
 
 def cpu_workspace_bytes(arch: Architecture, batch_tokens: int) -> int:
@@ -32,7 +32,7 @@ def host_reserve_bytes(ram_bytes: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Store:
-    kind: ExpertStore
+    kind: StoreKind
     pinned_bytes: int
     page_cache_bytes: int
     from_disk_bytes: int

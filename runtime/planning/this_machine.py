@@ -102,7 +102,7 @@ def _described(vram_bytes: int, flags: HardwareFlags) -> GpuSpec:
     )
 
 
-def _spec_of(device: environment.Device, flags: HardwareFlags, notes: list[str]) -> GpuSpec:
+def _spec_of(device: environment.GpuInfo, flags: HardwareFlags, notes: list[str]) -> GpuSpec:
     """A GPU of this machine: measured, where no flag says otherwise."""
     described = _described(device.vram_bytes, flags)
     if None not in (flags.pcie_gbps, flags.gpu_gbps, flags.gpu_tflops):
@@ -120,7 +120,7 @@ def _spec_of(device: environment.Device, flags: HardwareFlags, notes: list[str])
     )
 
 
-def _this_machines_gpus(cuda_problem: str, notes: list[str]) -> tuple[environment.Device, ...]:
+def _this_machines_gpus(cuda_problem: str, notes: list[str]) -> tuple[environment.GpuInfo, ...]:
     if not environment.nvidia_driver_loaded():
         notes.append("no GPU: no NVIDIA driver is loaded on this machine")
         return ()

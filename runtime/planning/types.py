@@ -9,7 +9,7 @@ from krasis.runtime.planning.hardware import HardwareSpec
 from krasis.runtime.planning.sizes import ModelSizes
 
 PrefillPath = Literal["gpu-streamed", "gpu-resident", "cpu-experts", "cpu"]
-ExpertStore = Literal["in-place", "pinned-arena", "mapped-with-ring", "none"]
+StoreKind = Literal["in-place", "pinned-arena", "mapped-with-ring", "none"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class HostPlacement:
     """
 
     ram_bytes: int
-    expert_store: ExpertStore
+    expert_store: StoreKind
     reserve_bytes: int
     dense_bytes: int
     cpu_experts_bytes: int

@@ -11,7 +11,7 @@ import torch
 from krasis.formats.errors import NativeError
 from krasis.runtime.gpu.copy_pipeline import CopyPipeline
 from krasis.runtime.gpu.schedule import Group, copies, pass_groups
-from krasis.runtime.host_memory import Piece
+from krasis.runtime.host_memory import PinnedExperts
 
 RECORD = 8
 
@@ -46,13 +46,13 @@ class Store:
     def __init__(self) -> None:
         self.acquired, self.released = 0, 0
 
-    def acquire(self, layer: int, first: int, count: int) -> Piece:
+    def acquire(self, layer: int, first: int, count: int) -> PinnedExperts:
         self.acquired += 1
         numbers = torch.arange(layer * 10 + first, layer * 10 + first + count, dtype=torch.uint8)
         tensor = numbers[:, None].repeat(1, RECORD)
-        return Piece(layer, first, count, tuple(tensor.split(2)))
+        return PinnedExperts(layer, first, count, tuple(tensor.split(2)))
 
-    def release(self, piece: Piece, event: Any) -> None:
+    def release(self, piece: PinnedExperts, event: Any) -> None:
         self.released += 1
 
 

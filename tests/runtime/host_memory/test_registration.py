@@ -152,7 +152,7 @@ def test_env_shows_the_survey_of_a_gpu_at_hand_and_a_sentence_without(make_ledge
         {"problem": "no CUDA"},
         "Pinned host memory\n  not tried: no CUDA",
     )
-    gpu = environment.Torch("2", "13", (environment.Device(0, "H100", 2**36, "9.0"),), "")
+    gpu = environment.Torch("2", "13", (environment.GpuInfo(0, "H100", 2**36, "9.0"),), "")
     libraries = dataclasses.replace(found.libraries, cuda_problem="")
     present = dataclasses.replace(found, libraries=libraries, torch=gpu)
     ledger = make_ledger(lambda _, read_only: read_only)

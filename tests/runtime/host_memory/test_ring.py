@@ -16,7 +16,7 @@ from krasis.formats.errors import ResourceError, UsageError
 from krasis.runtime.device.double import DeviceDouble
 from krasis.runtime.device.ordering import OrderingError
 from krasis.runtime.environment import probe_memory
-from krasis.runtime.host_memory import Piece, open_store, opening
+from krasis.runtime.host_memory import PinnedExperts, open_store, opening
 from krasis.runtime.host_memory.shards import Shards
 from krasis.runtime.planning.host import host_reserve_bytes
 
@@ -287,7 +287,7 @@ def test_holding_every_slot_is_a_mistake_not_a_dead_lock(make_ring):
     store.release(pieces[0], done)
     store.acquire(0, 2, 1)
     with pytest.raises(UsageError, match="not held"):
-        store.release(Piece(0, 0, 1, (), 7), done)
+        store.release(PinnedExperts(0, 0, 1, (), 7), done)
 
 
 def test_closing_ends_the_reader_and_unpins(bundle, ledger, device, record_bytes):

@@ -69,7 +69,7 @@ def test_this_machines_gpus_are_used_when_they_can_be(monkeypatch):
         environment, "probe_libraries", lambda: environment.NativeLibraries("", 1, "", "x.so", "")
     )
     monkeypatch.setattr(environment, "nvidia_driver_loaded", lambda: True)
-    device = environment.Device(0, "RTX", 16 * 2**30, "8.9")
+    device = environment.GpuInfo(0, "RTX", 16 * 2**30, "8.9")
     monkeypatch.setattr(
         environment, "probe_torch", lambda: environment.Torch("2", "13", (device, device), "")
     )
@@ -90,7 +90,7 @@ def test_a_gpu_at_hand_is_measured_where_no_flag_says_otherwise(monkeypatch):
         environment, "probe_libraries", lambda: environment.NativeLibraries("", 1, "", "x.so", "")
     )
     monkeypatch.setattr(environment, "nvidia_driver_loaded", lambda: True)
-    device = environment.Device(0, "RTX", 16 * 2**30, "8.9")
+    device = environment.GpuInfo(0, "RTX", 16 * 2**30, "8.9")
     monkeypatch.setattr(environment, "probe_torch", lambda: environment.Torch("2", "13", (device,), ""))
     monkeypatch.setattr(
         measure_gpu, "measure_gpu", lambda index: measure_gpu.GpuRates(25.5, 24.0, 900.0, 70.0)
@@ -113,7 +113,7 @@ def test_pinning_the_bundles_pages_is_tried_where_the_gpus_are(monkeypatch, prob
         environment, "probe_libraries", lambda: environment.NativeLibraries("", 1, "", "x.so", "")
     )
     monkeypatch.setattr(environment, "nvidia_driver_loaded", lambda: True)
-    device = environment.Device(0, "RTX", 16 * 2**30, "8.9")
+    device = environment.GpuInfo(0, "RTX", 16 * 2**30, "8.9")
     monkeypatch.setattr(environment, "probe_torch", lambda: environment.Torch("2", "13", (device,), ""))
     monkeypatch.setattr("krasis.runtime.host_memory.this_driver.why_not_in_place", lambda shard: problem)
     hardware, notes = hardware_from_flags(HardwareFlags(num_cpus=8), Path("gpu-000.safetensors"))

@@ -26,7 +26,7 @@ from krasis.runtime.gpu.many_rows import ManyRows
 from krasis.runtime.gpu.prefill import GpuModel
 from krasis.runtime.gpu.residency import Residency
 from krasis.runtime.gpu.weights import load_gpu_weights
-from krasis.runtime.host_memory.api import Piece
+from krasis.runtime.host_memory.api import PinnedExperts
 from krasis.runtime.kernels import Heads
 from krasis.runtime.model.weights import FloatWeight, Int8Weight, LayerWeights, ModelWeights
 
@@ -158,7 +158,7 @@ class HostStore:
             self._layers.append(pinned)
         self.progress = (1, 1)
         self.expected: list[tuple[int, int, int]] = []
-        self.held: list[tuple[Piece, Event]] = []
+        self.held: list[tuple[PinnedExperts, Event]] = []
 
     def load_progress(self) -> tuple[int, int]:
         return self.progress
@@ -166,10 +166,10 @@ class HostStore:
     def expect(self, groups: Iterable[tuple[int, int, int]]) -> None:
         self.expected.extend(groups)
 
-    def acquire(self, layer: int, first: int, count: int) -> Piece:
-        return Piece(layer, first, count, (self._layers[layer][first : first + count],))
+    def acquire(self, layer: int, first: int, count: int) -> PinnedExperts:
+        return PinnedExperts(layer, first, count, (self._layers[layer][first : first + count],))
 
-    def release(self, piece: Piece, event: Event) -> None:
+    def release(self, piece: PinnedExperts, event: Event) -> None:
         self.held.append((piece, event))
 
 

@@ -82,9 +82,9 @@ def test_the_abi_version_is_that_of_the_header() -> None:
 def test_a_missing_function_is_an_error_when_asked_for(double_is_built: None) -> None:
     library = ctypes.CDLL(None)
     with pytest.raises(NativeError, match="krasis_cuda_moe_gemm"):
-        native.prototype(library, "moe_gemm")
+        native.cuda_prototype(library, "moe_gemm")
     with pytest.raises(NativeError, match="krasis_cuda_nothing"):
-        native.prototype(double_library(), "nothing")
+        native.cuda_prototype(double_library(), "nothing")
 
 
 def test_status_codes_become_errors(double_is_built: None) -> None:
