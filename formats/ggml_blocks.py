@@ -55,11 +55,6 @@ def block_size(type_name: str, where: str = "") -> tuple[int, int]:
     return size
 
 
-def supported_types() -> frozenset[str]:
-    """The types that ``dequantize`` takes."""
-    return frozenset(SUPPORTED_TYPES)
-
-
 def row_bytes(type_name: str, num_elements: int, where: str = "") -> int:
     """Bytes of a row of ``num_elements``. Errors as ``tensor_bytes``."""
     return tensor_bytes(type_name, (num_elements,), where)

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from krasis.formats import native
-from krasis.formats.control_groups import limited_groups
 from krasis.formats.errors import KrasisError
 from krasis.formats.machine_limits import MemoryLimits, meminfo, memory_limits, usable_cpus
 from krasis.runtime.device.library import cuda_candidates
@@ -244,11 +243,6 @@ def _locked_limit() -> int | None:
 
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     return None if soft == resource.RLIM_INFINITY else soft
-
-
-def cgroup_limit_bytes(root: Path = Path("/")) -> int | None:
-    """The tightest memory limit of this process's cgroup and its parents, v2 or v1; None if there is none."""
-    return min((group.limit_bytes for group in limited_groups(root)), default=None)
 
 
 def probe_torch(root: Path = Path("/")) -> Torch:

@@ -170,21 +170,6 @@ class CpuTileLayout:
         """
         return pack_parts(self, pool, {"gate": gate, "up": up, "down": down}, out, importance, where)
 
-    def pack_expert_from_q8_0(
-        self,
-        pool: Pool,
-        gate: npt.NDArray[np.uint8],
-        up: npt.NDArray[np.uint8],
-        down: npt.NDArray[np.uint8],
-        out: npt.NDArray[np.uint8],
-        *,
-        where: str = "",
-    ) -> PackStats:
-        """The same from raw Q8_0 blocks: gate, up uint8 [intermediate, hidden/32*34], down the reverse."""
-        parts: dict[Part, Array] = {"gate": gate, "up": up, "down": down}
-        views = {part: MatrixView(blocks, "Q8_0") for part, blocks in parts.items()}
-        return pack_parts(self, pool, views, out, None, where)
-
     def unpack_codes(
         self, record: npt.NDArray[np.uint8], hidden: int, intermediate: int
     ) -> tuple[tuple[Array, Array], tuple[Array, Array], tuple[Array, Array]]:

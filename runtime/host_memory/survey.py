@@ -86,12 +86,6 @@ def survey_with(
     return [_try(kind, torch_device, registrar, size) for kind in _kinds(folders)]
 
 
-def try_mapped_file(registrar: Registrar, torch_device: torch.device, folder: Path) -> Trial:
-    """Whether a mapping of a file in a folder can be pinned for reading, tried with 2 MiB."""
-    kind = _Kind("mapped file", str(folder), True, _file_maker(folder, False))
-    return _try(kind, torch_device, registrar, HUGE_PAGE_BYTES)
-
-
 def survey_to_text(trials: Sequence[Trial]) -> str:
     """A table of at most 110 columns, and the words of refusals under it."""
     reasons = list(dict.fromkeys(trial.reason for trial in trials if not trial.ok))

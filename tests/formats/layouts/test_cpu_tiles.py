@@ -5,11 +5,12 @@ from __future__ import annotations
 import gguf
 import numpy as np
 import pytest
+import quantiser_twins
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from krasis.formats.errors import FormatError, NativeError, UnsupportedModelError
-from krasis.formats.layouts import CpuTileLayout, MarlinLayout, MatrixView, native_pack, reference
+from krasis.formats.layouts import CpuTileLayout, MarlinLayout, MatrixView, native_pack
 from krasis.formats.layouts.cpu_tiles import dequantize, fuse_rows, pack_tiles, split_rows, unpack_tiles
 
 Q8_0 = gguf.GGMLQuantizationType.Q8_0
@@ -85,7 +86,7 @@ def test_q8_ties_round_away_from_zero_as_ggml(pool, tiled):
     expected, _ = split_blocks(blocks_of(values))
     np.testing.assert_array_equal(unpack_tiles(packed, "q8")[0], expected)
     assert expected[0, 1] == -15  # -14.5
-    twin_codes, _ = reference.quantize_q8_0(values)
+    twin_codes, _ = quantiser_twins.quantize_q8_0(values)
     np.testing.assert_array_equal(twin_codes, expected)
 
 
@@ -202,7 +203,7 @@ def test_expert_from_q8_0_is_lossless(pool):
     parts = [random_blocks(*shape, seed=i) for i, shape in enumerate(shapes)]
     layout = CpuTileLayout("q8")
     out = np.full(layout.expert_record(hidden, intermediate).record_bytes, 0x5A, np.uint8)
-    assert layout.pack_expert_from_q8_0(pool, *parts, out).squared_error == 0
+    assert layout.pack_expert(pool, *(MatrixView(part, "Q8_0") for part in parts), out).squared_error == 0
     for (codes, scales), blocks in zip(layout.unpack_codes(out, hidden, intermediate), parts, strict=True):
         expected_codes, expected_scales = split_blocks(blocks)
         np.testing.assert_array_equal(codes, expected_codes)

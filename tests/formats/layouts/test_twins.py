@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import quantiser_twins
 
 from krasis.formats.layouts import (
     CpuTileLayout,
@@ -11,7 +12,6 @@ from krasis.formats.layouts import (
     MarlinLayout,
     float32_to_bf16,
     int8_rows,
-    reference,
 )
 from krasis.formats.layouts import (
     marlin as marlin_layout,
@@ -35,7 +35,7 @@ def test_fused_multiply_add_rounds_once():
     b = rng.standard_normal(400).astype(np.float32)
     c = (-(a * b) * np.where(rng.random(400) < 0.5, 1, 1 + 2**-20)).astype(np.float32)
     c[::3] = np.float32(3) * np.float32(2) ** rng.integers(-40, 20, c[::3].size).astype(np.float32)
-    found = reference.fused_multiply_add(a, b, c)
+    found = quantiser_twins.fused_multiply_add(a, b, c)
     for x, y, z, got in zip(a.tolist(), b.tolist(), c.tolist(), found, strict=True):
         exact = Fraction(x) * Fraction(y) + Fraction(z)
         below, above = np.nextafter(got, np.float32(-np.inf)), np.nextafter(got, np.float32(np.inf))
@@ -50,7 +50,7 @@ def test_fused_multiply_add_rounds_once():
 def test_int4_marlin(pool, view, weights, marlin, kind, group, dtype):
     matrix = view(weights(64, 256, kind, seed=group))
     words, scales, _ = marlin(pool, matrix, 4, group, dtype)
-    codes, expected = reference.quantize_int4(matrix.to_float32(), group, dtype)
+    codes, expected = quantiser_twins.quantize_int4(matrix.to_float32(), group, dtype)
     np.testing.assert_array_equal(marlin_layout.unpack_codes(words, 4), codes.T)
     np.testing.assert_array_equal(
         marlin_layout.unpermute_scales(scales, 256, group), scale_bits(expected, dtype).T
@@ -63,7 +63,7 @@ def test_int4_marlin_with_importance(pool, view, weights, marlin, group):
     importance = np.random.default_rng(5).random(256).astype(np.float32) ** 4 * np.float32(1e3)
     importance[7] = 0
     words, scales, _ = marlin(pool, matrix, 4, group, "BF16", importance=importance)
-    codes, expected = reference.quantize_int4(matrix.to_float32(), group, "BF16", importance)
+    codes, expected = quantiser_twins.quantize_int4(matrix.to_float32(), group, "BF16", importance)
     np.testing.assert_array_equal(marlin_layout.unpack_codes(words, 4), codes.T)
     np.testing.assert_array_equal(
         marlin_layout.unpermute_scales(scales, 256, group), scale_bits(expected, "BF16").T
@@ -75,7 +75,7 @@ def test_int4_marlin_with_importance(pool, view, weights, marlin, group):
 def test_int8_marlin(pool, view, weights, marlin, group, dtype):
     matrix = view(weights(64, 256, "t3"))
     words, scales, _ = marlin(pool, matrix, 8, group, dtype)
-    codes, expected = reference.quantize_marlin_int8(matrix.to_float32(), group, dtype)
+    codes, expected = quantiser_twins.quantize_marlin_int8(matrix.to_float32(), group, dtype)
     np.testing.assert_array_equal(marlin_layout.unpack_codes(words, 8), codes.T)
     np.testing.assert_array_equal(
         marlin_layout.unpermute_scales(scales, 256, group), scale_bits(expected, dtype).T
@@ -87,7 +87,7 @@ def test_i4_tiles(pool, view, weights, tiled, kind):
     matrix = view(weights(96, 160, kind))
     packed, _ = tiled(pool, matrix, "i4")
     codes, scales = unpack_tiles(packed, "i4")
-    expected_codes, expected_scales = reference.quantize_int4(matrix.to_float32(), 32, "F16")
+    expected_codes, expected_scales = quantiser_twins.quantize_int4(matrix.to_float32(), 32, "F16")
     np.testing.assert_array_equal(codes, expected_codes.astype(np.int16) - 8)
     np.testing.assert_array_equal(scales.astype(np.float32), expected_scales)
 
@@ -99,7 +99,7 @@ def test_int8_rows(pool, view, weights, dtype):
     codes = np.empty(layout.codes_shape(96, 160), np.int8)
     scales = np.empty(96, np.float32)
     stats = layout.pack(pool, matrix, codes, scales)
-    expected_codes, expected_scales = reference.quantize_int8_rows(matrix.to_float32())
+    expected_codes, expected_scales = quantiser_twins.quantize_int8_rows(matrix.to_float32())
     np.testing.assert_array_equal(int8_rows.unpack_codes(codes), expected_codes)
     np.testing.assert_array_equal(scales, expected_scales)
     error = (layout.unpack(codes, scales) - matrix.to_float32()).astype(np.float64)

@@ -14,7 +14,6 @@ from krasis.formats.errors import NativeError
 from krasis.runtime import environment
 from krasis.runtime.environment import (
     CUDA_LIBRARY_NAME,
-    cgroup_limit_bytes,
     choose_isa,
     probe_cpu,
     probe_environment,
@@ -78,9 +77,9 @@ def test_the_tightest_cgroup_limit_above_this_process_counts(root: Path):
 def test_a_version_1_cgroup_counts_and_its_no_limit_does_not(root: Path):
     put(root, "proc/self/cgroup", "5:cpu,cpuacct:/x\n4:memory:/docker/abc\n")
     put(root, "sys/fs/cgroup/memory/docker/abc/memory.limit_in_bytes", "9223372036854771712\n")
-    assert cgroup_limit_bytes(root) is None
+    assert probe_memory(root).limit_reason == "all of the RAM"
     put(root, "sys/fs/cgroup/memory/memory.limit_in_bytes", f"{2 * GIB}\n")
-    assert cgroup_limit_bytes(root) == 2 * GIB
+    assert probe_memory(root).limit_bytes == 2 * GIB
 
 
 def test_what_a_cgroup_uses_is_not_available_but_its_page_cache_is(root: Path):
@@ -110,7 +109,7 @@ def test_a_version_1_cgroup_uses_memory_too(root: Path):
 def test_a_cgroup_path_does_not_escape(root: Path):
     put(root, "proc/self/cgroup", "0::/../../outside\n")
     put(root, "outside/memory.max", "1\n")
-    assert cgroup_limit_bytes(root) is None
+    assert probe_memory(root).limit_reason == "all of the RAM"
 
 
 def test_a_limit_above_the_ram_is_none(root: Path):

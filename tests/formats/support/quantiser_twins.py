@@ -1,6 +1,6 @@
 """The native quantisers restated in NumPy, operation for operation: same codes, same scales, on any machine.
 
-Slow, and meant for tests: it is the readable statement of what ``csrc/cpu/pack_search.h`` computes.
+Slow: it is the readable statement of what ``csrc/cpu/pack_search.h`` computes.
 """
 
 from __future__ import annotations
