@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from krasis.convert.constant_runs import ConstantRun, constant_runs
 from krasis.convert.progress import Reporter
 from krasis.convert.slices import TensorSlice
+from krasis.formats.checkpoints.ggml_blocks import block_size
 from krasis.formats.errors import FormatError
-from krasis.formats.ggml_blocks import block_size
 from krasis.formats.layouts import CpuTileLayout, Int8RowsLayout, MarlinLayout
 from krasis.formats.layouts.cpu_tiles import BLOCK_K
 from krasis.formats.layouts.matrix import PackStats

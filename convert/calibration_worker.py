@@ -8,8 +8,8 @@ from typing import Any
 import h5py
 import numpy as np
 
-from krasis.formats.worker_main import Handler
-from krasis.formats.worker_protocol import pack_parts, unpack_parts
+from krasis.formats.process.worker_main import Handler
+from krasis.formats.process.worker_protocol import pack_parts, unpack_parts
 
 _open: list[h5py.File] = []
 

@@ -19,15 +19,15 @@ from krasis.convert.settings import (
     ConvertSettings,
     parse_tiers,
 )
-from krasis.formats import mapping_guard
-from krasis.formats.command_line import StreamsCommand, version_option
+from krasis.formats.bundle.shard_output import OUTPUT_IO
 from krasis.formats.errors import KrasisError, ResourceError, UsageError
-from krasis.formats.file_ops import refusal
-from krasis.formats.last_resort import last_resort
+from krasis.formats.files import mapping_guard
+from krasis.formats.files.file_ops import refusal
 from krasis.formats.printable import printable_lines
-from krasis.formats.shard_output import OUTPUT_IO
-from krasis.formats.standard_streams import write_output
-from krasis.formats.stop_signals import ends_in_order
+from krasis.formats.process.command_line import StreamsCommand, version_option
+from krasis.formats.process.last_resort import last_resort
+from krasis.formats.process.standard_streams import write_output
+from krasis.formats.process.stop_signals import ends_in_order
 from krasis.formats.units import format_bytes, format_seconds, parse_bytes
 
 EXIT_INTERRUPTED = 130

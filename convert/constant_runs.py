@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from krasis.convert.slices import Bytes, TensorSlice
-from krasis.formats.ggml_blocks import block_size, dequantize
+from krasis.formats.checkpoints.ggml_blocks import block_size, dequantize
 
 LONG_BYTES = 64 << 10
 SHORTEST_SHARE = 8  # of a small tensor, an eighth is long

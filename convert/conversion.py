@@ -40,12 +40,12 @@ from krasis.convert.resources import (
 from krasis.convert.settings import ConvertSettings
 from krasis.convert.text_check import sound_text
 from krasis.convert.verify import verify_checksums, verify_sample
-from krasis.formats import stop_signals
+from krasis.formats.bundle.manifest import MANIFEST_NAME, AssetRecord, Manifest, SourceRecord
+from krasis.formats.bundle.publish import check_replaceable
 from krasis.formats.errors import UsageError
-from krasis.formats.file_ops import FileOps
-from krasis.formats.manifest import MANIFEST_NAME, AssetRecord, Manifest, SourceRecord
-from krasis.formats.publish import check_replaceable
-from krasis.formats.tool import tool_version
+from krasis.formats.files.file_ops import FileOps
+from krasis.formats.process import stop_signals
+from krasis.formats.process.tool import tool_version
 from krasis.formats.units import format_bytes, format_seconds
 
 

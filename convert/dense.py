@@ -17,9 +17,9 @@ from krasis.convert.quality import UnitQuality
 from krasis.convert.slices import TensorSlice, first_nonfinite_row
 from krasis.convert.sources import WeightSource
 from krasis.convert.writer_thread import WriterThread
-from krasis.formats.aligned import aligned_empty
-from krasis.formats.bundle_writer import BlobSink, BundleWriter
+from krasis.formats.bundle.writer import BlobSink, BundleWriter
 from krasis.formats.errors import FormatError
+from krasis.formats.files.aligned import aligned_empty
 from krasis.formats.layouts import STRIP_ROWS, Int8RowsLayout, padded_rows
 from krasis.formats.layouts.matrix import MatrixView
 from krasis.formats.native import Pool

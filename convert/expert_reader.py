@@ -15,7 +15,7 @@ from krasis.convert.names import PARTS
 from krasis.convert.slices import TensorSlice
 from krasis.convert.sources import WeightSource
 from krasis.formats.layouts.matrix import MatrixView
-from krasis.formats.machine_limits import usable_cpus
+from krasis.formats.process.machine_limits import usable_cpus
 
 READ_AHEAD_EXPERTS = 3
 # NumPy code holds the interpreter lock half of the time: more threads only need more memory.

@@ -24,11 +24,11 @@ from krasis.convert.progress import Reporter
 from krasis.convert.quality import REPORT_NAME
 from krasis.convert.slices import TensorSlice
 from krasis.convert.sources import WeightSource
-from krasis.formats.bundle_reader import Bundle
+from krasis.formats.bundle.manifest import MANIFEST_NAME, BlobRecord, Manifest
+from krasis.formats.bundle.publish import remove_bundle
+from krasis.formats.bundle.reader import Bundle
 from krasis.formats.errors import FormatError, MismatchError
-from krasis.formats.file_ops import FileOps, io_errors, sync_directory
-from krasis.formats.manifest import MANIFEST_NAME, BlobRecord, Manifest
-from krasis.formats.publish import remove_bundle
+from krasis.formats.files.file_ops import FileOps, io_errors, sync_directory
 
 _MATRICES = ("attention.q", "attention.k", "attention.v", "attention.output")
 

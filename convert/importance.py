@@ -20,10 +20,10 @@ import xxhash
 
 from krasis.formats.architecture import Architecture
 from krasis.formats.errors import FormatError
+from krasis.formats.files.regular_file import open_regular
 from krasis.formats.layouts.expert_record import ExpertImportance
-from krasis.formats.regular_file import open_regular
-from krasis.formats.worker_process import WorkerLost, WorkerProcess, WorkerRefusal
-from krasis.formats.worker_protocol import MAX_REFUSAL_BYTES, pack_parts, unpack_parts
+from krasis.formats.process.worker_process import WorkerLost, WorkerProcess, WorkerRefusal
+from krasis.formats.process.worker_protocol import MAX_REFUSAL_BYTES, pack_parts, unpack_parts
 
 Floats = npt.NDArray[np.float32]
 # What reading may take: seconds of CPU and memory for opening, and more for every byte wanted (10 MB/s).

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from krasis.convert.model_folder import missing_path_hint, recognise_folder
+from krasis.formats.bundle.manifest import MANIFEST_NAME
+from krasis.formats.checkpoints.shard_index import INDEX_SUFFIX
 from krasis.formats.errors import FormatError, UsageError
-from krasis.formats.file_kinds import AGAIN, kind_of_bytes, read_head
-from krasis.formats.manifest import MANIFEST_NAME
-from krasis.formats.pieces import refuse_piece
-from krasis.formats.regular_file import open_regular
-from krasis.formats.shard_index import INDEX_SUFFIX
+from krasis.formats.files.file_kinds import AGAIN, kind_of_bytes, read_head
+from krasis.formats.files.pieces import refuse_piece
+from krasis.formats.files.regular_file import open_regular
 
 GGUF_MAGIC = b"GGUF"
 _SHARD_NAME = re.compile(r"-(\d{5})-of-(\d{5})\.(gguf|safetensors)$")

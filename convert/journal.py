@@ -18,8 +18,8 @@ from typing import Any
 import xxhash
 
 from krasis.formats.errors import FormatError, MismatchError, ResourceError
-from krasis.formats.file_ops import FileOps, io_errors, write_all
-from krasis.formats.regular_file import read_small_file
+from krasis.formats.files.file_ops import FileOps, io_errors, write_all
+from krasis.formats.files.regular_file import read_small_file
 
 JOURNAL_NAME = "journal.jsonl"  # readers of bundles ignore ``journal.*``
 JOURNAL_VERSION = 1

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Literal
 
 from krasis.formats.errors import FormatError, UsageError
-from krasis.formats.file_kinds import PICKLE_HINT
+from krasis.formats.files.file_kinds import PICKLE_HINT
+from krasis.formats.files.pieces import pieces_among, pieces_error
+from krasis.formats.files.regular_file import list_names
 from krasis.formats.names import shown
-from krasis.formats.pieces import pieces_among, pieces_error
-from krasis.formats.regular_file import list_names
 
 _SPLIT_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 # Beside a model, by the names that its publishers use; each is told apart by its metadata if it is given

@@ -14,16 +14,16 @@ from krasis.convert.sources import SourceFile, TensorInfo, TensorTable, WeightSo
 from krasis.convert.text_assets import assets_from_folder, assets_from_gguf
 from krasis.convert.vocabulary import check_gguf_tokens
 from krasis.formats.architecture import from_gguf_metadata, from_hf_config, read_hf_config
+from krasis.formats.checkpoints.gguf import GgufCheckpoint
+from krasis.formats.checkpoints.gguf_kind import check_is_model
+from krasis.formats.checkpoints.quantised_checkpoint import refuse_side_files
+from krasis.formats.checkpoints.safetensors import ShardedCheckpoint
 from krasis.formats.errors import FormatError, KrasisError
-from krasis.formats.file_kinds import refuse_text
-from krasis.formats.gguf import GgufCheckpoint
-from krasis.formats.gguf_kind import check_is_model
+from krasis.formats.files.file_kinds import refuse_text
+from krasis.formats.files.regular_file import read_small_file
 from krasis.formats.limits import MAX_CONFIG_BYTES
 from krasis.formats.long_context import gguf_context_notes, hf_context_notes
 from krasis.formats.models.registry import spec_from_gguf
-from krasis.formats.quantised_checkpoint import refuse_side_files
-from krasis.formats.regular_file import read_small_file
-from krasis.formats.safetensors import ShardedCheckpoint
 from krasis.formats.strict_json import parse_json_object
 from krasis.runtime.model.missing_kernels import refuse_missing_kernels
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from krasis.convert.partial import partial_path
+from krasis.formats.bundle.manifest import MANIFEST_NAME
+from krasis.formats.bundle.publish import PARTIAL_SUFFIX, REPLACED_SUFFIX
 from krasis.formats.errors import UsageError
-from krasis.formats.manifest import MANIFEST_NAME
-from krasis.formats.publish import PARTIAL_SUFFIX, REPLACED_SUFFIX
 
 _SUFFIXES = (PARTIAL_SUFFIX, REPLACED_SUFFIX)
 _USUAL_NAME_BYTES = 255

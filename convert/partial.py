@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from krasis.convert.journal import Journal, UnitRecord, read_journal
-from krasis.formats.bundle_writer import PARTIAL_SUFFIX, BundleWriter
+from krasis.formats.bundle.publish import remove_bundle
+from krasis.formats.bundle.shard_output import OutputIo
+from krasis.formats.bundle.shard_plan import ShardPlan
+from krasis.formats.bundle.writer import PARTIAL_SUFFIX, BundleWriter
 from krasis.formats.errors import MismatchError, ResourceError, UsageError
-from krasis.formats.file_ops import FileOps, io_errors
-from krasis.formats.publish import remove_bundle
-from krasis.formats.shard_output import OutputIo
-from krasis.formats.shard_plan import ShardPlan
+from krasis.formats.files.file_ops import FileOps, io_errors
 
 _log = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from krasis.convert.quality import UnitQuality
 from krasis.convert.resources import anonymous_bytes
 from krasis.convert.resumption import check_finished
 from krasis.convert.writer_thread import Bytes, StagingRing, WriterThread
-from krasis.formats.bundle_writer import BlobSink, BundleWriter
+from krasis.formats.bundle.writer import BlobSink, BundleWriter
 from krasis.formats.errors import FormatError
 from krasis.formats.layouts.expert_record import ExpertImportance, clear_padding
 from krasis.formats.layouts.matrix import PackStats

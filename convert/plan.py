@@ -10,10 +10,10 @@ from krasis.convert.settings import ConvertSettings
 from krasis.convert.slices import FLOAT_BYTES
 from krasis.convert.sources import WeightSource
 from krasis.formats.architecture import Architecture
+from krasis.formats.bundle.shard_plan import BlobSpec, PlacedBlob, ShardFile, ShardPlan, plan_shards
 from krasis.formats.errors import ResourceError, UsageError
 from krasis.formats.layouts import Int8RowsLayout, padded_rows
 from krasis.formats.layouts.expert_record import ExpertRecord
-from krasis.formats.shard_plan import BlobSpec, PlacedBlob, ShardFile, ShardPlan, plan_shards
 
 # Vectors and small matrices that keep their own precision, per layer.
 PLAIN_LAYER = ("attention.q_norm", "attention.k_norm", "attention.norm", "experts.norm", "experts.router")

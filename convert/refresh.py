@@ -9,13 +9,13 @@ from krasis.convert.inputs import GGUF_MAGIC
 from krasis.convert.progress import Reporter
 from krasis.convert.text_assets import MAX_ASSET_BYTES, assets_from_folder, assets_from_gguf
 from krasis.convert.text_check import unreadable_problems
-from krasis.formats.bundle_reader import Bundle
-from krasis.formats.bundle_refresh import replace_assets
+from krasis.formats.bundle.reader import Bundle
+from krasis.formats.bundle.refresh import replace_assets
+from krasis.formats.checkpoints.gguf import GgufCheckpoint
 from krasis.formats.errors import FormatError, KrasisError, MismatchError, UsageError
-from krasis.formats.file_ops import FileOps
-from krasis.formats.gguf import GgufCheckpoint
+from krasis.formats.files.file_ops import FileOps
+from krasis.formats.files.regular_file import read_small_file
 from krasis.formats.names import shown
-from krasis.formats.regular_file import read_small_file
 from krasis.runtime.text_assets import TEMPLATE_FILE, TOKENIZER, TOKENIZER_CONFIG, parse_text_json
 from krasis.runtime.text_check import TEXT_FILES, check_text, vocabulary
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from krasis.formats.bundle.shard_output import OUTPUT_IO, OutputIo
 from krasis.formats.errors import UsageError
 from krasis.formats.layouts import CpuTileLayout, Int8RowsLayout, MarlinLayout
-from krasis.formats.shard_output import OUTPUT_IO, OutputIo
 
 Tier = Literal["gpu", "cpu"]
 TIERS: tuple[Tier, ...] = ("gpu", "cpu")

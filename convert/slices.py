@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from krasis.formats.checkpoints.ggml_blocks import dequantize
 from krasis.formats.errors import FormatError
-from krasis.formats.ggml_blocks import dequantize
 from krasis.formats.layouts.matrix import MatrixView, bf16_to_float32
 
 Bytes = npt.NDArray[np.uint8]

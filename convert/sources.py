@@ -27,10 +27,10 @@ from krasis.convert.names import (
 from krasis.convert.slices import FLOAT_BYTES, Bytes, TensorSlice
 from krasis.convert.vocabulary import check_vocabulary
 from krasis.formats.architecture import Architecture
+from krasis.formats.checkpoints.ggml_blocks import SUPPORTED_TYPES, tensor_bytes
+from krasis.formats.checkpoints.quantised_checkpoint import type_hint
 from krasis.formats.errors import FormatError, MismatchError, UnsupportedModelError
-from krasis.formats.ggml_blocks import SUPPORTED_TYPES, tensor_bytes
 from krasis.formats.layouts.expert_record import Part
-from krasis.formats.quantised_checkpoint import type_hint
 
 SourceKind = Literal["hf", "gguf"]
 _COMPARED_BYTES = 16 << 20

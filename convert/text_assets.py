@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from krasis.formats.checkpoints.gguf_tokenizer import tokenizer_assets
 from krasis.formats.errors import FormatError, KrasisError
-from krasis.formats.gguf_tokenizer import tokenizer_assets
-from krasis.formats.regular_file import read_small_file
+from krasis.formats.files.regular_file import read_small_file
 
 # Copied as they are. config.json is a record only: the runtime reads the manifest's architecture.
 HF_ASSETS = (

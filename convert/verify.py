@@ -15,8 +15,8 @@ from krasis.convert.names import PARTS
 from krasis.convert.plan import ConversionPlan, Unit, expert_record
 from krasis.convert.quality import UnitQuality
 from krasis.formats.errors import ChecksumError
-from krasis.formats.file_ops import io_errors
-from krasis.formats.regular_file import Bytes, open_regular, read_range
+from krasis.formats.files.file_ops import io_errors
+from krasis.formats.files.regular_file import Bytes, open_regular, read_range
 
 NUM_SAMPLED_LAYERS = 2
 NUM_SAMPLED_EXPERTS = 2

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from krasis.formats.aligned import aligned_empty
-from krasis.formats.bundle_writer import BlobSink
+from krasis.formats.bundle.writer import BlobSink
+from krasis.formats.files.aligned import aligned_empty
 
 Bytes = npt.NDArray[np.uint8]
 

@@ -16,8 +16,8 @@ from krasis.formats.architecture_record import (
 )
 
 if TYPE_CHECKING:
-    from krasis.formats.gguf_config import from_gguf_metadata
-    from krasis.formats.hf_config import from_hf_config, read_hf_config
+    from krasis.formats.checkpoints.gguf_config import from_gguf_metadata
+    from krasis.formats.checkpoints.hf_config import from_hf_config, read_hf_config
 
 __all__ = [
     "SUPPORTED_MODEL_TYPES",
@@ -30,9 +30,9 @@ __all__ = [
 ]
 
 _HOMES = {
-    "from_gguf_metadata": "gguf_config",
-    "from_hf_config": "hf_config",
-    "read_hf_config": "hf_config",
+    "from_gguf_metadata": "checkpoints.gguf_config",
+    "from_hf_config": "checkpoints.hf_config",
+    "read_hf_config": "checkpoints.hf_config",
 }
 
 

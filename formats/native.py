@@ -17,9 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 import krasis
-from krasis.formats.control_groups import cpu_quota
 from krasis.formats.errors import NativeError, ResourceError
-from krasis.formats.machine_limits import address_space_hint, usable_cpus
+from krasis.formats.process.control_groups import cpu_quota
+from krasis.formats.process.machine_limits import address_space_hint, usable_cpus
 
 ABI_VERSION = 1
 LIBRARY_NAME = "libkrasis_cpu.so"

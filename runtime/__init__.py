@@ -44,7 +44,7 @@ def __getattr__(name: str) -> object:
     from importlib import import_module
 
     if name == "__version__":
-        from krasis.formats.tool import tool_version
+        from krasis.formats.process.tool import tool_version
 
         return tool_version()
     if name not in _HOMES:

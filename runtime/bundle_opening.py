@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from krasis.formats.blob_names import check_blob_names
-from krasis.formats.bundle_reader import Bundle
+from krasis.formats.bundle.blob_names import check_blob_names
+from krasis.formats.bundle.reader import Bundle
 from krasis.runtime.rope_option import parse_rope_scaling, rescaled
 from krasis.runtime.settings import EngineSettings
 

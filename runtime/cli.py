@@ -10,12 +10,12 @@ from typing import IO, TYPE_CHECKING, Any
 
 import click
 
-from krasis.formats.command_line import StreamsCommand, version_option
 from krasis.formats.errors import KrasisError, UsageError
-from krasis.formats.last_resort import last_resort
-from krasis.formats.log_lines import PrintableFormatter
-from krasis.formats.standard_streams import OutputError, check_stdout
-from krasis.formats.stop_signals import deferred, ends_in_order, received
+from krasis.formats.process.command_line import StreamsCommand, version_option
+from krasis.formats.process.last_resort import last_resort
+from krasis.formats.process.log_lines import PrintableFormatter
+from krasis.formats.process.standard_streams import OutputError, check_stdout
+from krasis.formats.process.stop_signals import deferred, ends_in_order, received
 from krasis.runtime.arguments import read_texts
 from krasis.runtime.cli_text_options import (
     PENALTY_OPTIONS,
@@ -194,7 +194,7 @@ def main(bundle: Path, prompt: str | None, prompt_file: Path | None, verbose: in
 
 def _run(bundle: Path, text: str | None, options: dict[str, Any]) -> int:
     """Opens the bundle and does what was asked; gives the exit code."""
-    from krasis.formats import mapping_guard
+    from krasis.formats.files import mapping_guard
 
     if not _is_worker():
         from krasis.runtime.text_sandbox import shared_sandbox

@@ -6,8 +6,8 @@ import logging
 from typing import TYPE_CHECKING
 
 from krasis.formats.architecture_record import Architecture
-from krasis.formats.bundle_reader import Bundle
-from krasis.formats.machine_limits import available_memory_bytes
+from krasis.formats.bundle.reader import Bundle
+from krasis.formats.process.machine_limits import available_memory_bytes
 from krasis.runtime.filesystem import IN_RAM, filesystem_of_path
 from krasis.runtime.kv_cache import kv_cache_bytes
 

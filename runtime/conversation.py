@@ -7,8 +7,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from krasis.formats.atomic_file import AtomicFile
 from krasis.formats.errors import FormatError, KrasisError, UsageError
+from krasis.formats.files.atomic_file import AtomicFile
 from krasis.formats.plain_text import BYTE_ORDER_MARK, plain_text
 from krasis.formats.strict_json import parse_json_object
 from krasis.runtime.chat import Message

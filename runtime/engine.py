@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from krasis.formats.architecture_record import Architecture
-from krasis.formats.bundle_reader import Bundle
+from krasis.formats.bundle.reader import Bundle
 from krasis.formats.errors import UsageError
 from krasis.runtime.bundle_opening import open_bundle
 from krasis.runtime.chat import Message, missing_template

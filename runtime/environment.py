@@ -16,7 +16,7 @@ from pathlib import Path
 
 from krasis.formats import native
 from krasis.formats.errors import KrasisError
-from krasis.formats.machine_limits import MemoryLimits, meminfo, memory_limits, usable_cpus
+from krasis.formats.process.machine_limits import MemoryLimits, meminfo, memory_limits, usable_cpus
 from krasis.runtime.device.library import cuda_candidates
 from krasis.runtime.visible_gpus import gpus_hidden
 

@@ -22,10 +22,10 @@ import numpy.typing as npt
 import xxhash
 
 from krasis.formats.architecture_record import Architecture
-from krasis.formats.atomic_file import AtomicFile
-from krasis.formats.bundle_reader import Bundle
+from krasis.formats.bundle.reader import Bundle
 from krasis.formats.errors import UsageError
-from krasis.formats.tool import tool_version
+from krasis.formats.files.atomic_file import AtomicFile
+from krasis.formats.process.tool import tool_version
 from krasis.runtime.model.float_backend import FloatBackend
 from krasis.runtime.model.weights import load_weights
 from krasis.runtime.native_arrays import Array

@@ -15,11 +15,11 @@ from pathlib import Path
 import click
 from tqdm import tqdm
 
-from krasis.formats import mapping_guard
-from krasis.formats.bundle_reader import Bundle
-from krasis.formats.command_line import StreamsCommand, version_option
+from krasis.formats.bundle.reader import Bundle
 from krasis.formats.errors import KrasisError
-from krasis.formats.last_resort import last_resort
+from krasis.formats.files import mapping_guard
+from krasis.formats.process.command_line import StreamsCommand, version_option
+from krasis.formats.process.last_resort import last_resort
 from krasis.runtime.importance import Importance, collect
 from krasis.runtime.settings import EXPERT_TIERS
 from krasis.runtime.user_files import read_user_file

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from krasis.formats.bundle_verify import Problem
-from krasis.formats.manifest import BlobRecord, Manifest
+from krasis.formats.bundle.manifest import BlobRecord, Manifest
+from krasis.formats.bundle.verify import Problem
 from krasis.formats.printable import printable
 from krasis.formats.units import format_bytes
 from krasis.runtime.format_units import format_count, text_fields, text_table

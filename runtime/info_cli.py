@@ -17,16 +17,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from krasis.formats.command_line import StreamsCommand, version_option
 from krasis.formats.errors import KrasisError, UsageError
-from krasis.formats.last_resort import last_resort
 from krasis.formats.printable import printable_lines
-from krasis.formats.standard_streams import check_stdout, write_output
-from krasis.formats.stop_signals import INTERRUPTED, ends_in_order
+from krasis.formats.process.command_line import StreamsCommand, version_option
+from krasis.formats.process.last_resort import last_resort
+from krasis.formats.process.standard_streams import check_stdout, write_output
+from krasis.formats.process.stop_signals import INTERRUPTED, ends_in_order
 
 if TYPE_CHECKING:
-    from krasis.formats.bundle_verify import Problem
-    from krasis.formats.manifest import Manifest
+    from krasis.formats.bundle.manifest import Manifest
+    from krasis.formats.bundle.verify import Problem
     from krasis.runtime.planning.sizes import ModelSizes
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -123,7 +123,7 @@ def main(**options: Any) -> None:
     except KrasisError as error:
         _fail(error)
     except OSError as error:
-        from krasis.formats.file_ops import refusal
+        from krasis.formats.files.file_ops import refusal
 
         _fail(refusal(error))
     except KeyboardInterrupt:
@@ -186,7 +186,7 @@ def _add_environment(record: dict[str, Any], texts: list[str]) -> None:
 
 
 def _add_bundle(request: _Request, path: Path, record: dict[str, Any], texts: list[str]) -> None:
-    from krasis.formats.bundle_reader import Bundle
+    from krasis.formats.bundle.reader import Bundle
     from krasis.runtime import info
     from krasis.runtime.info_text import text_to_json, text_to_text
     from krasis.runtime.planning.planner import make_workload
@@ -218,7 +218,7 @@ def _add_verification(path: Path, record: dict[str, Any], texts: list[str]) -> i
     """The exit code: 0 if the bundle is intact and its text files can be used, else that of the gravest
     problem's kind.
     """
-    from krasis.formats.bundle_verify import EXIT_CODES, verdict
+    from krasis.formats.bundle.verify import EXIT_CODES, verdict
     from krasis.formats.units import format_bytes, format_seconds
     from krasis.runtime import info
 
@@ -251,7 +251,7 @@ def _verify_with_progress(path: Path) -> tuple[int, float, list[Problem]]:
     """(bytes checked, seconds, problems). The bar goes to stderr, and only if that is a terminal."""
     from tqdm import tqdm
 
-    from krasis.formats.bundle_verify import verify_bundle
+    from krasis.formats.bundle.verify import verify_bundle
 
     done = 0
     lock = Lock()
@@ -271,8 +271,8 @@ def _verify_with_progress(path: Path) -> tuple[int, float, list[Problem]]:
 
 def _bytes_to_verify(path: Path) -> int | None:
     """None for a bundle that cannot be opened: the verification says why."""
-    from krasis.formats.bundle_reader import Bundle
-    from krasis.formats.bundle_verify import verify_bytes
+    from krasis.formats.bundle.reader import Bundle
+    from krasis.formats.bundle.verify import verify_bytes
 
     try:
         with Bundle.open(path) as bundle:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from krasis.formats.bundle_reader import Bundle
+from krasis.formats.bundle.reader import Bundle
 from krasis.runtime.text_check import TEXT_FILES, TextProblem, check_text
 
 MEND = "krasis-convert --refresh-text SOURCE BUNDLE replaces them, without packing weights anew"

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from krasis.formats.architecture_record import Architecture
 from krasis.formats.errors import ResourceError
-from krasis.formats.machine_limits import available_memory_bytes
+from krasis.formats.process.machine_limits import available_memory_bytes
 
 KV_NUMPY: dict[str, type[np.generic]] = {"f16": np.float16, "f32": np.float32}
 

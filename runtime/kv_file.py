@@ -23,8 +23,17 @@ import numpy.typing as npt
 import xxhash
 
 from krasis.formats.architecture_record import Architecture
-from krasis.formats.atomic_file import AtomicFile
-from krasis.formats.bundle_reader import Bundle
+from krasis.formats.bundle.manifest import canonical_json
+from krasis.formats.bundle.publish import PARTIAL_SUFFIX
+from krasis.formats.bundle.reader import Bundle
+from krasis.formats.bundle.shard_plan import encode_header
+from krasis.formats.checkpoints.safetensors import (
+    LENGTH_BYTES,
+    Header,
+    TensorInfo,
+    parse_header,
+    read_header_bytes,
+)
 from krasis.formats.dtypes import NUMPY_DTYPES
 from krasis.formats.errors import (
     ChecksumError,
@@ -34,14 +43,11 @@ from krasis.formats.errors import (
     UsageError,
     VersionError,
 )
-from krasis.formats.file_ops import FileOps
+from krasis.formats.files.atomic_file import AtomicFile
+from krasis.formats.files.file_ops import FileOps
+from krasis.formats.files.regular_file import open_regular, read_into, read_range
 from krasis.formats.limits import MAX_FILE_NAME_BYTES, MIB, PAGE_BYTES
-from krasis.formats.manifest import canonical_json
 from krasis.formats.names import shown
-from krasis.formats.publish import PARTIAL_SUFFIX
-from krasis.formats.regular_file import open_regular, read_into, read_range
-from krasis.formats.safetensors import LENGTH_BYTES, Header, TensorInfo, parse_header, read_header_bytes
-from krasis.formats.shard_plan import encode_header
 from krasis.runtime.model.backend import Backend
 
 FORMAT_NAME = "krasis-prefix"

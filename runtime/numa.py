@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from krasis.formats.architecture_record import Architecture
+from krasis.formats.bundle.manifest_records import BlobRecord
 from krasis.formats.layouts import CpuTileLayout, Int8RowsLayout, layout_from_id
 from krasis.formats.layouts.int8_rows import STRIP_ROWS
-from krasis.formats.manifest_records import BlobRecord
 from krasis.formats.native import check
 from krasis.runtime.native import NumaCpu, prototype
 

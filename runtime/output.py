@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from krasis.formats.printable import printable_lines
-from krasis.formats.standard_streams import write_output
+from krasis.formats.process.standard_streams import write_output
 from krasis.runtime.generation import Answer, Generation
 from krasis.runtime.thinking_view import ThinkingView
 

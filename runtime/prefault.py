@@ -13,11 +13,11 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 
-from krasis.formats.bundle_reader import Bundle
+from krasis.formats.bundle.reader import Bundle
 from krasis.formats.errors import KrasisError
-from krasis.formats.file_mapping import prefault
+from krasis.formats.files.file_mapping import prefault
 from krasis.formats.limits import HUGE_PAGE_BYTES, MIB
-from krasis.formats.machine_limits import available_memory_bytes
+from krasis.formats.process.machine_limits import available_memory_bytes
 from krasis.runtime.context_size import weights_to_hold_bytes
 from krasis.runtime.huge_pages import collapse_all, huge_share
 from krasis.runtime.numa import NumaNode, nodes_of_pages, numa_nodes, owned_ranges, piece_owners, read_exactly

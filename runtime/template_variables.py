@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from krasis.formats.errors import FormatError, UsageError
 from krasis.formats.names import shown
+from krasis.formats.process.worker_protocol import unpack_parts
 from krasis.formats.strict_json import parse_json
-from krasis.formats.worker_protocol import unpack_parts
 from krasis.runtime.text_sandbox import Resident, shared_sandbox
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from krasis.formats import stop_signals
 from krasis.formats.errors import KrasisError, UsageError
-from krasis.formats.standard_streams import OutputError
+from krasis.formats.process import stop_signals
+from krasis.formats.process.standard_streams import OutputError
 from krasis.runtime.chat_commands import AS_TEXT, Question, parse
 from krasis.runtime.conversation import PREFIX_SUFFIX, Conversation
 from krasis.runtime.engine import Progress

@@ -9,10 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from krasis.formats.bundle_reader import Bundle
+from krasis.formats.bundle.reader import Bundle
 from krasis.formats.errors import FormatError, KrasisError
+from krasis.formats.files.regular_file import read_small_file
 from krasis.formats.plain_text import BYTE_ORDER_MARK, decode_file, what_it_is
-from krasis.formats.regular_file import read_small_file
 from krasis.formats.strict_json import parse_json_object
 from krasis.runtime.added_tokens import SPECIAL_NAMES, DeclaredTokens, read_declared, token_text
 from krasis.runtime.chat import ChatTemplate

@@ -19,8 +19,8 @@ from threading import RLock
 from typing import Any
 
 from krasis.formats.errors import FormatError, ResourceError
-from krasis.formats.worker_process import WorkerLost, WorkerProcess, WorkerRefusal
-from krasis.formats.worker_protocol import pack_parts
+from krasis.formats.process.worker_process import WorkerLost, WorkerProcess, WorkerRefusal
+from krasis.formats.process.worker_protocol import pack_parts
 
 logger = logging.getLogger(__name__)
 

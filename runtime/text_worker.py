@@ -10,8 +10,8 @@ import json
 from array import array
 from typing import Any
 
-from krasis.formats.worker_main import Handler
-from krasis.formats.worker_protocol import pack_parts, unpack_parts
+from krasis.formats.process.worker_main import Handler
+from krasis.formats.process.worker_protocol import pack_parts, unpack_parts
 from krasis.runtime.library_tokenizer import LibraryTokenizer
 from krasis.runtime.template_sandbox import SandboxedTemplate
 

@@ -6,7 +6,7 @@ import os
 import sys
 from typing import TextIO
 
-from krasis.formats.standard_streams import write_output
+from krasis.formats.process.standard_streams import write_output
 from krasis.runtime.generation import Generation, Piece
 from krasis.runtime.thinking import REASONING
 

@@ -10,7 +10,7 @@ from threading import Thread
 
 from krasis.formats.errors import FormatError, KrasisError, UnsupportedModelError
 from krasis.formats.plain_text import decode_file, plain_text, what_it_is
-from krasis.formats.worker_protocol import unpack_parts
+from krasis.formats.process.worker_protocol import unpack_parts
 from krasis.runtime.added_tokens import DeclaredTokens
 from krasis.runtime.byte_level import ByteLevelDecoder
 from krasis.runtime.text_sandbox import Resident, shared_sandbox

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from krasis.formats.errors import FormatError, ResourceError, UsageError
+from krasis.formats.files.regular_file import read_small_file
 from krasis.formats.limits import MIB
-from krasis.formats.regular_file import read_small_file
 
 if TYPE_CHECKING:
     from krasis.runtime.chat import Message

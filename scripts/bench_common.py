@@ -16,8 +16,8 @@ import click
 import numpy as np
 import numpy.typing as npt
 
-from krasis.formats.aligned import aligned_empty
-from krasis.formats.bundle_reader import Bundle
+from krasis.formats.bundle.reader import Bundle
+from krasis.formats.files.aligned import aligned_empty
 from krasis.formats.layouts.cpu_tiles import TILE_BYTES, TILE_ROWS
 from krasis.formats.layouts.native_pack import TILE_CODES
 from krasis.formats.limits import HUGE_PAGE_BYTES

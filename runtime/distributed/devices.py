@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from krasis.formats.bundle_reader import Bundle
+from krasis.formats.bundle.reader import Bundle
 from krasis.formats.errors import ResourceError, UsageError
 from krasis.runtime.device.api import Device
 from krasis.runtime.distributed.parallel import Parallel

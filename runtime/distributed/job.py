@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from krasis.formats.bundle_reader import Bundle
+from krasis.formats.bundle.reader import Bundle
 from krasis.formats.errors import KrasisError
 from krasis.runtime.bundle_opening import open_bundle
 from krasis.runtime.distributed.backend import serve

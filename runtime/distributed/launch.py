@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
-from krasis.formats.bundle_reader import Bundle
+from krasis.formats.bundle.reader import Bundle
 from krasis.formats.errors import UsageError
 from krasis.runtime.distributed.backend import DistributedBackend
 from krasis.runtime.distributed.control import Control

@@ -13,8 +13,8 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from krasis.formats import mapping_guard
 from krasis.formats.errors import KrasisError
+from krasis.formats.files import mapping_guard
 from krasis.runtime.distributed.errors import RankError
 from krasis.runtime.distributed.job import serve_rank
 from krasis.runtime.distributed.place import Place

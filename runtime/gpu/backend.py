@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from krasis.formats.bundle_reader import Bundle
+from krasis.formats.bundle.reader import Bundle
 from krasis.formats.errors import KrasisError, NativeError
 from krasis.runtime.device.api import Device, Stream
 from krasis.runtime.distributed.parallel import Parallel, SingleRank

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from krasis.formats.machine_limits import usable_cpus
+from krasis.formats.process.machine_limits import usable_cpus
 from krasis.runtime.device.api import Device, Event, Stream
 from krasis.runtime.gpu.buffers import Buffers
 from krasis.runtime.gpu.upload import TORCH_DTYPES

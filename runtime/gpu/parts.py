@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from krasis.formats.bundle_reader import Bundle
+from krasis.formats.bundle.reader import Bundle
 from krasis.formats.native import Pool
 from krasis.formats.units import format_bytes
 from krasis.runtime.device.api import Device, Stream

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from krasis.formats.bundle_reader import Bundle
+from krasis.formats.bundle.reader import Bundle
 from krasis.formats.errors import NativeError, ResourceError
 from krasis.runtime import environment
 from krasis.runtime.context_size import tokens_in_vram

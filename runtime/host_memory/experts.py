@@ -10,11 +10,11 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from krasis.formats.bundle_reader import Bundle
+from krasis.formats.bundle.reader import Bundle
 from krasis.formats.errors import FormatError, MismatchError, UsageError
+from krasis.formats.files.regular_file import open_regular, read_range
 from krasis.formats.layouts import MarlinLayout, layout_from_id
 from krasis.formats.limits import PAGE_BYTES
-from krasis.formats.regular_file import open_regular, read_range
 
 Bytes = npt.NDArray[np.uint8]
 

@@ -16,9 +16,9 @@ from threading import Lock
 import numpy as np
 import numpy.typing as npt
 
-from krasis.formats.bundle_reader import Bundle
+from krasis.formats.bundle.reader import Bundle
 from krasis.formats.errors import KrasisError
-from krasis.formats.file_mapping import prefault
+from krasis.formats.files.file_mapping import prefault
 from krasis.runtime.filesystem import IN_RAM
 from krasis.runtime.host_memory.experts import Experts, open_shard
 from krasis.runtime.host_memory.memory import anonymous, tensor_of, writable_file

@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 
 from krasis.formats.errors import KrasisError, NativeError
-from krasis.formats.machine_limits import usable_cpus
+from krasis.formats.process.machine_limits import usable_cpus
 
 CHUNK_BYTES = 16 * 2**20
 MAX_THREADS = 32

@@ -7,7 +7,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 
-from krasis.formats.bundle_reader import Bundle
+from krasis.formats.bundle.reader import Bundle
 from krasis.formats.errors import ResourceError
 from krasis.formats.limits import HUGE_PAGE_BYTES
 from krasis.formats.units import format_bytes

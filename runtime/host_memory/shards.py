@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from krasis.formats.bundle_reader import Bundle
+from krasis.formats.bundle.reader import Bundle
 from krasis.runtime.host_memory.experts import Experts, open_shard
 from krasis.runtime.host_memory.reader import ShardReader
 

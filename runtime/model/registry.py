@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from krasis.formats.bundle_reader import Bundle
+from krasis.formats.bundle.reader import Bundle
 from krasis.formats.errors import UnsupportedModelError
 from krasis.runtime.context_size import tokens_in_ram
 from krasis.runtime.model.backend import Backend

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from krasis.formats.architecture_record import Architecture
-from krasis.formats.bundle_reader import Bundle
+from krasis.formats.bundle.reader import Bundle
 from krasis.formats.errors import FormatError, MismatchError
 from krasis.formats.layouts import CpuTileLayout, Int8RowsLayout, MarlinLayout, layout_from_id, padded_rows
 

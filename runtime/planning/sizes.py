@@ -11,7 +11,7 @@ from krasis.formats.architecture_record import Architecture
 from krasis.formats.errors import FormatError, UsageError
 
 if TYPE_CHECKING:
-    from krasis.formats.manifest import Manifest
+    from krasis.formats.bundle.manifest import Manifest
 
 DEFAULT_GPU_LAYOUT = "marlin-u4b8-g128-bf16"
 DEFAULT_CPU_LAYOUT = "cpu-q8-r32-b32"

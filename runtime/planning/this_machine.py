@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from krasis.formats import native
-from krasis.formats.aligned import aligned_empty
 from krasis.formats.errors import KrasisError
+from krasis.formats.files.aligned import aligned_empty
 from krasis.runtime import environment
 from krasis.runtime.planning.hardware import Figure, GpuSpec, HardwareSpec, describe_gpu, describe_host, given
 from krasis.runtime.planning.measure_gpu import measured_spec

@@ -12,7 +12,7 @@ from bench.machine import machine_facts
 from bench.provision import Found, repository_state
 from bench.record import Record
 from bench.speed import Model
-from krasis.formats.gguf import GgufFile
+from krasis.formats.checkpoints.gguf import GgufFile
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RANDOM_PREFIX = "random-"  # of general.name, as make_random_model writes it

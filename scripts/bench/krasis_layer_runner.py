@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import bench_common
 
 from bench.layer_work import MIN_SAMPLE_S, NUM_ROUTINGS, PARTS, LayerWork, add_options
-from krasis.formats.aligned import aligned_empty
+from krasis.formats.files.aligned import aligned_empty
 from krasis.formats.layouts import CpuTileLayout
 from krasis.formats.layouts.matrix import MatrixView
 from krasis.formats.native import Pool

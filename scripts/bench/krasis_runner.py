@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from device.limits import streaming_vram_bytes
 
-from krasis.formats.bundle_reader import Bundle
+from krasis.formats.bundle.reader import Bundle
 from krasis.formats.native import Pool, check, library_path
 from krasis.runtime import Engine, EngineSettings
 from krasis.runtime.huge_pages import huge_share

@@ -11,9 +11,9 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
-from krasis.formats.bundle_reader import Bundle
-from krasis.formats.ggml_blocks import dequantize
-from krasis.formats.gguf import GgufFile
+from krasis.formats.bundle.reader import Bundle
+from krasis.formats.checkpoints.ggml_blocks import dequantize
+from krasis.formats.checkpoints.gguf import GgufFile
 from krasis.formats.layouts import Int8RowsLayout
 from krasis.runtime.model.weights import Int8Weight, LayerWeights, load_weights, to_float32
 

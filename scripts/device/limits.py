@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from krasis.formats.architecture import Architecture
-from krasis.formats.bundle_reader import Bundle
+from krasis.formats.bundle.reader import Bundle
 from krasis.runtime.gpu.opening import outside_bytes
 from krasis.runtime.planning.cost import attention_macs, dense_macs_per_token
 from krasis.runtime.planning.planner import whole_layer_vram_bytes

@@ -16,7 +16,7 @@ from model_files import MoeShape
 from model_shapes import SHAPES
 
 from device.context import GIB, Context, Stack
-from krasis.formats.bundle_reader import Bundle
+from krasis.formats.bundle.reader import Bundle
 from krasis.formats.errors import FormatError
 
 SHARE_OF_MEMORY = 0.6

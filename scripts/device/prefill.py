@@ -14,7 +14,7 @@ from device import kernel_times, places, rates
 from device.context import GIB, Context
 from device.devices import facts_of, open_engine
 from device.limits import prefill_work, streaming_vram_bytes
-from krasis.formats.bundle_reader import Bundle
+from krasis.formats.bundle.reader import Bundle
 from krasis.runtime import Engine
 
 GOAL = 1.15

@@ -15,7 +15,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from device.limits import streaming_vram_bytes
-from krasis.formats.bundle_reader import Bundle
+from krasis.formats.bundle.reader import Bundle
 from krasis.runtime import Engine
 from krasis.runtime.distributed.launch import open_engine
 from krasis.runtime.settings import EngineSettings

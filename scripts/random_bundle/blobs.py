@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from krasis.formats.architecture import Architecture
-from krasis.formats.bundle_writer import BlobSpec
+from krasis.formats.bundle.writer import BlobSpec
 from krasis.formats.layouts import Int8RowsLayout, padded_rows
 from krasis.formats.layouts.expert_record import ExpertRecord
 from random_bundle.pools import RMS_4, RMS_8, Pool, Pools, as_bytes

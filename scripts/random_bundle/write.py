@@ -13,10 +13,10 @@ from typing import Any
 from model_files import MoeShape, hub_config
 
 from krasis.formats.architecture import Architecture
-from krasis.formats.bundle_writer import PARTIAL_SUFFIX, BlobSpec, BundleWriter, plan_shards
+from krasis.formats.bundle.manifest import AssetRecord, Manifest, SourceRecord
+from krasis.formats.bundle.writer import PARTIAL_SUFFIX, BlobSpec, BundleWriter, plan_shards
 from krasis.formats.errors import ResourceError
 from krasis.formats.layouts import Int8RowsLayout
-from krasis.formats.manifest import AssetRecord, Manifest, SourceRecord
 from random_bundle.blobs import blob_pieces, blob_specs
 from random_bundle.pools import Pools
 from random_bundle.request import BundleRequest, architecture_of

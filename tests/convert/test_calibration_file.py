@@ -17,7 +17,7 @@ from krasis.convert.progress import Reporter
 from krasis.convert.settings import ConvertSettings
 from krasis.formats.architecture import Architecture
 from krasis.formats.errors import FormatError, ResourceError
-from krasis.formats.worker_process import WorkerLost, WorkerProcess
+from krasis.formats.process.worker_process import WorkerLost, WorkerProcess
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 
 from krasis.convert.constant_runs import LONG_BYTES, ConstantRun, constant_runs
 from krasis.convert.slices import TensorSlice
-from krasis.formats.ggml_blocks import block_size
+from krasis.formats.checkpoints.ggml_blocks import block_size
 
 FLOATS = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 

@@ -6,8 +6,8 @@ import gguf
 import numpy as np
 import pytest
 
-from krasis.formats.bundle_reader import Bundle
-from krasis.formats.bundle_verify import verify_bundle
+from krasis.formats.bundle.reader import Bundle
+from krasis.formats.bundle.verify import verify_bundle
 from krasis.formats.layouts import MarlinLayout
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from krasis.convert.journal import JOURNAL_NAME
-from krasis.formats.file_ops import FileOps
+from krasis.formats.files.file_ops import FileOps
 
 SMALL_SHARDS = 3 << 20  # several files a tier
 

@@ -13,9 +13,9 @@ import pytest
 from click.testing import CliRunner
 
 from krasis.convert.cli import main
-from krasis.formats.aligned import is_page_aligned
 from krasis.formats.errors import ResourceError
-from krasis.formats.file_ops import FileOps
+from krasis.formats.files.aligned import is_page_aligned
+from krasis.formats.files.file_ops import FileOps
 from krasis.formats.limits import PAGE_BYTES
 
 # Buffers of one expert: many small writes instead of a few large ones.

@@ -12,7 +12,7 @@ import pytest
 from krasis.convert.journal import JOURNAL_NAME
 from krasis.convert.partial import partial_path
 from krasis.formats.errors import ChecksumError, UsageError
-from krasis.formats.file_ops import FileOps
+from krasis.formats.files.file_ops import FileOps
 
 
 class KilledError(BaseException):

@@ -15,7 +15,7 @@ import pytest
 
 from krasis.convert.journal import JOURNAL_NAME
 from krasis.formats.errors import ResourceError
-from krasis.formats.file_ops import FileOps
+from krasis.formats.files.file_ops import FileOps
 
 SETTINGS = {"gpu_group": 64}
 CALLS = [name for name in vars(FileOps) if not name.startswith("_")]

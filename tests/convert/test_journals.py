@@ -14,7 +14,7 @@ from krasis.convert import journal as journal_module
 from krasis.convert.journal import JOURNAL_NAME, decode_lines, encode_line
 from krasis.convert.partial import partial_path
 from krasis.formats.errors import MismatchError
-from krasis.formats.file_ops import FileOps
+from krasis.formats.files.file_ops import FileOps
 
 
 class Interrupted(FileOps):

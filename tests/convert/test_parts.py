@@ -26,9 +26,9 @@ from krasis.convert.quality import UnitQuality, manifest_quality, report_bytes
 from krasis.convert.settings import ConvertSettings, parse_tiers
 from krasis.convert.slices import TensorSlice
 from krasis.convert.text_assets import assets_from_gguf
-from krasis.formats.bundle_reader import Bundle
+from krasis.formats.bundle.reader import Bundle
+from krasis.formats.checkpoints.ggml_blocks import SUPPORTED_TYPES
 from krasis.formats.errors import FormatError, ResourceError, UnsupportedModelError, UsageError
-from krasis.formats.ggml_blocks import SUPPORTED_TYPES
 from krasis.formats.layouts import PackStats
 
 

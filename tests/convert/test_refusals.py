@@ -21,8 +21,8 @@ from krasis.formats.errors import (
     UnsupportedModelError,
     UsageError,
 )
-from krasis.formats.file_ops import FileOps
-from krasis.formats.machine_limits import MemoryLimits
+from krasis.formats.files.file_ops import FileOps
+from krasis.formats.process.machine_limits import MemoryLimits
 
 
 def refuse(run, paths, out, error, match, **settings):

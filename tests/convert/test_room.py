@@ -13,8 +13,8 @@ from krasis.convert import conversion, resources
 from krasis.convert.cli import main
 from krasis.convert.resources import check_file_size
 from krasis.formats.errors import ResourceError
-from krasis.formats.file_ops import FileOps, io_errors
-from krasis.formats.machine_limits import MemoryLimits
+from krasis.formats.files.file_ops import FileOps, io_errors
+from krasis.formats.process.machine_limits import MemoryLimits
 
 GIB = 1 << 30
 

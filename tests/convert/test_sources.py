@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from krasis.convert.slices import TensorSlice
-from krasis.formats.bundle_reader import Bundle
+from krasis.formats.bundle.reader import Bundle
 from krasis.formats.layouts import layout_from_id
 
 PARTS = ("gate", "up", "down")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from krasis.formats.errors import ChecksumError, FormatError, ResourceError
-from krasis.formats.file_ops import FileOps
+from krasis.formats.files.file_ops import FileOps
 
 
 class FlipOnDisk(FileOps):

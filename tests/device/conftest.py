@@ -26,7 +26,7 @@ from device.limits import streaming_vram_bytes  # noqa: E402
 from device.places import request_of  # noqa: E402
 from make_random_bundle import make_bundle  # noqa: E402
 
-from krasis.formats.bundle_reader import Bundle  # noqa: E402
+from krasis.formats.bundle.reader import Bundle  # noqa: E402
 from krasis.runtime.model.weights import ModelWeights, load_weights  # noqa: E402
 
 

@@ -234,7 +234,7 @@ def vram_for() -> Callable[..., int]:
 
     With resident, a layer is one group and so many experts have a place for good.
     """
-    from krasis.formats.bundle_reader import Bundle
+    from krasis.formats.bundle.reader import Bundle
     from krasis.runtime.planning import assumptions, sizes_of_bundle
     from krasis.runtime.planning.placement import gpu_workspace_bytes
 

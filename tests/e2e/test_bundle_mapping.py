@@ -17,7 +17,7 @@ from safetensors import safe_open
 from krasis.convert.conversion import convert, prepare
 from krasis.convert.progress import Reporter
 from krasis.convert.settings import ConvertSettings
-from krasis.formats.bundle_reader import Bundle
+from krasis.formats.bundle.reader import Bundle
 from krasis.formats.errors import ResourceError, UsageError
 from krasis.runtime.filesystem import IN_RAM, filesystem_of_path
 from krasis.runtime.host_memory.page_cache import cached_share

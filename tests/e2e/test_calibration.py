@@ -15,7 +15,7 @@ from krasis.convert.conversion import convert, prepare
 from krasis.convert.importance import load_calibration
 from krasis.convert.progress import Reporter
 from krasis.convert.settings import ConvertSettings
-from krasis.formats.bundle_reader import Bundle
+from krasis.formats.bundle.reader import Bundle
 from krasis.formats.errors import UsageError
 from krasis.formats.layouts import layout_from_id
 from krasis.runtime.importance import collect

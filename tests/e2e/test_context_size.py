@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from krasis.formats.bundle_reader import Bundle
+from krasis.formats.bundle.reader import Bundle
 from krasis.runtime import Engine, EngineSettings, context_size
 from krasis.runtime.cli import main
 from krasis.runtime.context_size import tokens_in_ram, tokens_in_vram

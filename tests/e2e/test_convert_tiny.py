@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import xxhash
 
-from krasis.formats.bundle_reader import Bundle
-from krasis.formats.bundle_verify import verify_bundle
+from krasis.formats.bundle.reader import Bundle
+from krasis.formats.bundle.verify import verify_bundle
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "tests/assets/tiny-qwen3-moe"

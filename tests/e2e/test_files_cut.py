@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from krasis.formats.errors import FormatError, ResourceError
-from krasis.formats.file_mapping import FileMapping, prefault
-from krasis.formats.file_ops import io_errors
+from krasis.formats.files.file_mapping import FileMapping, prefault
+from krasis.formats.files.file_ops import io_errors
 
 # Cuts a file at a given point of a command, then goes on with it.
 CONVERT = """
@@ -54,7 +54,7 @@ with Engine.open(sys.argv[1]) as engine:
 """
 FOREIGN = """
 import faulthandler, mmap, os, sys
-from krasis.formats import mapping_guard
+from krasis.formats.files import mapping_guard
 faulthandler.enable()
 mapping_guard.install("tool")
 fd = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
@@ -176,7 +176,7 @@ def test_a_rank_says_which_it_is(tmp_path: Path) -> None:
     path.write_bytes(bytes(3 * 4096))
     code = """
 import os, sys
-from krasis.formats.file_mapping import FileMapping
+from krasis.formats.files.file_mapping import FileMapping
 from krasis.runtime.distributed import worker
 from pathlib import Path
 def serve(path, settings, place):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from krasis.formats.bundle_reader import Bundle
+from krasis.formats.bundle.reader import Bundle
 from krasis.formats.errors import ResourceError
 from krasis.runtime.device.double import DeviceDouble
 from krasis.runtime.model.weights import load_weights

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from krasis.formats.bundle_reader import Bundle
+from krasis.formats.bundle.reader import Bundle
 from krasis.runtime.gpu import many_rows, parts
 from krasis.runtime.model.weights import ModelWeights, load_weights
 

@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).parent / "support"))
 from tiny_gguf import llama_logits, mean_kl, read_tensors, write_tiny_gguf
 
 from krasis.formats.architecture import Architecture, from_gguf_metadata, from_hf_config
+from krasis.formats.checkpoints.gguf import GgufCheckpoint
 from krasis.formats.errors import MismatchError
-from krasis.formats.gguf import GgufCheckpoint
 from krasis.runtime import Engine, EngineSettings
 from krasis.runtime.model.registry import open_backend
 

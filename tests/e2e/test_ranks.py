@@ -93,7 +93,7 @@ def compute_outcomes(bundles: dict[str, Path], folder: Path, sizes: tuple[int, .
 
 def vram_bytes(bundle: Path, num_ranks: int) -> int:
     """So much that a layer's experts come in groups of GROUP."""
-    from krasis.formats.bundle_reader import Bundle
+    from krasis.formats.bundle.reader import Bundle
     from krasis.runtime.planning import assumptions, sizes_of_bundle
     from krasis.runtime.planning.placement import gpu_workspace_bytes
 
@@ -160,7 +160,7 @@ def test_ranks_round_differently(outcomes) -> None:
 
 
 def test_logits_of_transformers(bundles, outcomes, reference_logits, relative_error) -> None:
-    from krasis.formats.bundle_reader import Bundle
+    from krasis.formats.bundle.reader import Bundle
     from krasis.runtime.model.weights import load_weights
 
     with Bundle.open(bundles["5 experts"]) as bundle:

@@ -36,7 +36,7 @@ def expected_text(bundle: Path, prompt: Any, num_tokens: int = 12) -> str:
 def test_the_library_and_transformers_agree(
     trained_bundle: Path, reference_logits: Callable[..., Any]
 ) -> None:
-    from krasis.formats.bundle_reader import Bundle
+    from krasis.formats.bundle.reader import Bundle
     from krasis.runtime.model.weights import load_weights
 
     with Engine.open(trained_bundle, EngineSettings(threads=2)) as engine:

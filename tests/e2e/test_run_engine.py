@@ -189,7 +189,7 @@ def test_loading_maps_and_does_not_copy(chat_bundle: Path) -> None:
 
 
 def test_prefault_reads_the_tiers_that_are_used(chat_bundle: Path, caplog: pytest.LogCaptureFixture) -> None:
-    from krasis.formats.bundle_reader import Bundle
+    from krasis.formats.bundle.reader import Bundle
     from krasis.runtime.prefault import files_of_tiers, start_prefault
 
     with Bundle.open(chat_bundle) as bundle, caplog.at_level("INFO"):

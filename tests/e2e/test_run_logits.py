@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from krasis.formats.bundle_reader import Bundle
+from krasis.formats.bundle.reader import Bundle
 from krasis.runtime import Engine, EngineSettings
 from krasis.runtime.model.weights import ModelWeights, load_weights
 

@@ -199,7 +199,7 @@ def test_a_conversion_can_be_continued(checkpoint_copy: Path, tmp_path: Path, nu
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_at_the_very_end_of_a_conversion(checkpoint_copy: Path, tmp_path: Path, number: int) -> None:
     out = tmp_path / "out.krasis"
-    arguments = ("krasis.convert.cli", "krasis.formats.bundle_writer", "publish", 1, number)
+    arguments = ("krasis.convert.cli", "krasis.formats.bundle.writer", "publish", 1, number)
     done = signalled(*arguments, checkpoint_copy, "-o", out)
     assert done.returncode == 0, done
     assert [path.name for path in tmp_path.glob("out*")] == [out.name]
@@ -207,7 +207,7 @@ def test_a_signal_at_the_very_end_of_a_conversion(checkpoint_copy: Path, tmp_pat
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_verification_stops_at_once(chat_bundle: Path, number: int) -> None:
-    arguments = ("krasis.runtime.info_cli", "krasis.formats.bundle_verify", "as_completed", 1, number)
+    arguments = ("krasis.runtime.info_cli", "krasis.formats.bundle.verify", "as_completed", 1, number)
     done = signalled(*arguments, chat_bundle, "--verify")
     assert done.returncode == 128 + number, done
     assert done.stderr.splitlines() == ["krasis-info: stopped"]

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from krasis.convert.cli import main as convert_main
-from krasis.formats.bundle_reader import Bundle
+from krasis.formats.bundle.reader import Bundle
 from krasis.runtime import Engine, EngineSettings, Message
 from krasis.runtime.cli import main as run_main
 from krasis.runtime.info_cli import main as info_main
@@ -306,7 +306,7 @@ def test_an_output_is_needed(source: Path) -> None:
 
 
 def test_verify_tells_of_text_that_cannot_be_used(bundle: Path) -> None:
-    from krasis.formats.bundle_refresh import replace_assets
+    from krasis.formats.bundle.refresh import replace_assets
 
     replace_assets(bundle, {"chat_template.jinja": b"{% for", "generation_config.json": HTML})
     result = info(bundle, "--verify")

@@ -14,8 +14,8 @@ from format_builders import (
 )
 
 from krasis.formats.architecture import Architecture, RopeScaling, from_gguf_metadata, from_hf_config
+from krasis.formats.checkpoints.gguf import GgufFile
 from krasis.formats.errors import FormatError, UnsupportedModelError
-from krasis.formats.gguf import GgufFile
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
 

@@ -3,7 +3,7 @@ import os
 import pytest
 import zstandard
 
-from krasis.formats.assets import compress_asset, decompress_asset
+from krasis.formats.bundle.assets import compress_asset, decompress_asset
 from krasis.formats.errors import FormatError
 
 

@@ -7,9 +7,9 @@ import logging
 import pytest
 
 from krasis.formats.errors import FormatError
-from krasis.formats.log_lines import PrintableFormatter
 from krasis.formats.names import shown
 from krasis.formats.printable import printable, printable_lines
+from krasis.formats.process.log_lines import PrintableFormatter
 
 RUDE = {
     "title": "\x1b]0;owned\x07",

@@ -8,7 +8,7 @@ import xxhash
 import zstandard
 from bundle_edits import edit_manifest
 
-from krasis.formats.bundle_reader import Bundle
+from krasis.formats.bundle.reader import Bundle
 from krasis.formats.errors import ChecksumError
 
 

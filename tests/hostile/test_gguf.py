@@ -18,7 +18,7 @@ from format_builders import (
     small_gguf,
 )
 
-from krasis.formats.gguf import GgufCheckpoint, GgufFile
+from krasis.formats.checkpoints.gguf import GgufCheckpoint, GgufFile
 
 HUGE = (1 << 64) - 1
 

@@ -6,7 +6,7 @@ import os
 import pytest
 from format_builders import safetensors, tensor_entry
 
-from krasis.formats.safetensors import ShardedCheckpoint
+from krasis.formats.checkpoints.safetensors import ShardedCheckpoint
 
 INDEX = "model.safetensors.index.json"
 SHARD = safetensors({"w": tensor_entry("U8", [4], 0, 4)}, b"data")

@@ -5,7 +5,7 @@ import json
 import pytest
 from bundle_edits import edit_manifest, header_bytes, read_manifest
 
-from krasis.formats.bundle_reader import Bundle
+from krasis.formats.bundle.reader import Bundle
 from krasis.formats.errors import ChecksumError, FormatError, UnsupportedModelError, VersionError
 
 CPU = "cpu-000.safetensors"

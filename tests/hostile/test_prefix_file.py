@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from format_builders import safetensors, safetensors_of, tensor_entry
 
-from krasis.formats.bundle_reader import Bundle
+from krasis.formats.bundle.reader import Bundle
 from krasis.formats.errors import (
     ChecksumError,
     FormatError,

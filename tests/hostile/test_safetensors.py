@@ -5,7 +5,7 @@ import struct
 import pytest
 from format_builders import safetensors, tensor_entry
 
-from krasis.formats.safetensors import SafetensorsFile
+from krasis.formats.checkpoints.safetensors import SafetensorsFile
 
 ONE = {"w": tensor_entry("U8", [4], 0, 4)}
 

@@ -9,8 +9,8 @@ import xxhash
 from bundle_edits import edit_shard_header, header_bytes, read_manifest, write_manifest
 from format_builders import tensor_entry
 
-from krasis.formats.bundle_reader import Bundle
-from krasis.formats.bundle_verify import verify_bundle
+from krasis.formats.bundle.reader import Bundle
+from krasis.formats.bundle.verify import verify_bundle
 from krasis.formats.errors import ChecksumError, FormatError
 
 CPU = "cpu-000.safetensors"

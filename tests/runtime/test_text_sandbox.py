@@ -12,8 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from krasis.formats import worker_process
 from krasis.formats.errors import FormatError, ResourceError, UsageError
+from krasis.formats.process import worker_process
 from krasis.runtime.chat import ChatTemplate, Message
 from krasis.runtime.template_variables import names_offered
 from krasis.runtime.text_sandbox import TextSandbox, shared_sandbox

@@ -16,8 +16,8 @@ sys.path.insert(0, str(SCRIPTS))
 from make_random_bundle import BundleRequest, bundle_bytes, make_bundle  # noqa: E402
 from model_shapes import SHAPES  # noqa: E402
 
-from krasis.formats.bundle_reader import Bundle  # noqa: E402
-from krasis.formats.bundle_verify import verify_bundle  # noqa: E402
+from krasis.formats.bundle.reader import Bundle  # noqa: E402
+from krasis.formats.bundle.verify import verify_bundle  # noqa: E402
 from krasis.formats.errors import ResourceError, UsageError  # noqa: E402
 from krasis.formats.layouts import Int8RowsLayout  # noqa: E402
 from krasis.runtime import Engine, EngineSettings  # noqa: E402

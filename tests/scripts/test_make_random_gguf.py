@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from krasis.convert.conversion import convert, prepare
 from krasis.convert.progress import Reporter
 from krasis.convert.settings import ConvertSettings
-from krasis.formats.gguf import GgufFile
+from krasis.formats.checkpoints.gguf import GgufFile
 from krasis.runtime import Engine, EngineSettings
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"

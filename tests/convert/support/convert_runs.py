@@ -12,7 +12,7 @@ import xxhash
 from krasis.convert.conversion import Summary, convert, prepare
 from krasis.convert.progress import Reporter
 from krasis.convert.settings import ConvertSettings
-from krasis.formats.file_ops import FileOps
+from krasis.formats.files.file_ops import FileOps
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from krasis.formats.architecture import Architecture, from_hf_config
-from krasis.formats.blob_names import blob_names
-from krasis.formats.bundle_writer import BlobSpec, BundleWriter, FileOps, ShardPlan, plan_shards
-from krasis.formats.manifest import AssetRecord, Manifest, SourceRecord
+from krasis.formats.bundle.blob_names import blob_names
+from krasis.formats.bundle.manifest import AssetRecord, Manifest, SourceRecord
+from krasis.formats.bundle.writer import BlobSpec, BundleWriter, FileOps, ShardPlan, plan_shards
 
 # ---- config.json -------------------------------------------------------------------------------------------
 

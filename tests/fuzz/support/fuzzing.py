@@ -20,13 +20,13 @@ import mutations
 import xxhash
 
 from krasis.formats.architecture import from_gguf_metadata, from_hf_config
+from krasis.formats.bundle.manifest import AssetRecord, Manifest
+from krasis.formats.bundle.shard_plan import plan_shards
+from krasis.formats.checkpoints.gguf import GgufFile
+from krasis.formats.checkpoints.gguf_tokenizer import tokenizer_assets
+from krasis.formats.checkpoints.safetensors import SafetensorsFile
 from krasis.formats.errors import KrasisError
-from krasis.formats.gguf import GgufFile
-from krasis.formats.gguf_tokenizer import tokenizer_assets
 from krasis.formats.limits import MAX_CONFIG_BYTES
-from krasis.formats.manifest import AssetRecord, Manifest
-from krasis.formats.safetensors import SafetensorsFile
-from krasis.formats.shard_plan import plan_shards
 from krasis.formats.strict_json import parse_json_object
 
 CORPUS = Path(__file__).parents[1] / "corpus"

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from krasis.formats.architecture import Architecture, RopeScaling
-from krasis.formats.bundle_reader import Bundle
-from krasis.formats.bundle_writer import BlobSpec, BundleWriter, plan_shards
+from krasis.formats.bundle.manifest import Manifest
+from krasis.formats.bundle.reader import Bundle
+from krasis.formats.bundle.writer import BlobSpec, BundleWriter, plan_shards
 from krasis.formats.layouts import layout_from_id
-from krasis.formats.manifest import Manifest
 from krasis.runtime.device.double import DeviceDouble
 from krasis.runtime.host_memory import registrar as registrar_module
 from krasis.runtime.host_memory.registrar import RegistrationError

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from krasis.formats.bundle_reader import Bundle
+from krasis.formats.bundle.reader import Bundle
 from krasis.formats.errors import ResourceError, UsageError
 from krasis.runtime.environment import Memory
 from krasis.runtime.host_memory import arena, open_store, opening

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from krasis.formats.bundle_reader import Bundle
+from krasis.formats.bundle.reader import Bundle
 from krasis.formats.errors import UsageError
 from krasis.runtime.device.double import DeviceDouble
 from krasis.runtime.host_memory import loader, open_store, pinned_store, ring, slots

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from krasis.formats.bundle_reader import Bundle
+from krasis.formats.bundle.reader import Bundle
 from krasis.formats.errors import (
     FormatError,
     KrasisError,

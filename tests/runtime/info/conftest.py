@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from krasis.formats.architecture import Architecture, RopeScaling
-from krasis.formats.bundle_writer import BlobSpec, BundleWriter, plan_shards
+from krasis.formats.bundle.manifest import Manifest, SourceRecord
+from krasis.formats.bundle.writer import BlobSpec, BundleWriter, plan_shards
 from krasis.formats.layouts import layout_from_id
-from krasis.formats.manifest import Manifest, SourceRecord
 
 TINY = Architecture(
     model_type="qwen3_moe",

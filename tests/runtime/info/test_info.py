@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from krasis.formats.bundle_reader import Bundle
-from krasis.formats.manifest import SourceRecord
+from krasis.formats.bundle.manifest import SourceRecord
+from krasis.formats.bundle.reader import Bundle
 from krasis.runtime.info import bundle_to_json, bundle_to_text
 from krasis.runtime.info_cli import main
 

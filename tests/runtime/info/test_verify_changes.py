@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from krasis.formats import bundle_verify
-from krasis.formats.bundle_verify import verdict, verify_bundle
+from krasis.formats.bundle import verify as bundle_verify
+from krasis.formats.bundle.verify import verdict, verify_bundle
 from krasis.runtime.info_cli import main
 
 

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "formats" / "support"))
 
 import format_builders
 
-from krasis.formats.bundle_reader import Bundle
+from krasis.formats.bundle.reader import Bundle
 
 NUMPY = {"f16": np.float16, "bf16": np.uint16, "f32": np.float32}
 

@@ -19,8 +19,8 @@ from typing import Any
 import conftest
 import format_builders
 
-from krasis.formats.bundle_reader import Bundle
-from krasis.formats.file_ops import FileOps
+from krasis.formats.bundle.reader import Bundle
+from krasis.formats.files.file_ops import FileOps
 from krasis.runtime.kv_file import PrefixFile, save_prefix
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from krasis.formats.errors import KrasisError, MismatchError, UsageError
-from krasis.formats.file_ops import FileOps
+from krasis.formats.files.file_ops import FileOps
 from krasis.runtime.kv_file import PrefixFile, bundle_identity, looks_like_prefix, save_prefix
 
 TOKENS = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from krasis.formats.errors import NativeError
-from krasis.formats.file_mapping import FileMapping, prefault
+from krasis.formats.files.file_mapping import FileMapping, prefault
 from krasis.formats.limits import HUGE_PAGE_BYTES, MIB
 from krasis.runtime import prefault as module
 from krasis.runtime.filesystem import filesystem_of_path

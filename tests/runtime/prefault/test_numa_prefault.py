@@ -16,12 +16,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from krasis.formats import file_mapping
+from krasis.formats.bundle.manifest_records import BlobRecord
 from krasis.formats.errors import ResourceError
-from krasis.formats.file_mapping import FileMapping
+from krasis.formats.files import file_mapping
+from krasis.formats.files.file_mapping import FileMapping
 from krasis.formats.layouts import CpuTileLayout
 from krasis.formats.limits import HUGE_PAGE_BYTES, MIB
-from krasis.formats.manifest_records import BlobRecord
 from krasis.runtime import prefault as module
 from krasis.runtime.numa import (
     NumaNode,

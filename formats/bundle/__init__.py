@@ -1,0 +1,1 @@
+"""Bundles: manifest, shards and text files, and how they are written, read and checked."""

@@ -1,0 +1,62 @@
+"""Finds codes that no packer writes: -128 among int8 codes, which are absmax / 127."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from krasis.formats.bundle.manifest import BlobRecord, Manifest
+from krasis.formats.layouts import CpuTileLayout, Int8RowsLayout, layout_from_id
+from krasis.formats.layouts.cpu_tiles import TILE_BYTES
+
+_LOWEST = 0x80  # -128
+_SCALES_BYTES = 64  # at the end of a tile
+
+
+@dataclass(slots=True)
+class CodeRange:
+    """Looks for -128 in a blob's bytes as they are read in order.
+
+    sections: (first byte, end, bytes of a tile) of the record that repeats in the blob; None: all are codes.
+    first: where the first was, in bytes of the blob; None: nowhere so far.
+    """
+
+    record_bytes: int
+    sections: tuple[tuple[int, int, int], ...] | None
+    first: int | None = None
+    _position: int = 0
+
+    def add(self, chunk: bytes) -> None:
+        """The next bytes of the blob."""
+        begin, self._position = self._position, self._position + len(chunk)
+        if self.first is not None:
+            return
+        if self.sections is None:
+            at = chunk.find(_LOWEST)
+            self.first = None if at < 0 else begin + at
+            return
+        places = np.flatnonzero(np.frombuffer(chunk, np.uint8) == _LOWEST) + begin
+        within = places % self.record_bytes
+        for start, end, tile_bytes in self.sections:
+            inside = (within >= start) & (within < end)
+            codes = inside & ((within - start) % tile_bytes < tile_bytes - _SCALES_BYTES)
+            if codes.any():
+                at = int(places[codes][0])
+                self.first = at if self.first is None else min(at, self.first)
+
+
+def code_range(manifest: Manifest, blob: BlobRecord) -> CodeRange | None:
+    """What looks for -128 in a blob; None for one that holds no int8 codes, or those of a GGUF unchanged."""
+    layout = layout_from_id(blob.layout)
+    if isinstance(layout, Int8RowsLayout):
+        return CodeRange(blob.num_bytes, None)
+    lossless = str(manifest.recipe.get("cpu_experts_from", "")).startswith("gguf")
+    if not isinstance(layout, CpuTileLayout) or layout.tiles != "q8" or lossless:
+        return None
+    arch = manifest.architecture
+    record = layout.expert_record(arch.hidden_size, arch.expert_intermediate_size)
+    if blob.shape != (arch.num_experts, record.record_bytes):
+        return None  # opening it for a run says what is wrong
+    sections = tuple((one.offset_bytes, one.end_bytes, TILE_BYTES["q8"]) for one in record.sections)
+    return CodeRange(record.record_bytes, sections)

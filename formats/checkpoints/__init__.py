@@ -1,0 +1,1 @@
+"""What models come as: checkpoints and GGUF files, and what is read out of them."""

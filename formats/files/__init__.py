@@ -1,0 +1,1 @@
+"""Files and mappings: how they are opened, mapped, written whole and recognised."""

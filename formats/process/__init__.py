@@ -1,0 +1,1 @@
+"""What this process is: its streams, signals, limits, version, and its workers."""
