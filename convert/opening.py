@@ -25,7 +25,7 @@ from krasis.formats.limits import MAX_CONFIG_BYTES
 from krasis.formats.long_context import gguf_context_notes, hf_context_notes
 from krasis.formats.models.registry import spec_from_gguf
 from krasis.formats.strict_json import parse_json_object
-from krasis.runtime.model.missing_kernels import refuse_missing_kernels
+from krasis.runtime.missing_kernels import refuse_missing_kernels
 
 
 @dataclass(frozen=True, slots=True)

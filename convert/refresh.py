@@ -16,8 +16,8 @@ from krasis.formats.errors import FormatError, KrasisError, MismatchError, Usage
 from krasis.formats.files.file_ops import FileOps
 from krasis.formats.files.regular_file import read_small_file
 from krasis.formats.names import shown
-from krasis.runtime.text_assets import TEMPLATE_FILE, TOKENIZER, TOKENIZER_CONFIG, parse_text_json
-from krasis.runtime.text_check import TEXT_FILES, check_text, vocabulary
+from krasis.runtime.text.assets import TEMPLATE_FILE, TOKENIZER, TOKENIZER_CONFIG, parse_text_json
+from krasis.runtime.text.check import TEXT_FILES, check_text, vocabulary
 
 # Of one piece with tokenizer.json: a new one makes the old ones of these stale.
 WITH_TOKENIZER = (TOKENIZER_CONFIG, TEMPLATE_FILE, "special_tokens_map.json", "added_tokens.json")

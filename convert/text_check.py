@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 from krasis.convert.progress import Reporter
 from krasis.formats.errors import FormatError, KrasisError
-from krasis.runtime.text_assets import TOKENIZER_CONFIG, parse_text_json
-from krasis.runtime.text_check import TextProblem, check_text
+from krasis.runtime.text.assets import TOKENIZER_CONFIG, parse_text_json
+from krasis.runtime.text.check import TextProblem, check_text
 
 WAY_OUT = "--force-text converts without what cannot be used; --refresh-text puts it into the bundle later"
 

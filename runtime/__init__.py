@@ -11,10 +11,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from krasis.runtime.chat import ChatTemplate, Message
     from krasis.runtime.engine import Engine
     from krasis.runtime.generation import Answer, Generation, Piece
     from krasis.runtime.settings import EngineSettings, SamplingSettings
+    from krasis.runtime.text.chat import ChatTemplate, Message
 
 __all__ = [
     "Answer",
@@ -29,11 +29,11 @@ __all__ = [
 
 _HOMES = {
     "Answer": "generation",
-    "ChatTemplate": "chat",
+    "ChatTemplate": "text.chat",
     "Engine": "engine",
     "EngineSettings": "settings",
     "Generation": "generation",
-    "Message": "chat",
+    "Message": "text.chat",
     "Piece": "generation",
     "SamplingSettings": "settings",
 }

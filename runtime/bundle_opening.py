@@ -6,7 +6,7 @@ from pathlib import Path
 
 from krasis.formats.bundle.blob_names import check_blob_names
 from krasis.formats.bundle.reader import Bundle
-from krasis.runtime.rope_option import parse_rope_scaling, rescaled
+from krasis.runtime.cli.rope_option import parse_rope_scaling, rescaled
 from krasis.runtime.settings import EngineSettings
 
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from krasis.formats.architecture_record import Architecture
 from krasis.formats.bundle.reader import Bundle
 from krasis.formats.process.machine_limits import available_memory_bytes
-from krasis.runtime.filesystem import IN_RAM, filesystem_of_path
-from krasis.runtime.kv_cache import kv_cache_bytes
+from krasis.runtime.host.filesystem import IN_RAM, filesystem_of_path
+from krasis.runtime.state.kv_cache import kv_cache_bytes
 
 if TYPE_CHECKING:
     from krasis.runtime.planning.sizes import ModelSizes

@@ -11,8 +11,8 @@ import numpy.typing as npt
 
 from krasis.runtime.exclusive import CallCancelledError, Cancellation, Exclusive
 from krasis.runtime.sampler import Sampler
-from krasis.runtime.thinking import ANSWER, MarkedStream, Segment, ThinkingSplitter
-from krasis.runtime.tokenizer import TokenStream
+from krasis.runtime.text.thinking import ANSWER, MarkedStream, Segment, ThinkingSplitter
+from krasis.runtime.text.tokenizer import TokenStream
 
 Logits = npt.NDArray[np.float32]
 

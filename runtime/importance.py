@@ -26,11 +26,11 @@ from krasis.formats.bundle.reader import Bundle
 from krasis.formats.errors import UsageError
 from krasis.formats.files.atomic_file import AtomicFile
 from krasis.formats.process.tool import tool_version
-from krasis.runtime.model.float_backend import FloatBackend
-from krasis.runtime.model.weights import load_weights
-from krasis.runtime.native_arrays import Array
+from krasis.runtime.cpu.float_backend import FloatBackend
+from krasis.runtime.cpu.native_arrays import Array
+from krasis.runtime.cpu.weights import load_weights
 from krasis.runtime.settings import EngineSettings
-from krasis.runtime.text_assets import TextAssets
+from krasis.runtime.text.assets import TextAssets
 
 KIND = "krasis importance"
 FORMAT = 1

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from krasis.formats.layouts.cpu_tiles import BLOCK_K
-from krasis.runtime.native_arrays import Array
+from krasis.runtime.cpu.native_arrays import Array
 
 _QUERY_CHUNK = 64  # bounds the score matrix: [heads, chunk, keys]
 

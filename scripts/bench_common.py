@@ -22,7 +22,7 @@ from krasis.formats.layouts.cpu_tiles import TILE_BYTES, TILE_ROWS
 from krasis.formats.layouts.native_pack import TILE_CODES
 from krasis.formats.limits import HUGE_PAGE_BYTES
 from krasis.formats.native import Pool, check
-from krasis.runtime.native import ActsStruct, MoeArgs, prototype
+from krasis.runtime.cpu.native import ActsStruct, MoeArgs, prototype
 
 RECORD_ALIGNMENT_BYTES = 4096
 LEAST_STACK_BYTES = 2 << 30  # far beyond any cache

@@ -112,8 +112,8 @@ def start(bundle: Path) -> Start:
 def huge_page_coverage(bundle: Path) -> tuple[int, int]:
     """(bytes in huge pages, bytes mapped) of the expert shards after reading their blobs once."""
     from krasis.formats.bundle.reader import Bundle
-    from krasis.runtime.huge_pages import huge_and_mapped_bytes
-    from krasis.runtime.prefault import files_of_tiers
+    from krasis.runtime.host.huge_pages import huge_and_mapped_bytes
+    from krasis.runtime.host.prefault import files_of_tiers
 
     tiers = ("cpu", "gpu")
     with Bundle.open(bundle) as opened:

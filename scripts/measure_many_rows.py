@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Times both paths of dense products on this GPU, for the threshold of runtime/gpu/many_rows.py.
+"""Times both paths of dense products on this GPU, for the threshold of runtime/gpu/kernels/many_rows.py.
 
     python scripts/measure_many_rows.py [--rows 64,256,1024] [--repeats 30]
 
@@ -18,8 +18,8 @@ import torch
 
 from krasis.runtime.device.api import Stream
 from krasis.runtime.device.cuda import CudaDevice
-from krasis.runtime.gpu.kernels import GpuKernels
-from krasis.runtime.gpu.many_rows import SCRATCH_BYTES, ManyRows
+from krasis.runtime.gpu.kernels.gpu_kernels import GpuKernels
+from krasis.runtime.gpu.kernels.many_rows import SCRATCH_BYTES, ManyRows
 
 DENSE = {
     "30b qkv": (5120, 2048),

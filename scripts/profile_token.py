@@ -23,8 +23,8 @@ import click
 import numpy as np
 
 from krasis.runtime import Engine, EngineSettings
-from krasis.runtime.kernels import NativeFunction
-from krasis.runtime.model.cpu_backend import CpuBackend
+from krasis.runtime.cpu.backend import CpuBackend
+from krasis.runtime.cpu.kernels import NativeFunction
 
 OUTSIDE = "outside the kernels"
 WARM_UP_TOKENS = 3

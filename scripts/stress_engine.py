@@ -31,9 +31,9 @@ import click
 
 from krasis.formats.errors import UsageError
 from krasis.runtime import Answer, Engine, EngineSettings, SamplingSettings
-from krasis.runtime.chat import Message
 from krasis.runtime.engine import Prompt
 from krasis.runtime.exclusive import CallCancelledError
+from krasis.runtime.text.chat import Message
 
 STANDSTILL_S = 120.0
 WINDOW_S = 1.0  # so long callers take turns by themselves, and so long they do not

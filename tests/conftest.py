@@ -31,7 +31,7 @@ def rope_parameters(architecture: Any) -> dict[str, Any]:
 def state_of_layer(weights: Any, index: int) -> dict[str, np.ndarray]:
     """transformers' names of one layer's dequantised weights."""
     from krasis.formats.layouts import Int8RowsLayout
-    from krasis.runtime.model.weights import to_float32
+    from krasis.runtime.cpu.weights import to_float32
 
     a, layer = weights.architecture, weights.layers[index]
     qkv = Int8RowsLayout().unpack(layer.qkv.codes, layer.qkv.scales)
@@ -61,7 +61,7 @@ def transformers_model(weights: Any) -> Any:
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     from krasis.formats.layouts import Int8RowsLayout
-    from krasis.runtime.model.weights import to_float32
+    from krasis.runtime.cpu.weights import to_float32
 
     a = weights.architecture
     config = Qwen3MoeConfig(

@@ -61,7 +61,7 @@ class WorkerLost(Exception):  # noqa: N818  it says what happened to the process
 
 class WorkerProcess:
     """One worker, of one caller at a time. module: whose HANDLERS it serves, such as
-    ``krasis.runtime.text_worker``.
+    ``krasis.runtime.text.worker``.
 
     The constructor returns before the worker is ready. Raises ResourceError if the system starts no process.
     """

@@ -16,10 +16,10 @@ from types import FrameType
 
 import numpy as np
 
+from krasis.runtime.backend import KvRows, LayerProgress, Logits, TokenIds
 from krasis.runtime.distributed.control import Control
 from krasis.runtime.distributed.parallel import Parallel
 from krasis.runtime.distributed.ranked import RankedBackend
-from krasis.runtime.model.backend import KvRows, LayerProgress, Logits, TokenIds
 
 logger = logging.getLogger(__name__)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from krasis.formats.bundle.reader import Bundle
 from krasis.formats.errors import UsageError
+from krasis.runtime.backend import Backend
 from krasis.runtime.distributed.backend import DistributedBackend
 from krasis.runtime.distributed.control import Control
 from krasis.runtime.distributed.job import join, serve_rank
@@ -26,7 +27,6 @@ from krasis.runtime.distributed.place import (
 from krasis.runtime.distributed.store import Store
 from krasis.runtime.distributed.workers import Workers
 from krasis.runtime.engine import Engine
-from krasis.runtime.model.backend import Backend
 from krasis.runtime.settings import EngineSettings
 
 logger = logging.getLogger(__name__)

@@ -7,8 +7,8 @@ from typing import Protocol
 
 import torch
 
+from krasis.runtime.backend import Backend, Logits, TokenIds
 from krasis.runtime.device.api import Stream
-from krasis.runtime.model.backend import Backend, Logits, TokenIds
 
 
 class RankedBackend(Backend, Protocol):

@@ -1,5 +1,5 @@
 """A Qwen3-MoE decoder whose prefill runs on a GPU, experts streamed from host memory; see
-``model/backend.py``.
+``runtime/backend.py``.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import torch
 
 from krasis.formats.bundle.reader import Bundle
 from krasis.formats.errors import KrasisError, NativeError
+from krasis.runtime.backend import KvRows, LayerProgress, Logits, TokenIds
 from krasis.runtime.device.api import Device, Stream
 from krasis.runtime.distributed.parallel import Parallel, SingleRank
-from krasis.runtime.gpu.expert_stage import ExpertStage
-from krasis.runtime.gpu.head import Head
+from krasis.runtime.gpu.experts.paths import ExpertPath, PathChoice, PathModel
+from krasis.runtime.gpu.experts.stage import ExpertStage
+from krasis.runtime.gpu.kernels.head import Head
 from krasis.runtime.gpu.memory import OUT_OF_MEMORY, half_batch, largest_workspace
 from krasis.runtime.gpu.parts import CPU_STAGE_TOKENS, Parts, open_parts
-from krasis.runtime.gpu.paths import ExpertPath, PathChoice, PathModel
 from krasis.runtime.gpu.prefill import PrefillPass
-from krasis.runtime.model.backend import KvRows, LayerProgress, Logits, TokenIds
 from krasis.runtime.settings import EngineSettings
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ import torch
 from krasis.formats.architecture_record import Architecture
 from krasis.formats.errors import NativeError
 from krasis.runtime.device.api import Device
-from krasis.runtime.gpu.kernels import Routing
+from krasis.runtime.gpu.kernels.gpu_kernels import Routing
 from krasis.runtime.planning.workspace import WorkspaceLayout, rows_per_rank, workspace_layout
 
 

@@ -15,16 +15,16 @@ import numpy as np
 import torch
 
 from krasis.formats.errors import NativeError, UsageError
+from krasis.runtime.backend import Logits
 from krasis.runtime.device.api import Graph, Stream
 from krasis.runtime.gpu.buffers import Buffers, Workspace
-from krasis.runtime.gpu.expert_stage import Step
-from krasis.runtime.gpu.grouped_product import ExpertProduct
-from krasis.runtime.gpu.handover import Handover
-from krasis.runtime.gpu.host_experts import CpuTier, HostExperts
+from krasis.runtime.gpu.experts.handover import Handover
+from krasis.runtime.gpu.experts.host_experts import CpuTier, HostExperts
+from krasis.runtime.gpu.experts.residency import Residency
+from krasis.runtime.gpu.experts.stage import Step
+from krasis.runtime.gpu.kernels.grouped_product import ExpertProduct
 from krasis.runtime.gpu.prefill import GpuModel
-from krasis.runtime.gpu.residency import Residency
 from krasis.runtime.gpu.weights import GpuInt8, GpuLayer
-from krasis.runtime.model.backend import Logits
 
 TIMEOUT_S = 20.0
 

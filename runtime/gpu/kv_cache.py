@@ -10,7 +10,7 @@ import torch
 
 from krasis.formats.architecture_record import Architecture
 from krasis.runtime.device.api import Device, Stream
-from krasis.runtime.gpu.dtypes import numpy_dtype
+from krasis.runtime.gpu.kernels.dtypes import numpy_dtype
 
 KvRows = npt.NDArray[Any]
 

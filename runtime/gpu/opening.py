@@ -15,11 +15,11 @@ from krasis.formats.errors import (
     UsageError,
 )
 from krasis.formats.layouts import MarlinLayout, layout_from_id
-from krasis.runtime import environment
+from krasis.runtime.backend import Backend
 from krasis.runtime.device.library import find_cuda_library
-from krasis.runtime.model.backend import Backend
+from krasis.runtime.host import environment
+from krasis.runtime.host.visible_gpus import VARIABLE, gpus_hidden, has_gpu
 from krasis.runtime.settings import EngineSettings
-from krasis.runtime.visible_gpus import VARIABLE, gpus_hidden, has_gpu
 
 if TYPE_CHECKING:
     from krasis.runtime.device.api import Device

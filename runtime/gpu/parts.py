@@ -12,28 +12,28 @@ import torch
 from krasis.formats.bundle.reader import Bundle
 from krasis.formats.native import Pool
 from krasis.formats.units import format_bytes
+from krasis.runtime.cpu.kernels import Heads
+from krasis.runtime.cpu.weights import load_weights
 from krasis.runtime.device.api import Device, Stream
 from krasis.runtime.distributed.parallel import Parallel
-from krasis.runtime.environment import probe_memory
 from krasis.runtime.gpu.buffers import Workspace
-from krasis.runtime.gpu.cpu_experts import CpuExperts
 from krasis.runtime.gpu.decode import HybridDecoder
-from krasis.runtime.gpu.dtypes import GPU_DTYPES
-from krasis.runtime.gpu.grouped_product import ExpertProduct
-from krasis.runtime.gpu.host_experts import CpuTier
-from krasis.runtime.gpu.kernels import GpuKernels
+from krasis.runtime.gpu.experts.cpu_experts import CpuExperts
+from krasis.runtime.gpu.experts.host_experts import CpuTier
+from krasis.runtime.gpu.experts.residency import Residency
+from krasis.runtime.gpu.experts.schedule import NUM_BUFFERS
+from krasis.runtime.gpu.experts.streamed_experts import StreamedExperts, Streaming
+from krasis.runtime.gpu.kernels.dtypes import GPU_DTYPES
+from krasis.runtime.gpu.kernels.gpu_kernels import GpuKernels
+from krasis.runtime.gpu.kernels.grouped_product import ExpertProduct
+from krasis.runtime.gpu.kernels.many_rows import ManyRows
 from krasis.runtime.gpu.kv_cache import GpuKvCache
-from krasis.runtime.gpu.many_rows import ManyRows
 from krasis.runtime.gpu.memory import OUT_OF_MEMORY, largest_workspace
 from krasis.runtime.gpu.plan import GpuPlan, plan_gpu
 from krasis.runtime.gpu.prefill import GpuModel
-from krasis.runtime.gpu.residency import Residency
-from krasis.runtime.gpu.schedule import NUM_BUFFERS
-from krasis.runtime.gpu.streamed_experts import StreamedExperts, Streaming
 from krasis.runtime.gpu.weights import load_gpu_weights
+from krasis.runtime.host.environment import probe_memory
 from krasis.runtime.host_memory import ExpertStore, open_store
-from krasis.runtime.kernels import Heads
-from krasis.runtime.model.weights import load_weights
 from krasis.runtime.planning import assumptions as assumed
 from krasis.runtime.planning.host import host_reserve_bytes
 from krasis.runtime.planning.workspace import SCRATCH_BYTES

@@ -11,10 +11,10 @@ import torch
 
 from krasis.formats.bundle.reader import Bundle
 from krasis.formats.errors import NativeError, ResourceError
-from krasis.runtime import environment
 from krasis.runtime.context_size import tokens_in_vram
 from krasis.runtime.device.api import Device
 from krasis.runtime.distributed.parallel import Parallel
+from krasis.runtime.host import environment
 from krasis.runtime.planning.hardware import Figure, GpuSpec, HardwareSpec, describe_gpu, describe_host
 from krasis.runtime.planning.measure_gpu import measured_spec
 from krasis.runtime.planning.planner import make_plan

@@ -13,19 +13,19 @@ from dataclasses import dataclass
 import torch
 
 from krasis.formats.architecture_record import Architecture
+from krasis.runtime.backend import LayerProgress, TokenIds
+from krasis.runtime.cpu.kernels import Heads
 from krasis.runtime.device.api import Device, Event, Stream
 from krasis.runtime.distributed.parallel import Parallel
-from krasis.runtime.gpu.attention import attend
 from krasis.runtime.gpu.buffers import Buffers
-from krasis.runtime.gpu.embedding import Embedding
-from krasis.runtime.gpu.expert_stage import ExpertStage, Step
-from krasis.runtime.gpu.kernels import GpuKernels
+from krasis.runtime.gpu.experts.residency import Residency
+from krasis.runtime.gpu.experts.stage import ExpertStage, Step
+from krasis.runtime.gpu.kernels.attention import attend
+from krasis.runtime.gpu.kernels.embedding import Embedding
+from krasis.runtime.gpu.kernels.gpu_kernels import GpuKernels
+from krasis.runtime.gpu.kernels.many_rows import ManyRows
 from krasis.runtime.gpu.kv_cache import GpuKvCache
-from krasis.runtime.gpu.many_rows import ManyRows
-from krasis.runtime.gpu.residency import Residency
 from krasis.runtime.gpu.weights import GpuLayer, GpuWeights
-from krasis.runtime.kernels import Heads
-from krasis.runtime.model.backend import LayerProgress, TokenIds
 
 
 @dataclass(frozen=True, slots=True)

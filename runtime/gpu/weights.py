@@ -1,6 +1,6 @@
 """A bundle's dense weights on the device, in one block of memory; the embedding stays mapped on the host.
 
-``runtime/model/weights.py`` has checked every shape and dtype before a byte gets here.
+``runtime/cpu/weights.py`` has checked every shape and dtype before a byte gets here.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import torch
 
 from krasis.formats.errors import FormatError
 from krasis.formats.layouts import ExpertRecord, MarlinLayout
+from krasis.runtime.cpu.rope import rope_tables
+from krasis.runtime.cpu.weights import FloatWeight, Int8Weight, LayerWeights, ModelWeights
 from krasis.runtime.device.api import Device, Stream
 from krasis.runtime.gpu.upload import TORCH_DTYPES, Uploader
-from krasis.runtime.model.rope import rope_tables
-from krasis.runtime.model.weights import FloatWeight, Int8Weight, LayerWeights, ModelWeights
 
 Array = npt.NDArray[Any]
 ALIGNMENT_BYTES = 256

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 
 from krasis.formats.errors import UsageError
 from krasis.formats.units import format_bytes
-from krasis.runtime.filesystem import IN_RAM
+from krasis.runtime.host.filesystem import IN_RAM
 from krasis.runtime.host_memory.api import METHODS, Method
 
 RING_GROUPS = 4

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from krasis.formats.bundle.reader import Bundle
 from krasis.formats.errors import KrasisError
 from krasis.formats.files.file_mapping import prefault
-from krasis.runtime.filesystem import IN_RAM
+from krasis.runtime.host.filesystem import IN_RAM
 from krasis.runtime.host_memory.experts import Experts, open_shard
 from krasis.runtime.host_memory.memory import anonymous, tensor_of, writable_file
 from krasis.runtime.host_memory.registrar import Registrar

@@ -12,7 +12,7 @@ from krasis.formats.errors import ResourceError
 from krasis.formats.limits import HUGE_PAGE_BYTES
 from krasis.formats.units import format_bytes
 from krasis.runtime.device.api import Device
-from krasis.runtime.environment import probe_memory
+from krasis.runtime.host.environment import probe_memory
 from krasis.runtime.host_memory.api import Attempt, Choice, ExpertStore
 from krasis.runtime.host_memory.arena import ArenaSource
 from krasis.runtime.host_memory.choice import Candidate, Facts, candidates

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from krasis.formats.errors import FormatError, ResourceError
-from krasis.runtime.filesystem import IN_RAM, filesystem_of
+from krasis.runtime.host.filesystem import IN_RAM, filesystem_of
 from krasis.runtime.host_memory import page_cache
 
 Bytes = npt.NDArray[np.uint8]

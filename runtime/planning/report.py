@@ -8,7 +8,7 @@ from itertools import groupby
 from typing import Any
 
 from krasis.formats.units import format_bytes, format_seconds
-from krasis.runtime.format_units import (
+from krasis.runtime.cli.format_units import (
     format_binary,
     format_count,
     format_rate,

@@ -13,7 +13,7 @@ from pathlib import Path
 from krasis.formats import native
 from krasis.formats.errors import KrasisError
 from krasis.formats.files.aligned import aligned_empty
-from krasis.runtime import environment
+from krasis.runtime.host import environment
 from krasis.runtime.planning.hardware import Figure, GpuSpec, HardwareSpec, describe_gpu, describe_host, given
 from krasis.runtime.planning.measure_gpu import measured_spec
 

@@ -28,7 +28,7 @@ from krasis.formats.files.aligned import aligned_empty
 from krasis.formats.layouts import CpuTileLayout
 from krasis.formats.layouts.matrix import MatrixView
 from krasis.formats.native import Pool
-from krasis.runtime.kernels import Acts, Kernels, moe_workspace_bytes, workspace
+from krasis.runtime.cpu.kernels import Acts, Kernels, moe_workspace_bytes, workspace
 
 SLICE_BYTES = 1 << 29
 BITS = {"q8": 8, "i4": 4}

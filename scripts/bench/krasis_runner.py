@@ -27,9 +27,9 @@ from device.limits import streaming_vram_bytes
 from krasis.formats.bundle.reader import Bundle
 from krasis.formats.native import Pool, check, library_path
 from krasis.runtime import Engine, EngineSettings
-from krasis.runtime.huge_pages import huge_share
-from krasis.runtime.native import prototype
-from krasis.runtime.prefault import files_of_tiers
+from krasis.runtime.cpu.native import prototype
+from krasis.runtime.host.huge_pages import huge_share
+from krasis.runtime.host.prefault import files_of_tiers
 
 WINDOW_BYTES = 256 << 20
 

@@ -15,7 +15,7 @@ from krasis.formats.bundle.reader import Bundle
 from krasis.formats.checkpoints.ggml_blocks import dequantize
 from krasis.formats.checkpoints.gguf import GgufFile
 from krasis.formats.layouts import Int8RowsLayout
-from krasis.runtime.model.weights import Int8Weight, LayerWeights, load_weights, to_float32
+from krasis.runtime.cpu.weights import Int8Weight, LayerWeights, load_weights, to_float32
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 

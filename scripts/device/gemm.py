@@ -16,9 +16,9 @@ from krasis.formats.architecture import Architecture
 from krasis.formats.layouts import ExpertRecord
 from krasis.runtime.device.api import Device, Stream
 from krasis.runtime.gpu.buffers import Workspace
-from krasis.runtime.gpu.expert_stage import Step
-from krasis.runtime.gpu.grouped_product import ExpertProduct
-from krasis.runtime.gpu.kernels import GpuKernels
+from krasis.runtime.gpu.experts.stage import Step
+from krasis.runtime.gpu.kernels.gpu_kernels import GpuKernels
+from krasis.runtime.gpu.kernels.grouped_product import ExpertProduct
 
 FEW_ROWS = 256  # up to here every expert of a layer, beyond it a quarter of them, to bound time and memory
 

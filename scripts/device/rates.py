@@ -60,7 +60,7 @@ def synchronize(context: Context) -> Callable[[], object]:
 
 def host_read_gbps() -> float:
     """All cores reading memory; 0 if it cannot be measured here."""
-    from krasis.runtime import environment
+    from krasis.runtime.host import environment
     from krasis.runtime.planning.this_machine import measure_read_bandwidth
 
     notes: list[str] = []

@@ -27,7 +27,7 @@ from device.places import request_of  # noqa: E402
 from make_random_bundle import make_bundle  # noqa: E402
 
 from krasis.formats.bundle.reader import Bundle  # noqa: E402
-from krasis.runtime.model.weights import ModelWeights, load_weights  # noqa: E402
+from krasis.runtime.cpu.weights import ModelWeights, load_weights  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -162,7 +162,7 @@ def test_a_saved_prefix_goes_on_with_the_same_bits(
 def test_krasis_run_says_where_it_ran(trained: Any, device_name: str, tmp_path: Path) -> None:
     from click.testing import CliRunner
 
-    from krasis.runtime.cli import main
+    from krasis.runtime.cli.run import main
 
     path = tmp_path / "a.kv"
     flags = [

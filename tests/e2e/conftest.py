@@ -251,7 +251,7 @@ def vram_for() -> Callable[..., int]:
 @pytest.fixture
 def only_path(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """The cost model finds this path the fastest."""
-    from krasis.runtime.gpu.paths import PathModel
+    from krasis.runtime.gpu.experts.paths import PathModel
 
     def choose(path: str) -> None:
         monkeypatch.setattr(PathModel, "seconds", lambda self, name, *_: 0.0 if name == path else 1.0)

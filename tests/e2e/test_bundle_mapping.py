@@ -19,7 +19,7 @@ from krasis.convert.progress import Reporter
 from krasis.convert.settings import ConvertSettings
 from krasis.formats.bundle.reader import Bundle
 from krasis.formats.errors import ResourceError, UsageError
-from krasis.runtime.filesystem import IN_RAM, filesystem_of_path
+from krasis.runtime.host.filesystem import IN_RAM, filesystem_of_path
 from krasis.runtime.host_memory.page_cache import cached_share
 
 HUGE_PAGE_BYTES = 2 << 20

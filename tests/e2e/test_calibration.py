@@ -18,8 +18,8 @@ from krasis.convert.settings import ConvertSettings
 from krasis.formats.bundle.reader import Bundle
 from krasis.formats.errors import UsageError
 from krasis.formats.layouts import layout_from_id
+from krasis.runtime.cli.importance_command import main
 from krasis.runtime.importance import collect
-from krasis.runtime.importance_cli import main
 
 MODEL = Path(__file__).parent.parent / "assets" / "tiny-qwen3-moe"
 # Modules that the model was not trained on and that are no part of heldout.txt (see its PROVENANCE.md).

@@ -215,7 +215,7 @@ _PATCHED = """
 import sys, time
 from krasis.runtime.engine import Engine
 {patch}
-from krasis.runtime.cli import main
+from krasis.runtime.cli.run import main
 main(prog_name="krasis-run")
 """
 _SLOW_PREFILL = """
@@ -227,20 +227,20 @@ def slow(self, *args, **options):
 Engine._prefill = slow
 """
 _SLOW_SAVE = """
-from krasis.runtime.conversation import Conversation
+from krasis.runtime.cli.conversation import Conversation
 def slow(self, path):
     print("saving", flush=True)
     time.sleep(60)
 Conversation.save = slow
 """
 _FAULTY_SAVE = """
-from krasis.runtime.conversation import Conversation
+from krasis.runtime.cli.conversation import Conversation
 def fault(self, path):
     raise MemoryError("as if")
 Conversation.save = fault
 """
 _HOSTILE = """
-from krasis.runtime.tokenizer import TokenStream
+from krasis.runtime.text.tokenizer import TokenStream
 TokenStream.push = lambda self, token: "\\x1b]52;c;RVZJTA==\\x07\\x9b31m\\u202eEVIL\\x1b[2J\\r"
 """
 
@@ -317,7 +317,7 @@ if not child:
     signal.signal(signal.SIGTTOU, signal.SIG_IGN)
     os.tcsetpgrp(0, os.getpid())
     signal.signal(signal.SIGTTOU, signal.SIG_DFL)
-    from krasis.runtime.cli import main
+    from krasis.runtime.cli.run import main
     main(prog_name="krasis-run")
 signal.signal(signal.SIGTTOU, signal.SIG_IGN)
 while True:

@@ -14,9 +14,9 @@ from click.testing import CliRunner
 
 from krasis.formats.bundle.reader import Bundle
 from krasis.runtime import Engine, EngineSettings, context_size
-from krasis.runtime.cli import main
+from krasis.runtime.cli.run import main
 from krasis.runtime.context_size import tokens_in_ram, tokens_in_vram
-from krasis.runtime.filesystem import filesystem_of_path
+from krasis.runtime.host.filesystem import filesystem_of_path
 from krasis.runtime.planning import assumptions, sizes_of_bundle
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 -- a file in RAM is what is wanted
@@ -124,7 +124,7 @@ def test_a_bundle_in_ram_is_not_read_from_a_disk(
     """However little is available beside it: its pages are in memory."""
     if not SHARED_MEMORY.is_dir() or filesystem_of_path(SHARED_MEMORY) != "tmpfs":
         pytest.skip(f"{SHARED_MEMORY} is no tmpfs")
-    monkeypatch.setattr("krasis.runtime.prefault.available_memory_bytes", lambda: 1000)
+    monkeypatch.setattr("krasis.runtime.host.prefault.available_memory_bytes", lambda: 1000)
     with tempfile.TemporaryDirectory(dir=SHARED_MEMORY) as folder:
         in_ram = Path(shutil.copytree(chat_bundle, Path(folder) / "model.krasis"))
         options = ["--prompt", "hello", "--max-tokens", "2", "--threads", "1", "--device", "cpu"]

@@ -12,8 +12,8 @@ import pytest
 
 from krasis.formats.bundle.reader import Bundle
 from krasis.formats.errors import ResourceError
+from krasis.runtime.cpu.weights import load_weights
 from krasis.runtime.device.double import DeviceDouble
-from krasis.runtime.model.weights import load_weights
 
 OpenGpu = Callable[..., Any]
 RelativeError = Callable[[np.ndarray, np.ndarray], float]

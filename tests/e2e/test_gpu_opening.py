@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from krasis.formats.errors import MismatchError, NativeError, ResourceError, UnsupportedModelError, UsageError
-from krasis.runtime import Engine, EngineSettings, environment
+from krasis.runtime import Engine, EngineSettings
 from krasis.runtime.gpu import opening
+from krasis.runtime.host import environment
 
 
 @pytest.fixture(scope="module")

@@ -15,11 +15,12 @@ import pytest
 
 from krasis.formats.errors import NativeError
 from krasis.runtime.device.double import DeviceDouble, OrderingError
-from krasis.runtime.gpu import parts, streamed_experts
-from krasis.runtime.gpu.copy_pipeline import CopyPipeline
-from krasis.runtime.gpu.paths import PathModel
-from krasis.runtime.gpu.schedule import Group, layer_groups
-from krasis.runtime.gpu.streamed_experts import StreamedExperts
+from krasis.runtime.gpu import parts
+from krasis.runtime.gpu.experts import streamed_experts
+from krasis.runtime.gpu.experts.copy_pipeline import CopyPipeline
+from krasis.runtime.gpu.experts.paths import PathModel
+from krasis.runtime.gpu.experts.schedule import Group, layer_groups
+from krasis.runtime.gpu.experts.streamed_experts import StreamedExperts
 from krasis.runtime.host_memory import open_store
 
 SEEDS = (0, 1, 2)  # run late, at once, at random
@@ -176,7 +177,7 @@ def test_an_expert_that_no_group_covers_is_missed(
     def without_the_last(layer: int, first: int, count: int, *rest: Any) -> tuple[Group, ...]:
         return layer_groups(layer, first, count - 3, *rest)
 
-    monkeypatch.setattr("krasis.runtime.gpu.schedule.layer_groups", without_the_last)
+    monkeypatch.setattr("krasis.runtime.gpu.experts.schedule.layer_groups", without_the_last)
     monkeypatch.setattr(streamed_experts, "layer_groups", without_the_last)
     with pytest.raises(NativeError, match="executed exactly once"):
         run(0)

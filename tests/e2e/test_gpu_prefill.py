@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from krasis.formats.bundle.reader import Bundle
-from krasis.runtime.gpu import many_rows, parts
-from krasis.runtime.model.weights import ModelWeights, load_weights
+from krasis.runtime.cpu.weights import ModelWeights, load_weights
+from krasis.runtime.gpu import parts
+from krasis.runtime.gpu.kernels import many_rows
 
 OpenGpu = Callable[..., Any]
 RelativeError = Callable[[np.ndarray, np.ndarray], float]

@@ -21,7 +21,7 @@ from krasis.formats.architecture import Architecture, from_gguf_metadata, from_h
 from krasis.formats.checkpoints.gguf import GgufCheckpoint
 from krasis.formats.errors import MismatchError
 from krasis.runtime import Engine, EngineSettings
-from krasis.runtime.model.registry import open_backend
+from krasis.runtime.open_backend import open_backend
 
 CHECKPOINT = Path(__file__).parent.parent / "assets" / "tiny-qwen3-moe"
 NUM_TOKENS = 320

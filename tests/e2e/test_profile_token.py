@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from krasis.runtime import Engine, EngineSettings
-from krasis.runtime.model.cpu_backend import CpuBackend
+from krasis.runtime.cpu.backend import CpuBackend
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 sys.path.insert(0, str(SCRIPTS))

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from krasis.runtime.cli import main
+from krasis.runtime.cli.run import main
 
 pytest.importorskip("torch.distributed")
 
@@ -161,7 +161,7 @@ def test_ranks_round_differently(outcomes) -> None:
 
 def test_logits_of_transformers(bundles, outcomes, reference_logits, relative_error) -> None:
     from krasis.formats.bundle.reader import Bundle
-    from krasis.runtime.model.weights import load_weights
+    from krasis.runtime.cpu.weights import load_weights
 
     with Bundle.open(bundles["5 experts"]) as bundle:
         expected = reference_logits(load_weights(bundle, "gpu"), list(range(1, 10)))
@@ -233,7 +233,7 @@ def test_no_worker_outlives_rank_0(bundles) -> None:
 
 
 def krasis_run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    code = "from krasis.runtime.cli import main; main(prog_name='krasis-run')"
+    code = "from krasis.runtime.cli.run import main; main(prog_name='krasis-run')"
     command = [sys.executable, "-c", code, "--device", "double", *map(str, arguments)]
     return subprocess.run(
         command, check=False, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL

@@ -16,9 +16,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from krasis.runtime import Engine, EngineSettings, SamplingSettings
-from krasis.runtime.cli import main
+from krasis.runtime.cli.run import main
 
-RUN = [sys.executable, "-c", "from krasis.runtime.cli import main; main(prog_name='krasis-run')"]
+RUN = [sys.executable, "-c", "from krasis.runtime.cli.run import main; main(prog_name='krasis-run')"]
 GREEDY = ["--temperature", "0", "--max-tokens", "12", "--ctx", "256", "--threads", "2"]
 
 
@@ -37,7 +37,7 @@ def test_the_library_and_transformers_agree(
     trained_bundle: Path, reference_logits: Callable[..., Any]
 ) -> None:
     from krasis.formats.bundle.reader import Bundle
-    from krasis.runtime.model.weights import load_weights
+    from krasis.runtime.cpu.weights import load_weights
 
     with Engine.open(trained_bundle, EngineSettings(threads=2)) as engine:
         answer = engine.generate("import os\nimport ", SamplingSettings(), max_tokens=8)
@@ -188,7 +188,7 @@ def test_a_bundle_without_template_or_tokenizer_says_what_to_do(
 
 
 def test_no_chat_template_points_to_raw(chat_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("krasis.runtime.text_assets.TextAssets._template_source", lambda self: None)
+    monkeypatch.setattr("krasis.runtime.text.assets.TextAssets._template_source", lambda self: None)
     result = run(chat_bundle, "--prompt", "x")
     assert result.exit_code == 2
     assert "--raw" in result.stderr
@@ -197,7 +197,7 @@ def test_no_chat_template_points_to_raw(chat_bundle: Path, monkeypatch: pytest.M
 
 def test_help_does_not_load_the_engine() -> None:
     code = (
-        "import sys; from krasis.runtime.cli import main; main(['--help'], standalone_mode=False);"
+        "import sys; from krasis.runtime.cli.run import main; main(['--help'], standalone_mode=False);"
         "heavy = {'numpy', 'torch', 'transformers', 'h5py', 'tokenizers', 'jinja2', 'prompt_toolkit'};"
         "heavy &= set(sys.modules);"
         "print('heavy', sorted(heavy))"
@@ -211,7 +211,7 @@ def test_help_does_not_load_the_engine() -> None:
 def test_running_does_not_load_torch(chat_bundle: Path) -> None:
     arguments = [str(chat_bundle), "--prompt", "x", "--max-tokens", "3"]
     code = (
-        f"import sys; from krasis.runtime.cli import main; main({arguments!r}, standalone_mode=False);"
+        f"import sys; from krasis.runtime.cli.run import main; main({arguments!r}, standalone_mode=False);"
         "heavy = {'torch', 'transformers', 'h5py', 'gguf', 'prompt_toolkit'} & set(sys.modules);"
         "print('heavy', sorted(heavy))"
     )

@@ -190,7 +190,7 @@ def test_loading_maps_and_does_not_copy(chat_bundle: Path) -> None:
 
 def test_prefault_reads_the_tiers_that_are_used(chat_bundle: Path, caplog: pytest.LogCaptureFixture) -> None:
     from krasis.formats.bundle.reader import Bundle
-    from krasis.runtime.prefault import files_of_tiers, start_prefault
+    from krasis.runtime.host.prefault import files_of_tiers, start_prefault
 
     with Bundle.open(chat_bundle) as bundle, caplog.at_level("INFO"):
         prefault = start_prefault(bundle, ("dense", "cpu"))
@@ -207,7 +207,7 @@ def test_prefault_reads_the_tiers_that_are_used(chat_bundle: Path, caplog: pytes
 def test_weights_beyond_memory_are_not_prefaulted(
     chat_bundle: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("krasis.runtime.prefault.available_memory_bytes", lambda: 1000)
+    monkeypatch.setattr("krasis.runtime.host.prefault.available_memory_bytes", lambda: 1000)
     monkeypatch.setattr("krasis.runtime.context_size.filesystem_of_path", lambda _: "ext4")  # also in a tmpfs
     with Engine.open(chat_bundle) as engine:
         assert engine.prefill([1, 2]).shape == (300,)

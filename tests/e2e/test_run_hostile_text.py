@@ -14,7 +14,7 @@ import pytest
 import xxhash
 import zstandard
 
-RUN = [sys.executable, "-c", "from krasis.runtime.cli import main; main(prog_name='krasis-run')"]
+RUN = [sys.executable, "-c", "from krasis.runtime.cli.run import main; main(prog_name='krasis-run')"]
 TITLE = "\x1b]0;owned\x07\x1b[31mEVIL"
 NEST = "{% set a = ['x'] %}" + "{% set a = [a,a,a,a,a,a,a,a,a,a] %}" * 9
 

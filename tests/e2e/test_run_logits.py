@@ -11,7 +11,7 @@ import pytest
 
 from krasis.formats.bundle.reader import Bundle
 from krasis.runtime import Engine, EngineSettings
-from krasis.runtime.model.weights import ModelWeights, load_weights
+from krasis.runtime.cpu.weights import ModelWeights, load_weights
 
 RelativeError = Callable[[np.ndarray, np.ndarray], float]
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}

@@ -13,8 +13,8 @@ from click.testing import CliRunner, Result
 
 from krasis.formats.errors import ChecksumError, FormatError, MismatchError, UsageError
 from krasis.runtime import Engine, EngineSettings, SamplingSettings
-from krasis.runtime.cli import main
-from krasis.runtime.conversation import Conversation
+from krasis.runtime.cli.conversation import Conversation
+from krasis.runtime.cli.run import main
 
 GREEDY = SamplingSettings()
 SETTINGS = EngineSettings(context=400, threads=2, prefill_chunk=16, prefault=False)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-RUN = [sys.executable, "-c", "from krasis.runtime.cli import main; main(prog_name='krasis-run')"]
+RUN = [sys.executable, "-c", "from krasis.runtime.cli.run import main; main(prog_name='krasis-run')"]
 ASK = ["--raw", "--prompt", "x", "--max-tokens", "2", "--ctx", "64", "--threads", "1"]
 
 

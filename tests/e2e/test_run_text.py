@@ -16,11 +16,11 @@ from click.testing import CliRunner, Result
 
 from krasis.formats.errors import FormatError, UsageError
 from krasis.runtime import Engine, EngineSettings, Message, SamplingSettings
-from krasis.runtime import conversation as talks
-from krasis.runtime.cli import main
-from krasis.runtime.conversation import Conversation
+from krasis.runtime.cli import conversation as talks
+from krasis.runtime.cli.conversation import Conversation
+from krasis.runtime.cli.run import main
 
-RUN = [sys.executable, "-c", "from krasis.runtime.cli import main; main(prog_name='krasis-run')"]
+RUN = [sys.executable, "-c", "from krasis.runtime.cli.run import main; main(prog_name='krasis-run')"]
 GREEDY = ["--temperature", "0", "--max-tokens", "3", "--ctx", "256", "--threads", "1"]
 EMOJI = "\U0001f642"
 

@@ -16,9 +16,9 @@ from click.testing import CliRunner, Result
 
 from krasis.formats.errors import KrasisError, UsageError
 from krasis.runtime import Engine, EngineSettings, SamplingSettings
-from krasis.runtime.conversation import Conversation
+from krasis.runtime.cli.conversation import Conversation
+from krasis.runtime.cli.terminal import Terminal
 from krasis.runtime.sampler import Sampler
-from krasis.runtime.terminal import Terminal
 
 # Opens the thinking in the prompt, or closes it at once: the switch of Qwen3's templates.
 SWITCHED = (
@@ -92,7 +92,7 @@ def says(monkeypatch: pytest.MonkeyPatch, engine: Engine) -> Callable[[str], Non
 
 
 def krasis_run(bundle: Path, *arguments: str) -> Result:
-    from krasis.runtime.cli import main
+    from krasis.runtime.cli.run import main
 
     return CliRunner().invoke(main, [str(bundle), "--threads", "1", "--prompt", "def", *arguments])
 
@@ -276,7 +276,7 @@ def test_a_chat_sends_answers_back_without_their_thinking(
 
 
 def test_krasis_info_tells_of_ends_and_sampling(bundle: Path, text_bundle: Callable[..., Path]) -> None:
-    from krasis.runtime.info_cli import main
+    from krasis.runtime.cli.info_command import main
 
     def info(path: Path, *flags: str) -> str:
         result = CliRunner().invoke(main, [str(path), *flags])

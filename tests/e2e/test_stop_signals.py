@@ -15,7 +15,7 @@ import pytest
 
 from krasis.runtime import Engine
 
-RUN = [sys.executable, "-c", "from krasis.runtime.cli import main; main(prog_name='krasis-run')"]
+RUN = [sys.executable, "-c", "from krasis.runtime.cli.run import main; main(prog_name='krasis-run')"]
 SIGNALS = [signal.SIGTERM, signal.SIGHUP]
 # A command that gets a signal at a given call: what is patched, the signal, then the command's arguments.
 SELF = """
@@ -72,7 +72,9 @@ def test_a_one_shot_answer_is_saved(chat_bundle: Path, tmp_path: Path) -> None:
 def test_the_code_names_the_signal(chat_bundle: Path, tmp_path: Path, number: int) -> None:
     saved = tmp_path / "talk.kv"
     arguments = (chat_bundle, "--prompt", "hello", "--save-kv", saved, "--ctx", 512)
-    done = signalled("krasis.runtime.cli", "krasis.runtime.engine", "Engine._decode", 5, number, *arguments)
+    done = signalled(
+        "krasis.runtime.cli.run", "krasis.runtime.engine", "Engine._decode", 5, number, *arguments
+    )
     assert done.returncode == 128 + number, done
     assert done.stderr.splitlines()[-1] == f"krasis-run: stopped by {signal.Signals(number).name}"
     assert saved.exists()
@@ -83,12 +85,14 @@ def test_while_it_loads_and_while_it_saves(chat_bundle: Path, tmp_path: Path) ->
     saved = tmp_path / "talk.kv"
     arguments = (chat_bundle, "--prompt", "hello", "--save-kv", saved, "--max-tokens", 4)
     done = signalled(
-        "krasis.runtime.cli", "krasis.runtime.engine", "Engine.open", 1, signal.SIGTERM, *arguments
+        "krasis.runtime.cli.run", "krasis.runtime.engine", "Engine.open", 1, signal.SIGTERM, *arguments
     )
     assert (done.returncode, saved.exists()) == (143, False), done
     assert done.stderr.splitlines() == ["krasis-run: stopped by SIGTERM"]
     for number in (signal.SIGTERM, signal.SIGINT):
-        done = signalled("krasis.runtime.cli", "krasis.runtime.engine", "save_prefix", 1, number, *arguments)
+        done = signalled(
+            "krasis.runtime.cli.run", "krasis.runtime.engine", "save_prefix", 1, number, *arguments
+        )
         assert (done.returncode, saved.exists()) == (0, True), done  # it was the last thing to do
         saved.unlink()
 
@@ -98,9 +102,10 @@ def test_a_save_that_fails_is_told(chat_bundle: Path, tmp_path: Path) -> None:
     saved.parent.mkdir()
     code = SELF.replace("real, calls =", f"import shutil; shutil.rmtree('{saved.parent}')\nreal, calls =")
     code = code.replace(
-        "main = import", "from krasis.runtime import kv_file\nkv_file.check_target = print\nmain = import"
+        "main = import",
+        "from krasis.runtime.state import kv_file\nkv_file.check_target = print\nmain = import",
     )
-    line = ["krasis.runtime.cli", "Engine._decode", "3", "15", "krasis.runtime.engine", chat_bundle]
+    line = ["krasis.runtime.cli.run", "Engine._decode", "3", "15", "krasis.runtime.engine", chat_bundle]
     done = subprocess.run(
         [sys.executable, "-c", code, *line, "--prompt", "x", "--save-kv", saved, "--ctx", "512"],
         capture_output=True,
@@ -113,7 +118,7 @@ def test_a_save_that_fails_is_told(chat_bundle: Path, tmp_path: Path) -> None:
 
 
 def test_nohup_stays_nohup(chat_bundle: Path) -> None:
-    line = ["krasis.runtime.cli", "Engine._decode", "3", str(int(signal.SIGHUP)), "krasis.runtime.engine"]
+    line = ["krasis.runtime.cli.run", "Engine._decode", "3", str(int(signal.SIGHUP)), "krasis.runtime.engine"]
     command = ["sh", "-c", "trap '' HUP; exec \"$@\"", "sh", sys.executable, "-c", SELF, *line]
     done = subprocess.run(
         [*command, chat_bundle, "--prompt", "hello", "--max-tokens", "5"],
@@ -207,7 +212,7 @@ def test_a_signal_at_the_very_end_of_a_conversion(checkpoint_copy: Path, tmp_pat
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_verification_stops_at_once(chat_bundle: Path, number: int) -> None:
-    arguments = ("krasis.runtime.info_cli", "krasis.formats.bundle.verify", "as_completed", 1, number)
+    arguments = ("krasis.runtime.cli.info_command", "krasis.formats.bundle.verify", "as_completed", 1, number)
     done = signalled(*arguments, chat_bundle, "--verify")
     assert done.returncode == 128 + number, done
     assert done.stderr.splitlines() == ["krasis-info: stopped"]

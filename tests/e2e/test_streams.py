@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 PROGRAMS = {
-    "run": "from krasis.runtime.cli import main; main(prog_name='krasis-run')",
-    "info": "from krasis.runtime.info_cli import main; main(prog_name='krasis-info')",
+    "run": "from krasis.runtime.cli.run import main; main(prog_name='krasis-run')",
+    "info": "from krasis.runtime.cli.info_command import main; main(prog_name='krasis-info')",
     "convert": "from krasis.convert.cli import main; main(prog_name='krasis-convert')",
-    "importance": "from krasis.runtime.importance_cli import main; main(prog_name='importance')",
+    "importance": "from krasis.runtime.cli.importance_command import main; main(prog_name='importance')",
 }
 ASK = ["--prompt", "hello", "--raw", "--max-tokens", "12", "--temperature", "0", "--threads", "2"]
 

@@ -14,8 +14,8 @@ from click.testing import CliRunner, Result
 from krasis.convert.cli import main as convert_main
 from krasis.formats.bundle.reader import Bundle
 from krasis.runtime import Engine, EngineSettings, Message
-from krasis.runtime.cli import main as run_main
-from krasis.runtime.info_cli import main as info_main
+from krasis.runtime.cli.info_command import main as info_main
+from krasis.runtime.cli.run import main as run_main
 
 TINY = Path(__file__).parents[1] / "assets" / "tiny-qwen3-moe"
 MENDED = "{% for m in messages %}[{{ m.content }}]{% endfor %}"

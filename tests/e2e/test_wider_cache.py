@@ -17,7 +17,7 @@ from tiny_gguf import mean_kl, read_tensors
 from krasis.formats.errors import NativeError
 from krasis.runtime import Engine, EngineSettings
 from krasis.runtime.settings import SamplingSettings
-from krasis.runtime.wider_cache import nonfinite_logits
+from krasis.runtime.state.wider_cache import nonfinite_logits
 
 CHECKPOINT = Path(__file__).parent.parent / "assets" / "tiny-qwen3-moe"
 
@@ -118,7 +118,7 @@ def test_without_memory_the_error_names_the_cache_first(
     bundle: Path, tokens: list[int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with opened(bundle) as engine:
-        monkeypatch.setattr("krasis.runtime.kv_cache.available_memory_bytes", lambda: 1000)
+        monkeypatch.setattr("krasis.runtime.state.kv_cache.available_memory_bytes", lambda: 1000)
         with caplog.at_level(logging.WARNING), pytest.raises(NativeError, match="NaN or infinite") as caught:
             list(engine.generate(tokens, max_tokens=3))
     sentence = str(caught.value)

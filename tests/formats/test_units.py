@@ -90,8 +90,8 @@ def test_printed_sizes_are_read(value: int) -> None:
 @pytest.mark.parametrize("text", ["14 quarts", "-5", "1,5G"])
 def test_every_option_reads_the_same_grammar(text: str) -> None:
     from krasis.convert.cli import main as convert
-    from krasis.runtime.cli import main as run
-    from krasis.runtime.info_cli import main as info
+    from krasis.runtime.cli.info_command import main as info
+    from krasis.runtime.cli.run import main as run
 
     for command, option, others in (
         (convert, "--shard-size", ["/nowhere", "-o", "/nowhere/x"]),

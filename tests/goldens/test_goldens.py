@@ -204,7 +204,7 @@ def test_a_saved_prefix(make_bundle: Callable[[str], Path], tmp_path: Path) -> N
 
 @pytest.mark.parametrize("name", sorted(MACHINES))
 def test_a_plan(name: str) -> None:
-    plan = run_main("krasis.runtime.info_cli", "--plan", "--shape", *MACHINES[name], *HOST)
+    plan = run_main("krasis.runtime.cli.info_command", "--plan", "--shape", *MACHINES[name], *HOST)
     found = json.loads(plan)
     del found["plan"]["notes"]  # they name the place of this installation's library
     compare(f"plan {name}", found)

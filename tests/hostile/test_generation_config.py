@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from krasis.formats.errors import FormatError
-from krasis.runtime.end_tokens import NamedEnds, named_ends
 from krasis.runtime.generation_defaults import describe, read_defaults
-from krasis.runtime.tokenizer import Tokenizer
+from krasis.runtime.text.end_tokens import NamedEnds, named_ends
+from krasis.runtime.text.tokenizer import Tokenizer
 
 VALUES = st.recursive(
     st.none()

@@ -20,7 +20,7 @@ from krasis.formats.errors import (
     UsageError,
     VersionError,
 )
-from krasis.runtime.kv_file import PrefixFile, bundle_identity
+from krasis.runtime.state.kv_file import PrefixFile, bundle_identity
 
 LAYERS, HEADS, NUM, DIM = 2, 2, 3, 32  # of format_builders' bundle, and the tokens of these files
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from krasis.runtime.tokenizer import Tokenizer
+from krasis.runtime.text.tokenizer import Tokenizer
 
 CORPUS = [
     "def main() -> None:\n    return 'Grüße, 世界 🙂'\n",

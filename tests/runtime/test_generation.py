@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from krasis.runtime.generation import Answer, Generation, GenerationPlan, StopStrings, run
 from krasis.runtime.sampler import Sampler
 from krasis.runtime.settings import SamplingSettings
-from krasis.runtime.tokenizer import Tokenizer
+from krasis.runtime.text.tokenizer import Tokenizer
 
 VOCAB = 292
 

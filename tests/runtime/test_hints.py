@@ -11,21 +11,21 @@ import click
 import pytest
 
 from krasis.convert.cli import main as convert_main
-from krasis.runtime.cli import main as run_main
-from krasis.runtime.importance_cli import main as importance_main
-from krasis.runtime.info_cli import main as info_main
+from krasis.runtime.cli.importance_command import main as importance_main
+from krasis.runtime.cli.info_command import main as info_main
+from krasis.runtime.cli.run import main as run_main
 
 ROOT = Path(__file__).parents[2]
 COMMANDS: dict[str, click.Command] = {
     "krasis-run": run_main,
     "krasis-info": info_main,
     "krasis-convert": convert_main,
-    "importance_cli": importance_main,
+    "importance_command": importance_main,
 }
 # Whose options a message means if it names no command.
 OWN_COMMAND = {
-    "runtime/info_cli.py": "krasis-info",
-    "runtime/importance_cli.py": "importance_cli",
+    "runtime/cli/info_command.py": "krasis-info",
+    "runtime/cli/importance_command.py": "importance_command",
     "runtime/planning/planner.py": "krasis-info",  # make_workload, which krasis-info alone calls
     "runtime/planning/presets.py": "krasis-info",
     "runtime/planning/this_machine.py": "krasis-info",
@@ -87,4 +87,4 @@ def test_the_check_sees_what_is_wrong() -> None:
     assert unknown_options(place, "a shorter --context") == ["--context"]
     assert unknown_options(place, "a shorter one (krasis-run --ctx, krasis-info --context)") == []
     assert unknown_options(place, "a shorter one (krasis-run --context)") == ["--context"]
-    assert unknown_options("runtime/info_cli.py", "--plan --shape NAME, or --ctx") == ["--ctx"]
+    assert unknown_options("runtime/cli/info_command.py", "--plan --shape NAME, or --ctx") == ["--ctx"]

@@ -21,8 +21,8 @@ from krasis.formats.bundle.verify import verify_bundle  # noqa: E402
 from krasis.formats.errors import ResourceError, UsageError  # noqa: E402
 from krasis.formats.layouts import Int8RowsLayout  # noqa: E402
 from krasis.runtime import Engine, EngineSettings  # noqa: E402
-from krasis.runtime.kernels import Kernels  # noqa: E402
-from krasis.runtime.model.weights import load_weights  # noqa: E402
+from krasis.runtime.cpu.kernels import Kernels  # noqa: E402
+from krasis.runtime.cpu.weights import load_weights  # noqa: E402
 
 SMALL = replace(
     SHAPES["qwen3-30b-a3b"],

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-RUN = [sys.executable, "-c", "from krasis.runtime.cli import main; main(prog_name='krasis-run')"]
+RUN = [sys.executable, "-c", "from krasis.runtime.cli.run import main; main(prog_name='krasis-run')"]
 PROMPT = ">>> "
 PATIENCE_S = float(os.environ.get("KRASIS_TEST_PATIENCE", "30"))
 CTRL_C, CTRL_D, CTRL_Z, UP, TAB, ALT_ENTER = "\x03", "\x04", "\x1a", "\x1b[A", "\t", "\x1b\r"

@@ -12,7 +12,7 @@ from krasis.formats.errors import FormatError, KrasisError, UnsupportedModelErro
 from krasis.formats.models.registry import all_families, spec_from_gguf, spec_from_hf
 from krasis.formats.models.spec import ModelSpec
 from krasis.formats.models.tensors import blobs, count_parameters
-from krasis.runtime.model.missing_kernels import missing_kernels, refuse_missing_kernels
+from krasis.runtime.missing_kernels import missing_kernels, refuse_missing_kernels
 
 CONFIGS = {path.stem: json.loads(path.read_text()) for path in (Path(__file__).parent / "configs").iterdir()}
 

@@ -108,8 +108,8 @@ def test_closed_streams_do_not_make_it_worse(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     ("module_name", "inner", "arguments"),
     [
-        ("krasis.runtime.cli", "_run", ["x.krasis", "--prompt", "hi"]),
-        ("krasis.runtime.info_cli", "_run", ["x.krasis"]),
+        ("krasis.runtime.cli.run", "_run", ["x.krasis", "--prompt", "hi"]),
+        ("krasis.runtime.cli.info_command", "_run", ["x.krasis"]),
         ("krasis.convert.cli", "_run", ["x", "-o", "y"]),
     ],
 )

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from krasis.formats.errors import KrasisError
-from krasis.runtime.chat import ChatTemplate, Message
-from krasis.runtime.text_sandbox import shared_sandbox
-from krasis.runtime.tokenizer import Tokenizer
+from krasis.runtime.text.chat import ChatTemplate, Message
+from krasis.runtime.text.sandbox import shared_sandbox
+from krasis.runtime.text.tokenizer import Tokenizer
 
 TURNS = [Message("system", "Be brief."), Message("user", "def main(): return 'aaaa the quick brown fox'")]
 TEXTS = (

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from krasis.runtime import reference
-from krasis.runtime.gpu.attention import attend, causal_attention, pieces
-from krasis.runtime.kernels import Heads
+from krasis.runtime.cpu.kernels import Heads
+from krasis.runtime.gpu.kernels.attention import attend, causal_attention, pieces
 
 
 class Immediate:

@@ -16,7 +16,7 @@ from krasis.formats.errors import NativeError, OutOfDeviceMemoryError
 from krasis.runtime.distributed.parallel import SingleRank
 from krasis.runtime.distributed.partition import Partition
 from krasis.runtime.gpu.buffers import Buffers, Workspace
-from krasis.runtime.gpu.many_rows import SCRATCH_BYTES as LIBRARY_SCRATCH_BYTES
+from krasis.runtime.gpu.kernels.many_rows import SCRATCH_BYTES as LIBRARY_SCRATCH_BYTES
 from krasis.runtime.planning.placement import gpu_workspace_bytes
 from krasis.runtime.planning.presets import shape
 from krasis.runtime.planning.workspace import (
@@ -74,7 +74,7 @@ def test_it_allocates_what_the_planner_counts(kernel_device, num_tokens: int, nu
 @pytest.mark.parametrize("name", ["qwen3-30b-a3b", "qwen3-235b-a22b"])
 @pytest.mark.parametrize("num_tokens", [1, 256, 10_000])
 def test_tables_of_real_shapes_fit_in_their_bound(kernel_device, name: str, num_tokens: int) -> None:
-    from krasis.runtime.gpu.kernels import Routing
+    from krasis.runtime.gpu.kernels.gpu_kernels import Routing
 
     arch = shape(name)
     tables = Routing.allocate(kernel_device, num_tokens, arch.num_experts_per_token, arch.num_experts)

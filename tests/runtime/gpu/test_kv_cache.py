@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from krasis.formats.errors import OutOfDeviceMemoryError
-from krasis.runtime.gpu.dtypes import numpy_dtype
+from krasis.runtime.gpu.kernels.dtypes import numpy_dtype
 from krasis.runtime.gpu.kv_cache import GpuKvCache
 from krasis.runtime.planning.presets import shape
 from krasis.runtime.planning.sizes import sizes_of_shape

@@ -13,7 +13,7 @@ import pytest
 
 from krasis.formats.bundle.reader import Bundle
 from krasis.formats.errors import ResourceError, UsageError
-from krasis.runtime.environment import Memory
+from krasis.runtime.host.environment import Memory
 from krasis.runtime.host_memory import arena, open_store, opening
 from krasis.runtime.host_memory.choice import Facts, candidates
 

@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from krasis.formats.errors import ResourceError
-from krasis.runtime import environment, pinned_memory
+from krasis.runtime.host import environment, pinned_memory
+from krasis.runtime.host.pinned_memory import pinned_memory_report
 from krasis.runtime.host_memory import survey, survey_to_text, this_driver
 from krasis.runtime.host_memory.memory import anonymous, tensor_of
 from krasis.runtime.host_memory.registrar import (
@@ -27,7 +28,6 @@ from krasis.runtime.host_memory.registrar import (
     registrar_of,
 )
 from krasis.runtime.host_memory.survey import survey_with
-from krasis.runtime.pinned_memory import pinned_memory_report
 from krasis.runtime.planning import measure_gpu
 
 PAGE = 4096

@@ -15,7 +15,7 @@ import torch
 from krasis.formats.errors import ResourceError, UsageError
 from krasis.runtime.device.double import DeviceDouble
 from krasis.runtime.device.ordering import OrderingError
-from krasis.runtime.environment import probe_memory
+from krasis.runtime.host.environment import probe_memory
 from krasis.runtime.host_memory import PinnedExperts, open_store, opening
 from krasis.runtime.host_memory.shards import Shards
 from krasis.runtime.planning.host import host_reserve_bytes

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from krasis.runtime.text_assets import TextAssets
+from krasis.runtime.text.assets import TextAssets
 
 TINY = Path(__file__).parents[2] / "assets" / "tiny-qwen3-moe"
 ROWS = 4096

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from krasis.formats.errors import KrasisError, UsageError
-from krasis.runtime.chat import ChatTemplate, Message
-from krasis.runtime.messages import read_messages, render_chat, token_ids
 from krasis.runtime.stops import stop_texts
+from krasis.runtime.text.chat import ChatTemplate, Message
+from krasis.runtime.text.messages import read_messages, render_chat, token_ids
 
 # The forms in which templates of models read messages.
 PLAIN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"

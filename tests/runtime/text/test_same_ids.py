@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from krasis.formats.errors import FormatError, UsageError
-from krasis.runtime.text_assets import TextAssets
-from krasis.runtime.tokenizer import Tokenizer
+from krasis.runtime.text.assets import TextAssets
+from krasis.runtime.text.tokenizer import Tokenizer
 
 TINY = Path(__file__).parents[2] / "assets" / "tiny-qwen3-moe"
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")

@@ -15,7 +15,7 @@ from krasis.runtime.device.api import Device
 from krasis.runtime.device.cuda import CudaDevice
 from krasis.runtime.device.double import DeviceDouble
 from krasis.runtime.device.library import double_library
-from krasis.runtime.gpu.kernels import GpuKernels
+from krasis.runtime.gpu.kernels.gpu_kernels import GpuKernels
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ import pytest
 from krasis.formats.errors import NativeError
 from krasis.runtime.device import library as device_library
 from krasis.runtime.device.library import ABI_VERSION, check_status, double_library
-from krasis.runtime.gpu import native
+from krasis.runtime.gpu.kernels import native
 
 HEADER = Path(__file__).parents[4] / "csrc" / "krasis_cuda.h"
 TYPES = {

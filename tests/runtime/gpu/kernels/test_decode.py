@@ -9,8 +9,8 @@ import torch
 
 from krasis.formats.errors import NativeError
 from krasis.formats.native import check
-from krasis.runtime.kernels import Heads
-from krasis.runtime.native import prototype
+from krasis.runtime.cpu.kernels import Heads
+from krasis.runtime.cpu.native import prototype
 
 BF16 = torch.bfloat16
 TIMEOUT_NS = 20_000_000_000

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from krasis.formats.errors import NativeError
-from krasis.runtime.kernels import Heads
+from krasis.runtime.cpu.kernels import Heads
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 # Half a unit in the last place of the output, and a little for sums in float32.

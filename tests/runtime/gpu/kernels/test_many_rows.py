@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from krasis.formats.errors import NativeError
-from krasis.runtime.gpu.many_rows import ManyRows, multiply, weight_pieces
+from krasis.runtime.gpu.kernels.many_rows import ManyRows, multiply, weight_pieces
 
 TILE_ROWS = 32
 ALWAYS = 1

@@ -10,7 +10,7 @@ import torch
 
 from krasis.formats.errors import NativeError
 from krasis.formats.layouts import marlin
-from krasis.runtime.gpu.kernels import ExpertMatrix, Routing
+from krasis.runtime.gpu.kernels.gpu_kernels import ExpertMatrix, Routing
 
 BF16, F16 = torch.bfloat16, torch.float16
 NUM_EXPERTS, TOP_K, TOKENS = 5, 2, 21

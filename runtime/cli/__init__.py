@@ -1,0 +1,1 @@
+"""The commands: options, terminal, output and reports."""

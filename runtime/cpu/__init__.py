@@ -1,0 +1,1 @@
+"""The CPU: backends, weights and one checked Python call per kernel."""

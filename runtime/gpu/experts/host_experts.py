@@ -1,0 +1,175 @@
+"""The CPU's part of a decoded token: a loop over the layers, through native calls resolved once."""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from krasis.formats.architecture_record import Architecture
+from krasis.formats.errors import NativeError
+from krasis.formats.layouts import CpuTileLayout
+from krasis.formats.native import Pool, check
+from krasis.runtime.cpu.kernels import Acts, moe_workspace_bytes, workspace
+from krasis.runtime.cpu.native import prototype
+from krasis.runtime.cpu.recorded_calls import RecordedCalls
+from krasis.runtime.cpu.weights import ModelWeights
+from krasis.runtime.device.api import Event
+from krasis.runtime.gpu.experts.handover import NUM_RESULTS, Handover
+
+# Idle threads of the pool spin for so long: more than the GPU needs between two layers' experts.
+SPIN_S = 1e-3
+PATIENCE_NS = 50_000_000  # before the host looks whether the GPU still lives
+
+NativeCall = tuple[Callable[..., int], tuple[Any, ...], str]
+
+
+@dataclass(frozen=True, slots=True)
+class CpuTier:
+    """The CPU's copy of the experts (``load_weights(bundle, "cpu")``) and the threads that compute them."""
+
+    weights: ModelWeights
+    pool: Pool
+
+    @property
+    def tiles(self) -> str:
+        """``q8`` or ``i4``. Raises NativeError for experts of another tier."""
+        layout = self.weights.expert_layout
+        if not isinstance(layout, CpuTileLayout):
+            raise NativeError("the CPU kernels run CPU tiles only", got=layout.layout_id)
+        return layout.tiles
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """ready, done: the flags. calls: what is computed in between, into result."""
+
+    name: str
+    ready: torch.Tensor
+    ready_address: int
+    done: torch.Tensor
+    done_address: int
+    result: torch.Tensor
+    result_address: int
+    calls: tuple[NativeCall, ...]
+
+
+class ExpertCalls(RecordedCalls):
+    """``RecordedCalls`` whose calls are taken out in parts, and made by whoever took them."""
+
+    __slots__ = ()
+
+    def take(self, where: str) -> tuple[NativeCall, ...]:
+        """The calls recorded since the last time; where: names them in errors."""
+        calls = tuple((function, arguments, f"{where}: {name}") for function, arguments, name in self._calls)
+        self._calls.clear()
+        return calls
+
+    @property
+    def num_executed(self) -> int:
+        """Slots computed since it was set."""
+        return self._num_executed.value
+
+    @num_executed.setter
+    def num_executed(self, value: int) -> None:
+        self._num_executed.value = value
+
+
+class HostExperts:
+    """num_executed: slots the last token's CPU experts made. waiting_s: of the last token, for the GPU."""
+
+    def __init__(self, handover: Handover, tier: CpuTier, architecture: Architecture) -> None:
+        a = architecture
+        self._handover, self._device = handover, handover.device
+        self._inputs = (handover.normed, handover.ids, handover.weights)
+        self._result_bytes = handover.results[0].nbytes
+        tier.pool.set_spin(SPIN_S)
+        acts = Acts.allocate(1, a.hidden_size)
+        sizes = (a.hidden_size, a.expert_intermediate_size, a.num_experts, a.num_experts_per_token)
+        scratch = workspace(moe_workspace_bytes(1, *sizes))
+        normed, ids, weights = (tensor.numpy() for tensor in self._inputs)
+        # The recording lends addresses only: what they point to must stay.
+        self._keep = (acts, scratch, normed, ids, weights, tier)
+        self._calls = ExpertCalls(tier.pool)
+        self._layers: list[_Layer] = []
+        results = [result.numpy() for result in handover.results]
+        for index, layer in enumerate(tier.weights.layers):
+            self._calls.quantize(normed, acts)
+            self._calls.moe(
+                layer.experts, layer.experts.shape[1], tier.tiles, acts, ids, weights,
+                results[index % NUM_RESULTS], a.expert_intermediate_size, a.num_experts, scratch,
+            )  # fmt: skip
+            self._layers.append(self._layer(index))
+        self._wait, self._store = prototype("krasis_wait_flag"), prototype("krasis_store_flag")
+        self.waiting_s = 0.0
+
+    def _layer(self, index: int) -> _Layer:
+        handover, name = self._handover, f"layer {index}"
+        ready, done = handover.host_flag(index), handover.device_flag(index)
+        result = handover.results[index % NUM_RESULTS]
+        return _Layer(
+            name=name,
+            ready=ready,
+            ready_address=ready.data_ptr(),
+            done=done,
+            done_address=done.data_ptr(),
+            result=result,
+            result_address=result.data_ptr(),
+            calls=self._calls.take(name),
+        )
+
+    @property
+    def num_executed(self) -> int:
+        """See the class."""
+        return self._calls.num_executed
+
+    def run(self, ended: Event) -> None:
+        """Serves the token whose epoch ``handover.epoch`` holds. ended: after its graph.
+
+        Raises NativeError if the GPU does not come. After an error nothing waits for this side any more.
+        """
+        try:
+            self._serve(ended)
+        except BaseException:
+            self._handover.answer(self._handover.num_layers)
+            raise
+
+    def _serve(self, ended: Event) -> None:
+        device, epoch = self._device, self._handover.epoch
+        self._calls.num_executed = 0
+        waited_ns = 0
+        for layer in self._layers:
+            device.host_writes(layer.result)
+            ctypes.memset(layer.result_address, 0, self._result_bytes)
+            began_ns = time.perf_counter_ns()
+            if self._wait(layer.ready_address, epoch, PATIENCE_NS):
+                self._wait_on(layer, ended)
+            waited_ns += time.perf_counter_ns() - began_ns
+            device.host_acquires(layer.ready)
+            device.host_reads(*self._inputs)
+            for function, arguments, name in layer.calls:
+                status = function(*arguments)
+                if status:
+                    check(status, name)
+            device.host_releases(layer.done)
+            self._store(layer.done_address, epoch)
+        self.waiting_s = waited_ns * 1e-9
+
+    def _wait_on(self, layer: _Layer, ended: Event) -> None:
+        """Goes on waiting, unless the GPU has ended its work without a word, by an error for example.
+
+        More patient than the GPU: of two sides that wait for each other, it gives up and names the layer.
+        """
+        deadline = time.monotonic() + 2e-9 * self._handover.timeout_ns
+        status = 1
+        while status and time.monotonic() < deadline:
+            has_ended = ended.is_done()
+            status = self._wait(layer.ready_address, self._handover.epoch, 0 if has_ended else PATIENCE_NS)
+            if has_ended:
+                break
+        if status:
+            check(status, f"{layer.name}: the CPU waits for the GPU")

@@ -1,0 +1,1 @@
+"""GPU kernels: one checked Python call per function, and the products made of them."""

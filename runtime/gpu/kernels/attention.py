@@ -1,0 +1,90 @@
+"""Causal attention of a chunk's queries over the cache, through torch's SDPA: flash on a GPU.
+
+Query i of n sees keys 0..m-n+i of m: the mask is aligned at the lower right. ``is_causal=True`` aligns it at
+the upper left, which is the same only without a prefix (n = m); there it is twice as fast (measured on an
+H100: 610-640 TFLOP/s against 298-318 in lower-right pieces of 2048), so a whole prompt is one call of it.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
+
+from krasis.runtime.cpu.kernels import Heads
+from krasis.runtime.device.api import Stream
+from krasis.runtime.planning.assumptions import ATTENTION_PIECE_BYTES
+
+PIECE_BYTES = ATTENTION_PIECE_BYTES
+"""SDPA allocates its result; queries are taken in pieces whose results fit in this, from the reserve of the
+plan.
+"""
+
+
+def pieces(
+    begin: int, end: int, attention_size: int, piece_bytes: int = PIECE_BYTES
+) -> list[tuple[int, int]]:
+    """Ranges of queries [begin, end), as few and as even as can be."""
+    most = max(1, piece_bytes // (2 * attention_size))
+    count = max(1, -(-(end - begin) // most))
+    cuts = [begin + (end - begin) * index // count for index in range(count + 1)]
+    return [(first, last) for first, last in itertools.pairwise(cuts) if first < last]
+
+
+def attend(
+    stream: Stream,
+    heads: Heads,
+    qkv: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    start: int,
+    out: torch.Tensor,
+    piece_bytes: int = PIECE_BYTES,
+) -> None:
+    """out [T, attention_size] = attention of the queries in qkv [T, qkv_size] at positions start..start+T-1.
+
+    keys, values [num_kv_heads, capacity, head_dim] hold positions 0..start+T-1, the queries' own included.
+    16-bit; q is rotated already.
+    """
+    for begin, end in pieces(0, len(qkv), heads.attention_size, piece_bytes):
+        _attend_piece(
+            stream,
+            heads,
+            qkv[begin:end, : heads.attention_size],
+            keys[:, : start + end],
+            values[:, : start + end],
+            out[begin:end],
+        )
+
+
+def _attend_piece(
+    stream: Stream,
+    heads: Heads,
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    def action(_: int) -> None:
+        split = queries.view(len(queries), heads.num_heads, heads.head_dim).transpose(0, 1)[None]
+        mixed = causal_attention(split, keys[None], values[None])
+        out.copy_(mixed[0].transpose(0, 1).flatten(1))
+
+    stream.launch("attention", action, reads=(queries, keys, values), writes=(out,))
+
+
+def causal_attention(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """[1, heads, n, D] of queries [1, heads, n, D], keys and values [1, kv_heads, m, D], n <= m, the last
+    query at the last key.
+    """
+    n, m = queries.shape[2], keys.shape[2]
+    grouped = queries.shape[1] != keys.shape[1]
+    if n == 1:  # sees every key
+        return scaled_dot_product_attention(queries, keys, values, enable_gqa=grouped)
+    if n == m:
+        return scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=grouped)
+    # A bias object is not a tensor: its type checks the dispatch to flash, which aligns causal masks so.
+    mask = causal_lower_right(n, m)
+    return scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=grouped)

@@ -1,0 +1,170 @@
+"""Wrappers of the kernels of decode: attention of one query, and the flags that hand work to and fro."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from ctypes import byref
+
+import torch
+
+from krasis.formats.errors import NativeError
+from krasis.runtime.cpu.kernels import Heads
+from krasis.runtime.device.api import Stream
+from krasis.runtime.gpu.kernels.arguments import CODES, F32, HALVES, I64, U8, pointer, require, vector_pointer
+from krasis.runtime.gpu.kernels.launcher import Launcher
+from krasis.runtime.gpu.kernels.native import SEND_PIECES, AttentionArgs, ReceiveArgs, SendArgs
+
+_WORD = (1,)
+
+
+class DecodeKernels(Launcher):
+    """flag: one of ``Device.flags``. epoch int64 [1]: a counter in device memory. timeouts int64 [1]."""
+
+    def attention_workspace_bytes(self, num_heads: int, head_dim: int, capacity: int) -> int:
+        """Workspace of ``attention_decode``."""
+        num_bytes = self.function("attention_workspace_bytes")(num_heads, head_dim, capacity)
+        require(num_bytes >= 0, "sizes are out of their domain", "attention_workspace_bytes", num_bytes, 0)
+        return num_bytes
+
+    def attention_workspace(self, heads: Heads, capacity: int) -> torch.Tensor:
+        """Workspace of ``attention_decode`` for caches of that capacity: uint8, on the device."""
+        num_bytes = self.attention_workspace_bytes(heads.num_heads, heads.head_dim, capacity)
+        return self.device.empty((num_bytes,), torch.uint8)
+
+    def attention_decode(
+        self,
+        stream: Stream,
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        position: torch.Tensor,
+        scale: float,
+        out: torch.Tensor,
+        workspace: torch.Tensor,
+        num_positions: int | None = None,
+    ) -> None:
+        """out [num_heads, head_dim] = attention of q over cache positions 0..position (int64 [1], on device).
+
+        q, keys, values [num_kv_heads, capacity, head_dim], out of one 16-bit type; workspace uint8.
+        num_positions: how many positions are read at most, if the host knows: for the double's checks.
+        """
+        where = "attention_decode"
+        require(q.dim() == 2 and keys.dim() == 3, "wrong dimensions", where, (q.dim(), keys.dim()), (2, 3))
+        num_heads, head_dim = q.shape
+        num_kv_heads, capacity, _ = keys.shape
+        caches = (num_kv_heads, capacity, head_dim)
+        args = AttentionArgs(
+            vector_pointer(q, (num_heads, head_dim), HALVES, f"{where}.q"),
+            vector_pointer(keys, caches, (q.dtype,), f"{where}.keys"),
+            vector_pointer(values, caches, (q.dtype,), f"{where}.values"),
+            vector_pointer(out, (num_heads, head_dim), (q.dtype,), f"{where}.out"),
+            pointer(position, _WORD, I64, f"{where}.position"),
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            capacity,
+            CODES[q.dtype],
+            scale,
+            vector_pointer(workspace, (workspace.numel(),), U8, f"{where}.workspace"),
+            workspace.numel(),
+        )
+        span = slice(num_positions)
+        reads = (q, keys[:, span], values[:, span], position)
+        self.submit(stream, where, (byref(args),), reads, (out, workspace))
+
+    def advance(self, stream: Stream, epoch: torch.Tensor) -> None:
+        """epoch += 1."""
+        arguments = (pointer(epoch, _WORD, I64, "advance.epoch"),)
+        self.submit(stream, "advance", arguments, (epoch,), (epoch,))
+
+    def signal(self, stream: Stream, flag: torch.Tensor, epoch: torch.Tensor) -> None:
+        """flag = epoch, once everything before it on the stream is visible to the host."""
+        arguments = (pointer(flag, _WORD, I64, "signal.flag"), pointer(epoch, _WORD, I64, "signal.epoch"))
+        self.submit(stream, "signal", arguments, (epoch,), (flag,))
+
+    def wait(
+        self,
+        stream: Stream,
+        flag: torch.Tensor,
+        epoch: torch.Tensor,
+        timeout_ns: int,
+        timeouts: torch.Tensor,
+    ) -> None:
+        """Waits until flag >= epoch.
+
+        Gives up after timeout_ns, and at once if timeouts is not 0: then timeouts += 1.
+        """
+        arguments = (
+            pointer(flag, _WORD, I64, "wait.flag"),
+            pointer(epoch, _WORD, I64, "wait.epoch"),
+            timeout_ns,
+            pointer(timeouts, _WORD, I64, "wait.timeouts"),
+        )
+        self.submit(stream, "wait", arguments, (flag, epoch, timeouts), (timeouts,))
+
+    def add(self, stream: Stream, hidden: torch.Tensor, x: torch.Tensor) -> None:
+        """hidden += x; float32 of one shape, a multiple of 4 elements; x may be pinned."""
+        shape = tuple(hidden.shape)
+        count = hidden.numel()
+        require(count % 4 == 0, "not a multiple of 4", "add.hidden", count, 4)
+        arguments = (
+            vector_pointer(hidden, shape, F32, "add.hidden"),
+            vector_pointer(x, shape, F32, "add.x"),
+            count,
+        )
+        if count:
+            self.submit(stream, "add", arguments, (hidden, x), (hidden,))
+
+    def send(
+        self,
+        stream: Stream,
+        pieces: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        flag: torch.Tensor,
+        epoch: torch.Tensor,
+    ) -> None:
+        """Copies up to 4 (pinned destination, source), then flag = epoch: one launch, for kilobytes."""
+        require(len(pieces) <= SEND_PIECES, "too many pieces", "send", len(pieces), SEND_PIECES)
+        args = SendArgs(
+            flag=pointer(flag, _WORD, I64, "send.flag"), epoch=pointer(epoch, _WORD, I64, "send.epoch")
+        )
+        for index, (destination, source) in enumerate(pieces):
+            shape, dtypes = tuple(source.shape), (source.dtype,)
+            args.sources[index] = pointer(source, shape, dtypes, "send.source")
+            args.destinations[index] = pointer(destination, shape, dtypes, "send.destination")
+            args.num_bytes[index] = source.nbytes
+            if source.nbytes % 4 or source.data_ptr() % 4 or destination.data_ptr() % 4:
+                raise NativeError("not whole words of 4 bytes", where="send", got=f"{source.nbytes} bytes")
+        reads = [source for _, source in pieces]
+        writes = [destination for destination, _ in pieces]
+        self.submit(stream, "send", (byref(args),), (*reads, epoch), (*writes, flag))
+
+    def receive(
+        self,
+        stream: Stream,
+        hidden: torch.Tensor,
+        x: torch.Tensor,
+        flag: torch.Tensor,
+        epoch: torch.Tensor,
+        timeout_ns: int,
+        timeouts: torch.Tensor,
+        tag: int,
+    ) -> None:
+        """Waits until flag >= epoch, then hidden += x (float32, x pinned): one launch, for kilobytes.
+
+        Gives up as ``wait`` does, adding tag (not 0) to timeouts instead of 1, and hidden then stays.
+        """
+        shape, count = tuple(hidden.shape), hidden.numel()
+        require(count % 4 == 0, "not a multiple of 4", "receive.hidden", count, 4)
+        require(tag > 0, "tag must be positive", "receive", tag, 1)
+        args = ReceiveArgs(
+            pointer(flag, _WORD, I64, "receive.flag"),
+            pointer(epoch, _WORD, I64, "receive.epoch"),
+            timeout_ns,
+            pointer(timeouts, _WORD, I64, "receive.timeouts"),
+            tag,
+            vector_pointer(hidden, shape, F32, "receive.hidden"),
+            vector_pointer(x, shape, F32, "receive.x"),
+            count,
+        )
+        reads = (x, hidden, epoch, flag, timeouts)
+        self.submit(stream, "receive", (byref(args),), reads, (hidden, timeouts))

@@ -1,0 +1,19 @@
+"""One checked Python call per function of ``csrc/krasis_cuda.h``."""
+
+from __future__ import annotations
+
+from krasis.runtime.gpu.kernels.decode import DecodeKernels
+from krasis.runtime.gpu.kernels.dense import DenseKernels
+from krasis.runtime.gpu.kernels.moe import MoeKernels
+from krasis.runtime.gpu.kernels.routing import ExpertMatrix, Routing
+
+__all__ = ["ExpertMatrix", "GpuKernels", "Routing"]
+
+
+class GpuKernels(DenseKernels, MoeKernels, DecodeKernels):
+    """The kernels of a device's library.
+
+    Each checks shapes and types, names the memory it touches and submits one launch. Wrong arguments raise
+    NativeError when a call is made; what only the native code finds, when it runs: at once on CUDA, later on
+    the double. Arguments live until then.
+    """

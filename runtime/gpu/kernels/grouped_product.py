@@ -1,0 +1,83 @@
+"""The products of a range of experts over the rows routed to them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from krasis.formats.architecture_record import Architecture
+from krasis.formats.layouts import ExpertRecord, MarlinLayout
+from krasis.runtime.device.api import Stream
+from krasis.runtime.gpu.experts.stage import Step
+from krasis.runtime.gpu.kernels.gpu_kernels import ExpertMatrix, GpuKernels, Routing
+
+
+class ExpertProduct:
+    """gate, up and down of one model's experts. record_bytes: of one expert."""
+
+    def __init__(
+        self,
+        kernels: GpuKernels,
+        architecture: Architecture,
+        layout: MarlinLayout,
+        record: ExpertRecord,
+    ) -> None:
+        a = architecture
+        self._kernels, self._architecture = kernels, architecture
+        self.record_bytes = record.record_bytes
+        scale_dtype = {"BF16": torch.bfloat16, "F16": torch.float16}[layout.scale_dtype]
+        self.w13 = ExpertMatrix(
+            record.w13_codes.offset_bytes,
+            record.w13_scales.offset_bytes,
+            layout.group_of(a.hidden_size),
+            a.hidden_size,
+            2 * a.expert_intermediate_size,
+            scale_dtype,
+        )
+        self.w2 = ExpertMatrix(
+            record.w2_codes.offset_bytes,
+            record.w2_scales.offset_bytes,
+            layout.group_of(a.expert_intermediate_size),
+            a.expert_intermediate_size,
+            a.hidden_size,
+            scale_dtype,
+        )
+
+    def align(self, stream: Stream, step: Step, routing: Routing) -> None:
+        """Sorts the step's slots by expert. routing: of the step's rows."""
+        self._kernels.align(stream, step.ids, routing)
+
+    def run(
+        self,
+        stream: Stream,
+        step: Step,
+        table: torch.Tensor,
+        memory: Sequence[torch.Tensor],
+        begin: int,
+        end: int,
+        executed: torch.Tensor,
+    ) -> None:
+        """Slots of experts [begin, end) -> buffers.slots; adds their number to executed i64 [1].
+
+        table i64 [experts]: addresses of records, which lie in memory.
+        """
+        buffers, top_k = step.buffers, self._architecture.num_experts_per_token
+        routing = buffers.routing.view(len(step.ids))
+        common = (routing, table, memory)
+        self._kernels.moe_gemm(
+            stream, step.x, *common, self.w13, begin, end, buffers.gated,
+            gated=True, slots_per_row=top_k, executed=None,
+        )  # fmt: skip
+        self._kernels.moe_gemm(
+            stream, buffers.gated, *common, self.w2, begin, end, buffers.slots,
+            gated=False, slots_per_row=1, executed=executed,
+        )  # fmt: skip
+
+    def reduce(self, stream: Stream, step: Step) -> None:
+        """Weighted sums of the slots: added to hidden, or with several ranks written to partial."""
+        residual = step.hidden if step.partial is None else None
+        out = step.hidden if step.partial is None else step.partial
+        self._kernels.moe_reduce(
+            stream, step.buffers.slots, step.ids, step.weights, residual, out, self._architecture.num_experts
+        )

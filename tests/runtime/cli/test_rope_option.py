@@ -1,0 +1,99 @@
+"""--rope-scaling: what it takes, what it refuses, how far it reaches."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from click.testing import CliRunner
+
+from krasis.formats.architecture import RopeScaling
+from krasis.formats.errors import UsageError
+from krasis.runtime.cli.rope_option import parse_rope_scaling, rescaled
+from krasis.runtime.planning.presets import shape
+from krasis.runtime.settings import EngineSettings
+
+MODEL = shape("qwen3-30b-a3b")  # 40,960 positions, no scaling
+
+
+@pytest.mark.parametrize(
+    ("text", "scaling", "longest"),
+    [
+        ("none", RopeScaling(), 40960),
+        ("linear,2", RopeScaling("linear", 2.0), 81920),
+        ("yarn,4,32768", RopeScaling("yarn", 4.0, 32768), 131072),
+        (" yarn , 4.0 , 32768 ", RopeScaling("yarn", 4.0, 32768), 131072),
+        ("yarn,4", RopeScaling("yarn", 4.0, 40960), 163840),
+        ("yarn,1,32768", RopeScaling("yarn", 1.0, 32768), 40960),
+        (
+            "yarn,2,32768,beta_fast=16,beta_slow=2,attention_factor=1",
+            RopeScaling("yarn", 2.0, 32768, 1.0, 16.0, 2.0),
+            65536,
+        ),
+    ],
+)
+def test_reads(text: str, scaling: RopeScaling, longest: int) -> None:
+    changed = rescaled(MODEL, parse_rope_scaling(text))
+    assert changed.rope_scaling == scaling
+    assert changed.max_context == longest
+    assert EngineSettings(rope_scaling=text, context=longest).context_for(changed.max_context) == longest
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "yarn",
+        "linear",
+        "none,2",
+        "linear,2,3",
+        "linear,2,beta_fast=1",
+        "yarn,4,32768,5",
+        "yarn,four",
+        "yarn,nan,32768",
+        "yarn,inf",
+        "yarn,0.5,32768",
+        "yarn,0",
+        "yarn,-4,32768",
+        "linear,0.9",
+        "yarn,4,0",
+        "yarn,4,-1",
+        "yarn,4,32768.5",
+        "yarn,4,1e30",
+        "yarn,4,32768,beta=1",
+        "yarn,4,32768,beta_fast=1,beta_fast=2",
+        "dynamic,2",
+        "longrope,2",
+        "YARN,4",
+    ],
+)
+def test_refuses_what_it_cannot_read(text: str) -> None:
+    with pytest.raises(UsageError, match="--rope-scaling"):
+        EngineSettings(rope_scaling=text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["yarn,4,40961", "yarn,1e7,32768", "yarn,4,32768,beta_fast=0", "yarn,4,32768,attention_factor=-1"],
+)
+def test_refuses_what_the_model_cannot_have(text: str) -> None:
+    with pytest.raises(UsageError, match="--rope-scaling"):
+        rescaled(MODEL, parse_rope_scaling(text))
+
+
+def test_replaces_the_models_own() -> None:
+    told = replace(MODEL, rope_scaling=RopeScaling("yarn", 4.0, 32768))  # as the card says
+    grown = replace(told, max_positions=131072)  # and with the positions changed along
+    assert told.max_context == grown.max_context == 131072
+    assert rescaled(told, RopeScaling()).max_context == 40960
+    assert rescaled(grown, RopeScaling()).max_context == 32768
+    assert rescaled(grown, parse_rope_scaling("yarn,2")).max_context == 65536
+
+
+def test_the_command_refuses_before_it_opens_anything() -> None:
+    from krasis.runtime.cli.run import main
+
+    result = CliRunner().invoke(main, ["no.krasis", "--prompt", "x", "--rope-scaling", "yarn,many"])
+    assert result.exit_code == UsageError.exit_code
+    assert "--rope-scaling" in result.output
+    assert "yarn,4,32768" in result.output  # how it is written

@@ -1,0 +1,72 @@
+"""The ctypes structures of the CPU library against the words of csrc/krasis.h."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from pathlib import Path
+
+import pytest
+
+from krasis.formats.layouts import native_pack
+from krasis.runtime.cpu import native
+from krasis.runtime.host import environment
+
+HEADER = Path(__file__).parents[4] / "csrc" / "krasis.h"
+TYPES = {
+    "int32_t": ctypes.c_int32,
+    "int64_t": ctypes.c_int64,
+    "float": ctypes.c_float,
+    "double": ctypes.c_double,
+    "char": ctypes.c_char,
+}
+STRUCTURES: dict[str, type[ctypes.Structure]] = {
+    "cpu_info": environment._CpuInfo,
+    "numa_cpu": native.NumaCpu,
+    "pack_stats": native_pack._Stats,
+    "acts": native.ActsStruct,
+    "moe_args": native.MoeArgs,
+    "qkv_args": native.QkvArgs,
+    "attention_args": native.AttentionArgs,
+}
+
+
+def text() -> str:
+    return re.sub(r"/\*.*?\*/", " ", HEADER.read_text(), flags=re.S)
+
+
+def structs() -> dict[str, str]:
+    """Body of every structure, by its name without krasis_."""
+    return dict(re.findall(r"typedef struct krasis_(\w+) \{(.*?)\} krasis_\w+;", text(), flags=re.S))
+
+
+def fields(body: str) -> list[tuple[str, str]]:
+    """(name, type) of the members in order; every pointer is a c_void_p."""
+    found = []
+    for declaration in filter(None, (part.strip() for part in body.split(";"))):
+        kind, names = re.fullmatch(r"(?:const )?(\w+)\s*(.*)", declaration, flags=re.S).groups()
+        for name in names.split(","):
+            bare = re.search(r"(\w+)\s*(?:\[(\d+)\])?\s*$", name)
+            one = ctypes.c_void_p if "*" in name else TYPES.get(kind, ctypes.c_void_p)
+            found.append((bare[1], shape_of(one * int(bare[2]) if bare[2] else one)))
+    return found
+
+
+def shape_of(kind: type) -> str:
+    return f"{kind._type_.__name__}[{kind._length_}]" if issubclass(kind, ctypes.Array) else kind.__name__
+
+
+def test_every_structure_of_the_header_is_compared() -> None:
+    assert set(structs()) == set(STRUCTURES)
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_structures_are_those_of_the_header(name: str) -> None:
+    found = [(field, shape_of(kind)) for field, kind in STRUCTURES[name]._fields_]
+    assert found == fields(structs()[name])
+
+
+def test_every_prototype_takes_as_many_arguments_as_the_header_says() -> None:
+    functions = dict(re.findall(r"KRASIS_API [\w ]+?[ *]+(krasis_\w+)\((.*?)\);", text(), flags=re.S))
+    for name, (_, arguments) in native._PROTOTYPES.items():
+        assert len(arguments) == len(functions[name].split(",")), name

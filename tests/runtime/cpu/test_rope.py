@@ -1,0 +1,122 @@
+"""Rotary tables equal transformers' for every kind of scaling."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from krasis.formats.architecture import RopeScaling
+from krasis.formats.errors import UnsupportedModelError
+from krasis.runtime.cpu.rope import ROWS_AT_ONCE, RopeTables, inverse_frequencies, rope_tables
+from krasis.runtime.planning.presets import shape
+
+ARCHITECTURE = shape("qwen3-30b-a3b")
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+CASES: dict[str, tuple[dict[str, Any], RopeScaling]] = {
+    "plain": ({"rope_type": "default"}, RopeScaling()),
+    "linear": ({"rope_type": "linear", "factor": 3.0}, RopeScaling("linear", 3.0)),
+    "yarn": (YARN, RopeScaling("yarn", 4.0, 32768)),
+    "yarn given factor": ({**YARN, "attention_factor": 0.8}, RopeScaling("yarn", 4.0, 32768, 0.8)),
+    "yarn betas": (
+        {**YARN, "beta_fast": 16.0, "beta_slow": 2.0},
+        RopeScaling("yarn", 4.0, 32768, None, 16.0, 2.0),
+    ),
+    "yarn no truncation": ({**YARN, "truncate": False}, RopeScaling("yarn", 4.0, 32768, truncate=False)),
+    "yarn tiny factor": ({**YARN, "factor": 1.0}, RopeScaling("yarn", 1.0, 32768)),
+    "yarn short original": (
+        {**YARN, "original_max_position_embeddings": 64},
+        RopeScaling("yarn", 4.0, 64),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("head_dim", "theta"), [(128, 1_000_000.0), (64, 10_000.0)])
+def test_tables_equal_transformers(case: str, head_dim: int, theta: float) -> None:
+    torch = pytest.importorskip("torch")
+    from transformers import Qwen3MoeConfig
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRotaryEmbedding
+
+    parameters, scaling = CASES[case]
+    config = Qwen3MoeConfig(
+        hidden_size=256,
+        num_attention_heads=4,
+        head_dim=head_dim,
+        max_position_embeddings=40960,
+        rope_parameters={"rope_theta": theta, **parameters},
+    )
+    embedding = Qwen3MoeRotaryEmbedding(config)
+    # One step of float32 apart where the two libraries' power functions round differently.
+    frequencies, factor = inverse_frequencies(head_dim, theta, scaling)
+    np.testing.assert_allclose(frequencies, embedding.inv_freq.numpy(), rtol=3e-7)
+    assert factor == pytest.approx(embedding.attention_scaling, rel=1e-12)
+    num_positions = 512
+    positions = torch.arange(num_positions)[None]
+    cos, sin = embedding(torch.zeros(1, 1, dtype=torch.float32), positions)
+    architecture = replace(ARCHITECTURE, head_dim=head_dim, rope_theta=theta, rope_scaling=scaling)
+    our_cos, our_sin = rope_tables(architecture, num_positions)
+    # An angle of 512 moves by 1.5e-4 with its frequency's last bit.
+    np.testing.assert_allclose(our_cos, cos[0, :, : head_dim // 2].numpy(), atol=2e-4)
+    np.testing.assert_allclose(our_sin, sin[0, :, : head_dim // 2].numpy(), atol=2e-4)
+    assert our_cos.dtype == our_sin.dtype == np.float32
+
+
+def test_far_positions_stay_exact() -> None:
+    cos, sin = rope_tables(replace(ARCHITECTURE, rope_theta=10_000.0), 40960)
+    angle = np.float64(np.float32(40959) * np.float32(1.0))
+    assert cos[40959, 0] == np.float32(np.cos(angle))
+    np.testing.assert_allclose(cos**2 + sin**2, 1.0, atol=1e-6)
+
+
+def test_an_unknown_kind_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="longrope"):
+        inverse_frequencies(64, 10_000.0, RopeScaling("longrope", 2.0))
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        [1],
+        [1, 2, 3],
+        [ROWS_AT_ONCE, ROWS_AT_ONCE + 1],
+        [ROWS_AT_ONCE + 1, 7, 9000],
+        [9000, 1, 9000],
+        [3, 5000, 4096, 8193],
+    ],
+    ids=str,
+)
+def test_rows_are_the_same_in_whatever_order_they_are_needed(case: str, wanted: list[int]) -> None:
+    architecture = replace(ARCHITECTURE, rope_scaling=CASES[case][1])
+    tables, whole = RopeTables(architecture, 9000), rope_tables(architecture, 9000)
+    before = (tables.cos, tables.sin)
+    for count in wanted:
+        tables.ensure(count)
+        for found, expected in zip((tables.cos, tables.sin), whole, strict=True):
+            np.testing.assert_array_equal(found[:count], expected[:count])
+    assert before[0] is tables.cos
+    assert before[1] is tables.sin
+
+
+def test_rows_that_are_not_needed_are_not_computed() -> None:
+    tables = RopeTables(ARCHITECTURE, 3 * ROWS_AT_ONCE)
+    tables.ensure(10)
+    assert not tables.cos[ROWS_AT_ONCE:].any()
+    tables.ensure(3 * ROWS_AT_ONCE)
+    assert tables.cos[-1].any()
+    assert RopeTables(ARCHITECTURE, 1).cos.tolist() == [[1.0] * (ARCHITECTURE.head_dim // 2)]
+
+
+@pytest.mark.parametrize("case", ["plain", "yarn"])
+def test_long_tables_are_their_pieces(case: str) -> None:
+    """They are computed by several threads."""
+    architecture = replace(ARCHITECTURE, rope_scaling=CASES[case][1])
+    first, end = 1234, 1234 + 5 * ROWS_AT_ONCE + 7
+    long = rope_tables(architecture, end, first)
+    for begin in range(first, end, 3000):
+        last = min(end, begin + 3000)
+        for found, expected in zip(long, rope_tables(architecture, last, begin), strict=True):
+            np.testing.assert_array_equal(found[begin - first : last - first], expected)
