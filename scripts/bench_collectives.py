@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """What ranks exchange for a layer of prefill: checked bit by bit against the plain computation, then timed.
 
-    python scripts/bench_collectives.py --gpus 2
-    python scripts/bench_collectives.py --gpus 3 --device double --tokens 300 --hidden 256     (Gloo, no GPU)
+    python -m scripts.bench_collectives --gpus 2
+    python -m scripts.bench_collectives --gpus 3 --device double --tokens 300 --hidden 256     (Gloo, no GPU)
 
 Prints one JSON object; exit code 1 if a result differs.
 """

@@ -4,7 +4,7 @@ Makes the random-weight model if it is not there (4 layers of Qwen3-30B-A3B shap
 embeddings), converts it in a process of its own while sampling that process's anonymous memory, then starts
 ``krasis-run`` on the warm bundle.
 
-    python scripts/bench_convert.py --work models/bench
+    python -m scripts.bench_convert --work models/bench
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from pathlib import Path
 
 import click
 
-HERE = Path(__file__).resolve().parent
 SAMPLE_PERIOD_S = 0.02
 
 
@@ -128,7 +127,8 @@ def make_model(work: Path, shape: str, layers: int, with_gguf: bool) -> list[Pat
     if not (model / "config.json").exists() or (with_gguf and not gguf.exists()):
         arguments = [
             sys.executable,
-            str(HERE / "make_random_model.py"),
+            "-m",
+            "scripts.models.make_random_model",
             "--shape",
             shape,
             "--layers",

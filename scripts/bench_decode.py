@@ -3,7 +3,7 @@
 
 Every sample is taken between two measurements of the read bandwidth over the same memory with the same
 threads; the fraction is of their mean. Experts are drawn anew for every token and layer, from gigabytes, so
-that weights come from RAM. Example: python scripts/bench_decode.py --shape qwen3-30b-a3b --threads 1,2
+that weights come from RAM. Example: python -m scripts.bench_decode --shape qwen3-30b-a3b --threads 1,2
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import bench_common as common
 import click
 
 from krasis.formats.native import Pool
+from scripts import bench_common as common
 
 SAMPLE_GB = 0.5  # near the window of the bandwidth: other work disturbs both alike
 NUM_ROUTINGS = 509  # prime, so that layers and routings do not go round together

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measures the packers on the shape of one expert: GB/s of BF16 input per layout, ISA and threads.
 
-    python scripts/bench_pack.py --hidden 2048 --intermediate 768 --threads 1,2
+    python -m scripts.bench_pack --hidden 2048 --intermediate 768 --threads 1,2
 
 Source matrices are Gaussian and rotate through more memory than the caches hold.
 """

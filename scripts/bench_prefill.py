@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measures prefill of the routed experts: batches of tokens through a stack of MoE layers of a real shape.
 
-Example: python scripts/bench_prefill.py --shape qwen3-30b-a3b --tokens 512 --threads 1,2
+Example: python -m scripts.bench_prefill --shape qwen3-30b-a3b --tokens 512 --threads 1,2
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import bench_common as common
 import click
 
 from krasis.formats.native import Pool
+from scripts import bench_common as common
 
 NUM_ROUTINGS = 3
 

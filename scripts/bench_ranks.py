@@ -2,8 +2,8 @@
 """Prefill of a bundle on 1, 2, ... GPUs of this machine: seconds, speed-up, and whether all give the same
 logits.
 
-    python scripts/make_random_bundle.py --shape qwen3-235b-a22b --layers 8 --out /dev/shm/8.krasis
-    python scripts/bench_ranks.py /dev/shm/8.krasis --gpus 1,2 --tokens 10000
+    python -m scripts.models.make_random_bundle --shape qwen3-235b-a22b --layers 8 --out /dev/shm/8.krasis
+    python -m scripts.bench_ranks /dev/shm/8.krasis --gpus 1,2 --tokens 10000
 
 Every number of GPUs is a process of its own. The first prompt is not timed: it waits for the experts to be in
 memory. Exit code 1 if logits differ from one GPU's by more than --tolerance of their norm.

@@ -11,4 +11,4 @@ python=${PYTHON:-python3}
     echo "device_check.sh: $python has no 'click': pip install click, or set PYTHON to a Python that has torch and click" >&2
     exit 1
 }
-exec "$python" scripts/device/run.py "$@"
+exec "$python" -m scripts.device.run "$@"

@@ -1,6 +1,6 @@
 """Tries every hostile chat template and tokenizer of the tests, and prints what they took.
 
-    python scripts/hostile_text.py [--verbose]
+    python -m scripts.hostile_text [--verbose]
 
 Exits 1 if one took 2 s or more, 512 MB or more beyond what there was before, or raised what it must not.
 """
@@ -10,13 +10,9 @@ from __future__ import annotations
 import sys
 import traceback
 from operator import attrgetter
-from pathlib import Path
 
-_TESTS = Path(__file__).parents[1] / "tests"
-sys.path[:0] = [str(_TESTS / "hostile"), *(str(_TESTS / place / "support") for place in ("hostile", "fuzz"))]
-
-import test_text  # noqa: E402
-import text_trials  # noqa: E402
+from tests.hostile import test_text
+from tests.hostile.support import text_trials
 
 MAX_SECONDS, MAX_EXTRA_BYTES = 2.0, 512_000_000
 

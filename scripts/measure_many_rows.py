@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Times both paths of dense products on this GPU, for the threshold of runtime/gpu/kernels/many_rows.py.
 
-    python scripts/measure_many_rows.py [--rows 64,256,1024] [--repeats 30]
+    python -m scripts.measure_many_rows [--rows 64,256,1024] [--repeats 30]
 
 Native: the kernel of libkrasis_cuda on INT8 weights as they lie. Library: unpacked to bfloat16,
 then torch's products. The threshold is where the library's time stays below the native one's for every shape.

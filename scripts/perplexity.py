@@ -2,7 +2,7 @@
 """Held-out perplexity, side by side: the BF16 checkpoint, and its bundle with Q8, CPU INT4 and GPU INT4
 experts.
 
-    python scripts/perplexity.py --model tests/assets/tiny-qwen3-moe --text
+    python -m scripts.perplexity --model tests/assets/tiny-qwen3-moe --text
     tests/assets/tiny-qwen3-moe/heldout.txt
 
 BF16 is transformers in float32 on the checkpoint. The CPU formats run through the int8 kernels, as

@@ -6,7 +6,7 @@ kernels", the timing itself included (1 to 2 us a call). Times are medians over 
 clock or (--cpu) by the processor time of the caller's thread, which other work on the machine does not
 lengthen. Example:
 
-    python scripts/profile_token.py model.krasis --tokens 512 --threads 1,2
+    python -m scripts.profile_token model.krasis --tokens 512 --threads 1,2
 """
 
 from __future__ import annotations

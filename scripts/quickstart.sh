@@ -11,7 +11,7 @@ work=models
 
 scripts/setup.sh run
 mkdir -p "$work"
-"$venv/bin/python" scripts/make_tiny_model.py gguf --model "$model" --out "$work/tiny-q8_0.gguf"
+"$venv/bin/python" -m scripts.models.make_tiny_model gguf --model "$model" --out "$work/tiny-q8_0.gguf"
 "$venv/bin/krasis-convert" "$model" "$work/tiny-q8_0.gguf" -o "$work/tiny.krasis" --force
 "$venv/bin/krasis-info" "$work/tiny.krasis"
 echo

@@ -26,5 +26,5 @@ export NCCL_NVLS_ENABLE=${NCCL_NVLS_ENABLE:-0}
 
 
 counts=$(seq -s, 1 "$(nvidia-smi --list-gpus | wc -l)")
-exec "$python" scripts/bench/run.py --stage reference --gpus "$counts" --pairs 3 --work "$work" \
+exec "$python" -m scripts.bench.run --stage reference --gpus "$counts" --pairs 3 --work "$work" \
     --record docs/measured/reference.h5 --out docs/BENCHMARKS.md --plots docs/plots "$@"

@@ -5,7 +5,7 @@ cancel, reset, saved prefixes, asyncio, children of fork, and the engine closed 
 Every text must be what one caller alone gets for its prompt, or, where the answer was ended or overtaken, the
 beginning of it. Exit code 1 for any other text, error or a standstill; a crash speaks for itself. Example:
 
-    python scripts/stress_engine.py model.krasis --minutes 10 --threads 4
+    python -m scripts.stress_engine model.krasis --minutes 10 --threads 4
 """
 
 from __future__ import annotations

@@ -8,14 +8,14 @@ from typing import Any
 
 import click
 
-from bench import contention, convert, hybrid, layer, process, provision, quality, speed
-from bench.document import write_document
-from bench.facts import REPOSITORY, note_facts, note_programs
-from bench.machine import load_1m
-from bench.peers import IK, KT, LLAMA, Krasis, Program, ik_llama_cpp, llama_cpp
-from bench.record import REFERENCE, STAGES, Record
-from bench.reference import command as reference
-from bench.speed import Model, Plan
+from scripts.bench import contention, convert, hybrid, layer, process, provision, quality, speed
+from scripts.bench.document import write_document
+from scripts.bench.facts import REPOSITORY, note_facts, note_programs
+from scripts.bench.machine import load_1m
+from scripts.bench.peers import IK, KT, LLAMA, Krasis, Program, ik_llama_cpp, llama_cpp
+from scripts.bench.record import REFERENCE, STAGES, Record
+from scripts.bench.reference import command as reference
+from scripts.bench.speed import Model, Plan
 
 TINY = REPOSITORY / "tests" / "assets" / "tiny-qwen3-moe"
 PATH = click.Path(path_type=Path)

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
-from bench.peers import Program, Work
-from bench.record import Record
-from bench.speed import Clock, Model, Plan, Say, execute, in_turn, line, on_the_cpu
+from scripts.bench.peers import Program, Work
+from scripts.bench.record import Record
+from scripts.bench.speed import Clock, Model, Plan, Say, execute, in_turn, line, on_the_cpu
 
 STAGE = "contention"
 TOKENS = 32

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench import process
-from bench.peers import KRASIS, LLAMA
-from bench.provision import Found
-from bench.record import Record, Run
-from bench.speed import Clock, Model, Plan, Say, in_turn
-from bench.weights import BundleSource, CheckpointSource, GgufSource, Source, relative_mse
+from scripts.bench import process
+from scripts.bench.peers import KRASIS, LLAMA
+from scripts.bench.provision import Found
+from scripts.bench.record import Record, Run
+from scripts.bench.speed import Clock, Model, Plan, Say, in_turn
+from scripts.bench.weights import BundleSource, CheckpointSource, GgufSource, Source, relative_mse
 
 STAGE = "convert"
 MOST_ROUNDS = 3
@@ -51,7 +51,7 @@ def tool(name: str) -> str:
 
 def bf16_gguf(folder: Path, work: Path) -> Path:
     """llama-quantize's input, written from the folder unless it is there."""
-    from moe_gguf import write_gguf
+    from scripts.models.moe_gguf import write_gguf
 
     out = work / f"{folder.name}-bf16.gguf"
     if not out.exists():

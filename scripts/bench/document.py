@@ -11,18 +11,18 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from bench import stats, tables
-from bench.facts import REPOSITORY
-from bench.goals import goals
-from bench.hybrid import IK_FLAGS, LLAMA_ENV, LLAMA_FLAGS
-from bench.peers import IK, KRASIS, LLAMA
-from bench.plots import write_plots
-from bench.record import REFERENCE, STAGES, Record, Run
-from bench.reference import section
-from bench.reference.chart import write_chart
-from bench.shown import without_places
-from bench.tables import first_seen, pick, table
-from bench.texts import INTRODUCTIONS, MARK, METHOD, TITLES
+from scripts.bench import stats, tables
+from scripts.bench.facts import REPOSITORY
+from scripts.bench.goals import goals
+from scripts.bench.hybrid import IK_FLAGS, LLAMA_ENV, LLAMA_FLAGS
+from scripts.bench.peers import IK, KRASIS, LLAMA
+from scripts.bench.plots import write_plots
+from scripts.bench.record import REFERENCE, STAGES, Record, Run
+from scripts.bench.reference import section
+from scripts.bench.reference.chart import write_chart
+from scripts.bench.shown import without_places
+from scripts.bench.tables import first_seen, pick, table
+from scripts.bench.texts import INTRODUCTIONS, MARK, METHOD, TITLES
 
 REPEATED = {"cpu-epyc.md": ("CPU alone", ("Decode", "Prefill on the CPU"))}
 """Sections of other documents that this one repeats: file, (title here, headings there)."""

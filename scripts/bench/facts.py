@@ -8,11 +8,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from bench.machine import machine_facts
-from bench.provision import Found, repository_state
-from bench.record import Record
-from bench.speed import Model
 from krasis.formats.checkpoints.gguf import GgufFile
+from scripts.bench.machine import machine_facts
+from scripts.bench.provision import Found, repository_state
+from scripts.bench.record import Record
+from scripts.bench.speed import Model
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RANDOM_PREFIX = "random-"  # of general.name, as make_random_model writes it
@@ -35,7 +35,7 @@ def note_facts(
 def note_machine(record: Record, stages: Sequence[str]) -> None:
     """The machine, and the command that is running."""
     record.set_facts("machine", machine_facts())
-    command = shlex.join(["python", "scripts/bench/run.py", *sys.argv[1:]])
+    command = shlex.join(["python", "-m", "scripts.bench.run", *sys.argv[1:]])
     record.set_facts("commands", dict.fromkeys(stages, command))
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bench import convert, process
-from bench.provision import Found
-from bench.speed import Model
+from scripts.bench import convert, process
+from scripts.bench.provision import Found
+from scripts.bench.speed import Model
 
 TIMEOUT_S = 24 * 3600.0
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from bench import stats
-from bench.layer import ALONE
-from bench.peers import IK, KRASIS, KT, LLAMA
-from bench.record import Run
-from bench.stats import Spread
-from bench.tables import ABSENT, first_seen, kept, percent, pick, times
+from scripts.bench import stats
+from scripts.bench.layer import ALONE
+from scripts.bench.peers import IK, KRASIS, KT, LLAMA
+from scripts.bench.record import Run
+from scripts.bench.stats import Spread
+from scripts.bench.tables import ABSENT, first_seen, kept, percent, pick, times
 
 KERNEL_SHARE = 0.9  # of the read bandwidth
 LAYER_GOAL = 2.0

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from bench.four_bits import int4_bundle, q4_0_gguf
-from bench.machine import gpu_names
-from bench.peers import IK, KRASIS, KT, LLAMA, Krasis, LlamaBench, Program, Work
-from bench.provision import Found
-from bench.record import Record, Run
-from bench.speed import Clock, Model, Plan, Say, execute, in_turn, line
+from scripts.bench.four_bits import int4_bundle, q4_0_gguf
+from scripts.bench.machine import gpu_names
+from scripts.bench.peers import IK, KRASIS, KT, LLAMA, Krasis, LlamaBench, Program, Work
+from scripts.bench.provision import Found
+from scripts.bench.record import Record, Run
+from scripts.bench.speed import Clock, Model, Plan, Say, execute, in_turn, line
 
 STAGE = "hybrid"
 # What an expert would choose for a long prompt and few small GPUs: llama-server's flags, for llama-bench.

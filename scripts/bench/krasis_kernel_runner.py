@@ -10,16 +10,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import bench_common
-import bench_decode
-
-from bench.layer_work import add_options
 from krasis.formats.native import Pool
+from scripts import bench_common, bench_decode
+from scripts.bench.layer_work import add_options
 
 SAMPLES_A_REPEAT = 5  # they are short, and the memory of a shared machine changes its speed within seconds
 MOST_LAYERS = 256  # of a small model: still beyond any cache

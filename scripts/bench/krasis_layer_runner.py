@@ -11,24 +11,19 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import bench_common
-
-from bench.layer_work import MIN_SAMPLE_S, NUM_ROUTINGS, PARTS, LayerWork, add_options
 from krasis.formats.files.aligned import aligned_empty
 from krasis.formats.layouts import CpuTileLayout
 from krasis.formats.layouts.matrix import MatrixView
 from krasis.formats.native import Pool
 from krasis.runtime.cpu.kernels import Acts, Kernels, moe_workspace_bytes, workspace
+from scripts import bench_common
+from scripts.bench.layer_work import MIN_SAMPLE_S, NUM_ROUTINGS, PARTS, LayerWork, add_options
 
 SLICE_BYTES = 1 << 29
 BITS = {"q8": 8, "i4": 4}

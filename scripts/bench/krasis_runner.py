@@ -12,7 +12,6 @@ import argparse
 import ctypes
 import hashlib
 import json
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,16 +19,13 @@ from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from device.limits import streaming_vram_bytes
-
 from krasis.formats.bundle.reader import Bundle
 from krasis.formats.native import Pool, check, library_path
 from krasis.runtime import Engine, EngineSettings
 from krasis.runtime.cpu.native import prototype
 from krasis.runtime.host.huge_pages import huge_share
 from krasis.runtime.host.prefault import files_of_tiers
+from scripts.device.limits import streaming_vram_bytes
 
 WINDOW_BYTES = 256 << 20
 

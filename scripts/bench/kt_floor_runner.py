@@ -23,15 +23,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from bench.kt_runner import FORMATS, Layer
-from bench.layer_work import Array, LayerWork, add_options
+from scripts.bench.kt_runner import FORMATS, Layer
+from scripts.bench.layer_work import Array, LayerWork, add_options
 
 WARM_UPS = 2
 BUFFER_STEP = 64  # kt-kernel's AMX classes want buffers of whole tiles

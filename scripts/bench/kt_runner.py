@@ -18,14 +18,11 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from bench.layer_work import MIN_SAMPLE_S, NUM_ROUTINGS, PARTS, LayerWork, add_options
+from scripts.bench.layer_work import MIN_SAMPLE_S, NUM_ROUTINGS, PARTS, LayerWork, add_options
 
 FORMATS = {
     "q8_0": (8, 32),

@@ -9,14 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench import process
-from bench.peers import KRASIS, KT, last_json
-from bench.provision import Found
-from bench.record import Record, Run
-from bench.speed import Clock, Model, Plan, Say, in_turn
+from scripts.bench import process
+from scripts.bench.peers import KRASIS, KT, last_json
+from scripts.bench.provision import Found
+from scripts.bench.record import Record, Run
+from scripts.bench.speed import Clock, Model, Plan, Say, in_turn
 
 STAGE = "layer"
-HERE = Path(__file__).resolve().parent
 ALONE = "krasis kernels"
 """Subjects that start with this time krasis_moe by itself."""
 METRICS = ("tokens_per_s", "weights_gbps", "read_gbps", "fraction", "relative_error")
@@ -44,14 +43,14 @@ def kernels(kt: Found) -> list[Kernel]:
         for isa in ("auto", "avx2"):
             arguments: tuple[str, ...] = ("--format", tiles, "--isa", isa)
             held_to = "" if isa == "auto" else f" ({isa})"
-            found.append(Kernel(f"{KRASIS}{held_to}", case, "krasis_layer_runner.py", arguments))
-            found.append(Kernel(f"{ALONE}{held_to}", case, "krasis_kernel_runner.py", arguments))
+            found.append(Kernel(f"{KRASIS}{held_to}", case, "krasis_layer_runner", arguments))
+            found.append(Kernel(f"{ALONE}{held_to}", case, "krasis_kernel_runner", arguments))
         for kind in formats:
             for variant in ("", "avx2"):
                 env = {"PYTHONPATH": str(kt.path)} | ({"KT_KERNEL_CPU_VARIANT": variant} if variant else {})
                 name = f"{KT} {kind}" + (f" ({variant})" if variant else "")
                 arguments = ("--format", kind)
-                found.append(Kernel(name, case, "kt_runner.py", arguments, env, kt.missing))
+                found.append(Kernel(name, case, "kt_runner", arguments, env, kt.missing))
     return found
 
 
@@ -72,7 +71,8 @@ def execute(kernel: Kernel, model: Model, threads: int, number: int, plan: Plan)
     common: dict[str, Any] = {"stage": STAGE, "model": model.name, "threads": threads, "case": kernel.case}
     if kernel.missing:
         return Run(subject=kernel.subject, round=number, error=kernel.missing, **common)
-    arguments = [sys.executable, str(HERE / kernel.script), *layer_sizes(model.folder), *kernel.arguments]
+    arguments = [sys.executable, "-m", f"scripts.bench.{kernel.script}", *layer_sizes(model.folder)]
+    arguments += kernel.arguments
     arguments += ["--threads", str(threads), "--repeats", str(plan.repeats)]
     outcome = process.run(arguments, env=kernel.env, timeout_s=plan.timeout_s)
     error, version = outcome.error, ""

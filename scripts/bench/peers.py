@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
 KRASIS, LLAMA, IK, KT = "krasis", "llama.cpp", "ik_llama.cpp", "kt-kernel"
 
 
@@ -81,7 +80,7 @@ class Krasis:
     def arguments(self, work: Work) -> list[str]:
         """The command line."""
         listed = {"-p": work.prompts, "-n": work.generate}
-        arguments = [sys.executable, str(HERE / "krasis_runner.py"), str(work.bundle)]
+        arguments = [sys.executable, "-m", "scripts.bench.krasis_runner", str(work.bundle)]
         arguments += ["-t", str(work.threads), "-r", str(work.repeats)]
         for flag, values in listed.items():
             arguments += [flag, ",".join(str(value) for value in values) or "0"]

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from bench import stats
-from bench.record import Run
-from bench.tables import case_order, pick, subjects
+from scripts.bench import stats
+from scripts.bench.record import Run
+from scripts.bench.tables import case_order, pick, subjects
 
 logger = logging.getLogger(__name__)
 CHARTS = {

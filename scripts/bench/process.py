@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bench.machine import load_1m
+from scripts.bench.machine import load_1m
 
 ERROR_CHARS = 240
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench import process
+from scripts.bench import process
 
 LLAMA_PACKAGE = "llama-cpp-python==0.3.36"
 KT_PACKAGE = "kt-kernel==0.7.2"

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bench import convert, process
-from bench.machine import load_1m
-from bench.peers import KRASIS, LLAMA
-from bench.provision import Found
-from bench.record import Record, Run
-from bench.speed import Clock, Say
-from bench.weights import BundleSource, CheckpointSource, GgufSource, Source, relative_mse
+from scripts.bench import convert, process
+from scripts.bench.machine import load_1m
+from scripts.bench.peers import KRASIS, LLAMA
+from scripts.bench.provision import Found
+from scripts.bench.record import Record, Run
+from scripts.bench.speed import Clock, Say
+from scripts.bench.weights import BundleSource, CheckpointSource, GgufSource, Source, relative_mse
 
 STAGE = "quality"
 CONTEXT = 512

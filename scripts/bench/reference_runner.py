@@ -11,18 +11,15 @@ import argparse
 import hashlib
 import json
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from bench.krasis_runner import open_on
 from krasis.formats.native import library_path
 from krasis.runtime import Engine, EngineSettings
+from scripts.bench.krasis_runner import open_on
 
 WARM_UP_TOKENS = 8
 SEED = 20

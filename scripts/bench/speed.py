@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from bench import process
-from bench.machine import gpu_names
-from bench.peers import Program, Work
-from bench.record import Record, Run
+from scripts.bench import process
+from scripts.bench.machine import gpu_names
+from scripts.bench.peers import Program, Work
+from scripts.bench.record import Record, Run
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from bench.record import Run
+from scripts.bench.record import Run
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from bench import stats
-from bench.hybrid import OURS
-from bench.layer import ALONE
-from bench.peers import IK, KRASIS, KT, LLAMA
-from bench.record import Run
-from bench.stats import Spread
+from scripts.bench import stats
+from scripts.bench.hybrid import OURS
+from scripts.bench.layer import ALONE
+from scripts.bench.peers import IK, KRASIS, KT, LLAMA
+from scripts.bench.record import Run
+from scripts.bench.stats import Spread
 
 ABSENT = "\u2013"
 NOTE_CHARS = 100

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,10 +15,7 @@ from krasis.formats.checkpoints.ggml_blocks import dequantize
 from krasis.formats.checkpoints.gguf import GgufFile
 from krasis.formats.layouts import Int8RowsLayout
 from krasis.runtime.cpu.weights import Int8Weight, LayerWeights, load_weights, to_float32
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from model_files import Checkpoint, from_bf16
+from scripts.models.model_files import Checkpoint, from_bf16
 
 Floats = npt.NDArray[np.float32]
 SAMPLED_EXPERTS = 4  # a layer

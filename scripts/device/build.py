@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from device.context import REPOSITORY, Context
+from scripts.device.context import REPOSITORY, Context
 
 # Module -> the distribution that has it. What the stages import, and what the build needs.
 NEEDED = {

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import click
 
-from device import report, runner
-from device.context import REPOSITORY, SIZES, Context
-from device.stages import STAGES
-from device.state import Entry, State, source_digest
+from scripts.device import report, runner
+from scripts.device.context import REPOSITORY, SIZES, Context
+from scripts.device.stages import STAGES
+from scripts.device.state import Entry, State, source_digest
 
 PATH = click.Path(path_type=Path)
 DEFAULT_FOLDER = Path(tempfile.gettempdir()) / "krasis-device"

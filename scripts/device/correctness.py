@@ -10,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from device.context import REPOSITORY, Context
+from scripts.device.context import REPOSITORY, Context
 
 TESTS = ("tests/device",)
 # The suite runs these without a GPU.

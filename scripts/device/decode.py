@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from device import places, rates
-from device.context import Context
-from device.devices import facts_of, open_engine
-from device.prefill import CARD, vram_budgets
 from krasis.runtime import Engine
+from scripts.device import places, rates
+from scripts.device.context import Context
+from scripts.device.devices import facts_of, open_engine
+from scripts.device.prefill import CARD, vram_budgets
 
 WARM_UP = 8
 CPU_PROMPT = 16

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from device.context import Context
 from krasis.runtime import Engine, EngineSettings
 from krasis.runtime.device.api import Device
+from scripts.device.context import Context
 
 
 def open_device(context: Context) -> Device:

@@ -6,12 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from make_random_bundle import RMS_4, BundleRequest, Pools, input_std, output_std, record_pieces
 
-from device import places
-from device.context import Context
-from device.devices import open_device
-from device.timing import time_calls
 from krasis.formats.architecture import Architecture
 from krasis.formats.layouts import ExpertRecord
 from krasis.runtime.device.api import Device, Stream
@@ -19,6 +14,18 @@ from krasis.runtime.gpu.buffers import Workspace
 from krasis.runtime.gpu.experts.stage import Step
 from krasis.runtime.gpu.kernels.gpu_kernels import GpuKernels
 from krasis.runtime.gpu.kernels.grouped_product import ExpertProduct
+from scripts.device import places
+from scripts.device.context import Context
+from scripts.device.devices import open_device
+from scripts.device.timing import time_calls
+from scripts.models.make_random_bundle import (
+    RMS_4,
+    BundleRequest,
+    Pools,
+    input_std,
+    output_std,
+    record_pieces,
+)
 
 FEW_ROWS = 256  # up to here every expert of a layer, beyond it a quarter of them, to bound time and memory
 
@@ -75,7 +82,7 @@ def architecture(context: Context, label: str, num_experts: int) -> Architecture
     """One layer of the shape with so many experts."""
     from dataclasses import replace
 
-    from make_random_bundle import architecture_of
+    from scripts.models.make_random_bundle import architecture_of
 
     shape = places.shape_of(context.sizes.stack(label), 1)
     top_k = min(shape.num_experts_per_tok, num_experts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from device.context import Context
+from scripts.device.context import Context
 
 MOST_KERNELS = 14
 NAME_CHARS = 70

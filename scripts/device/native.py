@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from device.context import Context
+from scripts.device.context import Context
 
 
 class NativeTestError(Exception):

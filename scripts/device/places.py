@@ -11,13 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from make_random_bundle import BundleRequest, bundle_bytes, make_bundle
-from model_files import MoeShape
-from model_shapes import SHAPES
-
-from device.context import GIB, Context, Stack
 from krasis.formats.bundle.reader import Bundle
 from krasis.formats.errors import FormatError
+from scripts.device.context import GIB, Context, Stack
+from scripts.models.make_random_bundle import BundleRequest, bundle_bytes, make_bundle
+from scripts.models.model_files import MoeShape
+from scripts.models.model_shapes import SHAPES
 
 SHARE_OF_MEMORY = 0.6
 MOST_RAM_BYTES = 64 * GIB

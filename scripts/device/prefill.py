@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from device import kernel_times, places, rates
-from device.context import GIB, Context
-from device.devices import facts_of, open_engine
-from device.limits import prefill_work, streaming_vram_bytes
 from krasis.formats.bundle.reader import Bundle
 from krasis.runtime import Engine
+from scripts.device import kernel_times, places, rates
+from scripts.device.context import GIB, Context
+from scripts.device.devices import facts_of, open_engine
+from scripts.device.limits import prefill_work, streaming_vram_bytes
 
 GOAL = 1.15
 MORE_POSITIONS = 16

@@ -6,19 +6,16 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from device.limits import streaming_vram_bytes
 from krasis.formats.bundle.reader import Bundle
 from krasis.runtime import Engine
 from krasis.runtime.distributed.launch import open_engine
 from krasis.runtime.settings import EngineSettings
+from scripts.device.limits import streaming_vram_bytes
 
 WARM_UP = 8
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from device import places
-from device.context import REPOSITORY, Context
-from device.prefill import CARD_BYTES
-from device.runner import SkippedError
 from krasis.runtime.gpu.opening import DOUBLE_BYTES
+from scripts.device import places
+from scripts.device.context import Context
+from scripts.device.prefill import CARD_BYTES
+from scripts.device.runner import SkippedError
 
 
 class RanksError(Exception):
@@ -30,7 +30,7 @@ def run(context: Context) -> dict[str, Any]:
         raise SkippedError("this machine has one GPU")
     exchange = run_json(
         [
-            REPOSITORY / "scripts/bench_collectives.py",
+            "scripts.bench_collectives",
             "--device",
             context.device,
             *exchange_sizes(context, counts),
@@ -59,7 +59,7 @@ def run_once(context: Context, bundle: Path, count: int, vram_bytes: int) -> dic
         "--logits": logits,
     }
     flat = [part for pair in options.items() for part in pair]
-    found = run_json([Path(__file__).with_name("rank_run.py"), bundle, *flat])
+    found = run_json(["scripts.device.rank_run", bundle, *flat])
     return found | {"logits": np.load(logits)}
 
 
@@ -94,12 +94,12 @@ def exchange_sizes(context: Context, counts: list[int]) -> list[object]:
 
 
 def run_json(arguments: list[Any]) -> dict[str, Any]:
-    """The JSON object that a script prints."""
-    command = [sys.executable, *(str(one) for one in arguments)]
+    """The JSON object that a script prints. arguments: its module, then its own."""
+    command = [sys.executable, "-m", *(str(one) for one in arguments)]
     print("$", " ".join(command), flush=True)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     print(done.stderr, done.stdout, flush=True)
     if done.returncode:
-        raise RanksError(f"{Path(command[1]).name}: exit {done.returncode}: {done.stderr.strip()[-400:]}")
+        raise RanksError(f"{command[2]}: exit {done.returncode}: {done.stderr.strip()[-400:]}")
     record: dict[str, Any] = json.loads(done.stdout[max(0, done.stdout.find("{")) :])
     return record

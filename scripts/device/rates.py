@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from device.context import Context
-from device.timing import time_calls
+from scripts.device.context import Context
+from scripts.device.timing import time_calls
 
 
 def run(context: Context) -> dict[str, Any]:

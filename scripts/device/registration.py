@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from device import places
-from device.context import Context
-from device.devices import open_device
+from scripts.device import places
+from scripts.device.context import Context
+from scripts.device.devices import open_device
 
 
 def run(context: Context) -> dict[str, Any]:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from bench.shown import without_places
-
-from device.state import State
+from scripts.bench.shown import without_places
+from scripts.device.state import State
 
 Record = dict[str, Any]
 

@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from device.context import Context
-from device.stages import STAGES, Stage
-from device.state import Entry
+from scripts.device.context import Context
+from scripts.device.stages import STAGES, Stage
+from scripts.device.state import Entry
 
 ERROR_LINES, ERROR_CHARS = 6, 1200
 
@@ -66,7 +66,6 @@ def end_group(process: subprocess.Popen[bytes]) -> None:
 
 def child_command(context: Context, name: str) -> list[str]:
     """How the same command is told to run one stage."""
-    script = Path(__file__).with_name("run.py")
     options: dict[str, object] = {
         "--dir": context.folder,
         "--device": context.device,
@@ -77,7 +76,8 @@ def child_command(context: Context, name: str) -> list[str]:
         options["--ram"] = context.ram_bytes / 1e9
     return [
         sys.executable,
-        str(script),
+        "-m",
+        "scripts.device.run",
         "--child",
         name,
         *(str(part) for pair in options.items() for part in pair),

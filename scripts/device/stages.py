@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from device.context import Context
+from scripts.device.context import Context
 
 LIMIT_S = 470.0
 NATIVE = ("csrc", "CMakeLists.txt")
@@ -28,7 +28,7 @@ class Stage:
     def load(self) -> Run:
         """The function; imports Krasis, so only once it is built."""
         module, _, name = self.function.partition(":")
-        run: Run = getattr(importlib.import_module(f"device.{module}"), name)
+        run: Run = getattr(importlib.import_module(f"scripts.device.{module}"), name)
         return run
 
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from device import places, rates
-from device.context import Context
-from device.devices import facts_of, open_engine
+from scripts.device import places, rates
+from scripts.device.context import Context
+from scripts.device.devices import facts_of, open_engine
 
 LABEL = "30b"
 READ_BYTES, READERS = 16 * 2**20, 8

@@ -12,9 +12,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from bench.shown import without_places
-
-from device.context import REPOSITORY, Context
+from scripts.bench.shown import without_places
+from scripts.device.context import REPOSITORY, Context
 
 Status = Literal["done", "failed", "skipped"]
 

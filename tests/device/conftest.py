@@ -8,7 +8,6 @@ layers; by default real on a GPU.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -18,16 +17,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from krasis.formats.bundle.reader import Bundle
+from krasis.runtime.cpu.weights import ModelWeights, load_weights
+from scripts.device.context import Context
+from scripts.device.limits import streaming_vram_bytes
+from scripts.device.places import request_of
+from scripts.models.make_random_bundle import make_bundle
+
 REPOSITORY = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(REPOSITORY / "scripts"))
-
-from device.context import Context  # noqa: E402
-from device.limits import streaming_vram_bytes  # noqa: E402
-from device.places import request_of  # noqa: E402
-from make_random_bundle import make_bundle  # noqa: E402
-
-from krasis.formats.bundle.reader import Bundle  # noqa: E402
-from krasis.runtime.cpu.weights import ModelWeights, load_weights  # noqa: E402
 
 
 @pytest.fixture(scope="session")

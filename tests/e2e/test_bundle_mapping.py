@@ -23,7 +23,7 @@ from krasis.runtime.host.filesystem import IN_RAM, filesystem_of_path
 from krasis.runtime.host_memory.page_cache import cached_share
 
 HUGE_PAGE_BYTES = 2 << 20
-MAKE_MODEL = Path(__file__).parents[2] / "scripts/make_random_model.py"
+ROOT = Path(__file__).parents[2]
 # Blobs of 3.5 MB and more: smaller ones are no huge page.
 SHAPE = "--shape custom --layers 2 --hidden 256 --heads 4 --kv-heads 2 --head-dim 64 --experts 16 --top-k 2 "
 SHAPE += "--expert-intermediate 512 --vocab 512"
@@ -38,8 +38,8 @@ ATTEMPTS = 5
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory) -> Path:
     model = tmp_path_factory.mktemp("model") / "model"
-    command = [sys.executable, MAKE_MODEL, *SHAPE.split(), "--out", model]
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    command = [sys.executable, "-m", "scripts.models.make_random_model", *SHAPE.split(), "--out", model]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120)
     return model
 
 

@@ -34,9 +34,17 @@ def digests(folder: Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def q8(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("gguf") / "tiny-q8_0.gguf"
-    script = ROOT / "scripts/make_tiny_model.py"
-    command = [sys.executable, script, "gguf", "--model", MODEL, "--out", path]
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    command = [
+        sys.executable,
+        "-m",
+        "scripts.models.make_tiny_model",
+        "gguf",
+        "--model",
+        MODEL,
+        "--out",
+        path,
+    ]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120)
     return path
 
 

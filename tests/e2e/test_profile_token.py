@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,7 @@ from click.testing import CliRunner
 
 from krasis.runtime import Engine, EngineSettings
 from krasis.runtime.cpu.backend import CpuBackend
-
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-
-import profile_token  # noqa: E402
+from scripts import profile_token
 
 STAGES = {
     "rms_norm",

@@ -79,9 +79,9 @@ def make_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
             sources = [str(TINY)]
             if "GGUF" in SETTINGS[name]:
                 gguf = folder / "tiny.gguf"
-                script = Path(__file__).parents[2] / "scripts" / "make_tiny_model.py"
-                command = [sys.executable, str(script), "gguf", "--model", str(TINY), "--out", str(gguf)]
-                subprocess.run(command, check=True, capture_output=True)
+                command = [sys.executable, "-m", "scripts.models.make_tiny_model", "gguf"]
+                command += ["--model", str(TINY), "--out", str(gguf)]
+                subprocess.run(command, cwd=Path(__file__).parents[2], check=True, capture_output=True)
                 sources.append(str(gguf))
             made[name] = folder / f"{name}.krasis"
             options = [option for option in SETTINGS[name] if option != "GGUF"]

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hostile_templates
-import hostile_tokenizers
-import mutations
 import pytest
-import text_trials
+
+from tests.fuzz.support import mutations
+from tests.hostile.support import hostile_templates, hostile_tokenizers, text_trials
 
 # Requests may spend 0.5 s of CPU; a machine that runs other tests beside this one takes longer by the clock.
 MAX_SECONDS = 12.0

@@ -16,16 +16,14 @@ from click.testing import CliRunner
 from krasis.convert.conversion import convert, prepare
 from krasis.convert.progress import Reporter
 from krasis.convert.settings import ConvertSettings
+from scripts.bench import contention, layer, peers, process, provision, quality, speed, stats, tables, weights
+from scripts.bench.cli import main
+from scripts.bench.document import render
+from scripts.bench.goals import goals
+from scripts.bench.record import Record, Run
+from scripts.models.moe_gguf import write_gguf
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-
-from bench import contention, layer, peers, process, provision, quality, speed, stats, tables, weights  # noqa: E402
-from bench.cli import main  # noqa: E402
-from bench.document import render  # noqa: E402
-from bench.goals import goals  # noqa: E402
-from bench.record import Record, Run  # noqa: E402
-from moe_gguf import write_gguf  # noqa: E402
 
 TINY = SCRIPTS.parent / "tests" / "assets" / "tiny-qwen3-moe"
 

@@ -1,16 +1,12 @@
 """The comparison with GPUs: flags, forms of equal bits, and what cannot run."""
 
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-
-from bench import hybrid, krasis_runner, peers, provision, speed, tables  # noqa: E402
-from bench.record import Record, Run  # noqa: E402
+from scripts.bench import hybrid, krasis_runner, peers, provision, speed, tables
+from scripts.bench.record import Record, Run
 
 WORK = peers.Work("m", Path("m.krasis"), Path("m.gguf"), 2, prompts=(512, 2048), generate=(64,), repeats=3)
 

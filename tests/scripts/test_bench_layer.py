@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-sys.path.insert(0, str(SCRIPTS))
+from scripts.bench import layer, provision, speed
+from scripts.bench.document import render
+from scripts.bench.goals import goals
+from scripts.bench.layer_work import PARTS, LayerWork
+from scripts.bench.record import Record
 
-from bench import layer, provision, speed  # noqa: E402
-from bench.document import render  # noqa: E402
-from bench.goals import goals  # noqa: E402
-from bench.layer_work import PARTS, LayerWork  # noqa: E402
-from bench.record import Record  # noqa: E402
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
 TINY = SCRIPTS.parent / "tests" / "assets" / "tiny-qwen3-moe"
 

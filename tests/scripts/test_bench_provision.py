@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import sys
 import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,14 +10,11 @@ from typing import Any
 
 import pytest
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-
-from bench import provision  # noqa: E402
-from bench.cli import main  # noqa: E402
-from bench.document import render  # noqa: E402
-from bench.process import Outcome  # noqa: E402
-from bench.record import Record, Run  # noqa: E402
+from scripts.bench import provision
+from scripts.bench.cli import main
+from scripts.bench.document import render
+from scripts.bench.process import Outcome
+from scripts.bench.record import Record, Run
 
 SOURCES = "llama_cpp_python-0.3.36/vendor/llama.cpp/CMakeLists.txt"
 
@@ -132,7 +128,7 @@ def test_the_layer_stage_builds_no_llama_bench(
     from click.testing import CliRunner
 
     fake = tools()
-    monkeypatch.setattr("bench.facts.machine_facts", dict)
+    monkeypatch.setattr("scripts.bench.facts.machine_facts", dict)
     result = CliRunner().invoke(main, ["run", "--stage", "layer", "--kt-kernel", "auto", *places])
     assert result.exit_code == 0, result.output
     assert [command[3] for command in fake.commands] == ["install"]

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from krasis.formats.native import Pool
-
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-
-import bench_common  # noqa: E402
-import bench_decode  # noqa: E402
-import bench_prefill  # noqa: E402
+from scripts import bench_common, bench_decode, bench_prefill
 
 TINY = bench_common.SHAPES["tiny"]
 

@@ -14,19 +14,17 @@ from typing import Any
 
 import pytest
 
+from krasis.formats.errors import NativeError
+from scripts.device import build, places, ranks, report, runner, startup
+from scripts.device.context import REAL, SIZES, Context
+from scripts.device.correctness import read_report
+from scripts.device.limits import prefill_work
+from scripts.device.places import layers_within, request_of
+from scripts.device.stages import STAGES, Stage
+from scripts.device.state import Entry, State, source_digest
+from scripts.device.timing import time_calls
+
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-
-from device import build, places, ranks, report, runner, startup  # noqa: E402
-from device.context import REAL, SIZES, Context  # noqa: E402
-from device.correctness import read_report  # noqa: E402
-from device.limits import prefill_work  # noqa: E402
-from device.places import layers_within, request_of  # noqa: E402
-from device.stages import STAGES, Stage  # noqa: E402
-from device.state import Entry, State, source_digest  # noqa: E402
-from device.timing import time_calls  # noqa: E402
-
-from krasis.formats.errors import NativeError  # noqa: E402
 
 ON_THE_DOUBLE = ["rates", "registration", "gemm", "prefill-30b", "decode-30b", "startup"]
 
@@ -288,7 +286,7 @@ def test_what_a_stage_imports_is_installed_here() -> None:
 
 
 def test_the_limit_of_a_prompt_by_hand() -> None:
-    from make_random_bundle import architecture_of
+    from scripts.models.make_random_bundle import architecture_of
 
     arch = architecture_of(places.shape_of(REAL.stack("235b"), 2))
     work = prefill_work(arch, 1000, 10**7)

@@ -1,7 +1,6 @@
 """The scripts that make models: what they write is what was trained, in the forms others read."""
 
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,15 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-
-import make_random_model  # noqa: E402
-import make_tiny_model  # noqa: E402
-import model_files  # noqa: E402
-import moe_gguf  # noqa: E402
-from tiny_model import chat_pairs, corpus  # noqa: E402
-from tiny_model.training import TrainingSettings  # noqa: E402
+from scripts.models import make_random_model, make_tiny_model, model_files, moe_gguf
+from scripts.models.tiny_model import chat_pairs, corpus
+from scripts.models.tiny_model.training import TrainingSettings
 
 SMALL_SHAPE = replace(
     model_files.TINY_SHAPE,

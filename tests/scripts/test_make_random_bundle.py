@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,19 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-
-from make_random_bundle import BundleRequest, bundle_bytes, make_bundle  # noqa: E402
-from model_shapes import SHAPES  # noqa: E402
-
-from krasis.formats.bundle.reader import Bundle  # noqa: E402
-from krasis.formats.bundle.verify import verify_bundle  # noqa: E402
-from krasis.formats.errors import ResourceError, UsageError  # noqa: E402
-from krasis.formats.layouts import Int8RowsLayout  # noqa: E402
-from krasis.runtime import Engine, EngineSettings  # noqa: E402
-from krasis.runtime.cpu.kernels import Kernels  # noqa: E402
-from krasis.runtime.cpu.weights import load_weights  # noqa: E402
+from krasis.formats.bundle.reader import Bundle
+from krasis.formats.bundle.verify import verify_bundle
+from krasis.formats.errors import ResourceError, UsageError
+from krasis.formats.layouts import Int8RowsLayout
+from krasis.runtime import Engine, EngineSettings
+from krasis.runtime.cpu.kernels import Kernels
+from krasis.runtime.cpu.weights import load_weights
+from scripts.models.make_random_bundle import BundleRequest, bundle_bytes, make_bundle
+from scripts.models.model_shapes import SHAPES
 
 SMALL = replace(
     SHAPES["qwen3-30b-a3b"],

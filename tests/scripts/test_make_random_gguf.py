@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,14 +15,10 @@ from krasis.convert.progress import Reporter
 from krasis.convert.settings import ConvertSettings
 from krasis.formats.checkpoints.gguf import GgufFile
 from krasis.runtime import Engine, EngineSettings
-
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-
-import make_random_gguf  # noqa: E402
-from make_random_gguf import gguf_bytes, main, make_gguf  # noqa: E402
-from model_shapes import SHAPES  # noqa: E402
-from moe_gguf import GGUF_TYPES  # noqa: E402
+from scripts.models import make_random_gguf
+from scripts.models.make_random_gguf import gguf_bytes, main, make_gguf
+from scripts.models.model_shapes import SHAPES
+from scripts.models.moe_gguf import GGUF_TYPES
 
 SMALL = replace(
     SHAPES["qwen3-30b-a3b"],

@@ -11,15 +11,12 @@ from typing import Any
 
 import pytest
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-
-from bench.process import Outcome  # noqa: E402
-from bench.reference import files, results, watch  # noqa: E402
-from bench.reference.files import Kind  # noqa: E402
-from bench.reference.rows import BOTH, WHOLE, Row, Sizes, ik_rows, krasis_rows, llama_rows  # noqa: E402
-from bench.reference.watch import GIB, Watched  # noqa: E402
-from bench.shown import without_places  # noqa: E402
+from scripts.bench.process import Outcome
+from scripts.bench.reference import files, results, watch
+from scripts.bench.reference.files import Kind
+from scripts.bench.reference.rows import BOTH, WHOLE, Row, Sizes, ik_rows, krasis_rows, llama_rows
+from scripts.bench.reference.watch import GIB, Watched
+from scripts.bench.shown import without_places
 
 KIND = Kind("qwen3-235b-a22b")
 SIZES = Sizes(10_000, 128, 16 * GIB, 32)

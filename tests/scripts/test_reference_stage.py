@@ -14,21 +14,20 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-sys.path.insert(0, str(SCRIPTS))
+from scripts.bench import kt_floor_runner
+from scripts.bench.cli import main
+from scripts.bench.document import write_document
+from scripts.bench.provision import Found
+from scripts.bench.record import Record, Run
+from scripts.bench.reference import files, kt_floor, section, work
+from scripts.bench.reference.files import Kind
+from scripts.bench.reference.rows import WHOLE, Sizes
+from scripts.bench.reference.watch import GIB
+from scripts.bench.reference.work import Request, Stage
+from scripts.models import make_random_gguf
+from scripts.models.make_random_bundle import BundleRequest
 
-import make_random_gguf  # noqa: E402
-from bench import kt_floor_runner  # noqa: E402
-from bench.cli import main  # noqa: E402
-from bench.document import write_document  # noqa: E402
-from bench.provision import Found  # noqa: E402
-from bench.record import Record, Run  # noqa: E402
-from bench.reference import files, kt_floor, section, work  # noqa: E402
-from bench.reference.files import Kind  # noqa: E402
-from bench.reference.rows import WHOLE, Sizes  # noqa: E402
-from bench.reference.watch import GIB  # noqa: E402
-from bench.reference.work import Request, Stage  # noqa: E402
-from make_random_bundle import BundleRequest  # noqa: E402
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
 KIND = Kind("tiny")
 MODEL = "tiny, 2 layers"
@@ -113,7 +112,7 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(make_random_gguf, "POOL_BYTES", 1 << 18)
     refused = SimpleNamespace(returncode=32, stderr="mount: permission denied\n")
     monkeypatch.setattr(files, "subprocess", SimpleNamespace(run=lambda *_, **__: refused))
-    monkeypatch.setattr(kt_floor, "RUNNER", tmp_path / "kt_runner.py")
+    monkeypatch.setattr(kt_floor, "RUNNER", [str(tmp_path / "kt_runner.py")])
 
 
 def test_every_row_runs_once_over_several_calls(tmp_path: Path) -> None:

@@ -12,11 +12,9 @@ from krasis.convert.conversion import convert, prepare
 from krasis.convert.progress import Reporter
 from krasis.convert.settings import ConvertSettings
 from krasis.runtime.exclusive import Claim
+from scripts import stress_engine
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import stress_engine  # noqa: E402
 
 
 @pytest.fixture(scope="module")

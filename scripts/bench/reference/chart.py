@@ -6,9 +6,9 @@ import logging
 from importlib.util import find_spec
 from pathlib import Path
 
-from bench.peers import KRASIS
-from bench.record import REFERENCE, Record
-from bench.reference.findings import Reference
+from scripts.bench.peers import KRASIS
+from scripts.bench.record import REFERENCE, Record
+from scripts.bench.reference.findings import Reference
 
 logger = logging.getLogger(__name__)
 OURS, THEIRS = "#1b6ca8", "#b0b7bf"

@@ -7,18 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import click
-from model_shapes import SHAPES
 
-from bench import provision
-from bench.facts import REPOSITORY, note_machine
-from bench.machine import compute_capability
-from bench.peers import IK, KRASIS
-from bench.provision import Found
-from bench.record import REFERENCE, Record
-from bench.reference import watch
-from bench.reference.files import Kind, Say
-from bench.reference.rows import Sizes
-from bench.reference.work import Deadline, Request, Stage
+from scripts.bench import provision
+from scripts.bench.facts import REPOSITORY, note_machine
+from scripts.bench.machine import compute_capability
+from scripts.bench.peers import IK, KRASIS
+from scripts.bench.provision import Found
+from scripts.bench.record import REFERENCE, Record
+from scripts.bench.reference import watch
+from scripts.bench.reference.files import Kind, Say
+from scripts.bench.reference.rows import Sizes
+from scripts.bench.reference.work import Deadline, Request, Stage
+from scripts.models.model_shapes import SHAPES
 
 PROMPT, GENERATE = 10_000, 128
 RESERVE_BYTES = 20 * watch.GIB

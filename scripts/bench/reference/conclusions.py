@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from bench import stats
-from bench.peers import KRASIS, LLAMA
-from bench.reference.findings import Reference, gpus_of, vram
-from bench.tables import ABSENT, figure, times
+from scripts.bench import stats
+from scripts.bench.peers import KRASIS, LLAMA
+from scripts.bench.reference.findings import Reference, gpus_of, vram
+from scripts.bench.tables import ABSENT, figure, times
 
 ALL_MEMORY = "all their memory"
 

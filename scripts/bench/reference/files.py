@@ -10,10 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from make_random_bundle import BundleRequest, bundle_bytes, make_bundle
-from make_random_gguf import gguf_bytes, make_gguf
-from model_files import MoeShape
-from model_shapes import SHAPES
+from scripts.models.make_random_bundle import BundleRequest, bundle_bytes, make_bundle
+from scripts.models.make_random_gguf import gguf_bytes, make_gguf
+from scripts.models.model_files import MoeShape
+from scripts.models.model_shapes import SHAPES
 
 Say = Callable[[str], None]
 MANIFEST = "manifest.json"

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bench import stats
-from bench.peers import IK, KRASIS, LLAMA
-from bench.record import REFERENCE, Record, Run
-from bench.reference.watch import GIB
-from bench.reference.work import FACTS
-from bench.stats import Spread
-from bench.tables import ABSENT, first_seen, pick
+from scripts.bench import stats
+from scripts.bench.peers import IK, KRASIS, LLAMA
+from scripts.bench.record import REFERENCE, Record, Run
+from scripts.bench.reference.watch import GIB
+from scripts.bench.reference.work import FACTS
+from scripts.bench.stats import Spread
+from scripts.bench.tables import ABSENT, first_seen, pick
 
 
 class Reference:

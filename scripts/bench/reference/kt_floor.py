@@ -9,22 +9,21 @@ from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from model_shapes import SHAPES
-
-from bench.peers import KT, last_json
-from bench.provision import Found
-from bench.record import Record, Run
-from bench.reference import watch
-from bench.reference.results import STAGE
+from scripts.bench.peers import KT, last_json
+from scripts.bench.provision import Found
+from scripts.bench.record import Record, Run
+from scripts.bench.reference import watch
+from scripts.bench.reference.results import STAGE
+from scripts.models.model_shapes import SHAPES
 
 if TYPE_CHECKING:
-    from bench.reference.files import Say
-    from bench.reference.work import Deadline, Request
+    from scripts.bench.reference.files import Say
+    from scripts.bench.reference.work import Deadline, Request
 
-RUNNER = Path(__file__).resolve().parent.parent / "kt_floor_runner.py"
+RUNNER = ("-m", "scripts.bench.kt_floor_runner")
 HANDED = "experts handed to the GPU"
 FORMATS = ("rawint4", "amxint4")
 TOKENS = (1, 512, 2048, 10_000)
@@ -58,7 +57,7 @@ def run(record: Record, request: Request, kt: Found, deadline: Deadline, say: Sa
     return True
 
 
-def _command(runner: Path, request: Request, kind: str) -> list[str]:
+def _command(runner: Sequence[str], request: Request, kind: str) -> list[str]:
     shape = SHAPES[request.kind.shape]
     sizes = {
         "--hidden": shape.hidden_size,
@@ -70,7 +69,7 @@ def _command(runner: Path, request: Request, kind: str) -> list[str]:
         "--format": kind,
         "--tokens": ",".join(str(min(count, request.sizes.prompt)) for count in TOKENS),
     }
-    return [sys.executable, str(runner), *(str(part) for pair in sizes.items() for part in pair)]
+    return [sys.executable, *runner, *(str(part) for pair in sizes.items() for part in pair)]
 
 
 def _keep(record: Record, model: str, subject: str, threads: int, watched: watch.Watched, say: Say) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench.peers import KRASIS, last_json
-from bench.record import Run
-from bench.reference.rows import Row
-from bench.reference.watch import Watched
+from scripts.bench.peers import KRASIS, last_json
+from scripts.bench.record import Run
+from scripts.bench.reference.rows import Row
+from scripts.bench.reference.watch import Watched
 
 STAGE = "reference"
 FIRST_RUN_DONE = ": prompt run 1/"

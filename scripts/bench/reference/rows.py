@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench.hybrid import IK_FLAGS, LLAMA_ENV, LLAMA_FLAGS
-from bench.peers import IK, KRASIS, LLAMA
-from bench.reference.files import Kind
-from bench.reference.watch import GIB
+from scripts.bench.hybrid import IK_FLAGS, LLAMA_ENV, LLAMA_FLAGS
+from scripts.bench.peers import IK, KRASIS, LLAMA
+from scripts.bench.reference.files import Kind
+from scripts.bench.reference.watch import GIB
 
-RUNNER = Path(__file__).resolve().parent.parent / "reference_runner.py"
+RUNNER = ("-m", "scripts.bench.reference_runner")
 WHOLE, BOTH = "whole", "both"
 BEST, DEFAULT = "best flags", "default flags"
 CPU_PROMPT, CPU_GENERATE = 2048, 32
@@ -97,7 +97,7 @@ def _krasis(depth: str, count: int, sizes: Sizes, cap_bytes: int, logits: Path) 
         "--vram": cap_bytes,
         "--logits": logits / f"{depth}-{count}-{cap_bytes}.npy",
     }
-    arguments = (sys.executable, str(RUNNER), "BUNDLE", "--warm-up", *_flat(options))
+    arguments = (sys.executable, *RUNNER, "BUNDLE", "--warm-up", *_flat(options))
     return Row(
         f"{KRASIS}, {cards(count, cap_bytes)}" + ("" if cap_bytes else ", all their memory"),
         KRASIS,
@@ -114,7 +114,7 @@ def _krasis(depth: str, count: int, sizes: Sizes, cap_bytes: int, logits: Path) 
 def _krasis_cpu(depth: str, sizes: Sizes) -> Row:
     prompt, generate = _cpu_sizes(sizes)
     options = {"--gpus": 0, "--threads": sizes.threads, "--prompt": prompt, "--generate": generate}
-    arguments = (sys.executable, str(RUNNER), "BUNDLE", *_flat(options))
+    arguments = (sys.executable, *RUNNER, "BUNDLE", *_flat(options))
     return Row(f"{KRASIS}, CPU alone", KRASIS, depth, 0, arguments, prompt, generate, NO_GPU)
 
 

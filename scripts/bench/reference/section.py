@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bench import stats
-from bench.peers import KRASIS
-from bench.record import REFERENCE, Record, Run
-from bench.reference.conclusions import conclusions
-from bench.reference.findings import Reference, gib, gpus_of, vram
-from bench.reference.kt_floor import HANDED
-from bench.reference.rows import cards
-from bench.reference.watch import GIB
-from bench.reference.work import FACTS
-from bench.tables import ABSENT, figure, note, pick, table, times
+from scripts.bench import stats
+from scripts.bench.peers import KRASIS
+from scripts.bench.record import REFERENCE, Record, Run
+from scripts.bench.reference.conclusions import conclusions
+from scripts.bench.reference.findings import Reference, gib, gpus_of, vram
+from scripts.bench.reference.kt_floor import HANDED
+from scripts.bench.reference.rows import cards
+from scripts.bench.reference.watch import GIB
+from scripts.bench.reference.work import FACTS
+from scripts.bench.tables import ABSENT, figure, note, pick, table, times
 
 README_BEGIN, README_END = "<!-- reference: begin -->", "<!-- reference: end -->"
 README_ROWS = 6

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from bench import process
-from bench.machine import load_1m
+from scripts.bench import process
+from scripts.bench.machine import load_1m
 
 SAMPLE_S = 0.25
 MEMINFO = Path("/proc/meminfo")

@@ -11,15 +11,15 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.machine import gpu_names
-from bench.peers import KT, LLAMA
-from bench.provision import Found
-from bench.record import Record, Run
-from bench.reference import files, kt_floor, watch
-from bench.reference.files import Kind, Say
-from bench.reference.results import STAGE, runs_of
-from bench.reference.rows import BOTH, WHOLE, Row, Sizes, ik_rows, krasis_rows, llama_rows
-from bench.speed import in_turn
+from scripts.bench.machine import gpu_names
+from scripts.bench.peers import KT, LLAMA
+from scripts.bench.provision import Found
+from scripts.bench.record import Record, Run
+from scripts.bench.reference import files, kt_floor, watch
+from scripts.bench.reference.files import Kind, Say
+from scripts.bench.reference.results import STAGE, runs_of
+from scripts.bench.reference.rows import BOTH, WHOLE, Row, Sizes, ik_rows, krasis_rows, llama_rows
+from scripts.bench.speed import in_turn
 
 UNKNOWN_S = 90.0  # for a program that has not run yet
 MARGIN_S = 5.0

@@ -11,7 +11,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-from model_files import (
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from scripts.models.model_files import (
     BF16_BYTES,
     Bf16Bits,
     from_bf16,
@@ -21,14 +24,11 @@ from model_files import (
     to_bf16,
     write_checkpoint,
 )
-from tokenizers import Tokenizer
-from torch import Tensor
-
-from tiny_model.chat_pairs import IM_END
-from tiny_model.corpus import HELD_OUT, VALIDATION, Corpus
-from tiny_model.network import TinyMoe, num_parameters
-from tiny_model.tokenizer import END_OF_TEXT, token_id, write_tokenizer
-from tiny_model.training import TrainingResult, TrainingSettings
+from scripts.models.tiny_model.chat_pairs import IM_END
+from scripts.models.tiny_model.corpus import HELD_OUT, VALIDATION, Corpus
+from scripts.models.tiny_model.network import TinyMoe, num_parameters
+from scripts.models.tiny_model.tokenizer import END_OF_TEXT, token_id, write_tokenizer
+from scripts.models.tiny_model.training import TrainingResult, TrainingSettings
 
 MAX_LOGIT_ERROR = 1e-3
 HASHED_SUFFIXES = (".json", ".safetensors", ".txt")
@@ -143,7 +143,7 @@ def write_provenance(
     text = f"""# Provenance
 
 A Qwen3-MoE of {num_parameters(model):,} parameters, trained from random weights by
-`scripts/make_tiny_model.py` of this repository. No other model's weights or output went into it.
+`scripts/models/make_tiny_model.py` of this repository. No other model's weights or output went into it.
 
 | | |
 | --- | --- |

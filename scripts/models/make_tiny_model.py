@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Train a tiny, real Qwen3-MoE on Python's standard library; write it as safetensors or GGUF.
 
-python scripts/make_tiny_model.py train --out tiny-qwen3-moe --minutes 5 --device auto
-python scripts/make_tiny_model.py gguf --model tiny-qwen3-moe --out tiny-q8_0.gguf
+python -m scripts.models.make_tiny_model train --out tiny-qwen3-moe --minutes 5 --device auto
+python -m scripts.models.make_tiny_model gguf --model tiny-qwen3-moe --out tiny-q8_0.gguf
 """
 
 import logging
@@ -12,11 +12,12 @@ from pathlib import Path
 
 import click
 import torch
-from model_files import TINY_SHAPE, MoeShape
-from moe_gguf import GGUF_TYPES, write_gguf
-from tiny_model.batches import encode_text, make_sampler
-from tiny_model.corpus import Corpus, build_corpus
-from tiny_model.export import (
+
+from scripts.models.model_files import TINY_SHAPE, MoeShape
+from scripts.models.moe_gguf import GGUF_TYPES, write_gguf
+from scripts.models.tiny_model.batches import encode_text, make_sampler
+from scripts.models.tiny_model.corpus import Corpus, build_corpus
+from scripts.models.tiny_model.export import (
     MAX_LOGIT_ERROR,
     RunFacts,
     export,
@@ -25,10 +26,10 @@ from tiny_model.export import (
     tokenizer_agrees,
     write_provenance,
 )
-from tiny_model.network import TinyMoe, num_parameters
-from tiny_model.sampling import print_samples
-from tiny_model.tokenizer import train_tokenizer
-from tiny_model.training import Trainer, TrainingSettings, perplexity
+from scripts.models.tiny_model.network import TinyMoe, num_parameters
+from scripts.models.tiny_model.sampling import print_samples
+from scripts.models.tiny_model.tokenizer import train_tokenizer
+from scripts.models.tiny_model.training import Trainer, TrainingSettings, perplexity
 
 logger = logging.getLogger("make_tiny_model")
 

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from tiny_model.chat_pairs import ChatPair, definition_pairs, greeting_pairs, topic_pairs
+from scripts.models.tiny_model.chat_pairs import ChatPair, definition_pairs, greeting_pairs, topic_pairs
 
 logger = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from tiny_model.corpus import STREAM_WEIGHTS, Corpus
-from tiny_model.tokenizer import END_OF_TEXT, token_id
+from scripts.models.tiny_model.corpus import STREAM_WEIGHTS, Corpus
+from scripts.models.tiny_model.tokenizer import END_OF_TEXT, token_id
 
 ENCODE_BATCH = 256
 

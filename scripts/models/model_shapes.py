@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from model_files import TINY_SHAPE, MoeShape
+from scripts.models.model_files import TINY_SHAPE, MoeShape
 
 QWEN3_30B = MoeShape(
     vocab_size=151936,

@@ -16,7 +16,7 @@ from tokenizers import (
     trainers,
 )
 
-from tiny_model.chat_pairs import IM_END, IM_START
+from scripts.models.tiny_model.chat_pairs import IM_END, IM_START
 
 END_OF_TEXT = "<|endoftext|>"
 SPECIAL_TOKENS = (END_OF_TEXT, IM_START, IM_END)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from model_files import MoeShape, hub_config
-
 from krasis.formats.architecture import Architecture, from_hf_config
 from krasis.formats.layouts import CpuTileLayout, MarlinLayout
+from scripts.models.model_files import MoeShape, hub_config
 
 POOL_BYTES = 64 << 20
 

@@ -2,7 +2,7 @@
 """Random-weight bundles of real layer shape, written as they lie on disk: at the speed of memory, no
 checkpoint.
 
-    python scripts/make_random_bundle.py --shape qwen3-235b-a22b --layers 16 --out /dev/shm/big.krasis
+    python -m scripts.models.make_random_bundle --shape qwen3-235b-a22b --layers 16 --out /dev/shm/big.krasis
 
 Codes are random without a bias (4 bits: -7..7, 8 bits: -127..127), scales such that activations stay of order
 one through any number of layers, norms lie around one, and router rows are normal and of equal length, so
@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import click
-from model_shapes import SHAPES, apply_overrides
-from random_bundle.blobs import input_std, output_std, record_pieces
-from random_bundle.pools import RMS_4, Pools
-from random_bundle.request import BundleRequest, architecture_of
-from random_bundle.write import bundle_bytes, make_bundle
 from tqdm import tqdm
 
 from krasis.formats.errors import KrasisError
+from scripts.models.model_shapes import SHAPES, apply_overrides
+from scripts.models.random_bundle.blobs import input_std, output_std, record_pieces
+from scripts.models.random_bundle.pools import RMS_4, Pools
+from scripts.models.random_bundle.request import BundleRequest, architecture_of
+from scripts.models.random_bundle.write import bundle_bytes, make_bundle
 
 __all__ = [
     "RMS_4",

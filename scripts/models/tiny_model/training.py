@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from tiny_model.batches import WindowSampler
-from tiny_model.network import TinyMoe
+from scripts.models.tiny_model.batches import WindowSampler
+from scripts.models.tiny_model.network import TinyMoe
 
 logger = logging.getLogger(__name__)
 

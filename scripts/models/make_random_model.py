@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Random-weight Qwen3-MoE models of real layer shape, streamed to disk, for benchmarks and tests.
 
-    python scripts/make_random_model.py --shape qwen3-30b-a3b --layers 4 --out m --gguf m-q8_0.gguf
+    python -m scripts.models.make_random_model --shape qwen3-30b-a3b --layers 4 --out m --gguf m-q8_0.gguf
 
 Weights are normal with standard deviation 1/sqrt(fan-in), so that activations stay of order one
 through any number of layers; norms lie around one. Drawing hundreds of gigabytes of normals would
@@ -21,7 +21,9 @@ from pathlib import Path
 
 import click
 import numpy as np
-from model_files import (
+from tqdm import tqdm
+
+from scripts.models.model_files import (
     BF16_BYTES,
     Bf16Bits,
     Floats,
@@ -32,9 +34,8 @@ from model_files import (
     to_bf16,
     write_checkpoint,
 )
-from model_shapes import SHAPES, apply_overrides
-from moe_gguf import GGUF_TYPES, write_gguf
-from tqdm import tqdm
+from scripts.models.model_shapes import SHAPES, apply_overrides
+from scripts.models.moe_gguf import GGUF_TYPES, write_gguf
 
 logger = logging.getLogger("make_random_model")
 

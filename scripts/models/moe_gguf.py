@@ -13,8 +13,9 @@ from typing import Any
 import gguf
 import numpy as np
 import numpy.typing as npt
-from model_files import Bf16Bits, Checkpoint, Floats, from_bf16
 from tqdm import tqdm
+
+from scripts.models.model_files import Bf16Bits, Checkpoint, Floats, from_bf16
 
 Bytes = npt.NDArray[np.uint8]
 

@@ -6,9 +6,10 @@ down-projection adds them up.
 """
 
 import torch
-from model_files import MoeShape
 from torch import Tensor, nn
 from torch.nn import functional
+
+from scripts.models.model_files import MoeShape
 
 
 def rope_tables(shape: MoeShape, length: int) -> tuple[Tensor, Tensor]:

@@ -11,8 +11,8 @@ from krasis.formats.architecture import Architecture
 from krasis.formats.bundle.writer import BlobSpec
 from krasis.formats.layouts import Int8RowsLayout, padded_rows
 from krasis.formats.layouts.expert_record import ExpertRecord
-from random_bundle.pools import RMS_4, RMS_8, Pool, Pools, as_bytes
-from random_bundle.request import BundleRequest
+from scripts.models.random_bundle.pools import RMS_4, RMS_8, Pool, Pools, as_bytes
+from scripts.models.random_bundle.request import BundleRequest
 
 NORM_NOISE = 0.1
 

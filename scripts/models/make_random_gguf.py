@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Random-weight GGUF files of real layer shape, written at the speed of memory: no checkpoint, no quantiser.
 
-    python scripts/make_random_gguf.py --shape qwen3-235b-a22b --layers 16 --type q4_0 --out big.gguf
+    python -m scripts.models.make_random_gguf --shape qwen3-235b-a22b --layers 16 --type q4_0 --out big.gguf
 
 Experts take the type named; attention, embedding and output head are Q8_0, so that a file of 4-bit experts
 has the bits of a bundle with them; norms and routers are F32. As in make_random_bundle, one pool of blocks of
@@ -22,12 +22,13 @@ from typing import Any
 import click
 import gguf
 import numpy as np
-from model_files import MoeShape, hub_config
-from model_shapes import SHAPES, apply_overrides
-from moe_gguf import GGUF_TYPES, add_architecture
-from random_bundle.blobs import input_std
-from random_bundle.pools import RMS_4, RMS_8, Bytes, Pool, scale_values
 from tqdm import tqdm
+
+from scripts.models.model_files import MoeShape, hub_config
+from scripts.models.model_shapes import SHAPES, apply_overrides
+from scripts.models.moe_gguf import GGUF_TYPES, add_architecture
+from scripts.models.random_bundle.blobs import input_std
+from scripts.models.random_bundle.pools import RMS_4, RMS_8, Bytes, Pool, scale_values
 
 EXPERT_TYPES = ("q4_0", "q8_0")
 BLOCK_VALUES = 32

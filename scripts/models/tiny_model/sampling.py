@@ -3,9 +3,9 @@
 import torch
 from tokenizers import Tokenizer
 
-from tiny_model.chat_pairs import IM_END, IM_START
-from tiny_model.network import TinyMoe
-from tiny_model.tokenizer import END_OF_TEXT, token_id
+from scripts.models.tiny_model.chat_pairs import IM_END, IM_START
+from scripts.models.tiny_model.network import TinyMoe
+from scripts.models.tiny_model.tokenizer import END_OF_TEXT, token_id
 
 PROMPTS = (
     "import os\nimport sys\n\ndef main():\n",

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import numpy.typing as npt
-from model_files import to_bf16
 
 from krasis.formats.layouts import CpuTileLayout
 from krasis.formats.layouts.cpu_tiles import TILE_BYTES, TILE_ROWS
-from random_bundle.request import BundleRequest
+from scripts.models.model_files import to_bf16
+from scripts.models.random_bundle.request import BundleRequest
 
 Bytes = npt.NDArray[np.uint8]
 

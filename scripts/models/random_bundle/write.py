@@ -10,16 +10,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from model_files import MoeShape, hub_config
-
 from krasis.formats.architecture import Architecture
 from krasis.formats.bundle.manifest import AssetRecord, Manifest, SourceRecord
 from krasis.formats.bundle.writer import PARTIAL_SUFFIX, BlobSpec, BundleWriter, plan_shards
 from krasis.formats.errors import ResourceError
 from krasis.formats.layouts import Int8RowsLayout
-from random_bundle.blobs import blob_pieces, blob_specs
-from random_bundle.pools import Pools
-from random_bundle.request import BundleRequest, architecture_of
+from scripts.models.model_files import MoeShape, hub_config
+from scripts.models.random_bundle.blobs import blob_pieces, blob_specs
+from scripts.models.random_bundle.pools import Pools
+from scripts.models.random_bundle.request import BundleRequest, architecture_of
 
 TINY_MODEL = Path(__file__).resolve().parents[2] / "tests" / "assets" / "tiny-qwen3-moe"
 ASSETS = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
