@@ -20,7 +20,7 @@
 extern "C" {
 #endif
 
-#define KRASIS_ABI_VERSION 1
+#define KRASIS_ABI_VERSION 2
 
 #if defined(_WIN32)
 #define KRASIS_API __declspec(dllexport)
@@ -201,11 +201,73 @@ KRASIS_API int32_t krasis_gemm_int8_rows(krasis_pool *pool, const krasis_acts *a
 KRASIS_API int32_t krasis_gemm_float(krasis_pool *pool, const float *x, int64_t tokens, int64_t k, const void *weight,
                                      int32_t dtype, int64_t n, float *out);
 
-/* softmax over E in f32, then the top_k largest (ties: lower id first), weights renormalised if normalize != 0. */
-KRASIS_API int32_t krasis_route_topk(krasis_pool *pool, const float *logits, int64_t tokens, int64_t num_experts,
-                                     int64_t top_k, int32_t normalize, int32_t *ids, float *weights);
+/* How a token's experts are chosen and weighed. l = logits + bias, then logit_cap * tanh(l / logit_cap). Scores s of l:
+ * softmax over all experts, sigmoid, sqrt(softplus), or (OF_TOP) l itself. Experts are chosen by s + correction_bias:
+ * of `groups` groups of consecutive experts the top_groups best stay, by the sum of their two best or by their best; of
+ * these the top_k largest, largest first (ties: lower id first, of groups too). They weigh by s alone; OF_TOP: by the
+ * softmax over the chosen l, or their sigmoid. renormalise: weights are divided by max(sum, sum_floor) + sum_epsilon.
+ * Then they are multiplied by scale and by expert_scale of the expert. */
+typedef enum krasis_score {
+    KRASIS_SCORE_SOFTMAX = 0,
+    KRASIS_SCORE_SIGMOID = 1,
+    KRASIS_SCORE_SQRT_SOFTPLUS = 2,
+    KRASIS_SCORE_SOFTMAX_OF_TOP = 3,
+    KRASIS_SCORE_SIGMOID_OF_TOP = 4
+} krasis_score;
 
-/* The routed experts of one layer: out[T, hidden] += sum_j weights[t, j] * W2_e (silu(gate) * up), e = ids[t, j].
+typedef enum krasis_group_score { KRASIS_GROUP_BEST_TWO = 0, KRASIS_GROUP_BEST = 1 } krasis_group_score;
+
+typedef struct krasis_route_args {
+    const float *logits; /* [T, E] */
+    int64_t tokens, num_experts, top_k;
+    int32_t score; /* krasis_score */
+    int32_t renormalise;
+    int64_t groups, top_groups; /* groups 1: none; E % groups == 0, top_groups * E / groups >= top_k */
+    int32_t group_score;        /* krasis_group_score */
+    float logit_cap;            /* 0: none */
+    const float *bias, *correction_bias, *expert_scale; /* [E] or NULL */
+    float sum_floor, sum_epsilon, scale;
+    int32_t reserved;
+    int32_t *ids;   /* [T, top_k] */
+    float *weights; /* [T, top_k] */
+} krasis_route_args;
+KRASIS_API int32_t krasis_route(krasis_pool *pool, const krasis_route_args *args);
+
+/* What stands between gate (g), up (u) and down; clip(x) = x within +-limit. limit > 0 where it appears. */
+typedef enum krasis_activation {
+    KRASIS_ACT_SILU = 0,                /* silu(g) u */
+    KRASIS_ACT_GELU_TANH = 1,           /* gelu(g) u, by the tanh formula */
+    KRASIS_ACT_SWIGLU_OFFSET = 2,       /* h sigmoid(alpha h) (clip(u) + 1), h = min(g, limit) */
+    KRASIS_ACT_SILU_CLAMPED_BEFORE = 3, /* silu(min(g, limit)) clip(u) */
+    KRASIS_ACT_SILU_CLAMPED_AFTER = 4,  /* min(silu(g), limit) clip(u) */
+    KRASIS_ACT_RELU_SQUARED = 5         /* relu(u)^2, without a gate: not for krasis_moe */
+} krasis_activation;
+
+/* The activation of a dense MLP. x: [T, 2 I], gate columns, then up columns; without a gate [T, I]. I % 16 == 0. out,
+ * acts: either may be NULL, not both; acts asks for I % 32 == 0. */
+typedef struct krasis_activation_args {
+    const float *x;
+    int64_t tokens, intermediate;
+    int32_t kind; /* krasis_activation */
+    float limit, alpha;
+    int32_t reserved;
+    float *out;              /* [T, I] */
+    const krasis_acts *acts; /* [T, I] */
+} krasis_activation_args;
+KRASIS_API int32_t krasis_gated_activation(krasis_pool *pool, const krasis_activation_args *args);
+
+/* out[t] += bias, then out[t] += x[t] * sigmoid(logits[t]) (logits NULL: out[t] += x[t]). Either of bias and x may be
+ * NULL, not both; logits need x. An MLP without a gate needs none of this: krasis_gemm_int8_rows accumulates. */
+typedef struct krasis_add_rows_args {
+    float *out; /* [T, k] */
+    int64_t tokens, k;
+    const float *bias;   /* [k] */
+    const float *x;      /* [T, k] */
+    const float *logits; /* [T] */
+} krasis_add_rows_args;
+KRASIS_API int32_t krasis_add_rows(krasis_pool *pool, const krasis_add_rows_args *args);
+
+/* The routed experts of one layer: out[T, hidden] += sum_j weights[t, j] * W2_e activation(gate, up), e = ids[t, j].
  * blob: [E, expert_stride_bytes]; within an expert w13 tiles (2*intermediate rows x hidden, gate/up interleaved by 16),
  * then w2 tiles (hidden rows x intermediate). An id of -1 is skipped. Terms are added in the order j = 0..top_k-1.
  * The intermediate is quantised to int8 per 32 again. *executed (may be NULL) is increased by the number of (token,
@@ -213,8 +275,8 @@ KRASIS_API int32_t krasis_route_topk(krasis_pool *pool, const float *logits, int
 typedef struct krasis_moe_args {
     const uint8_t *blob;
     int64_t expert_stride_bytes;
-    int32_t tiles; /* krasis_tiles */
-    int32_t reserved;
+    int32_t tiles;      /* krasis_tiles */
+    int32_t activation; /* krasis_activation, with a gate */
     int64_t num_experts, hidden, intermediate, top_k;
     const krasis_acts *acts; /* [T, hidden] */
     const int32_t *ids;      /* [T, top_k] */
@@ -223,45 +285,77 @@ typedef struct krasis_moe_args {
     void *workspace;
     int64_t workspace_bytes;
     int64_t *executed;
+    float limit, alpha; /* of the activation, where it has them */
 } krasis_moe_args;
 
-/* Both ..._workspace_bytes functions return -1 for impossible sizes and never shrink when tokens or start grow. */
+/* Both ..._workspace_bytes functions return -1 for impossible sizes and never shrink when a number of rows or the
+ * longest end grows. */
 KRASIS_API int64_t krasis_moe_workspace_bytes(int64_t tokens, int64_t hidden, int64_t intermediate, int64_t num_experts,
                                               int64_t top_k);
 KRASIS_API int32_t krasis_moe(krasis_pool *pool, const krasis_moe_args *args);
 
-/* qkv: f32 [T, (num_heads + 2*num_kv_heads) * head_dim]. Applies RMSNorm over each head of q and k (q_norm/k_norm
- * weights f32 [head_dim]; NULL: none), then rotary embedding (rotate-half form: x1 = x[:D/2], x2 = x[D/2:]) with f32
- * tables cos/sin [max_positions, D/2] at positions start..start+T-1. q is written back in place; k and v go to the
- * caches [num_kv_heads, capacity, head_dim] of kv_dtype (F32 or F16) at those positions. */
+/* Consecutive rows of a call that belong to one sequence, at positions start.. of its slot's memory. The spans of a
+ * call lie in the order of their rows and cover all of them; those without rows are passed over. A slot has one span at
+ * most. A layer's keys are [num_kv_heads, capacity, head_dim] of kv_dtype (F32 or F16) at keys + keys_offset_bytes, its
+ * values alike at values + values_offset_bytes; both offsets are multiples of the element. A sequence gets the bits of
+ * a call of its own. */
+typedef struct krasis_span {
+    int64_t first_row, rows, start;
+    void *keys, *values;
+} krasis_span;
+
+typedef enum krasis_qk_norm {
+    KRASIS_QK_NORM_NONE = 0,
+    KRASIS_QK_NORM_HEAD = 1, /* RMS over each head, weights [head_dim] */
+    KRASIS_QK_NORM_FLAT = 2 /* RMS over all of q, and of k: weights [num_heads * head_dim], [num_kv_heads * head_dim] */
+} krasis_qk_norm;
+
+typedef enum krasis_rope_style {
+    KRASIS_ROPE_HALF = 0,       /* channel i turns with i + rotary_dims / 2 */
+    KRASIS_ROPE_INTERLEAVED = 1 /* 2 i with 2 i + 1 */
+} krasis_rope_style;
+
+/* qkv: f32 [T, (num_heads + 2*num_kv_heads) * head_dim], in this order: += bias (in place); RMS norm of q and k; q, k
+ * and v cut to +-clip; q and k rotated in their first rotary_dims channels. q is left in qkv; k and v go to the spans'
+ * memory. head_dim % 16 == 0, <= 256; rotary_dims even, <= head_dim, 0: no rotation. */
 typedef struct krasis_qkv_args {
     float *qkv;
-    int64_t tokens, start, num_heads, num_kv_heads, head_dim;
+    int64_t tokens, num_heads, num_kv_heads, head_dim;
+    const float *bias; /* [(num_heads + 2*num_kv_heads) * head_dim] or NULL */
     const float *q_norm, *k_norm;
+    int32_t norm; /* krasis_qk_norm */
     float eps;
+    float clip; /* 0: none */
+    int32_t rope_style;
+    const float *cos, *sin; /* [max_positions, rotary_dims / 2] */
+    int64_t max_positions, rotary_dims;
+    const krasis_span *spans;
+    int64_t num_spans, keys_offset_bytes, values_offset_bytes, capacity;
     int32_t kv_dtype;
-    const float *cos, *sin;
-    int64_t max_positions;
-    void *k_cache, *v_cache;
-    int64_t capacity;
+    int32_t reserved;
 } krasis_qkv_args;
 KRASIS_API int32_t krasis_qk_norm_rope_store(krasis_pool *pool, const krasis_qkv_args *args);
 
-/* Causal grouped-query attention of T queries at positions start..start+T-1 over cache positions 0..own position.
- * q: f32 [T, ldq] (head h at h*head_dim), out: f32 [T, num_heads*head_dim]. Softmax in f32, in fixed blocks of keys, so
- * that the result does not depend on T, start or threads. head_dim % 16 == 0, <= 256. */
+/* Causal grouped-query attention of every row over the keys j of its slot with 0 <= position - j, and < window if there
+ * is one. q: f32 [T, ldq] (head h at h*head_dim), out: f32 [T, num_heads*head_dim]. Softmax in f32 of scale * q k, with
+ * sinks one more logit a head in its denominator; in fixed blocks of keys, so that the result does not depend on the
+ * call's other rows or the threads. head_dim % 16 == 0, <= 256. workspace: krasis_attention_workspace_bytes of the
+ * call's rows and the longest of its spans' ends (start + rows) suffices; more lets more sequences run at once. */
 typedef struct krasis_attention_args {
     const float *q;
-    int64_t ldq, tokens, start, num_heads, num_kv_heads, head_dim;
-    const void *k_cache, *v_cache;
-    int64_t capacity;
+    int64_t ldq, tokens, num_heads, num_kv_heads, head_dim;
+    const krasis_span *spans;
+    int64_t num_spans, keys_offset_bytes, values_offset_bytes, capacity;
     int32_t kv_dtype;
     float scale;
+    int64_t window;     /* 0: none */
+    const float *sinks; /* [num_heads] or NULL */
     float *out;
     void *workspace;
     int64_t workspace_bytes;
 } krasis_attention_args;
-KRASIS_API int64_t krasis_attention_workspace_bytes(int64_t tokens, int64_t start, int64_t num_heads, int64_t head_dim);
+KRASIS_API int64_t krasis_attention_workspace_bytes(int64_t num_rows, int64_t longest_end, int64_t num_heads,
+                                                    int64_t head_dim);
 KRASIS_API int32_t krasis_attention(krasis_pool *pool, const krasis_attention_args *args);
 
 /* ---- flags ------------------------------------------------------------------------------------------------

@@ -24,7 +24,8 @@ KRASIS_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 KRASIS_INLINE float exp_of(float x) { return _mm256_cvtss_f32(exp(V8::set1(x)).v); }
 
 // Packs the rows of a task into panels; rows of padding are zero.
-void load_queries(const krasis_attention_args &args, const AttentionTask &task, float *packed) {
+void load_queries(const AttentionSpan &span, const AttentionTask &task, float *packed) {
+    const krasis_attention_args &args = *span.args;
     const int64_t dim = args.head_dim, rows = task.num_tokens * task.num_heads;
     const V8 scale = V8::set1(args.scale);
     for (int64_t first = 0; first < rows;) {
@@ -34,7 +35,7 @@ void load_queries(const krasis_attention_args &args, const AttentionTask &task, 
             for (int i = 0; i < 8; ++i) {
                 const int64_t token = task.first_token + (row + i) / task.num_heads;
                 const int64_t head = task.first_head + (row + i) % task.num_heads;
-                q[i] = row + i < rows ? args.q + token * args.ldq + head * dim : nullptr;
+                q[i] = row + i < rows ? span.q + token * args.ldq + head * dim : nullptr;
             }
             for (int64_t d = 0; d < dim; d += 8) {
                 V8 block[8];
@@ -66,8 +67,11 @@ void score_block(const Scratch &scratch, int64_t rows, int64_t num_keys, int64_t
     }
 }
 
-// One row of scores -> weights, of which the first num_keys count; updates the row's maximum, sum and output.
-void softmax_scores(float *scores, int64_t num_keys, int64_t dim, float &row_max, float &row_sum, float *out) {
+// One row of scores -> weights, of which those in [first, num_keys) count, one at least; updates the row's maximum, sum
+// and output.
+void softmax_scores(float *scores, int64_t first, int64_t num_keys, int64_t dim, float &row_max, float &row_sum,
+                    float *out) {
+    for (int64_t key = 0; key < first; ++key) scores[key] = kNone;
     for (int64_t key = num_keys; key < kBlockKeys; ++key) scores[key] = kNone;
     V16 x[4];
     for (int i = 0; i < 4; ++i) x[i] = V16::load(scores + 16 * i);
@@ -102,57 +106,75 @@ const float *load_values(const uint16_t *values, int64_t num_keys, int64_t dim, 
     return buffer;
 }
 
-// The block of keys at begin (none at or beyond end) for all rows of the task; a row uses those up to its own position.
+// Keys [first, end) of a block that a query sees; none if first >= end.
+struct Visible {
+    int64_t first, end;
+    Visible(int64_t window, int64_t position, int64_t begin, int64_t num_keys)
+        : first(first_key(window, position) - begin), end(smaller(position + 1 - begin, num_keys)) {}
+    bool none() const { return first >= end || end <= 0; }
+};
+
+// The block of keys at begin (none at or beyond end) for all rows of the task; a row uses those that it sees. A weight
+// before the window is 0, and multiplied all the same, so that a row's sums are alike in every call.
 template <class Cache>
-void attend_block(const krasis_attention_args &args, const AttentionTask &task, int64_t begin, int64_t end,
-                  Scratch &scratch) {
+void attend_block(const AttentionSpan &span, const AttentionTask &task, int64_t begin, int64_t end, Scratch &scratch) {
+    const krasis_attention_args &args = *span.args;
     const int64_t num_keys = smaller(end - begin, kBlockKeys);
     const int64_t dim = args.head_dim, heads = task.num_heads, rows = task.num_tokens * heads;
     const int64_t offset = (task.kv_head * args.capacity + begin) * dim;
-    const Cache *k_cache = static_cast<const Cache *>(args.k_cache) + offset;
-    const Cache *v_cache = static_cast<const Cache *>(args.v_cache) + offset;
+    const Cache *k_cache = static_cast<const Cache *>(span.keys) + offset;
+    const Cache *v_cache = static_cast<const Cache *>(span.values) + offset;
     const int64_t row_bytes = dim * static_cast<int64_t>(sizeof(Cache));
     load_keys(k_cache, num_keys, dim, scratch.keys);
     score_block(scratch, rows, num_keys, dim, {v_cache, num_keys, row_bytes}, scratch.scores);
-    const int64_t first_visible = args.start + task.first_token + 1 - begin;  // keys that the first token sees
+    const int64_t position = span.start + task.first_token, last = position + task.num_tokens - 1;
     for (int64_t row = 0; row < rows; ++row) {
-        const int64_t visible = first_visible + row / heads;
-        if (visible <= 0) continue;
-        softmax_scores(scratch.scores + row * kBlockKeys, smaller(visible, num_keys), dim, scratch.max[row],
+        const Visible visible(args.window, position + row / heads, begin, num_keys);
+        if (visible.none()) continue;
+        softmax_scores(scratch.scores + row * kBlockKeys, visible.first, visible.end, dim, scratch.max[row],
                        scratch.sum[row], scratch.out + row * dim);
     }
     const float *values = load_values(v_cache, num_keys, dim, scratch.values);
-    if (first_visible >= num_keys) {
+    if (position + 1 - begin >= num_keys && !Visible(args.window, last, begin, num_keys).none()) {
         const Ahead next{k_cache + num_keys * dim, smaller(end - begin - num_keys, kBlockKeys), row_bytes};
         return add_values(rows, scratch.scores, values, num_keys, dim, next, scratch.out);
     }
-    for (int64_t token = 0; token < task.num_tokens;
-         ++token) {  // the diagonal: every token sees another number of keys
-        const int64_t visible = first_visible + token, row = token * heads;
-        if (visible <= 0) continue;
-        add_values(heads, scratch.scores + row * kBlockKeys, values, smaller(visible, num_keys), dim, Ahead{},
+    for (int64_t token = 0; token < task.num_tokens; ++token) {  // every token sees another number of keys
+        const Visible visible(args.window, position + token, begin, num_keys);
+        if (visible.none()) continue;
+        const int64_t row = token * heads;
+        add_values(heads, scratch.scores + row * kBlockKeys, values, visible.end, dim, Ahead{},
                    scratch.out + row * dim);
     }
 }
 
 // Keys of one split, from nothing, into scratch.out, max and sum.
-void run_split(const krasis_attention_args &args, const AttentionTask &task, int64_t split, Scratch &scratch) {
+void run_split(const AttentionSpan &span, const AttentionTask &task, int64_t split, Scratch &scratch) {
+    const krasis_attention_args &args = *span.args;
     const int64_t rows = task.num_tokens * task.num_heads;
     for (int64_t row = 0; row < rows; ++row) {
         scratch.max[row] = kNone;
         scratch.sum[row] = 0.0f;
     }
     for (int64_t i = 0; i < rows * args.head_dim; i += kLanes) V::zero().store(scratch.out + i);
-    const int64_t keys = args.start + task.first_token + task.num_tokens;  // that the last token sees
-    const int64_t end = smaller(keys, (split + 1) * kSplitKeys);
-    for (int64_t begin = split * kSplitKeys; begin < end; begin += kBlockKeys) {
+    const int64_t position = span.start + task.first_token;
+    const int64_t end = smaller(position + task.num_tokens, (split + 1) * kSplitKeys);
+    const int64_t seen = first_key(args.window, position) / kBlockKeys * kBlockKeys;  // by the first token, or later
+    for (int64_t begin = seen > split * kSplitKeys ? seen : split * kSplitKeys; begin < end; begin += kBlockKeys) {
         if (args.kv_dtype == KRASIS_F16) {
-            attend_block<uint16_t>(args, task, begin, end, scratch);
+            attend_block<uint16_t>(span, task, begin, end, scratch);
         } else {
-            attend_block<float>(args, task, begin, end, scratch);
+            attend_block<float>(span, task, begin, end, scratch);
         }
     }
 }
+
+// The splits that a query sees keys of.
+struct Splits {
+    int64_t first, end;
+    Splits(int64_t window, int64_t position)
+        : first(first_key(window, position) / kSplitKeys), end(num_splits(position + 1)) {}
+};
 
 // Adds one split's (out, max, sum) to a row's running total. The first split comes to kNone, 0 and zeros.
 void merge(const float *out, float part_max, float part_sum, int64_t dim, float *total, float &row_max,
@@ -171,65 +193,76 @@ void zero_row(float *total, int64_t dim) {
     for (int64_t d = 0; d < dim; d += kLanes) V::zero().store(total + d);
 }
 
-void finish_row(float *total, int64_t dim, float sum) {
-    const V inverse = V::set1(1.0f / sum);
-    for (int64_t d = 0; d < dim; d += kLanes) mul(V::load(total + d), inverse).store(total + d);
+// Divides a row by its sum of weights, to which the head's sink belongs.
+void finish_row(const krasis_attention_args &args, int64_t head, float *total, float row_max, float sum) {
+    float factor = 1.0f / sum;
+    if (args.sinks) {
+        const float sink = args.sinks[head], largest = sink > row_max ? sink : row_max;
+        const float keep = exp_of(row_max - largest);
+        factor = keep / (sum * keep + exp_of(sink - largest));
+    }
+    const V inverse = V::set1(factor);
+    for (int64_t d = 0; d < args.head_dim; d += kLanes) mul(V::load(total + d), inverse).store(total + d);
 }
 
 }  // namespace
 
-void attend_task(const krasis_attention_args &args, const AttentionTask &task) {
+void attend_task(const AttentionSpan &span, const AttentionTask &task) {
     Scratch scratch;
     float max[kMaxRows], sum[kMaxRows];
+    const krasis_attention_args &args = *span.args;
     const int64_t dim = args.head_dim, rows = task.num_tokens * task.num_heads;
+    const auto head_of = [&](int64_t row) { return task.first_head + row % task.num_heads; };
     const auto total = [&](int64_t row) {
         const int64_t token = task.first_token + row / task.num_heads;
-        return args.out + (token * args.num_heads + task.first_head + row % task.num_heads) * dim;
+        return span.out + (token * args.num_heads + head_of(row)) * dim;
     };
-    load_queries(args, task, scratch.queries);
+    load_queries(span, task, scratch.queries);
     for (int64_t row = 0; row < rows; ++row) {
         max[row] = kNone;
         sum[row] = 0.0f;
         zero_row(total(row), dim);
     }
-    const int64_t first_position = args.start + task.first_token;
-    const int64_t splits = num_splits(first_position + task.num_tokens);
-    for (int64_t split = 0; split < splits; ++split) {
-        run_split(args, task, split, scratch);
+    const int64_t position = span.start + task.first_token;
+    const int64_t end = num_splits(position + task.num_tokens);
+    for (int64_t split = Splits(args.window, position).first; split < end; ++split) {
+        run_split(span, task, split, scratch);
         for (int64_t row = 0; row < rows; ++row) {
-            if (first_position + row / task.num_heads < split * kSplitKeys) continue;
+            const Splits own(args.window, position + row / task.num_heads);
+            if (split < own.first || split >= own.end) continue;
             merge(scratch.out + row * dim, scratch.max[row], scratch.sum[row], dim, total(row), max[row], sum[row]);
         }
     }
-    for (int64_t row = 0; row < rows; ++row) finish_row(total(row), dim, sum[row]);
+    for (int64_t row = 0; row < rows; ++row) finish_row(args, head_of(row), total(row), max[row], sum[row]);
 }
 
-void attend_split(const krasis_attention_args &args, const AttentionTask &task, int64_t split, float *partials) {
+void attend_split(const AttentionSpan &span, const AttentionTask &task, int64_t split) {
     Scratch scratch;
-    const int64_t dim = args.head_dim, splits = num_splits(args.start + args.tokens);
-    load_queries(args, task, scratch.queries);
-    run_split(args, task, split, scratch);
+    const int64_t dim = span.args->head_dim;
+    load_queries(span, task, scratch.queries);
+    run_split(span, task, split, scratch);
     for (int64_t row = 0; row < task.num_tokens * task.num_heads; ++row) {
         const int64_t token = task.first_token + row / task.num_heads;
-        const int64_t index = token * args.num_heads + task.first_head + row % task.num_heads;
-        float *partial = partials + (index * splits + split) * (dim + kPartialTail);
+        const int64_t index = token * span.args->num_heads + task.first_head + row % task.num_heads;
+        float *partial = span.partials + (index * span.splits + split - span.first_split) * (dim + kPartialTail);
         for (int64_t d = 0; d < dim; d += kLanes) V::load(scratch.out + row * dim + d).store(partial + d);
         partial[dim] = scratch.max[row];
         partial[dim + 1] = scratch.sum[row];
     }
 }
 
-void merge_splits(const krasis_attention_args &args, int64_t row, const float *partials) {
-    const int64_t dim = args.head_dim, splits = num_splits(args.start + args.tokens);
-    const int64_t own_splits = num_splits(args.start + row / args.num_heads + 1);
-    float *total = args.out + row * dim;
+void merge_splits(const AttentionSpan &span, int64_t row) {
+    const krasis_attention_args &args = *span.args;
+    const int64_t dim = args.head_dim;
+    const Splits own(args.window, span.start + row / args.num_heads);
+    float *total = span.out + row * dim;
     float max = kNone, sum = 0.0f;
     zero_row(total, dim);
-    for (int64_t split = 0; split < own_splits; ++split) {
-        const float *partial = partials + (row * splits + split) * (dim + kPartialTail);
+    for (int64_t split = own.first; split < own.end; ++split) {
+        const float *partial = span.partials + (row * span.splits + split - span.first_split) * (dim + kPartialTail);
         merge(partial, partial[dim], partial[dim + 1], dim, total, max, sum);
     }
-    finish_row(total, dim, sum);
+    finish_row(args, row % args.num_heads, total, max, sum);
 }
 
 }  // namespace krasis::KRASIS_ISA_NAMESPACE

@@ -6,6 +6,7 @@
 
 #include <cstring>
 
+#include "activation.h"
 #include "acts.h"
 #include "pool.h"
 
@@ -132,6 +133,9 @@ Chunk::Chunk(krasis_pool *pool, const krasis_moe_args &args, const Sizes &sizes,
     job_.format = args.tiles == KRASIS_TILES_Q8 ? StripFormat::kQ8 : StripFormat::kI4;
     job_.offset_factor = offset_factor(isa, job_.format);
     job_.panel_width = panel_tokens(isa);
+    job_.activation = args.activation;
+    job_.limit = args.limit;
+    job_.alpha = args.alpha;
     job_.hidden = args.hidden;
     job_.intermediate = args.intermediate;
     job_.top_k = args.top_k;
@@ -241,6 +245,9 @@ int32_t check(const krasis_moe_args &args, const Sizes &sizes) {
     const int32_t status = check_acts(args.acts);
     if (status != KRASIS_OK) return status;
     if (args.tiles != KRASIS_TILES_Q8 && args.tiles != KRASIS_TILES_I4) return KRASIS_ERR_ARGUMENT;
+    if (check_activation(args.activation, args.limit, args.alpha) || !has_gate(args.activation)) {
+        return KRASIS_ERR_ARGUMENT;
+    }
     if (!sizes.valid() || args.acts->k != args.hidden) return KRASIS_ERR_ARGUMENT;
     if (!sizes.tiled()) return KRASIS_ERR_SHAPE;
     const StripFormat format = args.tiles == KRASIS_TILES_Q8 ? StripFormat::kQ8 : StripFormat::kI4;

@@ -16,6 +16,8 @@ struct MoeGroup {
 struct MoeJob {
     StripFormat format = StripFormat::kQ8;
     int32_t offset_factor = 0;
+    int32_t activation = KRASIS_ACT_SILU;
+    float limit = 0.0f, alpha = 0.0f;
     int64_t panel_width = 1;
     int64_t hidden = 0, intermediate = 0, top_k = 0, tokens = 0;
     const uint8_t *blob = nullptr;
@@ -44,14 +46,15 @@ struct MoeColumns {
     int64_t count() const { return end - begin; }
 };
 
-#define KRASIS_DECLARE_MOE(isa)                                                                                       \
-    namespace isa {                                                                                                   \
-    /* Intermediate elements [32 block, 32 block + 32) of a group: silu(gate) * up, quantised, into middle_panels. */ \
-    void moe_gate_up(const MoeJob &job, int64_t group, int64_t block);                                                \
-    /* Output columns [begin + 32 strip, + 32) of a group, into partial. */                                           \
-    void moe_down(const MoeColumns &columns, int64_t group, int64_t strip);                                           \
-    /* out[token, from..to) += the weighted partials in slot order; from and to are multiples of 32. */               \
-    void moe_reduce(const MoeColumns &columns, int64_t token, int64_t from, int64_t to);                              \
+#define KRASIS_DECLARE_MOE(isa)                                                                          \
+    namespace isa {                                                                                      \
+    /* Intermediate elements [32 block, 32 block + 32) of a group: activation(gate, up), quantised, into \
+     * middle_panels. */                                                                                 \
+    void moe_gate_up(const MoeJob &job, int64_t group, int64_t block);                                   \
+    /* Output columns [begin + 32 strip, + 32) of a group, into partial. */                              \
+    void moe_down(const MoeColumns &columns, int64_t group, int64_t strip);                              \
+    /* out[token, from..to) += the weighted partials in slot order; from and to are multiples of 32. */  \
+    void moe_reduce(const MoeColumns &columns, int64_t token, int64_t from, int64_t to);                 \
     }
 KRASIS_DECLARE_MOE(avx2)
 KRASIS_DECLARE_MOE(avx512)

@@ -3,6 +3,7 @@
 
 #include <cstring>
 
+#include "activation_math.h"
 #include "acts_block.h"
 #include "gemm_strip.h"
 #include "moe.h"
@@ -11,25 +12,21 @@ namespace krasis::KRASIS_ISA_NAMESPACE {
 
 constexpr int64_t kMoePanels = 8;  // panels that go through a strip together
 
-KRASIS_INLINE V16 silu_times(V16 gate, V16 up) {
-    const V16 denominator = add(V16::set1(1.0f), exp(sub(V16::zero(), gate)));
-    return mul(div(gate, denominator), up);
-}
-
 // Tokens in panels [begin, end).
 KRASIS_INLINE int64_t tokens_between(const PanelCut &cut, int64_t begin, int64_t end) {
     return (end < cut.count ? cut.first(end) : cut.tokens) - cut.first(begin);
 }
 
 // even/odd: [tokens][16 gate, 16 up] of two neighbouring strips -> 32 intermediate elements of a token.
-KRASIS_INLINE void write_middle(const float *even, const float *odd, int32_t offset_factor, uint8_t *q, uint8_t *scale,
+template <int32_t kKind>
+KRASIS_INLINE void write_middle(const MoeJob &job, const float *even, const float *odd, uint8_t *q, uint8_t *scale,
                                 uint8_t *offset) {
-    const V16 first = silu_times(V16::load(even), V16::load(even + 16));
-    const V16 second = silu_times(V16::load(odd), V16::load(odd + 16));
+    const V16 first = activate<kKind>(V16::load(even), V16::load(even + 16), job.limit, job.alpha);
+    const V16 second = activate<kKind>(V16::load(odd), V16::load(odd + 16), job.limit, job.alpha);
     float step;
     int32_t sum;
     quantize_block(low(first), high(first), low(second), high(second), reinterpret_cast<int8_t *>(q), &step, &sum);
-    sum *= -offset_factor;
+    sum *= -job.offset_factor;
     std::memcpy(scale, &step, sizeof step);
     std::memcpy(offset, &sum, sizeof sum);
 }
@@ -49,10 +46,12 @@ void moe_gate_up(const MoeJob &job, int64_t group_index, int64_t block) {
         for (int64_t p = begin; p < end; ++p) {
             const int64_t width = cut.width(p);
             uint8_t *to = job.middle_of(group) + middle_cut.offset_bytes(p) + block * width * kPanelTokenBytes;
-            for (int64_t t = 0; t < width; ++t, from_even += kStripRows, from_odd += kStripRows) {
-                write_middle(from_even, from_odd, job.offset_factor, to + t * kBlock, to + width * kBlock + t * 4,
-                             to + width * (kBlock + 4) + t * 4);
-            }
+            with_activation(job.activation, [&](auto kind) {
+                for (int64_t t = 0; t < width; ++t, from_even += kStripRows, from_odd += kStripRows) {
+                    write_middle<decltype(kind)::value>(job, from_even, from_odd, to + t * kBlock,
+                                                        to + width * kBlock + t * 4, to + width * (kBlock + 4) + t * 4);
+                }
+            });
         }
     }
 }

@@ -1,4 +1,4 @@
-// rope.h: the per-ISA head norm, rotary embedding and cache write.
+// rope.h: the per-ISA bias, norm, rotary embedding and cache write.
 #pragma once
 
 #include <cstdint>
@@ -9,12 +9,12 @@ namespace krasis {
 
 constexpr int64_t kMaxHeadDim = 256;
 
-// Tokens [begin, end) of args.
+// Rows [begin, end) of args, all of one span.
 namespace avx2 {
-void rope_store_tokens(const krasis_qkv_args &args, int64_t begin, int64_t end);
+void rope_store_rows(const krasis_qkv_args &args, const krasis_span &span, int64_t begin, int64_t end);
 }
 namespace avx512 {
-void rope_store_tokens(const krasis_qkv_args &args, int64_t begin, int64_t end);
+void rope_store_rows(const krasis_qkv_args &args, const krasis_span &span, int64_t begin, int64_t end);
 }
 
 }  // namespace krasis

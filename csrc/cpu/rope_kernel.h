@@ -1,9 +1,10 @@
-// rope_kernel.h: head norm, rotary embedding and cache write, compiled once per instruction set.
+// rope_kernel.h: bias, norm, rotary embedding and cache write, compiled once per instruction set.
 #pragma once
 
 #include "norm_sum.h"
 #include "rope.h"
 #include "simd.h"
+#include "spans.h"
 
 namespace krasis::KRASIS_ISA_NAMESPACE {
 
@@ -12,50 +13,101 @@ namespace {
 KRASIS_INLINE void put(V8 x, float *p) { x.store(p); }
 KRASIS_INLINE void put(V8 x, uint16_t *p) { x.store_f16(p); }
 
-// One head: x [dim] -> out [dim]; weight null: no norm. x and out may be the same.
+// One head as it is read: normed if there is a weight, then cut.
+struct Head {
+    const float *x, *weight;  // [head_dim]; weight null: no norm
+    V8 inverse;
+    float clip;  // 0: none
+
+    KRASIS_INLINE V8 at(int64_t i) const {
+        V8 y = V8::load(x + i);
+        if (weight) y = mul(mul(y, inverse), V8::load(weight + i));
+        if (clip > 0.0f) y = max(V8::set1(-clip), min(V8::set1(clip), y));  // a NaN stays one
+        return y;
+    }
+};
+
+// Channels [begin, dim) of a head -> out.
 template <class Out>
-void norm_rope_head(const float *x, const float *weight, float eps, const float *cos, const float *sin, int64_t dim,
-                    Out *out) {
-    const int64_t half = dim / 2;
-    const V8 inverse = V8::set1(weight ? inverse_rms(x, dim, eps) : 1.0f);
+KRASIS_INLINE void copy_head(const Head &head, int64_t begin, int64_t dim, Out *out) {
+    for (int64_t i = begin; i < dim; i += 8) put(head.at(i), out + i);
+}
+
+// Pairs (x1[i], x2[i]) of the angle whose cosine and sine are given -> the same places, one at a time.
+KRASIS_INLINE void turn(float &x1, float &x2, float cos, float sin) {
+    const float first = __builtin_fmaf(-x2, sin, x1 * cos);
+    x2 = __builtin_fmaf(x1, sin, x2 * cos);
+    x1 = first;
+}
+
+// Turns what 8 channels at a time cannot: pairs that lie side by side, or halves of another size.
+template <class Out>
+void turn_slowly(const Head &head, const krasis_qkv_args &args, const float *cos, const float *sin, Out *out) {
+    alignas(64) float y[kMaxHeadDim];
+    const int64_t pairs = args.rotary_dims / 2;
+    copy_head(head, 0, args.head_dim, y);
+    const bool halves = args.rope_style == KRASIS_ROPE_HALF;
+    for (int64_t i = 0; i < pairs; ++i) turn(y[halves ? i : 2 * i], y[halves ? pairs + i : 2 * i + 1], cos[i], sin[i]);
+    for (int64_t i = 0; i < args.head_dim; i += 8) put(V8::load(y + i), out + i);
+}
+
+// One head -> out [head_dim], which may be where it is read from.
+template <class Out>
+void turn_head(const Head &head, const krasis_qkv_args &args, const float *cos, const float *sin, Out *out) {
+    const int64_t half = args.rotary_dims / 2;
+    if (half == 0) return copy_head(head, 0, args.head_dim, out);
+    if (args.rope_style != KRASIS_ROPE_HALF || half % 8 != 0) return turn_slowly(head, args, cos, sin, out);
     for (int64_t i = 0; i < half; i += 8) {
-        V8 x1 = V8::load(x + i), x2 = V8::load(x + half + i);
-        if (weight) {
-            x1 = mul(mul(x1, inverse), V8::load(weight + i));
-            x2 = mul(mul(x2, inverse), V8::load(weight + half + i));
-        }
+        const V8 x1 = head.at(i), x2 = head.at(half + i);
         const V8 c = V8::load(cos + i), s = V8::load(sin + i);
         put(fnma(x2, s, mul(x1, c)), out + i);
         put(fma(x1, s, mul(x2, c)), out + half + i);
     }
+    copy_head(head, args.rotary_dims, args.head_dim, out);
+}
+
+// num_heads heads of q or k; out_of(head) says where a head goes.
+template <class F>
+KRASIS_INLINE void turn_heads(const krasis_qkv_args &args, const float *x, int64_t num_heads, const float *weight,
+                              int64_t position, F &&out_of) {
+    const int64_t dim = args.head_dim, offset = position * (args.rotary_dims / 2);
+    const bool flat = args.norm == KRASIS_QK_NORM_FLAT;
+    const float of_all = flat ? inverse_rms(x, num_heads * dim, args.eps) : 1.0f;
+    for (int64_t i = 0; i < num_heads; ++i) {
+        Head head{x + i * dim, nullptr, V8::set1(of_all), args.clip};
+        if (args.norm == KRASIS_QK_NORM_HEAD) head.inverse = V8::set1(inverse_rms(head.x, dim, args.eps));
+        if (args.norm != KRASIS_QK_NORM_NONE) head.weight = weight + (flat ? i * dim : 0);
+        turn_head(head, args, args.cos + offset, args.sin + offset, out_of(i));
+    }
 }
 
 template <class Cache>
-void rope_store_token(const krasis_qkv_args &args, int64_t token) {
-    const int64_t dim = args.head_dim, position = args.start + token;
-    float *q = args.qkv + token * (args.num_heads + 2 * args.num_kv_heads) * dim;
-    const float *k = q + args.num_heads * dim, *v = k + args.num_kv_heads * dim;
-    const float *cos = args.cos + position * (dim / 2), *sin = args.sin + position * (dim / 2);
-    for (int64_t head = 0; head < args.num_heads; ++head) {
-        float *x = q + head * dim;
-        norm_rope_head(x, args.q_norm, args.eps, cos, sin, dim, x);
+void rope_store_row(const krasis_qkv_args &args, const krasis_span &span, int64_t row) {
+    const int64_t dim = args.head_dim, position = span.start + row - span.first_row;
+    const int64_t size = (args.num_heads + 2 * args.num_kv_heads) * dim;
+    float *q = args.qkv + row * size;
+    if (args.bias) {
+        for (int64_t i = 0; i < size; i += 8) add(V8::load(q + i), V8::load(args.bias + i)).store(q + i);
     }
+    float *k = q + args.num_heads * dim, *v = k + args.num_kv_heads * dim;
+    Cache *keys = static_cast<Cache *>(layer_keys(args, span)) + position * dim;
+    Cache *values = static_cast<Cache *>(layer_values(args, span)) + position * dim;
+    turn_heads(args, q, args.num_heads, args.q_norm, position, [&](int64_t head) { return q + head * dim; });
+    turn_heads(args, k, args.num_kv_heads, args.k_norm, position,
+               [&](int64_t head) { return keys + head * args.capacity * dim; });
     for (int64_t head = 0; head < args.num_kv_heads; ++head) {
-        const int64_t slot = (head * args.capacity + position) * dim;
-        norm_rope_head(k + head * dim, args.k_norm, args.eps, cos, sin, dim, static_cast<Cache *>(args.k_cache) + slot);
-        Cache *values = static_cast<Cache *>(args.v_cache) + slot;
-        for (int64_t i = 0; i < dim; i += 8) put(V8::load(v + head * dim + i), values + i);
+        copy_head({v + head * dim, nullptr, V8::set1(1.0f), args.clip}, 0, dim, values + head * args.capacity * dim);
     }
 }
 
 }  // namespace
 
-void rope_store_tokens(const krasis_qkv_args &args, int64_t begin, int64_t end) {
-    for (int64_t token = begin; token < end; ++token) {
+void rope_store_rows(const krasis_qkv_args &args, const krasis_span &span, int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
         if (args.kv_dtype == KRASIS_F16) {
-            rope_store_token<uint16_t>(args, token);
+            rope_store_row<uint16_t>(args, span, row);
         } else {
-            rope_store_token<float>(args, token);
+            rope_store_row<float>(args, span, row);
         }
     }
 }

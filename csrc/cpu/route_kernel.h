@@ -1,10 +1,32 @@
-// route_kernel.h: softmax of one row, compiled once per instruction set.
+// route_kernel.h: scores of one row of router logits, compiled once per instruction set.
 #pragma once
 
+#include "activation_math.h"
 #include "route.h"
-#include "simd.h"
 
 namespace krasis::KRASIS_ISA_NAMESPACE {
+
+namespace {
+
+// f on 16 floats at a time; what lies behind the last is computed from zeros.
+template <class F>
+KRASIS_INLINE void each_16(const float *x, int64_t count, float *out, F &&f) {
+    alignas(64) float last[16] = {};
+    const int64_t whole = count / 16 * 16;
+    for (int64_t i = 0; i < whole; i += 16) f(V16::load(x + i)).store(out + i);
+    for (int64_t i = whole; i < count; ++i) last[i - whole] = x[i];
+    if (whole < count) f(V16::load(last)).store(out + whole);
+}
+
+// log(1 + t) for t in [0, 1], to 2e-7 relative: 2 artanh(t / (2 + t)), whose argument is at most 1/3.
+KRASIS_INLINE V16 log_one_plus(V16 t) {
+    const V16 s = div(t, add(V16::set1(2.0f), t)), square = mul(s, s);
+    V16 sum = V16::set1(1.0f / 17.0f);
+    for (int odd = 15; odd > 0; odd -= 2) sum = fma(sum, square, V16::set1(1.0f / static_cast<float>(odd)));
+    return mul(add(s, s), sum);
+}
+
+}  // namespace
 
 void softmax_row(const float *logits, int64_t num_experts, float *probabilities) {
     const int64_t padded = (num_experts + 15) / 16 * 16;
@@ -21,6 +43,23 @@ void softmax_row(const float *logits, int64_t num_experts, float *probabilities)
     }
     const V16 total = V16::set1(hsum(sums));
     for (int64_t i = 0; i < padded; i += 16) div(V16::load(probabilities + i), total).store(probabilities + i);
+}
+
+void sigmoid_row(const float *x, int64_t count, float *out) {
+    each_16(x, count, out, [](V16 y) { return sigmoid(y); });
+}
+
+void sqrt_softplus_row(const float *x, int64_t count, float *out) {
+    each_16(x, count, out, [](V16 y) {
+        const V16 tail = log_one_plus(exp(sub(V16::zero(), abs(y))));
+        return add(max(V16::zero(), y), tail);
+    });
+    for (int64_t i = 0; i < count; ++i) out[i] = __builtin_sqrtf(out[i]);
+}
+
+void cap_row(const float *x, int64_t count, float cap, float *out) {
+    const V16 caps = V16::set1(cap);
+    each_16(x, count, out, [&](V16 y) { return mul(caps, tanh(div(y, caps))); });
 }
 
 }  // namespace krasis::KRASIS_ISA_NAMESPACE

@@ -11,8 +11,11 @@ import numpy.typing as npt
 from krasis.formats.architecture_record import Architecture
 from krasis.formats.errors import NativeError
 from krasis.formats.layouts import CpuTileLayout
+from krasis.formats.models.mlps import Router
 from krasis.formats.native import Pool
 from krasis.runtime.backend import KvRows, LayerProgress, Logits, TokenIds
+from krasis.runtime.batch import Span
+from krasis.runtime.cpu.heads import QkNorms, Rotation
 from krasis.runtime.cpu.kernels import (
     Acts,
     Heads,
@@ -23,8 +26,9 @@ from krasis.runtime.cpu.kernels import (
     workspace,
 )
 from krasis.runtime.cpu.native_arrays import Array, aligned_empty
-from krasis.runtime.cpu.recorded_calls import RecordedCalls
+from krasis.runtime.cpu.program import Program
 from krasis.runtime.cpu.rope import RopeTables
+from krasis.runtime.cpu.spans import LayerCache, SlotMemory, Spans
 from krasis.runtime.cpu.weights import LayerWeights, ModelWeights
 from krasis.runtime.settings import EngineSettings
 from krasis.runtime.state.kv_cache import KvCache
@@ -101,8 +105,12 @@ class CpuBackend:
         # Refuses a context that RAM cannot hold.
         self._cache = cache = KvCache(architecture, self.capacity, settings.kv_dtype)
         self._rope = RopeTables(architecture, self.capacity)
-        # Views with a lasting identity: the kernels' wrappers look up an array's address once.
-        self._caches = list(zip(cache.keys, cache.values, strict=True))
+        self._rotation = Rotation(self._rope.cos, self._rope.sin)
+        self._slots = (SlotMemory(cache.keys, cache.values),)
+        self._spans = Spans(1, cache.keys.nbytes, cache.values.nbytes)
+        self._router = Router(
+            top_k=architecture.num_experts_per_token, renormalise=architecture.norm_topk_prob
+        )
         self._buffers = CpuBuffers.allocate(architecture, self.prefill_chunk)
         self._one = self._buffers.first(1)
         self._scratch = workspace(
@@ -112,8 +120,8 @@ class CpuBackend:
         self._one_logits = self._logits[:1]
         self._pool = Pool(settings.threads, settings.isa)
         self._kernels = Kernels(self._pool)
-        self._one_token = RecordedCalls(self._pool)
-        self._run_layers(self._one_token, weights, 0, self._one)
+        self._one_token = Program()
+        self._run_layers(Kernels(self._pool, self._one_token), weights, self._one)
         self.description = (
             f"CPU, {self._pool.isa} kernels ({settings.isa} asked for), {self._pool.num_threads} threads, "
             f"{layout.layout_id} experts, int8 activations, "
@@ -126,7 +134,8 @@ class CpuBackend:
         buffers = self._buffers.first(len(tokens))
         weights = self._live_weights()
         weights.embedding.rows_into(tokens, buffers.hidden)
-        self._run_layers(self._kernels, weights, start, buffers)
+        self._spans.set([Span(0, 0, len(tokens), start)], self._slots)
+        self._run_layers(self._kernels, weights, buffers)
         if want_all:
             return self._all_logits(buffers.hidden)
         return self._last_logits(buffers.hidden[-1:])
@@ -136,7 +145,8 @@ class CpuBackend:
         self._rope.ensure(position + 1)
         one = self._one
         self._live_weights().embedding.rows_into(np.array([token]), one.hidden)
-        self._one_token.replay(position)
+        self._spans.set([Span(0, 0, 1, position)], self._slots)
+        self._one_token.run()
         logits: Logits = self._last_logits(one.hidden)[0]
         return logits
 
@@ -158,36 +168,27 @@ class CpuBackend:
         self._weights = None
         self._pool.close()
 
-    def _run_layers(self, run: Kernels, weights: ModelWeights, start: int, buffers: CpuBuffers) -> None:
+    def _run_layers(self, run: Kernels, weights: ModelWeights, buffers: CpuBuffers) -> None:
         """From the embedding to the last layer's output, both in buffers.hidden."""
-        layers = zip(weights.layers, self._caches, strict=True)
-        for index, (layer, (keys, values)) in enumerate(layers):
-            self._attend(run, layer, keys, values, start, buffers)
+        for index, layer in enumerate(weights.layers):
+            self._attend(run, layer, self._layer_cache(index), buffers)
             self._run_experts(run, layer, buffers)
             if self.layer_done is not None:
                 self.layer_done(index + 1, len(weights.layers))
 
-    def _attend(
-        self, run: Kernels, layer: LayerWeights, keys: Array, values: Array, start: int, buffers: CpuBuffers
-    ) -> None:
+    def _layer_cache(self, layer: int) -> LayerCache:
+        begin_bytes = layer * self._cache.keys[0].nbytes
+        return LayerCache(begin_bytes, begin_bytes, self.capacity, self._cache.dtype)
+
+    def _attend(self, run: Kernels, layer: LayerWeights, cache: LayerCache, buffers: CpuBuffers) -> None:
         """hidden += output(attention(norm(hidden)))."""
-        eps, heads = self._architecture.rms_norm_eps, self._heads
+        eps, heads, spans = self._architecture.rms_norm_eps, self._heads, self._spans
         run.rms_norm(buffers.hidden, layer.attention_norm, eps, acts=buffers.hidden_acts)
         run.gemm_int8_rows(buffers.hidden_acts, layer.qkv.codes, layer.qkv.scales, buffers.qkv)
-        run.qk_norm_rope_store(
-            buffers.qkv,
-            start,
-            heads,
-            layer.q_norm,
-            layer.k_norm,
-            eps,
-            self._rope.cos,
-            self._rope.sin,
-            keys,
-            values,
-        )
+        norms = QkNorms(layer.q_norm, layer.k_norm, eps)
+        run.qk_norm_rope_store(buffers.qkv, heads, spans, cache, self._rotation, norms)
         scale = heads.head_dim**-0.5
-        run.attention(buffers.qkv, start, heads, keys, values, scale, buffers.attended, self._scratch)
+        run.attention(buffers.qkv, heads, spans, cache, scale, buffers.attended, self._scratch)
         run.quantize(buffers.attended, buffers.attended_acts)
         output = layer.output
         run.gemm_int8_rows(
@@ -200,7 +201,7 @@ class CpuBackend:
         ids, weights = buffers.expert_ids, buffers.expert_weights
         run.rms_norm(buffers.hidden, layer.experts_norm, a.rms_norm_eps, buffers.normed, buffers.hidden_acts)
         run.gemm_float(buffers.normed, layer.router.data, buffers.router_logits)
-        run.route_topk(buffers.router_logits, a.num_experts_per_token, a.norm_topk_prob, ids, weights)
+        run.route(buffers.router_logits, self._router, ids, weights)
         executed = run.moe(
             layer.experts,
             layer.experts.shape[1],
@@ -249,7 +250,7 @@ def _workspace_bytes(architecture: Architecture, heads: Heads, num_tokens: int, 
     """What attention and experts need at most; they take turns."""
     a = architecture
     return max(
-        attention_workspace_bytes(num_tokens, capacity - num_tokens, heads),
+        attention_workspace_bytes(num_tokens, capacity, heads),
         moe_workspace_bytes(
             num_tokens, a.hidden_size, a.expert_intermediate_size, a.num_experts, a.num_experts_per_token
         ),

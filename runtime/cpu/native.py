@@ -16,11 +16,31 @@ from krasis.formats.native import library
 
 _I32, _I64, _F32, _PTR = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
+# Words of the records of formats.models, and of the KV cache, as the enums of krasis.h.
+SCORE_CODES = {"softmax": 0, "sigmoid": 1, "sqrt_softplus": 2, "softmax_of_top": 3, "sigmoid_of_top": 4}
+ACTIVATION_CODES = {
+    "silu": 0,
+    "gelu_tanh": 1,
+    "swiglu_offset": 2,
+    "silu_clamped_before": 3,
+    "silu_clamped_after": 4,
+    "relu_squared": 5,
+}
+KV_CODES = {"f32": 0, "f16": 2}
+NORM_CODES = {"head": 1, "flat": 2}
+STYLE_CODES = {"half": 0, "interleaved": 1}
+
 
 class ActsStruct(ctypes.Structure):
     """``krasis_acts``: int8 activations with a scale and a sum per block of 32."""
 
     _fields_ = (("q", _PTR), ("scale", _PTR), ("sum", _PTR), ("tokens", _I64), ("k", _I64))
+
+
+class SpanStruct(ctypes.Structure):
+    """``krasis_span``: rows of one sequence, and its slot's memory."""
+
+    _fields_ = (("first_row", _I64), ("rows", _I64), ("start", _I64), ("keys", _PTR), ("values", _PTR))
 
 
 class QkvArgs(ctypes.Structure):
@@ -29,20 +49,27 @@ class QkvArgs(ctypes.Structure):
     _fields_ = (
         ("qkv", _PTR),
         ("tokens", _I64),
-        ("start", _I64),
         ("num_heads", _I64),
         ("num_kv_heads", _I64),
         ("head_dim", _I64),
+        ("bias", _PTR),
         ("q_norm", _PTR),
         ("k_norm", _PTR),
+        ("norm", _I32),
         ("eps", _F32),
-        ("kv_dtype", _I32),
+        ("clip", _F32),
+        ("rope_style", _I32),
         ("cos", _PTR),
         ("sin", _PTR),
         ("max_positions", _I64),
-        ("k_cache", _PTR),
-        ("v_cache", _PTR),
+        ("rotary_dims", _I64),
+        ("spans", _PTR),
+        ("num_spans", _I64),
+        ("keys_offset_bytes", _I64),
+        ("values_offset_bytes", _I64),
         ("capacity", _I64),
+        ("kv_dtype", _I32),
+        ("reserved", _I32),
     )
 
 
@@ -53,18 +80,76 @@ class AttentionArgs(ctypes.Structure):
         ("q", _PTR),
         ("ldq", _I64),
         ("tokens", _I64),
-        ("start", _I64),
         ("num_heads", _I64),
         ("num_kv_heads", _I64),
         ("head_dim", _I64),
-        ("k_cache", _PTR),
-        ("v_cache", _PTR),
+        ("spans", _PTR),
+        ("num_spans", _I64),
+        ("keys_offset_bytes", _I64),
+        ("values_offset_bytes", _I64),
         ("capacity", _I64),
         ("kv_dtype", _I32),
         ("scale", _F32),
+        ("window", _I64),
+        ("sinks", _PTR),
         ("out", _PTR),
         ("workspace", _PTR),
         ("workspace_bytes", _I64),
+    )
+
+
+class RouteArgs(ctypes.Structure):
+    """``krasis_route_args``."""
+
+    _fields_ = (
+        ("logits", _PTR),
+        ("tokens", _I64),
+        ("num_experts", _I64),
+        ("top_k", _I64),
+        ("score", _I32),
+        ("renormalise", _I32),
+        ("groups", _I64),
+        ("top_groups", _I64),
+        ("group_score", _I32),
+        ("logit_cap", _F32),
+        ("bias", _PTR),
+        ("correction_bias", _PTR),
+        ("expert_scale", _PTR),
+        ("sum_floor", _F32),
+        ("sum_epsilon", _F32),
+        ("scale", _F32),
+        ("reserved", _I32),
+        ("ids", _PTR),
+        ("weights", _PTR),
+    )
+
+
+class ActivationArgs(ctypes.Structure):
+    """``krasis_activation_args``."""
+
+    _fields_ = (
+        ("x", _PTR),
+        ("tokens", _I64),
+        ("intermediate", _I64),
+        ("kind", _I32),
+        ("limit", _F32),
+        ("alpha", _F32),
+        ("reserved", _I32),
+        ("out", _PTR),
+        ("acts", _PTR),
+    )
+
+
+class AddRowsArgs(ctypes.Structure):
+    """``krasis_add_rows_args``."""
+
+    _fields_ = (
+        ("out", _PTR),
+        ("tokens", _I64),
+        ("k", _I64),
+        ("bias", _PTR),
+        ("x", _PTR),
+        ("logits", _PTR),
     )
 
 
@@ -75,7 +160,7 @@ class MoeArgs(ctypes.Structure):
         ("blob", _PTR),
         ("expert_stride_bytes", _I64),
         ("tiles", _I32),
-        ("reserved", _I32),
+        ("activation", _I32),
         ("num_experts", _I64),
         ("hidden", _I64),
         ("intermediate", _I64),
@@ -87,6 +172,8 @@ class MoeArgs(ctypes.Structure):
         ("workspace", _PTR),
         ("workspace_bytes", _I64),
         ("executed", _PTR),
+        ("limit", _F32),
+        ("alpha", _F32),
     )
 
 
@@ -111,7 +198,9 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "krasis_rms_norm": (_I32, (_PTR, _PTR, _I64, _I64, _PTR, _F32, _PTR, _PTR)),
     "krasis_gemm_int8_rows": (_I32, (_PTR, _PTR, _PTR, _PTR, _I64, _PTR, _I64, _I32)),
     "krasis_gemm_float": (_I32, (_PTR, _PTR, _I64, _I64, _PTR, _I32, _I64, _PTR)),
-    "krasis_route_topk": (_I32, (_PTR, _PTR, _I64, _I64, _I64, _I32, _PTR, _PTR)),
+    "krasis_route": (_I32, (_PTR, _PTR)),
+    "krasis_gated_activation": (_I32, (_PTR, _PTR)),
+    "krasis_add_rows": (_I32, (_PTR, _PTR)),
     "krasis_moe_workspace_bytes": (_I64, (_I64, _I64, _I64, _I64, _I64)),
     "krasis_moe": (_I32, (_PTR, _PTR)),
     "krasis_qk_norm_rope_store": (_I32, (_PTR, _PTR)),

@@ -22,7 +22,7 @@ STAGES = {
     "quantize_acts",
     "gemm_int8_rows: attention output",
     "gemm_float: router",
-    "route_topk",
+    "route",
     "moe: experts",
     "gemm_int8_rows: output head",
     profile_token.OUTSIDE,

@@ -103,14 +103,14 @@ def test_weights_have_no_bias_and_the_right_spread(bundle: Path) -> None:
 
 def test_tokens_spread_over_the_experts(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     counts: list[np.ndarray] = []
-    route = Kernels.route_topk
+    route = Kernels.route
 
-    def counting(self: Any, logits: Any, top_k: int, normalize: bool, ids: np.ndarray, weights: Any) -> None:
-        route(self, logits, top_k, normalize, ids, weights)
+    def counting(self: Any, logits: Any, router: Any, ids: np.ndarray, weights: Any) -> None:
+        route(self, logits, router, ids, weights)
         if len(ids) > 1:  # one row: recorded for decode, not run yet
             counts.append(np.bincount(ids.ravel(), minlength=32))
 
-    monkeypatch.setattr(Kernels, "route_topk", counting)
+    monkeypatch.setattr(Kernels, "route", counting)
     settings = EngineSettings(context=512, threads=2, device="cpu", prefault=False)
     with Engine.open(bundle, settings) as engine:
         logits = engine.prefill(np.random.default_rng(0).integers(0, 4096, 512), all_logits=True)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -14,9 +12,9 @@ from krasis.formats.architecture_record import Architecture
 from krasis.formats.errors import NativeError
 from krasis.formats.layouts import CpuTileLayout
 from krasis.formats.native import Pool, check
-from krasis.runtime.cpu.kernels import Acts, moe_workspace_bytes, workspace
+from krasis.runtime.cpu.kernels import Acts, Kernels, moe_workspace_bytes, workspace
 from krasis.runtime.cpu.native import prototype
-from krasis.runtime.cpu.recorded_calls import RecordedCalls
+from krasis.runtime.cpu.program import Program
 from krasis.runtime.cpu.weights import ModelWeights
 from krasis.runtime.device.api import Event
 from krasis.runtime.gpu.experts.handover import NUM_RESULTS, Handover
@@ -24,8 +22,6 @@ from krasis.runtime.gpu.experts.handover import NUM_RESULTS, Handover
 # Idle threads of the pool spin for so long: more than the GPU needs between two layers' experts.
 SPIN_S = 1e-3
 PATIENCE_NS = 50_000_000  # before the host looks whether the GPU still lives
-
-NativeCall = tuple[Callable[..., int], tuple[Any, ...], str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +42,7 @@ class CpuTier:
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """ready, done: the flags. calls: what is computed in between, into result."""
+    """ready, done: the flags. program: what is computed in between, into result."""
 
     name: str
     ready: torch.Tensor
@@ -55,28 +51,7 @@ class _Layer:
     done_address: int
     result: torch.Tensor
     result_address: int
-    calls: tuple[NativeCall, ...]
-
-
-class ExpertCalls(RecordedCalls):
-    """``RecordedCalls`` whose calls are taken out in parts, and made by whoever took them."""
-
-    __slots__ = ()
-
-    def take(self, where: str) -> tuple[NativeCall, ...]:
-        """The calls recorded since the last time; where: names them in errors."""
-        calls = tuple((function, arguments, f"{where}: {name}") for function, arguments, name in self._calls)
-        self._calls.clear()
-        return calls
-
-    @property
-    def num_executed(self) -> int:
-        """Slots computed since it was set."""
-        return self._num_executed.value
-
-    @num_executed.setter
-    def num_executed(self, value: int) -> None:
-        self._num_executed.value = value
+    program: Program
 
 
 class HostExperts:
@@ -92,22 +67,21 @@ class HostExperts:
         sizes = (a.hidden_size, a.expert_intermediate_size, a.num_experts, a.num_experts_per_token)
         scratch = workspace(moe_workspace_bytes(1, *sizes))
         normed, ids, weights = (tensor.numpy() for tensor in self._inputs)
-        # The recording lends addresses only: what they point to must stay.
-        self._keep = (acts, scratch, normed, ids, weights, tier)
-        self._calls = ExpertCalls(tier.pool)
         self._layers: list[_Layer] = []
         results = [result.numpy() for result in handover.results]
         for index, layer in enumerate(tier.weights.layers):
-            self._calls.quantize(normed, acts)
-            self._calls.moe(
+            program = Program(f"layer {index}")
+            run = Kernels(tier.pool, program)
+            run.quantize(normed, acts)
+            run.moe(
                 layer.experts, layer.experts.shape[1], tier.tiles, acts, ids, weights,
                 results[index % NUM_RESULTS], a.expert_intermediate_size, a.num_experts, scratch,
             )  # fmt: skip
-            self._layers.append(self._layer(index))
+            self._layers.append(self._layer(index, program))
         self._wait, self._store = prototype("krasis_wait_flag"), prototype("krasis_store_flag")
         self.waiting_s = 0.0
 
-    def _layer(self, index: int) -> _Layer:
+    def _layer(self, index: int, program: Program) -> _Layer:
         handover, name = self._handover, f"layer {index}"
         ready, done = handover.host_flag(index), handover.device_flag(index)
         result = handover.results[index % NUM_RESULTS]
@@ -119,13 +93,13 @@ class HostExperts:
             done_address=done.data_ptr(),
             result=result,
             result_address=result.data_ptr(),
-            calls=self._calls.take(name),
+            program=program,
         )
 
     @property
     def num_executed(self) -> int:
         """See the class."""
-        return self._calls.num_executed
+        return sum(layer.program.num_executed for layer in self._layers)
 
     def run(self, ended: Event) -> None:
         """Serves the token whose epoch ``handover.epoch`` holds. ended: after its graph.
@@ -140,7 +114,6 @@ class HostExperts:
 
     def _serve(self, ended: Event) -> None:
         device, epoch = self._device, self._handover.epoch
-        self._calls.num_executed = 0
         waited_ns = 0
         for layer in self._layers:
             device.host_writes(layer.result)
@@ -151,10 +124,7 @@ class HostExperts:
             waited_ns += time.perf_counter_ns() - began_ns
             device.host_acquires(layer.ready)
             device.host_reads(*self._inputs)
-            for function, arguments, name in layer.calls:
-                status = function(*arguments)
-                if status:
-                    check(status, name)
+            layer.program.run_some()
             device.host_releases(layer.done)
             self._store(layer.done_address, epoch)
         self.waiting_s = waited_ns * 1e-9

@@ -127,7 +127,7 @@ def test_an_expert_left_out_is_an_error(weights: ModelWeights, monkeypatch: pyte
     monkeypatch.setattr("krasis.runtime.cpu.kernels.Kernels.moe", lambda self, *args: run(*args) - 1)
     with pytest.raises(NativeError, match="not every routed expert"):
         backend.prefill(np.array([1]), 0, False)
-    backend._one_token._expected += 1
+    backend._one_token.num_pairs += 1
     with pytest.raises(NativeError, match="not every routed expert"):
         backend.decode(1, 0)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +12,8 @@ import pytest
 from krasis.formats.errors import NativeError
 from krasis.formats.native import Pool
 from krasis.runtime.cpu.kernels import Kernels
+
+sys.path.insert(0, str(Path(__file__).parent / "support"))
 
 ISAS = ("avx2", "avx512_vnni")
 MakeKernels = Callable[..., Kernels]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from krasis.formats import native as formats_native
 from krasis.formats.layouts import native_pack
 from krasis.runtime.cpu import native
 from krasis.runtime.host import environment
@@ -28,6 +29,10 @@ STRUCTURES: dict[str, type[ctypes.Structure]] = {
     "moe_args": native.MoeArgs,
     "qkv_args": native.QkvArgs,
     "attention_args": native.AttentionArgs,
+    "span": native.SpanStruct,
+    "route_args": native.RouteArgs,
+    "activation_args": native.ActivationArgs,
+    "add_rows_args": native.AddRowsArgs,
 }
 
 
@@ -70,3 +75,20 @@ def test_every_prototype_takes_as_many_arguments_as_the_header_says() -> None:
     functions = dict(re.findall(r"KRASIS_API [\w ]+?[ *]+(krasis_\w+)\((.*?)\);", text(), flags=re.S))
     for name, (_, arguments) in native._PROTOTYPES.items():
         assert len(arguments) == len(functions[name].split(",")), name
+
+
+def enum(name: str) -> list[int]:
+    """The values of an enum of the header, in order."""
+    body = re.search(rf"typedef enum krasis_{name} \{{(.*?)\}}", text(), flags=re.S)[1]
+    return [int(value) for value in re.findall(r"=\s*(\d+)", body)]
+
+
+def test_words_of_records_are_the_enums_of_the_header() -> None:
+    assert list(native.SCORE_CODES.values()) == enum("score")
+    assert list(native.ACTIVATION_CODES.values()) == enum("activation")
+    assert list(native.STYLE_CODES.values()) == enum("rope_style")
+    assert [0, *native.NORM_CODES.values()] == enum("qk_norm")
+
+
+def test_the_version_is_the_headers() -> None:
+    assert re.search(r"#define KRASIS_ABI_VERSION (\d+)", text())[1] == str(formats_native.ABI_VERSION)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from sequences import place
 
 from krasis.formats.errors import NativeError, ResourceError
 from krasis.runtime.cpu.kernels import Heads, attention_workspace_bytes, workspace
@@ -38,11 +39,12 @@ class Case:
 
     def run(self, kernels, start, tokens):
         out = np.full((tokens, self.heads.attention_size), np.nan, np.float32)
-        scratch = workspace(attention_workspace_bytes(tokens, start, self.heads))
+        scratch = workspace(attention_workspace_bytes(tokens, start + tokens, self.heads))
         scratch.fill(0xFF)  # NaN
         q = self.queries(start, tokens)
         scale = self.heads.head_dim**-0.5
-        kernels.attention(q, start, self.heads, self.k_cache, self.v_cache, scale, out, scratch)
+        spans, cache = place(self.k_cache, self.v_cache, start, tokens)
+        kernels.attention(q, self.heads, spans, cache, scale, out, scratch)
         return out
 
     def expected(self, start, tokens):
@@ -149,8 +151,7 @@ def test_reads_queries_from_the_fused_projection(kernels, rng):
 def test_workspace_never_shrinks(rng):
     heads = Heads(16, 2, 128)
     sizes = [
-        [attention_workspace_bytes(tokens, start, heads) for start in range(0, 2000, 150)]
-        for tokens in range(9)
+        [attention_workspace_bytes(tokens, end, heads) for end in range(0, 2000, 150)] for tokens in range(9)
     ]
     table = np.array(sizes)
     assert (np.diff(table, axis=0) >= 0).all()
@@ -161,19 +162,19 @@ def test_workspace_never_shrinks(rng):
 def test_refuses_a_short_workspace(kernels, rng):
     case = Case.make(rng, 1000, (4, 2, 64))
     out = np.zeros((1, 256), np.float32)
-    need = attention_workspace_bytes(1, 999, case.heads)
+    need = attention_workspace_bytes(1, 1000, case.heads)
+    spans, cache = place(case.k_cache, case.v_cache, 999, 1)
     with pytest.raises(ResourceError, match="krasis_attention"):
-        kernels.attention(
-            case.q[999:], 999, case.heads, case.k_cache, case.v_cache, 1.0, out, workspace(need - 1)
-        )
+        kernels.attention(case.q[999:], case.heads, spans, cache, 1.0, out, workspace(need - 1))
 
 
 @pytest.mark.parametrize(
     ("shape", "start"),
-    [((2, 1, 24), 0), ((2, 1, 272), 0), ((3, 2, 32), 0), ((2, 1, 32), 10), ((2, 1, 32), -1)],
+    [((2, 1, 24), 0), ((2, 1, 272), 0), ((3, 2, 32), 0), ((2, 1, 32), 10)],
 )
 def test_refuses(kernels, rng, shape, start):
     case = Case.make(rng, 1, shape)
     out = np.zeros((1, case.heads.attention_size), np.float32)
+    spans, cache = place(case.k_cache, case.v_cache, start, 1)
     with pytest.raises(NativeError, match=r"krasis_attention\b"):
-        kernels.attention(case.q, start, case.heads, case.k_cache, case.v_cache, 1.0, out, workspace(0))
+        kernels.attention(case.q, case.heads, spans, cache, 1.0, out, workspace(0))

@@ -7,7 +7,16 @@ import ctypes
 import numpy as np
 import pytest
 
-from krasis.runtime.cpu.native import ActsStruct, AttentionArgs, QkvArgs, prototype
+from krasis.runtime.cpu.native import (
+    ActivationArgs,
+    ActsStruct,
+    AddRowsArgs,
+    AttentionArgs,
+    QkvArgs,
+    RouteArgs,
+    SpanStruct,
+    prototype,
+)
 
 ARGUMENT, SHAPE, MEMORY, RANGE = 1, 2, 5, 8
 
@@ -67,14 +76,124 @@ def test_rms_norm(pool, memory):
     assert norm(pool, memory, 2, 32, memory, 1e-6, None, acts(memory)) == SHAPE
 
 
-def test_route(pool, memory):
-    route = prototype("krasis_route_topk")
-    assert route(None, memory, 1, 8, 2, 1, memory, memory) == ARGUMENT
-    assert route(pool, None, 1, 8, 2, 1, memory, memory) == ARGUMENT
-    assert route(pool, memory, 1, 8, 2, 1, None, memory) == ARGUMENT
-    assert route(pool, memory, 1, 8, 2, 1, memory, None) == ARGUMENT
-    assert route(pool, memory, -1, 8, 2, 1, memory, memory) == ARGUMENT
-    assert route(pool, memory, 1, 0, 2, 1, memory, memory) == ARGUMENT
+def refused(name, pool, record, status):
+    """The function gives that status, and refuses null pointers."""
+    function = prototype(name)
+    assert function(pool, ctypes.byref(record)) == status
+    assert function(None, ctypes.byref(record)) == ARGUMENT
+    assert function(pool, None) == ARGUMENT
+
+
+@pytest.mark.parametrize(
+    ("changes", "status"),
+    [
+        ({"logits": None}, ARGUMENT),
+        ({"ids": None}, ARGUMENT),
+        ({"weights": None}, ARGUMENT),
+        ({"tokens": -1}, ARGUMENT),
+        ({"num_experts": 0}, ARGUMENT),
+        ({"top_k": 0}, ARGUMENT),
+        ({"score": 5}, ARGUMENT),
+        ({"score": -1}, ARGUMENT),
+        ({"group_score": 2}, ARGUMENT),
+        ({"groups": 0}, ARGUMENT),
+        ({"top_groups": 0}, ARGUMENT),
+        ({"logit_cap": -1.0}, ARGUMENT),
+        ({"scale": float("nan")}, ARGUMENT),
+        ({"sum_floor": float("inf")}, ARGUMENT),
+        ({"top_k": 9}, SHAPE),
+        ({"groups": 3}, SHAPE),
+        ({"groups": 2, "top_groups": 3}, SHAPE),
+        ({"groups": 8}, SHAPE),
+    ],
+)
+def test_route(pool, memory, changes, status):
+    values = {"tokens": 1, "num_experts": 8, "top_k": 2, "groups": 1, "top_groups": 1, "scale": 1.0}
+    values |= dict.fromkeys(("logits", "ids", "weights"), memory)
+    refused("krasis_route", pool, RouteArgs(**(values | changes)), status)
+
+
+@pytest.mark.parametrize(
+    ("changes", "status"),
+    [
+        ({"x": None}, ARGUMENT),
+        ({"out": None}, ARGUMENT),
+        ({"tokens": -1}, ARGUMENT),
+        ({"intermediate": 0}, ARGUMENT),
+        ({"kind": 6}, ARGUMENT),
+        ({"kind": -1}, ARGUMENT),
+        ({"kind": 2, "limit": 0.0}, ARGUMENT),
+        ({"kind": 3, "limit": float("nan")}, ARGUMENT),
+        ({"kind": 2, "limit": 1.0, "alpha": float("inf")}, ARGUMENT),
+        ({"intermediate": 24}, SHAPE),
+        ({"acts": True}, SHAPE),
+    ],
+)
+def test_activation(pool, memory, changes, status):
+    values = {"x": memory, "out": memory, "tokens": 1, "intermediate": 64}
+    record = ActsStruct(q=memory, scale=memory, sum=memory, tokens=1, k=32)
+    if "acts" in changes:
+        changes = {"acts": ctypes.addressof(record)}
+    refused("krasis_gated_activation", pool, ActivationArgs(**(values | changes)), status)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"out": None},
+        {"tokens": -1},
+        {"k": 0},
+        {"x": None, "bias": None},
+        {"x": None, "logits": 4096},
+    ],
+)
+def test_add_rows(pool, memory, changes):
+    values = {"out": memory, "tokens": 1, "k": 8, "x": memory, "bias": memory}
+    refused("krasis_add_rows", pool, AddRowsArgs(**(values | changes)), ARGUMENT)
+
+
+BAD_SPANS = [
+    ([(0, 1, 4, None, 1)], ARGUMENT),
+    ([(0, 1, 4, 1, None)], ARGUMENT),
+    ([(0, 1, -1, 1, 1)], ARGUMENT),
+    ([(0, -1, 4, 1, 1)], ARGUMENT),
+    ([(1, 1, 4, 1, 1)], ARGUMENT),
+    ([(0, 2, 4, 1, 1)], RANGE),
+    ([(0, 1, 2**62, 1, 1)], RANGE),
+    ([(0, 1, 600, 1, 1)], RANGE),
+    ([(0, 2**62, 0, 1, 1)], RANGE),
+    ([], RANGE),
+    ([(0, 0, 4, 1, 1)], RANGE),
+    ([(0, 1, 4, 1, 1), (0, 1, 4, 1, 1)], ARGUMENT),
+    ([(0, 1, 4, 1, 1), (1, 1, 4, 1, 1)], RANGE),
+]
+QKV = {"tokens": 1, "num_heads": 2, "num_kv_heads": 1, "head_dim": 32, "eps": 1e-6, "capacity": 600}
+QKV |= {"max_positions": 600, "rotary_dims": 32}
+ATTENTION = {"ldq": 64, "tokens": 1, "num_heads": 2, "num_kv_heads": 1, "head_dim": 32, "capacity": 600}
+ATTENTION |= {"scale": 1.0, "workspace_bytes": 1 << 16}
+
+
+def span_array(memory, rows):
+    """krasis_span [len(rows)]; 1 stands for the address of memory."""
+    return (SpanStruct * max(len(rows), 1))(
+        *(SpanStruct(*row[:3], *(memory if part else None for part in row[3:])) for row in rows)
+    )
+
+
+def with_spans(kind, memory, values, rows):
+    spans = span_array(memory, rows)
+    return kind(**({"spans": ctypes.addressof(spans), "num_spans": len(rows)} | values)), spans
+
+
+@pytest.mark.parametrize(("rows", "status"), BAD_SPANS)
+def test_spans(pool, memory, rows, status):
+    values = QKV | dict.fromkeys(("qkv", "cos", "sin"), memory)
+    record, kept = with_spans(QkvArgs, memory, values, rows)
+    refused("krasis_qk_norm_rope_store", pool, record, status)
+    values = ATTENTION | dict.fromkeys(("q", "out", "workspace"), memory)
+    record, kept = with_spans(AttentionArgs, memory, values, rows)
+    refused("krasis_attention", pool, record, status)
+    del kept
 
 
 @pytest.mark.parametrize(
@@ -83,25 +202,32 @@ def test_route(pool, memory):
         ({"qkv": None}, ARGUMENT),
         ({"cos": None}, ARGUMENT),
         ({"sin": None}, ARGUMENT),
-        ({"k_cache": None}, ARGUMENT),
-        ({"v_cache": None}, ARGUMENT),
+        ({"spans": None}, ARGUMENT),
+        ({"num_spans": -1}, ARGUMENT),
         ({"kv_dtype": 1}, ARGUMENT),
         ({"tokens": -1}, ARGUMENT),
         ({"num_kv_heads": 0}, ARGUMENT),
+        ({"rotary_dims": -2}, ARGUMENT),
+        ({"norm": 3}, ARGUMENT),
+        ({"norm": 1}, ARGUMENT),
+        ({"rope_style": 2}, ARGUMENT),
+        ({"clip": -1.0}, ARGUMENT),
+        ({"clip": float("nan")}, ARGUMENT),
+        ({"keys_offset_bytes": -4}, ARGUMENT),
+        ({"values_offset_bytes": 2}, SHAPE),
+        ({"rotary_dims": 34}, SHAPE),
+        ({"rotary_dims": 31}, SHAPE),
         ({"head_dim": 40}, SHAPE),
         ({"max_positions": 4}, RANGE),
         ({"capacity": 4}, RANGE),
-        ({"start": 2**62}, RANGE),
-        ({"tokens": 2**62, "start": 2**62}, RANGE),
+        ({"tokens": 2}, RANGE),
     ],
 )
 def test_rope(pool, memory, changes, status):
-    values = {"tokens": 1, "start": 4, "num_heads": 2, "num_kv_heads": 1, "head_dim": 32, "eps": 1e-6}
-    values |= {"kv_dtype": 0, "max_positions": 8, "capacity": 8}
-    values |= dict.fromkeys(("qkv", "cos", "sin", "k_cache", "v_cache"), memory)
-    assert prototype("krasis_qk_norm_rope_store")(pool, ctypes.byref(QkvArgs(**(values | changes)))) == status
-    assert prototype("krasis_qk_norm_rope_store")(None, ctypes.byref(QkvArgs(**values))) == ARGUMENT
-    assert prototype("krasis_qk_norm_rope_store")(pool, None) == ARGUMENT
+    values = QKV | dict.fromkeys(("qkv", "cos", "sin"), memory) | changes
+    record, kept = with_spans(QkvArgs, memory, values, [(0, 1, 4, 1, 1)])
+    refused("krasis_qk_norm_rope_store", pool, record, status)
+    del kept
 
 
 @pytest.mark.parametrize(
@@ -109,26 +235,24 @@ def test_rope(pool, memory, changes, status):
     [
         ({"q": None}, ARGUMENT),
         ({"out": None}, ARGUMENT),
-        ({"k_cache": None}, ARGUMENT),
-        ({"v_cache": None}, ARGUMENT),
+        ({"spans": None}, ARGUMENT),
         ({"kv_dtype": 1}, ARGUMENT),
         ({"workspace_bytes": -1}, ARGUMENT),
+        ({"window": -1}, ARGUMENT),
         ({"num_heads": 3, "num_kv_heads": 2}, SHAPE),
         ({"head_dim": 40}, SHAPE),
         ({"ldq": 63}, SHAPE),
-        ({"start": 600}, RANGE),
+        ({"keys_offset_bytes": 2}, SHAPE),
         ({"tokens": 2**62}, RANGE),
-        ({"start": 300, "workspace": None}, MEMORY),
-        ({"start": 300, "workspace_bytes": 100}, MEMORY),
+        ({"workspace": None}, MEMORY),
+        ({"workspace_bytes": 100}, MEMORY),
     ],
 )
 def test_attention(pool, memory, changes, status):
-    values = {"ldq": 64, "tokens": 1, "start": 4, "num_heads": 2, "num_kv_heads": 1, "head_dim": 32}
-    values |= {"kv_dtype": 0, "capacity": 600, "scale": 1.0, "workspace_bytes": 1 << 16}
-    values |= dict.fromkeys(("q", "k_cache", "v_cache", "out", "workspace"), memory)
-    assert prototype("krasis_attention")(pool, ctypes.byref(AttentionArgs(**(values | changes)))) == status
-    assert prototype("krasis_attention")(None, ctypes.byref(AttentionArgs(**values))) == ARGUMENT
-    assert prototype("krasis_attention")(pool, None) == ARGUMENT
+    values = ATTENTION | dict.fromkeys(("q", "out", "workspace"), memory) | changes
+    record, kept = with_spans(AttentionArgs, memory, values, [(0, 1, 300, 1, 1)])
+    refused("krasis_attention", pool, record, status)
+    del kept
 
 
 def test_prefault_and_unmap():

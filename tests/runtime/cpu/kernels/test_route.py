@@ -1,4 +1,4 @@
-"""krasis_route_topk: order, ties, weights."""
+"""krasis_route by softmax alone: order, ties, weights. Other routers: test_routers.py."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from krasis.formats.errors import NativeError
+from krasis.formats.models.mlps import Router
 
 
 def routed(kernels, logits, top_k, normalize=True):
     ids = np.full((len(logits), top_k), -7, np.int32)
     weights = np.full((len(logits), top_k), np.nan, np.float32)
-    kernels.route_topk(logits, top_k, normalize, ids, weights)
+    kernels.route(logits, Router(top_k=top_k, renormalise=normalize), ids, weights)
     return ids, weights
 
 
@@ -68,7 +69,7 @@ def test_same_bits_for_any_threads_batch_and_isa(make_kernels, isa, rng, threads
     assert one_weights.tobytes() == weights[299].tobytes()
 
 
-@pytest.mark.parametrize(("num_experts", "top_k"), [(4, 5), (5000, 2), (4, 0)])
+@pytest.mark.parametrize(("num_experts", "top_k"), [(4, 5), (5000, 2)])
 def test_refuses(kernels, num_experts, top_k):
-    with pytest.raises(NativeError, match="krasis_route_topk"):
+    with pytest.raises(NativeError, match="krasis_route"):
         routed(kernels, np.zeros((1, num_experts), np.float32), top_k)

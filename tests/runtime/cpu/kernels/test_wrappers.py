@@ -6,10 +6,13 @@ import gc
 
 import numpy as np
 import pytest
+from sequences import place
 
 from krasis.formats.errors import NativeError
+from krasis.formats.models.mlps import Activation, Router
 from krasis.formats.native import Pool
 from krasis.runtime.cpu import native_arrays
+from krasis.runtime.cpu.heads import QkNorms, Rotation
 from krasis.runtime.cpu.kernels import (
     Acts,
     Heads,
@@ -20,6 +23,7 @@ from krasis.runtime.cpu.kernels import (
 )
 from krasis.runtime.cpu.native import prototype
 from krasis.runtime.cpu.native_arrays import aligned_empty
+from krasis.runtime.cpu.spans import LayerCache
 
 F32 = np.float32
 
@@ -107,13 +111,18 @@ def test_gemm_float_refuses(plain, weight, out):
 
 @pytest.mark.parametrize(("ids", "weights"), [((3, 2), (3, 3)), ((2, 2), (3, 2))])
 def test_route_refuses(plain, ids, weights):
-    with pytest.raises(NativeError, match="route_topk"):
-        plain.route_topk(zeros(3, 8), 2, True, zeros(*ids, dtype=np.int32), zeros(*weights))
+    with pytest.raises(NativeError, match="route"):
+        plain.route(zeros(3, 8), Router(top_k=2), zeros(*ids, dtype=np.int32), zeros(*weights))
 
 
 def test_route_refuses_wide_ids(plain):
-    with pytest.raises(NativeError, match=r"route_topk\.ids"):
-        plain.route_topk(zeros(3, 8), 2, True, zeros(3, 2, dtype=np.int64), zeros(3, 2))
+    with pytest.raises(NativeError, match=r"route\.ids"):
+        plain.route(zeros(3, 8), Router(top_k=2), zeros(3, 2, dtype=np.int64), zeros(3, 2))
+
+
+def two_rows():
+    """Two rows of one sequence in memory of 2 heads, 50 positions, 32 channels."""
+    return place(zeros(2, 50, 32), zeros(2, 50, 32), 0, 2)
 
 
 @pytest.mark.parametrize(
@@ -121,32 +130,27 @@ def test_route_refuses_wide_ids(plain):
     [
         ("qkv", zeros(2, 200)),
         ("qkv", zeros(2, 256, dtype=np.float16)),
-        ("q_norm", zeros(16)),
-        ("k_norm", zeros(32, dtype=np.float64)),
-        ("cos", zeros(50, 32)),
-        ("sin", zeros(40, 16)),
-        ("k_cache", zeros(2, 50, 16)),
-        ("k_cache", zeros(2, 50, 32, dtype=np.uint16)),
-        ("k_cache", zeros(50, 32)),
-        ("v_cache", zeros(2, 49, 32)),
-        ("v_cache", zeros(2, 50, 32, dtype=np.float16)),
-        ("v_cache", read_only(zeros(2, 50, 32))),
+        ("q_norm", QkNorms(zeros(16), zeros(32), 1e-6)),
+        ("k_norm", QkNorms(zeros(32), zeros(32, dtype=np.float64), 1e-6)),
+        ("q_norm", QkNorms(zeros(32), zeros(64), 1e-6, "flat")),
+        ("cos", Rotation(zeros(50), zeros(50, 16))),
+        ("sin", Rotation(zeros(50, 16), zeros(40, 16))),
+        ("bias", zeros(200)),
+        ("cache", LayerCache(0, 0, 51, "f32")),
+        ("cache", LayerCache(4, 0, 50, "f32")),
+        ("cache", LayerCache(0, -4, 50, "f32")),
+        ("cache", LayerCache(0, 0, 50, "bf16")),
     ],
 )
 def test_rope_refuses(plain, name, value):
-    arrays = {
-        "qkv": zeros(2, 256),
-        "q_norm": zeros(32),
-        "k_norm": zeros(32),
-        "cos": zeros(50, 16),
-        "sin": zeros(50, 16),
-        "k_cache": zeros(2, 50, 32),
-        "v_cache": zeros(2, 50, 32),
-    }
-    arguments = {"start": 0, "heads": Heads(4, 2, 32), "eps": 1e-6}
-    plain.qk_norm_rope_store(**arrays, **arguments)
+    spans, cache = two_rows()
+    rotation = Rotation(zeros(50, 16), zeros(50, 16))
+    arguments = {"qkv": zeros(2, 256), "heads": Heads(4, 2, 32), "spans": spans, "cache": cache}
+    arguments |= {"rotation": rotation, "norms": QkNorms(zeros(32), zeros(32), 1e-6), "bias": None}
+    plain.qk_norm_rope_store(**arguments)
+    place_of = {"q_norm": "norms", "k_norm": "norms", "cos": "rotation", "sin": "rotation"}
     with pytest.raises(NativeError, match=name):
-        plain.qk_norm_rope_store(**(arrays | {name: value}), **arguments)
+        plain.qk_norm_rope_store(**(arguments | {place_of.get(name, name): value}))
 
 
 @pytest.mark.parametrize(
@@ -154,25 +158,68 @@ def test_rope_refuses(plain, name, value):
     [
         ("q", zeros(2, 127)),
         ("q", zeros(2, 128, dtype=np.float16)),
-        ("k_cache", zeros(3, 50, 32)),
-        ("v_cache", zeros(2, 51, 32)),
+        ("cache", LayerCache(0, 0, 60, "f32")),
         ("out", zeros(2, 256)),
         ("out", zeros(1, 128)),
+        ("out", read_only(zeros(2, 128))),
         ("scratch", zeros(64)),
+        ("sinks", zeros(2)),
     ],
 )
 def test_attention_refuses(plain, name, value):
-    arrays = {
-        "q": zeros(2, 128),
-        "k_cache": zeros(2, 50, 32),
-        "v_cache": zeros(2, 50, 32),
-        "out": zeros(2, 128),
-        "scratch": workspace(0),
-    }
-    arguments = {"start": 0, "heads": Heads(4, 2, 32), "scale": 1.0}
-    plain.attention(**arrays, **arguments)
+    spans, cache = two_rows()
+    arguments = {"q": zeros(2, 128), "heads": Heads(4, 2, 32), "spans": spans, "cache": cache, "scale": 1.0}
+    arguments |= {"out": zeros(2, 128), "scratch": workspace(0)}
+    plain.attention(**arguments)
     with pytest.raises(NativeError, match=name):
-        plain.attention(**(arrays | {name: value}), **arguments)
+        plain.attention(**(arguments | {name: value}))
+
+
+@pytest.mark.parametrize(
+    ("router", "parts", "where"),
+    [
+        (Router(top_k=2, bias=True), {}, "bias"),
+        (Router(top_k=2), {"bias": zeros(8)}, "bias"),
+        (Router(top_k=2, correction_bias=True), {"correction_bias": zeros(7)}, "correction_bias"),
+        (Router(top_k=2, expert_scale=True), {"expert_scale": zeros(8, dtype=np.float64)}, "expert_scale"),
+        (Router(top_k=2, by_token=True), {}, "router"),
+    ],
+)
+def test_route_refuses_parts(plain, router, parts, where):
+    with pytest.raises(NativeError, match=rf"route\.{where}"):
+        plain.route(zeros(3, 8), router, zeros(3, 2, dtype=np.int32), zeros(3, 2), **parts)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"out": zeros(3, 128)},
+        {"out": zeros(2, 64)},
+        {"acts": Acts.allocate(3, 32)},
+        {"x": zeros(3, 127), "out": zeros(3, 63)},
+        {"x": zeros(3, 128, dtype=np.float16), "out": zeros(3, 64)},
+        {"activation": Activation("situ", 1.0), "out": zeros(3, 64)},
+        {},
+    ],
+)
+def test_gated_activation_refuses(plain, arguments):
+    with pytest.raises(NativeError, match="gated_activation"):
+        plain.gated_activation(**({"x": zeros(3, 128), "activation": Activation()} | arguments))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"x": zeros(3, 32)},
+        {"bias": zeros(63)},
+        {"x": zeros(3, 64), "logits": zeros(3)},
+        {"logits": zeros(3, 1)},
+        {},
+    ],
+)
+def test_add_rows_refuses(plain, arguments):
+    with pytest.raises(NativeError, match="add_rows"):
+        plain.add_rows(zeros(3, 64), **arguments)
 
 
 @pytest.mark.parametrize(
@@ -186,6 +233,9 @@ def test_attention_refuses(plain, name, value):
         ("weights", zeros(2, 3)),
         ("out", zeros(2, 128)),
         ("blob", zeros(2, 13056, dtype=np.int8)),
+        ("activation", Activation("situ", 1.0)),
+        ("activation", Activation("relu_squared")),
+        ("activation", Activation("swiglu_offset", limit=0.0)),
     ],
 )
 def test_moe_refuses(plain, name, value):
@@ -225,9 +275,9 @@ def test_acts_buffers():
 
 
 def test_impossible_sizes_are_refused():
-    for tokens, start, dim in ((-1, 0, 16), (0, -1, 16), (2**41, 0, 16), (1, 2**62, 16), (1, 1, 272)):
+    for rows, end, dim in ((-1, 0, 16), (0, -1, 16), (2**41, 0, 16), (1, 2**62, 16), (1, 1, 272)):
         with pytest.raises(NativeError, match="krasis_attention_workspace_bytes"):
-            attention_workspace_bytes(tokens, start, Heads(1, 1, dim))
+            attention_workspace_bytes(rows, end, Heads(1, 1, dim))
     with pytest.raises(NativeError, match="krasis_moe_workspace_bytes"):
         moe_workspace_bytes(-1, 64, 64, 2, 2)
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from krasis.formats.errors import NativeError, UsageError
+from krasis.runtime.cpu.program import Call, Program
 from krasis.runtime.device.api import Stream
 from krasis.runtime.device.double import OrderingError
 from krasis.runtime.gpu.experts.handover import Handover
@@ -85,7 +86,9 @@ def test_a_cpu_that_fails(
     def fail(*_: Any) -> int:
         return 8
 
-    bad = replace(real, calls=(real.calls[0], (fail, *real.calls[1][1:])))
+    bad = replace(real, program=Program("layer 1"))
+    bad.program.add(real.program.calls[0])
+    bad.program.add(replace(real.program.calls[1], function=fail))
     monkeypatch.setattr(decoder._host, "_layers", [first, bad, last])
     with pytest.raises(NativeError, match="out of range") as raised:
         decoder.decode(tokens[0], 0)
@@ -106,7 +109,8 @@ def test_ctrl_c(open_rig: Any, monkeypatch: pytest.MonkeyPatch, tokens: list[int
         raise KeyboardInterrupt
 
     first, real, last = decoder._host._layers
-    bad = replace(real, calls=((interrupt, (), ""),))
+    bad = replace(real, program=Program())
+    bad.program.add(Call(interrupt, (), ""))
     monkeypatch.setattr(decoder._host, "_layers", [first, bad, last])
     with pytest.raises(KeyboardInterrupt):
         decoder.decode(tokens[1], 1)

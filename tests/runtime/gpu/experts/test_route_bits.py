@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from krasis.formats.models.mlps import Router
 from krasis.formats.native import Pool
 from krasis.runtime.cpu.kernels import Kernels
 from krasis.runtime.device.double import DeviceDouble
@@ -27,7 +28,7 @@ def test_bits(pool: Pool, num_experts: int, top_k: int, normalize: bool) -> None
     num_tokens = 21
     logits = logits_like_a_routers(np.random.default_rng(num_experts), num_tokens, num_experts)
     ids, weights = np.empty((num_tokens, top_k), np.int32), np.empty((num_tokens, top_k), np.float32)
-    Kernels(pool).route_topk(logits, top_k, normalize, ids, weights)
+    Kernels(pool).route(logits, Router(top_k=top_k, renormalise=normalize), ids, weights)
 
     device = DeviceDouble()
     stream = device.stream("compute")

@@ -1,0 +1,107 @@
+"""Which rows of a call belong to which sequence, in memory that native calls read: see ``krasis_span``."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from krasis.formats.errors import NativeError
+from krasis.runtime.batch import Span
+from krasis.runtime.cpu.native import SpanStruct
+from krasis.runtime.cpu.native_arrays import Array, out_pointer
+
+ELEMENT_BYTES: dict[str, int] = {"f32": 4, "f16": 2}
+
+
+class SlotMemory:
+    """The keys and values of one sequence, of all layers: writable C-contiguous arrays of any type."""
+
+    __slots__ = ("keys", "keys_address", "values", "values_address")
+
+    def __init__(self, keys: Array, values: Array) -> None:
+        self.keys, self.values = keys, values
+        self.keys_address = out_pointer(keys, keys.shape, keys.dtype, "slot.keys")
+        self.values_address = out_pointer(values, values.shape, values.dtype, "slot.values")
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCache:
+    """Where a layer's keys and values lie in a slot's memory, [num_kv_heads, capacity, head_dim] of dtype."""
+
+    keys_offset_bytes: int
+    values_offset_bytes: int
+    capacity: int
+    dtype: str  # f32 or f16
+
+    def size_bytes(self, num_kv_heads: int, head_dim: int) -> int:
+        """Of the layer's keys, and of its values. Raises NativeError for a type that kernels lack."""
+        if self.dtype not in ELEMENT_BYTES:
+            raise NativeError("cache must be f32 or f16", where="cache", got=self.dtype)
+        return num_kv_heads * self.capacity * head_dim * ELEMENT_BYTES[self.dtype]
+
+
+class Spans:
+    """Up to max_spans spans. A call that was given the object reads what ``set`` wrote last.
+
+    keys_bytes, values_bytes: every slot's memory has so many at least, which is what calls are checked by.
+    """
+
+    __slots__ = ("_array", "_records", "_slots", "address", "keys_bytes", "max_spans", "values_bytes")
+
+    def __init__(self, max_spans: int, keys_bytes: int, values_bytes: int) -> None:
+        if max_spans < 1:
+            raise NativeError("too few spans", where="spans", got=max_spans, limit=">= 1")
+        self.max_spans, self.keys_bytes, self.values_bytes = max_spans, keys_bytes, values_bytes
+        self._array = (SpanStruct * max_spans)()
+        self._records = list(self._array)
+        self._slots: list[SlotMemory] = []
+        self.address = ctypes.addressof(self._array)
+
+    def set(self, spans: Sequence[Span], slots: Mapping[int, SlotMemory] | Sequence[SlotMemory]) -> None:
+        """spans: rows and positions, in the order of the rows; slots: the memory of each slot number.
+
+        Raises NativeError, and changes nothing, for spans that overlap or leave rows out, and for memory that
+        is too small or used twice.
+        """
+        memories = [slots[span.slot] for span in spans]
+        self._check(spans, memories)
+        for record, span, memory in zip(self._records, spans, memories, strict=False):
+            record.first_row, record.rows, record.start = span.first_row, span.rows, span.start
+            record.keys, record.values = memory.keys_address, memory.values_address
+        for record in self._records[len(spans) :]:
+            record.rows = 0
+        self._slots = memories
+
+    def check_cache(self, cache: LayerCache, num_kv_heads: int, head_dim: int, where: str) -> None:
+        """Raises NativeError if a layer's keys or values end outside of the slots' memory."""
+        size_bytes = cache.size_bytes(num_kv_heads, head_dim)
+        for name, begin, limit in (
+            ("keys", cache.keys_offset_bytes, self.keys_bytes),
+            ("values", cache.values_offset_bytes, self.values_bytes),
+        ):
+            if begin < 0 or size_bytes < 0 or begin + size_bytes > limit:
+                raise NativeError(
+                    f"the layer's {name} end outside of the slot's memory",
+                    where=f"{where}.cache",
+                    got=f"{begin} + {size_bytes} bytes",
+                    limit=f"{limit} bytes",
+                )
+
+    def _check(self, spans: Sequence[Span], memories: Sequence[SlotMemory]) -> None:
+        if not 1 <= len(spans) <= self.max_spans:
+            raise NativeError("too many or no spans", where="spans", got=len(spans), limit=self.max_spans)
+        row = 0
+        for span, memory in zip(spans, memories, strict=True):
+            if span.first_row != row or span.rows < 1 or span.start < 0:
+                raise NativeError("spans do not cover the rows in order", where="spans", got=span, limit=row)
+            row += span.rows
+            if memory.keys.nbytes < self.keys_bytes or memory.values.nbytes < self.values_bytes:
+                raise NativeError(
+                    "a slot's memory is too small",
+                    where=f"slot {span.slot}",
+                    got=f"{memory.keys.nbytes} and {memory.values.nbytes} bytes",
+                    limit=f"{self.keys_bytes} and {self.values_bytes} bytes",
+                )
+        if len(memories) > 1 and len({memory.keys_address for memory in memories}) < len(memories):
+            raise NativeError("a slot has two spans", where="spans", got=[span.slot for span in spans])
