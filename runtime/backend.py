@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
+from krasis.formats.models.spec import ModelSpec
+from krasis.runtime.batch import Batch, Logits, StateRows, StateStore, TokenIds
 
-Logits = npt.NDArray[np.float32]
-TokenIds = npt.NDArray[np.int64]
-KvRows = npt.NDArray[Any]
+__all__ = ["Backend", "KvRows", "LayerProgress", "Logits", "TokenIds"]
+
+KvRows = StateRows
 LayerProgress = Callable[[int, int], None]
 
 
 class Backend(Protocol):
-    """One model with one KV cache. Positions are given by the caller; what lies behind a position is
-    overwritten.
+    """One model and the state of some sequences of it.
 
-    description: one line for logs: the path chosen. prefill_chunk: most tokens of one ``prefill`` call.
-    capacity: positions. kv_dtype: what keys and values are kept in, ``f16``, ``bf16`` or ``f32``. placement:
-    where the last prefill ran (before the first: where most will) and where decode runs, a few words each.
-    layer_done: if set, called during ``prefill`` with how many layers of how many are done.
+    description: one line for logs: the path chosen. prefill_chunk: most rows of one batch. capacity:
+    positions of a sequence. kv_dtype: what keys and values are kept in, ``f16``, ``bf16`` or ``f32``.
+    layer_done: if set, called during ``run`` with how many layers of how many are done. spec: the model.
     """
 
     description: str
@@ -29,6 +27,12 @@ class Backend(Protocol):
     capacity: int
     kv_dtype: str
     layer_done: LayerProgress | None
+    spec: ModelSpec
+
+    @property
+    def state(self) -> StateStore:
+        """What is kept of the sequences. A batch may use its open slots alone."""
+        ...
 
     @property
     def placement(self) -> tuple[str, str]:
@@ -37,31 +41,11 @@ class Backend(Protocol):
         """
         ...
 
-    def prefill(self, tokens: TokenIds, start: int, want_all: bool) -> Logits:
-        """Computes tokens at positions start..; gives logits [T or 1, vocab] of all tokens or of the last
-        one.
+    def run(self, batch: Batch) -> Logits:
+        """Computes the batch; gives the wanted logits, f32 [batch.num_logits, vocab] in the order of rows.
 
-        The result may be a view that the next call overwrites.
-        """
-        ...
-
-    def decode(self, token: int, position: int) -> Logits:
-        """Computes one token; gives its logits [vocab], a view that the next call overwrites."""
-        ...
-
-    def export_kv(self, layer: int, num_tokens: int) -> tuple[KvRows, KvRows]:
-        """Keys and values of a layer's positions 0..num_tokens-1, each C-contiguous [num_kv_heads,
-        num_tokens, head_dim] of kv_dtype (bf16 as uint16 bits).
-
-        Both may be buffers that the next call overwrites.
-        """
-        ...
-
-    def import_kv(self, layer: int, keys: KvRows, values: KvRows) -> None:
-        """Writes a layer's positions from 0 on; arrays as ``export_kv`` gives them, of at most ``capacity``
-        tokens.
-
-        The caller may overwrite the arrays as soon as this returns.
+        A span's state beyond its start is overwritten. The result may be a view that the next call
+        overwrites.
         """
         ...
 

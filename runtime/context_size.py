@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from krasis.formats.architecture_record import Architecture
 from krasis.formats.bundle.reader import Bundle
 from krasis.formats.process.machine_limits import available_memory_bytes
 from krasis.runtime.host.filesystem import IN_RAM, filesystem_of_path
-from krasis.runtime.state.kv_cache import kv_cache_bytes
+from krasis.runtime.state.kv_store import kv_bytes_per_token
 
 if TYPE_CHECKING:
     from krasis.runtime.planning.sizes import ModelSizes
@@ -34,7 +33,7 @@ def tokens_in_ram(bundle: Bundle, tiers: tuple[str, ...], kv_dtype: str) -> int:
         return LEAST_TOKENS
     spare = available - weights_to_hold_bytes(bundle, tiers)
     room = max(SHARE_OF_SPARE_RAM * spare, SHARE_OF_RAM * available)
-    return _tokens(room, bundle.architecture, kv_cache_bytes(bundle.architecture, 1, kv_dtype), "RAM")
+    return _tokens(room, bundle.spec.max_context, kv_bytes_per_token(bundle.spec, kv_dtype), "RAM")
 
 
 def tokens_in_vram(sizes: ModelSizes, vram_bytes: int, kv_dtype: str) -> int:
@@ -44,7 +43,7 @@ def tokens_in_vram(sizes: ModelSizes, vram_bytes: int, kv_dtype: str) -> int:
 
     spare = vram_bytes - assumed.GPU_RESERVE_BYTES - sizes.dense_bytes
     room = min(SHARE_OF_VRAM * vram_bytes, SHARE_OF_SPARE_RAM * spare)
-    return _tokens(room, sizes.architecture, sizes.kv_bytes(1, kv_dtype), "VRAM")
+    return _tokens(room, sizes.architecture.max_context, sizes.kv_bytes(1, kv_dtype), "VRAM")
 
 
 def weights_to_hold_bytes(bundle: Bundle, tiers: tuple[str, ...]) -> int:
@@ -54,9 +53,8 @@ def weights_to_hold_bytes(bundle: Bundle, tiers: tuple[str, ...]) -> int:
     return sum(blob.num_bytes for blob in bundle.manifest.blobs if blob.tier in tiers)
 
 
-def _tokens(room: float, architecture: Architecture, token_bytes: int, memory: str) -> int:
+def _tokens(room: float, longest: int, token_bytes: int, memory: str) -> int:
     fitting = max(LEAST_TOKENS, int(room) // token_bytes // STEP_TOKENS * STEP_TOKENS)
-    longest = architecture.max_context
     if fitting < longest:
         logger.info("context: %d tokens of the model's %d have room in %s", fitting, longest, memory)
     return fitting

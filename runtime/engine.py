@@ -18,6 +18,7 @@ from krasis.formats.architecture_record import Architecture
 from krasis.formats.bundle.reader import Bundle
 from krasis.formats.errors import UsageError
 from krasis.runtime.backend import Backend
+from krasis.runtime.batch import one_sequence
 from krasis.runtime.bundle_opening import open_bundle
 from krasis.runtime.cli.layer_progress import Progress as Progress
 from krasis.runtime.cli.layer_progress import layer_progress
@@ -66,6 +67,7 @@ class Engine:
         self.text = text or TextAssets(bundle, settings.chat_template)
         self.load_s = 0.0
         self._backend = backend
+        backend.state.open()  # slot 0, the only one that an engine uses
         self._reopen: Callable[[EngineSettings], Backend] | None = None
         self._tokens: list[int] = []
         self._gate = Exclusive()
@@ -170,9 +172,9 @@ class Engine:
                 cancellation.check()
                 chunk = ids[begin : begin + most]
                 self._backend.layer_done = layer_progress(cancellation, progress, begin, len(chunk), len(ids))
-                last = self._backend.prefill(chunk, len(self._tokens), all_logits)
+                last = self._run(chunk, all_logits)
                 if not is_number(last[-1]) and self._widen():
-                    last = self._backend.prefill(chunk, len(self._tokens), all_logits)
+                    last = self._run(chunk, all_logits)
                 self._gate.num_changes += 1
                 self._tokens.extend(chunk.tolist())
                 if all_logits:
@@ -196,12 +198,16 @@ class Engine:
         position = len(self._tokens)
         if position >= self._backend.capacity or type(token) is not int or not 0 <= token < self._vocab_size:
             token = self._checked_one(token)
-        logits = self._backend.decode(token, position)
+        logits: Logits = self._run(np.array([token], np.int64))[0]
         if not is_number(logits) and self._widen():
-            logits = self._backend.decode(token, position)
+            logits = self._run(np.array([token], np.int64))[0]
         self._gate.num_changes += 1
         self._tokens.append(token)
         return logits
+
+    def _run(self, tokens: npt.NDArray[np.int64], all_logits: bool = False) -> Logits:
+        """Computes tokens after those held."""
+        return self._backend.run(one_sequence(tokens, len(self._tokens), "all" if all_logits else "last"))
 
     def cancel(self) -> None:
         """Ends the answer or the prefill in progress, soon (a prompt: after a layer); does not wait for it.
@@ -213,7 +219,9 @@ class Engine:
         self._gate.cancel()
 
     def truncate(self, num_tokens: int) -> None:
-        """Forgets all but the first num_tokens tokens. Raises UsageError if fewer are held."""
+        """Forgets all but the first num_tokens tokens, or some more where the model's state cannot be taken
+        back to there. Raises UsageError if fewer are held.
+        """
         self._gate.run(None, self._truncate, num_tokens)
 
     def _truncate(self, num_tokens: int) -> None:
@@ -221,7 +229,9 @@ class Engine:
             raise UsageError("cannot keep more tokens than are held", got=num_tokens, limit=len(self._tokens))
         if num_tokens < len(self._tokens):
             self._gate.num_changes += 1
-            del self._tokens[num_tokens:]
+            kept = self._backend.state.restorable(0, num_tokens)
+            self._backend.state.rewind(0, kept)
+            del self._tokens[kept:]
 
     def reset(self) -> None:
         """Forgets everything."""
@@ -240,7 +250,7 @@ class Engine:
         while count < limit and self._tokens[count] == tokens[count]:
             count += 1
         self._truncate(max(count, 0))
-        return count
+        return len(self._tokens)
 
     def save_prefix(self, path: str | Path, *, conversation: bytes = b"") -> None:
         """Writes the tokens held and their keys and values to a file, which appears complete or not at all.

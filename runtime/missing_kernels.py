@@ -1,4 +1,5 @@
-"""Which block of a model this version has no kernels for: said in one sentence before any work."""
+"""What a model needs beyond the plainest decoder, and which backend has kernels for it: said in one sentence
+before any work."""
 
 from __future__ import annotations
 
@@ -20,9 +21,40 @@ _MIXERS: dict[type, str] = {
 }
 
 
-def refuse_missing_kernels(spec: ModelSpec, where: str) -> None:
-    """Raises UnsupportedModelError naming what the backends have no kernels for. where: the source."""
-    missing = list(dict.fromkeys(missing_kernels(spec)))
+CPU_RUNS = frozenset(
+    {
+        "layers without experts",
+        "attention in windows",
+        "attention sinks",
+        "attention with biases",
+        "attention without norms of q and k",
+        "norms over the whole q and k",
+        "clipped q, k and v",
+        "attention with a scale of its own",
+        "attention without rotation",
+        "rotation of a part of each head",
+        "rotation of neighbouring channels",
+        "llama3 rope scaling",
+        "shared experts",
+        "the activation swiglu_offset",
+        "the activation silu_clamped_before",
+        "the activation silu_clamped_after",
+        "the activation gelu_tanh",
+        "a router of scores sigmoid",
+        "a router of scores sqrt_softplus",
+        "a router of scores softmax_of_top",
+        "a router of scores sigmoid_of_top",
+        "routers with biases, groups or scales",
+    }
+)
+GPU_RUNS: frozenset[str] = frozenset()
+
+
+def refuse_missing_kernels(spec: ModelSpec, where: str, runs: frozenset[str] = CPU_RUNS) -> None:
+    """Raises UnsupportedModelError naming what the backend has no kernels for. where: the source. runs: what
+    it has; the CPU's is the most.
+    """
+    missing = lacking(spec, runs)
     if missing:
         also = f"; it also needs {', '.join(missing[1:])}" if len(missing) > 1 else ""
         raise UnsupportedModelError(
@@ -32,8 +64,13 @@ def refuse_missing_kernels(spec: ModelSpec, where: str) -> None:
         )
 
 
-def missing_kernels(spec: ModelSpec) -> Iterator[str]:
-    """What the backends lack, the largest first; nothing for a model that they run."""
+def lacking(spec: ModelSpec, runs: frozenset[str]) -> list[str]:
+    """What the model needs and a backend does not run, the largest first."""
+    return [need for need in dict.fromkeys(needed_kernels(spec)) if need not in runs]
+
+
+def needed_kernels(spec: ModelSpec) -> Iterator[str]:
+    """What the model needs beyond attention and experts as Qwen3-MoE has them, the largest first."""
     layers = tuple(dict.fromkeys(spec.layers))
     for layer in layers:
         if type(layer.mixer) in _MIXERS:
@@ -69,6 +106,7 @@ def _of_layer(layer: Layer) -> Iterator[str]:
         yield "norms after blocks"
     if isinstance(layer.mlp, GatedMlp):
         yield "layers without experts"
+        yield from _of_activation(layer.mlp)
     elif isinstance(layer.mlp, MlpBesideExperts):
         yield "an MLP beside the experts"
         yield from _of_experts(layer.mlp.experts)
@@ -79,7 +117,9 @@ def _of_layer(layer: Layer) -> Iterator[str]:
 def _of_attention(mixer: Attention) -> Iterator[str]:
     if mixer.selection is not None:
         yield "sparse attention by an index"
-    if mixer.window is not None or mixer.chunk is not None:
+    if mixer.chunk is not None:
+        yield "attention in chunks"
+    if mixer.window is not None:
         yield "attention in windows"
     if mixer.sinks:
         yield "attention sinks"
@@ -94,7 +134,9 @@ def _of_attention(mixer: Attention) -> Iterator[str]:
         yield names.get(mixer.qk_norm, "norms of q and k after the rotation")
     if mixer.clip is not None:
         yield "clipped q, k and v"
-    if mixer.temperature is not None or mixer.scale != mixer.head_dim**-0.5:
+    if mixer.temperature is not None:
+        yield "queries scaled by their position"
+    if mixer.scale != mixer.head_dim**-0.5:
         yield "attention with a scale of its own"
     yield from _of_rope(mixer)
 
@@ -103,9 +145,13 @@ def _of_rope(mixer: Attention) -> Iterator[str]:
     rope = mixer.rope
     if rope is None:
         yield "attention without rotation"
-    elif rope.style != "half" or rope.place != "first" or rope.dims != mixer.head_dim:
-        partial = rope.dims != mixer.head_dim
-        yield "rotation of a part of each head" if partial else "rotation of neighbouring channels"
+    elif rope.place != "first":
+        yield "rotation of the last channels"
+    else:
+        if rope.dims != mixer.head_dim:
+            yield "rotation of a part of each head"
+        if rope.style != "half":
+            yield "rotation of neighbouring channels"
     if rope is not None and rope.scaling.kind in ("llama3", "proportional"):
         yield f"{rope.scaling.kind} rope scaling"
 
@@ -113,22 +159,34 @@ def _of_rope(mixer: Attention) -> Iterator[str]:
 def _of_experts(mlp: Experts) -> Iterator[str]:
     if mlp.shared is not None:
         yield "shared experts"
+    if mlp.averaged:
+        yield "halved sums of routed and shared experts"
     if mlp.latent is not None:
         yield "experts between two projections"
     if mlp.weigh_input:
         yield "weights on the experts' input"
     if mlp.bias:
         yield "experts with biases"
+    yield from _of_activation(mlp)
+    if mlp.shared is not None:
+        yield from _of_activation(mlp.shared)
+    yield from _of_router(mlp.router)
+
+
+def _of_activation(mlp: GatedMlp | Experts) -> Iterator[str]:
     if mlp.activation != Activation():
         yield f"the activation {mlp.activation.kind}"
-    yield from _of_router(mlp.router)
 
 
 def _of_router(router: Router) -> Iterator[str]:
     if router.by_token:
         yield "experts chosen by the token's id"
+    if router.input_norm:
+        yield "routers that norm their input"
     if router.score != "softmax":
         yield f"a router of scores {router.score}"
-    plain = Router(router.top_k, router.score, router.renormalise, by_token=router.by_token)
+    plain = Router(
+        router.top_k, router.score, router.renormalise, by_token=router.by_token, input_norm=router.input_norm
+    )
     if router != plain:
         yield "routers with biases, groups or scales"

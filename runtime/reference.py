@@ -11,9 +11,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from krasis.formats.errors import UnsupportedModelError
 from krasis.formats.layouts.cpu_tiles import BLOCK_K
+from krasis.formats.models.mixers import Attention
+from krasis.formats.models.mlps import Activation, Router, Score
+from krasis.formats.models.rope import Rope
 from krasis.runtime.cpu.native_arrays import Array
 
+SILU = Activation()
 _QUERY_CHUNK = 64  # bounds the score matrix: [heads, chunk, keys]
 
 ExpertWeights = Callable[[int], tuple[Array, Array, Array]]
@@ -58,33 +63,52 @@ def gemm(x: Array, weight: Array) -> Array:
     return product
 
 
-def rope(x: Array, cos: Array, sin: Array) -> Array:
-    """Rotary embedding, rotate-half form: x [T, heads, D]; cos, sin [T, D/2] of the tokens' positions."""
-    half = x.shape[-1] // 2
-    x1, x2 = x[..., :half], x[..., half:]
+def rotate(x: Array, cos: Array, sin: Array, rope: Rope) -> Array:
+    """Rotary embedding of the first ``rope.dims`` channels: x [T, heads, D]; cos, sin [T, dims/2] of the
+    tokens' positions.
+    """
     c, s = cos[:, None, :].astype(x.dtype), sin[:, None, :].astype(x.dtype)
-    return np.concatenate([x1 * c - x2 * s, x2 * c + x1 * s], axis=-1)
+    turned = x[..., : rope.dims]
+    if rope.style == "interleaved":
+        x1, x2 = turned[..., 0::2], turned[..., 1::2]
+        pairs = np.stack([x1 * c - x2 * s, x2 * c + x1 * s], axis=-1)
+        return np.concatenate([pairs.reshape(turned.shape), x[..., rope.dims :]], axis=-1)
+    half = rope.dims // 2
+    x1, x2 = turned[..., :half], turned[..., half:]
+    return np.concatenate([x1 * c - x2 * s, x2 * c + x1 * s, x[..., rope.dims :]], axis=-1)
 
 
-def qk_norm_rope(
-    qkv: Array,
-    num_heads: int,
-    num_kv_heads: int,
-    q_norm: Array | None,
-    k_norm: Array | None,
-    eps: float,
-    cos: Array,
-    sin: Array,
+@dataclass(frozen=True, slots=True)
+class QkvVectors:
+    """What is added to and multiplied with projected q, k and v. bias: [all rows]. q_norm, k_norm:
+    [head_dim], or of all heads for flat norms."""
+
+    bias: Array | None = None
+    q_norm: Array | None = None
+    k_norm: Array | None = None
+
+
+def projected_heads(
+    qkv: Array, mixer: Attention, vectors: QkvVectors, eps: float
 ) -> tuple[Array, Array, Array]:
-    """(q [T, num_heads, D], k, v [T, num_kv_heads, D]) of qkv; cos, sin [T, D/2]; norms [D]."""
-    num_all = num_heads + 2 * num_kv_heads
-    heads = qkv.reshape(len(qkv), num_all, qkv.shape[1] // num_all)
-    q, k = heads[:, :num_heads], heads[:, num_heads : num_heads + num_kv_heads]
-    if q_norm is not None:
-        q = rms_norm(q, q_norm, eps)
-    if k_norm is not None:
-        k = rms_norm(k, k_norm, eps)
-    return rope(q, cos, sin), rope(k, cos, sin), heads[:, num_heads + num_kv_heads :]
+    """(q [T, heads, D], k, v [T, kv_heads, D]) of qkv [T, rows]: bias, norms, clip; before the rotation."""
+    if vectors.bias is not None:
+        qkv = qkv + vectors.bias.astype(qkv.dtype)
+    rows, dim = len(qkv), mixer.head_dim
+    q, k, v = np.split(qkv, [mixer.query_rows, mixer.query_rows + mixer.key_rows], axis=1)
+    if mixer.qk_norm == "flat":
+        q, k = _normed(q, vectors.q_norm, eps), _normed(k, vectors.k_norm, eps)
+    q, k = q.reshape(rows, mixer.heads, dim), k.reshape(rows, mixer.kv_heads, dim)
+    if mixer.qk_norm == "head":
+        q, k = _normed(q, vectors.q_norm, eps), _normed(k, vectors.k_norm, eps)
+    v = v.reshape(rows, mixer.kv_heads, dim)
+    if mixer.clip is not None:
+        q, k, v = (np.clip(x, -mixer.clip, mixer.clip) for x in (q, k, v))
+    return q, k, v
+
+
+def _normed(x: Array, weight: Array | None, eps: float) -> Array:
+    return x if weight is None else rms_norm(x, weight, eps)
 
 
 def softmax(x: Array) -> Array:
@@ -94,10 +118,19 @@ def softmax(x: Array) -> Array:
     return shares
 
 
-def attention(q: Array, k_cache: Array, v_cache: Array, start: int, scale: float) -> Array:
+def attention(
+    q: Array,
+    k_cache: Array,
+    v_cache: Array,
+    start: int,
+    scale: float,
+    window: int | None = None,
+    sinks: Array | None = None,
+) -> Array:
     """Causal grouped-query attention: q [T, heads, D] at positions start.., caches [kv_heads, capacity, D].
 
-    Returns [T, heads, D].
+    window: keys j with 0 <= i - j < window are seen. sinks: [heads], one more logit in each softmax. Returns
+    [T, heads, D].
     """
     tokens, num_heads, dim = q.shape
     num_kv_heads = len(k_cache)
@@ -112,20 +145,118 @@ def attention(q: Array, k_cache: Array, v_cache: Array, start: int, scale: float
         rows = q[first:last].reshape(last - first, num_kv_heads, group, dim).transpose(1, 0, 2, 3)
         scores = rows.reshape(num_kv_heads, -1, dim) @ keys.transpose(0, 2, 1) * np.asarray(scale, q.dtype)
         positions = np.repeat(np.arange(start + first, start + last), group)
-        scores[:, np.arange(num_keys)[None, :] > positions[:, None]] = -np.inf
-        mixed = (softmax(scores) @ values).reshape(num_kv_heads, last - first, group, dim)
+        away = positions[:, None] - np.arange(num_keys)[None, :]
+        scores[:, (away < 0) if window is None else ((away < 0) | (away >= window))] = -np.inf
+        if sinks is None:
+            shares = softmax(scores)
+        else:
+            by_row = np.tile(sinks.astype(q.dtype).reshape(num_kv_heads, group), (1, last - first))[..., None]
+            shares = softmax(np.concatenate([scores, by_row], axis=-1))[..., :-1]
+        mixed = (shares @ values).reshape(num_kv_heads, last - first, group, dim)
         out[first:last] = mixed.transpose(1, 0, 2, 3).reshape(last - first, num_heads, dim)
     return out
 
 
-def route_topk(logits: Array, top_k: int, normalize: bool) -> tuple[Array, Array]:
-    """(ids int32, weights) [T, top_k]: the largest of softmax(logits), largest first, ties by lower id."""
-    probabilities = softmax(logits)
-    ids = np.argsort(-probabilities, axis=-1, kind="stable")[:, :top_k]
-    weights = np.take_along_axis(probabilities, ids, axis=-1)
-    if normalize:
-        weights = weights / weights.sum(axis=-1, keepdims=True)
+@dataclass(frozen=True, slots=True)
+class RouterVectors:
+    """What a router adds to logits and scores and multiplies weights with, each [experts] or None."""
+
+    bias: Array | None = None
+    correction: Array | None = None
+    expert_scale: Array | None = None
+
+
+def route(logits: Array, router: Router, vectors: RouterVectors | None = None) -> tuple[Array, Array]:
+    """(ids int32, weights) [T, top_k] of logits [T, experts], as ``mlps.Router`` says; largest first, ties by
+    lower id.
+    """
+    vectors = vectors or RouterVectors()
+    if vectors.bias is not None:
+        logits = logits + vectors.bias.astype(logits.dtype)
+    if router.logit_cap is not None:
+        cap = np.asarray(router.logit_cap, logits.dtype)
+        logits = cap * np.tanh(logits / cap)
+    scores = _scores(logits, router.score)
+    chosen_by = scores if vectors.correction is None else scores + vectors.correction.astype(logits.dtype)
+    if router.groups > 1:
+        chosen_by = np.where(_in_best_groups(chosen_by, router), chosen_by, -np.inf)
+    ids = np.argsort(-chosen_by, axis=-1, kind="stable")[:, : router.top_k]
+    weights = np.take_along_axis(scores, ids, axis=-1)
+    if router.score == "softmax_of_top":
+        weights = softmax(weights)
+    elif router.score == "sigmoid_of_top":
+        weights = sigmoid(weights)
+    if router.renormalise and router.score != "softmax_of_top":
+        total = weights.sum(axis=-1, keepdims=True)
+        floor, epsilon = (np.asarray(x, logits.dtype) for x in (router.sum_floor, router.sum_epsilon))
+        weights = weights / (np.maximum(total, floor) + epsilon)
+    if router.scale != 1.0:
+        weights = weights * np.asarray(router.scale, logits.dtype)
+    if vectors.expert_scale is not None:
+        weights = weights * vectors.expert_scale.astype(logits.dtype)[ids]
     return ids.astype(np.int32), weights
+
+
+def _scores(logits: Array, score: Score) -> Array:
+    if score == "softmax":
+        return softmax(logits)
+    if score == "sigmoid":
+        return sigmoid(logits)
+    if score == "sqrt_softplus":
+        root: Array = np.sqrt(np.logaddexp(np.asarray(0, logits.dtype), logits))
+        return root
+    return logits
+
+
+def _in_best_groups(scores: Array, router: Router) -> Array:
+    """bool [T, experts]: whether the expert's group is among the best."""
+    grouped = scores.reshape(len(scores), router.groups, -1)
+    best = 2 if router.group_score == "best_two" else 1
+    value = np.sort(grouped, axis=-1)[..., -best:].sum(axis=-1)
+    kept = np.argsort(-value, axis=-1, kind="stable")[:, : router.top_groups]
+    mask = np.zeros(value.shape, dtype=bool)
+    np.put_along_axis(mask, kept, values=True, axis=1)
+    return np.repeat(mask, grouped.shape[-1], axis=1)
+
+
+def sigmoid(x: Array) -> Array:
+    """1 / (1 + e^-x), without overflow for any x."""
+    e = np.exp(-np.abs(x))
+    return np.where(x >= 0, 1 / (1 + e), e / (1 + e))
+
+
+def activate(x: Array, activation: Activation) -> Array:
+    """What stands between up and down, [T, I] of x [T, 2 I]: gate, then up; without a gate of x [T, I]."""
+    if activation.kind == "relu_squared":
+        return np.square(np.maximum(x, 0))
+    gate, up = np.split(x, 2, axis=-1)
+    return gated(gate, up, activation)
+
+
+def gated(gate: Array, up: Array, activation: Activation) -> Array:
+    """``mlps.Activation`` of gate and up, each [T, I]."""
+    limit, alpha = (np.asarray(value, gate.dtype) for value in (activation.limit, activation.alpha))
+    kind = activation.kind
+    out: Array
+    if kind == "silu":
+        out = silu(gate) * up
+    elif kind == "gelu_tanh":
+        inner = np.asarray(np.sqrt(2 / np.pi), gate.dtype) * (
+            gate + np.asarray(0.044715, gate.dtype) * gate**3
+        )
+        out = np.asarray(0.5, gate.dtype) * gate * (1 + np.tanh(inner)) * up
+    elif kind == "swiglu_offset":
+        low = np.minimum(gate, limit)
+        out = low * sigmoid(alpha * low) * (np.clip(up, -limit, limit) + 1)
+    elif kind == "silu_clamped_before":
+        out = silu(np.minimum(gate, limit)) * np.clip(up, -limit, limit)
+    elif kind == "silu_clamped_after":
+        out = np.minimum(silu(gate), limit) * np.clip(up, -limit, limit)
+    elif kind == "situ":
+        out = alpha * np.tanh(gate / alpha) * sigmoid(gate) * limit * np.tanh(up / limit)
+    else:
+        raise UnsupportedModelError("unknown activation", got=kind)
+    return out
 
 
 def silu(x: Array) -> Array:
@@ -135,9 +266,14 @@ def silu(x: Array) -> Array:
 
 
 def moe(
-    x: Array, ids: Array, weights: Array, experts: ExpertWeights, observe: ExpertObserver | None = None
+    x: Array,
+    ids: Array,
+    weights: Array,
+    experts: ExpertWeights,
+    observe: ExpertObserver | None = None,
+    activation: Activation = SILU,
 ) -> Array:
-    """sum_j weights[t, j] * down_e(silu(gate_e x_t) * up_e x_t), e = ids[t, j]; an id of -1 is skipped.
+    """sum_j weights[t, j] * down_e(activation(gate_e x_t, up_e x_t)), e = ids[t, j]; an id of -1 is skipped.
 
     x [T, hidden]; ids, weights [T, top_k]; experts(e) gives gate, up [I, hidden] and down [hidden, I]. Terms
     are added in the order of j, whatever order the experts are taken in. observe: called once for every
@@ -148,7 +284,7 @@ def moe(
         tokens, slots = np.nonzero(ids == expert)
         gate, up, down = experts(int(expert))
         rows = x[tokens]
-        middle = silu(gemm(rows, gate)) * gemm(rows, up)
+        middle = gated(gemm(rows, gate), gemm(rows, up), activation)
         if observe is not None:
             observe(int(expert), rows, middle)
         terms[tokens, slots] = gemm(middle, down)

@@ -17,6 +17,7 @@ DEVICES = ("auto", "cpu", "cuda", "double")
 GPU_DTYPES = ("bf16", "f16")
 KV_DTYPES = ("f16", "f32")
 MAX_THREADS = 4096
+MAX_SLOTS = 256
 MAX_PREFILL_CHUNK = 65536
 
 
@@ -50,7 +51,8 @@ class EngineSettings:
     ``rope_option.parse_rope_scaling`` reads it; None = the bundle's.
     gpu_dtype: of the GPU's activations and KV cache. vram_bytes: use no more of a GPU's memory; None = what
     is free. chat_template: a file whose template takes the place of the bundle's. template_vars: what every
-    conversation's chat template is told beside, such as enable_thinking.
+    conversation's chat template is told beside, such as enable_thinking. slots: sequences whose state is kept
+    at once, each of ``context`` tokens.
     """
 
     context: int | None = None
@@ -68,11 +70,13 @@ class EngineSettings:
     chat_template: str | None = None
     template_vars: Mapping[str, object] = field(default_factory=dict)
     rope_scaling: str | None = None
+    slots: int = 1
 
     def __post_init__(self) -> None:
         if self.context is not None:
             _between("context", self.context, 1, 2**31 - 1)
         _between("threads", self.threads, 0, MAX_THREADS)
+        _between("slots", self.slots, 1, MAX_SLOTS)
         if self.prefill_chunk is not None:
             _between("prefill_chunk", self.prefill_chunk, 1, MAX_PREFILL_CHUNK)
         _one_of("isa", self.isa, ISAS)

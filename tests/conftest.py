@@ -34,21 +34,26 @@ def state_of_layer(weights: Any, index: int) -> dict[str, np.ndarray]:
     from krasis.runtime.cpu.weights import to_float32
 
     a, layer = weights.architecture, weights.layers[index]
-    qkv = Int8RowsLayout().unpack(layer.qkv.codes, layer.qkv.scales)
+
+    def unpacked(name: str) -> np.ndarray:
+        weight = layer.int8(name)
+        return Int8RowsLayout().unpack(weight.codes, weight.scales)
+
+    qkv, router = unpacked("attention.qkv"), layer.matrix("experts.router")
     rows = np.cumsum([a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim])
     q, k, v = np.split(qkv, rows)
     sizes = (a.hidden_size, a.expert_intermediate_size)
-    experts = [weights.expert_layout.unpack_expert(record, *sizes) for record in layer.experts]
+    experts = [weights.expert_layout.unpack_expert(record, *sizes) for record in layer.records()]
     state = {
-        "input_layernorm.weight": layer.attention_norm,
+        "input_layernorm.weight": layer.vector("attention.norm"),
         "self_attn.q_proj.weight": q,
         "self_attn.k_proj.weight": k,
         "self_attn.v_proj.weight": v,
-        "self_attn.o_proj.weight": Int8RowsLayout().unpack(layer.output.codes, layer.output.scales),
-        "self_attn.q_norm.weight": layer.q_norm,
-        "self_attn.k_norm.weight": layer.k_norm,
-        "post_attention_layernorm.weight": layer.experts_norm,
-        "mlp.gate.weight": to_float32(layer.router.data, layer.router.dtype),
+        "self_attn.o_proj.weight": unpacked("attention.output"),
+        "self_attn.q_norm.weight": layer.vector("attention.q_norm"),
+        "self_attn.k_norm.weight": layer.vector("attention.k_norm"),
+        "post_attention_layernorm.weight": layer.vector("experts.norm"),
+        "mlp.gate.weight": to_float32(router.data, router.dtype),
         "mlp.experts.gate_up_proj": np.stack([np.concatenate([gate, up]) for gate, up, _ in experts]),
         "mlp.experts.down_proj": np.stack([down for _, _, down in experts]),
     }

@@ -30,6 +30,8 @@ from krasis.formats.files.file_ops import io_errors
 from krasis.formats.files.folder_snapshot import FileState
 from krasis.formats.files.regular_file import open_regular, read_range, read_small_file
 from krasis.formats.limits import MAX_ASSET_BYTES, MAX_MANIFEST_BYTES, MIB
+from krasis.formats.models.spec import ModelSpec
+from krasis.formats.models.uniform import spec_of
 from krasis.formats.names import shown
 
 _PREFAULT_BYTES = 64 * MIB
@@ -129,6 +131,11 @@ class Bundle:
     def architecture(self) -> Architecture:
         """The model's shapes and constants: the manifest's, or those it is to be run with."""
         return self._run_as or self.manifest.architecture
+
+    @property
+    def spec(self) -> ModelSpec:
+        """What the model is, or what it is run as."""
+        return spec_of(self.architecture)
 
     def run_as(self, architecture: Architecture) -> None:
         """Gives the model another rotary scaling than the manifest's, for whoever asks from now on.

@@ -103,6 +103,13 @@ class Layer(Record):
         if self.mixer is None and self.mlp is None:
             raise fail("the layer is empty", self, "mixer", "none", "a mixer or an MLP")
 
+    @property
+    def experts(self) -> Experts | None:
+        """The layer's routed experts, if it has any."""
+        if isinstance(self.mlp, MlpBesideExperts):
+            return self.mlp.experts
+        return self.mlp if isinstance(self.mlp, Experts) else None
+
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec(Record):
@@ -133,6 +140,24 @@ class ModelSpec(Record):
             raise fail("size is out of range", self, "layers", 0, f"1..{MAX_LAYERS}")
         if self.ngram is None and any(layer.ngram for layer in self.layers):
             raise fail("layers use a table that is not described", self, "ngram", "none", "a table")
+
+    @property
+    def max_context(self) -> int:
+        """Tokens of context that the model can be asked for: its positions, stretched by its rope scaling.
+
+        Model cards tell users to add a scaling and to leave ``max_positions`` as it is; YaRN then reaches its
+        factor times the original positions, linear scaling its factor times ``max_positions``.
+        """
+        longest = self.max_positions
+        for layer in dict.fromkeys(self.layers):
+            rope = getattr(layer.mixer, "rope", None)
+            if rope is not None:
+                scaling = rope.scaling
+                reach = {"yarn": scaling.original_max_positions, "linear": self.max_positions}.get(
+                    scaling.kind, 0
+                )
+                longest = max(longest, int(reach * scaling.factor))
+        return min(longest, MAX_POSITIONS)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types: the distinct layers, and by ``pattern`` which of them each layer is."""

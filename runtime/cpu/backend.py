@@ -1,244 +1,169 @@
-"""A Qwen3-MoE decoder on the CPU: INT8 dense weights, tiled experts, int8 activations, native kernels."""
+"""A model on the CPU: INT8 dense weights, tiled experts, int8 activations, native kernels."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from krasis.formats.architecture_record import Architecture
 from krasis.formats.errors import NativeError
 from krasis.formats.layouts import CpuTileLayout
-from krasis.formats.models.mlps import Router
+from krasis.formats.models.mixers import Attention
+from krasis.formats.models.spec import ModelSpec
 from krasis.formats.native import Pool
-from krasis.runtime.backend import KvRows, LayerProgress, Logits, TokenIds
-from krasis.runtime.batch import Span
-from krasis.runtime.cpu.heads import QkNorms, Rotation
-from krasis.runtime.cpu.kernels import (
-    Acts,
-    Heads,
-    Kernels,
-    NativeFunction,
-    attention_workspace_bytes,
-    moe_workspace_bytes,
-    workspace,
-)
+from krasis.runtime.backend import LayerProgress
+from krasis.runtime.batch import Batch, Logits
+from krasis.runtime.cpu.blocks import Block, CpuContext, Rows, cpu_block
+from krasis.runtime.cpu.buffers import Buffers
+from krasis.runtime.cpu.heads import Heads
+from krasis.runtime.cpu.kernels import Kernels
 from krasis.runtime.cpu.native_arrays import Array, aligned_empty
-from krasis.runtime.cpu.program import Program
-from krasis.runtime.cpu.rope import RopeTables
+from krasis.runtime.cpu.program import NativeFunction, Program
+from krasis.runtime.cpu.rope import tables_of
 from krasis.runtime.cpu.spans import LayerCache, SlotMemory, Spans
-from krasis.runtime.cpu.weights import LayerWeights, ModelWeights
+from krasis.runtime.cpu.weights import ModelWeights
+from krasis.runtime.cpu.workspaces import attention_workspace_bytes, moe_workspace_bytes, workspace
 from krasis.runtime.settings import EngineSettings
-from krasis.runtime.state.kv_cache import KvCache
+from krasis.runtime.state.kv_store import KvStore
 
-FloatArray = npt.NDArray[np.float32]
-LOGIT_ROWS = 64  # tokens whose logits are computed at once when all are wanted
-
-
-@dataclass(frozen=True, slots=True)
-class CpuBuffers:
-    """Everything a pass over T tokens writes. Made once; ``first(T)`` gives views of the first rows."""
-
-    hidden: FloatArray  # [T, hidden_size], the residual stream
-    normed: FloatArray  # [T, hidden_size], for the router
-    hidden_acts: Acts  # [T, hidden_size]
-    qkv: FloatArray  # [T, qkv_rows]
-    attended: FloatArray  # [T, attention_size]
-    attended_acts: Acts  # [T, attention_size]
-    router_logits: FloatArray  # [T, num_experts]
-    expert_ids: npt.NDArray[np.int32]  # [T, top_k]
-    expert_weights: FloatArray  # [T, top_k]
-
-    @classmethod
-    def allocate(cls, architecture: Architecture, num_tokens: int) -> CpuBuffers:
-        """Uninitialised buffers for num_tokens tokens."""
-        a = architecture
-
-        def floats(columns: int) -> Array:
-            return aligned_empty((num_tokens, columns), np.float32)
-
-        return cls(
-            hidden=floats(a.hidden_size),
-            normed=floats(a.hidden_size),
-            hidden_acts=Acts.allocate(num_tokens, a.hidden_size),
-            qkv=floats(a.qkv_rows),
-            attended=floats(a.attention_size),
-            attended_acts=Acts.allocate(num_tokens, a.attention_size),
-            router_logits=floats(a.num_experts),
-            expert_ids=aligned_empty((num_tokens, a.num_experts_per_token), np.int32),
-            expert_weights=floats(a.num_experts_per_token),
-        )
-
-    def first(self, num_tokens: int) -> CpuBuffers:
-        """The same memory for fewer tokens."""
-        return CpuBuffers(
-            hidden=self.hidden[:num_tokens],
-            normed=self.normed[:num_tokens],
-            hidden_acts=self.hidden_acts.view(num_tokens),
-            qkv=self.qkv[:num_tokens],
-            attended=self.attended[:num_tokens],
-            attended_acts=self.attended_acts.view(num_tokens),
-            router_logits=self.router_logits[:num_tokens],
-            expert_ids=self.expert_ids[:num_tokens],
-            expert_weights=self.expert_weights[:num_tokens],
-        )
+LOGIT_ROWS = 64  # tokens whose logits are computed at once when more are wanted
+PROGRAM_ROWS = 32  # most sequences whose next tokens are computed by a program kept for their number
 
 
 class CpuBackend:
-    """See ``backend.Backend``. Opening maps weights and reserves buffers; nothing of the weights is read."""
+    """See ``backend.Backend``. Opening maps weights and reserves buffers; nothing of the weights is read.
+
+    n sequences in one batch get each the bits of a batch of its own.
+    """
 
     def __init__(self, weights: ModelWeights, settings: EngineSettings) -> None:
-        architecture = weights.architecture
+        spec, layout = weights.spec, weights.expert_layout
+        self.spec = spec
         self.layer_done: LayerProgress | None = None
-        self.capacity = settings.context_for(architecture.max_context)
+        self.capacity = settings.context_for(spec.max_context)
         self.prefill_chunk = settings.cpu_chunk_for(self.capacity)
-        self._architecture = architecture
-        self._weights: ModelWeights | None = weights
-        layout = weights.expert_layout
         if not isinstance(layout, CpuTileLayout):
             raise NativeError("the CPU kernels run CPU tiles only", got=layout.layout_id)
-        self._tiles = layout.tiles
-        self._heads = Heads(architecture.num_heads, architecture.num_kv_heads, architecture.head_dim)
         self.kv_dtype, self.placement = settings.kv_dtype, ("CPU", "CPU")
         # Refuses a context that RAM cannot hold.
-        self._cache = cache = KvCache(architecture, self.capacity, settings.kv_dtype)
-        self._rope = RopeTables(architecture, self.capacity)
-        self._rotation = Rotation(self._rope.cos, self._rope.sin)
-        self._slots = (SlotMemory(cache.keys, cache.values),)
-        self._spans = Spans(1, cache.keys.nbytes, cache.values.nbytes)
-        self._router = Router(
-            top_k=architecture.num_experts_per_token, renormalise=architecture.norm_topk_prob
+        self.state = KvStore(spec, self.capacity, settings.kv_dtype, settings.slots)
+        self._weights: ModelWeights | None = weights
+        self._memory: dict[int, SlotMemory] = {}
+        self._buffers = Buffers(max(self.prefill_chunk, min(settings.slots, PROGRAM_ROWS)))
+        self._ropes = tables_of(spec, self.capacity)
+        context = CpuContext(
+            spec=spec,
+            tiles=layout.tiles,
+            ropes=self._ropes,
+            caches=_caches(self.state),
+            buffers=self._buffers,
+            scratch=workspace(_workspace_bytes(spec, self._buffers.max_rows, self.capacity)),
         )
-        self._buffers = CpuBuffers.allocate(architecture, self.prefill_chunk)
-        self._one = self._buffers.first(1)
-        self._scratch = workspace(
-            _workspace_bytes(architecture, self._heads, self.prefill_chunk, self.capacity)
-        )
+        self._buffers.reserve("hidden", spec.hidden)
+        self._buffers.reserve_acts(spec.hidden)
+        self._layers: list[list[Block]] = [
+            [
+                cpu_block(context, index, p, layer)
+                for p in (layer.layer.mixer, layer.layer.mlp)
+                if p is not None
+            ]
+            for index, layer in enumerate(weights.layers)
+        ]
+        self._buffers.make()
         self._logits = aligned_empty((LOGIT_ROWS, weights.lm_head.num_rows), np.float32)
-        self._one_logits = self._logits[:1]
         self._pool = Pool(settings.threads, settings.isa)
         self._kernels = Kernels(self._pool)
-        self._one_token = Program()
-        self._run_layers(Kernels(self._pool, self._one_token), weights, self._one)
+        self._spans = self._new_spans(settings.slots)
+        self._programs: dict[int, tuple[Program, Spans]] = {}
+        self._program_of(1)
         self.description = (
             f"CPU, {self._pool.isa} kernels ({settings.isa} asked for), {self._pool.num_threads} threads, "
             f"{layout.layout_id} experts, int8 activations, "
             f"{settings.kv_dtype} KV cache of {self.capacity} tokens"
         )
 
-    def prefill(self, tokens: TokenIds, start: int, want_all: bool) -> Logits:
+    def run(self, batch: Batch) -> Logits:
         """See ``backend.Backend``."""
-        self._rope.ensure(start + len(tokens))
-        buffers = self._buffers.first(len(tokens))
         weights = self._live_weights()
-        weights.embedding.rows_into(tokens, buffers.hidden)
-        self._spans.set([Span(0, 0, len(tokens), start)], self._slots)
-        self._run_layers(self._kernels, weights, buffers)
-        if want_all:
-            return self._all_logits(buffers.hidden)
-        return self._last_logits(buffers.hidden[-1:])
-
-    def decode(self, token: int, position: int) -> Logits:
-        """See ``backend.Backend``."""
-        self._rope.ensure(position + 1)
-        one = self._one
-        self._live_weights().embedding.rows_into(np.array([token]), one.hidden)
-        self._spans.set([Span(0, 0, 1, position)], self._slots)
-        self._one_token.run()
-        logits: Logits = self._last_logits(one.hidden)[0]
-        return logits
-
-    def export_kv(self, layer: int, num_tokens: int) -> tuple[KvRows, KvRows]:
-        """See ``backend.Backend``."""
-        return self._cache.read(layer, num_tokens)
-
-    def import_kv(self, layer: int, keys: KvRows, values: KvRows) -> None:
-        """See ``backend.Backend``."""
-        self._cache.write(layer, keys, values)
+        self.state.begin(batch)
+        for tables in self._ropes.values():
+            tables.ensure(max(span.end for span in batch.spans))
+        num_rows = len(batch.tokens)
+        hidden = self._buffers.rows("hidden", num_rows, self.spec.hidden)
+        weights.embedding.rows_into(batch.tokens, hidden)
+        slots = {span.slot: self._slot_memory(span.slot) for span in batch.spans}
+        if num_rows == len(batch.spans) <= PROGRAM_ROWS:
+            program, spans = self._program_of(num_rows)
+            spans.set(batch.spans, slots)
+            program.run()
+        else:
+            self._spans.set(batch.spans, slots)
+            self._run_layers(self._kernels, Rows(num_rows, self._spans, hidden), self.layer_done)
+        self.state.advance(batch.spans)
+        return self._logits_of(hidden, batch)
 
     def watch(self, wrap: Callable[[str, NativeFunction], NativeFunction]) -> None:
-        """Every native call of prefill and decode goes through wrap(name, function): for profiles."""
+        """Every native call goes through wrap(name, function): for profiles."""
         self._kernels.watch(wrap)
-        self._one_token.watch(wrap)
+        for program, _ in self._programs.values():
+            program.watch(wrap)
 
     def close(self) -> None:
         """See ``backend.Backend``."""
         self._weights = None
         self._pool.close()
 
-    def _run_layers(self, run: Kernels, weights: ModelWeights, buffers: CpuBuffers) -> None:
-        """From the embedding to the last layer's output, both in buffers.hidden."""
-        for index, layer in enumerate(weights.layers):
-            self._attend(run, layer, self._layer_cache(index), buffers)
-            self._run_experts(run, layer, buffers)
-            if self.layer_done is not None:
-                self.layer_done(index + 1, len(weights.layers))
+    def _run_layers(self, kernels: Kernels, rows: Rows, layer_done: LayerProgress | None = None) -> None:
+        """From the embedding to the last layer's output, both in rows.hidden."""
+        for index, blocks in enumerate(self._layers):
+            for block in blocks:
+                block.run(kernels, rows)
+            if layer_done is not None:
+                layer_done(index + 1, len(self._layers))
 
-    def _layer_cache(self, layer: int) -> LayerCache:
-        begin_bytes = layer * self._cache.keys[0].nbytes
-        return LayerCache(begin_bytes, begin_bytes, self.capacity, self._cache.dtype)
+    def _program_of(self, num_rows: int) -> tuple[Program, Spans]:
+        """The calls of one token of each of num_rows sequences, and what tells them where these are."""
+        found = self._programs.get(num_rows)
+        if found is None:
+            program, spans = Program(), self._new_spans(num_rows)
+            hidden = self._buffers.rows("hidden", num_rows, self.spec.hidden)
+            self._run_layers(Kernels(self._pool, program), Rows(num_rows, spans, hidden))
+            found = self._programs[num_rows] = program, spans
+        return found
 
-    def _attend(self, run: Kernels, layer: LayerWeights, cache: LayerCache, buffers: CpuBuffers) -> None:
-        """hidden += output(attention(norm(hidden)))."""
-        eps, heads, spans = self._architecture.rms_norm_eps, self._heads, self._spans
-        run.rms_norm(buffers.hidden, layer.attention_norm, eps, acts=buffers.hidden_acts)
-        run.gemm_int8_rows(buffers.hidden_acts, layer.qkv.codes, layer.qkv.scales, buffers.qkv)
-        norms = QkNorms(layer.q_norm, layer.k_norm, eps)
-        run.qk_norm_rope_store(buffers.qkv, heads, spans, cache, self._rotation, norms)
-        scale = heads.head_dim**-0.5
-        run.attention(buffers.qkv, heads, spans, cache, scale, buffers.attended, self._scratch)
-        run.quantize(buffers.attended, buffers.attended_acts)
-        output = layer.output
-        run.gemm_int8_rows(
-            buffers.attended_acts, output.codes, output.scales, buffers.hidden, accumulate=True
-        )
+    def _new_spans(self, max_spans: int) -> Spans:
+        side_bytes = self.state.slot_bytes // 2
+        return Spans(max_spans, side_bytes, side_bytes)
 
-    def _run_experts(self, run: Kernels, layer: LayerWeights, buffers: CpuBuffers) -> None:
-        """hidden += the routed experts of norm(hidden). Raises NativeError if one was left out."""
-        a = self._architecture
-        ids, weights = buffers.expert_ids, buffers.expert_weights
-        run.rms_norm(buffers.hidden, layer.experts_norm, a.rms_norm_eps, buffers.normed, buffers.hidden_acts)
-        run.gemm_float(buffers.normed, layer.router.data, buffers.router_logits)
-        run.route(buffers.router_logits, self._router, ids, weights)
-        executed = run.moe(
-            layer.experts,
-            layer.experts.shape[1],
-            self._tiles,
-            buffers.hidden_acts,
-            ids,
-            weights,
-            buffers.hidden,
-            a.expert_intermediate_size,
-            a.num_experts,
-            self._scratch,
-        )
-        if executed != ids.size:
-            raise NativeError(
-                "not every routed expert was run", where="krasis_moe", got=executed, limit=ids.size
-            )
+    def _slot_memory(self, slot: int) -> SlotMemory:
+        found = self._memory.get(slot)
+        if found is None:
+            found = self._memory[slot] = SlotMemory(*self.state.memory(slot))
+        return found
 
-    def _last_logits(self, hidden: FloatArray) -> Logits:
-        """[1, vocab] of one token, in a buffer that the next call overwrites."""
-        self._head(hidden, self._one.hidden_acts, self._one_logits)
-        return self._one_logits[:, : self._architecture.vocab_size]
-
-    def _all_logits(self, hidden: FloatArray) -> Logits:
-        """[T, vocab], a new array."""
-        vocab = self._architecture.vocab_size
-        result = np.empty((len(hidden), vocab), dtype=np.float32)
-        for begin in range(0, len(hidden), LOGIT_ROWS):
-            rows = hidden[begin : begin + LOGIT_ROWS]
-            out = self._logits[: len(rows)]
-            self._head(rows, self._buffers.hidden_acts.view(len(rows)), out)
-            result[begin : begin + len(rows)] = out[:, :vocab]
+    def _logits_of(self, hidden: Array, batch: Batch) -> Logits:
+        """[num_logits, vocab]: few in a buffer that the next call overwrites, many in a new array."""
+        wanted = batch.wanted_rows()
+        vocab = self.spec.vocab
+        if len(wanted) <= LOGIT_ROWS:
+            return self._head(hidden, wanted)[:, :vocab]
+        result = np.empty((len(wanted), vocab), dtype=np.float32)
+        for begin in range(0, len(wanted), LOGIT_ROWS):
+            some = wanted[begin : begin + LOGIT_ROWS]
+            result[begin : begin + len(some)] = self._head(hidden, some)[:, :vocab]
         return result
 
-    def _head(self, hidden: FloatArray, acts: Acts, out: Logits) -> None:
-        weights = self._live_weights()
-        self._kernels.rms_norm(hidden, weights.final_norm, self._architecture.rms_norm_eps, acts=acts)
+    def _head(self, hidden: Array, wanted: list[int]) -> Logits:
+        """[len(wanted), padded vocab] of some rows."""
+        weights, out = self._live_weights(), self._logits[: len(wanted)]
+        if not wanted:
+            return out
+        is_run = wanted[-1] - wanted[0] + 1 == len(wanted)
+        rows = hidden[wanted[0] : wanted[-1] + 1] if is_run else hidden[wanted]
+        acts = self._buffers.acts(len(wanted), self.spec.hidden)
+        self._kernels.rms_norm(rows, weights.final_norm, self.spec.norm.eps, acts=acts)
         self._kernels.gemm_int8_rows(acts, weights.lm_head.codes, weights.lm_head.scales, out)
+        return out
 
     def _live_weights(self) -> ModelWeights:
         if self._weights is None:
@@ -246,12 +171,24 @@ class CpuBackend:
         return self._weights
 
 
-def _workspace_bytes(architecture: Architecture, heads: Heads, num_tokens: int, capacity: int) -> int:
-    """What attention and experts need at most; they take turns."""
-    a = architecture
-    return max(
-        attention_workspace_bytes(num_tokens, capacity, heads),
-        moe_workspace_bytes(
-            num_tokens, a.hidden_size, a.expert_intermediate_size, a.num_experts, a.num_experts_per_token
-        ),
+def _caches(store: KvStore) -> tuple[LayerCache | None, ...]:
+    """Where the kernels find each layer's keys and values in a slot."""
+    item = 4 if store.dtype == "f32" else 2
+    return tuple(
+        None if p is None else LayerCache(p.offset * item, p.offset * item, store.capacity, store.dtype)
+        for p in store.places
     )
+
+
+def _workspace_bytes(spec: ModelSpec, num_rows: int, capacity: int) -> int:
+    """What attention and experts need at most; they take turns."""
+    needs = [0]
+    for layer in dict.fromkeys(spec.layers):
+        mixer, experts = layer.mixer, layer.experts
+        if isinstance(mixer, Attention):
+            heads = Heads(mixer.heads, mixer.kv_heads, mixer.head_dim)
+            needs.append(attention_workspace_bytes(num_rows, capacity, heads))
+        if experts is not None:
+            sizes = (spec.hidden, experts.intermediate, experts.count, experts.router.top_k)
+            needs.append(moe_workspace_bytes(num_rows, *sizes))
+    return max(needs)

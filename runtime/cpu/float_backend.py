@@ -1,4 +1,4 @@
-"""The same decoder in float32 on dequantised weights, in NumPy: slow, for measuring what quantisation costs.
+"""A model in float32 on dequantised weights, in NumPy: slow, for measuring what quantisation costs.
 
 It runs any tier: the CPU's tiles, or the Marlin experts that a GPU would run. Weights are unpacked when they
 are used and kept while a bounded cache has room.
@@ -7,21 +7,21 @@ are used and kept while a bounded cache has room.
 from __future__ import annotations
 
 import functools
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from krasis.formats.errors import NativeError
-from krasis.formats.layouts import Int8RowsLayout
 from krasis.runtime import reference
-from krasis.runtime.backend import KvRows, LayerProgress, Logits, TokenIds
+from krasis.runtime.backend import LayerProgress
+from krasis.runtime.batch import Batch, Logits, Span, TokenIds
+from krasis.runtime.cpu.float_blocks import FloatBlock, FloatContext, FloatExperts, UnpackedCache, float_block
 from krasis.runtime.cpu.native_arrays import Array
-from krasis.runtime.cpu.rope import RopeTables
-from krasis.runtime.cpu.weights import Int8Weight, LayerWeights, ModelWeights, to_float32
+from krasis.runtime.cpu.rope import tables_of
+from krasis.runtime.cpu.weights import ModelWeights
 from krasis.runtime.settings import EngineSettings
-from krasis.runtime.state.kv_cache import KvCache
+from krasis.runtime.state.kv_store import KvStore
 
 FloatArray = npt.NDArray[np.float32]
 # Called with layer, expert, what gate and up multiply [tokens, hidden], what down multiplies [tokens, I].
@@ -34,150 +34,85 @@ class FloatBackend:
     """See ``backend.Backend``."""
 
     def __init__(self, weights: ModelWeights, settings: EngineSettings) -> None:
-        self._architecture = weights.architecture
+        self.spec = weights.spec
         self.layer_done: LayerProgress | None = None
-        self.capacity = settings.context_for(self._architecture.max_context)
+        self.capacity = settings.context_for(self.spec.max_context)
         self.prefill_chunk = settings.cpu_chunk_for(self.capacity)
-        self._weights: ModelWeights | None = weights
-        self._unpacked = UnpackedCache(CACHE_BYTES)
         self.kv_dtype, self.placement = settings.kv_dtype, ("NumPy", "NumPy")
-        self._cache = KvCache(self._architecture, self.capacity, settings.kv_dtype)
-        self._rope = RopeTables(self._architecture, self.capacity)
+        self.state = KvStore(self.spec, self.capacity, settings.kv_dtype, settings.slots)
+        self._weights: ModelWeights | None = weights
+        context = FloatContext(
+            spec=self.spec,
+            layout=weights.expert_layout,
+            store=self.state,
+            ropes=tables_of(self.spec, self.capacity),
+            unpacked=UnpackedCache(CACHE_BYTES),
+        )
+        self._context = context
+        self._layers: list[list[FloatBlock]] = [
+            [
+                float_block(context, index, part, layer)
+                for part in (layer.layer.mixer, layer.layer.mlp)
+                if part is not None
+            ]
+            for index, layer in enumerate(weights.layers)
+        ]
         self.description = (
             f"NumPy float32 reference, {weights.expert_layout.layout_id} experts of the {settings.experts} "
             f"tier, {settings.kv_dtype} KV cache of {self.capacity} tokens"
         )
 
-    def prefill(self, tokens: TokenIds, start: int, want_all: bool) -> Logits:
+    def run(self, batch: Batch) -> Logits:
         """See ``backend.Backend``."""
         weights = self._live_weights()
-        hidden = weights.embedding.rows(tokens)
-        for index, layer in enumerate(weights.layers):
-            hidden += self._attend(index, layer, hidden, start)
-            hidden += self._run_experts(index, layer, hidden)
+        self.state.begin(batch)
+        hidden = weights.embedding.rows(batch.tokens)
+        for index, blocks in enumerate(self._layers):
+            for block in blocks:
+                hidden += block.run(hidden, batch.spans)
             if self.layer_done is not None:
-                self.layer_done(index + 1, len(weights.layers))
-        rows = hidden if want_all else hidden[-1:]
-        normed = reference.rms_norm(rows, weights.final_norm, self._architecture.rms_norm_eps)
-        head = self._dense("lm_head", weights.lm_head)
-        return reference.gemm(normed, head)[:, : self._architecture.vocab_size]
-
-    def decode(self, token: int, position: int) -> Logits:
-        """See ``backend.Backend``."""
-        logits: Logits = self.prefill(np.array([token]), position, False)[0]
-        return logits
+                self.layer_done(index + 1, len(self._layers))
+        self.state.advance(batch.spans)
+        normed = self._context.norm(hidden[batch.wanted_rows()], weights.final_norm)
+        return reference.gemm(normed, self._context.int8("lm_head", weights.lm_head))[:, : self.spec.vocab]
 
     def observe_experts(self, windows: Sequence[TokenIds], observe: LayerObserver) -> None:
         """Runs texts of at most ``capacity`` tokens, each from an empty context, and shows what experts get.
 
         All windows pass a layer before the next: weights are unpacked once for many tokens. observe: called
-        with the layer and what ``reference.ExpertObserver`` gets, several times for an expert. Keys and
-        values held before are lost.
+        with the layer and what ``reference.ExpertObserver`` gets, several times for an expert. The first
+        slot's contents are lost.
         """
+        slot = self.state.open()
         hidden = [self._live_weights().embedding.rows(tokens) for tokens in windows]
-        for index, layer in enumerate(self._live_weights().layers):
+        for index, blocks in enumerate(self._layers):
             see = functools.partial(observe, index)
             for group in _groups(hidden, TOKENS_AT_ONCE):
-                for rows in group:
-                    np.add(rows, self._attend(index, layer, rows, 0), out=rows)
-                added = self._run_experts(index, layer, np.concatenate(group), see)
-                ends = np.cumsum([len(rows) for rows in group])[:-1]
-                for rows, part in zip(group, np.split(added, ends), strict=True):
-                    np.add(rows, part, out=rows)
+                self._observe_group(blocks, group, slot, see)
+        self.state.close(slot)
 
-    def export_kv(self, layer: int, num_tokens: int) -> tuple[KvRows, KvRows]:
-        """See ``backend.Backend``."""
-        return self._cache.read(layer, num_tokens)
-
-    def import_kv(self, layer: int, keys: KvRows, values: KvRows) -> None:
-        """See ``backend.Backend``."""
-        self._cache.write(layer, keys, values)
+    def _observe_group(
+        self, blocks: Sequence[FloatBlock], group: list[FloatArray], slot: int, see: reference.ExpertObserver
+    ) -> None:
+        ends = np.cumsum([len(rows) for rows in group])[:-1]
+        for block in blocks:
+            if isinstance(block, FloatExperts):
+                added = block.run(np.concatenate(group), (), see)
+                parts = np.split(added, ends)
+            else:
+                parts = [block.run(rows, (Span(slot, 0, len(rows), 0, "none"),)) for rows in group]
+            for rows, part in zip(group, parts, strict=True):
+                np.add(rows, part, out=rows)
 
     def close(self) -> None:
         """See ``backend.Backend``."""
         self._weights = None
-        self._unpacked.clear()
-
-    def _attend(self, index: int, layer: LayerWeights, hidden: FloatArray, start: int) -> FloatArray:
-        """output(attention(norm(hidden))), [T, hidden_size]."""
-        a = self._architecture
-        end = start + len(hidden)
-        self._rope.ensure(end)
-        normed = reference.rms_norm(hidden, layer.attention_norm, a.rms_norm_eps)
-        qkv = reference.gemm(normed, self._dense((index, "qkv"), layer.qkv))
-        q, k, v = reference.qk_norm_rope(
-            qkv,
-            a.num_heads,
-            a.num_kv_heads,
-            layer.q_norm,
-            layer.k_norm,
-            a.rms_norm_eps,
-            self._rope.cos[start:end],
-            self._rope.sin[start:end],
-        )
-        keys, values = self._cache.keys[index], self._cache.values[index]
-        keys[:, start:end], values[:, start:end] = k.transpose(1, 0, 2), v.transpose(1, 0, 2)
-        attended = reference.attention(q, keys, values, start, a.head_dim**-0.5)
-        output = self._dense((index, "output"), layer.output)
-        return reference.gemm(attended.reshape(len(hidden), a.attention_size), output)
-
-    def _run_experts(
-        self,
-        index: int,
-        layer: LayerWeights,
-        hidden: FloatArray,
-        observe: reference.ExpertObserver | None = None,
-    ) -> FloatArray:
-        """The routed experts of norm(hidden), [T, hidden_size]."""
-        a = self._architecture
-        normed = reference.rms_norm(hidden, layer.experts_norm, a.rms_norm_eps)
-        logits = reference.gemm(normed, to_float32(layer.router.data, layer.router.dtype))
-        ids, weights = reference.route_topk(logits, a.num_experts_per_token, a.norm_topk_prob)
-        layout = self._live_weights().expert_layout
-
-        def unpack(number: int) -> tuple[Array, ...]:
-            return layout.unpack_expert(layer.experts[number], a.hidden_size, a.expert_intermediate_size)
-
-        def expert(number: int) -> tuple[Array, Array, Array]:
-            gate, up, down = self._unpacked.get((index, number), lambda: unpack(number))
-            return gate, up, down
-
-        return reference.moe(normed, ids, weights, expert, observe)
-
-    def _dense(self, key: Hashable, weight: Int8Weight) -> FloatArray:
-        """[n, k] of an INT8 weight."""
-        return self._unpacked.get(key, lambda: (Int8RowsLayout().unpack(weight.codes, weight.scales),))[0]
+        self._context.unpacked.clear()
 
     def _live_weights(self) -> ModelWeights:
         if self._weights is None:
             raise NativeError("the engine is closed")
         return self._weights
-
-
-class UnpackedCache:
-    """Unpacked weights by key, the least recently used given up beyond limit_bytes."""
-
-    def __init__(self, limit_bytes: int) -> None:
-        self._limit_bytes = limit_bytes
-        self._num_bytes = 0
-        self._held: OrderedDict[Hashable, tuple[Array, ...]] = OrderedDict()
-
-    def get(self, key: Hashable, unpack: Callable[[], tuple[Array, ...]]) -> tuple[Array, ...]:
-        """What unpack gave for the key, now or before."""
-        found = self._held.get(key)
-        if found is None:
-            found = self._held[key] = unpack()
-            self._num_bytes += _num_bytes(found)
-            while self._num_bytes > self._limit_bytes and len(self._held) > 1:
-                self._num_bytes -= _num_bytes(self._held.popitem(last=False)[1])
-        else:
-            self._held.move_to_end(key)
-        return found
-
-    def clear(self) -> None:
-        """Gives everything up."""
-        self._held.clear()
-        self._num_bytes = 0
 
 
 def _groups(windows: Sequence[FloatArray], most_rows: int) -> Iterator[list[FloatArray]]:
@@ -190,7 +125,3 @@ def _groups(windows: Sequence[FloatArray], most_rows: int) -> Iterator[list[Floa
         group.append(rows)
     if group:
         yield group
-
-
-def _num_bytes(arrays: tuple[Array, ...]) -> int:
-    return sum(array.nbytes for array in arrays)

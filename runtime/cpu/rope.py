@@ -1,5 +1,5 @@
-"""Rotary embedding tables: plain, linear and YaRN (https://arxiv.org/abs/2309.00071), as transformers
-computes them."""
+"""Rotary embedding tables: plain, linear, YaRN (https://arxiv.org/abs/2309.00071) and Llama 3's, as
+transformers computes them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import numpy.typing as npt
 
-from krasis.formats.architecture_record import Architecture, RopeScaling
 from krasis.formats.errors import UnsupportedModelError
+from krasis.formats.models.mixers import Attention
+from krasis.formats.models.rope import Rope, RopeScaling
+from krasis.formats.models.spec import ModelSpec
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -22,15 +24,15 @@ class RopeTables:
     """The tables of a context, of which only the rows that were needed are computed: those of a long context
     would take longer than opening a bundle.
 
-    cos, sin: f32 [num_positions, head_dim/2]. The arrays stay the same; rows are valid as far as ``ensure``
+    cos, sin: f32 [num_positions, rope.dims/2]. The arrays stay the same; rows are valid as far as ``ensure``
     was asked for.
     """
 
-    __slots__ = ("_architecture", "_num_valid", "cos", "sin")
+    __slots__ = ("_num_valid", "_rope", "cos", "sin")
 
-    def __init__(self, architecture: Architecture, num_positions: int) -> None:
-        shape = (num_positions, architecture.head_dim // 2)
-        self._architecture, self._num_valid = architecture, 0
+    def __init__(self, rope: Rope, num_positions: int) -> None:
+        shape = (num_positions, rope.dims // 2)
+        self._rope, self._num_valid = rope, 0
         # Fresh pages: they take no memory before they are written.
         self.cos: FloatArray = np.zeros(shape, np.float32)
         self.sin: FloatArray = np.zeros(shape, np.float32)
@@ -42,21 +44,33 @@ class RopeTables:
             return
         end = min(len(self.cos), -(-num_positions // ROWS_AT_ONCE) * ROWS_AT_ONCE)
         rows = slice(self._num_valid, end)
-        self.cos[rows], self.sin[rows] = rope_tables(self._architecture, end, self._num_valid)
+        self.cos[rows], self.sin[rows] = rope_tables(self._rope, end, self._num_valid)
         self._num_valid = end
 
 
-def rope_tables(
-    architecture: Architecture, num_positions: int, first: int = 0
-) -> tuple[FloatArray, FloatArray]:
-    """(cos, sin) of positions from first to below num_positions, f32 [count, head_dim/2], YaRN's attention
+def tables_of(spec: ModelSpec, num_positions: int) -> dict[Rope, RopeTables]:
+    """Tables for each rotation that the model's layers have."""
+    ropes = {layer.mixer.rope for layer in spec.layers if isinstance(layer.mixer, Attention)}
+    return {rope: RopeTables(rope, num_positions) for rope in ropes if rope is not None}
+
+
+def rope_of(spec: ModelSpec) -> Rope:
+    """The rotation of a model all of whose attention layers rotate alike. Raises UnsupportedModelError for
+    others."""
+    ropes = {layer.mixer.rope for layer in spec.layers if isinstance(layer.mixer, Attention)}
+    rope = ropes.pop() if len(ropes) == 1 else None
+    if rope is None:
+        raise UnsupportedModelError("layers rotate their heads in different ways, or not at all")
+    return rope
+
+
+def rope_tables(rope: Rope, num_positions: int, first: int = 0) -> tuple[FloatArray, FloatArray]:
+    """(cos, sin) of positions from first to below num_positions, f32 [count, rope.dims/2], YaRN's attention
     factor included.
 
     Angles are formed in f32, as transformers does: the model was trained with that rounding.
     """
-    frequencies, factor = inverse_frequencies(
-        architecture.head_dim, architecture.rope_theta, architecture.rope_scaling
-    )
+    frequencies, factor = inverse_frequencies(rope.dims, rope.theta, rope.scaling)
     scale = np.float32(factor)
     shape = (num_positions - first, len(frequencies))
     cos, sin = np.empty(shape, np.float32), np.empty(shape, np.float32)
@@ -82,9 +96,9 @@ def rope_tables(
     return cos, sin
 
 
-def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> tuple[FloatArray, float]:
-    """(f32 [head_dim/2], factor on cos and sin). Raises UnsupportedModelError for an unknown kind."""
-    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+def inverse_frequencies(dims: int, theta: float, scaling: RopeScaling) -> tuple[FloatArray, float]:
+    """(f32 [dims/2], factor on cos and sin). Raises UnsupportedModelError for an unknown kind."""
+    exponents = np.arange(0, dims, 2, dtype=np.float32) / np.float32(dims)
     periods = np.power(np.float32(theta), exponents, dtype=np.float32)
     plain = (np.float32(1.0) / periods).astype(np.float32)
     if scaling.kind == "none":
@@ -93,28 +107,40 @@ def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> tu
         return (plain / np.float32(scaling.factor)).astype(np.float32), 1.0
     if scaling.kind == "yarn":
         stretched = (np.float32(1.0) / (np.float32(scaling.factor) * periods)).astype(np.float32)
-        keep = np.float32(1.0) - _yarn_ramp(head_dim, theta, scaling)
+        keep = np.float32(1.0) - _yarn_ramp(dims, theta, scaling)
         mixed = stretched * (np.float32(1.0) - keep) + plain * keep
         return mixed.astype(np.float32), _yarn_attention_factor(scaling)
+    if scaling.kind == "llama3":
+        return _llama3(plain, scaling), 1.0
     raise UnsupportedModelError(
-        "unknown scaling of the rotary embedding", got=scaling.kind, limit="none, linear, yarn"
+        "unknown scaling of the rotary embedding", got=scaling.kind, limit="none, linear, yarn, llama3"
     )
 
 
-def _yarn_ramp(head_dim: int, theta: float, scaling: RopeScaling) -> FloatArray:
-    """f32 [head_dim/2]: 0 where a frequency turns often enough to be kept, 1 where it is stretched."""
+def _llama3(plain: FloatArray, scaling: RopeScaling) -> FloatArray:
+    """f32 [dims/2]: slow frequencies are stretched, fast ones kept, and those between blended by how many
+    turns they make in the original context."""
+    turns = np.float32(scaling.original_max_positions) * plain / np.float32(2 * math.pi)
+    low, high = np.float32(scaling.low_freq_factor), np.float32(scaling.high_freq_factor)
+    keep = np.clip((turns - low) / (high - low), np.float32(0.0), np.float32(1.0))
+    blended: FloatArray = ((1 - keep) * plain / np.float32(scaling.factor) + keep * plain).astype(np.float32)
+    return blended
+
+
+def _yarn_ramp(dims: int, theta: float, scaling: RopeScaling) -> FloatArray:
+    """f32 [dims/2]: 0 where a frequency turns often enough to be kept, 1 where it is stretched."""
 
     def dimension(rotations: float) -> float:
         turns = scaling.original_max_positions / (rotations * 2 * math.pi)
-        return head_dim * math.log(turns) / (2 * math.log(theta))
+        return dims * math.log(turns) / (2 * math.log(theta))
 
     low, high = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
     if scaling.truncate:
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, head_dim - 1)
+    low, high = max(low, 0), min(high, dims - 1)
     if low == high:
         high += 0.001  # a step instead of a division by zero
-    ramp = (np.arange(head_dim // 2, dtype=np.float32) - np.float32(low)) / np.float32(high - low)
+    ramp = (np.arange(dims // 2, dtype=np.float32) - np.float32(low)) / np.float32(high - low)
     clipped: FloatArray = np.clip(ramp, 0.0, 1.0).astype(np.float32)
     return clipped
 

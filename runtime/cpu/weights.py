@@ -1,5 +1,5 @@
-"""A bundle's weights as the backends use them: mapped, checked against the architecture, nothing copied but
-norms.
+"""A bundle's weights as the backends use them: mapped, checked against the model's description, nothing
+copied but norms and other vectors.
 
 Every shape, dtype and layout is checked here, so that kernels can trust their pointers whatever a manifest
 says.
@@ -7,7 +7,7 @@ says.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,11 @@ import numpy.typing as npt
 
 from krasis.formats.architecture_record import Architecture
 from krasis.formats.bundle.reader import Bundle
-from krasis.formats.errors import FormatError, MismatchError
+from krasis.formats.errors import FormatError, MismatchError, NativeError
 from krasis.formats.layouts import CpuTileLayout, Int8RowsLayout, MarlinLayout, layout_from_id, padded_rows
+from krasis.formats.models.spec import Layer, ModelSpec
+from krasis.formats.models.tensor import Tensor
+from krasis.formats.models.tensors import layer_tensors, top_tensors
 
 Array = npt.NDArray[Any]
 FloatArray = npt.NDArray[np.float32]
@@ -53,7 +56,8 @@ class FloatWeight:
 
 @dataclass(frozen=True, slots=True)
 class Int8Weight:
-    """An INT8-rows weight. codes: int8 [n/32, k/4, 32, 4]; scales: f32 [n]."""
+    """An INT8-rows weight. codes: int8 [n/32, k/4, 32, 4]; scales: f32 [n]; n is filled up to a multiple of
+    32."""
 
     codes: npt.NDArray[np.int8]
     scales: FloatArray
@@ -64,30 +68,70 @@ class Int8Weight:
         return int(self.scales.shape[0])
 
 
+Weight = FloatWeight | Int8Weight | FloatArray
+
+
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """One layer. Norms f32; q_norm and k_norm [head_dim]. experts: uint8 [num_experts, record_bytes]."""
+    """One layer. layer: what it is. tensors: by the names that ``layer_tensors`` gives them: an Int8Weight, a
+    FloatWeight for plain matrices, f32 for vectors. experts: uint8 [count, record_bytes], None without any.
+    """
 
-    attention_norm: FloatArray
-    qkv: Int8Weight
-    q_norm: FloatArray
-    k_norm: FloatArray
-    output: Int8Weight
-    experts_norm: FloatArray
-    router: FloatWeight
-    experts: npt.NDArray[np.uint8]
+    layer: Layer
+    tensors: Mapping[str, Weight]
+    experts: npt.NDArray[np.uint8] | None = None
+
+    def int8(self, name: str) -> Int8Weight:
+        """A matrix in INT8 rows."""
+        found: Int8Weight = self._of(name, Int8Weight)
+        return found
+
+    def matrix(self, name: str) -> FloatWeight:
+        """A matrix in its own precision."""
+        found: FloatWeight = self._of(name, FloatWeight)
+        return found
+
+    def vector(self, name: str) -> FloatArray:
+        """A norm, bias or other f32 tensor."""
+        found: FloatArray = self._of(name, np.ndarray)
+        return found
+
+    def optional_vector(self, name: str) -> FloatArray | None:
+        """As ``vector``; None if the layer has no such tensor."""
+        return self.vector(name) if name in self.tensors else None
+
+    def records(self) -> npt.NDArray[np.uint8]:
+        """The experts, uint8 [count, record_bytes]."""
+        if self.experts is None:
+            raise NativeError("the layer has no experts", where="weights")
+        return self.experts
+
+    def _of(self, name: str, kind: type[Any]) -> Any:
+        found = self.tensors.get(name)
+        if not isinstance(found, kind):
+            raise NativeError(
+                "the layer has no such weight", where=name, got=type(found).__name__, limit=kind.__name__
+            )
+        return found
 
 
 @dataclass(frozen=True, slots=True)
 class ModelWeights:
     """A model with the experts of one tier, whose layout is expert_layout."""
 
-    architecture: Architecture
+    spec: ModelSpec
     embedding: FloatWeight
     layers: tuple[LayerWeights, ...]
     final_norm: FloatArray
     lm_head: Int8Weight
     expert_layout: CpuTileLayout | MarlinLayout
+
+    @property
+    def architecture(self) -> Architecture:
+        """The flat record, for models whose layers are all alike; UnsupportedModelError for others."""
+        from krasis.formats.models.uniform import architecture_of
+
+        return architecture_of(self.spec, "model")
 
 
 def to_float32(data: Array, dtype: str) -> FloatArray:
@@ -100,46 +144,39 @@ def to_float32(data: Array, dtype: str) -> FloatArray:
 def load_weights(bundle: Bundle, tier: str) -> ModelWeights:
     """Maps the dense weights and the experts of tier (``cpu`` or ``gpu``).
 
-    Raises FormatError where the manifest contradicts the architecture, MismatchError if the bundle lacks the
-    tier.
+    Raises FormatError where the manifest contradicts the model, MismatchError if the bundle lacks the tier.
     """
-    reader = _Reader(bundle)
-    architecture = bundle.architecture
+    reader, spec = _Reader(bundle), bundle.spec
     layout = _expert_layout(bundle, tier)
-    record_bytes = layout.expert_record(
-        architecture.hidden_size, architecture.expert_intermediate_size
-    ).record_bytes
-    experts_shape = (architecture.num_experts, record_bytes)
+    before, after = top_tensors(spec)
+    top = {tensor.name: reader.read(tensor, tensor.name) for tensor in (*before, *after)}
+    embedding, final_norm, head = top["embedding"], top["final_norm"], top["lm_head"]
+    if not isinstance(embedding, FloatWeight) or not isinstance(head, Int8Weight):
+        raise FormatError("embedding or head are of another kind", where=str(bundle.path))
+    tensors = {layer: layer_tensors(spec, layer) for layer in dict.fromkeys(spec.layers)}
     layers = []
-    for index in range(architecture.num_layers):
-        blob = f"layers.{index}.experts.{tier}"
+    for index, layer in enumerate(spec.layers):
+        prefix = f"layers.{index}."
+        found = {
+            tensor.name: reader.read(tensor, prefix + tensor.name)
+            for tensor in tensors[layer]
+            if tensor.store != "experts"
+        }
         layers.append(
-            _layer(reader, architecture, index, reader.raw(blob, ("U8",), experts_shape, layout.layout_id))
+            LayerWeights(layer, found, _records(reader, spec, layer, layout, f"{prefix}experts.{tier}"))
         )
-    hidden, vocab = architecture.hidden_size, architecture.vocab_size
-    return ModelWeights(
-        architecture=architecture,
-        embedding=reader.float_weight("embedding", (vocab, hidden)),
-        layers=tuple(layers),
-        final_norm=reader.float32("final_norm", (hidden,)),
-        lm_head=reader.int8_weight("lm_head", padded_rows(vocab), hidden),
-        expert_layout=layout,
-    )
+    return ModelWeights(spec, embedding, tuple(layers), final_norm, head, layout)  # type: ignore[arg-type]
 
 
-def _layer(reader: _Reader, architecture: Architecture, index: int, experts: Array) -> LayerWeights:
-    name = f"layers.{index}."
-    hidden, head_dim = architecture.hidden_size, architecture.head_dim
-    return LayerWeights(
-        attention_norm=reader.float32(name + "attention.norm", (hidden,)),
-        qkv=reader.int8_weight(name + "attention.qkv", architecture.qkv_rows, hidden),
-        q_norm=reader.float32(name + "attention.q_norm", (head_dim,)),
-        k_norm=reader.float32(name + "attention.k_norm", (head_dim,)),
-        output=reader.int8_weight(name + "attention.output", hidden, architecture.attention_size),
-        experts_norm=reader.float32(name + "experts.norm", (hidden,)),
-        router=reader.float_weight(name + "experts.router", (architecture.num_experts, hidden)),
-        experts=experts,
-    )
+def _records(
+    reader: _Reader, spec: ModelSpec, layer: Layer, layout: CpuTileLayout | MarlinLayout, blob: str
+) -> npt.NDArray[np.uint8] | None:
+    experts = layer.experts
+    if experts is None:
+        return None
+    width = spec.hidden if experts.latent is None else experts.latent
+    record_bytes = layout.expert_record(width, experts.intermediate).record_bytes
+    return reader.raw(blob, ("U8",), (experts.count, record_bytes), layout.layout_id)
 
 
 def _expert_layout(bundle: Bundle, tier: str) -> CpuTileLayout | MarlinLayout:
@@ -165,6 +202,17 @@ class _Reader:
     def __init__(self, bundle: Bundle) -> None:
         self._bundle = bundle
 
+    def read(self, tensor: Tensor, name: str) -> Weight:
+        """A tensor of the model's list as its ``store`` says."""
+        if tensor.store == "int8_rows":
+            return self.int8_weight(name, padded_rows(tensor.shape[0]), tensor.shape[1])
+        if tensor.store == "f32":
+            return np.array(self.raw(name, ("F32",), tensor.shape, PLAIN))
+        if tensor.store != "plain":
+            raise FormatError("weights of this kind are not read", where=name, got=tensor.store)
+        weight = self.float_weight(name, tensor.shape)
+        return weight if len(tensor.shape) > 1 else to_float32(weight.data, weight.dtype)
+
     def raw(self, name: str, dtypes: Sequence[str], shape: tuple[int, ...], layout: str) -> Array:
         """The mapped array, if it is of one of the dtypes, the shape and the layout."""
         record = self._bundle.blob(name)
@@ -181,10 +229,6 @@ class _Reader:
     def float_weight(self, name: str, shape: tuple[int, ...]) -> FloatWeight:
         data = self.raw(name, FLOAT_DTYPES, shape, PLAIN)
         return FloatWeight(data, self._bundle.blob(name).dtype)
-
-    def float32(self, name: str, shape: tuple[int, ...]) -> FloatArray:
-        weight = self.float_weight(name, shape)
-        return to_float32(weight.data, weight.dtype)
 
     def int8_weight(self, name: str, rows: int, columns: int) -> Int8Weight:
         layout = Int8RowsLayout()

@@ -20,11 +20,12 @@ from krasis.runtime.backend import KvRows, LayerProgress, Logits, TokenIds
 from krasis.runtime.distributed.control import Control
 from krasis.runtime.distributed.parallel import Parallel
 from krasis.runtime.distributed.ranked import RankedBackend
+from krasis.runtime.one_sequence import OneSequence
 
 logger = logging.getLogger(__name__)
 
 
-class DistributedBackend:
+class DistributedBackend(OneSequence):
     """Rank 0's side of a job: see ``model.backend.Backend``. close: frees inner and all else, after the other
     ranks were told to leave."""
 
@@ -35,7 +36,7 @@ class DistributedBackend:
         self._close: Callable[[], None] | None = close
         self.capacity, self.prefill_chunk = inner.capacity, inner.prefill_chunk
         self.description = f"{parallel.num_ranks} ranks; rank 0: {inner.description}"
-        self.kv_dtype = inner.kv_dtype
+        self.kv_dtype, self.spec = inner.kv_dtype, inner.spec
         self._num_shared = 0  # positions whose keys and values all ranks have
         self._layer_done: LayerProgress | None = None
         self._raised: BaseException | None = None  # by layer_done, in a joint pass

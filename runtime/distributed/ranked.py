@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from krasis.runtime.backend import Backend, Logits, TokenIds
+from krasis.runtime.backend import Backend, KvRows, Logits, TokenIds
 from krasis.runtime.device.api import Stream
 
 
@@ -24,8 +24,21 @@ class RankedBackend(Backend, Protocol):
         """Whether rank 0 had better compute so few tokens without the others."""
         ...
 
+    def decode(self, token: int, position: int) -> Logits:
+        """Logits [vocab] of one token."""
+        ...
+
+    def export_kv(self, layer: int, num_tokens: int) -> tuple[KvRows, KvRows]:
+        """See ``StateStore.export``."""
+        ...
+
+    def import_kv(self, layer: int, keys: KvRows, values: KvRows) -> None:
+        """See ``StateStore.import_``."""
+        ...
+
     def prefill(self, tokens: TokenIds, start: int, want_all: bool, alone: bool = False) -> Logits:
-        """As ``Backend.prefill``; alone: without any collective. Other ranks than 0 give no logits, [0,
+        """Logits [T or 1, vocab] of tokens at positions start.., of all or of the last; alone: without any
+        collective. Other ranks than 0 give no logits, [0,
         vocab]."""
         ...
 

@@ -22,6 +22,7 @@ from krasis.runtime.gpu.kernels.head import Head
 from krasis.runtime.gpu.memory import OUT_OF_MEMORY, half_batch, largest_workspace
 from krasis.runtime.gpu.parts import CPU_STAGE_TOKENS, Parts, open_parts
 from krasis.runtime.gpu.prefill import PrefillPass
+from krasis.runtime.one_sequence import OneSequence
 from krasis.runtime.settings import EngineSettings
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ class LastPrefill:
     expected_s: float
 
 
-class GpuBackend:
+class GpuBackend(OneSequence):
     """See ``backend.Backend`` and ``distributed.ranked.RankedBackend``.
 
     closes_device: with itself. compute_stream: everything but expert copies runs there. last_prefill: what
@@ -69,6 +70,7 @@ class GpuBackend:
         self._parallel = parallel or self._alone
         self._device, self._closes_device = device, closes_device
         self.layer_done: LayerProgress | None = None
+        self.spec = bundle.spec
         self._parts: Parts | None = None
         self._parts = open_parts(bundle, settings, device, self._parallel)
         try:

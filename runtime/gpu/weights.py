@@ -15,7 +15,7 @@ import torch
 
 from krasis.formats.errors import FormatError
 from krasis.formats.layouts import ExpertRecord, MarlinLayout
-from krasis.runtime.cpu.rope import rope_tables
+from krasis.runtime.cpu.rope import rope_of, rope_tables
 from krasis.runtime.cpu.weights import FloatWeight, Int8Weight, LayerWeights, ModelWeights
 from krasis.runtime.device.api import Device, Stream
 from krasis.runtime.gpu.upload import TORCH_DTYPES, Uploader
@@ -84,7 +84,7 @@ def load_gpu_weights(weights: ModelWeights, device: Device, stream: Stream, num_
     layout, arch = weights.expert_layout, weights.architecture
     if not isinstance(layout, MarlinLayout):
         raise FormatError("the GPU streams Marlin experts only", got=layout.layout_id)
-    cos, sin = rope_tables(arch, num_positions)
+    cos, sin = rope_tables(rope_of(weights.spec), num_positions)
     plan = _Block()
     layers = [_layer(plan, layer) for layer in weights.layers]
     lm_head = _int8(plan, weights.lm_head)
@@ -110,10 +110,18 @@ def _int8(block: _Block, weight: Int8Weight) -> Callable[[], GpuInt8]:
 
 def _layer(block: _Block, layer: LayerWeights) -> Callable[[], GpuLayer]:
     norms = [
-        block.array(norm) for norm in (layer.attention_norm, layer.q_norm, layer.k_norm, layer.experts_norm)
+        block.array(norm)
+        for norm in (
+            layer.vector("attention.norm"),
+            layer.vector("attention.q_norm"),
+            layer.vector("attention.k_norm"),
+            layer.vector("experts.norm"),
+        )
     ]
-    qkv, output = _int8(block, layer.qkv), _int8(block, layer.output)
-    router = block.array(layer.router.data, TORCH_DTYPES[layer.router.dtype])
+    qkv, output = _int8(block, layer.int8("attention.qkv")), _int8(block, layer.int8("attention.output"))
+    router = block.array(
+        layer.matrix("experts.router").data, TORCH_DTYPES[layer.matrix("experts.router").dtype]
+    )
 
     def make() -> GpuLayer:
         attention_norm, q_norm, k_norm, experts_norm = (norm() for norm in norms)

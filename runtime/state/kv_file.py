@@ -186,7 +186,7 @@ class _Writer:
         file.reserve(self.num_bytes)
         hashes = {name: xxhash.xxh3_128() for name in self._begin}
         for layer in range(self._num_layers):
-            pair = self._backend.export_kv(layer, self._num_tokens)
+            pair = self._backend.state.export(0, layer, self._num_tokens)
             for name, rows in zip(("keys", "values"), pair, strict=True):
                 if rows.shape != self._layer_shape or rows.dtype != self._kv_dtype:
                     raise FormatError(
@@ -346,7 +346,7 @@ class PrefixFile:
     def restore(self, backend: Backend) -> None:
         """Copies keys and values into the cache, which must have passed ``check``."""
         for layer, (keys, values) in enumerate(self._layers()):
-            backend.import_kv(layer, keys, values)
+            backend.state.import_(0, layer, keys, values)
 
     def _layers(self) -> Iterator[tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
         """[num_kv_heads, n, head_dim] each, layer by layer, in buffers that the next step overwrites."""

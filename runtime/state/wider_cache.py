@@ -14,6 +14,7 @@ import numpy as np
 
 from krasis.formats.errors import KrasisError, NativeError
 from krasis.runtime.backend import Backend, Logits
+from krasis.runtime.batch import one_sequence
 from krasis.runtime.settings import EngineSettings
 
 logger = logging.getLogger(__name__)
@@ -70,7 +71,8 @@ def widened(
         "the model's keys or values exceed what an F16 KV cache holds: computing again with one of F32, as "
         "--kv-dtype f32 does from the start"
     )
+    other.state.open()
     ids = np.asarray(tokens, dtype=np.int64)
     for begin in range(0, len(ids), other.prefill_chunk):
-        other.prefill(ids[begin : begin + other.prefill_chunk], begin, False)
+        other.run(one_sequence(ids[begin : begin + other.prefill_chunk], begin, "none"))
     return other, wider

@@ -115,20 +115,20 @@ class BundleSource:
     def _of_layer(self, layer: LayerWeights, part: str) -> Floats:
         a = self._weights.architecture
         plain = {
-            "input_layernorm.weight": layer.attention_norm,
-            "self_attn.q_norm.weight": layer.q_norm,
-            "self_attn.k_norm.weight": layer.k_norm,
-            "post_attention_layernorm.weight": layer.experts_norm,
+            "input_layernorm.weight": layer.vector("attention.norm"),
+            "self_attn.q_norm.weight": layer.vector("attention.q_norm"),
+            "self_attn.k_norm.weight": layer.vector("attention.k_norm"),
+            "post_attention_layernorm.weight": layer.vector("experts.norm"),
         }
         if part in plain:
             return plain[part]
         if part == "self_attn.o_proj.weight":
-            return _rows(layer.output)
+            return _rows(layer.int8("attention.output"))
         if part == "mlp.gate.weight":
-            return to_float32(layer.router.data, layer.router.dtype)
+            return to_float32(layer.matrix("experts.router").data, layer.matrix("experts.router").dtype)
         ends = np.cumsum([a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim])
         which = ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight").index(part)
-        return np.split(_rows(layer.qkv), ends)[which]
+        return np.split(_rows(layer.int8("attention.qkv")), ends)[which]
 
     def expert(self, layer: int, number: int) -> tuple[Floats, Floats, Floats]:
         a, w = self._weights.architecture, self._weights

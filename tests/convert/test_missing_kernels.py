@@ -14,8 +14,8 @@ CONFIGS = Path(__file__).parents[1] / "formats" / "models" / "configs"
     ("name", "lacking"),
     [
         ("deepseek-v3", "latent attention (MLA)"),  # quantised too, but that would be the smaller trouble
-        ("gpt-oss-20b", "attention in windows"),
-        ("olmoe-1b-7b", "norms over the whole q and k"),
+        ("gpt-oss-20b", "experts with biases"),
+        ("llama-4-scout", "attention in chunks"),
         ("qwen3.5-35b-a3b", "linear attention (Gated DeltaNet)"),
     ],
 )

@@ -31,7 +31,8 @@ cli.main()
 """
 RUN = """
 import os, sys
-from krasis.runtime import cli, engine
+from krasis.runtime import engine
+from krasis.runtime.cli import run as cli
 shard = sys.argv[1] + "/" + sys.argv.pop()
 decode, calls = engine.Engine._decode, []
 def cut(self, token):

@@ -159,15 +159,15 @@ def test_a_read_error_halfway_forgets_the_old_tokens(
 ) -> None:
     engine.prefill(list(range(30)))
     engine.save_prefix(tmp_path / "a.kv")
-    backend: Any = engine._backend
-    original = backend.import_kv
+    state: Any = engine._backend.state
+    original = state.import_
 
-    def failing(layer: int, *pair: Any) -> None:
+    def failing(slot: int, layer: int, *pair: Any) -> None:
         if layer == 1:
             raise OSError("disk gone")
-        original(layer, *pair)
+        original(slot, layer, *pair)
 
-    monkeypatch.setattr(backend, "import_kv", failing)
+    monkeypatch.setattr(state, "import_", failing)
     with pytest.raises(OSError, match="disk gone"):
         engine.load_prefix(tmp_path / "a.kv")
     assert engine.tokens == ()

@@ -197,7 +197,7 @@ def test_a_saved_prefix(make_bundle: Callable[[str], Path], tmp_path: Path) -> N
             "conversation": conversation.decode(),
             "tokens": len(engine.tokens),
             "next logits": digest(np.array(logits)),
-            "keys and values": [digest(part) for part in engine._backend.export_kv(0, 40)],
+            "keys and values": [digest(part) for part in engine._backend.state.export(0, 0, 40)],
         }
     compare("saved prefix", found)
 

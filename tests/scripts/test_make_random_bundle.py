@@ -86,11 +86,11 @@ def test_what_is_there_or_too_large_is_refused(bundle: Path, tmp_path: Path) -> 
 def test_weights_have_no_bias_and_the_right_spread(bundle: Path) -> None:
     with Bundle.open(bundle) as opened:
         tiers = {tier: load_weights(opened, tier) for tier in ("gpu", "cpu")}
-    qkv = tiers["gpu"].layers[0].qkv
+    qkv = tiers["gpu"].layers[0].int8("attention.qkv")
     assert Int8RowsLayout().unpack(qkv.codes, qkv.scales).std() == pytest.approx(256**-0.5, rel=0.05)
     for weights in tiers.values():
         seen = []
-        for record in weights.layers[1].experts[:3]:
+        for record in weights.layers[1].records()[:3]:
             gate, up, down = weights.expert_layout.unpack_expert(record, 256, 128)
             for part, fan_in, gain in ((gate, 256, 1.0), (up, 256, 1.0), (down, 128, 6**-0.5)):
                 std = gain * fan_in**-0.5
@@ -105,8 +105,8 @@ def test_tokens_spread_over_the_experts(bundle: Path, monkeypatch: pytest.Monkey
     counts: list[np.ndarray] = []
     route = Kernels.route
 
-    def counting(self: Any, logits: Any, router: Any, ids: np.ndarray, weights: Any) -> None:
-        route(self, logits, router, ids, weights)
+    def counting(self: Any, logits: Any, router: Any, ids: np.ndarray, *rest: Any) -> None:
+        route(self, logits, router, ids, *rest)
         if len(ids) > 1:  # one row: recorded for decode, not run yet
             counts.append(np.bincount(ids.ravel(), minlength=32))
 

@@ -115,7 +115,7 @@ class CpuExperts:
             chosen = np.where(resident[chosen], np.int32(-1), chosen)
         self._device.host_writes(rows)
         host_rows[:] = 0
-        experts = self._cpu.weights.layers[layer].experts
+        experts = self._cpu.weights.layers[layer].records()
         self._num_on_cpu += run.moe(
             experts, experts.shape[1], self._cpu.tiles, acts, chosen, weights.numpy(), host_rows,
             a.expert_intermediate_size, a.num_experts, self._scratch,

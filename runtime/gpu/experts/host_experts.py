@@ -74,7 +74,7 @@ class HostExperts:
             run = Kernels(tier.pool, program)
             run.quantize(normed, acts)
             run.moe(
-                layer.experts, layer.experts.shape[1], tier.tiles, acts, ids, weights,
+                layer.records(), layer.records().shape[1], tier.tiles, acts, ids, weights,
                 results[index % NUM_RESULTS], a.expert_intermediate_size, a.num_experts, scratch,
             )  # fmt: skip
             self._layers.append(self._layer(index, program))

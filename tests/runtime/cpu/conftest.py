@@ -13,6 +13,7 @@ import pytest
 from krasis.formats.architecture import Architecture, RopeScaling
 from krasis.formats.layouts import CpuTileLayout, Int8RowsLayout, MarlinLayout
 from krasis.formats.layouts.matrix import MatrixView, bf16_to_float32, float32_to_bf16
+from krasis.formats.models.uniform import spec_of
 from krasis.formats.native import Pool
 from krasis.runtime.cpu.weights import FloatWeight, Int8Weight, LayerWeights, ModelWeights
 
@@ -95,21 +96,21 @@ class Packer:
 
     def layer(self) -> LayerWeights:
         a = self.shape
-        return LayerWeights(
-            attention_norm=self.norm(a.hidden_size),
-            qkv=self.int8(a.qkv_rows, a.hidden_size),
-            q_norm=self.norm(a.head_dim),
-            k_norm=self.norm(a.head_dim),
-            output=self.int8(a.hidden_size, a.attention_size),
-            experts_norm=self.norm(a.hidden_size),
-            router=FloatWeight(self.bf16(a.num_experts, a.hidden_size, scale=0.2), "BF16"),
-            experts=self.expert_records(),
-        )
+        tensors = {
+            "attention.norm": self.norm(a.hidden_size),
+            "attention.qkv": self.int8(a.qkv_rows, a.hidden_size),
+            "attention.q_norm": self.norm(a.head_dim),
+            "attention.k_norm": self.norm(a.head_dim),
+            "attention.output": self.int8(a.hidden_size, a.attention_size),
+            "experts.norm": self.norm(a.hidden_size),
+            "experts.router": FloatWeight(self.bf16(a.num_experts, a.hidden_size, scale=0.2), "BF16"),
+        }
+        return LayerWeights(spec_of(a).layers[0], tensors, self.expert_records())
 
     def model(self) -> ModelWeights:
         a = self.shape
         return ModelWeights(
-            architecture=a,
+            spec=spec_of(a),
             embedding=FloatWeight(self.bf16(a.vocab_size, a.hidden_size, scale=1.0), "BF16"),
             layers=tuple(self.layer() for _ in range(a.num_layers)),
             final_norm=self.norm(a.hidden_size),

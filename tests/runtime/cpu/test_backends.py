@@ -13,8 +13,10 @@ from krasis.formats.architecture import Architecture
 from krasis.formats.errors import NativeError, ResourceError
 from krasis.formats.layouts import CpuTileLayout, MarlinLayout
 from krasis.runtime.backend import Backend
+from krasis.runtime.batch import WantedLogits, one_sequence
 from krasis.runtime.cpu.backend import CpuBackend
-from krasis.runtime.cpu.float_backend import FloatBackend, UnpackedCache
+from krasis.runtime.cpu.float_backend import FloatBackend
+from krasis.runtime.cpu.float_blocks import UnpackedCache
 from krasis.runtime.cpu.weights import ModelWeights
 from krasis.runtime.settings import EngineSettings
 
@@ -41,15 +43,21 @@ def expected(weights: ModelWeights, tokens: list[int], reference_logits: Logits)
 
 def open_backend(weights: ModelWeights, **changes: object) -> Backend:
     settings = EngineSettings(**{"threads": 2, "context": 128, "kv_dtype": "f32", **changes})
-    return (CpuBackend if settings.activations == "int8" else FloatBackend)(weights, settings)
+    backend = (CpuBackend if settings.activations == "int8" else FloatBackend)(weights, settings)
+    assert backend.state.open() == 0
+    return backend
+
+
+def compute(backend: Backend, tokens: list[int], start: int, logits: WantedLogits = "last") -> np.ndarray:
+    """The wanted logits of tokens from position start on."""
+    return backend.run(one_sequence(np.array(tokens), start, logits)).copy()
 
 
 def prefill(backend: Backend, tokens: list[int], chunks: list[int] | None = None) -> np.ndarray:
     """All logits, the tokens given in chunks of these sizes."""
     out, start = [], 0
     for size in chunks or [len(tokens)]:
-        piece = np.array(tokens[start : start + size])
-        out.append(backend.prefill(piece, start, True).copy())
+        out.append(compute(backend, tokens[start : start + size], start, "all"))
         start += size
     return np.concatenate(out)
 
@@ -65,7 +73,7 @@ def test_int8_prefill_and_decode_equal_transformers(
 ) -> None:
     backend = open_backend(weights, kv_dtype=kv_dtype, isa=isa)
     assert relative_error(prefill(backend, tokens), expected) <= 2e-2
-    one_by_one = np.stack([backend.decode(token, at).copy() for at, token in enumerate(tokens)])
+    one_by_one = np.concatenate([compute(backend, [token], at) for at, token in enumerate(tokens)])
     assert relative_error(one_by_one, expected) <= 2e-2
     backend.close()
 
@@ -75,7 +83,7 @@ def test_float_prefill_and_decode_equal_transformers(
 ) -> None:
     backend = open_backend(weights, activations="float32")
     assert relative_error(prefill(backend, tokens), expected) <= 1e-4
-    one_by_one = np.stack([backend.decode(token, at).copy() for at, token in enumerate(tokens)])
+    one_by_one = np.concatenate([compute(backend, [token], at) for at, token in enumerate(tokens)])
     assert relative_error(one_by_one, expected) <= 1e-4
     backend.close()
 
@@ -107,7 +115,7 @@ def test_only_the_last_logits_are_the_last_of_all(weights: ModelWeights, tokens:
     for activations in ("int8", "float32"):
         backend = open_backend(weights, activations=activations)
         everything = prefill(backend, tokens)
-        last = backend.prefill(np.array(tokens), 0, False)
+        last = compute(backend, tokens, 0)
         assert last.shape == (1, weights.architecture.vocab_size)
         np.testing.assert_allclose(last[0], everything[-1], rtol=1e-5, atol=1e-5)
 
@@ -116,26 +124,32 @@ def test_going_back_overwrites(weights: ModelWeights, tokens: list[int]) -> None
     backend = open_backend(weights)
     expected = prefill(backend, tokens)[30:]
     prefill(backend, tokens[::-1])
-    backend.prefill(np.array(tokens[:30]), 0, False)
-    np.testing.assert_array_equal(backend.prefill(np.array(tokens[30:]), 30, True), expected)
+    compute(backend, tokens[:30], 0)
+    np.testing.assert_array_equal(compute(backend, tokens[30:], 30, "all"), expected)
 
 
 def test_an_expert_left_out_is_an_error(weights: ModelWeights, monkeypatch: pytest.MonkeyPatch) -> None:
     backend = open_backend(weights)
-    backend.decode(1, 0)
+    compute(backend, [1], 0)
     run = backend._kernels.moe
-    monkeypatch.setattr("krasis.runtime.cpu.kernels.Kernels.moe", lambda self, *args: run(*args) - 1)
+    with monkeypatch.context() as patched:
+        patched.setattr("krasis.runtime.cpu.kernels.Kernels.moe", lambda self, *args: run(*args) - 1)
+        with pytest.raises(NativeError, match="not every routed expert"):
+            compute(backend, [1, 2], 0)
+    program, _ = backend._program_of(1)
+    program.num_pairs += 1
     with pytest.raises(NativeError, match="not every routed expert"):
-        backend.prefill(np.array([1]), 0, False)
-    backend._one_token.num_pairs += 1
-    with pytest.raises(NativeError, match="not every routed expert"):
-        backend.decode(1, 0)
+        compute(backend, [1], 0)
 
 
-def test_a_native_error_in_a_recorded_call_is_raised(weights: ModelWeights) -> None:
+def test_positions_beyond_the_slot_or_out_of_order_are_refused(weights: ModelWeights) -> None:
     backend = open_backend(weights)
-    with pytest.raises(NativeError, match="krasis_qk_norm_rope_store"):
-        backend.decode(1, 128)  # beyond the capacity
+    compute(backend, [1] * 128, 0)
+    with pytest.raises(NativeError, match="beyond the slot"):
+        compute(backend, [1], 128)
+    backend.state.rewind(0, 5)
+    with pytest.raises(NativeError, match="not computed in order"):
+        compute(backend, [1], 6)
 
 
 def test_a_closed_backend_refuses(weights: ModelWeights) -> None:
@@ -144,13 +158,14 @@ def test_a_closed_backend_refuses(weights: ModelWeights) -> None:
         backend.close()
         backend.close()
         with pytest.raises(NativeError, match="closed"):
-            backend.decode(1, 0)
+            compute(backend, [1], 0)
 
 
 def test_a_context_beyond_memory_is_refused_before_it_is_taken(
     make_weights: MakeWeights, shape: Architecture
 ) -> None:
-    huge = replace(make_weights(shape), architecture=replace(shape, max_positions=2**31))
+    weights = make_weights(shape)
+    huge = replace(weights, spec=replace(weights.spec, max_positions=2**31))
     with pytest.raises(ResourceError, match="KV cache does not fit"):
         open_backend(huge, context=2**31 - 1)
 

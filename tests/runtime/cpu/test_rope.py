@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from krasis.formats.architecture import RopeScaling
 from krasis.formats.errors import UnsupportedModelError
+from krasis.formats.models.rope import Rope, RopeScaling
 from krasis.runtime.cpu.rope import ROWS_AT_ONCE, RopeTables, inverse_frequencies, rope_tables
-from krasis.runtime.planning.presets import shape
 
-ARCHITECTURE = shape("qwen3-30b-a3b")
+ROPE = Rope(128, 1_000_000.0)
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
 CASES: dict[str, tuple[dict[str, Any], RopeScaling]] = {
     "plain": ({"rope_type": "default"}, RopeScaling()),
@@ -26,6 +25,16 @@ CASES: dict[str, tuple[dict[str, Any], RopeScaling]] = {
     ),
     "yarn no truncation": ({**YARN, "truncate": False}, RopeScaling("yarn", 4.0, 32768, truncate=False)),
     "yarn tiny factor": ({**YARN, "factor": 1.0}, RopeScaling("yarn", 1.0, 32768)),
+    "llama3": (
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+        RopeScaling("llama3", 8.0, 8192, low_freq_factor=1.0, high_freq_factor=4.0),
+    ),
     "yarn short original": (
         {**YARN, "original_max_position_embeddings": 64},
         RopeScaling("yarn", 4.0, 64),
@@ -56,8 +65,7 @@ def test_tables_equal_transformers(case: str, head_dim: int, theta: float) -> No
     num_positions = 512
     positions = torch.arange(num_positions)[None]
     cos, sin = embedding(torch.zeros(1, 1, dtype=torch.float32), positions)
-    architecture = replace(ARCHITECTURE, head_dim=head_dim, rope_theta=theta, rope_scaling=scaling)
-    our_cos, our_sin = rope_tables(architecture, num_positions)
+    our_cos, our_sin = rope_tables(Rope(head_dim, theta, scaling=scaling), num_positions)
     # An angle of 512 moves by 1.5e-4 with its frequency's last bit.
     np.testing.assert_allclose(our_cos, cos[0, :, : head_dim // 2].numpy(), atol=2e-4)
     np.testing.assert_allclose(our_sin, sin[0, :, : head_dim // 2].numpy(), atol=2e-4)
@@ -65,15 +73,15 @@ def test_tables_equal_transformers(case: str, head_dim: int, theta: float) -> No
 
 
 def test_far_positions_stay_exact() -> None:
-    cos, sin = rope_tables(replace(ARCHITECTURE, rope_theta=10_000.0), 40960)
+    cos, sin = rope_tables(replace(ROPE, theta=10_000.0), 40960)
     angle = np.float64(np.float32(40959) * np.float32(1.0))
     assert cos[40959, 0] == np.float32(np.cos(angle))
     np.testing.assert_allclose(cos**2 + sin**2, 1.0, atol=1e-6)
 
 
 def test_an_unknown_kind_is_refused() -> None:
-    with pytest.raises(UnsupportedModelError, match="longrope"):
-        inverse_frequencies(64, 10_000.0, RopeScaling("longrope", 2.0))
+    with pytest.raises(UnsupportedModelError, match="proportional"):
+        inverse_frequencies(64, 10_000.0, RopeScaling("proportional", 2.0))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -90,8 +98,8 @@ def test_an_unknown_kind_is_refused() -> None:
     ids=str,
 )
 def test_rows_are_the_same_in_whatever_order_they_are_needed(case: str, wanted: list[int]) -> None:
-    architecture = replace(ARCHITECTURE, rope_scaling=CASES[case][1])
-    tables, whole = RopeTables(architecture, 9000), rope_tables(architecture, 9000)
+    rope = replace(ROPE, scaling=CASES[case][1])
+    tables, whole = RopeTables(rope, 9000), rope_tables(rope, 9000)
     before = (tables.cos, tables.sin)
     for count in wanted:
         tables.ensure(count)
@@ -102,21 +110,21 @@ def test_rows_are_the_same_in_whatever_order_they_are_needed(case: str, wanted: 
 
 
 def test_rows_that_are_not_needed_are_not_computed() -> None:
-    tables = RopeTables(ARCHITECTURE, 3 * ROWS_AT_ONCE)
+    tables = RopeTables(ROPE, 3 * ROWS_AT_ONCE)
     tables.ensure(10)
     assert not tables.cos[ROWS_AT_ONCE:].any()
     tables.ensure(3 * ROWS_AT_ONCE)
     assert tables.cos[-1].any()
-    assert RopeTables(ARCHITECTURE, 1).cos.tolist() == [[1.0] * (ARCHITECTURE.head_dim // 2)]
+    assert RopeTables(ROPE, 1).cos.tolist() == [[1.0] * (ROPE.dims // 2)]
 
 
 @pytest.mark.parametrize("case", ["plain", "yarn"])
 def test_long_tables_are_their_pieces(case: str) -> None:
     """They are computed by several threads."""
-    architecture = replace(ARCHITECTURE, rope_scaling=CASES[case][1])
+    rope = replace(ROPE, scaling=CASES[case][1])
     first, end = 1234, 1234 + 5 * ROWS_AT_ONCE + 7
-    long = rope_tables(architecture, end, first)
+    long = rope_tables(rope, end, first)
     for begin in range(first, end, 3000):
         last = min(end, begin + 3000)
-        for found, expected in zip(long, rope_tables(architecture, last, begin), strict=True):
+        for found, expected in zip(long, rope_tables(rope, last, begin), strict=True):
             np.testing.assert_array_equal(found[begin - first : last - first], expected)

@@ -11,6 +11,8 @@ import pytest
 
 from krasis.formats.architecture import Architecture
 from krasis.formats.errors import FormatError, MismatchError
+from krasis.formats.models.spec import ModelSpec
+from krasis.formats.models.uniform import spec_of
 from krasis.runtime.cpu.weights import load_weights
 
 DTYPES: dict[str, Any] = {
@@ -45,6 +47,10 @@ class FakeBundle:
     @property
     def manifest(self) -> FakeBundle:
         return self
+
+    @property
+    def spec(self) -> ModelSpec:
+        return spec_of(self.architecture)
 
     def blob(self, name: str) -> Blob:
         if name not in self.blobs:
@@ -84,7 +90,7 @@ def sound(a: Architecture) -> FakeBundle:
 def test_a_sound_bundle_loads(shape: Architecture) -> None:
     weights = load_weights(sound(shape), "cpu")  # type: ignore[arg-type]
     assert len(weights.layers) == shape.num_layers
-    assert weights.layers[0].k_norm.dtype == np.float32
+    assert weights.layers[0].vector("attention.k_norm").dtype == np.float32
 
 
 def test_every_blob_is_needed_and_checked(shape: Architecture) -> None:

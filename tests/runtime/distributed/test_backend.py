@@ -22,6 +22,7 @@ class FakeInner:
     def __init__(self, *, decodes_alone: bool = True, alone_up_to: int = 0, interrupt: bool = False) -> None:
         self.capacity, self.prefill_chunk, self.kv_dtype = 100, 50, "f16"
         self.description, self.placement = "fake", ("GPU", "CPU")
+        self.spec = None
         self.decodes_alone = decodes_alone
         self.compute_stream = SimpleNamespace(synchronize=lambda: None)
         self.calls: list[tuple[Any, ...]] = []

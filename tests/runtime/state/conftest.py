@@ -40,12 +40,18 @@ class StubCache:
             return (part.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
         return part.astype(dtype)
 
-    def export_kv(self, layer: int, num_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    @property
+    def state(self) -> StubCache:
+        return self
+
+    def export(self, slot: int, layer: int, num_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+        assert slot == 0
         pair = tuple(np.ascontiguousarray(one[layer, :, :num_tokens]) for one in (self.keys, self.values))
         self.largest_bytes = max(self.largest_bytes, sum(one.nbytes for one in pair))
         return pair
 
-    def import_kv(self, layer: int, keys: np.ndarray, values: np.ndarray) -> None:
+    def import_(self, slot: int, layer: int, keys: np.ndarray, values: np.ndarray) -> None:
+        assert slot == 0
         self.keys[layer, :, : keys.shape[1]] = keys
         self.values[layer, :, : keys.shape[1]] = values
 

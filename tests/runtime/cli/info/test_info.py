@@ -317,7 +317,7 @@ def test_env_works_without_a_bundle():
     import torch
 
     assert record["torch"]["version"] == torch.__version__
-    assert record["libraries"]["cpu_abi"] == 1
+    assert record["libraries"]["cpu_abi"] == 2
     assert set(everything["pinned_memory"]) in ({"problem"}, {"problem", "trials", "rates"})
 
 

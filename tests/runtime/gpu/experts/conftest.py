@@ -14,6 +14,7 @@ import torch
 from krasis.formats.architecture import Architecture, RopeScaling
 from krasis.formats.layouts import CpuTileLayout, Int8RowsLayout, MarlinLayout
 from krasis.formats.layouts.matrix import MatrixView, bf16_to_float32, float32_to_bf16
+from krasis.formats.models.uniform import spec_of
 from krasis.formats.native import Pool
 from krasis.runtime.cpu.kernels import Heads
 from krasis.runtime.cpu.weights import FloatWeight, Int8Weight, LayerWeights, ModelWeights
@@ -118,21 +119,21 @@ class _Packer:
         a, layers = SHAPE, []
         for _ in range(a.num_layers):
             cpu, gpu = self.experts()
-            layer = LayerWeights(
-                attention_norm=self.norm(a.hidden_size),
-                qkv=self.int8(a.qkv_rows, a.hidden_size),
-                q_norm=self.norm(a.head_dim),
-                k_norm=self.norm(a.head_dim),
-                output=self.int8(a.hidden_size, a.attention_size),
-                experts_norm=self.norm(a.hidden_size),
+            tensors = {
+                "attention.norm": self.norm(a.hidden_size),
+                "attention.qkv": self.int8(a.qkv_rows, a.hidden_size),
+                "attention.q_norm": self.norm(a.head_dim),
+                "attention.k_norm": self.norm(a.head_dim),
+                "attention.output": self.int8(a.hidden_size, a.attention_size),
+                "experts.norm": self.norm(a.hidden_size),
                 # Decided, as trained ones are: near-ties would turn on the rounding of an activation.
-                router=FloatWeight(self.bf16(a.num_experts, a.hidden_size, scale=0.5), "BF16"),
-                experts=cpu,
-            )
+                "experts.router": FloatWeight(self.bf16(a.num_experts, a.hidden_size, scale=0.5), "BF16"),
+            }
+            layer = LayerWeights(spec_of(a).layers[0], tensors, cpu)
             layers.append((layer, replace(layer, experts=gpu)))
         cpu_layers, gpu_layers = (tuple(tier) for tier in zip(*layers, strict=True))
         cpu_model = ModelWeights(
-            architecture=a,
+            spec=spec_of(a),
             embedding=FloatWeight(self.bf16(a.vocab_size, a.hidden_size, scale=1.0), "BF16"),
             layers=cpu_layers,
             final_norm=self.norm(a.hidden_size),

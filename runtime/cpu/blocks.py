@@ -1,0 +1,248 @@
+"""The blocks of a model on the CPU: each adds its output to the residual by native kernels.
+
+A block is made once for its layer: it reserves buffers, then ``run`` makes its calls for a pass, at once or
+into a program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from krasis.formats.errors import NativeError, UnsupportedModelError
+from krasis.formats.models.mixers import Attention
+from krasis.formats.models.mlps import Experts, GatedMlp
+from krasis.formats.models.rope import Rope
+from krasis.formats.models.spec import Mixer, Mlp, ModelSpec
+from krasis.runtime.cpu.acts import Acts
+from krasis.runtime.cpu.buffers import Buffers
+from krasis.runtime.cpu.heads import Heads, QkNorms, Rotation
+from krasis.runtime.cpu.kernels import Kernels
+from krasis.runtime.cpu.native_arrays import Array
+from krasis.runtime.cpu.rope import RopeTables
+from krasis.runtime.cpu.spans import LayerCache, Spans
+from krasis.runtime.cpu.weights import Int8Weight, LayerWeights
+
+FloatArray = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class CpuContext:
+    """What the blocks of a model share. tiles: of the experts. ropes: tables by the record of a rotation.
+    caches: where each layer's keys and values lie in a slot. scratch: the kernels' workspace.
+    """
+
+    spec: ModelSpec
+    tiles: str
+    ropes: Mapping[Rope, RopeTables]
+    caches: tuple[LayerCache | None, ...]
+    buffers: Buffers
+    scratch: Array
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The rows of one pass: how many, whose they are, and the residual [num, hidden]."""
+
+    num: int
+    spans: Spans
+    hidden: FloatArray
+
+
+class Block(Protocol):
+    """A mixer or an MLP of one layer."""
+
+    def run(self, kernels: Kernels, rows: Rows) -> None:
+        """hidden += block(norm(hidden))."""
+        ...
+
+
+class CpuAttention:
+    """hidden += output(attention(norm(hidden)))."""
+
+    def __init__(self, context: CpuContext, index: int, mixer: Attention, weights: LayerWeights) -> None:
+        cache = context.caches[index]
+        if cache is None:
+            raise NativeError("the layer has no cache", where="attention", got=index)
+        self._context, self._mixer, self._cache = context, mixer, cache
+        self._heads = Heads(mixer.heads, mixer.kv_heads, mixer.head_dim)
+        self._rotation: Rotation | None = None
+        if mixer.rope is not None:
+            tables = context.ropes[mixer.rope]
+            self._rotation = Rotation(tables.cos, tables.sin, mixer.rope.style)
+        self._norm = weights.vector("attention.norm")
+        self._qk_norms = _qk_norms(context.spec, mixer, weights)
+        self._qkv, self._output = weights.int8("attention.qkv"), weights.int8("attention.output")
+        self._qkv_bias = weights.optional_vector("attention.qkv.bias")
+        self._output_bias = weights.optional_vector("attention.output.bias")
+        self._sinks = weights.optional_vector("attention.sinks")
+        context.buffers.reserve("wide", self._heads.qkv_size)
+        context.buffers.reserve("attended", self._heads.attention_size)
+        context.buffers.reserve_acts(self._heads.attention_size)
+
+    def run(self, kernels: Kernels, rows: Rows) -> None:
+        """See ``Block``."""
+        context, mixer, heads, buffers = self._context, self._mixer, self._heads, self._context.buffers
+        acts = buffers.acts(rows.num, context.spec.hidden)
+        qkv = buffers.rows("wide", rows.num, heads.qkv_size)
+        attended = buffers.rows("attended", rows.num, heads.attention_size)
+        attended_acts = buffers.acts(rows.num, heads.attention_size)
+        kernels.rms_norm(rows.hidden, self._norm, context.spec.norm.eps, acts=acts)
+        kernels.gemm_int8_rows(acts, self._qkv.codes, self._qkv.scales, qkv)
+        kernels.qk_norm_rope_store(
+            qkv, heads, rows.spans, self._cache, self._rotation, self._qk_norms, self._qkv_bias, mixer.clip
+        )
+        kernels.attention(
+            qkv,
+            heads,
+            rows.spans,
+            self._cache,
+            mixer.scale,
+            attended,
+            context.scratch,
+            mixer.window,
+            self._sinks,
+        )
+        kernels.quantize(attended, attended_acts)
+        _add_product(kernels, attended_acts, self._output, rows.hidden)
+        if self._output_bias is not None:
+            kernels.add_rows(rows.hidden, bias=self._output_bias)
+
+
+class GatedProducts:
+    """out += down(activation(gate x, up x)), of a dense MLP or a shared expert. prefix: of its tensors."""
+
+    def __init__(self, buffers: Buffers, mlp: GatedMlp, weights: LayerWeights, prefix: str) -> None:
+        self._buffers, self._mlp = buffers, mlp
+        self._columns = (2 if mlp.activation.gated else 1) * mlp.intermediate
+        self._w13, self._w2 = weights.int8(f"{prefix}.w13"), weights.int8(f"{prefix}.w2")
+        self._w13_bias = weights.optional_vector(f"{prefix}.w13.bias")
+        self._w2_bias = weights.optional_vector(f"{prefix}.w2.bias")
+        buffers.reserve("wide", self._columns)
+        buffers.reserve_acts(mlp.intermediate)
+
+    def run(self, kernels: Kernels, acts: Acts, out: FloatArray, accumulate: bool = True) -> None:
+        """out [T, hidden] of acts [T, hidden]."""
+        middle = self._buffers.rows("wide", acts.tokens, self._columns)
+        middle_acts = self._buffers.acts(acts.tokens, self._mlp.intermediate)
+        kernels.gemm_int8_rows(acts, self._w13.codes, self._w13.scales, middle)
+        if self._w13_bias is not None:
+            kernels.add_rows(middle, bias=self._w13_bias)
+        kernels.gated_activation(middle, self._mlp.activation, acts=middle_acts)
+        kernels.gemm_int8_rows(middle_acts, self._w2.codes, self._w2.scales, out, accumulate)
+        if self._w2_bias is not None:
+            kernels.add_rows(out, bias=self._w2_bias)
+
+
+class CpuMlp:
+    """hidden += down(activation(gate x, up x)), x = norm(hidden)."""
+
+    def __init__(self, context: CpuContext, index: int, mlp: GatedMlp, weights: LayerWeights) -> None:
+        self._context, self._norm = context, weights.vector("mlp.norm")
+        self._products = GatedProducts(context.buffers, mlp, weights, "mlp")
+
+    def run(self, kernels: Kernels, rows: Rows) -> None:
+        """See ``Block``."""
+        spec = self._context.spec
+        acts = self._context.buffers.acts(rows.num, spec.hidden)
+        kernels.rms_norm(rows.hidden, self._norm, spec.norm.eps, acts=acts)
+        self._products.run(kernels, acts, rows.hidden)
+
+
+class CpuExperts:
+    """hidden += the routed experts of norm(hidden), and the shared one if there is one."""
+
+    def __init__(self, context: CpuContext, index: int, mlp: Experts, weights: LayerWeights) -> None:
+        self._context, self._mlp = context, mlp
+        self._norm, self._router = weights.vector("experts.norm"), weights.matrix("experts.router").data
+        self._records = weights.records()
+        self._biases = tuple(
+            weights.optional_vector(f"experts.router.{name}")
+            for name in ("bias", "correction_bias", "expert_scale")
+        )
+        buffers = context.buffers
+        buffers.reserve("normed", context.spec.hidden)
+        buffers.reserve("router", mlp.count)
+        buffers.reserve("ids", mlp.router.top_k)
+        buffers.reserve("weights", mlp.router.top_k)
+        self._shared = (
+            GatedProducts(buffers, mlp.shared, weights, "shared") if mlp.shared is not None else None
+        )
+        self._gate = weights.matrix("shared.gate").data if mlp.shared_gate else None
+        if self._gate is not None:
+            buffers.reserve("gate", 1)
+            buffers.reserve("shared", context.spec.hidden)
+
+    def run(self, kernels: Kernels, rows: Rows) -> None:
+        """See ``Block``. Raises NativeError if a routed expert was left out."""
+        context, mlp, buffers = self._context, self._mlp, self._context.buffers
+        acts = buffers.acts(rows.num, context.spec.hidden)
+        normed = buffers.rows("normed", rows.num, context.spec.hidden)
+        logits = buffers.rows("router", rows.num, mlp.count)
+        ids, weights = (buffers.rows(name, rows.num, mlp.router.top_k) for name in ("ids", "weights"))
+        kernels.rms_norm(rows.hidden, self._norm, context.spec.norm.eps, normed, acts)
+        kernels.gemm_float(normed, self._router, logits)
+        kernels.route(logits, mlp.router, ids, weights, *self._biases)
+        executed = kernels.moe(
+            self._records,
+            self._records.shape[1],
+            context.tiles,
+            acts,
+            ids,
+            weights,
+            rows.hidden,
+            mlp.intermediate,
+            mlp.count,
+            context.scratch,
+            mlp.activation,
+        )
+        if executed != ids.size:
+            raise NativeError(
+                "not every routed expert was run", where="krasis_moe", got=executed, limit=ids.size
+            )
+        if self._shared is not None:
+            self._add_shared(kernels, self._shared, rows, normed, acts)
+
+    def _add_shared(
+        self, kernels: Kernels, shared: GatedProducts, rows: Rows, normed: FloatArray, acts: Acts
+    ) -> None:
+        if self._gate is None:
+            shared.run(kernels, acts, rows.hidden)
+            return
+        gate = self._context.buffers.rows("gate", rows.num, 1)
+        out = self._context.buffers.rows("shared", rows.num, self._context.spec.hidden)
+        kernels.gemm_float(normed, self._gate, gate)
+        shared.run(kernels, acts, out, accumulate=False)
+        kernels.add_rows(rows.hidden, out, logits=gate)
+
+
+BLOCKS: dict[type, Callable[..., Block]] = {
+    Attention: CpuAttention,
+    GatedMlp: CpuMlp,
+    Experts: CpuExperts,
+}
+
+
+def cpu_block(context: CpuContext, index: int, part: Mixer | Mlp, weights: LayerWeights) -> Block:
+    """The block that computes a mixer or an MLP. Raises UnsupportedModelError if there is none."""
+    make = BLOCKS.get(type(part))
+    if make is None:
+        raise UnsupportedModelError("the CPU has no block for this part of a model", got=type(part).__name__)
+    return make(context, index, part, weights)
+
+
+def _add_product(kernels: Kernels, acts: Acts, weight: Int8Weight, out: FloatArray) -> None:
+    kernels.gemm_int8_rows(acts, weight.codes, weight.scales, out, accumulate=True)
+
+
+def _qk_norms(spec: ModelSpec, mixer: Attention, weights: LayerWeights) -> QkNorms | None:
+    if mixer.qk_norm == "none":
+        return None
+    if mixer.qk_norm not in ("head", "flat"):
+        raise UnsupportedModelError("the CPU has no such norms of q and k", got=mixer.qk_norm)
+    q, k = weights.vector("attention.q_norm"), weights.vector("attention.k_norm")
+    return QkNorms(q, k, spec.norm.eps, mixer.qk_norm)

@@ -1,0 +1,206 @@
+"""The blocks of a model in float32 NumPy on dequantised weights: what the kernels are measured against."""
+
+from __future__ import annotations
+
+import functools
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from krasis.formats.errors import UnsupportedModelError
+from krasis.formats.layouts import CpuTileLayout, Int8RowsLayout, MarlinLayout
+from krasis.formats.models.mixers import Attention
+from krasis.formats.models.mlps import Experts, GatedMlp
+from krasis.formats.models.rope import Rope
+from krasis.formats.models.spec import Mixer, Mlp, ModelSpec
+from krasis.runtime import reference
+from krasis.runtime.batch import Span
+from krasis.runtime.cpu.native_arrays import Array
+from krasis.runtime.cpu.rope import RopeTables
+from krasis.runtime.cpu.weights import Int8Weight, LayerWeights, to_float32
+from krasis.runtime.state.kv_store import KvStore
+
+FloatArray = npt.NDArray[np.float32]
+
+
+class UnpackedCache:
+    """Unpacked weights by key, the least recently used given up beyond limit_bytes."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit_bytes = limit_bytes
+        self._num_bytes = 0
+        self._held: OrderedDict[Hashable, tuple[Array, ...]] = OrderedDict()
+
+    def get(self, key: Hashable, unpack: Callable[[], tuple[Array, ...]]) -> tuple[Array, ...]:
+        """What unpack gave for the key, now or before."""
+        found = self._held.get(key)
+        if found is None:
+            found = self._held[key] = unpack()
+            self._num_bytes += _num_bytes(found)
+            while self._num_bytes > self._limit_bytes and len(self._held) > 1:
+                self._num_bytes -= _num_bytes(self._held.popitem(last=False)[1])
+        else:
+            self._held.move_to_end(key)
+        return found
+
+    def clear(self) -> None:
+        """Gives everything up."""
+        self._held.clear()
+        self._num_bytes = 0
+
+
+@dataclass(frozen=True, slots=True)
+class FloatContext:
+    """What the blocks of a model share. ropes: tables by the record of a rotation."""
+
+    spec: ModelSpec
+    layout: CpuTileLayout | MarlinLayout
+    store: KvStore
+    ropes: Mapping[Rope, RopeTables]
+    unpacked: UnpackedCache
+
+    def dense(self, index: int, weights: LayerWeights, name: str) -> FloatArray:
+        """[n, k] of an INT8 weight, without padding rows being cut off."""
+        return self.int8((index, name), weights.int8(name))
+
+    def int8(self, key: Hashable, weight: Int8Weight) -> FloatArray:
+        """[n, k] of an INT8 weight, kept under a key."""
+        return self.unpacked.get(key, lambda: (Int8RowsLayout().unpack(weight.codes, weight.scales),))[0]
+
+    def norm(self, x: FloatArray, weight: FloatArray) -> FloatArray:
+        """The model's norm of rows."""
+        return reference.rms_norm(x, weight, self.spec.norm.eps)
+
+
+class FloatAttention:
+    """output(attention(norm(hidden)))."""
+
+    def __init__(self, context: FloatContext, index: int, mixer: Attention, weights: LayerWeights) -> None:
+        self._context, self._index, self._mixer, self._weights = context, index, mixer, weights
+
+    def run(self, hidden: FloatArray, spans: tuple[Span, ...]) -> FloatArray:
+        """What the block adds to hidden [T, hidden]."""
+        context, mixer, weights = self._context, self._mixer, self._weights
+        normed = context.norm(hidden, weights.vector("attention.norm"))
+        rows = mixer.query_rows + 2 * mixer.key_rows
+        qkv = reference.gemm(normed, context.dense(self._index, weights, "attention.qkv"))[:, :rows]
+        attended = np.concatenate([self._attend(qkv[s.first_row : s.end_row], s) for s in spans])
+        output = context.dense(self._index, weights, "attention.output")[: context.spec.hidden]
+        added = reference.gemm(attended, output)
+        bias = weights.optional_vector("attention.output.bias")
+        return added if bias is None else added + bias
+
+    def _attend(self, qkv: FloatArray, span: Span) -> FloatArray:
+        """Attention of one sequence's rows, [rows, heads * head_dim]; their keys and values are kept."""
+        context, mixer, weights = self._context, self._mixer, self._weights
+        vectors = reference.QkvVectors(
+            weights.optional_vector("attention.qkv.bias"),
+            weights.optional_vector("attention.q_norm"),
+            weights.optional_vector("attention.k_norm"),
+        )
+        q, k, v = reference.projected_heads(qkv, mixer, vectors, context.spec.norm.eps)
+        if mixer.rope is not None:
+            tables = context.ropes[mixer.rope]
+            tables.ensure(span.end)
+            cos, sin = tables.cos[span.start : span.end], tables.sin[span.start : span.end]
+            q, k = (reference.rotate(x, cos, sin, mixer.rope) for x in (q, k))
+        keys, values = context.store.layer(span.slot, self._index)
+        keys[:, span.start : span.end], values[:, span.start : span.end] = (
+            k.transpose(1, 0, 2),
+            v.transpose(1, 0, 2),
+        )
+        attended = reference.attention(
+            q,
+            keys,
+            values,
+            span.start,
+            mixer.scale,
+            window=mixer.window,
+            sinks=weights.optional_vector("attention.sinks"),
+        )
+        return attended.reshape(span.rows, mixer.query_rows)
+
+
+class FloatMlp:
+    """down(activation(gate x, up x)) of norm(hidden)."""
+
+    def __init__(self, context: FloatContext, index: int, mlp: GatedMlp, weights: LayerWeights) -> None:
+        self._context, self._index, self._mlp, self._weights = context, index, mlp, weights
+
+    def run(self, hidden: FloatArray, spans: tuple[Span, ...]) -> FloatArray:
+        """What the block adds to hidden [T, hidden]."""
+        normed = self._context.norm(hidden, self._weights.vector("mlp.norm"))
+        return gated_mlp(self._context, self._index, self._mlp, self._weights, "mlp", normed)
+
+
+class FloatExperts:
+    """The routed experts of norm(hidden), and the shared one if there is one."""
+
+    def __init__(self, context: FloatContext, index: int, mlp: Experts, weights: LayerWeights) -> None:
+        self._context, self._index, self._mlp, self._weights = context, index, mlp, weights
+
+    def run(
+        self, hidden: FloatArray, spans: tuple[Span, ...], observe: reference.ExpertObserver | None = None
+    ) -> FloatArray:
+        """What the block adds to hidden [T, hidden]. observe: see ``reference.moe``."""
+        context, mlp, weights = self._context, self._mlp, self._weights
+        normed = context.norm(hidden, weights.vector("experts.norm"))
+        router = weights.matrix("experts.router")
+        logits = reference.gemm(normed, to_float32(router.data, router.dtype))
+        vectors = reference.RouterVectors(
+            weights.optional_vector("experts.router.bias"),
+            weights.optional_vector("experts.router.correction_bias"),
+            weights.optional_vector("experts.router.expert_scale"),
+        )
+        ids, shares = reference.route(logits, mlp.router, vectors)
+        added = reference.moe(normed, ids, shares, self._expert, observe, mlp.activation)
+        if mlp.shared is None:
+            return added
+        shared = gated_mlp(context, self._index, mlp.shared, weights, "shared", normed)
+        if mlp.shared_gate:
+            gate = weights.matrix("shared.gate")
+            shared = shared * reference.sigmoid(reference.gemm(normed, to_float32(gate.data, gate.dtype)))
+        return added + shared
+
+    def _expert(self, number: int) -> tuple[Array, Array, Array]:
+        context, records = self._context, self._weights.records()
+        sizes = (context.spec.hidden, self._mlp.intermediate)
+        unpack = functools.partial(context.layout.unpack_expert, records[number], *sizes)
+        gate, up, down = context.unpacked.get((self._index, number), unpack)
+        return gate, up, down
+
+
+def gated_mlp(
+    context: FloatContext, index: int, mlp: GatedMlp, weights: LayerWeights, prefix: str, x: FloatArray
+) -> FloatArray:
+    """down(activation(gate x, up x)) of x [T, hidden]; prefix: of the tensors' names."""
+    rows = (2 if mlp.activation.gated else 1) * mlp.intermediate
+    middle = reference.gemm(x, context.dense(index, weights, f"{prefix}.w13")[:rows])
+    bias = weights.optional_vector(f"{prefix}.w13.bias")
+    middle = reference.activate(middle if bias is None else middle + bias, mlp.activation)
+    out = reference.gemm(middle, context.dense(index, weights, f"{prefix}.w2")[: context.spec.hidden])
+    bias = weights.optional_vector(f"{prefix}.w2.bias")
+    return out if bias is None else out + bias
+
+
+FloatBlock = FloatAttention | FloatMlp | FloatExperts
+BLOCKS: dict[type, Callable[..., FloatBlock]] = {
+    Attention: FloatAttention,
+    GatedMlp: FloatMlp,
+    Experts: FloatExperts,
+}
+
+
+def float_block(context: FloatContext, index: int, part: Mixer | Mlp, weights: LayerWeights) -> FloatBlock:
+    """The block that computes a mixer or an MLP. Raises UnsupportedModelError if there is none."""
+    make = BLOCKS.get(type(part))
+    if make is None:
+        raise UnsupportedModelError("no block for this part of a model", got=type(part).__name__)
+    return make(context, index, part, weights)
+
+
+def _num_bytes(arrays: tuple[Array, ...]) -> int:
+    return sum(array.nbytes for array in arrays)

@@ -1,0 +1,183 @@
+"""Random packed weights of any model, and the checkpoint that transformers reads their dequantised twin
+from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from krasis.formats.layouts import CpuTileLayout, Int8RowsLayout, MarlinLayout
+from krasis.formats.layouts.matrix import MatrixView
+from krasis.formats.models.family import Source
+from krasis.formats.models.registry import family_of_model_type
+from krasis.formats.models.spec import Layer, ModelSpec
+from krasis.formats.models.tensor import Tensor
+from krasis.formats.models.tensors import layer_tensors
+from krasis.formats.native import Pool
+from krasis.runtime.cpu.weights import (
+    FloatWeight,
+    Int8Weight,
+    LayerWeights,
+    ModelWeights,
+    Weight,
+    to_float32,
+)
+
+Array = npt.NDArray[Any]
+State = dict[str, npt.NDArray[np.float32]]
+
+
+def to_bf16(values: Array) -> Array:
+    """uint16 bits, by truncation: exact values are not the point here."""
+    return (np.ascontiguousarray(values, np.float32).view(np.uint32) >> 16).astype(np.uint16)
+
+
+class Packer:
+    """Random weights packed as a bundle has them."""
+
+    def __init__(
+        self, spec: ModelSpec, experts: CpuTileLayout | MarlinLayout, pool: Pool, seed: int = 0
+    ) -> None:
+        self.spec, self.experts, self.pool = spec, experts, pool
+        self.random = np.random.default_rng(seed)
+
+    def bf16(self, *shape: int, scale: float = 0.05, mean: float = 0.0) -> Array:
+        return to_bf16(mean + scale * self.random.standard_normal(shape, dtype=np.float32))
+
+    def int8(self, n: int, k: int) -> Int8Weight:
+        rows = -(-n // 32) * 32
+        matrix = np.zeros((rows, k), dtype=np.uint16)
+        matrix[:n] = self.bf16(n, k)
+        codes = np.zeros((rows // 32, k // 4, 32, 4), dtype=np.int8)
+        scales = np.zeros(rows, dtype=np.float32)
+        Int8RowsLayout().pack(self.pool, MatrixView(matrix, "BF16"), codes, scales)
+        return Int8Weight(codes, scales)
+
+    def weight(self, tensor: Tensor) -> Weight:
+        if tensor.store == "int8_rows":
+            return self.int8(*tensor.shape)
+        if len(tensor.shape) > 1:
+            return FloatWeight(self.bf16(*tensor.shape, scale=0.2), "BF16")
+        is_norm = tensor.name.endswith("norm")
+        values = self.bf16(*tensor.shape, scale=0.2 if is_norm else 0.1, mean=1.0 if is_norm else 0.0)
+        return to_float32(values, "BF16")
+
+    def records(self, layer: Layer) -> Array | None:
+        mlp = layer.experts
+        if mlp is None:
+            return None
+        hidden, inner = self.spec.hidden, mlp.intermediate
+        record_bytes = self.experts.expert_record(hidden, inner).record_bytes
+        records = np.zeros((mlp.count, record_bytes), dtype=np.uint8)
+        for record in records:
+            parts = [self.bf16(inner, hidden), self.bf16(inner, hidden), self.bf16(hidden, inner)]
+            self.experts.pack_expert(self.pool, *[MatrixView(part, "BF16") for part in parts], record)
+        return records
+
+    def layer(self, layer: Layer) -> LayerWeights:
+        tensors = {t.name: self.weight(t) for t in layer_tensors(self.spec, layer) if t.store != "experts"}
+        return LayerWeights(layer, tensors, self.records(layer))
+
+    def model(self) -> ModelWeights:
+        spec = self.spec
+        return ModelWeights(
+            spec=spec,
+            embedding=FloatWeight(self.bf16(spec.vocab, spec.hidden, scale=1.0), "BF16"),
+            layers=tuple(self.layer(layer) for layer in spec.layers),
+            final_norm=to_float32(self.bf16(spec.hidden, scale=0.2, mean=1.0), "BF16"),
+            lm_head=self.int8(spec.vocab, spec.hidden),
+            expert_layout=self.experts,
+        )
+
+
+def dequantised_state(weights: ModelWeights) -> State:
+    """Every weight in float32 by the hub's name, experts one by one."""
+    family = family_of_model_type(weights.spec.family)
+    if family is None:
+        raise ValueError(f"no such family: {weights.spec.family}")
+    names, spec = family.names, weights.spec
+    state = {
+        names["embedding"].hf[0]: to_float32(weights.embedding.data, weights.embedding.dtype),
+        names["final_norm"].hf[0]: weights.final_norm,
+        names["lm_head"].hf[0]: _rows(weights.lm_head)[: spec.vocab],
+    }
+    for index, layer in enumerate(weights.layers):
+        for tensor in layer_tensors(spec, layer.layer):
+            if tensor.store != "experts":
+                state |= _parts(tensor, layer.tensors[tensor.name], names, index, spec)
+        state |= _experts(weights, layer, names, index)
+    return state
+
+
+def _parts(tensor: Tensor, weight: Weight, names: Mapping[str, Source], index: int, spec: ModelSpec) -> State:
+    if isinstance(weight, Int8Weight):
+        values = _rows(weight)[: tensor.shape[0]]
+    elif isinstance(weight, FloatWeight):
+        values = to_float32(weight.data, weight.dtype)
+    else:
+        values = weight
+    parts = tensor.parts or (tensor.name,)
+    ends = np.cumsum([_part_rows(part, tensor, spec, index) for part in parts])[:-1] if len(parts) > 1 else []
+    return {
+        names[part].hf[0].format(i=index): np.ascontiguousarray(rows)
+        for part, rows in zip(parts, np.split(values, ends), strict=True)
+    }
+
+
+def _part_rows(part: str, tensor: Tensor, spec: ModelSpec, index: int) -> int:
+    mixer = spec.layers[index].mixer
+    name = part.removesuffix(".bias")
+    if name == "attention.q":
+        return mixer.query_rows  # type: ignore[union-attr]
+    if name in ("attention.k", "attention.v"):
+        return mixer.key_rows  # type: ignore[union-attr]
+    return tensor.shape[0] // len(tensor.parts)
+
+
+def _experts(weights: ModelWeights, layer: LayerWeights, names: Mapping[str, Source], index: int) -> State:
+    mlp = layer.layer.experts
+    if mlp is None:
+        return {}
+    state: State = {}
+    for number, record in enumerate(layer.records()):
+        parts = weights.expert_layout.unpack_expert(record, weights.spec.hidden, mlp.intermediate)
+        for part, values in zip(("gate", "up", "down"), parts, strict=True):
+            state[names[f"experts.{part}"].hf[0].format(i=index, e=number)] = values
+    return state
+
+
+def _rows(weight: Int8Weight) -> npt.NDArray[np.float32]:
+    return Int8RowsLayout().unpack(weight.codes, weight.scales)
+
+
+def write_checkpoint(state: State, config: Mapping[str, Any], folder: Path) -> Path:
+    """A folder that transformers opens: config.json and model.safetensors in float32."""
+    from safetensors.numpy import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({**config, "dtype": "float32", "tie_word_embeddings": False})
+    (folder / "config.json").write_text(text, encoding="utf-8")
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def transformers_logits(folder: Path, tokens: list[int]) -> npt.NDArray[np.float32]:
+    """float32 logits [tokens, vocab] of transformers' model in a folder. Raises ValueError if a weight is
+    missing or left over there."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    wrong = {key: value for key, value in info.items() if value and key != "error_msgs"}
+    if wrong:
+        raise ValueError(f"the checkpoint is not the model's: {wrong}")
+    with torch.no_grad():
+        logits: npt.NDArray[np.float32] = model.eval()(torch.tensor([tokens])).logits[0].numpy()
+    return logits

@@ -1,0 +1,58 @@
+"""Tiny models of every family that runs: the config as transformers reads it, and random packed weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": 203,
+    "hidden_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "hidden_act": "silu",
+}
+
+
+def _rope(theta: float = 10_000.0, **more: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": theta, **more}}
+
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {
+        **_COMMON, **_rope(),
+        "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"],
+        "head_dim": 32, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 64,
+        "intermediate_size": 64, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [],
+    },
+    "mixtral": {
+        **_COMMON, **_rope(1e6),
+        "model_type": "mixtral", "architectures": ["MixtralForCausalLM"],
+        "head_dim": 32, "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 128,
+        "sliding_window": None,
+    },
+    "olmoe": {
+        **_COMMON, **_rope(),
+        "model_type": "olmoe", "architectures": ["OlmoeForCausalLM"],
+        "num_key_value_heads": 4, "num_experts": 8, "num_experts_per_tok": 3, "intermediate_size": 64,
+        "norm_topk_prob": False, "attention_bias": False, "clip_qkv": 3.0,
+    },
+    "glm4_moe": {
+        **_COMMON, **_rope(partial_rotary_factor=0.5), "partial_rotary_factor": 0.5,
+        "model_type": "glm4_moe", "architectures": ["Glm4MoeForCausalLM"],
+        "head_dim": 32, "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64,
+        "intermediate_size": 192, "n_shared_experts": 1, "first_k_dense_replace": 1,
+        "n_group": 4, "topk_group": 2,
+        "norm_topk_prob": True, "routed_scaling_factor": 1.5, "attention_bias": True, "use_qk_norm": True,
+    },
+    "qwen2_moe": {
+        **_COMMON, **_rope(),
+        "model_type": "qwen2_moe", "architectures": ["Qwen2MoeForCausalLM"],
+        "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "intermediate_size": 128,
+        "shared_expert_intermediate_size": 96, "norm_topk_prob": False, "qkv_bias": True,
+        "decoder_sparse_step": 2, "mlp_only_layers": [], "use_sliding_window": False,
+    },
+}  # fmt: skip
