@@ -13,23 +13,24 @@ namespace {
 KRASIS_INLINE void put(V8 x, float *p) { x.store(p); }
 KRASIS_INLINE void put(V8 x, uint16_t *p) { x.store_f16(p); }
 
-// One head as it is read: normed if there is a weight, then cut.
+// One head as it is read: normed and cut, where that is asked for.
+template <bool kNorm, bool kClip>
 struct Head {
-    const float *x, *weight;  // [head_dim]; weight null: no norm
+    const float *x, *weight;  // [head_dim]
     V8 inverse;
-    float clip;  // 0: none
+    float clip;
 
     KRASIS_INLINE V8 at(int64_t i) const {
         V8 y = V8::load(x + i);
-        if (weight) y = mul(mul(y, inverse), V8::load(weight + i));
-        if (clip > 0.0f) y = max(V8::set1(-clip), min(V8::set1(clip), y));  // a NaN stays one
+        if constexpr (kNorm) y = mul(mul(y, inverse), V8::load(weight + i));
+        if constexpr (kClip) y = max(V8::set1(-clip), min(V8::set1(clip), y));  // a NaN stays one
         return y;
     }
 };
 
 // Channels [begin, dim) of a head -> out.
-template <class Out>
-KRASIS_INLINE void copy_head(const Head &head, int64_t begin, int64_t dim, Out *out) {
+template <class In, class Out>
+KRASIS_INLINE void copy_head(const In &head, int64_t begin, int64_t dim, Out *out) {
     for (int64_t i = begin; i < dim; i += 8) put(head.at(i), out + i);
 }
 
@@ -41,8 +42,8 @@ KRASIS_INLINE void turn(float &x1, float &x2, float cos, float sin) {
 }
 
 // Turns what 8 channels at a time cannot: pairs that lie side by side, or halves of another size.
-template <class Out>
-void turn_slowly(const Head &head, const krasis_qkv_args &args, const float *cos, const float *sin, Out *out) {
+template <class In, class Out>
+void turn_slowly(const In &head, const krasis_qkv_args &args, const float *cos, const float *sin, Out *out) {
     alignas(64) float y[kMaxHeadDim];
     const int64_t pairs = args.rotary_dims / 2;
     copy_head(head, 0, args.head_dim, y);
@@ -52,8 +53,9 @@ void turn_slowly(const Head &head, const krasis_qkv_args &args, const float *cos
 }
 
 // One head -> out [head_dim], which may be where it is read from.
-template <class Out>
-void turn_head(const Head &head, const krasis_qkv_args &args, const float *cos, const float *sin, Out *out) {
+template <class In, class Out>
+KRASIS_INLINE void turn_head(const In &head, const krasis_qkv_args &args, const float *cos, const float *sin,
+                             Out *out) {
     const int64_t half = args.rotary_dims / 2;
     if (half == 0) return copy_head(head, 0, args.head_dim, out);
     if (args.rope_style != KRASIS_ROPE_HALF || half % 8 != 0) return turn_slowly(head, args, cos, sin, out);
@@ -67,49 +69,53 @@ void turn_head(const Head &head, const krasis_qkv_args &args, const float *cos, 
 }
 
 // num_heads heads of q or k; out_of(head) says where a head goes.
-template <class F>
+template <bool kNorm, bool kClip, class F>
 KRASIS_INLINE void turn_heads(const krasis_qkv_args &args, const float *x, int64_t num_heads, const float *weight,
                               int64_t position, F &&out_of) {
     const int64_t dim = args.head_dim, offset = position * (args.rotary_dims / 2);
+    const float *cos = args.cos + offset, *sin = args.sin + offset;
     const bool flat = args.norm == KRASIS_QK_NORM_FLAT;
-    const float of_all = flat ? inverse_rms(x, num_heads * dim, args.eps) : 1.0f;
-    for (int64_t i = 0; i < num_heads; ++i) {
-        Head head{x + i * dim, nullptr, V8::set1(of_all), args.clip};
-        if (args.norm == KRASIS_QK_NORM_HEAD) head.inverse = V8::set1(inverse_rms(head.x, dim, args.eps));
-        if (args.norm != KRASIS_QK_NORM_NONE) head.weight = weight + (flat ? i * dim : 0);
-        turn_head(head, args, args.cos + offset, args.sin + offset, out_of(i));
+    const float of_all = kNorm && flat ? inverse_rms(x, num_heads * dim, args.eps) : 1.0f;
+    for (int64_t i = 0; i < num_heads; ++i, x += dim) {
+        Head<kNorm, kClip> head{x, weight, V8::set1(of_all), args.clip};
+        if (kNorm && flat) weight += dim;
+        if (kNorm && !flat) head.inverse = V8::set1(inverse_rms(x, dim, args.eps));
+        turn_head(head, args, cos, sin, out_of(i));
     }
 }
 
-template <class Cache>
+template <class Cache, bool kNorm, bool kClip>
 void rope_store_row(const krasis_qkv_args &args, const krasis_span &span, int64_t row) {
     const int64_t dim = args.head_dim, position = span.start + row - span.first_row;
-    const int64_t size = (args.num_heads + 2 * args.num_kv_heads) * dim;
+    const int64_t size = (args.num_heads + 2 * args.num_kv_heads) * dim, stride = args.capacity * dim;
     float *q = args.qkv + row * size;
     if (args.bias) {
         for (int64_t i = 0; i < size; i += 8) add(V8::load(q + i), V8::load(args.bias + i)).store(q + i);
     }
-    float *k = q + args.num_heads * dim, *v = k + args.num_kv_heads * dim;
+    const float *k = q + args.num_heads * dim, *v = k + args.num_kv_heads * dim;
     Cache *keys = static_cast<Cache *>(layer_keys(args, span)) + position * dim;
     Cache *values = static_cast<Cache *>(layer_values(args, span)) + position * dim;
-    turn_heads(args, q, args.num_heads, args.q_norm, position, [&](int64_t head) { return q + head * dim; });
-    turn_heads(args, k, args.num_kv_heads, args.k_norm, position,
-               [&](int64_t head) { return keys + head * args.capacity * dim; });
-    for (int64_t head = 0; head < args.num_kv_heads; ++head) {
-        copy_head({v + head * dim, nullptr, V8::set1(1.0f), args.clip}, 0, dim, values + head * args.capacity * dim);
+    turn_heads<kNorm, kClip>(args, q, args.num_heads, args.q_norm, position, [&](int64_t i) { return q + i * dim; });
+    turn_heads<kNorm, kClip>(args, k, args.num_kv_heads, args.k_norm, position,
+                             [&](int64_t i) { return keys + i * stride; });
+    for (int64_t i = 0; i < args.num_kv_heads; ++i) {
+        const Head<false, kClip> head{v + i * dim, nullptr, V8::zero(), args.clip};
+        copy_head(head, 0, dim, values + i * stride);
     }
+}
+
+template <class Cache>
+KRASIS_INLINE auto row_function(const krasis_qkv_args &args) {
+    const bool norms = args.norm != KRASIS_QK_NORM_NONE, clips = args.clip > 0.0f;
+    if (norms) return clips ? rope_store_row<Cache, true, true> : rope_store_row<Cache, true, false>;
+    return clips ? rope_store_row<Cache, false, true> : rope_store_row<Cache, false, false>;
 }
 
 }  // namespace
 
 void rope_store_rows(const krasis_qkv_args &args, const krasis_span &span, int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-        if (args.kv_dtype == KRASIS_F16) {
-            rope_store_row<uint16_t>(args, span, row);
-        } else {
-            rope_store_row<float>(args, span, row);
-        }
-    }
+    const auto store = args.kv_dtype == KRASIS_F16 ? row_function<uint16_t>(args) : row_function<float>(args);
+    for (int64_t row = begin; row < end; ++row) store(args, span, row);
 }
 
 }  // namespace krasis::KRASIS_ISA_NAMESPACE

@@ -25,21 +25,28 @@ Scores scores_for(const krasis_pool *pool) {
 }
 
 // The best values so far, largest first; an equal one stays behind those found earlier.
-struct Best {
-    int32_t *ids;
-    float *values;
-    int64_t most, count = 0;
+class Best {
+  public:
+    Best(int32_t *best_ids, float *best_values, int64_t size) : ids_(best_ids), values_(best_values), most_(size) {}
 
     void offer(int32_t id, float value) {
-        if (count == most && !(value > values[most - 1])) return;
-        int64_t place = count < most ? count++ : most - 1;
-        for (; place > 0 && value > values[place - 1]; --place) {
-            ids[place] = ids[place - 1];
-            values[place] = values[place - 1];
-        }
-        ids[place] = id;
-        values[place] = value;
+        if (count_ < most_ || value > values_[most_ - 1]) insert(id, value);
     }
+
+  private:
+    void insert(int32_t id, float value) {
+        int64_t place = count_ < most_ ? count_++ : most_ - 1;
+        for (; place > 0 && value > values_[place - 1]; --place) {
+            ids_[place] = ids_[place - 1];
+            values_[place] = values_[place - 1];
+        }
+        ids_[place] = id;
+        values_[place] = value;
+    }
+
+    int32_t *ids_;
+    float *values_;
+    int64_t most_, count_ = 0;
 };
 
 // What a row of logits is turned into: arrays with room for a whole number of 16 floats.
@@ -71,26 +78,26 @@ float group_score(const krasis_route_args &args, const float *choice, int64_t si
     float values[2];
     int32_t ids[2];
     const bool two = args.group_score == KRASIS_GROUP_BEST_TWO && size > 1;
-    Best best{ids, values, two ? 2 : 1};
+    Best best(ids, values, two ? 2 : 1);
     for (int64_t i = 0; i < size; ++i) best.offer(0, choice[i]);
     return two ? values[0] + values[1] : values[0];
 }
 
 // ids: the top_k of choice, among the best groups; their choices in row.best.
 void choose(const krasis_route_args &args, const float *choice, Row &row, int32_t *ids) {
-    Best best{ids, row.best, args.top_k};
-    const int64_t size = args.num_experts / args.groups;
-    int64_t num_groups = args.groups;
-    if (args.top_groups < args.groups) {
-        Best groups{row.groups, row.group_best, args.top_groups};
-        for (int64_t g = 0; g < args.groups; ++g) {
-            groups.offer(static_cast<int32_t>(g), group_score(args, choice + g * size, size));
-        }
-        num_groups = args.top_groups;
-        std::sort(row.groups, row.groups + num_groups);  // lower ids are found first
+    Best best(ids, row.best, args.top_k);
+    if (args.top_groups == args.groups) {
+        for (int64_t e = 0; e < args.num_experts; ++e) best.offer(static_cast<int32_t>(e), choice[e]);
+        return;
     }
-    for (int64_t i = 0; i < num_groups; ++i) {
-        const int64_t first = (args.top_groups < args.groups ? row.groups[i] : i) * size;
+    const int64_t size = args.num_experts / args.groups;
+    Best groups(row.groups, row.group_best, args.top_groups);
+    for (int64_t g = 0; g < args.groups; ++g) {
+        groups.offer(static_cast<int32_t>(g), group_score(args, choice + g * size, size));
+    }
+    std::sort(row.groups, row.groups + args.top_groups);  // lower ids are found first
+    for (int64_t i = 0; i < args.top_groups; ++i) {
+        const int64_t first = row.groups[i] * size;
         for (int64_t e = first; e < first + size; ++e) best.offer(static_cast<int32_t>(e), choice[e]);
     }
 }
@@ -104,7 +111,9 @@ void weigh(const krasis_route_args &args, const int32_t *ids, float *weights) {
         sum += args.sum_epsilon;
         for (int64_t j = 0; j < args.top_k; ++j) weights[j] /= sum;
     }
-    for (int64_t j = 0; j < args.top_k; ++j) weights[j] *= args.scale;
+    if (args.scale != 1.0f) {
+        for (int64_t j = 0; j < args.top_k; ++j) weights[j] *= args.scale;
+    }
     if (!args.expert_scale) return;
     for (int64_t j = 0; j < args.top_k; ++j) weights[j] *= args.expert_scale[ids[j]];
 }
