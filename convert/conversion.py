@@ -125,7 +125,7 @@ def prepare(paths: Sequence[Path], out: Path, settings: ConvertSettings, reporte
     plan = plan_conversion(inputs.hf, inputs.gguf, settings, usable_memory_bytes())
     calibration = None
     if settings.calibration is not None:
-        calibration = load_calibration(settings.calibration, plan.architecture)
+        calibration = load_calibration(settings.calibration, plan.spec)
     for notice in notices(plan, inputs):
         reporter.warn(notice)
     alarms = Alarms()
@@ -137,7 +137,7 @@ def prepare(paths: Sequence[Path], out: Path, settings: ConvertSettings, reporte
 
 def _sound_text(inputs: OpenInputs, settings: ConvertSettings, reporter: Reporter) -> dict[str, bytes]:
     source = inputs.sources()[0]
-    where, rows = str(source.path), source.architecture.vocab_size
+    where, rows = str(source.path), source.spec.vocab
     return sound_text(inputs.assets, inputs.unreadable, where, rows, reporter, force=settings.force_text)
 
 
@@ -312,7 +312,7 @@ def _write(prepared: Prepared, partial: Partial, reporter: Reporter) -> Pipeline
             file.check_unchanged()
     quality = [result.quality[unit.name] for unit in plan.units]
     assets = [writer.write_asset(name, data) for name, data in sorted(prepared.inputs.assets.items())]
-    assets.append(writer.write_asset(REPORT_NAME, report_bytes(quality, plan.architecture.num_layers)))
+    assets.append(writer.write_asset(REPORT_NAME, report_bytes(quality, len(plan.spec.layers))))
     num_compared = verify_sample(plan, writer.path, result.quality)
     reporter.detail(f"the shards were written by {writer.output_description}")
     reporter.detail(f"{num_compared} experts read back and compared with their source")
@@ -342,7 +342,7 @@ def _manifest(prepared: Prepared, result: PipelineResult, assets: Sequence[Asset
                 sources.append(SourceRecord(file.name, source.kind, file.num_bytes, digest))
     return Manifest(
         tool_version=tool_version(),
-        architecture=plan.architecture,
+        spec=plan.spec,
         layouts=prepared.settings.layouts(),
         files=plan.shards.file_records(),
         blobs=plan.shards.blob_records(result.blobs),

@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from krasis.convert.names import DENSE, PARTS
 from krasis.convert.slices import TensorSlice
+from krasis.convert.source_parts import SourcePart
 from krasis.convert.sources import WeightSource
-from krasis.formats.architecture import Architecture
 from krasis.formats.errors import FormatError, MismatchError
+from krasis.formats.layouts.expert_record import PARTS
 from krasis.formats.layouts.matrix import PackStats
+from krasis.formats.models.record import Record
+from krasis.formats.models.spec import ModelSpec
 
 NUM_SAMPLED_LAYERS = 6
 NUM_SAMPLED_EXPERTS = 3
@@ -49,18 +52,10 @@ _LIMITS = {
 }
 _LOOSEST_LIMIT = 0.9  # types of fewer than 2 bits
 
-_EQUAL_FIELDS = (
-    "num_layers",
-    "hidden_size",
-    "num_heads",
-    "num_kv_heads",
-    "head_dim",
-    "num_experts",
-    "num_experts_per_token",
-    "expert_intermediate_size",
-    "vocab_size",
+# What a GGUF's metadata cannot say or says in another way; the checkpoint's word counts.
+_NOT_COMPARED = frozenset(
+    {"draft_layers", "max_positions", "renormalise", "scaling", "sum_epsilon", "sum_floor", "tied"}
 )
-_CLOSE_FIELDS = ("rms_norm_eps", "rope_theta")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,38 +78,58 @@ def error_limit(dtype: str) -> float:
 
 def check_same_model(hf: WeightSource, gguf: WeightSource) -> CrossCheck:
     """MismatchError naming the field or tensor that differs, FormatError for NaN or infinity in a sample."""
-    _check_architectures(hf.architecture, gguf.architecture, str(gguf.path))
+    _check_specs(hf.spec, gguf.spec, str(gguf.path))
     num_tensors, worst, worst_share = 0, ("", 0.0), -1.0
     experts = PackStats(0.0, 0.0, 0.0, 0)
     for ours, theirs, is_expert in _pairs(hf, gguf):
         stats = _compare(ours, theirs)
         relative = _relative_error(stats)
-        limit = error_limit(theirs.dtype)
+        limit = error_limit(theirs.piece.dtype)
         if not relative <= limit:
             raise MismatchError(
-                f"the weights are not those of '{ours.tensor}' in {hf.path}, but of another model or version",
-                where=theirs.where,
+                f"the weights are not those of '{ours.piece.tensor}' in {hf.path}, but of another model or "
+                "version",
+                where=theirs.piece.where,
                 got=f"relative error {relative:.3g}",
-                limit=f"{limit:g} for {theirs.dtype}",
+                limit=f"{limit:g} for {theirs.piece.dtype}",
                 hint="give the GGUF that was made from this checkpoint, or only one of the two",
             )
         num_tensors += 1
         if relative / limit > worst_share:
-            worst, worst_share = (theirs.tensor, relative), relative / limit
+            worst, worst_share = (theirs.piece.tensor, relative), relative / limit
         if is_expert:
             experts = experts + stats
     return CrossCheck(num_tensors, worst[0], worst[1], experts)
 
 
-def _check_architectures(hf: Architecture, gguf: Architecture, where: str) -> None:
-    for field in _EQUAL_FIELDS:
-        expected, found = getattr(hf, field), getattr(gguf, field)
-        if expected != found:
-            raise _other_model(field, expected, found, where)
-    for field in _CLOSE_FIELDS:
-        expected, found = getattr(hf, field), getattr(gguf, field)
-        if not math.isclose(expected, found, rel_tol=1e-5):
-            raise _other_model(field, expected, found, where)
+def _check_specs(hf: ModelSpec, gguf: ModelSpec, where: str) -> None:
+    if len(hf.layers) != len(gguf.layers):
+        raise _other_model("num_layers", len(hf.layers), len(gguf.layers), where)
+    layers = dict.fromkeys(zip(hf.layers, gguf.layers, strict=True))
+    for pair in ((hf, gguf), *layers):
+        expected, found = (_flat(record) for record in pair)
+        for field in sorted(expected.keys() | found.keys()):
+            if not _is_same(expected.get(field), found.get(field)):
+                raise _other_model(field, expected.get(field), found.get(field), where)
+
+
+def _flat(record: Record) -> dict[str, Any]:
+    """Every compared field of a record and of those inside it, by its path."""
+    values: dict[str, Any] = {}
+    names: tuple[str, ...] = type(record).__slots__
+    for field in names:
+        value = getattr(record, field)
+        if isinstance(value, Record):
+            values |= {f"{field}.{name}": inner for name, inner in _flat(value).items()}
+        elif not isinstance(value, tuple):
+            values[field] = value
+    return {name: value for name, value in values.items() if name.rpartition(".")[2] not in _NOT_COMPARED}
+
+
+def _is_same(expected: object, found: object) -> bool:
+    if isinstance(expected, float) and isinstance(found, float):
+        return math.isclose(expected, found, rel_tol=1e-5)
+    return expected == found
 
 
 def _other_model(field: str, expected: object, found: object, where: str) -> MismatchError:
@@ -127,19 +142,22 @@ def _other_model(field: str, expected: object, found: object, where: str) -> Mis
     )
 
 
-def _pairs(hf: WeightSource, gguf: WeightSource) -> Iterator[tuple[TensorSlice, TensorSlice, bool]]:
-    arch = hf.architecture
-    sampled = set(spread(arch.num_layers, NUM_SAMPLED_LAYERS))
-    for name in DENSE:
+def _pairs(hf: WeightSource, gguf: WeightSource) -> Iterator[tuple[SourcePart, SourcePart, bool]]:
+    spec = hf.spec
+    sampled = set(spread(len(spec.layers), NUM_SAMPLED_LAYERS))
+    for tensor, layer, parts in hf.all_dense():
         # Norms are small and kept as floats: every layer's is compared, which tells apart even close
         # relatives.
-        layers = range(arch.num_layers) if len(name.shape) == 1 else sorted(sampled)
-        for layer in layers if name.per_layer else (None,):
-            yield hf.dense(name.ours, layer), gguf.dense(name.ours, layer), False
-    for layer in sorted(sampled):
-        for expert in spread(arch.num_experts, NUM_SAMPLED_EXPERTS):
+        if len(tensor.shape) == 1 or layer is None or layer in sampled:
+            for ours, theirs in zip(parts, gguf.dense(tensor, layer), strict=True):
+                yield ours, theirs, False
+    layers = spec.expert_layers
+    for layer in (layers[i] for i in spread(len(layers), NUM_SAMPLED_LAYERS)):
+        for expert in spread(spec.experts_of(layer).count, NUM_SAMPLED_EXPERTS):
             for part in PARTS:
-                yield hf.expert(layer, expert, part), gguf.expert(layer, expert, part), True
+                pair = (source.expert(layer, expert, part) for source in (hf, gguf))
+                ours, theirs = (SourcePart(piece) for piece in pair)
+                yield ours, theirs, True
 
 
 def spread(count: int, samples: int) -> list[int]:
@@ -149,12 +167,12 @@ def spread(count: int, samples: int) -> list[int]:
     return sorted({round(i * (count - 1) / (samples - 1)) for i in range(samples)})
 
 
-def _compare(ours: TensorSlice, theirs: TensorSlice) -> PackStats:
+def _compare(ours: SourcePart, theirs: SourcePart) -> PackStats:
     stats = PackStats(0.0, 0.0, 0.0, 0)
-    if len(ours.shape) == 1:
-        return _difference(ours, theirs)
-    for row in spread(ours.shape[0], NUM_SAMPLED_ROWS):
-        stats = stats + _difference(ours.rows(row, row + 1), theirs.rows(row, row + 1))
+    if len(ours.piece.shape) == 1:
+        return _difference(ours.restored(ours.piece), theirs.restored(theirs.piece))
+    for row in spread(ours.piece.shape[0], NUM_SAMPLED_ROWS):
+        stats = stats + _difference(ours.row(row), theirs.row(row))
     return stats
 
 

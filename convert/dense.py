@@ -5,26 +5,26 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from krasis.convert.alarms import Alarms
 from krasis.convert.digests import ContentDigests
-from krasis.convert.plan import CHUNK_BYTES, PLAIN_LAYER, Unit
+from krasis.convert.plan import CHUNK_BYTES, Unit
 from krasis.convert.quality import UnitQuality
 from krasis.convert.slices import TensorSlice, first_nonfinite_row
+from krasis.convert.source_parts import SourcePart, stacked_dtype
 from krasis.convert.sources import WeightSource
 from krasis.convert.writer_thread import WriterThread
 from krasis.formats.bundle.writer import BlobSink, BundleWriter
 from krasis.formats.errors import FormatError
 from krasis.formats.files.aligned import aligned_empty
 from krasis.formats.layouts import STRIP_ROWS, Int8RowsLayout, padded_rows
-from krasis.formats.layouts.matrix import MatrixView
+from krasis.formats.layouts.matrix import MatrixView, bf16_to_float32
+from krasis.formats.models.tensors import blob_name, dense_tensors_of
 from krasis.formats.native import Pool
-
-QKV_PARTS = ("attention.q", "attention.k", "attention.v")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,20 +42,14 @@ class DensePacker:
     def pack(self, unit: Unit) -> tuple[dict[str, str], UnitQuality]:
         """Writes the unit's blobs; their digests and errors. Raises FormatError for NaN or infinity."""
         quality = UnitQuality(unit.layer)
-        if unit.layer is None:
-            digests = self._plain("embedding", self.source.dense("embedding"))
-            digests |= self._plain("final_norm", self.source.dense("final_norm"))
-            rows = padded_rows(self.source.architecture.vocab_size)
-            digests |= self._int8("lm_head", [self.source.dense("lm_head")], rows, quality)
-            return digests, quality
-        prefix = f"layers.{unit.layer}."
-        parts = [self.source.dense(part, unit.layer) for part in QKV_PARTS]
-        rows = self.source.architecture.qkv_rows
-        digests = self._int8(f"{prefix}attention.qkv", parts, rows, quality)
-        output = self.source.dense("attention.output", unit.layer)
-        digests |= self._int8(f"{prefix}attention.output", [output], output.shape[0], quality)
-        for ours in PLAIN_LAYER:
-            digests |= self._plain(f"{prefix}{ours}", self.source.dense(ours, unit.layer))
+        digests: dict[str, str] = {}
+        for tensor in dense_tensors_of(self.source.spec, unit.layer):
+            name, parts = blob_name(tensor, unit.layer), self.source.dense(tensor, unit.layer)
+            if tensor.store == "int8_rows":
+                digests |= self._int8(name, tensor.name, parts, padded_rows(tensor.shape[0]), quality)
+            else:
+                dtype = "F32" if tensor.store == "f32" else stacked_dtype(parts)
+                digests |= self._plain(name, parts, dtype, looked_at=not tensor.is_bias)
         return digests, quality
 
     def _read(self, piece: TensorSlice) -> None:
@@ -63,28 +57,35 @@ class DensePacker:
         self.digests.add(self.source.kind, piece)
         self.advance(piece.raw.nbytes)
 
-    def _plain(self, name: str, piece: TensorSlice) -> dict[str, str]:
+    def _plain(self, name: str, parts: list[SourcePart], dtype: str, *, looked_at: bool) -> dict[str, str]:
+        """parts: stacked row-wise, in their own type or decoded to F32."""
         with self.writer.open_blob(name) as sink:
-            for block in _row_blocks(piece, 1):
-                self._read(block)
-                data = block.raw if block.is_float else _decoded_bytes(block)
-                _check_finite(block if block.is_float else _as_f32(block, data), piece)
-                self.thread.write(sink, data)
-            self.alarms.look_at(piece)
+            for part in parts:
+                for raw in _row_blocks(part, 1):
+                    self._read(raw)
+                    block = part.restored(raw)
+                    if block.dtype != dtype:
+                        block = _as_f32(block)
+                    _check_finite(block, part.piece)
+                    self.thread.write(sink, block.raw)
+            for part in parts:
+                if looked_at:
+                    self.alarms.look_at(part.piece)
             self.thread.flush()
             return {name: sink.close()}
 
-    def _int8(self, name: str, parts: list[TensorSlice], rows: int, quality: UnitQuality) -> dict[str, str]:
+    def _int8(
+        self, name: str, kind: str, parts: list[SourcePart], rows: int, quality: UnitQuality
+    ) -> dict[str, str]:
         """parts: stacked row-wise; zero rows fill the last one up to ``rows``."""
-        kind = name.split(".", 2)[-1]
         scales = np.zeros(rows, np.float32)
         with ExitStack() as stack:
             sink = stack.enter_context(self.writer.open_blob(name))
             done = 0
             for matrix, where in self._matrices(parts):
                 done += self._pack_matrix(sink, matrix, where, scales[done:], kind, quality)
-            for piece in parts:
-                self.alarms.look_at(piece)
+            for part in parts:
+                self.alarms.look_at(part.piece)
             self.thread.flush()
             digests = {name: sink.close()}
             scale_sink = stack.enter_context(self.writer.open_blob(f"{name}.scale"))
@@ -92,12 +93,22 @@ class DensePacker:
             digests[f"{name}.scale"] = scale_sink.close()
         return digests
 
-    def _matrices(self, parts: list[TensorSlice]) -> Iterator[tuple[MatrixView, str]]:
-        """The parts in blocks of whole strips; check_architecture made sure that parts end at strips."""
-        for piece in parts:
-            for block in _row_blocks(piece, STRIP_ROWS):
-                self._read(block)
-                yield block.matrix(), block.where
+    def _matrices(self, parts: list[SourcePart]) -> Iterator[tuple[MatrixView, str]]:
+        """The parts in blocks of whole strips, but for the last. Rows that a part has beyond its last strip
+        begin the next part's first.
+        """
+        blocks = [(part, block) for part in parts for block in _row_blocks(part, STRIP_ROWS)]
+        rest: MatrixView | None = None
+        for number, (part, block) in enumerate(blocks, 1):
+            self._read(block)
+            matrix = part.restored(block).matrix()
+            if rest is not None:
+                matrix, rest = _joined(rest, matrix), None
+            whole = matrix.n if number == len(blocks) else matrix.n - matrix.n % STRIP_ROWS
+            if whole < matrix.n:
+                rest = MatrixView(matrix.data[whole:].copy(), matrix.dtype)
+            if whole:
+                yield MatrixView(matrix.data[:whole], matrix.dtype), block.where
 
     def _pack_matrix(
         self,
@@ -121,21 +132,28 @@ class DensePacker:
         return padded
 
 
-def _row_blocks(piece: TensorSlice, multiple: int) -> list[TensorSlice]:
+def _row_blocks(part: SourcePart, multiple: int) -> Iterator[TensorSlice]:
     """Blocks of at most CHUNK_BYTES of float32, each but the last a multiple of ``multiple`` rows."""
-    columns = piece.shape[1] if len(piece.shape) > 1 else 1
-    rows = max(1, CHUNK_BYTES // (4 * columns * multiple)) * multiple
-    return [piece.rows(start, start + rows) for start in range(0, piece.shape[0], rows)]
+    columns = part.piece.shape[1] if len(part.piece.shape) > 1 else 1
+    return part.blocks(CHUNK_BYTES // (4 * columns), multiple)
 
 
-def _decoded_bytes(block: TensorSlice) -> npt.NDArray[np.uint8]:
-    return np.ascontiguousarray(block.decode()).reshape(-1).view(np.uint8)
+def _joined(first: MatrixView, second: MatrixView) -> MatrixView:
+    """Two matrices as one, in float32 where their types differ (which loses nothing)."""
+    if first.dtype == second.dtype:
+        return MatrixView(np.concatenate([first.data, second.data]), first.dtype)
+    return MatrixView(np.concatenate([_floats(first), _floats(second)]), "F32")
 
 
-def _as_f32(block: TensorSlice, data: npt.NDArray[np.uint8]) -> TensorSlice:
-    return TensorSlice(
-        block.tensor, block.where, "F32", block.shape, data, block.offset_bytes, block.total_bytes
-    )
+def _floats(matrix: MatrixView) -> npt.NDArray[np.float32]:
+    if matrix.dtype == "BF16":
+        return bf16_to_float32(matrix.data)
+    return matrix.data.astype(np.float32)
+
+
+def _as_f32(block: TensorSlice) -> TensorSlice:
+    raw = np.ascontiguousarray(block.decode()).reshape(-1).view(np.uint8)
+    return replace(block, dtype="F32", raw=raw)
 
 
 def _check_finite(block: TensorSlice, piece: TensorSlice) -> None:

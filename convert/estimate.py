@@ -9,8 +9,8 @@ import numpy as np
 
 from krasis.convert.digests import ContentDigests
 from krasis.convert.expert_reader import ExpertReader
-from krasis.convert.names import PARTS
 from krasis.convert.plan import ConversionPlan, expert_record
+from krasis.formats.layouts.expert_record import PARTS
 from krasis.formats.native import Pool
 
 SAMPLE_SECONDS = 0.5
@@ -25,11 +25,12 @@ class Estimate:
 
 
 def estimate(plan: ConversionPlan) -> Estimate:
-    """Packs experts of the first layer for about half a second a tier.
+    """Packs experts of the first layer that has any for about half a second a tier.
 
     Dense tensors count as experts of their size.
     """
-    arch, settings = plan.architecture, plan.settings
+    spec, settings = plan.spec, plan.settings
+    first, counts = spec.expert_layers[0], [spec.experts_of(i).count for i in spec.expert_layers]
     total_s, expert_bytes = 0.0, 0
     with (
         Pool(settings.num_threads) as pool,
@@ -37,19 +38,19 @@ def estimate(plan: ConversionPlan) -> Estimate:
     ):
         for tier in settings.tiers:
             layout = settings.layout(tier)
-            out = np.zeros(expert_record(arch, settings, tier).record_bytes, np.uint8)
+            out = np.zeros(expert_record(spec, first, settings, tier).record_bytes, np.uint8)
             keep_q8_0 = settings.keeps_q8_0(tier)
             source = plan.expert_source(tier)
             begin, times = time.perf_counter(), list[float]()
-            for expert in reader.experts(source, 0, keep_q8_0=keep_q8_0):
+            for expert in reader.experts(source, first, keep_q8_0=keep_q8_0):
                 for part, view, piece in zip(PARTS, expert.views, expert.pieces, strict=True):
                     layout.pack_part(
                         pool,
                         part,
                         view,
                         out,
-                        hidden=arch.hidden_size,
-                        intermediate=arch.expert_intermediate_size,
+                        hidden=spec.hidden,
+                        intermediate=spec.experts_of(first).intermediate,
                         where=piece.where,
                     )
                 times.append(time.perf_counter())
@@ -57,8 +58,8 @@ def estimate(plan: ConversionPlan) -> Estimate:
                     break
             # The first expert pays for starting threads and for memory touched for the first time.
             per_expert = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else times[0] - begin
-            total_s += per_expert * arch.num_experts * arch.num_layers
-            expert_bytes += sum(source.expert_bytes(layer) for layer in range(arch.num_layers))
+            total_s += per_expert * sum(counts)
+            expert_bytes += sum(source.expert_bytes(layer) for layer in spec.expert_layers)
     if total_s <= 0.0 or expert_bytes == 0:
         return Estimate(0.0, 0.0)
     rate = expert_bytes / total_s

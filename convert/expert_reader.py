@@ -11,9 +11,9 @@ import numpy as np
 
 from krasis.convert.constant_runs import ConstantRun, constant_runs
 from krasis.convert.digests import ContentDigests
-from krasis.convert.names import PARTS
 from krasis.convert.slices import TensorSlice
 from krasis.convert.sources import WeightSource
+from krasis.formats.layouts.expert_record import PARTS
 from krasis.formats.layouts.matrix import MatrixView
 from krasis.formats.process.machine_limits import usable_cpus
 
@@ -58,7 +58,7 @@ class ExpertReader:
 
     def experts(self, source: WeightSource, layer: int, *, keep_q8_0: bool) -> Iterator[ExpertWeights]:
         """All experts of a layer. keep_q8_0: hand over Q8_0 matrices as raw blocks."""
-        num_experts = source.architecture.num_experts
+        num_experts = source.spec.experts_of(layer).count
         ahead = max(1, min(READ_AHEAD_EXPERTS, num_experts))
         reads: deque[Future[_Read]] = deque()
         decodes: deque[_Decode] = deque()

@@ -16,10 +16,9 @@ from typing import Any
 
 from krasis.convert.digests import ContentDigests
 from krasis.convert.journal import JOURNAL_NAME, read_journal
-from krasis.convert.names import PARTS
 from krasis.convert.opening import OpenInputs
 from krasis.convert.partial import describe_difference, lock_folder, partial_path
-from krasis.convert.plan import PLAIN_LAYER, ConversionPlan
+from krasis.convert.plan import ConversionPlan
 from krasis.convert.progress import Reporter
 from krasis.convert.quality import REPORT_NAME
 from krasis.convert.slices import TensorSlice
@@ -29,8 +28,8 @@ from krasis.formats.bundle.publish import remove_bundle
 from krasis.formats.bundle.reader import Bundle
 from krasis.formats.errors import FormatError, MismatchError
 from krasis.formats.files.file_ops import FileOps, io_errors, sync_directory
-
-_MATRICES = ("attention.q", "attention.k", "attention.v", "attention.output")
+from krasis.formats.layouts.expert_record import PARTS
+from krasis.formats.models.tensors import dense_tensors_of
 
 
 def finish_earlier_run(out: Path, fingerprint: Mapping[str, Any], io: FileOps) -> Manifest | None:
@@ -94,7 +93,7 @@ def _looks_same(
     return (
         manifest.tool_version == tool_version
         and dict(manifest.recipe) == dict(recipe)
-        and manifest.architecture == plan.architecture
+        and manifest.spec == plan.spec
         and dict(manifest.layouts) == plan.settings.layouts()
         and sorted(manifest.files, key=str) == sorted(plan.shards.file_records(), key=str)
         and _places(manifest.blobs) == _places(plan.shards.blob_records(dict.fromkeys(names, "")))
@@ -127,7 +126,7 @@ def _same_sources(manifest: Manifest, plan: ConversionPlan, inputs: OpenInputs, 
 def _digests(plan: ConversionPlan, reporter: Reporter) -> ContentDigests:
     """The digest of every tensor that a conversion reads."""
     digests = ContentDigests()
-    arch = plan.architecture
+    spec = plan.spec
 
     def add(source: WeightSource, piece: TensorSlice) -> None:
         piece.touch()
@@ -137,14 +136,13 @@ def _digests(plan: ConversionPlan, reporter: Reporter) -> ContentDigests:
 
     reporter.begin(plan.source_bytes, 0)
     try:
-        for name in ("embedding", "final_norm", "lm_head"):
-            add(plan.dense_source, plan.dense_source.dense(name))
-        for layer in range(arch.num_layers):
-            for name in (*_MATRICES, *PLAIN_LAYER):
-                add(plan.dense_source, plan.dense_source.dense(name, layer))
-            for tier in plan.settings.tiers:
+        for layer in (None, *range(len(spec.layers))):
+            for tensor in dense_tensors_of(spec, layer):
+                for one in plan.dense_source.dense(tensor, layer):
+                    add(plan.dense_source, one.piece)
+            for tier in plan.settings.tiers if layer in spec.expert_layers else ():
                 source = plan.expert_source(tier)
-                for expert in range(arch.num_experts):
+                for expert in range(spec.experts_of(layer).count):
                     for part in PARTS:
                         add(source, source.expert(layer, expert, part))
     finally:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from krasis.convert.alarms import Alarms, PackedPart
 from krasis.convert.constant_runs import LONG_BYTES, constant_runs
-from krasis.convert.names import PARTS, dense_keys
 from krasis.convert.slices import TensorSlice
 from krasis.convert.sources import WeightSource
+from krasis.formats.layouts.expert_record import PARTS
 from krasis.formats.layouts.matrix import PackStats
 
 
@@ -43,16 +43,17 @@ def look_into_holes(source: WeightSource, alarms: Alarms) -> None:
     suspects = set(_tensors_in_holes(source))
     if not suspects:
         return
-    for name, layer in dense_keys(source.architecture):
-        piece = source.dense(name.ours, layer)
-        if piece.tensor in suspects:
-            alarms.look_at(piece)
-    for layer in range(source.architecture.num_layers):
-        for expert in range(source.architecture.num_experts):
+    for tensor, _, parts in source.all_dense():
+        for part in parts:
+            if part.piece.tensor in suspects and not tensor.is_bias:
+                alarms.look_at(part.piece)
+    for layer in source.spec.expert_layers:
+        num_experts = source.spec.experts_of(layer).count
+        for expert in range(num_experts):
             pieces = [source.expert(layer, expert, part) for part in PARTS]
             if not suspects.isdisjoint(piece.tensor for piece in pieces):
                 alarms.look_at_expert(f"layer {layer} expert {expert}", [_unpacked(one) for one in pieces])
-        alarms.end_layer(source.architecture.num_experts)
+        alarms.end_layer(num_experts)
 
 
 def _tensors_in_holes(source: WeightSource) -> Iterator[str]:

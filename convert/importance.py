@@ -18,10 +18,10 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from krasis.formats.architecture import Architecture
 from krasis.formats.errors import FormatError
 from krasis.formats.files.regular_file import open_regular
 from krasis.formats.layouts.expert_record import ExpertImportance
+from krasis.formats.models.spec import ModelSpec
 from krasis.formats.process.worker_process import WorkerLost, WorkerProcess, WorkerRefusal
 from krasis.formats.process.worker_protocol import MAX_REFUSAL_BYTES, pack_parts, unpack_parts
 
@@ -48,23 +48,19 @@ class Calibration:
         return ExpertImportance(hidden, intermediate)
 
 
-def load_calibration(path: Path, architecture: Architecture) -> Calibration:
+def load_calibration(path: Path, spec: ModelSpec) -> Calibration:
     """Reads and checks the whole file (a few MB a layer), in a worker: HDF5 does not survive every damaged
     file. Raises FormatError, and ResourceError if the system refuses."""
     os.close(open_regular(path, follow_links=True))
-    experts = architecture.num_experts
-    shapes = {
-        "hidden": (experts, architecture.hidden_size),
-        "intermediate": (experts, architecture.expert_intermediate_size),
-    }
     file = _CalibrationFile(path)
     try:
         layers = {
             layer: (
-                file.array(f"layers/{layer}/hidden", shapes["hidden"]),
-                file.array(f"layers/{layer}/intermediate", shapes["intermediate"]),
+                file.array(f"layers/{layer}/hidden", (experts.count, spec.hidden)),
+                file.array(f"layers/{layer}/intermediate", (experts.count, experts.intermediate)),
             )
-            for layer in range(architecture.num_layers)
+            for layer in spec.expert_layers
+            for experts in (spec.experts_of(layer),)
         }
     finally:
         file.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from krasis.convert.convertible import kernels_note
 from krasis.convert.opening import OpenInputs
 from krasis.convert.plan import ConversionPlan
 from krasis.convert.sources import dense_types, quantised_types
@@ -12,6 +13,8 @@ from krasis.convert.sources import dense_types, quantised_types
 def notices(plan: ConversionPlan, inputs: OpenInputs) -> Iterator[str]:
     """One sentence each."""
     yield from inputs.notes
+    if (note := kernels_note(plan.spec)) is not None:
+        yield note
     settings = plan.settings
     gguf_types = plan.cpu_source.expert_types() if plan.cpu_source.kind == "gguf" else ()
     rounded = ", ".join(quantised_types(gguf_types))

@@ -8,24 +8,24 @@ from pathlib import Path
 
 import xxhash
 
+from krasis.convert.convertible import check_convertible
 from krasis.convert.inputs import Inputs
 from krasis.convert.slices import Bytes
 from krasis.convert.sources import SourceFile, TensorInfo, TensorTable, WeightSource, has_own_head
 from krasis.convert.text_assets import assets_from_folder, assets_from_gguf
 from krasis.convert.vocabulary import check_gguf_tokens
-from krasis.formats.architecture import from_gguf_metadata, from_hf_config, read_hf_config
 from krasis.formats.checkpoints.gguf import GgufCheckpoint
 from krasis.formats.checkpoints.gguf_kind import check_is_model
-from krasis.formats.checkpoints.quantised_checkpoint import refuse_side_files
+from krasis.formats.checkpoints.hf_config import read_hf_config
+from krasis.formats.checkpoints.quantised_checkpoint import refuse_quantised, refuse_side_files
 from krasis.formats.checkpoints.safetensors import ShardedCheckpoint
 from krasis.formats.errors import FormatError, KrasisError
 from krasis.formats.files.file_kinds import refuse_text
 from krasis.formats.files.regular_file import read_small_file
 from krasis.formats.limits import MAX_CONFIG_BYTES
 from krasis.formats.long_context import gguf_context_notes, hf_context_notes
-from krasis.formats.models.registry import spec_from_gguf
+from krasis.formats.models.registry import family_of, spec_from_gguf
 from krasis.formats.strict_json import parse_json_object
-from krasis.runtime.missing_kernels import refuse_missing_kernels
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,13 +108,23 @@ def _gguf_notes(
     hf: WeightSource | None, gguf: WeightSource, metadata: Mapping[str, object]
 ) -> tuple[str, ...]:
     if hf is None:
-        return tuple(gguf_context_notes(metadata, gguf.architecture))
-    ours, theirs = hf.architecture.rope_scaling, gguf.architecture.rope_scaling
+        return (*_draft_notes(gguf), *gguf_context_notes(metadata, gguf.spec))
+    ours, theirs = hf.spec.rope_scaling, gguf.spec.rope_scaling
     if (ours.kind, ours.factor) == (theirs.kind, theirs.factor):
         return ()
     return (
         f"the checkpoint's rope scaling ({ours.kind} x{ours.factor:g}) is used, not the GGUF's "
         f"({theirs.kind} x{theirs.factor:g})",
+    )
+
+
+def _draft_notes(source: WeightSource) -> tuple[str, ...]:
+    """A sentence where tensors are left out."""
+    if not source.num_draft_tensors:
+        return ()
+    return (
+        f"{source.num_draft_tensors} tensors of layers that only draft (multi-token prediction) are left "
+        "out: the model is the same without them",
     )
 
 
@@ -126,34 +136,36 @@ def _open_hf(
     data = read_small_file(config_path, MAX_CONFIG_BYTES, follow_links=True)
     refuse_text(data, config_path)
     config = parse_json_object(data, str(config_path), max_bytes=MAX_CONFIG_BYTES)
-    refuse_missing_kernels(read_hf_config(config, str(config_path)), str(config_path))
-    architecture = from_hf_config(config, str(config_path))
-    notes = list(hf_context_notes(config, architecture))
+    spec = read_hf_config(config, str(config_path))
+    check_convertible(spec, str(config_path))
+    refuse_quantised(config, str(config_path))
+    family, notes = family_of(spec), list(hf_context_notes(config, spec))
     checkpoint = ShardedCheckpoint.open(path)
     table = _Table(checkpoint)
-    if architecture.tie_word_embeddings and has_own_head(table):
+    if spec.tied and has_own_head(table, family):
         # As transformers loads it: two matrices that differ are not tied, whatever config.json says.
-        architecture = replace(architecture, tie_word_embeddings=False)
+        spec = replace(spec, tied=False)
         notes.append(
             "config.json ties the output head to the embedding, but the checkpoint has a head of its own: "
             "that one is used, as transformers does"
         )
     try:
-        source = WeightSource("hf", path, architecture, _as_table(table), table.files())
+        source = WeightSource("hf", path, spec, family, _as_table(table), table.files())
     except FormatError:
         refuse_side_files(folder)  # if one explains it
         raise
-    return source, assets_from_folder(folder), (*checkpoint.notes, *notes)
+    return source, assets_from_folder(folder), (*checkpoint.notes, *notes, *_draft_notes(source))
 
 
 def _open_gguf(path: Path) -> tuple[WeightSource, Mapping[str, object]]:
     checkpoint = GgufCheckpoint.open(path)
     check_is_model(checkpoint.metadata, checkpoint.tensors, str(path))
-    refuse_missing_kernels(spec_from_gguf(checkpoint.metadata, checkpoint.tensors, str(path)), str(path))
-    architecture = from_gguf_metadata(checkpoint.metadata, checkpoint.tensors, str(path))
-    check_gguf_tokens(checkpoint.metadata, architecture.vocab_size, str(path))
+    spec = spec_from_gguf(checkpoint.metadata, checkpoint.tensors, str(path))
+    check_convertible(spec, str(path))
+    check_gguf_tokens(checkpoint.metadata, spec.vocab, str(path))
     table = _Table(checkpoint)
-    return WeightSource("gguf", path, architecture, _as_table(table), table.files()), checkpoint.metadata
+    source = WeightSource("gguf", path, spec, family_of(spec), _as_table(table), table.files())
+    return source, checkpoint.metadata
 
 
 def _as_table(table: _Table) -> TensorTable:

@@ -12,7 +12,6 @@ from krasis.convert.digests import ContentDigests
 from krasis.convert.expert_reader import ExpertReader, ExpertWeights
 from krasis.convert.importance import Calibration
 from krasis.convert.journal import Journal, UnitRecord
-from krasis.convert.names import PARTS
 from krasis.convert.plan import ConversionPlan, Unit, expert_record
 from krasis.convert.progress import Reporter
 from krasis.convert.quality import UnitQuality
@@ -21,7 +20,7 @@ from krasis.convert.resumption import check_finished
 from krasis.convert.writer_thread import Bytes, StagingRing, WriterThread
 from krasis.formats.bundle.writer import BlobSink, BundleWriter
 from krasis.formats.errors import FormatError
-from krasis.formats.layouts.expert_record import ExpertImportance, clear_padding
+from krasis.formats.layouts.expert_record import PARTS, ExpertImportance, clear_padding
 from krasis.formats.layouts.matrix import PackStats
 from krasis.formats.native import Pool
 
@@ -119,7 +118,7 @@ class _Worker:
             raise FormatError("a unit of experts has no layer", where=unit.name)
         plan, tier = self._plan, unit.kind
         source = plan.expert_source(tier)
-        record_bytes = expert_record(plan.architecture, plan.settings, tier).record_bytes
+        record_bytes = expert_record(plan.spec, unit.layer, plan.settings, tier).record_bytes
         keep_q8_0 = plan.settings.keeps_q8_0(tier)
         quality = UnitQuality(unit.layer)
         (name,) = unit.blobs
@@ -136,7 +135,7 @@ class _Worker:
                 source.release(expert.pieces)
             self._write(sink, slab, filled)
             self._thread.flush()
-            self.alarms.end_layer(plan.architecture.num_experts)
+            self.alarms.end_layer(plan.spec.experts_of(unit.layer).count)
             return {name: sink.close()}, quality
 
     def _write(self, sink: BlobSink, slab: Bytes, filled: int) -> None:
@@ -146,10 +145,10 @@ class _Worker:
         self, unit: Unit, number: int, expert: ExpertWeights, out: Bytes, quality: UnitQuality
     ) -> None:
         plan, tier = self._plan, unit.kind
-        arch = plan.architecture
+        hidden, intermediate = plan.spec.hidden, expert.views[0].n
         layout = plan.settings.layout(tier)
         importance = self._importance(unit, number)
-        clear_padding(out, layout.expert_record(arch.hidden_size, arch.expert_intermediate_size))
+        clear_padding(out, layout.expert_record(hidden, intermediate))
         w13, packed = PackStats(), []
         for part, view, piece, runs in zip(PARTS, expert.views, expert.pieces, expert.runs, strict=True):
             stats = layout.pack_part(
@@ -157,8 +156,8 @@ class _Worker:
                 part,
                 view,
                 out,
-                hidden=arch.hidden_size,
-                intermediate=arch.expert_intermediate_size,
+                hidden=hidden,
+                intermediate=intermediate,
                 importance=None if importance is None else importance.of(part),
                 where=piece.where,
             )

@@ -8,15 +8,16 @@ from typing import Literal
 
 from krasis.convert.settings import ConvertSettings
 from krasis.convert.slices import FLOAT_BYTES
+from krasis.convert.source_parts import stacked_dtype
 from krasis.convert.sources import WeightSource
-from krasis.formats.architecture import Architecture
+from krasis.formats.bundle.blob_names import expert_blob
 from krasis.formats.bundle.shard_plan import BlobSpec, PlacedBlob, ShardFile, ShardPlan, plan_shards
 from krasis.formats.errors import ResourceError, UsageError
 from krasis.formats.layouts import Int8RowsLayout, padded_rows
 from krasis.formats.layouts.expert_record import ExpertRecord
-
-# Vectors and small matrices that keep their own precision, per layer.
-PLAIN_LAYER = ("attention.q_norm", "attention.k_norm", "attention.norm", "experts.norm", "experts.router")
+from krasis.formats.models.mlps import Experts
+from krasis.formats.models.spec import ModelSpec
+from krasis.formats.models.tensors import blobs_of, dense_tensors, dense_tensors_of
 
 _MIB = 1 << 20
 # The interpreter, NumPy, HDF5, thread stacks, the parsed headers of thousands of tensors.
@@ -61,7 +62,7 @@ class MemoryPlan:
 class ConversionPlan:
     """Sources by role, blobs with their places, units in order, and the memory it takes."""
 
-    architecture: Architecture
+    spec: ModelSpec
     settings: ConvertSettings
     dense_source: WeightSource
     gpu_source: WeightSource
@@ -97,15 +98,17 @@ class ConversionPlan:
         return self.gpu_source if tier == "gpu" else self.cpu_source
 
 
-def plain_dtype(dtype: str) -> str:
-    """The type a plain blob keeps: its own, or F32 (exact) for a quantised source."""
-    return dtype if dtype in FLOAT_BYTES else "F32"
+def expert_record(spec: ModelSpec, layer: int, settings: ConvertSettings, tier: str) -> ExpertRecord:
+    """Sections and size of one packed expert of a layer."""
+    return settings.layout(tier).expert_record(spec.hidden, spec.experts_of(layer).intermediate)
 
 
-def expert_record(architecture: Architecture, settings: ConvertSettings, tier: str) -> ExpertRecord:
-    """Sections and size of one packed expert."""
-    layout = settings.layout(tier)
-    return layout.expert_record(architecture.hidden_size, architecture.expert_intermediate_size)
+def kinds_of_experts(spec: ModelSpec) -> dict[Experts, int]:
+    """The different kinds of experts that layers have, each with the first layer that has them."""
+    kinds: dict[Experts, int] = {}
+    for layer in spec.expert_layers:
+        kinds.setdefault(spec.experts_of(layer), layer)
+    return kinds
 
 
 def plan_conversion(
@@ -125,12 +128,12 @@ def plan_conversion(
     cpu_source = gguf or hf
     if dense_source is None or cpu_source is None:
         raise UsageError("no input model")
-    arch = dense_source.architecture
-    check_groups(arch, settings)
-    blobs = (*_dense_blobs(arch, dense_source), *_expert_blobs(arch, settings))
-    units = tuple(_units(arch, settings, dense_source, {"gpu": dense_source, "cpu": cpu_source}))
+    spec = dense_source.spec
+    check_groups(spec, settings)
+    blobs = (*_dense_blobs(spec, dense_source), *_expert_blobs(spec, settings))
+    units = tuple(_units(spec, settings, dense_source, {"gpu": dense_source, "cpu": cpu_source}))
     return ConversionPlan(
-        architecture=arch,
+        spec=spec,
         settings=settings,
         dense_source=dense_source,
         gpu_source=dense_source,
@@ -138,20 +141,20 @@ def plan_conversion(
         shards=plan_shards(blobs, settings.shard_bytes),
         blobs=blobs,
         units=units,
-        memory=plan_memory(arch, settings, dense_source, cpu_source, usable_bytes),
+        memory=plan_memory(spec, settings, dense_source, cpu_source, usable_bytes),
     )
 
 
-def check_groups(arch: Architecture, settings: ConvertSettings) -> None:
+def check_groups(spec: ModelSpec, settings: ConvertSettings) -> None:
     """Raises UsageError when a scale group does not divide the experts' input features."""
     group = settings.gpu_group
     if "gpu" not in settings.tiers or group is None:
         return
-    for what, size in (("hidden size", arch.hidden_size), ("expert size", arch.expert_intermediate_size)):
+    experts = [("expert size", one.intermediate) for one in kinds_of_experts(spec)]
+    sizes = [("hidden size", spec.hidden), *experts]
+    for what, size in sizes:
         if size % group:
-            fitting = [
-                g for g in (128, 64, 32) if arch.hidden_size % g == arch.expert_intermediate_size % g == 0
-            ]
+            fitting = [g for g in (128, 64, 32) if all(other % g == 0 for _, other in sizes)]
             raise UsageError(
                 f"--gpu-group {group} does not divide the model's {what}",
                 got=size,
@@ -160,7 +163,7 @@ def check_groups(arch: Architecture, settings: ConvertSettings) -> None:
 
 
 def plan_memory(
-    arch: Architecture,
+    spec: ModelSpec,
     settings: ConvertSettings,
     dense_source: WeightSource,
     cpu_source: WeightSource,
@@ -170,12 +173,17 @@ def plan_memory(
     not set under usable_bytes, down to the least. Pure.
     """
     limit = usable_bytes if settings.memory_limit_bytes is None else settings.memory_limit_bytes
-    record_bytes = max(expert_record(arch, settings, tier).record_bytes for tier in settings.tiers)
-    expert_floats = 3 * arch.hidden_size * arch.expert_intermediate_size * 4
+    kinds = kinds_of_experts(spec)
+    record_bytes = max(
+        expert_record(spec, layer, settings, tier).record_bytes
+        for layer in kinds.values()
+        for tier in settings.tiers
+    )
+    expert_floats = 3 * spec.hidden * max(experts.intermediate for experts in kinds) * 4
     # The gguf package builds each matrix twice while it dequantises it.
     decode_bytes = 2 * expert_floats if _decodes(settings, dense_source, cpu_source) else 0
     most = max(1, min(8, DECODE_BYTES // decode_bytes)) if decode_bytes else 0
-    fixed = BASE_BYTES + _dense_buffer_bytes(arch)
+    fixed = BASE_BYTES + _dense_buffer_bytes(spec)
     smallest = 0
     for slots, slab_bytes in STAGING_CHOICES:
         slot_bytes = max(record_bytes, slab_bytes)
@@ -204,62 +212,49 @@ def _decodes(settings: ConvertSettings, dense_source: WeightSource, cpu_source: 
     return False
 
 
-def _dense_buffer_bytes(arch: Architecture) -> int:
-    qkv = arch.qkv_rows * arch.hidden_size
-    output = arch.hidden_size * arch.attention_size
-    return max(qkv, output) + 4 * CHUNK_BYTES + 4 * padded_rows(arch.vocab_size)
+def _dense_buffer_bytes(spec: ModelSpec) -> int:
+    tensors = [tensor for layer, tensor in dense_tensors(spec) if layer is not None]
+    largest = max(n * k for n, k in (one.shape for one in tensors if one.store == "int8_rows"))
+    return largest + 4 * CHUNK_BYTES + 4 * padded_rows(spec.vocab)
 
 
-def _dense_blobs(arch: Architecture, source: WeightSource) -> Iterable[BlobSpec]:
-    layout = Int8RowsLayout()
-
-    def plain(name: str, shape: tuple[int, ...], dtype: str) -> BlobSpec:
-        return BlobSpec(name, "dense", dtype, shape, "plain")
-
-    def int8(name: str, n: int, k: int) -> Iterable[BlobSpec]:
-        yield BlobSpec(name, "dense", "I8", layout.codes_shape(n, k), layout.layout_id)
-        yield plain(f"{name}.scale", (n,), "F32")
-
-    hidden = arch.hidden_size
-    yield plain("embedding", (arch.vocab_size, hidden), plain_dtype(source.dense("embedding").dtype))
-    for i in range(arch.num_layers):
-        yield from int8(f"layers.{i}.attention.qkv", arch.qkv_rows, hidden)
-        yield from int8(f"layers.{i}.attention.output", hidden, arch.attention_size)
-        for ours in PLAIN_LAYER:
-            piece = source.dense(ours, i)
-            yield plain(f"layers.{i}.{ours}", piece.shape, plain_dtype(piece.dtype))
-    yield plain("final_norm", (hidden,), plain_dtype(source.dense("final_norm").dtype))
-    yield from int8("lm_head", padded_rows(arch.vocab_size), hidden)
+def _dense_blobs(spec: ModelSpec, source: WeightSource) -> Iterable[BlobSpec]:
+    layout_ids = {"plain": "plain", "int8_rows": Int8RowsLayout().layout_id}
+    for layer, tensor in dense_tensors(spec):
+        for blob in blobs_of(tensor, layer):
+            dtype = blob.dtype or stacked_dtype(source.dense(tensor, layer))
+            yield BlobSpec(blob.name, "dense", dtype, blob.shape, layout_ids[blob.layout])
 
 
-def _expert_blobs(arch: Architecture, settings: ConvertSettings) -> Iterable[BlobSpec]:
+def _expert_blobs(spec: ModelSpec, settings: ConvertSettings) -> Iterable[BlobSpec]:
     ids = settings.layouts()
     for tier in settings.tiers:
-        record_bytes = expert_record(arch, settings, tier).record_bytes
-        for i in range(arch.num_layers):
-            yield BlobSpec(
-                f"layers.{i}.experts.{tier}", tier, "U8", (arch.num_experts, record_bytes), ids[tier]
-            )
+        for i in spec.expert_layers:
+            shape = (spec.experts_of(i).count, expert_record(spec, i, settings, tier).record_bytes)
+            yield BlobSpec(expert_blob(i, tier), tier, "U8", shape, ids[tier])
 
 
 def _units(
-    arch: Architecture, settings: ConvertSettings, dense: WeightSource, experts: dict[str, WeightSource]
+    spec: ModelSpec, settings: ConvertSettings, dense: WeightSource, experts: dict[str, WeightSource]
 ) -> Iterable[Unit]:
-    top = ("embedding", "final_norm", "lm_head", "lm_head.scale")
-    parts = [dense.dense(ours) for ours in ("embedding", "final_norm", "lm_head")]
-    once = {piece.tensor: piece.raw.nbytes for piece in parts}  # a tied head is the embedding
-    yield Unit("model", "dense", None, top, sum(piece.raw.nbytes for piece in parts), sum(once.values()))
-    int8 = ("attention.qkv", "attention.qkv.scale", "attention.output", "attention.output.scale")
-    matrices = ("attention.q", "attention.k", "attention.v", "attention.output")
-    for i in range(arch.num_layers):
-        names = tuple(f"layers.{i}.{part}" for part in (*int8, *PLAIN_LAYER))
-        num_bytes = sum(dense.dense(part, i).raw.nbytes for part in (*matrices, *PLAIN_LAYER))
-        yield Unit(f"layers.{i}.dense", "dense", i, names, num_bytes, num_bytes)
+    yield _dense_unit("model", None, dense)
+    for i in range(len(spec.layers)):
+        yield _dense_unit(f"layers.{i}.dense", i, dense)
+        if spec.layers[i].experts is None:
+            continue
         seen: list[WeightSource] = []
         for tier in settings.tiers:
             source = experts[tier]
             num_bytes = source.expert_bytes(i)
             new_bytes = 0 if source in seen else num_bytes
             seen.append(source)
-            blobs = (f"layers.{i}.experts.{tier}",)
-            yield Unit(f"layers.{i}.{tier}", tier, i, blobs, num_bytes, new_bytes)
+            yield Unit(f"layers.{i}.{tier}", tier, i, (expert_blob(i, tier),), num_bytes, new_bytes)
+
+
+def _dense_unit(name: str, layer: int | None, source: WeightSource) -> Unit:
+    tensors = dense_tensors_of(source.spec, layer)
+    pieces = [part.piece for tensor in tensors for part in source.dense(tensor, layer)]
+    once = {piece.tensor: piece.raw.nbytes for piece in pieces}  # a tied head is the embedding
+    blobs = tuple(blob.name for tensor in tensors for blob in blobs_of(tensor, layer))
+    num_bytes = sum(piece.raw.nbytes for piece in pieces)
+    return Unit(name, "dense", layer, blobs, num_bytes, sum(once.values()))

@@ -55,7 +55,7 @@ def refresh_text(
         )
     with Bundle.open(path) as bundle:
         names = {asset.name for asset in bundle.manifest.assets} & set(TEXT_FILES)
-        rows = bundle.architecture.vocab_size
+        rows = bundle.spec.vocab
         held = {name: data for name in sorted(names) if (data := _held(bundle, name)) is not None}
     stale = _stale(given) & names
     merged = {name: data for name, data in held.items() if name not in stale} | given

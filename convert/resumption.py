@@ -28,6 +28,10 @@ def check_finished(plan: ConversionPlan, finished: Mapping[str, UnitRecord]) -> 
             )
 
 
+def _num_experts(plan: ConversionPlan, unit: Unit) -> int:
+    return 0 if unit.layer is None else plan.spec.experts_of(unit.layer).count
+
+
 def _is_quality(plan: ConversionPlan, unit: Unit, record: UnitRecord) -> bool:
     try:
         quality = UnitQuality.from_json(record.quality)
@@ -37,7 +41,7 @@ def _is_quality(plan: ConversionPlan, unit: Unit, record: UnitRecord) -> bool:
     return (
         quality.layer == unit.layer
         and set(quality.experts) == (set() if unit.kind == "dense" else set(quality.kinds))
-        and all(len(experts) == plan.architecture.num_experts for experts in quality.experts.values())
+        and all(len(experts) == _num_experts(plan, unit) for experts in quality.experts.values())
         and all(math.isfinite(one.squared_error + one.squared_sum + one.max_abs_error) for one in rows)
         and quality.to_json() == record.quality
     )

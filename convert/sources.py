@@ -9,28 +9,18 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from krasis.convert.names import (
-    BY_OURS,
-    GGUF_EXPERT,
-    GGUF_FUSED_GATE_UP,
-    GGUF_MERGED,
-    HF_EXPERT,
-    HF_FUSED_DOWN,
-    HF_FUSED_GATE_UP,
-    IGNORED_SUFFIXES,
-    PARTS,
-    DenseName,
-    dense_keys,
-    dense_shape,
-    expert_shape,
-)
 from krasis.convert.slices import FLOAT_BYTES, Bytes, TensorSlice
+from krasis.convert.source_names import SourceNames
+from krasis.convert.source_parts import SourcePart
 from krasis.convert.vocabulary import check_vocabulary
-from krasis.formats.architecture import Architecture
 from krasis.formats.checkpoints.ggml_blocks import SUPPORTED_TYPES, tensor_bytes
 from krasis.formats.checkpoints.quantised_checkpoint import type_hint
 from krasis.formats.errors import FormatError, MismatchError, UnsupportedModelError
-from krasis.formats.layouts.expert_record import Part
+from krasis.formats.layouts.expert_record import PARTS, Part
+from krasis.formats.models.family import Family, Source
+from krasis.formats.models.mixers import Attention
+from krasis.formats.models.spec import ModelSpec
+from krasis.formats.models.tensors import Tensor, dense_tensors
 
 SourceKind = Literal["hf", "gguf"]
 _COMPARED_BYTES = 16 << 20
@@ -105,48 +95,61 @@ class SourceFile:
         }
 
 
-@dataclass(frozen=True, slots=True)
-class ExpertTensors:
-    """Where one part of one expert lies: a tensor, and the expert's first row in it."""
-
-    tensor: str
-    first_row: int
-
-
 class WeightSource:
     """One input model.
 
-    Construction checks that every tensor is there, of a usable type and the right shape.
+    Construction checks that every tensor is there, of a usable type and the right shape, and that no other
+    tensor is. num_draft_tensors: those of drafting layers, which are left out.
     """
 
     def __init__(
         self,
         kind: SourceKind,
         path: Path,
-        architecture: Architecture,
+        spec: ModelSpec,
+        family: Family,
         table: TensorTable,
         files: tuple[SourceFile, ...],
     ) -> None:
         self.kind: SourceKind = kind
         self.path = path
-        self.architecture = architecture
+        self.spec = spec
         self.files = files
         self._table = table
         self._infos = table.infos()
+        self._names = SourceNames(kind, family, spec, self._infos)
         self._expert_types: tuple[str, ...] | None = None
+        self.num_draft_tensors = 0
         self._check_complete()
 
-    def dense(self, ours: str, layer: int | None = None) -> TensorSlice:
-        """A whole dense tensor by our name (``attention.q``). A tied ``lm_head`` is the embedding."""
-        if ours == "lm_head" and self.architecture.tie_word_embeddings:
-            ours = "embedding"
-        name = BY_OURS[ours]
-        return self._slice(self._dense_tensor(name, layer), dense_shape(self.architecture, name), 0)
+    def dense(self, tensor: Tensor, layer: int | None = None) -> list[SourcePart]:
+        """What a dense tensor of the bundle is stacked from, in order. A tied ``lm_head`` is the
+        embedding.
+        """
+        return [self._part(ours, shape, layer) for ours, shape in tensor.sources()]
+
+    def _part(self, ours: str, shape: tuple[int, ...], layer: int | None) -> SourcePart:
+        source = self._names.source(ours)
+        piece = self._slice(self._names.tensor(ours, layer), shape, 0)
+        transform = source.transform if self.kind == "hf" else source.gguf_transform
+        if transform != "undo_rope_permutation":
+            return SourcePart(piece, transform)
+        mixer = None if layer is None else self.spec.layers[layer].mixer
+        if not isinstance(mixer, Attention):
+            raise FormatError("only rows of attention heads can be in another order", where=piece.where)
+        return SourcePart(piece, transform, mixer.head_dim)
+
+    def all_dense(self) -> Iterable[tuple[Tensor, int | None, list[SourcePart]]]:
+        """Every dense tensor of the bundle with its layer and sources; of a tied head nothing."""
+        for layer, tensor in dense_tensors(self.spec):
+            if not self._is_tied_head(tensor.name):
+                yield tensor, layer, self.dense(tensor, layer)
 
     def expert(self, layer: int, expert: int, part: Part) -> TensorSlice:
         """One matrix of one expert, ``[n, k]``."""
-        place = self._expert_place(layer, expert, part)
-        return self._slice(place.tensor, expert_shape(self.architecture, part), place.first_row)
+        rows, columns = self._expert_shape(layer, part)
+        place = self._names.expert(layer, expert, part)
+        return self._slice(place.tensor, (rows, columns), place.first_matrix * rows)
 
     def place(self, tensor: str) -> tuple[int, int]:
         """(begin, end) of a tensor in its file, in bytes."""
@@ -165,44 +168,29 @@ class WeightSource:
     def expert_types(self) -> tuple[str, ...]:
         """The types of all expert tensors, sorted."""
         if self._expert_types is None:
-            experts = range(self.architecture.num_experts)
             tensors = {
-                self._expert_place(layer, expert, part).tensor
-                for layer in range(self.architecture.num_layers)
+                self._names.expert(layer, expert, part).tensor
+                for layer in self.spec.expert_layers
                 for part in PARTS
-                for expert in experts
+                for expert in range(self.spec.experts_of(layer).count)
             }
             self._expert_types = tuple(sorted({self._infos[tensor].dtype for tensor in tensors}))
         return self._expert_types
 
     def expert_bytes(self, layer: int) -> int:
         """Source bytes of one layer's experts."""
-        return self.architecture.num_experts * sum(self.expert(layer, 0, part).raw.nbytes for part in PARTS)
+        one = sum(self.expert(layer, 0, part).raw.nbytes for part in PARTS)
+        return self.spec.experts_of(layer).count * one
 
     # ---- where things lie -------------------------------------------------------------------------------
 
-    def _dense_tensor(self, name: DenseName, layer: int | None) -> str:
-        template = name.hf if self.kind == "hf" else name.gguf
-        if name.ours == "embedding" and self.architecture.tie_word_embeddings and template not in self._infos:
-            template = BY_OURS["lm_head"].hf  # a tied checkpoint may hold the one matrix under either name
-        return template if layer is None else template.format(i=layer)
+    def _is_tied_head(self, ours: str) -> bool:
+        return ours == "lm_head" and self.spec.tied
 
-    def _expert_place(self, layer: int, expert: int, part: Part) -> ExpertTensors:
-        rows, _ = expert_shape(self.architecture, part)
-        if self.kind == "gguf":
-            merged = GGUF_MERGED.format(i=layer, part=part)
-            if merged in self._infos:
-                return ExpertTensors(merged, expert * rows)
-            fused = GGUF_FUSED_GATE_UP.format(i=layer)
-            if part != "down" and fused in self._infos:
-                return ExpertTensors(fused, (2 * expert + (part == "up")) * rows)
-            return ExpertTensors(GGUF_EXPERT.format(i=layer, part=part, e=expert), 0)
-        fused = (HF_FUSED_DOWN if part == "down" else HF_FUSED_GATE_UP).format(i=layer)
-        if fused not in self._infos:
-            return ExpertTensors(HF_EXPERT.format(i=layer, e=expert, part=part), 0)
-        if part == "down":
-            return ExpertTensors(fused, expert * rows)
-        return ExpertTensors(fused, (2 * expert + (part == "up")) * rows)
+    def _expert_shape(self, layer: int, part: Part) -> tuple[int, int]:
+        """``(n, k)`` of one matrix: gate, up ``[intermediate, hidden]``, down ``[hidden, intermediate]``."""
+        hidden, intermediate = self.spec.hidden, self.spec.experts_of(layer).intermediate
+        return (hidden, intermediate) if part == "down" else (intermediate, hidden)
 
     def _slice(self, tensor: str, shape: tuple[int, ...], first_row: int) -> TensorSlice:
         dtype = self._infos[tensor].dtype
@@ -223,34 +211,29 @@ class WeightSource:
 
     def _check_complete(self) -> None:
         expected: set[str] = set()
-        for name, layer in dense_keys(self.architecture):
-            tensor = self._dense_tensor(name, layer)
-            self._check_tensor(tensor, dense_shape(self.architecture, name))
-            expected.add(tensor)
-        for layer in range(self.architecture.num_layers):
+        for layer, tensor in dense_tensors(self.spec):
+            for ours, shape in tensor.sources():
+                name = self._names.tensor(ours, layer)
+                self._check_tensor(name, shape, ours)
+                expected.add(name)
+        for layer in self.spec.expert_layers:
             for part in PARTS:
                 expected.update(self._check_experts(layer, part))
         self._check_no_others(expected)
 
     def _check_experts(self, layer: int, part: Part) -> set[str]:
-        num_experts = self.architecture.num_experts
-        rows, columns = expert_shape(self.architecture, part)
-        first = self._expert_place(layer, 0, part).tensor
-        last = self._expert_place(layer, num_experts - 1, part).tensor
-        if first == last and num_experts > 1:
-            fused = 2 if first in self._fused_gate_up(layer) else 1
-            self._check_tensor(first, (num_experts, fused * rows, columns))
-            return {first}
-        tensors = [self._expert_place(layer, expert, part).tensor for expert in range(num_experts)]
+        num_experts = self.spec.experts_of(layer).count
+        rows, columns = self._expert_shape(layer, part)
+        first = self._names.expert(layer, 0, part)
+        if first.holds_all:
+            self._check_tensor(first.tensor, (num_experts, first.matrices * rows, columns))
+            return {first.tensor}
+        tensors = [self._names.expert(layer, expert, part).tensor for expert in range(num_experts)]
         for tensor in tensors:
             self._check_tensor(tensor, (rows, columns))
         return set(tensors)
 
-    def _fused_gate_up(self, layer: int) -> tuple[str, str]:
-        """What a layer's gate and up of all experts are called where they are one tensor."""
-        return HF_FUSED_GATE_UP.format(i=layer), GGUF_FUSED_GATE_UP.format(i=layer)
-
-    def _check_tensor(self, tensor: str, shape: tuple[int, ...]) -> None:
+    def _check_tensor(self, tensor: str, shape: tuple[int, ...], ours: str = "") -> None:
         if tensor not in self._infos:
             raise FormatError(
                 f"tensor '{tensor}' is missing",
@@ -260,7 +243,7 @@ class WeightSource:
         where = self._table.where(tensor)
         found = self._infos[tensor].shape
         if found != shape and _without_ones(found) != _without_ones(shape):
-            check_vocabulary(tensor, found, shape, where)
+            check_vocabulary(ours, found, shape, where, is_hf=self.kind == "hf")
             raise FormatError("wrong shape", where=where, got=list(found), limit=list(shape))
         dtype = self._infos[tensor].dtype
         if self.kind == "hf" and dtype not in FLOAT_BYTES:
@@ -281,28 +264,28 @@ class WeightSource:
             )
 
     def _check_no_others(self, expected: set[str]) -> None:
-        tied_head = BY_OURS["lm_head"]
-        allowed = expected | {tied_head.hf, tied_head.gguf}
-        others = sorted(
-            name for name in self._infos if name not in allowed and not name.endswith(IGNORED_SUFFIXES)
-        )
+        others = sorted(name for name in self._infos if name not in expected)
+        others = [name for name in others if not self._names.is_needless(name)]
+        drafting = [name for name in others if self._names.is_drafting(name)]
+        self.num_draft_tensors = len(drafting)
+        others = [name for name in others if name not in set(drafting)] if drafting else others
         if others:
             raise UnsupportedModelError(
-                f"tensor '{others[0]}' is not part of a {self.architecture.model_type} model",
+                f"tensor '{others[0]}' is not part of a {self.spec.family} model",
                 where=str(self.path),
                 got=f"{len(others)} such tensors",
                 hint="it has a feature (a bias, shared experts, dense layers, ...) that would be dropped",
             )
 
 
-def has_own_head(table: TensorTable) -> bool:
+def has_own_head(table: TensorTable, family: Family) -> bool:
     """Whether a Hugging Face checkpoint holds an output head whose bytes are not the embedding's.
 
     Reads both until they differ, so equal ones in full: such checkpoints are rare.
     """
     infos = table.infos()
-    head, embedding = BY_OURS["lm_head"].hf, BY_OURS["embedding"].hf
-    if head not in infos or embedding not in infos:
+    head, embedding = (_first_there(family.names[ours], infos) for ours in ("lm_head", "embedding"))
+    if head is None or embedding is None:
         return False
     if (infos[head].dtype, infos[head].shape) != (infos[embedding].dtype, infos[embedding].shape):
         return True
@@ -311,6 +294,10 @@ def has_own_head(table: TensorTable) -> bool:
         not np.array_equal(ours[begin : begin + _COMPARED_BYTES], theirs[begin : begin + _COMPARED_BYTES])
         for begin in range(0, ours.nbytes, _COMPARED_BYTES)
     )
+
+
+def _first_there(source: Source, infos: Mapping[str, TensorInfo]) -> str | None:
+    return next((name for name in source.hf if name in infos), None)
 
 
 def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -324,4 +311,4 @@ def quantised_types(types: Iterable[str]) -> list[str]:
 
 def dense_types(source: WeightSource) -> list[str]:
     """The types of all dense tensors, sorted."""
-    return sorted({source.dense(name.ours, layer).dtype for name, layer in dense_keys(source.architecture)})
+    return sorted({part.piece.dtype for _, _, parts in source.all_dense() for part in parts})

@@ -11,12 +11,12 @@ import numpy as np
 import xxhash
 
 from krasis.convert.crosscheck import spread
-from krasis.convert.names import PARTS
 from krasis.convert.plan import ConversionPlan, Unit, expert_record
 from krasis.convert.quality import UnitQuality
 from krasis.formats.errors import ChecksumError
 from krasis.formats.files.file_ops import io_errors
 from krasis.formats.files.regular_file import Bytes, open_regular, read_range
+from krasis.formats.layouts.expert_record import PARTS
 
 NUM_SAMPLED_LAYERS = 2
 NUM_SAMPLED_EXPERTS = 2
@@ -29,16 +29,17 @@ def verify_sample(plan: ConversionPlan, folder: Path, quality: Mapping[str, Unit
     Returns the number of experts compared. Raises ChecksumError when one differs: the disk or memory is
     faulty.
     """
-    arch, places, count = plan.architecture, plan.places(), 0
-    layers = set(spread(arch.num_layers, NUM_SAMPLED_LAYERS))
+    spec, places, count = plan.spec, plan.places(), 0
+    with_experts = spec.expert_layers
+    layers = {with_experts[i] for i in spread(len(with_experts), NUM_SAMPLED_LAYERS)}
     for unit in plan.units:
-        if unit.kind == "dense" or unit.layer not in layers:
+        if unit.kind == "dense" or unit.layer is None or unit.layer not in layers:
             continue
         file, blob = places[unit.blobs[0]]
-        record_bytes = expert_record(arch, plan.settings, unit.kind).record_bytes
+        record_bytes = expert_record(spec, unit.layer, plan.settings, unit.kind).record_bytes
         fd = open_regular(folder / file.name, follow_links=False)
         try:
-            for expert in spread(arch.num_experts, NUM_SAMPLED_EXPERTS):
+            for expert in spread(spec.experts_of(unit.layer).count, NUM_SAMPLED_EXPERTS):
                 offset = blob.offset_bytes + expert * record_bytes
                 record = np.frombuffer(read_range(fd, offset, record_bytes, file.name), np.uint8)
                 parts = quality[unit.name].experts
@@ -51,13 +52,12 @@ def verify_sample(plan: ConversionPlan, folder: Path, quality: Mapping[str, Unit
 
 
 def _compare(plan: ConversionPlan, unit: Unit, expert: int, record: Bytes, measured: float) -> None:
-    arch, settings = plan.architecture, plan.settings
-    layout = settings.layout(unit.kind)
-    unpacked = layout.unpack_expert(record, arch.hidden_size, arch.expert_intermediate_size)
+    layer, layout = unit.layer or 0, plan.settings.layout(unit.kind)
+    unpacked = layout.unpack_expert(record, plan.spec.hidden, plan.spec.experts_of(layer).intermediate)
     source = plan.expert_source(unit.kind)
     error = total = 0.0
     for part, values in zip(PARTS, unpacked, strict=True):
-        expected = source.expert(unit.layer or 0, expert, part).decode().astype(np.float64)
+        expected = source.expert(layer, expert, part).decode().astype(np.float64)
         error += float(np.square(expected - values).sum())
         total += float(np.square(expected).sum())
     relative = error / total if total else error

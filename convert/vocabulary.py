@@ -4,21 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from krasis.convert.names import BY_OURS
 from krasis.formats.errors import FormatError
 
-_BY_VOCABULARY = frozenset(
-    name for ours in ("embedding", "lm_head") for name in (BY_OURS[ours].hf, BY_OURS[ours].gguf)
-)
 
-
-def check_vocabulary(tensor: str, found: tuple[int, ...], shape: tuple[int, ...], where: str) -> None:
+def check_vocabulary(
+    ours: str, found: tuple[int, ...], shape: tuple[int, ...], where: str, *, is_hf: bool
+) -> None:
     """Raises FormatError, with the way out, if a tensor of the wrong shape is an embedding or output head
-    with another number of tokens only. shape: [vocab, hidden], what was expected.
+    with another number of tokens only. ours: its name in a bundle. shape: [vocab, hidden], what was expected.
     """
-    if tensor not in _BY_VOCABULARY or len(found) != 2 or found[1] != shape[1]:
+    if ours not in ("embedding", "lm_head") or len(found) != 2 or found[1] != shape[1]:
         return
-    is_hf = tensor in (BY_OURS["embedding"].hf, BY_OURS["lm_head"].hf)
     expected = "config.json's vocab_size" if is_hf else "the embedding"
     way_out = (
         f"set vocab_size to {found[0]} if the embedding, the output head and the tokenizer all have that size"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from krasis.formats.architecture_record import Architecture
 from krasis.formats.errors import UnsupportedModelError
 from krasis.formats.names import shown
+
+if TYPE_CHECKING:
+    from krasis.formats.models.spec import ModelSpec
 
 DUAL_CHUNKS = "dual_chunk_attention_config"
 
@@ -47,33 +49,33 @@ def dual_chunk_context(config: Mapping[str, Any], scaling_kind: str, where: str)
     return original
 
 
-def hf_context_notes(config: Mapping[str, Any], architecture: Architecture) -> Iterator[str]:
+def hf_context_notes(config: Mapping[str, Any], spec: ModelSpec) -> Iterator[str]:
     """Sentences about what a ``config.json`` says of long contexts."""
     longest = config.get("max_position_embeddings")
-    if config.get(DUAL_CHUNKS) is not None and longest != architecture.max_positions:
+    if config.get(DUAL_CHUNKS) is not None and longest != spec.max_positions:
         yield (
-            f"dual chunk attention is not supported: contexts end at the {architecture.max_positions} "
+            f"dual chunk attention is not supported: contexts end at the {spec.max_positions} "
             f"tokens of the model's training instead of {longest}"
         )
-    yield from _stretched(architecture)
+    yield from _stretched(spec)
 
 
-def gguf_context_notes(metadata: Mapping[str, Any], architecture: Architecture) -> Iterator[str]:
+def gguf_context_notes(metadata: Mapping[str, Any], spec: ModelSpec) -> Iterator[str]:
     """Sentences about what a GGUF says of long contexts."""
     prefix = f"{metadata.get('general.architecture')}.rope.scaling."
     unread = [name for name, usual in _UNREAD_YARN if metadata.get(prefix + name, usual[0]) not in usual]
-    if unread and architecture.rope_scaling.kind == "yarn":
+    if unread and spec.rope_scaling.kind == "yarn":
         yield (
             f"the GGUF's rope.scaling.{', '.join(unread)} {'are' if len(unread) > 1 else 'is'} not applied: "
             "llama.cpp does not read it for this architecture either (krasis-run --rope-scaling can)"
         )
-    yield from _stretched(architecture)
+    yield from _stretched(spec)
 
 
-def _stretched(architecture: Architecture) -> Iterator[str]:
-    if architecture.max_context > architecture.max_positions:
-        scaling = architecture.rope_scaling
+def _stretched(spec: ModelSpec) -> Iterator[str]:
+    if spec.max_context > spec.max_positions:
+        scaling = spec.rope_scaling
         yield (
             f"{'YaRN' if scaling.kind == 'yarn' else scaling.kind} rope scaling by {scaling.factor:g}: "
-            f"contexts of up to {architecture.max_context} tokens can be opened"
+            f"contexts of up to {spec.max_context} tokens can be opened"
         )

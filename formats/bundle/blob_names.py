@@ -1,41 +1,35 @@
-"""Which blobs a bundle has: those of its architecture and tiers, and no others."""
+"""Which blobs a bundle has: those of its model and tiers, and no others."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from krasis.formats.architecture_record import Architecture
 from krasis.formats.bundle.manifest import FORMAT_MINOR, Manifest
 from krasis.formats.errors import FormatError, VersionError
+from krasis.formats.models.spec import ModelSpec
+from krasis.formats.models.tensors import blobs
 from krasis.formats.names import shown
 
-_TOP = ("embedding", "final_norm", "lm_head", "lm_head.scale")
-_LAYER = (
-    "attention.norm",
-    "attention.qkv",
-    "attention.qkv.scale",
-    "attention.q_norm",
-    "attention.k_norm",
-    "attention.output",
-    "attention.output.scale",
-    "experts.norm",
-    "experts.router",
-)
+
+def expert_blob(layer: int, tier: str) -> str:
+    """The name of the blob that holds a layer's experts of a tier."""
+    return f"layers.{layer}.experts.{tier}"
 
 
-def blob_names(architecture: Architecture, tiers: Iterable[str]) -> Iterator[str]:
+def blob_names(spec: ModelSpec, tiers: Iterable[str]) -> Iterator[str]:
     """The names of all blobs of a model. tiers: of the bundle; ``dense`` is always there."""
-    yield from _TOP
-    parts = (*_LAYER, *(f"experts.{tier}" for tier in tiers if tier != "dense"))
-    for layer in range(architecture.num_layers):
-        yield from (f"layers.{layer}.{part}" for part in parts)
+    yield from (blob.name for blob in blobs(spec))
+    layers = spec.expert_layers
+    for tier in tiers:
+        if tier != "dense":
+            yield from (expert_blob(layer, tier) for layer in layers)
 
 
 def check_blob_names(manifest: Manifest, where: str) -> None:
-    """FormatError if a blob is missing or is none of the architecture's; VersionError for one that a newer
-    format may have added.
+    """FormatError if a blob is missing or is none of the model's; VersionError for one that a newer format
+    may have added.
     """
-    expected = set(blob_names(manifest.architecture, manifest.layouts))
+    expected = set(blob_names(manifest.spec, manifest.layouts))
     found = {blob.name for blob in manifest.blobs}
     if missing := sorted(expected - found):
         raise FormatError(

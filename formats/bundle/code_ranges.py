@@ -9,6 +9,7 @@ import numpy as np
 from krasis.formats.bundle.manifest import BlobRecord, Manifest
 from krasis.formats.layouts import CpuTileLayout, Int8RowsLayout, layout_from_id
 from krasis.formats.layouts.cpu_tiles import TILE_BYTES
+from krasis.formats.models.mlps import Experts
 
 _LOWEST = 0x80  # -128
 _SCALES_BYTES = 64  # at the end of a tile
@@ -46,6 +47,15 @@ class CodeRange:
                 self.first = at if self.first is None else min(at, self.first)
 
 
+def _experts(manifest: Manifest, blob: BlobRecord) -> Experts | None:
+    """Those that a blob is of; None for a blob that the model does not have."""
+    layers = manifest.spec.layers
+    number = blob.name.split(".")[1] if blob.name.startswith("layers.") else ""
+    if not number.isdecimal() or len(number) > 5 or int(number) >= len(layers):
+        return None
+    return layers[int(number)].experts
+
+
 def code_range(manifest: Manifest, blob: BlobRecord) -> CodeRange | None:
     """What looks for -128 in a blob; None for one that holds no int8 codes, or those of a GGUF unchanged."""
     layout = layout_from_id(blob.layout)
@@ -54,9 +64,11 @@ def code_range(manifest: Manifest, blob: BlobRecord) -> CodeRange | None:
     lossless = str(manifest.recipe.get("cpu_experts_from", "")).startswith("gguf")
     if not isinstance(layout, CpuTileLayout) or layout.tiles != "q8" or lossless:
         return None
-    arch = manifest.architecture
-    record = layout.expert_record(arch.hidden_size, arch.expert_intermediate_size)
-    if blob.shape != (arch.num_experts, record.record_bytes):
+    experts = _experts(manifest, blob)
+    if experts is None:
+        return None
+    record = layout.expert_record(manifest.spec.hidden, experts.intermediate)
+    if blob.shape != (experts.count, record.record_bytes):
         return None  # opening it for a run says what is wrong
     sections = tuple((one.offset_bytes, one.end_bytes, TILE_BYTES["q8"]) for one in record.sections)
     return CodeRange(record.record_bytes, sections)

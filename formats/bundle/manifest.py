@@ -33,6 +33,8 @@ from krasis.formats.limits import (
     MAX_REMARK_VALUES,
     MAX_TENSORS,
 )
+from krasis.formats.models.spec import ModelSpec
+from krasis.formats.models.uniform import architecture_of, spec_of
 from krasis.formats.names import shown
 from krasis.formats.strict_json import parse_json_object
 
@@ -51,11 +53,11 @@ __all__ = [
 MANIFEST_NAME = "manifest.json"
 FORMAT_NAME = "krasis-bundle"
 FORMAT_MAJOR = 1
-FORMAT_MINOR = 0
+FORMAT_MINOR = 1
+_MINOR_OF_MODEL = 1  # from here on a model is described by ``model``, before by ``architecture``
 
 _MAX_TEXT = 1000
 _KEYS = {
-    "architecture",
     "assets",
     "blobs",
     "checksum",
@@ -76,7 +78,7 @@ class Manifest:
     """All of a bundle but its data. layouts: tier -> layout id. recipe and quality: any JSON objects."""
 
     tool_version: str
-    architecture: Architecture
+    spec: ModelSpec
     layouts: Mapping[str, str]
     files: tuple[FileRecord, ...]
     blobs: tuple[BlobRecord, ...]
@@ -87,6 +89,11 @@ class Manifest:
     format_major: int = FORMAT_MAJOR
     format_minor: int = FORMAT_MINOR
 
+    @property
+    def architecture(self) -> Architecture:
+        """The model as a flat record. Raises UnsupportedModelError for one that this cannot describe."""
+        return architecture_of(self.spec, MANIFEST_NAME)
+
     def to_bytes(self) -> bytes:
         """The file's bytes. FormatError if the manifest contradicts itself or is too large."""
         self.check(MANIFEST_NAME)
@@ -95,7 +102,7 @@ class Manifest:
             "format_major": self.format_major,
             "format_minor": self.format_minor,
             "tool_version": self.tool_version,
-            "architecture": self.architecture.to_json(),
+            **self._model(),
             "layouts": dict(self.layouts),
             "files": [_to_json(item) for item in self.files],
             "blobs": [_to_json(item) for item in self.blobs],
@@ -111,6 +118,12 @@ class Manifest:
             )
         return data
 
+    def _model(self) -> dict[str, Any]:
+        """The field that describes the model, as the manifest's minor version has it."""
+        if self.format_minor < _MINOR_OF_MODEL:
+            return {"architecture": self.architecture.to_json()}
+        return {"model": self.spec.to_json()}
+
     @classmethod
     def from_bytes(cls, data: bytes, where: str = MANIFEST_NAME) -> Manifest:
         """Reads ``to_bytes``'s form.
@@ -120,10 +133,11 @@ class Manifest:
         """
         record = parse_json_object(data, where, max_bytes=MAX_MANIFEST_BYTES)
         is_newer = _check_version(record, where)
-        unknown = sorted(record.keys() - _KEYS)
+        keys = _KEYS | {_model_key(record)}
+        unknown = sorted(record.keys() - keys)
         if unknown and is_newer:
             raise _newer(record, where, f"field {shown(unknown[0])}")
-        if unknown or (missing := sorted(_KEYS - record.keys())):
+        if unknown or (missing := sorted(keys - record.keys())):
             problem = ("unknown field", unknown[0]) if unknown else ("field is missing", missing[0])
             raise FormatError(problem[0], where=where, got=shown(problem[1]))
         for key in ("recipe", "quality"):
@@ -141,9 +155,7 @@ class Manifest:
     def _from_record(cls, record: Mapping[str, Any], where: str) -> Manifest:
         manifest = cls(
             tool_version=_text(record["tool_version"], f"{where}: tool_version"),
-            architecture=Architecture.from_json(
-                _object(record["architecture"], where), f"{where}: architecture"
-            ),
+            spec=_spec(record, where),
             layouts=_object(record["layouts"], f"{where}: layouts"),
             files=_records(FileRecord, record["files"], f"{where}: files", MAX_FILES),
             blobs=_records(BlobRecord, record["blobs"], f"{where}: blobs", MAX_TENSORS),
@@ -177,6 +189,26 @@ def canonical_json(value: Mapping[str, Any]) -> bytes:
     except (ValueError, TypeError) as error:
         raise FormatError("value cannot be written as JSON", where=MANIFEST_NAME, got=error) from error
     return text.encode("ascii") + b"\n"
+
+
+def _model_key(record: Mapping[str, Any]) -> str:
+    return "model" if record["format_minor"] >= _MINOR_OF_MODEL else "architecture"
+
+
+def _spec(record: Mapping[str, Any], where: str) -> ModelSpec:
+    key = _model_key(record)
+    value = _object(record[key], f"{where}: {key}")
+    if key == "architecture":
+        return spec_of(Architecture.from_json(value, f"{where}: {key}"))
+    spec = ModelSpec.from_json(value, f"{where}: {key}")
+    # A default spelled out, or a layer twice, would be the same model in other bytes.
+    if canonical_json(spec.to_json()) != canonical_json(value):
+        raise FormatError(
+            "the model is not in canonical form",
+            where=f"{where}: {key}",
+            hint="it must not be edited by hand",
+        )
+    return spec
 
 
 # ---- reading -----------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from krasis.formats.files.folder_snapshot import FileState
 from krasis.formats.files.regular_file import open_regular, read_range, read_small_file
 from krasis.formats.limits import MAX_ASSET_BYTES, MAX_MANIFEST_BYTES, MIB
 from krasis.formats.models.spec import ModelSpec
-from krasis.formats.models.uniform import spec_of
+from krasis.formats.models.uniform import architecture_of
 from krasis.formats.names import shown
 
 _PREFAULT_BYTES = 64 * MIB
@@ -44,7 +44,7 @@ class Bundle:
     Several threads may use it, and any of them may close it: what another is reading is read to its end, and
     what is asked for later raises UsageError.
 
-    Attributes: path, manifest, architecture; fillers: file name -> the zero-filled ranges between its blobs.
+    Attributes: path, manifest, spec; fillers: file name -> the zero-filled ranges between its blobs.
     """
 
     path: Path
@@ -64,7 +64,8 @@ class Bundle:
         self._lock = threading.RLock()
         self._num_users = 0
         self._is_closed = False
-        self._run_as: Architecture | None = None
+        self._run_as: ModelSpec | None = None
+        self._architecture: Architecture | None = None
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Bundle:
@@ -128,21 +129,24 @@ class Bundle:
         self.fillers[file.name] = _match_shard(header, blobs, where)
 
     @property
-    def architecture(self) -> Architecture:
-        """The model's shapes and constants: the manifest's, or those it is to be run with."""
-        return self._run_as or self.manifest.architecture
+    def spec(self) -> ModelSpec:
+        """The model: the manifest's, or as it is to be run."""
+        return self._run_as or self.manifest.spec
 
     @property
-    def spec(self) -> ModelSpec:
-        """What the model is, or what it is run as."""
-        return spec_of(self.architecture)
+    def architecture(self) -> Architecture:
+        """The same as a flat record. Raises UnsupportedModelError for a model that this cannot describe."""
+        if self._architecture is None:
+            self._architecture = architecture_of(self.spec, str(self.path))
+        return self._architecture
 
-    def run_as(self, architecture: Architecture) -> None:
+    def run_as(self, spec: ModelSpec) -> None:
         """Gives the model another rotary scaling than the manifest's, for whoever asks from now on.
 
         What was computed so is of another model: ``kv_file`` tells them apart.
         """
-        self._run_as = None if architecture == self.manifest.architecture else architecture
+        self._run_as = None if spec == self.manifest.spec else spec
+        self._architecture = None
 
     def blob(self, name: str) -> BlobRecord:
         """A blob's record. FormatError if the bundle has none of that name."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from krasis.formats.architecture_record import Architecture, unsupported_model_type
+from krasis.formats.architecture_record import Architecture
 from krasis.formats.checkpoints.quantised_checkpoint import refuse_quantised
-from krasis.formats.models.registry import family_of_model_type, spec_from_hf
+from krasis.formats.errors import UnsupportedModelError
+from krasis.formats.models.registry import convertible_families, family_of_model_type, spec_from_hf
 from krasis.formats.models.spec import ModelSpec
 from krasis.formats.models.uniform import architecture_of
+from krasis.formats.names import shown
 
 
 def read_hf_config(config: Mapping[str, Any], where: str) -> ModelSpec:
@@ -20,7 +22,13 @@ def read_hf_config(config: Mapping[str, Any], where: str) -> ModelSpec:
     """
     model_type = config.get("model_type")
     if family_of_model_type(model_type) is None:
-        raise unsupported_model_type(model_type, f"{where}: model_type")
+        known = [model_type for family in convertible_families() for model_type in family.model_types]
+        raise UnsupportedModelError(
+            "this model type is not supported",
+            where=f"{where}: model_type",
+            got=shown(model_type),
+            limit=f"supported model types: {', '.join(known)}",
+        )
     return spec_from_hf(config, where)
 
 

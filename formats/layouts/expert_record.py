@@ -17,6 +17,7 @@ RECORD_ALIGNMENT_BYTES = 4096
 SIZE_MULTIPLE = 64
 
 Part = Literal["gate", "up", "down"]
+PARTS: tuple[Part, ...] = ("gate", "up", "down")
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,17 +50,20 @@ def gguf_experts(
     keys: Keys,
     *,
     width: str = "expert_feed_forward_length",
+    default_width: int | None = None,
     renormalise: bool = True,
     router: Router | None = None,
+    **changes: Any,
 ) -> Experts:
     """Routed experts by the usual keys, with the shared ones as one MLP."""
-    intermediate = keys.size(width)
+    intermediate = keys.size(width, default=default_width)
     count = keys.size("expert_shared_count", default=0, least=0)
+    fields: dict[str, Any] = {"shared": GatedMlp(intermediate * count) if count else None}
     return Experts(
         keys.size("expert_count"),
         intermediate,
         router or Router(keys.size("expert_used_count"), renormalise=renormalise),
-        shared=GatedMlp(intermediate * count) if count else None,
+        **fields | changes,
     )
 
 

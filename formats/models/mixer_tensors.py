@@ -25,10 +25,12 @@ def _attention(mixer: Attention, hidden: int) -> Iterator[Tensor]:
     if mixer.output_gate in ("channel", "channel_softplus"):
         parts["attention.q"] += mixer.heads * mixer.value_width  # by head: its query, then its gate
     rows = sum(parts.values())
-    yield Tensor("attention.qkv", (rows, hidden), "int8_rows", tuple(parts))
+    part_rows = tuple(parts.values())
+    yield Tensor("attention.qkv", (rows, hidden), "int8_rows", tuple(parts), part_rows)
     yield Tensor("attention.output", (hidden, mixer.heads * mixer.value_width), "int8_rows")
     if mixer.bias:
-        yield Tensor("attention.qkv.bias", (rows,), "f32", tuple(f"{part}.bias" for part in parts))
+        biases = tuple(f"{part}.bias" for part in parts)
+        yield Tensor("attention.qkv.bias", (rows,), "f32", biases, part_rows)
     if mixer.output_bias:
         yield Tensor("attention.output.bias", (hidden,), "f32")
     if mixer.output_gate in ("head", "head_softplus"):
@@ -48,7 +50,8 @@ def _block_index(index: Selection, hidden: int) -> Iterator[Tensor]:
     if index.reuses:
         return
     rows = (index.heads + index.key_heads) * index.dim
-    yield Tensor("index.qk", (rows, hidden), "plain", ("index.q", "index.k"))
+    part_rows = (index.heads * index.dim, index.key_heads * index.dim)
+    yield Tensor("index.qk", (rows, hidden), "plain", ("index.q", "index.k"), part_rows)
     yield Tensor("index.q_norm", (index.dim,), "plain")
     yield Tensor("index.k_norm", (index.dim,), "plain")
 
@@ -122,7 +125,9 @@ def _compressor(prefix: str, dim: int, mixer: CompressedAttention, hidden: int) 
 def _gated_delta(mixer: GatedDelta, hidden: int) -> Iterator[Tensor]:
     value = mixer.value_heads * mixer.value_dim
     parts = ("delta.q", "delta.k", "delta.v", "delta.z")
-    yield Tensor("delta.qkvz", (mixer.conv_channels + value, hidden), "int8_rows", parts)
+    key = mixer.key_heads * mixer.key_dim
+    part_rows = (key, key, value, value)
+    yield Tensor("delta.qkvz", (mixer.conv_channels + value, hidden), "int8_rows", parts, part_rows)
     yield Tensor("delta.output", (hidden, value), "int8_rows")
     yield Tensor("delta.ba", (2 * mixer.value_heads, hidden), "plain", ("delta.b", "delta.a"))
     yield Tensor("delta.conv", (mixer.conv_channels, mixer.conv_width), "f32")

@@ -35,12 +35,12 @@ def _beside(mlp: MlpBesideExperts, spec: ModelSpec) -> Iterator[Tensor]:
 def _gated(prefix: str, mlp: GatedMlp, hidden: int) -> Iterator[Tensor]:
     parts = ("gate", "up") if mlp.activation.gated else ("up",)
     rows = len(parts) * mlp.intermediate
-    stacked = tuple(f"{prefix}.{part}" for part in parts)
+    stacked = tuple(f"{prefix}.{part}_proj" for part in parts)  # shared.gate is another tensor
     yield Tensor(f"{prefix}.w13", (rows, hidden), "int8_rows", stacked)
-    yield Tensor(f"{prefix}.w2", (hidden, mlp.intermediate), "int8_rows", (f"{prefix}.down",))
+    yield Tensor(f"{prefix}.w2", (hidden, mlp.intermediate), "int8_rows", (f"{prefix}.down_proj",))
     if mlp.bias:
         yield Tensor(f"{prefix}.w13.bias", (rows,), "f32", tuple(f"{part}.bias" for part in stacked))
-        yield Tensor(f"{prefix}.w2.bias", (hidden,), "f32", (f"{prefix}.down.bias",))
+        yield Tensor(f"{prefix}.w2.bias", (hidden,), "f32", (f"{prefix}.down_proj.bias",))
 
 
 def _experts(mlp: Experts, spec: ModelSpec) -> Iterator[Tensor]:

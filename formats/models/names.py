@@ -16,7 +16,8 @@ def decoder_names(
     qk_norm: bool = True,
     permuted: bool = False,
     biases: bool = False,
-    shared: bool = False,
+    shared: str | None = None,
+    shared_gate: str | None = None,
     dense: bool = False,
     correction: bool = False,
 ) -> dict[str, Source]:
@@ -24,7 +25,8 @@ def decoder_names(
 
     mlp: the hub's name of the block with the experts; expert_parts: its names of gate, up and down. ffn_norm:
     the GGUF's name of the norm before it. permuted: GGUF keeps the rows of q and k in another order. biases:
-    of q, k, v. shared, dense, correction: whether there are shared experts, dense layers, a correction bias.
+    of q, k, v. shared, shared_gate: the hub's names of the shared experts and of the projection that weighs
+    them, in that block. dense, correction: whether there are dense layers, a correction bias.
     """
     names = _model() | _attention(permuted, biases)
     if qk_norm:
@@ -38,12 +40,14 @@ def decoder_names(
         )
     if dense:
         names["mlp.norm"] = names["experts.norm"]
-        names |= {f"mlp.{part}": _weight(f"{mlp}.{part}_proj", f"ffn_{part}") for part in PARTS}
+        names |= {f"mlp.{part}_proj": _weight(f"{mlp}.{part}_proj", f"ffn_{part}") for part in PARTS}
     if shared:
         names |= {
-            f"shared.{part}": _weight(f"{mlp}.shared_experts.{part}_proj", f"ffn_{part}_shexp")
+            f"shared.{part}_proj": _weight(f"{mlp}.{shared}.{part}_proj", f"ffn_{part}_shexp")
             for part in PARTS
         }
+    if shared_gate:
+        names["shared.gate"] = _weight(f"{mlp}.{shared_gate}", "ffn_gate_inp_shexp")
     return names | _experts(mlp, expert_parts)
 
 

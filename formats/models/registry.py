@@ -8,7 +8,6 @@ import pkgutil
 from collections.abc import Mapping
 from typing import Any
 
-from krasis.formats.architecture_record import SUPPORTED_MODEL_TYPES
 from krasis.formats.errors import UnsupportedModelError
 from krasis.formats.models import families
 from krasis.formats.models.family import Family
@@ -29,6 +28,18 @@ def family_names() -> tuple[str, ...]:
 def _load(name: str) -> Family:
     family: Family = importlib.import_module(f"{families.__name__}.{name}").FAMILY
     return family
+
+
+def family_of(spec: ModelSpec) -> Family:
+    """The family of a model. Raises UnsupportedModelError for one that is not known."""
+    if spec.family not in family_names():
+        raise UnsupportedModelError("this model family is not known", got=shown(spec.family))
+    return _load(spec.family)
+
+
+def convertible_families() -> tuple[Family, ...]:
+    """The families whose checkpoints the converter reads."""
+    return tuple(family for family in all_families() if family.names)
 
 
 def all_families() -> tuple[Family, ...]:
@@ -102,14 +113,14 @@ def spec_from_gguf(
     """
     name = metadata.get("general.architecture")
     readable = {family.gguf: family for family in all_families() if family.spec_from_gguf is not None}
-    runs = [str(gguf) for gguf, family in readable.items() if family.name in SUPPORTED_MODEL_TYPES]
+    names = [str(gguf) for gguf, family in readable.items() if family.names]
     family = readable.get(name) if isinstance(name, str) else None
     if family is None or family.spec_from_gguf is None:
         raise UnsupportedModelError(
             "this model architecture is not supported",
             where=f"{where}: general.architecture",
             got=shown(name),
-            limit="supported architectures: " + ", ".join(runs),
+            limit="supported architectures: " + ", ".join(names),
         )
     with located(where):
         return family.spec_from_gguf(Keys(metadata, str(name), tensors, where))

@@ -24,6 +24,7 @@ from krasis.formats.models.record import (
     size,
 )
 from krasis.formats.models.recurrent import ChannelDelta, GatedDelta, Mamba2, ShortConv
+from krasis.formats.models.rope import Rope, RopeScaling
 from krasis.formats.names import shown
 
 Mixer = Attention | LatentAttention | CompressedAttention | GatedDelta | ChannelDelta | Mamba2 | ShortConv
@@ -140,6 +141,27 @@ class ModelSpec(Record):
             raise fail("size is out of range", self, "layers", 0, f"1..{MAX_LAYERS}")
         if self.ngram is None and any(layer.ngram for layer in self.layers):
             raise fail("layers use a table that is not described", self, "ngram", "none", "a table")
+
+    @property
+    def expert_layers(self) -> tuple[int, ...]:
+        """The layers that have routed experts."""
+        return tuple(i for i, layer in enumerate(self.layers) if layer.experts is not None)
+
+    def experts_of(self, layer: int) -> Experts:
+        """A layer's routed experts. Raises FormatError for a layer without."""
+        experts = self.layers[layer].experts
+        if experts is None:
+            raise FormatError("the layer has no experts", where=self.family, got=layer)
+        return experts
+
+    @property
+    def rope_scaling(self) -> RopeScaling:
+        """The long-context scaling of the first layer that has one; ``none`` for a model without."""
+        for layer in dict.fromkeys(self.layers):
+            rope: Rope | None = getattr(layer.mixer, "rope", None)
+            if rope is not None and rope.scaling.kind != "none":
+                return rope.scaling
+        return RopeScaling()
 
     @property
     def max_context(self) -> int:

@@ -16,7 +16,18 @@ from krasis.formats.models.mlps import Experts, MlpBesideExperts
 from krasis.formats.models.spec import Layer, ModelSpec, Residual
 from krasis.formats.models.tensor import Tensor, norm
 
-__all__ = ["Blob", "Tensor", "blobs", "count_parameters", "layer_tensors", "top_tensors"]
+__all__ = [
+    "Blob",
+    "Tensor",
+    "blob_name",
+    "blobs",
+    "blobs_of",
+    "count_parameters",
+    "dense_tensors",
+    "dense_tensors_of",
+    "layer_tensors",
+    "top_tensors",
+]
 
 ROW_TILE = 32  # of the INT8 rows layout
 _ROW_BYTES = 4
@@ -122,24 +133,44 @@ def _ngram_tensors(spec: ModelSpec) -> Iterator[Tensor]:
     yield Tensor("ngram.conv", (wide, table.conv_width), "f32")
 
 
+def dense_tensors(spec: ModelSpec) -> Iterator[tuple[int | None, Tensor]]:
+    """Every tensor that is not in the experts' records, in the order of a bundle, with its layer (None: the
+    model's own).
+    """
+    before, after = top_tensors(spec)
+    yield from ((None, tensor) for tensor in before)
+    known: dict[Layer, tuple[Tensor, ...]] = {}
+    for i, layer in enumerate(spec.layers):
+        if layer not in known:
+            known[layer] = tuple(tensor for tensor in layer_tensors(spec, layer) if tensor.is_dense)
+        yield from ((i, tensor) for tensor in known[layer])
+    yield from ((None, tensor) for tensor in after)
+
+
+def dense_tensors_of(spec: ModelSpec, layer: int | None) -> tuple[Tensor, ...]:
+    """The same of one layer, or the model's own."""
+    if layer is None:
+        return tuple(tensor for side in top_tensors(spec) for tensor in side)
+    return tuple(tensor for tensor in layer_tensors(spec, spec.layers[layer]) if tensor.is_dense)
+
+
 # ---- what follows ------------------------------------------------------------------------------------------
 
 
 def blobs(spec: ModelSpec) -> Iterator[Blob]:
     """Every dense blob of a bundle, in its order. Experts and n-gram tables are stored apart."""
-    before, after = top_tensors(spec)
-    for tensor in before:
-        yield from _blobs_of(tensor, tensor.name)
-    for i, layer in enumerate(spec.layers):
-        for tensor in layer_tensors(spec, layer):
-            yield from _blobs_of(tensor, f"layers.{i}.{tensor.name}")
-    for tensor in after:
-        yield from _blobs_of(tensor, tensor.name)
+    for layer, tensor in dense_tensors(spec):
+        yield from blobs_of(tensor, layer)
 
 
-def _blobs_of(tensor: Tensor, name: str) -> Iterator[Blob]:
-    if tensor.store in ("experts", "table"):
-        return
+def blob_name(tensor: Tensor, layer: int | None) -> str:
+    """The name of a dense tensor's blob. layer: None for the model's own."""
+    return tensor.name if layer is None else f"layers.{layer}.{tensor.name}"
+
+
+def blobs_of(tensor: Tensor, layer: int | None) -> Iterator[Blob]:
+    """The blobs of a dense tensor: itself, or codes and scales (of rows filled up to whole strips)."""
+    name = blob_name(tensor, layer)
     if tensor.store == "int8_rows":
         n, k = align_up(tensor.shape[0], ROW_TILE), align_up(tensor.shape[1], _ROW_BYTES)
         shape = (n // ROW_TILE, k // _ROW_BYTES, ROW_TILE, _ROW_BYTES)

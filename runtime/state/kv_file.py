@@ -67,8 +67,10 @@ def bundle_identity(bundle: Bundle) -> str:
     data, and of the architecture where it is run with another.
     """
     digest = xxhash.xxh3_128(bundle.manifest.to_bytes())
-    if bundle.architecture != bundle.manifest.architecture:
-        digest.update(canonical_json(bundle.architecture.to_json()))
+    if bundle.spec != bundle.manifest.spec:
+        is_flat = bundle.manifest.format_minor == 0  # prefixes saved before the manifest knew more stay good
+        record = bundle.architecture.to_json() if is_flat else bundle.spec.to_json()
+        digest.update(canonical_json(record))
     return str(digest.hexdigest())
 
 

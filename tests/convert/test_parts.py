@@ -30,6 +30,7 @@ from krasis.formats.bundle.reader import Bundle
 from krasis.formats.checkpoints.ggml_blocks import SUPPORTED_TYPES
 from krasis.formats.errors import FormatError, ResourceError, UnsupportedModelError, UsageError
 from krasis.formats.layouts import PackStats
+from krasis.formats.models.uniform import architecture_of, spec_of
 
 
 def test_tiers_in_any_order():
@@ -56,7 +57,7 @@ def test_every_readable_type_has_a_limit_below_unrelated_weights():
 def test_memory_of_the_largest_model_stays_under_a_gigabyte(hf_dir, q8_gguf, tmp_path):
     prepared = prepare([hf_dir, q8_gguf], tmp_path / "o", ConvertSettings(), Reporter(0))
     large = dataclasses.replace(
-        prepared.plan.architecture,
+        architecture_of(prepared.plan.spec, "x"),
         num_layers=94,
         hidden_size=4096,
         num_heads=64,
@@ -67,15 +68,15 @@ def test_memory_of_the_largest_model_stays_under_a_gigabyte(hf_dir, q8_gguf, tmp
         vocab_size=151936,
     )
     source = prepared.plan.dense_source
-    memory = plan_memory(large, ConvertSettings(), source, source)
+    memory = plan_memory(spec_of(large), ConvertSettings(), source, source)
     assert memory.total_bytes < 1 << 30
     assert memory.staging_slots >= 4
-    tight = plan_memory(large, ConvertSettings(memory_limit_bytes=535 << 20), source, source)
+    tight = plan_memory(spec_of(large), ConvertSettings(memory_limit_bytes=535 << 20), source, source)
     assert tight.staging_slots == 2
     assert tight.slot_bytes < memory.slot_bytes
     assert tight.total_bytes <= 535 << 20
     with pytest.raises(ResourceError, match="needed"):
-        plan_memory(large, ConvertSettings(memory_limit_bytes=300 << 20), source, source)
+        plan_memory(spec_of(large), ConvertSettings(memory_limit_bytes=300 << 20), source, source)
 
 
 class TestJournal:
@@ -268,13 +269,13 @@ class TestCalibration:
             run([hf_dir], tmp_path / "out.krasis", calibration=hf_dir / "config.json")
 
     def test_links_out_of_the_file_are_refused(self, tmp_path, hf_dir, q8_gguf):
-        arch = prepare([hf_dir], tmp_path / "o", ConvertSettings(), Reporter(0)).plan.architecture
+        spec = prepare([hf_dir], tmp_path / "o", ConvertSettings(), Reporter(0)).plan.spec
         real = self.write(tmp_path / "real.h5")
         path = tmp_path / "link.h5"
         with h5py.File(path, "w") as file:
             file["layers"] = h5py.ExternalLink(str(real), "layers")
         with pytest.raises(FormatError, match="missing"):
-            load_calibration(path, arch)
+            load_calibration(path, spec)
 
 
 class TestMemory:

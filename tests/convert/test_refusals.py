@@ -98,7 +98,7 @@ class TestModels:
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        refuse(run, [tmp_path / "llama.gguf"], out, UnsupportedModelError, "qwen3moe")
+        refuse(run, [tmp_path / "llama.gguf"], out, UnsupportedModelError, "only models with experts")
 
     def test_missing_tensor(self, run, model, out, tmp_path):
         weights = {

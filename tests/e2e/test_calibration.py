@@ -18,7 +18,7 @@ from krasis.convert.settings import ConvertSettings
 from krasis.formats.bundle.reader import Bundle
 from krasis.formats.errors import UsageError
 from krasis.formats.layouts import layout_from_id
-from krasis.runtime.cli.importance_command import main
+from krasis.runtime.cli.run.importance_command import main
 from krasis.runtime.importance import collect
 
 MODEL = Path(__file__).parent.parent / "assets" / "tiny-qwen3-moe"
@@ -146,7 +146,7 @@ def test_the_file_says_where_it_comes_from(calibration, exact_bundle):
     assert (said["num_tokens"], said["context"]) == (NUM_TOKENS, CONTEXT)
     assert said["experts"] == "cpu: cpu-q8-r32-b32"
     with Bundle.open(exact_bundle) as bundle:
-        assert load_calibration(calibration, bundle.architecture).layers.keys() == set(range(4))
+        assert load_calibration(calibration, bundle.spec).layers.keys() == set(range(4))
 
 
 def held_out_error(bundle: Path, inputs: Inputs, weights: dict[str, np.ndarray]) -> dict[str, float]:

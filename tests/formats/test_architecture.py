@@ -113,8 +113,8 @@ def test_defaults_are_those_of_transformers():
 @pytest.mark.parametrize(
     ("field", "value", "complaint"),
     [
-        ("model_type", "llama", "'llama'.*supported model types: qwen3_moe"),
-        ("model_type", ..., "supported model types: qwen3_moe"),
+        ("model_type", "llama", "'llama'.*supported model types: .*qwen3_moe"),
+        ("model_type", ..., "supported model types: .*qwen3_moe"),
         ("model_type", ["qwen3_moe"], "supported model types"),
         ("attention_bias", True, "attention_bias"),
         ("use_sliding_window", True, "use_sliding_window"),
@@ -235,7 +235,7 @@ def test_yarn_in_a_gguf(write):
 @pytest.mark.parametrize(
     ("key", "value", "error", "complaint"),
     [
-        ("general__architecture", (STRING, "llama"), UnsupportedModelError, "'llama'.*qwen3moe"),
+        ("general__architecture", (STRING, "llama"), UnsupportedModelError, "only models with experts"),
         ("qwen3moe__expert_count", ..., FormatError, "qwen3moe.expert_count"),
         ("qwen3moe__expert_count", (STRING, "4"), FormatError, "must be an integer"),
         ("qwen3moe__rope__freq_base", (F32, float("nan")), FormatError, "finite"),

@@ -63,6 +63,6 @@ FAMILY = Family(
     gguf="glm4moe",
     spec_from_gguf=spec_from_gguf,
     names=decoder_names(
-        ffn_norm="post_attention_norm", biases=True, shared=True, dense=True, correction=True
+        ffn_norm="post_attention_norm", biases=True, shared="shared_experts", dense=True, correction=True
     ),
 )

@@ -31,7 +31,7 @@ def spec_from_gguf(keys: Keys) -> ModelSpec:
             "a dense model: only models with experts are supported",
             where=f"{keys.where}: general.architecture",
             got="'llama'",
-            limit="supported architectures: qwen3moe",
+            limit="models with experts",
         )
     refuse_gguf_features(keys, "expert_weights_scale", "leading_dense_block_count", "expert_shared_count")
     width = "expert_feed_forward_length" if keys.has("expert_feed_forward_length") else "feed_forward_length"

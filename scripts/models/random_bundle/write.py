@@ -15,6 +15,7 @@ from krasis.formats.bundle.manifest import AssetRecord, Manifest, SourceRecord
 from krasis.formats.bundle.writer import PARTIAL_SUFFIX, BlobSpec, BundleWriter, plan_shards
 from krasis.formats.errors import ResourceError
 from krasis.formats.layouts import Int8RowsLayout
+from krasis.formats.models.uniform import spec_of
 from scripts.models.model_files import MoeShape, hub_config
 from scripts.models.random_bundle.blobs import blob_pieces, blob_specs
 from scripts.models.random_bundle.pools import Pools
@@ -115,7 +116,7 @@ def manifest_of(
         layouts["cpu"] = request.cpu_layout.layout_id
     return Manifest(
         tool_version="make_random_bundle 1",
-        architecture=arch,
+        spec=spec_of(arch),
         layouts=layouts,
         files=plan.file_records(),
         blobs=plan.blob_records(digests),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from format_builders import LAYOUTS, SPECS, architecture, blob_data, write_bundle
+from format_builders import LAYOUTS, SPECS, blob_data, model, write_bundle
 
 from krasis.formats.bundle.blob_names import blob_names, check_blob_names
 from krasis.formats.bundle.code_ranges import CodeRange, code_range
@@ -33,16 +33,14 @@ def write(final: Path, specs: list[BlobSpec], recipe: dict, change=lambda name, 
                 sink.write(data)
                 digests[spec.name] = sink.close()
         blobs = plan.blob_records(digests)
-        manifest = Manifest(
-            "0.0.test", architecture(), LAYOUTS, plan.file_records(), blobs, (), (), recipe, {}
-        )
+        manifest = Manifest("0.0.test", model(), LAYOUTS, plan.file_records(), blobs, (), (), recipe, {})
         writer.finish(manifest, final)
     return final
 
 
 def test_a_converted_bundle_has_these_names(tmp_path: Path):
     bundle = write_bundle(tmp_path / "m")
-    assert {spec.name for spec in SPECS} == set(blob_names(architecture(), LAYOUTS))
+    assert {spec.name for spec in SPECS} == set(blob_names(model(), LAYOUTS))
     open_bundle(bundle, EngineSettings()).close()
     assert not verify_bundle(bundle)
 

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import xxhash
@@ -7,6 +8,7 @@ from format_builders import ASSETS, SPECS, manifest_of
 
 from krasis.formats.bundle.manifest import AssetRecord, Manifest, canonical_json
 from krasis.formats.bundle.shard_plan import plan_shards
+from krasis.formats.checkpoints.hf_config import read_hf_config
 from krasis.formats.errors import ChecksumError, FormatError, UnsupportedModelError, VersionError
 
 
@@ -62,8 +64,13 @@ def test_altered_values_fail_the_checksum(manifest):
 
 
 def test_a_newer_major_version_says_what_to_do(manifest):
-    record = json.loads(manifest.to_bytes()) | {"format_major": 2, "tool_version": "9.9", "novel": []}
-    with pytest.raises(VersionError, match=r"newer format.*format 2\.0.*'9\.9'.*limit format 1\.0.*upgrade"):
+    record = json.loads(manifest.to_bytes()) | {
+        "format_major": 2,
+        "format_minor": 0,
+        "tool_version": "9.9",
+        "novel": [],
+    }
+    with pytest.raises(VersionError, match=r"newer format.*format 2\.0.*'9\.9'.*limit format 1\.1.*upgrade"):
         Manifest.from_bytes(json.dumps(record).encode())  # not even canonical: the version comes first
 
 
@@ -75,6 +82,53 @@ def test_a_newer_minor_version_opens_unless_it_holds_something_unknown(manifest)
     record["blobs"][0]["dtype"] = "F8_E8M0"
     with pytest.raises(VersionError, match=r"newer format.*unknown dtype"):
         Manifest.from_bytes(sealed(record))
+
+
+def as_1_0(manifest):
+    """The record that a writer of format 1.0 made of the same bundle."""
+    record = json.loads(manifest.to_bytes()) | {"format_minor": 0}
+    del record["model"]
+    return record | {"architecture": manifest.architecture.to_json()}
+
+
+def test_format_1_0_is_read_as_the_same_model_and_kept(manifest):
+    data = sealed(as_1_0(manifest))
+    old = Manifest.from_bytes(data)
+    assert (old.format_minor, old.spec, old.architecture) == (0, manifest.spec, manifest.architecture)
+    assert old.to_bytes() == data
+    assert dataclasses.replace(old, recipe={}).format_minor == 0
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "complaint"),
+    [
+        (["model"], {}, "unknown field.*'model'"),
+        (["architecture"], ..., "missing.*'architecture'"),
+        (["architecture", "hidden_size"], "64", "hidden_size"),
+        (["architecture", "num_layers"], 10**9, "num_layers"),
+        (["architecture", "rope_scaling"], None, "rope_scaling"),
+    ],
+)
+def test_unsound_manifests_of_format_1_0(manifest, path, value, complaint):
+    record = as_1_0(manifest)
+    change(path, value)(record)
+    with pytest.raises(FormatError, match=complaint) as caught:
+        Manifest.from_bytes(sealed(record), "dir/manifest.json")
+    assert str(caught.value).startswith("dir/manifest.json")
+
+
+@pytest.mark.parametrize(
+    "name", ["glm-4.5-air", "mixtral-8x7b", "olmoe-1b-7b", "deepseek-v3", "qwen3-next-80b-a3b"]
+)
+def test_every_model_goes_in_and_out(manifest, name):
+    path = Path(__file__).parents[1] / "models" / "configs" / f"{name}.json"
+    spec = read_hf_config(json.loads(path.read_text("utf-8")), name)
+    changed = dataclasses.replace(manifest, spec=spec)
+    assert Manifest.from_bytes(changed.to_bytes()) == changed
+    with pytest.raises(UnsupportedModelError):  # a flat record cannot say what it is
+        _ = changed.architecture
+    with pytest.raises(UnsupportedModelError):
+        dataclasses.replace(changed, format_minor=0).to_bytes()
 
 
 def test_values_that_json_cannot_hold(manifest):
@@ -110,7 +164,21 @@ def change(path, value):
         (["format_major"], 0, "version"),
         (["format_minor"], -1, "version"),
         (["tool_version"], "x" * 2000, "tool_version"),
-        (["architecture", "hidden_size"], "64", "hidden_size"),
+        (["model", "hidden"], "64", r"model\.hidden|ModelSpec\.hidden"),
+        (["model", "hidden"], ..., "model.*'?hidden'?"),
+        (["model", "hidden"], 1 << 40, "out of range"),
+        (["model", "surprise"], 1, "unknown field"),
+        (["model", "tied"], False, "canonical form"),  # its default
+        (["model", "pattern"], [0] * 20_000, "out of range"),
+        (["model", "pattern", 0], 7, "no such layer"),
+        (["model", "pattern", 0], True, "no such layer"),
+        (["model", "layers"], [], "out of range"),
+        (["model", "layers", 0, "mixer", "kind"], "magic", "unknown kind"),
+        (["model", "layers", 0, "mixer", "kv_heads"], 3, "evenly"),
+        (["model", "layers", 0, "mlp", "router", "top_k"], 100, "more experts"),
+        (["model"], ..., "missing.*'model'"),
+        (["model"], [], "object"),
+        (["architecture"], {}, "unknown field.*'architecture'"),
         (["layouts", "disk"], "plain", "unknown tier"),
         (["layouts", "cpu"], 5, "layout id"),
         (["files", 0, "name"], "../x.safetensors", "plain name"),

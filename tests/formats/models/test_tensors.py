@@ -4,11 +4,9 @@ import json
 
 import pytest
 
-from krasis.convert import names as converter
 from krasis.convert.cli import main
-from krasis.formats.architecture import Architecture
-from krasis.formats.models.families.qwen3_moe import FAMILY
 from krasis.formats.models.registry import all_families, spec_from_hf
+from krasis.formats.models.spec import ModelSpec
 from krasis.formats.models.tensors import blobs, layer_tensors, top_tensors
 from krasis.formats.models.uniform import architecture_of, spec_of
 
@@ -26,32 +24,19 @@ def manifest(tmp_path_factory, request):
 
 
 def test_gives_every_dense_blob_of_a_bundle_in_its_order(manifest):
-    architecture = Architecture.from_json(manifest["architecture"])
+    spec = ModelSpec.from_json(manifest["model"])
     written = [
         (blob["name"], blob["dtype"], tuple(blob["shape"]))
         for blob in manifest["blobs"]
         if blob["tier"] == "dense"
     ]
-    listed = [(blob.name, blob.dtype or "BF16", blob.shape) for blob in blobs(spec_of(architecture))]
+    listed = [(blob.name, blob.dtype or "BF16", blob.shape) for blob in blobs(spec)]
     assert listed == written
 
 
 def test_an_architecture_is_a_view_of_its_model(manifest):
-    architecture = Architecture.from_json(manifest["architecture"])
-    assert architecture_of(spec_of(architecture), "manifest") == architecture
-
-
-def test_the_converter_reads_by_the_familys_names():
-    dense = {name.ours: (name.hf, name.gguf) for name in converter.DENSE}
-    assert dense["attention.q"] == ("model.layers.{i}.self_attn.q_proj.weight", "blk.{i}.attn_q.weight")
-    for part in converter.PARTS:
-        source = FAMILY.names[f"experts.{part}"]
-        assert converter.HF_EXPERT.replace("{part}", part) in source.hf
-        assert converter.GGUF_MERGED.replace("{part}", part) in source.gguf
-        assert converter.GGUF_EXPERT.replace("{part}", part) in source.gguf
-    assert converter.HF_FUSED_GATE_UP in FAMILY.names["experts.gate_up"].hf
-    assert converter.HF_FUSED_DOWN in FAMILY.names["experts.down"].hf
-    assert converter.GGUF_FUSED_GATE_UP in FAMILY.names["experts.gate_up"].gguf
+    spec = ModelSpec.from_json(manifest["model"])
+    assert spec_of(architecture_of(spec, "manifest")) == spec
 
 
 @pytest.mark.parametrize("family", [f for f in all_families() if f.names], ids=lambda family: family.name)
@@ -79,5 +64,5 @@ def test_names_of_other_families():
     glm = by_name["glm4_moe"]
     assert glm["experts.norm"].gguf == ("blk.{i}.post_attention_norm.weight",)
     assert glm["experts.router.correction_bias"].gguf == ("blk.{i}.exp_probs_b.bias",)
-    assert glm["shared.down"].gguf == ("blk.{i}.ffn_down_shexp.weight",)
+    assert glm["shared.down_proj"].gguf == ("blk.{i}.ffn_down_shexp.weight",)
     assert glm["attention.k.bias"].hf == ("model.layers.{i}.self_attn.k_proj.bias",)

@@ -15,6 +15,8 @@ from krasis.formats.architecture import Architecture, from_hf_config
 from krasis.formats.bundle.blob_names import blob_names
 from krasis.formats.bundle.manifest import AssetRecord, Manifest, SourceRecord
 from krasis.formats.bundle.writer import BlobSpec, BundleWriter, FileOps, ShardPlan, plan_shards
+from krasis.formats.models.spec import ModelSpec
+from krasis.formats.models.uniform import spec_of
 
 # ---- config.json -------------------------------------------------------------------------------------------
 
@@ -51,6 +53,11 @@ def hf_config(**changes: Any) -> dict[str, Any]:
 def architecture() -> Architecture:
     """That of ``hf_config``."""
     return from_hf_config(hf_config(), "config.json")
+
+
+def model() -> ModelSpec:
+    """The same as a ``ModelSpec``."""
+    return spec_of(architecture())
 
 
 # ---- safetensors -------------------------------------------------------------------------------------------
@@ -197,7 +204,7 @@ SPECS = (
     BlobSpec("layers.1.experts.gpu", "gpu", "U8", (4, 8192), "marlin-u4b8-g32-bf16"),
     *(
         BlobSpec(name, "dense", "F32", (16,), "plain")
-        for name in blob_names(architecture(), ())
+        for name in blob_names(model(), ())
         if name not in ("embedding", "layers.0.attention.qkv.scale", "layers.0.attention.norm")
     ),
 )
@@ -217,7 +224,7 @@ def manifest_of(plan: ShardPlan, digests: Mapping[str, str], assets: Iterable[As
     """The manifest of a test bundle."""
     return Manifest(
         tool_version="0.0.test",
-        architecture=architecture(),
+        spec=model(),
         layouts=LAYOUTS,
         files=plan.file_records(),
         blobs=plan.blob_records(digests),

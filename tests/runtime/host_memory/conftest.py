@@ -16,6 +16,7 @@ from krasis.formats.bundle.manifest import Manifest
 from krasis.formats.bundle.reader import Bundle
 from krasis.formats.bundle.writer import BlobSpec, BundleWriter, plan_shards
 from krasis.formats.layouts import layout_from_id
+from krasis.formats.models.uniform import spec_of
 from krasis.runtime.device.double import DeviceDouble
 from krasis.runtime.host_memory import registrar as registrar_module
 from krasis.runtime.host_memory.registrar import RegistrationError
@@ -45,7 +46,7 @@ def write_bundle(final: Path, shard_bytes: int = 2**35, tiers: tuple[str, ...] =
                 digests[blob.name] = sink.close()
         manifest = Manifest(
             tool_version="0",
-            architecture=architecture(),
+            spec=spec_of(architecture()),
             layouts={tier: LAYOUT if tier == "gpu" else "int8-rows-r32k4" for tier in tiers},
             files=plan.file_records(),
             blobs=plan.blob_records(digests),

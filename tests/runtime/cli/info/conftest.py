@@ -12,6 +12,7 @@ from krasis.formats.architecture import Architecture, RopeScaling
 from krasis.formats.bundle.manifest import Manifest, SourceRecord
 from krasis.formats.bundle.writer import BlobSpec, BundleWriter, plan_shards
 from krasis.formats.layouts import layout_from_id
+from krasis.formats.models.uniform import spec_of
 
 TINY = Architecture(
     model_type="qwen3_moe",
@@ -80,7 +81,7 @@ def write_bundle(final: Path) -> None:
         asset = writer.write_asset("tokenizer.json", TOKENIZER)
         manifest = Manifest(
             tool_version="0.1.0",
-            architecture=TINY,
+            spec=spec_of(TINY),
             layouts=LAYOUTS,
             files=plan.file_records(),
             blobs=plan.blob_records(digests),

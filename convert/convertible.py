@@ -1,0 +1,86 @@
+"""Which models bundles can be made of: their tensors' names are known, and layouts can hold them. Whether a
+backend runs them is another question.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from krasis.formats.errors import UnsupportedModelError
+from krasis.formats.layouts.expert_record import SIZE_MULTIPLE
+from krasis.formats.layouts.int8_rows import K_MULTIPLE
+from krasis.formats.models.mixers import Attention
+from krasis.formats.models.mlps import Experts
+from krasis.formats.models.registry import convertible_families, family_of
+from krasis.formats.models.spec import ModelSpec
+from krasis.formats.models.tensors import dense_tensors
+from krasis.runtime.missing_kernels import missing_kernels, refuse_missing_kernels
+
+_HEAD_MULTIPLE, _KEY_ROWS_MULTIPLE, _MAX_HEAD_DIM = 16, 32, 256  # of the attention kernels
+
+
+def check_convertible(spec: ModelSpec, where: str) -> None:
+    """Raises UnsupportedModelError for a model that no bundle can be made of. where: the source."""
+    if not family_of(spec).names:
+        refuse_missing_kernels(spec, where)
+        raise UnsupportedModelError(
+            "checkpoints of this model family are not read yet",
+            where=where,
+            got=spec.family,
+            limit=", ".join(family.name for family in convertible_families()),
+        )
+    for what in _unpackable(spec):
+        raise UnsupportedModelError(f"bundles cannot hold {what} yet", where=where, got=spec.family)
+    for name, value, multiple in _sizes(spec):
+        if value % multiple:
+            raise UnsupportedModelError(
+                "size is not a multiple of the tile",
+                where=f"{where}: {name}",
+                got=value,
+                limit=f"a multiple of {multiple}",
+            )
+
+
+def kernels_note(spec: ModelSpec) -> str | None:
+    """A sentence for a model that can be converted but not be run by this version."""
+    missing = list(dict.fromkeys(missing_kernels(spec)))
+    if not missing:
+        return None
+    return f"this version can make the bundle but not run it yet: there are no kernels for {missing[0]}"
+
+
+def _unpackable(spec: ModelSpec) -> Iterator[str]:
+    if not spec.expert_layers:
+        yield "a model without experts"
+    for layer in dict.fromkeys(spec.layers):
+        if isinstance(layer.experts, Experts):
+            yield from _unpackable_experts(layer.experts)
+        if isinstance(layer.mixer, Attention) and layer.mixer.head_dim > _MAX_HEAD_DIM:
+            yield f"attention heads of more than {_MAX_HEAD_DIM} channels"
+        if layer.ngram:
+            yield "hashed n-gram tables"
+
+
+def _unpackable_experts(experts: Experts) -> Iterator[str]:
+    if experts.bias:
+        yield "experts with biases"
+    if experts.latent is not None:
+        yield "experts between two projections"
+    if not experts.activation.gated:
+        yield "experts without a gate"
+    if experts.router.by_token:
+        yield "experts chosen by the token's id"
+
+
+def _sizes(spec: ModelSpec) -> Iterator[tuple[str, int, int]]:
+    """What has to be a multiple of a tile."""
+    yield "hidden size", spec.hidden, SIZE_MULTIPLE
+    for layer in dict.fromkeys(spec.layers):
+        if layer.experts is not None:
+            yield "expert size", layer.experts.intermediate, SIZE_MULTIPLE
+        if isinstance(layer.mixer, Attention):
+            yield "head_dim", layer.mixer.head_dim, _HEAD_MULTIPLE
+            yield "num_kv_heads * head_dim", layer.mixer.key_rows, _KEY_ROWS_MULTIPLE
+    for _, tensor in dense_tensors(spec):
+        if tensor.store == "int8_rows":
+            yield f"columns of {tensor.name}", tensor.shape[1], K_MULTIPLE

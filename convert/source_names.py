@@ -1,0 +1,95 @@
+"""Under which names a checkpoint holds a model's tensors: its family's names, and what is there of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from krasis.formats.errors import UnsupportedModelError
+from krasis.formats.layouts.expert_record import Part
+from krasis.formats.models.family import Family, Source
+from krasis.formats.models.spec import ModelSpec
+
+# Buffers that some exporters keep beside the weights; the runtime derives them from the config.
+_NEEDLESS_SUFFIXES = (
+    "rotary_emb.inv_freq",
+    "rotary_emb.cos_cached",
+    "rotary_emb.sin_cached",
+    "rotary_emb.original_inv_freq",
+    "rope_freqs.weight",
+    "_extra_state",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertPlace:
+    """Where a matrix of one expert lies. first_matrix: those of its size before it in the tensor. holds_all:
+    the tensor is that of all experts, with so many matrices of each (gate and up may be in one).
+    """
+
+    tensor: str
+    first_matrix: int = 0
+    holds_all: bool = False
+    matrices: int = 1
+
+
+class SourceNames:
+    """The names of one checkpoint's tensors. present: the tensors that it has, by name."""
+
+    def __init__(
+        self, kind: Literal["hf", "gguf"], family: Family, spec: ModelSpec, present: Mapping[str, object]
+    ) -> None:
+        self._kind, self._family, self._spec, self._present = kind, family, spec, present
+        self._drafting = self._drafting_prefixes()
+
+    def source(self, ours: str) -> Source:
+        """What the family says of a tensor or part. Raises UnsupportedModelError if it says nothing."""
+        source = self._family.names.get(ours)
+        if source is None:
+            raise UnsupportedModelError(
+                "the converter does not know the name of this tensor yet", where=self._family.name, got=ours
+            )
+        return source
+
+    def _templates(self, ours: str) -> tuple[str, ...]:
+        source = self.source(ours)
+        return source.hf if self._kind == "hf" else source.gguf
+
+    def tensor(self, ours: str, layer: int | None) -> str:
+        """The first of its names that is there, else the usual one."""
+        templates = self._templates(ours)
+        if self._spec.tied and ours in ("lm_head", "embedding"):
+            # A tied checkpoint may hold the one matrix under either name.
+            templates = (*self._templates("embedding"), *self._templates("lm_head"))
+        names = [template if layer is None else template.format(i=layer) for template in templates]
+        return next((name for name in names if name in self._present), names[0])
+
+    def expert(self, layer: int, expert: int, part: Part) -> ExpertPlace:
+        """Where a matrix lies: in a tensor of all experts, in one with gate and up, or in its own."""
+        templates = self._templates(f"experts.{part}")
+        for template in templates:
+            if "{e}" not in template and (name := template.format(i=layer)) in self._present:
+                return ExpertPlace(name, expert, holds_all=True)
+        if part != "down" and "experts.gate_up" in self._family.names:
+            for template in self._templates("experts.gate_up"):
+                if (name := template.format(i=layer)) in self._present:
+                    return ExpertPlace(name, 2 * expert + (part == "up"), holds_all=True, matrices=2)
+        names = [template.format(i=layer, e=expert) for template in templates if "{e}" in template]
+        return ExpertPlace(next((name for name in names if name in self._present), names[0]))
+
+    def is_needless(self, name: str) -> bool:
+        """Whether a tensor says nothing that the configuration does not say, or is a tied head's copy."""
+        tied_head = (*self._templates("lm_head"), *self._templates("embedding")) if self._spec.tied else ()
+        return name.endswith(_NEEDLESS_SUFFIXES) or name in tied_head
+
+    def is_drafting(self, name: str) -> bool:
+        """Whether a tensor is of a layer that only drafts (multi-token prediction)."""
+        return name.startswith(self._drafting)
+
+    def _drafting_prefixes(self) -> tuple[str, ...]:
+        """Of the layers behind the last one, as many as the model says that it has for drafting."""
+        sources = (source.hf if self._kind == "hf" else source.gguf for source in self._family.names.values())
+        root = next(name.partition("{i}")[0] for names in sources for name in names if "{i}" in name)
+        count = len(self._spec.layers)
+        return tuple(f"{root}{i}." for i in range(count, count + self._spec.draft_layers))

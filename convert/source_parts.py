@@ -1,0 +1,75 @@
+"""A source's tensor as a model has it: names, and the order of rows, differ between kinds of checkpoints."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from krasis.convert.slices import FLOAT_BYTES, TensorSlice
+from krasis.formats.models.family import Transform
+
+
+@dataclass(frozen=True, slots=True)
+class SourcePart:
+    """What goes into a dense blob as one piece: a whole tensor of the source, and what is done to it.
+
+    ``undo_rope_permutation``: the rows of each head, of head_rows rows, go back from pairs (0, n/2), (1,
+    n/2 + 1), ... to their order. ``add_one``: 1 is added to each weight.
+    """
+
+    piece: TensorSlice
+    transform: Transform = "none"
+    head_rows: int = 1
+
+    @property
+    def dtype(self) -> str:
+        """The type that keeps it as it is: its own float type, else F32."""
+        return "F32" if self.transform == "add_one" else plain_dtype(self.piece.dtype)
+
+    def blocks(self, max_rows: int, multiple: int = 1) -> Iterator[TensorSlice]:
+        """All of it as the file has it, in order: blocks of at most max_rows rows or the least that there
+        can be, each but the last a multiple of ``multiple`` rows.
+        """
+        multiple = math.lcm(multiple, self.head_rows)
+        step = max(1, max_rows // multiple) * multiple
+        rows = self.piece.shape[0]
+        return (self.piece.rows(start, start + step) for start in range(0, rows, step))
+
+    def restored(self, block: TensorSlice) -> TensorSlice:
+        """A block of ``blocks`` as the model has it."""
+        if self.transform == "undo_rope_permutation":
+            rows = block.raw.reshape(block.shape[0], -1)
+            return replace(block, raw=np.ascontiguousarray(rows[self._order(block.shape[0])]).reshape(-1))
+        if self.transform == "add_one":
+            raw = (block.decode() + np.float32(1)).reshape(-1).view(np.uint8)
+            return replace(block, dtype="F32", raw=raw)
+        return block
+
+    def row(self, index: int) -> TensorSlice:
+        """One row of the model's matrix."""
+        place = index
+        if self.transform == "undo_rope_permutation":
+            first = index - index % self.head_rows
+            place = first + int(self._order(self.head_rows)[index - first])
+        row = self.piece.rows(place, place + 1)
+        return self.restored(row) if self.transform == "add_one" else row
+
+    def _order(self, num_rows: int) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
+        """For each row of whole heads, where the file has it."""
+        row = np.arange(num_rows)
+        head, half = self.head_rows, self.head_rows // 2
+        return row - row % head + row % half * 2 + row % head // half
+
+
+def plain_dtype(dtype: str) -> str:
+    """The type a plain blob keeps: its own, or F32 (exact) for a quantised source."""
+    return dtype if dtype in FLOAT_BYTES else "F32"
+
+
+def stacked_dtype(parts: list[SourcePart]) -> str:
+    """The type of a plain blob made of these: theirs if they have one, else F32."""
+    dtypes = {part.dtype for part in parts}
+    return dtypes.pop() if len(dtypes) == 1 else "F32"

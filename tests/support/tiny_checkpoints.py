@@ -1,0 +1,108 @@
+"""Tiny random checkpoints of model families, made by transformers' own classes as the hub has them."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+from krasis.formats.models.registry import all_families
+
+VOCAB = 320  # a byte-level alphabet, special tokens, and some that nothing stands for
+SPECIAL = ("<|endoftext|>", "<|user|>", "<|assistant|>")
+BASE: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+    "pad_token_id": 256,
+    "bos_token_id": 256,
+    "eos_token_id": 256,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 64,
+    "num_experts_per_tok": 2,
+}
+# What a family's config has beside BASE; None leaves a field out.
+FIELDS: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"num_experts": 8},
+    "mixtral": {"num_local_experts": 8, "intermediate_size": 64, "sliding_window": None},
+    "olmoe": {
+        "num_experts": 8,
+        "intermediate_size": 64,
+        "head_dim": None,
+        "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-5,
+    },
+    "glm4_moe": {
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "use_qk_norm": True,
+        "attention_bias": True,
+        "routed_scaling_factor": 2.5,
+        "rms_norm_eps": 1e-5,
+    },
+    "qwen2_moe": {"num_experts": 8, "shared_expert_intermediate_size": 96, "qkv_bias": True},
+}
+
+
+def tiny(family: str, folder: Path, *, seed: int = 0, dtype: str = "bfloat16", **changes: Any) -> Path:
+    """A checkpoint of a family, with a byte-level tokenizer. changes: fields of its config; None leaves one
+    out. Every weight is random, biases and norms too.
+    """
+    import torch
+
+    model = reference_model(family, seed=seed, **changes).to(getattr(torch, dtype))
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder)
+    write_tokenizer(folder)
+    return folder
+
+
+def reference_model(family: str, *, seed: int = 0, **changes: Any) -> Any:
+    """The same in memory, in float32."""
+    import torch
+    import transformers
+
+    reference = next(one.reference for one in all_families() if one.name == family)
+    fields = BASE | FIELDS.get(family, {}) | changes
+    config_class = getattr(transformers, reference).config_class
+    config = config_class(**{name: value for name, value in fields.items() if value is not None})
+    config.architectures = [reference]
+    generator = torch.Generator().manual_seed(seed)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        model = transformers.AutoModelForCausalLM.from_config(config).float()
+        for name, weight in model.state_dict().items():
+            if not weight.is_floating_point():
+                continue
+            noise = torch.randn(weight.shape, generator=generator)
+            if name.endswith("norm.weight"):
+                weight.copy_(1 + 0.1 * noise)
+            elif name.endswith("bias"):
+                weight.copy_(0.1 * noise)
+            else:
+                weight.copy_(noise * weight.shape[-1] ** -0.5)
+    return model.eval()
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Tokens of single bytes, then the special ones."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={one: i for i, one in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(SPECIAL))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": SPECIAL[0],
+        "pad_token": SPECIAL[0],
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
