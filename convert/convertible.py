@@ -9,14 +9,11 @@ from collections.abc import Iterator
 from krasis.formats.errors import UnsupportedModelError
 from krasis.formats.layouts.expert_record import SIZE_MULTIPLE
 from krasis.formats.layouts.int8_rows import K_MULTIPLE
-from krasis.formats.models.mixers import Attention
 from krasis.formats.models.mlps import Experts
 from krasis.formats.models.registry import convertible_families, family_of
 from krasis.formats.models.spec import ModelSpec
 from krasis.formats.models.tensors import dense_tensors
 from krasis.runtime.missing_kernels import missing_kernels, refuse_missing_kernels
-
-_HEAD_MULTIPLE, _KEY_ROWS_MULTIPLE, _MAX_HEAD_DIM = 16, 32, 256  # of the attention kernels
 
 
 def check_convertible(spec: ModelSpec, where: str) -> None:
@@ -55,8 +52,6 @@ def _unpackable(spec: ModelSpec) -> Iterator[str]:
     for layer in dict.fromkeys(spec.layers):
         if isinstance(layer.experts, Experts):
             yield from _unpackable_experts(layer.experts)
-        if isinstance(layer.mixer, Attention) and layer.mixer.head_dim > _MAX_HEAD_DIM:
-            yield f"attention heads of more than {_MAX_HEAD_DIM} channels"
         if layer.ngram:
             yield "hashed n-gram tables"
 
@@ -78,9 +73,6 @@ def _sizes(spec: ModelSpec) -> Iterator[tuple[str, int, int]]:
     for layer in dict.fromkeys(spec.layers):
         if layer.experts is not None:
             yield "expert size", layer.experts.intermediate, SIZE_MULTIPLE
-        if isinstance(layer.mixer, Attention):
-            yield "head_dim", layer.mixer.head_dim, _HEAD_MULTIPLE
-            yield "num_kv_heads * head_dim", layer.mixer.key_rows, _KEY_ROWS_MULTIPLE
     for _, tensor in dense_tensors(spec):
         if tensor.store == "int8_rows":
             yield f"columns of {tensor.name}", tensor.shape[1], K_MULTIPLE

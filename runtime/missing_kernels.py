@@ -5,12 +5,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from krasis.formats.architecture_record import MAX_HEAD_DIM
 from krasis.formats.errors import UnsupportedModelError
+from krasis.formats.layouts.int8_rows import STRIP_ROWS
 from krasis.formats.models.mixers import Attention, CompressedAttention, LatentAttention
 from krasis.formats.models.mlps import Activation, Experts, GatedMlp, MlpBesideExperts, Router
 from krasis.formats.models.recurrent import ChannelDelta, GatedDelta, Mamba2, ShortConv
 from krasis.formats.models.spec import Layer, ModelSpec
 
+_HEAD_MULTIPLE = 16  # channels
 _MIXERS: dict[type, str] = {
     LatentAttention: "latent attention (MLA)",
     CompressedAttention: "compressed attention (CSA, HCA)",
@@ -134,6 +137,10 @@ def _of_attention(mixer: Attention) -> Iterator[str]:
         yield names.get(mixer.qk_norm, "norms of q and k after the rotation")
     if mixer.clip is not None:
         yield "clipped q, k and v"
+    if mixer.head_dim > MAX_HEAD_DIM or mixer.head_dim % _HEAD_MULTIPLE:
+        yield f"attention heads of {mixer.head_dim} channels"
+    if mixer.key_rows % STRIP_ROWS:
+        yield f"keys of {mixer.key_rows} channels (a multiple of {STRIP_ROWS} is needed)"
     if mixer.temperature is not None:
         yield "queries scaled by their position"
     if mixer.scale != mixer.head_dim**-0.5:

@@ -29,10 +29,11 @@ BASE: dict[str, Any] = {
 # What a family's config has beside BASE; None leaves a field out.
 FIELDS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"num_experts": 8},
-    "mixtral": {"num_local_experts": 8, "intermediate_size": 64, "sliding_window": None},
+    "mixtral": {"num_local_experts": 8, "intermediate_size": 64, "moe_intermediate_size": None},
     "olmoe": {
         "num_experts": 8,
         "intermediate_size": 64,
+        "moe_intermediate_size": None,
         "head_dim": None,
         "num_key_value_heads": 4,
         "rms_norm_eps": 1e-5,

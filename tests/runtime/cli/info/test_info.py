@@ -146,7 +146,7 @@ def test_the_summary_says_what_is_inside(pristine: Path):
         "note measured",
         "tokenizer.json",
         "850 B",
-        "format 1.0, written by krasis 0.1.0",
+        "format 1.1, written by krasis 0.1.0",
     ):
         assert expected in text
 

@@ -1,0 +1,157 @@
+"""Tiny checkpoints as GGUFs, written by the gguf package as llama.cpp's converter writes them, or by that
+converter itself where it is at hand.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float32]
+
+ARCHITECTURES = {
+    "qwen3_moe": gguf.MODEL_ARCH.QWEN3MOE,
+    "mixtral": gguf.MODEL_ARCH.LLAMA,
+    "olmoe": gguf.MODEL_ARCH.OLMOE,
+    "glm4_moe": gguf.MODEL_ARCH.GLM4_MOE,
+    "qwen2_moe": gguf.MODEL_ARCH.QWEN2MOE,
+}
+CONVERTER = "KRASIS_LLAMA_CPP"
+"""The environment variable with the folder of llama.cpp's sources (convert_hf_to_gguf.py in it)."""
+
+_EXPERT = re.compile(r"(model\.layers\.\d+\..*\.experts)\.(\d+)\.(\w+)\.weight")
+# llama.cpp maps these by the names of a stacked tensor.
+_STACKED = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+
+
+def tiny_gguf(source: Path, path: Path, *, experts: str = "F32", dense: str = "F32") -> Path:
+    """A GGUF of a checkpoint. experts, dense: types of the matrices; vectors and routers are F32."""
+    config = json.loads((source / "config.json").read_text("utf-8"))
+    family = config["model_type"]
+    architecture = ARCHITECTURES[family]
+    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[architecture])
+    num_blocks = config["num_hidden_layers"] + (config.get("num_nextn_predict_layers") or 0)
+    _add_metadata(writer, config, num_blocks)
+    names = gguf.get_tensor_name_map(architecture, num_blocks)
+    for name, values in _stacked(read_tensors(source), family).items():
+        theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if theirs is None:
+            raise ValueError(f"the gguf package has no name for {name}")
+        is_float = values.ndim == 1 or "ffn_gate_inp" in theirs
+        kind = gguf.GGMLQuantizationType["F32" if is_float else experts if "_exps" in theirs else dense]
+        if family == "mixtral" and re.search(r"attn_[qk]\.weight", theirs):
+            heads = config["num_attention_heads" if "attn_q" in theirs else "num_key_value_heads"]
+            values = permuted(values, heads)
+        raw = gguf.quants.quantize(values, kind)
+        writer.add_tensor(theirs, raw, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def permuted(values: Floats, heads: int) -> Floats:
+    """Rows of q or k as llama.cpp's Llama converter orders them: rotated pairs side by side."""
+    by_half = values.reshape(heads, 2, values.shape[0] // heads // 2, *values.shape[1:])
+    return np.ascontiguousarray(by_half.swapaxes(1, 2).reshape(values.shape))
+
+
+def read_tensors(folder: Path) -> dict[str, Floats]:
+    """All tensors of a checkpoint as float32, by name."""
+    from safetensors.torch import load_file
+
+    files = sorted(folder.glob("*.safetensors"))
+    return {name: one.float().numpy() for file in files for name, one in load_file(file).items()}
+
+
+def _stacked(tensors: dict[str, Floats], family: str) -> dict[str, Floats]:
+    """Experts of a layer in one tensor a matrix; correction biases under the name that llama.cpp expects."""
+    out: dict[str, Floats] = {}
+    experts: dict[str, dict[int, Floats]] = {}
+    for name, values in tensors.items():
+        if (found := _EXPERT.fullmatch(name)) is None:
+            out[name.replace("e_score_correction_bias", "e_score_correction.bias")] = values
+        else:
+            root, number, part = found.groups()
+            experts.setdefault(f"{root}.{_STACKED.get(part, part)}.weight", {})[int(number)] = values
+    if family == "mixtral":  # the same block under another name
+        experts = {name.replace("block_sparse_moe", "mlp"): by_number for name, by_number in experts.items()}
+    for name, by_number in experts.items():
+        out[name] = np.stack([by_number[number] for number in sorted(by_number)])
+    return out
+
+
+def _add_metadata(writer: gguf.GGUFWriter, config: dict[str, Any], num_blocks: int) -> None:
+    rope = config.get("rope_parameters") or config
+    heads = config["num_attention_heads"]
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    writer.add_block_count(num_blocks)
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(rope["rope_theta"])
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_expert_used_count(config["num_experts_per_tok"])
+    count = config.get("num_experts") or config.get("num_local_experts") or config.get("n_routed_experts")
+    writer.add_expert_count(count)
+    if config.get("head_dim"):
+        writer.add_key_length(head_dim)
+        writer.add_value_length(head_dim)
+    if config["model_type"] in ("mixtral", "glm4_moe"):
+        writer.add_rope_dimension_count(int(head_dim * rope.get("partial_rotary_factor", 1)))
+    if config.get("moe_intermediate_size"):
+        writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+    if config.get("shared_expert_intermediate_size"):
+        writer.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])
+    if config["model_type"] == "glm4_moe":
+        writer.add_expert_group_count(config["n_group"])
+        writer.add_expert_group_used_count(config["topk_group"])
+        writer.add_expert_shared_count(config["n_shared_experts"])
+        writer.add_leading_dense_block_count(config["first_k_dense_replace"])
+        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+        writer.add_expert_weights_scale(config["routed_scaling_factor"])
+        writer.add_expert_weights_norm(config["norm_topk_prob"])
+        if config.get("num_nextn_predict_layers"):
+            writer.add_nextn_predict_layers(config["num_nextn_predict_layers"])
+
+
+_RUN = """
+import sys
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/gguf-py"]
+from conversion.base import TextModel
+# The tokenizer is none that llama.cpp knows by its hash; it is not what is compared.
+TextModel.get_vocab_base_pre = lambda self, tokenizer: "qwen2"
+for name in ("_set_vocab_glm", "_set_vocab_sentencepiece"):
+    setattr(TextModel, name, TextModel._set_vocab_gpt2)
+import convert_hf_to_gguf
+sys.argv = ["convert_hf_to_gguf.py", sys.argv[2], "--outfile", sys.argv[3], "--outtype", sys.argv[4]]
+convert_hf_to_gguf.main()
+"""
+
+
+def llama_cpp() -> Path | None:
+    """The folder of llama.cpp's sources, if the environment names one."""
+    folder = os.environ.get(CONVERTER)
+    return Path(folder) if folder else None
+
+
+def convert_by_llama_cpp(source: Path, path: Path, dtype: str = "f32") -> Path:
+    """llama.cpp's own GGUF of a checkpoint. dtype: f32, f16, bf16 or q8_0."""
+    command = [sys.executable, "-c", _RUN, str(llama_cpp()), str(source), str(path), dtype]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-3000:])
+    return path
