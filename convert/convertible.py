@@ -4,7 +4,7 @@ backend runs them is another question.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from krasis.formats.errors import UnsupportedModelError
 from krasis.formats.layouts.expert_record import SIZE_MULTIPLE
@@ -13,7 +13,7 @@ from krasis.formats.models.mlps import Experts
 from krasis.formats.models.registry import convertible_families, family_of
 from krasis.formats.models.spec import ModelSpec
 from krasis.formats.models.tensors import dense_tensors
-from krasis.runtime.missing_kernels import missing_kernels, refuse_missing_kernels
+from krasis.runtime.missing_kernels import CPU_RUNS, GPU_RUNS, lacking, refuse_missing_kernels
 
 
 def check_convertible(spec: ModelSpec, where: str) -> None:
@@ -38,12 +38,16 @@ def check_convertible(spec: ModelSpec, where: str) -> None:
             )
 
 
-def kernels_note(spec: ModelSpec) -> str | None:
-    """A sentence for a model that can be converted but not be run by this version."""
-    missing = list(dict.fromkeys(missing_kernels(spec)))
-    if not missing:
-        return None
-    return f"this version can make the bundle but not run it yet: there are no kernels for {missing[0]}"
+def kernels_note(spec: ModelSpec, tiers: Collection[str]) -> str | None:
+    """A sentence for a model that can be converted but not be run by this version, or not everywhere."""
+    if missing := lacking(spec, CPU_RUNS):
+        return f"this version can make the bundle but not run it yet: there are no kernels for {missing[0]}"
+    if "gpu" in tiers and (missing := lacking(spec, GPU_RUNS)):
+        return (
+            f"this version runs the model on the CPU only: the GPU has no kernels yet for {missing[0]} "
+            "(--tiers cpu leaves the GPU's experts out)"
+        )
+    return None
 
 
 def _unpackable(spec: ModelSpec) -> Iterator[str]:

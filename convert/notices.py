@@ -13,9 +13,9 @@ from krasis.convert.sources import dense_types, quantised_types
 def notices(plan: ConversionPlan, inputs: OpenInputs) -> Iterator[str]:
     """One sentence each."""
     yield from inputs.notes
-    if (note := kernels_note(plan.spec)) is not None:
-        yield note
     settings = plan.settings
+    if (note := kernels_note(plan.spec, settings.tiers)) is not None:
+        yield note
     gguf_types = plan.cpu_source.expert_types() if plan.cpu_source.kind == "gguf" else ()
     rounded = ", ".join(quantised_types(gguf_types))
     if inputs.hf is None and rounded and "gpu" in settings.tiers:

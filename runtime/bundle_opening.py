@@ -8,18 +8,15 @@ from krasis.formats.bundle.blob_names import check_blob_names
 from krasis.formats.bundle.reader import Bundle
 from krasis.formats.models.uniform import spec_of
 from krasis.runtime.cli.rope_option import parse_rope_scaling, rescaled
-from krasis.runtime.missing_kernels import refuse_missing_kernels
 from krasis.runtime.settings import EngineSettings
 
 
 def open_bundle(path: Path, settings: EngineSettings) -> Bundle:
     """``Bundle.open``, and its errors. Raises FormatError besides for blobs that are not the model's,
-    UnsupportedModelError for a model that there are no kernels for, UsageError for a rope scaling that it
-    cannot have.
+    UsageError for a rope scaling that the model cannot have.
     """
     bundle = Bundle.open(path)
     try:
-        refuse_missing_kernels(bundle.spec, str(path))
         check_blob_names(bundle.manifest, str(path))
         if settings.rope_scaling is not None:
             scaling = parse_rope_scaling(settings.rope_scaling)

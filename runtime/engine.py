@@ -63,7 +63,7 @@ class Engine:
     ) -> None:
         """text: what was begun to be read already; None: read from the bundle when it is needed."""
         self.bundle, self.settings = bundle, settings
-        self._vocab_size = bundle.architecture.vocab_size
+        self._vocab_size = bundle.spec.vocab
         self.text = text or TextAssets(bundle, settings.chat_template)
         self.load_s = 0.0
         self._backend = backend

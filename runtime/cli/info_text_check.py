@@ -16,7 +16,7 @@ def text_problems(path: Path) -> list[TextProblem]:
     with Bundle.open(path) as bundle:
         names = {asset.name for asset in bundle.manifest.assets} & set(TEXT_FILES)
         files = {name: bundle.asset(name) for name in sorted(names)}
-        return check_text(files, str(path), bundle.architecture.vocab_size)
+        return check_text(files, str(path), bundle.spec.vocab)
 
 
 def add_text_check(path: Path, record: dict[str, Any], texts: list[str]) -> bool:

@@ -52,7 +52,7 @@ class TextAssets:
 
     def __init__(self, bundle: Bundle, template: str | Path | None = None) -> None:
         names = {asset.name for asset in bundle.manifest.assets}
-        self._begin(bundle.asset, names, str(bundle.path), bundle.architecture.vocab_size)
+        self._begin(bundle.asset, names, str(bundle.path), bundle.spec.vocab)
         self._given = None if template is None else read_template(Path(template))
         if template is not None:
             self._template_where = str(template)

@@ -50,8 +50,9 @@ def tiny_gguf(source: Path, path: Path, *, experts: str = "F32", dense: str = "F
         kind = gguf.GGMLQuantizationType["F32" if is_float else experts if "_exps" in theirs else dense]
         if family == "mixtral" and re.search(r"attn_[qk]\.weight", theirs):
             heads = config["num_attention_heads" if "attn_q" in theirs else "num_key_value_heads"]
-            values = permuted(values, heads)
-        raw = gguf.quants.quantize(values, kind)
+            raw = gguf.quants.quantize(permuted(values, heads), kind)
+        else:
+            raw = gguf.quants.quantize(values, kind)
         writer.add_tensor(theirs, raw, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
