@@ -28,7 +28,7 @@ BASE: dict[str, Any] = {
 }
 # What a family's config has beside BASE; None leaves a field out.
 FIELDS: dict[str, dict[str, Any]] = {
-    "qwen3_moe": {"num_experts": 8},
+    "qwen3_moe": {"num_experts": 8, "norm_topk_prob": True},
     "mixtral": {"num_local_experts": 8, "intermediate_size": 64, "moe_intermediate_size": None},
     "olmoe": {
         "num_experts": 8,

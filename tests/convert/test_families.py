@@ -1,0 +1,344 @@
+"""Bundles of every convertible family hold what transformers' class of it computes with, from either kind of
+checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+from convert_model import write_safetensors
+from tiny_checkpoints import tiny
+from tiny_ggufs import convert_by_llama_cpp, llama_cpp, read_tensors, tiny_gguf
+
+from krasis.formats.bundle.blob_names import check_blob_names
+from krasis.formats.bundle.reader import Bundle
+from krasis.formats.errors import FormatError, MismatchError, ResourceError, UnsupportedModelError
+from krasis.formats.files.file_ops import FileOps
+from krasis.formats.layouts import Int8RowsLayout, bf16_to_float32, layout_from_id
+
+FAMILIES = ("mixtral", "olmoe", "glm4_moe", "qwen2_moe", "qwen3_moe")
+SETTINGS: dict[str, Any] = {"gpu_group": 64}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny(request.param, tmp_path_factory.mktemp(request.param) / "hf")
+
+
+@pytest.fixture(scope="module")
+def converted(checkpoint: Path, run: Callable[..., Any]) -> Path:
+    return run([checkpoint], checkpoint.parent / "hf.krasis", **SETTINGS).path
+
+
+def dense_of(family: str, layer: int, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A layer's dense blobs, spelled out by hand from the hub's names. Codes and scales are one here."""
+    i = layer
+    attention, mlp = f"model.layers.{i}.self_attn.", f"model.layers.{i}.mlp."
+    found = {
+        "attention.qkv": np.concatenate([tensors[f"{attention}{part}_proj.weight"] for part in "qkv"]),
+        "attention.output": tensors[f"{attention}o_proj.weight"],
+        "attention.norm": tensors[f"model.layers.{i}.input_layernorm.weight"],
+    }
+    if family != "mixtral" and family != "qwen2_moe":
+        found |= {f"attention.{x}_norm": tensors[f"{attention}{x}_norm.weight"] for x in "qk"}
+    if family in ("glm4_moe", "qwen2_moe"):
+        biases = [tensors[f"{attention}{part}_proj.bias"] for part in "qkv"]
+        found["attention.qkv.bias"] = np.concatenate(biases)
+    norm = tensors[f"model.layers.{i}.post_attention_layernorm.weight"]
+    if family == "glm4_moe" and i == 0:
+        both = [tensors[f"{mlp}{part}_proj.weight"] for part in ("gate", "up")]
+        return found | {
+            "mlp.norm": norm,
+            "mlp.w13": np.concatenate(both),
+            "mlp.w2": tensors[f"{mlp}down_proj.weight"],
+        }
+    block = f"model.layers.{i}.block_sparse_moe." if family == "mixtral" else mlp
+    found |= {"experts.norm": norm, "experts.router": tensors[f"{block}gate.weight"]}
+    if family == "glm4_moe":
+        found["experts.router.correction_bias"] = tensors[f"{mlp}gate.e_score_correction_bias"]
+    shared = {"glm4_moe": "shared_experts", "qwen2_moe": "shared_expert"}.get(family)
+    if shared:
+        parts = {part: tensors[f"{mlp}{shared}.{part}_proj.weight"] for part in ("gate", "up", "down")}
+        found["shared.w13"] = np.concatenate([parts["gate"], parts["up"]])
+        found["shared.w2"] = parts["down"]
+    if family == "qwen2_moe":
+        found["shared.gate"] = tensors[f"{mlp}shared_expert_gate.weight"]
+    return found
+
+
+def expert_of(family: str, layer: int, expert: int, tensors: dict[str, np.ndarray]) -> list[np.ndarray]:
+    """gate, up and down."""
+    if family == "mixtral":
+        root = f"model.layers.{layer}.block_sparse_moe.experts.{expert}."
+        return [tensors[f"{root}{part}.weight"] for part in ("w1", "w3", "w2")]
+    root = f"model.layers.{layer}.mlp.experts.{expert}."
+    return [tensors[f"{root}{part}_proj.weight"] for part in ("gate", "up", "down")]
+
+
+def values_of(bundle: Bundle, name: str) -> np.ndarray:
+    """A blob's values in float32; of codes with their scales."""
+    blob, data = bundle.blob(name), bundle.map(name)
+    if blob.layout != "plain":
+        return Int8RowsLayout().unpack(data, bundle.map(f"{name}.scale"))
+    return bf16_to_float32(data) if blob.dtype == "BF16" else data.astype(np.float32)
+
+
+def check_same(found: np.ndarray, expected: np.ndarray, name: str, limit: float) -> None:
+    """Rows of padding are zero; the rest is within limit (0: equal)."""
+    assert not found[expected.shape[0] :].any(), name
+    found = found[: expected.shape[0]]
+    assert found.shape == expected.shape, name
+    assert np.square(found - expected).sum() <= limit * np.square(expected).sum(), name
+
+
+def test_every_weight_is_the_checkpoints(checkpoint: Path, converted: Path) -> None:
+    tensors = read_tensors(checkpoint)
+    with Bundle.open(converted) as bundle:
+        check_blob_names(bundle.manifest, "bundle")
+        family, spec = bundle.spec.family, bundle.spec
+        expected = {
+            "embedding": tensors["model.embed_tokens.weight"],
+            "final_norm": tensors["model.norm.weight"],
+            "lm_head": tensors["lm_head.weight"],
+        }
+        for i in range(len(spec.layers)):
+            dense = dense_of(family, i, tensors)
+            expected |= {f"layers.{i}.{name}": values for name, values in dense.items()}
+        stored = {one.name for one in bundle.manifest.blobs if one.tier == "dense"}
+        assert {name for name in stored if not name.endswith(".scale")} == expected.keys()
+        for name, values in expected.items():
+            is_plain = bundle.blob(name).layout == "plain"
+            assert not name.endswith("bias") or bundle.blob(name).dtype == "F32"
+            check_same(values_of(bundle, name), values, name, 0 if is_plain else 1e-4)
+        with_experts = [i for i in range(len(spec.layers)) if not (family == "glm4_moe" and i == 0)]
+        assert list(spec.expert_layers) == with_experts
+        for i in with_experts:
+            for tier, limit in (("gpu", 0.02), ("cpu", 1e-4)):
+                blob = bundle.blob(f"layers.{i}.experts.{tier}")
+                layout, records = layout_from_id(blob.layout), bundle.map(blob.name)
+                for expert in range(8):
+                    parts = layout.unpack_expert(records[expert], spec.hidden, 64)
+                    for part, values in zip(parts, expert_of(family, i, expert, tensors), strict=True):
+                        check_same(part, values, f"{blob.name}, {expert}", limit)
+
+
+@pytest.mark.parametrize("dense", ["F32", "Q8_0"])
+def test_a_gguf_gives_the_same(
+    checkpoint: Path, converted: Path, run: Callable[..., Any], tmp_path: Path, dense: str
+) -> None:
+    """Rows that a GGUF orders otherwise are back in their order, whatever their type."""
+    path = tiny_gguf(checkpoint, tmp_path / "tiny.gguf", dense=dense)
+    other = run([path], tmp_path / "gguf.krasis", **SETTINGS)
+    with Bundle.open(converted) as ours, Bundle.open(other.path) as theirs:
+        differing = _different_fields(ours, theirs)
+        assert differing <= {"sum_epsilon", "max_positions"}, differing
+        for blob in ours.manifest.blobs:
+            if blob.tier != "dense":
+                assert np.array_equal(ours.map(blob.name), theirs.map(blob.name)), blob.name
+            elif not blob.name.endswith(".scale"):
+                is_exact = dense == "F32" or len(blob.shape) == 1
+                limit = 0 if is_exact else 1e-3
+                check_same(values_of(theirs, blob.name), values_of(ours, blob.name), blob.name, limit)
+
+
+def _different_fields(ours: Bundle, theirs: Bundle) -> set[str]:
+    """Names of the model's fields that differ."""
+    found: set[str] = set()
+
+    def compare(first: Any, second: Any, name: str) -> None:
+        if dataclasses.is_dataclass(first) and type(first) is type(second):
+            for entry in dataclasses.fields(first):
+                compare(getattr(first, entry.name), getattr(second, entry.name), entry.name)
+        elif isinstance(first, tuple):
+            for one, other in zip(first, second, strict=True):
+                compare(one, other, name)
+        elif isinstance(first, float) and isinstance(second, float):
+            if not np.isclose(first, second, rtol=1e-6):
+                found.add(name)
+        elif first != second:
+            found.add(name)
+
+    compare(ours.spec, theirs.spec, "spec")
+    return found
+
+
+def test_both_are_told_to_be_the_same_model(
+    checkpoint: Path, run: Callable[..., Any], tmp_path: Path
+) -> None:
+    path = tiny_gguf(checkpoint, tmp_path / "tiny.gguf", experts="Q8_0", dense="Q8_0")
+    bundle = run([checkpoint, path], tmp_path / "out.krasis", tiers=("cpu",))
+    assert bundle.summary.quality["experts.cpu.w13"]["relative_mse"] == 0.0
+
+
+def test_rows_in_another_order_are_another_model(
+    run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tiny("mixtral", tmp_path / "hf")
+    monkeypatch.setattr("tiny_ggufs.permuted", lambda values, heads: values)
+    path = tiny_gguf(source, tmp_path / "tiny.gguf")
+    with pytest.raises(MismatchError, match=r"attn_[qk]\.weight.*another model"):
+        run([source, path], tmp_path / "out.krasis")
+
+
+def test_llama_cpp_writes_the_same_gguf(checkpoint: Path, tmp_path: Path) -> None:
+    """What these tests write by the gguf package is what llama.cpp's converter makes of the checkpoint."""
+    if llama_cpp() is None:
+        pytest.skip("KRASIS_LLAMA_CPP does not name the folder of llama.cpp's sources")
+    ours = gguf.GGUFReader(tiny_gguf(checkpoint, tmp_path / "ours.gguf"))
+    theirs = gguf.GGUFReader(convert_by_llama_cpp(checkpoint, tmp_path / "theirs.gguf"))
+    tensors = {one.name: one for one in theirs.tensors}
+    assert {one.name for one in ours.tensors} == tensors.keys()
+    for one in ours.tensors:
+        assert np.array_equal(one.data, tensors[one.name].data), one.name
+    for key, field in ours.fields.items():
+        if not key.startswith(("GGUF.", "general.")) and not key.endswith("vocab_size"):
+            assert theirs.fields[key].contents() == field.contents(), key
+
+
+# ---- what is left out, and what is not ---------------------------------------------------------------------
+
+
+def with_extra(folder: Path, source: Path, extra: dict[str, np.ndarray], **changes: Any) -> Path:
+    """A copy of a checkpoint with more tensors and another config."""
+    folder.mkdir()
+    for path in source.iterdir():
+        if path.name != "config.json":
+            (folder / path.name).symlink_to(path)
+    config = json.loads((source / "config.json").read_text("utf-8")) | changes
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    write_safetensors(
+        folder / "model-00002-of-00002.safetensors", {name: ("F32", data) for name, data in extra.items()}
+    )
+    names = dict.fromkeys(read_tensors(source), "model-00001-of-00002.safetensors")
+    names |= dict.fromkeys(extra, "model-00002-of-00002.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def glm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny("glm4_moe", tmp_path_factory.mktemp("glm") / "hf")
+
+
+DRAFT = {
+    "model.layers.3.eh_proj.weight": np.ones((128, 256), np.float32),
+    "model.layers.3.self_attn.q_proj.weight": np.ones((128, 128), np.float32),
+    "model.layers.3.shared_head.head.weight": np.ones((320, 128), np.float32),
+}
+
+
+def test_drafting_layers_are_left_out_with_a_note(glm: Path, run: Callable[..., Any], tmp_path: Path) -> None:
+    plain = run([glm], tmp_path / "plain.krasis", **SETTINGS)
+    source = with_extra(tmp_path / "hf", glm, DRAFT, num_nextn_predict_layers=1)
+    bundle = run([source], tmp_path / "out.krasis", **SETTINGS)
+    assert "3 tensors of layers that only draft (multi-token prediction) are left out" in bundle.messages
+    assert "left out" not in plain.messages
+    shards = {name: digest for name, digest in bundle.files().items() if name.endswith("safetensors")}
+    assert shards.items() <= plain.files().items()
+    with Bundle.open(bundle.path) as opened:
+        assert (len(opened.spec.layers), opened.spec.draft_layers) == (3, 1)
+
+
+def test_drafting_layers_of_a_gguf_too(glm: Path, run: Callable[..., Any], tmp_path: Path) -> None:
+    extra = {"model.layers.3.eh_proj.weight": np.ones((128, 256), np.float32)}
+    extra["model.layers.3.input_layernorm.weight"] = np.ones(128, np.float32)
+    source = with_extra(tmp_path / "hf", glm, extra, num_nextn_predict_layers=1)
+    path = tiny_gguf(source, tmp_path / "tiny.gguf")
+    assert "blk.3.nextn.eh_proj.weight" in {one.name for one in gguf.GGUFReader(path).tensors}
+    bundle = run([path], tmp_path / "out.krasis", **SETTINGS)
+    assert "2 tensors of layers that only draft" in bundle.messages
+
+
+@pytest.mark.parametrize(
+    ("name", "declared"),
+    [
+        ("model.layers.3.eh_proj.weight", 0),  # nothing says that this layer drafts
+        ("model.layers.4.eh_proj.weight", 1),
+        ("model.layers.30.eh_proj.weight", 1),
+        ("model.layers.2.eh_proj.weight", 1),
+        ("model.layers.0.mlp.shared_experts.up_proj.weight", 1),
+        ("model.layers.1.self_attn.o_proj.bias", 1),
+    ],
+)
+def test_nothing_else_is_left_out(
+    glm: Path, run: Callable[..., Any], tmp_path: Path, name: str, declared: int
+) -> None:
+    extra = {name: np.ones((4, 4), np.float32)}
+    source = with_extra(tmp_path / "hf", glm, extra, num_nextn_predict_layers=declared)
+    with pytest.raises(UnsupportedModelError, match="is not part of a glm4_moe model") as caught:
+        run([source], tmp_path / "out.krasis")
+    assert name in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.1.mlp.shared_experts.up_proj.weight",
+        "model.layers.1.mlp.gate.e_score_correction_bias",
+        "model.layers.0.mlp.down_proj.weight",
+        "model.layers.2.self_attn.k_proj.bias",
+        "model.layers.2.mlp.experts.7.down_proj.weight",
+    ],
+)
+def test_every_tensor_is_asked_for(glm: Path, run: Callable[..., Any], tmp_path: Path, name: str) -> None:
+    tensors = {key: ("F32", data) for key, data in read_tensors(glm).items() if key != name}
+    (tmp_path / "hf").mkdir()
+    write_safetensors(tmp_path / "hf" / "model.safetensors", tensors)
+    (tmp_path / "hf" / "config.json").symlink_to(glm / "config.json")
+    with pytest.raises(FormatError, match=f"'{name}' is missing"):
+        run([tmp_path / "hf"], tmp_path / "out.krasis")
+
+
+def test_biases_of_zeros_are_no_alarm(glm: Path, run: Callable[..., Any], tmp_path: Path) -> None:
+    zeroed = {
+        key: np.zeros_like(data) if key.endswith("bias") else data for key, data in read_tensors(glm).items()
+    }
+    (tmp_path / "hf").mkdir()
+    write_safetensors(
+        tmp_path / "hf" / "model.safetensors", {key: ("F32", one) for key, one in zeroed.items()}
+    )
+    (tmp_path / "hf" / "config.json").symlink_to(glm / "config.json")
+    with Bundle.open(run([tmp_path / "hf"], tmp_path / "out.krasis", tiers=("cpu",)).path) as bundle:
+        assert not bundle.map("layers.1.attention.qkv.bias").any()
+
+
+def test_parts_that_end_inside_a_strip(run: Callable[..., Any], tmp_path: Path) -> None:
+    """Three heads of 16 and one key head: 48, 16 and 16 rows stand beside each other, biases likewise."""
+    changes = {"num_attention_heads": 6, "num_key_value_heads": 1, "head_dim": 16}
+    source = tiny("glm4_moe", tmp_path / "hf", **changes)
+    tensors = read_tensors(source)
+    with Bundle.open(run([source], tmp_path / "out.krasis", tiers=("cpu",)).path) as bundle:
+        assert bundle.blob("layers.1.attention.qkv").shape[0] * 32 == 128
+        for name, values in dense_of("glm4_moe", 1, tensors).items():
+            check_same(values_of(bundle, f"layers.1.{name}"), values, name, 1e-4)
+        assert bundle.map("layers.1.attention.qkv.bias").shape == (96 + 2 * 16,)
+
+
+class DiskFails(FileOps):
+    """A disk that fails at the n-th write."""
+
+    def __init__(self, num_writes: int) -> None:
+        self.left = num_writes
+
+    def pwrite(self, *arguments: Any) -> Any:
+        self.left -= 1
+        if self.left < 0:
+            raise OSError(5, "Input/output error")
+        return super().pwrite(*arguments)
+
+
+@pytest.mark.parametrize("num_writes", [12, 30, 60])
+def test_a_model_with_layers_of_both_kinds_is_resumed(
+    glm: Path, run: Callable[..., Any], tmp_path: Path, num_writes: int
+) -> None:
+    whole = run([glm], tmp_path / "whole.krasis", **SETTINGS).files()
+    with pytest.raises(ResourceError):
+        run([glm], tmp_path / "out.krasis", DiskFails(num_writes), **SETTINGS)
+    assert run([glm], tmp_path / "out.krasis", **SETTINGS).files() == whole
