@@ -4,6 +4,7 @@ what a model is.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -26,6 +27,8 @@ from krasis.formats.models.record import (
 from krasis.formats.models.recurrent import ChannelDelta, GatedDelta, Mamba2, ShortConv
 from krasis.formats.models.rope import Rope, RopeScaling
 from krasis.formats.names import shown
+
+_FAMILY = re.compile(r"[a-z][a-z0-9_]{0,63}")
 
 Mixer = Attention | LatentAttention | CompressedAttention | GatedDelta | ChannelDelta | Mamba2 | ShortConv
 Mlp = GatedMlp | Experts | MlpBesideExperts
@@ -137,6 +140,8 @@ class ModelSpec(Record):
     draft_layers: int = size(64, 0, 0)
 
     def check(self) -> None:
+        if not _FAMILY.fullmatch(self.family):
+            raise fail("not the name of a family", self, "family", shown(self.family), "like qwen3_moe")
         if not self.layers:
             raise fail("size is out of range", self, "layers", 0, f"1..{MAX_LAYERS}")
         if self.ngram is None and any(layer.ngram for layer in self.layers):

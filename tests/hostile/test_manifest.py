@@ -4,6 +4,7 @@ import json
 
 import pytest
 from bundle_edits import edit_manifest, header_bytes, read_manifest
+from format_builders import architecture
 
 from krasis.formats.bundle.reader import Bundle
 from krasis.formats.errors import ChecksumError, FormatError, UnsupportedModelError, VersionError
@@ -119,17 +120,66 @@ MANIFEST_CASES = {
         FormatError,
         ["would be too large"],
     ),
-    "architecture_of_absurd_size": (
-        lambda m: m["architecture"].update(num_layers=1 << 40),
+    "model_of_absurd_size": (lambda m: m["model"].update(vocab=1 << 40), FormatError, ["vocab", "range"]),
+    "model_of_too_many_layers": (
+        lambda m: m["model"].update(pattern=[0] * 20_000),
         FormatError,
-        ["num_layers"],
+        ["pattern", "1..10000"],
     ),
-    "architecture_unknown": (
-        lambda m: m["architecture"].update(model_type="evil"),
+    "model_with_a_layer_that_is_not_there": (
+        lambda m: m["model"].update(pattern=[0, -1]),
+        FormatError,
+        ["no such layer", "-1"],
+    ),
+    "model_of_unknown_blocks": (
+        lambda m: m["model"]["layers"][0].update(mixer={"kind": "evil"}),
+        FormatError,
+        ["unknown kind", "'evil'", "attention"],
+    ),
+    "model_whose_family_is_a_path": (
+        lambda m: m["model"].update(family="../../evil"),
+        FormatError,
+        ["not the name of a family", "'../../evil'"],
+    ),
+    "model_whose_family_paints": (
+        lambda m: m["model"].update(family="\x1b[2Jqwen"),
+        FormatError,
+        ["not the name of a family"],
+    ),
+    "model_beside_an_architecture": (
+        lambda m: m.update(architecture={"model_type": "qwen3_moe"}),
+        FormatError,
+        ["unknown field", "'architecture'"],
+    ),
+    "model_nested_deeply": (lambda m: m["model"].update(norm=_nested(20)), FormatError, ["norm"]),
+    "old_version_with_a_new_model": (
+        lambda m: m.update(format_minor=0),
+        FormatError,
+        ["unknown field", "'model'"],
+    ),
+    "old_architecture_unknown": (
+        lambda m: m.update(format_minor=0, architecture=m.pop("model") and _flat("evil")),
         UnsupportedModelError,
         ["'evil'", "qwen3_moe"],
     ),
+    "old_architecture_of_absurd_size": (
+        lambda m: m.update(format_minor=0, architecture=m.pop("model") and _flat("qwen3_moe", 1 << 40)),
+        FormatError,
+        ["num_layers"],
+    ),
 }
+
+
+def _nested(depth):
+    value = {"eps": 1e-6}
+    for _ in range(depth):
+        value = {"eps": value}
+    return value
+
+
+def _flat(model_type, num_layers=2):
+    """The record of the model in format 1.0."""
+    return architecture().to_json() | {"model_type": model_type, "num_layers": num_layers}
 
 
 @pytest.mark.parametrize("case", MANIFEST_CASES)

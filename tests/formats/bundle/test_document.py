@@ -1,6 +1,7 @@
 """A reader written from docs/FORMAT.md alone: it uses nothing of krasis, and must agree with it."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -38,6 +39,71 @@ def test_manifest_offsets_and_assets(bundle):
         text = zstandard.decompress(packed)
         assert len(text) == asset["decompressed_bytes"]
         assert text == ASSETS[asset["name"]]
+
+
+def rows(name, n, k):
+    """The two blobs of "rows [n, k]"."""
+    padded = aligned(n, 32)
+    return [(name, "I8", (padded // 32, k // 4, 32, 4)), (f"{name}.scale", "F32", (padded,))]
+
+
+def attention_blobs(mixer, hidden):
+    d = mixer["head_dim"]
+    a, kv = mixer["heads"] * d, mixer["kv_heads"] * d
+    found = rows("attention.qkv", a + 2 * kv, hidden) + rows("attention.output", hidden, a)
+    if mixer.get("bias"):
+        found.append(("attention.qkv.bias", "F32", (a + 2 * kv,)))
+    norms = {"head": (d, d), "flat": (a, kv), "none": ()}[mixer.get("qk_norm", "none")]
+    found += [(f"attention.{x}_norm", "float", (n,)) for x, n in zip("qk", norms, strict=False)]
+    return [*found, ("attention.norm", "float", (hidden,))]
+
+
+def mlp_blobs(prefix, width, hidden):
+    return rows(f"{prefix}.w13", 2 * width, hidden) + rows(f"{prefix}.w2", hidden, width)
+
+
+def blobs_by_the_page(model):
+    """Every dense blob with type and shape, from the JSON by sections 3 and 5."""
+    hidden, vocab = model["hidden"], model["vocab"]
+    found = [("embedding", "float", (vocab, hidden))]
+    for i, number in enumerate(model["pattern"]):
+        layer = model["layers"][number]
+        mlp, own = layer["mlp"], attention_blobs(layer["mixer"], hidden)
+        if mlp["kind"] == "mlp":
+            own += [("mlp.norm", "float", (hidden,)), *mlp_blobs("mlp", mlp["intermediate"], hidden)]
+        else:
+            own += [("experts.norm", "float", (hidden,)), ("experts.router", "float", (mlp["count"], hidden))]
+            if mlp["router"].get("correction_bias"):
+                own.append(("experts.router.correction_bias", "F32", (mlp["count"],)))
+            if "shared" in mlp:
+                own += mlp_blobs("shared", mlp["shared"]["intermediate"], hidden)
+            if mlp.get("shared_gate"):
+                own.append(("shared.gate", "float", (1, hidden)))
+        found += [(f"layers.{i}.{name}", dtype, shape) for name, dtype, shape in own]
+    return [*found, ("final_norm", "float", (hidden,)), *rows("lm_head", vocab, hidden)]
+
+
+@pytest.mark.parametrize(
+    "name", ["qwen3-235b-a22b", "glm-4.5-air", "glm-4.6", "mixtral-8x7b", "olmoe-1b-7b", "qwen2-57b-a14b"]
+)
+def test_which_blobs_a_model_has(name):
+    from krasis.formats.checkpoints.hf_config import read_hf_config
+    from krasis.formats.models.tensors import blobs
+
+    path = Path(__file__).parents[1] / "models" / "configs" / f"{name}.json"
+    spec = read_hf_config(json.loads(path.read_text("utf-8")), name)
+    ours = [(blob.name, blob.dtype or "float", blob.shape) for blob in blobs(spec)]
+    assert ours == blobs_by_the_page(json.loads(json.dumps(spec.to_json())))
+
+
+def test_the_page_names_every_field_of_a_bundles_models():
+    """Those that a model of a convertible family can have."""
+    text = (Path(__file__).parents[3] / "docs" / "FORMAT.md").read_text("utf-8")
+    from krasis.formats.models import mlps, rope, spec
+
+    for record in (spec.Norm, rope.Rope, rope.RopeScaling, mlps.GatedMlp, mlps.Router, mlps.Activation):
+        missing = [name for name in record.__slots__ if f"`{name}`" not in text]
+        assert set(missing) <= {"logit_cap", "by_token", "input_norm", "expert_scale"}, record
 
 
 def aligned(size, alignment):

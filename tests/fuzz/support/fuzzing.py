@@ -11,7 +11,7 @@ import struct
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from krasis.formats.checkpoints.gguf_tokenizer import tokenizer_assets
 from krasis.formats.checkpoints.safetensors import SafetensorsFile
 from krasis.formats.errors import KrasisError
 from krasis.formats.limits import MAX_CONFIG_BYTES
+from krasis.formats.models.mlps import GatedMlp
 from krasis.formats.strict_json import parse_json_object
 
 CORPUS = Path(__file__).parents[1] / "corpus"
@@ -151,7 +152,15 @@ def _manifest_seeds() -> list[bytes]:
     digest = "0123456789abcdef" * 2
     asset = AssetRecord("config.json", "config.json.zst", 100, 500, digest)
     digests = {blob.spec.name: digest for file in plan.files for blob in file.blobs}
-    return [format_builders.manifest_of(plan, digests, [asset]).to_bytes()]
+    manifest = format_builders.manifest_of(plan, digests, [asset])
+    layers = manifest.spec.layers
+    mixed = replace(layers[0], mlp=GatedMlp(96))
+    seeds = (
+        manifest,
+        replace(manifest, format_minor=0),
+        replace(manifest, spec=replace(manifest.spec, layers=(mixed, *layers[1:]))),
+    )
+    return [seed.to_bytes() for seed in seeds]
 
 
 # ---- safetensors -------------------------------------------------------------------------------------------
