@@ -16,7 +16,7 @@ from krasis.formats.layouts import STRIP_ROWS
 from krasis.formats.layouts.cpu_tiles import BLOCK_K, TILE_BYTES, TILE_ROWS
 from krasis.formats.layouts.native_pack import TILE_CODES
 from krasis.formats.models.mlps import Activation, Router
-from krasis.formats.native import Pool
+from krasis.formats.native import Pool, check
 from krasis.runtime.cpu.acts import Acts
 from krasis.runtime.cpu.heads import Heads, QkNorms, Rotation
 from krasis.runtime.cpu.native import (
@@ -343,11 +343,11 @@ class Kernels:
             if self._wrap is not None:
                 function = self._wrap(name, function)
             self._functions[name] = function
-        call = Call(function, (self.pool.handle, *arguments), name, keeps, num_pairs)
-        if self._program is None:
-            call.run()
-        else:
-            self._program.add(call)
+        resolved = (self.pool.handle, *arguments)
+        if self._program is not None:
+            self._program.add(Call(function, resolved, name, keeps, num_pairs))
+        elif status := function(*resolved):
+            check(status, name)
 
 
 def _place(args: QkvArgs | AttentionArgs, heads: Heads, spans: Spans, cache: LayerCache) -> None:

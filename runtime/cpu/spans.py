@@ -65,13 +65,17 @@ class Spans:
         is too small or used twice.
         """
         memories = [slots[span.slot] for span in spans]
-        self._check(spans, memories)
-        for record, span, memory in zip(self._records, spans, memories, strict=False):
+        if memories != self._slots or not memories:  # else only positions differ, as from token to token
+            self._check_memories(spans, memories)
+        row = 0
+        for span in spans:
+            if span.first_row != row or span.rows < 1 or span.start < 0:
+                raise NativeError("spans do not cover the rows in order", where="spans", got=span, limit=row)
+            row += span.rows
+        for record, span in zip(self._records, spans, strict=False):
             record.first_row, record.rows, record.start = span.first_row, span.rows, span.start
-            record.keys, record.values = memory.keys_address, memory.values_address
-        for record in self._records[len(spans) :]:
-            record.rows = 0
-        self._slots = memories
+        if memories != self._slots:
+            self._point_to(memories)
 
     def check_cache(self, cache: LayerCache, num_kv_heads: int, head_dim: int, where: str) -> None:
         """Raises NativeError if a layer's keys or values end outside of the slots' memory."""
@@ -88,14 +92,17 @@ class Spans:
                     limit=f"{limit} bytes",
                 )
 
-    def _check(self, spans: Sequence[Span], memories: Sequence[SlotMemory]) -> None:
+    def _point_to(self, memories: list[SlotMemory]) -> None:
+        for record, memory in zip(self._records, memories, strict=False):
+            record.keys, record.values = memory.keys_address, memory.values_address
+        for record in self._records[len(memories) :]:
+            record.rows = 0
+        self._slots = memories
+
+    def _check_memories(self, spans: Sequence[Span], memories: Sequence[SlotMemory]) -> None:
         if not 1 <= len(spans) <= self.max_spans:
             raise NativeError("too many or no spans", where="spans", got=len(spans), limit=self.max_spans)
-        row = 0
         for span, memory in zip(spans, memories, strict=True):
-            if span.first_row != row or span.rows < 1 or span.start < 0:
-                raise NativeError("spans do not cover the rows in order", where="spans", got=span, limit=row)
-            row += span.rows
             if memory.keys.nbytes < self.keys_bytes or memory.values.nbytes < self.values_bytes:
                 raise NativeError(
                     "a slot's memory is too small",
@@ -103,5 +110,5 @@ class Spans:
                     got=f"{memory.keys.nbytes} and {memory.values.nbytes} bytes",
                     limit=f"{self.keys_bytes} and {self.values_bytes} bytes",
                 )
-        if len(memories) > 1 and len({memory.keys_address for memory in memories}) < len(memories):
+        if len({memory.keys_address for memory in memories}) < len(memories):
             raise NativeError("a slot has two spans", where="spans", got=[span.slot for span in spans])

@@ -193,6 +193,31 @@ def test_spans_refuse(spans):
     assert bytes(table._array) == before
 
 
+def test_an_empty_table_is_not_set_to_nothing():
+    with pytest.raises(NativeError, match="no spans"):
+        small_spans().set([], [])
+
+
+def test_a_table_holds_what_was_set_last():
+    """Positions alone change between tokens; then a sequence goes, and another takes its memory."""
+    slots, table = [memory(), memory()], small_spans()
+    for spans in (
+        [Span(0, 0, 1, 5), Span(1, 1, 1, 0)],
+        [Span(0, 0, 1, 6), Span(1, 1, 1, 1)],
+        [Span(1, 0, 2, 2)],
+        [Span(1, 0, 1, 4)],
+        [Span(1, 0, 1, 5), Span(0, 1, 1, 7)],
+    ):
+        table.set(spans, slots)
+        found = [(r.first_row, r.rows, r.start, r.keys, r.values) for r in table._array if r.rows]
+        assert found == [
+            (s.first_row, s.rows, s.start, slots[s.slot].keys_address, slots[s.slot].values_address)
+            for s in spans
+        ]
+        with pytest.raises(NativeError, match="in order"):
+            table.set([Span(spans[0].slot, 0, 1, -1)], slots)
+
+
 def test_spans_want_memory_they_can_write_to():
     array = np.zeros(64, np.uint8)
     array.flags.writeable = False
