@@ -1,0 +1,146 @@
+// test_sequences.cpp: rows of several sequences in one call, in buffers without a byte to spare: each sequence gets the
+// bits of a call of its own, whatever the threads and the instruction set. Values are checked in Python.
+#include <algorithm>
+#include <memory>
+
+#include "test.h"
+
+namespace {
+
+using test::Buffer;
+using test::Pool;
+using test::Random;
+
+constexpr int64_t kHeads = 6, kKvHeads = 2, kCapacity = 700;
+
+struct Part {
+    int64_t start, rows;
+};
+
+struct Variant {
+    int64_t head_dim, rotary_dims, window;
+    int32_t norm, style, kv_dtype;
+    bool bias, sinks;
+    float clip;
+};
+
+struct Sequences {
+    Variant v;
+    std::vector<Part> parts;
+    int64_t rows = 0, row_size;
+    Buffer<float> qkv, bias, q_norm, k_norm, cos, sin, sinks;
+    std::vector<Buffer<uint8_t>> keys, values;
+
+    Sequences(Random &random, const Variant &variant, std::vector<Part> spans)
+        : v(variant), parts(std::move(spans)), row_size((kHeads + 2 * kKvHeads) * v.head_dim) {
+        const auto fill = [&](Buffer<float> &to, int64_t size) {
+            to.resize(size);
+            for (float &value : to) value = random.normal();
+        };
+        int64_t longest = 0;
+        for (const Part &part : parts) {
+            rows += part.rows;
+            longest = part.start + part.rows > longest ? part.start + part.rows : longest;
+            const int64_t bytes = kKvHeads * kCapacity * v.head_dim * (v.kv_dtype == KRASIS_F16 ? 2 : 4);
+            keys.emplace_back(bytes);
+            values.emplace_back(bytes);
+        }
+        fill(qkv, rows * row_size);
+        fill(bias, row_size);
+        fill(q_norm, v.norm == KRASIS_QK_NORM_FLAT ? kHeads * v.head_dim : v.head_dim);
+        fill(k_norm, v.norm == KRASIS_QK_NORM_FLAT ? kKvHeads * v.head_dim : v.head_dim);
+        fill(cos, longest * v.rotary_dims / 2);
+        fill(sin, longest * v.rotary_dims / 2);
+        fill(sinks, kHeads);
+    }
+    // Parts [begin, end), whose first row is first_row, in one call: their output.
+    Buffer<float> run(krasis_pool *pool, size_t begin, size_t end, int64_t first_row) {
+        std::vector<krasis_span> spans;
+        int64_t row = 0, longest = 0;
+        for (size_t i = begin; i < end; ++i) {
+            spans.push_back({row, parts[i].rows, parts[i].start, keys[i].data(), values[i].data()});
+            row += parts[i].rows;
+            longest = std::max(longest, parts[i].start + parts[i].rows);
+        }
+        Buffer<float> own(qkv.begin() + first_row * row_size, qkv.begin() + (first_row + row) * row_size);
+        krasis_qkv_args store{};
+        store.qkv = own.data();
+        store.tokens = row;
+        store.num_heads = kHeads;
+        store.num_kv_heads = kKvHeads;
+        store.head_dim = v.head_dim;
+        store.bias = v.bias ? bias.data() : nullptr;
+        store.norm = v.norm;
+        store.q_norm = q_norm.data();
+        store.k_norm = k_norm.data();
+        store.eps = 1e-6f;
+        store.clip = v.clip;
+        store.rope_style = v.style;
+        store.cos = cos.data();
+        store.sin = sin.data();
+        store.rotary_dims = v.rotary_dims;
+        store.max_positions = v.rotary_dims > 0 ? static_cast<int64_t>(cos.size()) / (v.rotary_dims / 2) : 0;
+        store.spans = spans.data();
+        store.num_spans = static_cast<int64_t>(spans.size());
+        store.capacity = kCapacity;
+        store.kv_dtype = v.kv_dtype;
+        CHECK_OK(krasis_qk_norm_rope_store(pool, &store));
+        Buffer<float> out(row * kHeads * v.head_dim);
+        Buffer<uint8_t> workspace(krasis_attention_workspace_bytes(row, longest, kHeads, v.head_dim));
+        krasis_attention_args attend{};
+        attend.q = own.data();
+        attend.ldq = row_size;
+        attend.tokens = row;
+        attend.num_heads = kHeads;
+        attend.num_kv_heads = kKvHeads;
+        attend.head_dim = v.head_dim;
+        attend.spans = spans.data();
+        attend.num_spans = store.num_spans;
+        attend.capacity = kCapacity;
+        attend.kv_dtype = v.kv_dtype;
+        attend.scale = 0.2f;
+        attend.window = v.window;
+        attend.sinks = v.sinks ? sinks.data() : nullptr;
+        attend.out = out.data();
+        attend.workspace = workspace.data();
+        attend.workspace_bytes = static_cast<int64_t>(workspace.size());
+        CHECK_OK(krasis_attention(pool, &attend));
+        return out;
+    }
+};
+
+void each_alone_and_together() {
+    const Variant variants[] = {
+        {32, 32, 0, KRASIS_QK_NORM_HEAD, KRASIS_ROPE_HALF, KRASIS_F16, false, false, 0.0f},
+        {48, 20, 100, KRASIS_QK_NORM_FLAT, KRASIS_ROPE_HALF, KRASIS_F32, true, true, 1.5f},
+        {64, 32, 0, KRASIS_QK_NORM_NONE, KRASIS_ROPE_INTERLEAVED, KRASIS_F16, true, false, 0.0f},
+        {16, 0, 64, KRASIS_QK_NORM_HEAD, KRASIS_ROPE_HALF, KRASIS_F32, false, true, 0.0f},
+    };
+    Random random(12);
+    for (const Variant &variant : variants) {
+        Sequences sequences(random, variant, {{699, 1}, {0, 70}, {300, 4}, {255, 1}, {256, 2}, {0, 1}, {500, 200}});
+        std::unique_ptr<Buffer<float>> first;
+        for (int32_t isa : test::available_isas()) {
+            for (int32_t threads : {1, 3}) {
+                Pool pool(threads, isa);
+                const Buffer<float> out = sequences.run(pool, 0, sequences.parts.size(), 0);
+                if (!first) first = std::make_unique<Buffer<float>>(out);
+                CHECK(test::same_bits(out, *first));
+                int64_t row = 0;
+                for (size_t i = 0; i < sequences.parts.size(); ++i) {
+                    const int64_t size = kHeads * variant.head_dim, rows = sequences.parts[i].rows;
+                    const Buffer<float> want(first->begin() + row * size, first->begin() + (row + rows) * size);
+                    CHECK(test::same_bits(sequences.run(pool, i, i + 1, row), want));
+                    row += rows;
+                }
+            }
+        }
+    }
+}
+
+}  // namespace
+
+int main() {
+    each_alone_and_together();
+    return test::finish("sequences");
+}
