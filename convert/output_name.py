@@ -8,8 +8,9 @@ from pathlib import Path
 
 from krasis.convert.partial import partial_path
 from krasis.formats.bundle.manifest import MANIFEST_NAME
-from krasis.formats.bundle.publish import PARTIAL_SUFFIX, REPLACED_SUFFIX
+from krasis.formats.bundle.publish import REPLACED_SUFFIX
 from krasis.formats.errors import UsageError
+from krasis.formats.files.file_ops import PARTIAL_SUFFIX
 
 _SUFFIXES = (PARTIAL_SUFFIX, REPLACED_SUFFIX)
 _USUAL_NAME_BYTES = 255

@@ -7,8 +7,8 @@ import resource
 from pathlib import Path
 
 from krasis.formats.errors import ResourceError
-from krasis.formats.files.mount_table import filesystem_kind
 from krasis.formats.process.machine_limits import memory_limits
+from krasis.formats.process.mount_table import filesystem_kind
 from krasis.formats.units import format_bytes
 
 # Directories, the manifest, text assets and the file system's own needs.

@@ -1,4 +1,5 @@
-"""Sizes and times for people, and sizes from people: one grammar for every option of every command.
+"""Sizes, counts, rates and times for people, and sizes from people: one grammar for every option of every
+command.
 
 Sizes are printed in decimal units (1 GB = 10^9 bytes), as disks and links count. Read are ``14GiB``,
 ``14 GB``, ``1.5T``, ``512m``, ``4096``: with ``i`` or without ``B`` a unit is binary, as memory is sold; with
@@ -7,6 +8,7 @@ Sizes are printed in decimal units (1 GB = 10^9 bytes), as disks and links count
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from fractions import Fraction
@@ -19,6 +21,8 @@ _SIZE = re.compile(
     r"\s*(\d{1,30}(?:\.\d{1,30})?)\s*(?:([kmgtp]?)(i?)(b?)|bytes?)\s*", re.ASCII | re.IGNORECASE
 )
 _PREFIXES = "kmgtp"
+_GPU_GROUP = re.compile(r"(?:(\d{1,4})\s*[xX*]\s*)?(.+)", re.ASCII)
+MAX_GPUS = 1024
 _EXAMPLES = "write it like 16GiB, 141GB, 512M or a number of bytes"
 
 
@@ -69,3 +73,41 @@ def format_seconds(seconds: float) -> str:
         return f"{minutes} min {rest:02d} s"
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min"
+
+
+def format_binary(num_bytes: int) -> str:
+    """``16 GiB`` where that is exact to two decimals, as memory is sold; else the decimal form."""
+    for unit, size in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.2f}".rstrip("0").rstrip(".") + f" {unit}"
+    return format_bytes(num_bytes)
+
+
+def format_count(count: float) -> str:
+    """``235.1 B``: thousands, millions, billions, trillions."""
+    return scaled(count, ("", "K", "M", "B", "T")).rstrip()
+
+
+def format_rate(per_second: float) -> str:
+    """Tokens a second with three significant digits."""
+    if per_second >= 100 or per_second == 0:
+        return f"{per_second:.0f} tok/s"
+    return f"{per_second:.{max(0, 2 - math.floor(math.log10(per_second)))}f} tok/s"
+
+
+def parse_gpus(text: str, where: str = "--gpus") -> tuple[int, ...]:
+    """VRAM bytes of each GPU: ``3x16GiB``, ``16GiB,24GiB``, ``none``. Raises UsageError."""
+    if text.strip().lower() in ("none", "0"):
+        return ()
+    sizes: list[int] = []
+    for part in text.split(","):
+        match = _GPU_GROUP.fullmatch(part.strip())
+        if match is None:
+            raise UsageError("not a list of GPUs", where=where, got=repr(text), hint="write it like 3x16GiB")
+        count = int(match.group(1) or 1)
+        if not 1 <= count + len(sizes) <= MAX_GPUS or count == 0:
+            raise UsageError(
+                "number of GPUs is out of range", where=where, got=repr(text), limit=f"1 to {MAX_GPUS}"
+            )
+        sizes.extend([parse_bytes(match.group(2), where)] * count)
+    return tuple(sizes)

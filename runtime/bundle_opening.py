@@ -7,7 +7,7 @@ from pathlib import Path
 from krasis.formats.bundle.blob_names import check_blob_names
 from krasis.formats.bundle.reader import Bundle
 from krasis.formats.models.uniform import spec_of
-from krasis.runtime.cli.rope_option import parse_rope_scaling, rescaled
+from krasis.runtime.rope_option import parse_rope_scaling, rescaled
 from krasis.runtime.settings import EngineSettings
 
 

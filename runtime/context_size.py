@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from krasis.formats.bundle.reader import Bundle
 from krasis.formats.process.machine_limits import available_memory_bytes
-from krasis.runtime.host.filesystem import IN_RAM, filesystem_of_path
+from krasis.runtime.host.filesystem import weights_to_hold_bytes
 from krasis.runtime.state.kv_store import kv_bytes_per_token
 
 if TYPE_CHECKING:
@@ -44,13 +44,6 @@ def tokens_in_vram(sizes: ModelSizes, vram_bytes: int, kv_dtype: str) -> int:
     spare = vram_bytes - assumed.GPU_RESERVE_BYTES - sizes.dense_bytes
     room = min(SHARE_OF_VRAM * vram_bytes, SHARE_OF_SPARE_RAM * spare)
     return _tokens(room, sizes.architecture.max_context, sizes.kv_bytes(1, kv_dtype), "VRAM")
-
-
-def weights_to_hold_bytes(bundle: Bundle, tiers: tuple[str, ...]) -> int:
-    """Weights of those tiers that have yet to find room in RAM: none where the bundle itself lies in RAM."""
-    if filesystem_of_path(bundle.path) in IN_RAM:
-        return 0
-    return sum(blob.num_bytes for blob in bundle.manifest.blobs if blob.tier in tiers)
 
 
 def _tokens(room: float, longest: int, token_bytes: int, memory: str) -> int:

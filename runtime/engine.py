@@ -20,24 +20,24 @@ from krasis.formats.errors import UsageError
 from krasis.runtime.backend import Backend
 from krasis.runtime.batch import one_sequence
 from krasis.runtime.bundle_opening import open_bundle
-from krasis.runtime.cli.layer_progress import Progress as Progress
-from krasis.runtime.cli.layer_progress import layer_progress
-from krasis.runtime.cli.user_files import check_length
 from krasis.runtime.exclusive import Cancellation, Claim, Exclusive
 from krasis.runtime.generation import Answer, Generation, GenerationPlan, Piece, StopStrings, run
 from krasis.runtime.host.prefault import Prefault, files_of_tiers, start_prefault
+from krasis.runtime.layer_progress import Progress as Progress
+from krasis.runtime.layer_progress import layer_progress
 from krasis.runtime.open_backend import open_backend
 from krasis.runtime.sampler import Sampler
 from krasis.runtime.settings import EngineSettings, SamplingSettings
 from krasis.runtime.state.kv_file import PrefixFile, save_prefix
-from krasis.runtime.state.wider_cache import is_number, usable, widened
 from krasis.runtime.stops import stop_texts
+from krasis.runtime.template_values import Variables, merged_variables, refuse_variables
 from krasis.runtime.text.assets import TextAssets
 from krasis.runtime.text.chat import Message, missing_template
 from krasis.runtime.text.ends import TextEnds, ends_of_text
 from krasis.runtime.text.messages import read_messages, render_chat, token_ids
-from krasis.runtime.text.template_variables import Variables, merged_variables, refuse_variables
 from krasis.runtime.text.token_ids import checked_ids
+from krasis.runtime.user_files import check_length
+from krasis.runtime.wider_cache import is_number, usable, widened
 
 logger = logging.getLogger(__name__)
 

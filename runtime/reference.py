@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from krasis.formats.errors import UnsupportedModelError
 from krasis.formats.layouts.cpu_tiles import BLOCK_K
 from krasis.formats.models.mixers import Attention
 from krasis.formats.models.mlps import Activation, Router, Score
 from krasis.formats.models.rope import Rope
-from krasis.runtime.cpu.native_arrays import Array
+
+Array = npt.NDArray[Any]
 
 SILU = Activation()
 _QUERY_CHUNK = 64  # bounds the score matrix: [heads, chunk, keys]

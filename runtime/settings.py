@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from krasis.formats.errors import UsageError
-from krasis.runtime.text.template_variables import check_variables
+from krasis.runtime.template_values import check_variables
 
 CPU_PREFILL_CHUNK = 512
 ISAS = ("auto", "avx2", "avx512_vnni")
@@ -86,7 +86,7 @@ class EngineSettings:
         _one_of("device", self.device, DEVICES)
         _one_of("gpu_dtype", self.gpu_dtype, GPU_DTYPES)
         if self.rope_scaling is not None:
-            from krasis.runtime.cli.rope_option import parse_rope_scaling
+            from krasis.runtime.rope_option import parse_rope_scaling
 
             parse_rope_scaling(self.rope_scaling)
         if self.vram_bytes is not None:

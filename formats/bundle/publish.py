@@ -17,9 +17,8 @@ from pathlib import Path
 from krasis.formats.bundle.manifest import MANIFEST_NAME
 from krasis.formats.bundle.manifest_records import ASSET_SUFFIX
 from krasis.formats.errors import UsageError
-from krasis.formats.files.file_ops import FileOps, io_errors, sync_directory
+from krasis.formats.files.file_ops import PARTIAL_SUFFIX, FileOps, io_errors, sync_directory
 
-PARTIAL_SUFFIX = ".partial"
 REPLACED_SUFFIX = ".replaced"
 
 # Names that a conversion, the file system or a desktop may leave in the directory; readers ignore them.

@@ -19,14 +19,13 @@ from krasis.formats.architecture_record import Architecture
 from krasis.formats.bundle.assets import decompress_asset
 from krasis.formats.bundle.manifest import MANIFEST_NAME, AssetRecord, BlobRecord, FileRecord, Manifest
 from krasis.formats.bundle.not_a_bundle import explain_file, explain_folder, refuse_pointer
-from krasis.formats.bundle.publish import PARTIAL_SUFFIX
 from krasis.formats.bundle.shard_plan import FILLER_PREFIX
 from krasis.formats.checkpoints.safetensors import Header, TensorInfo, parse_header
 from krasis.formats.dtypes import BUNDLE_DTYPES
 from krasis.formats.errors import ChecksumError, FormatError, ResourceError, UsageError
 from krasis.formats.files.file_kinds import ZSTD_MAGIC, refuse_text
 from krasis.formats.files.file_mapping import FileMapping, prefault
-from krasis.formats.files.file_ops import io_errors
+from krasis.formats.files.file_ops import PARTIAL_SUFFIX, io_errors
 from krasis.formats.files.folder_snapshot import FileState
 from krasis.formats.files.regular_file import open_regular, read_range, read_small_file
 from krasis.formats.limits import MAX_ASSET_BYTES, MAX_MANIFEST_BYTES, MIB

@@ -19,10 +19,10 @@ import xxhash
 from krasis.formats.bundle.assets import compress_asset
 from krasis.formats.bundle.manifest import MANIFEST_NAME, AssetRecord
 from krasis.formats.bundle.manifest_records import ASSET_SUFFIX
-from krasis.formats.bundle.publish import PARTIAL_SUFFIX, check_replaceable, publish, remove_bundle
+from krasis.formats.bundle.publish import check_replaceable, publish, remove_bundle
 from krasis.formats.bundle.reader import Bundle
 from krasis.formats.errors import ResourceError
-from krasis.formats.files.file_ops import FileOps, io_errors, sync_directory, write_all
+from krasis.formats.files.file_ops import PARTIAL_SUFFIX, FileOps, io_errors, sync_directory, write_all
 from krasis.formats.names import check_file_name
 
 # Nobody opens a directory of such a name as a bundle, and a conversion's own partial one has another.

@@ -18,11 +18,11 @@ from krasis.formats.bundle.assets import compress_asset
 from krasis.formats.bundle.blob_sink import BlobSink
 from krasis.formats.bundle.manifest import MANIFEST_NAME, AssetRecord, Manifest
 from krasis.formats.bundle.manifest_records import ASSET_SUFFIX, BlobRecord, FileRecord
-from krasis.formats.bundle.publish import PARTIAL_SUFFIX, publish
+from krasis.formats.bundle.publish import publish
 from krasis.formats.bundle.shard_output import DirectIo, OutputIo, ShardOutput
 from krasis.formats.bundle.shard_plan import BlobSpec, PlacedBlob, ShardFile, ShardPlan, plan_shards
 from krasis.formats.errors import FormatError, MismatchError
-from krasis.formats.files.file_ops import FileOps, io_errors, sync_directory, write_all
+from krasis.formats.files.file_ops import PARTIAL_SUFFIX, FileOps, io_errors, sync_directory, write_all
 from krasis.formats.files.regular_file import open_regular, read_range
 from krasis.formats.names import check_file_name, shown
 

@@ -14,11 +14,11 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from krasis.formats.checkpoints.foreign import foreign_errors
 from krasis.formats.checkpoints.gguf_control import CONTROL, UNUSED, USER_DEFINED, corrected_types
 from krasis.formats.checkpoints.gguf_sampling import sampling_config
 from krasis.formats.errors import FormatError, UnsupportedModelError
 from krasis.formats.names import shown
+from krasis.formats.process.foreign import foreign_errors
 
 # English contractions; words with at most one leading mark; single digits; punctuation; line ends; spaces.
 _QWEN2_SPLIT = (

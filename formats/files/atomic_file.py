@@ -8,8 +8,7 @@ import logging
 import os
 from pathlib import Path
 
-from krasis.formats.bundle.publish import PARTIAL_SUFFIX
-from krasis.formats.files.file_ops import FileOps, io_errors, sync_directory, write_all
+from krasis.formats.files.file_ops import PARTIAL_SUFFIX, FileOps, io_errors, sync_directory, write_all
 
 _log = logging.getLogger(__name__)
 # What file systems without O_TMPFILE answer; kernels older than it see a directory opened for writing.

@@ -16,6 +16,8 @@ from krasis.formats.errors import FormatError, ResourceError
 
 _log = logging.getLogger(__name__)
 
+PARTIAL_SUFFIX = ".partial"  # of what is being written, until it has its name
+
 _AT_FDCWD = -100
 _RENAME_NOREPLACE = 1
 _RENAME_EXCHANGE = 2

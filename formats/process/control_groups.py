@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from krasis.formats.files.mount_table import Mount, mounts, read_text
+from krasis.formats.process.mount_table import Mount, mounts, read_text
 
 _UNLIMITED_BYTES = 2**60
 _MAX_SEARCHED = 4096  # groups looked through where a namespace hides the way

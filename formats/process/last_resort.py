@@ -19,9 +19,9 @@ from typing import ParamSpec, TypeVar
 
 import click
 
-from krasis.formats.checkpoints.foreign import STOPS, reason
 from krasis.formats.errors import KrasisError, ResourceError
 from krasis.formats.printable import printable
+from krasis.formats.process.foreign import STOPS, reason
 
 EXIT_FAULT = 70  # EX_SOFTWARE of sysexits.h
 TRACEBACK_VARIABLE = "KRASIS_TRACEBACK"

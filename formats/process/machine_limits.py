@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from krasis.formats.files.mount_table import read_text
 from krasis.formats.process.control_groups import cpu_quota, limited_groups
+from krasis.formats.process.mount_table import read_text
 
 
 @dataclass(frozen=True, slots=True)

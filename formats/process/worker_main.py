@@ -12,7 +12,7 @@ import signal
 import sys
 from collections.abc import Callable, Mapping
 
-from krasis.formats.checkpoints.foreign import reason
+from krasis.formats.process.foreign import reason
 from krasis.formats.process.worker_protocol import (
     ANSWER,
     DONE,

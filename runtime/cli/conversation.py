@@ -11,12 +11,12 @@ from krasis.formats.errors import FormatError, KrasisError, UsageError
 from krasis.formats.files.atomic_file import AtomicFile
 from krasis.formats.plain_text import BYTE_ORDER_MARK, plain_text
 from krasis.formats.strict_json import parse_json_object
-from krasis.runtime.cli.user_files import read_user_file
 from krasis.runtime.engine import Engine, Progress
 from krasis.runtime.generation import Answer
 from krasis.runtime.settings import SamplingSettings
 from krasis.runtime.state.kv_file import MAX_CONVERSATION_BYTES, looks_like_prefix
 from krasis.runtime.text.chat import Message
+from krasis.runtime.user_files import read_user_file
 
 MAX_FILE_BYTES = MAX_CONVERSATION_BYTES  # of both forms, so that what is saved can be loaded
 PREFIX_SUFFIX = ".kv"  # a conversation saved under such a name takes its keys and values along

@@ -20,9 +20,9 @@ from krasis.formats.errors import KrasisError
 from krasis.formats.files import mapping_guard
 from krasis.formats.process.command_line import StreamsCommand, version_option
 from krasis.formats.process.last_resort import last_resort
-from krasis.runtime.cli.user_files import read_user_file
 from krasis.runtime.importance import Importance, collect
 from krasis.runtime.settings import EXPERT_TIERS
+from krasis.runtime.user_files import read_user_file
 
 MAX_TEXT_BYTES = 1 << 30
 

@@ -8,8 +8,8 @@ from typing import Any
 from krasis.formats.bundle.manifest import BlobRecord, Manifest
 from krasis.formats.bundle.verify import Problem
 from krasis.formats.printable import printable
-from krasis.formats.units import format_bytes
-from krasis.runtime.cli.format_units import format_count, text_fields, text_table
+from krasis.formats.text_tables import text_fields, text_table
+from krasis.formats.units import format_bytes, format_count
 from krasis.runtime.planning.planner import (
     cpu_ram_bytes,
     least_vram_bytes,

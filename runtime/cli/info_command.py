@@ -179,7 +179,7 @@ def _add_environment(record: dict[str, Any], texts: list[str]) -> None:
     found = probe_environment(with_torch=True)
     record["environment"] = environment_to_json(found)
     texts.append(environment_to_text(found))
-    from krasis.runtime.host.pinned_memory import pinned_memory_report
+    from krasis.runtime.cli.pinned_memory import pinned_memory_report
 
     record["pinned_memory"], text = pinned_memory_report(found)
     texts.append(text)
@@ -295,11 +295,10 @@ def _add_plan(
     texts: list[str],
     shard: Path | None = None,
 ) -> None:
-    from krasis.formats.units import parse_bytes
-    from krasis.runtime.cli.format_units import parse_gpus
+    from krasis.formats.units import parse_bytes, parse_gpus
     from krasis.runtime.planning.planner import make_plan, make_workload
     from krasis.runtime.planning.report import plan_to_json, plan_to_text
-    from krasis.runtime.planning.this_machine import HardwareFlags, hardware_from_flags
+    from krasis.runtime.this_machine import HardwareFlags, hardware_from_flags
 
     flags = HardwareFlags(
         gpu_vram_bytes=parse_gpus(request.gpus) if request.gpus is not None else None,

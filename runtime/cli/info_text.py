@@ -10,7 +10,7 @@ from krasis.formats.bundle.reader import Bundle
 from krasis.formats.errors import KrasisError
 from krasis.formats.names import shown
 from krasis.formats.printable import printable
-from krasis.runtime.cli.format_units import text_fields, text_paragraphs
+from krasis.formats.text_tables import text_fields, text_paragraphs
 from krasis.runtime.generation_defaults import describe
 from krasis.runtime.text.assets import TOKENIZER, TextAssets
 from krasis.runtime.text.end_tokens import added_note

@@ -390,7 +390,7 @@ def _prompt_text(prompt: str | None, path: Path | None) -> str | None:
     chat. Raises UsageError if there is none or one is unreadable.
     """
     from krasis.runtime.cli.piped_text import is_piped, join_prompt, read_piped
-    from krasis.runtime.cli.user_files import MAX_PROMPT_BYTES, read_stdin, read_user_file
+    from krasis.runtime.user_files import MAX_PROMPT_BYTES, read_stdin, read_user_file
 
     from_stdin = path is not None and str(path) == "-"
     alone = prompt is None and path is None

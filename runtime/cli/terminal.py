@@ -17,11 +17,11 @@ from krasis.runtime.cli.conversation import PREFIX_SUFFIX, Conversation
 from krasis.runtime.cli.output import PrefillBar, note, stream_answer
 from krasis.runtime.cli.prompt_input import QUOTES, Typed, open_input
 from krasis.runtime.cli.report import banner, memory_note, speed_line, summary_line
+from krasis.runtime.cli.text_settings import TEXT_OPTIONS, set_text_option, text_settings
 from krasis.runtime.cli.thinking_view import unfinished_note
 from krasis.runtime.engine import Progress
 from krasis.runtime.generation import Answer, Generation
 from krasis.runtime.settings import SamplingSettings
-from krasis.runtime.text.settings import TEXT_OPTIONS, set_text_option, text_settings
 
 logger = logging.getLogger(__name__)
 

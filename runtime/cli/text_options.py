@@ -68,7 +68,7 @@ def text_options(command: _Command) -> _Command:
 
 def given_variables(options: dict[str, Any]) -> dict[str, object]:
     """The values of ``--template-var``. Raises UsageError for what is no NAME=VALUE, or with ``--raw``."""
-    from krasis.runtime.text.template_variables import parse_assignment
+    from krasis.runtime.template_values import parse_assignment
 
     given = dict(parse_assignment(text) for text in options["template_vars"])
     if options["raw"] and (given or options["think"] is not None):

@@ -18,8 +18,8 @@ import numpy as np
 
 from krasis.runtime.backend import KvRows, LayerProgress, Logits, TokenIds
 from krasis.runtime.distributed.control import Control
-from krasis.runtime.distributed.parallel import Parallel
 from krasis.runtime.distributed.ranked import RankedBackend
+from krasis.runtime.gpu.parallel import Parallel
 from krasis.runtime.one_sequence import OneSequence
 
 logger = logging.getLogger(__name__)

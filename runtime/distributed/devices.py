@@ -7,9 +7,9 @@ import torch
 from krasis.formats.bundle.reader import Bundle
 from krasis.formats.errors import ResourceError, UsageError
 from krasis.runtime.device.api import Device
-from krasis.runtime.distributed.parallel import Parallel
 from krasis.runtime.distributed.place import Place
 from krasis.runtime.distributed.ranked import RankedBackend
+from krasis.runtime.gpu.parallel import Parallel
 from krasis.runtime.settings import EngineSettings
 
 

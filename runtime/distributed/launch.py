@@ -16,7 +16,6 @@ from krasis.runtime.distributed.backend import DistributedBackend
 from krasis.runtime.distributed.control import Control
 from krasis.runtime.distributed.job import join, serve_rank
 from krasis.runtime.distributed.launcher import is_launched_rank, is_worker_rank
-from krasis.runtime.distributed.partition import Partition
 from krasis.runtime.distributed.place import (
     Place,
     host_local_store,
@@ -27,6 +26,7 @@ from krasis.runtime.distributed.place import (
 from krasis.runtime.distributed.store import Store
 from krasis.runtime.distributed.workers import Workers
 from krasis.runtime.engine import Engine
+from krasis.runtime.gpu.partition import Partition
 from krasis.runtime.settings import EngineSettings
 
 logger = logging.getLogger(__name__)

@@ -17,9 +17,9 @@ import torch.distributed as dist
 from krasis.formats.errors import NativeError
 from krasis.runtime.device.api import Stream
 from krasis.runtime.distributed.control import Control
-from krasis.runtime.distributed.partition import Partition, Segment
 from krasis.runtime.distributed.place import Place
 from krasis.runtime.distributed.store import prefixed
+from krasis.runtime.gpu.partition import Partition, Segment
 
 # Ranks wait in a collective for the slowest; death is noticed otherwise (``watch``), so this may be long.
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)

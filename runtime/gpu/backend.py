@@ -15,11 +15,11 @@ from krasis.formats.bundle.reader import Bundle
 from krasis.formats.errors import KrasisError, NativeError
 from krasis.runtime.backend import KvRows, LayerProgress, Logits, TokenIds
 from krasis.runtime.device.api import Device, Stream
-from krasis.runtime.distributed.parallel import Parallel, SingleRank
 from krasis.runtime.gpu.experts.paths import ExpertPath, PathChoice, PathModel
 from krasis.runtime.gpu.experts.stage import ExpertStage
 from krasis.runtime.gpu.kernels.head import Head
 from krasis.runtime.gpu.memory import OUT_OF_MEMORY, half_batch, largest_workspace
+from krasis.runtime.gpu.parallel import Parallel, SingleRank
 from krasis.runtime.gpu.parts import CPU_STAGE_TOKENS, Parts, open_parts
 from krasis.runtime.gpu.prefill import PrefillPass
 from krasis.runtime.one_sequence import OneSequence

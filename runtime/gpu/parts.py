@@ -15,7 +15,6 @@ from krasis.formats.units import format_bytes
 from krasis.runtime.cpu.kernels import Heads
 from krasis.runtime.cpu.weights import load_weights
 from krasis.runtime.device.api import Device, Stream
-from krasis.runtime.distributed.parallel import Parallel
 from krasis.runtime.gpu.buffers import Workspace
 from krasis.runtime.gpu.decode import HybridDecoder
 from krasis.runtime.gpu.experts.cpu_experts import CpuExperts
@@ -29,6 +28,7 @@ from krasis.runtime.gpu.kernels.grouped_product import ExpertProduct
 from krasis.runtime.gpu.kernels.many_rows import ManyRows
 from krasis.runtime.gpu.kv_cache import GpuKvCache
 from krasis.runtime.gpu.memory import OUT_OF_MEMORY, largest_workspace
+from krasis.runtime.gpu.parallel import Parallel
 from krasis.runtime.gpu.plan import GpuPlan, plan_gpu
 from krasis.runtime.gpu.prefill import GpuModel
 from krasis.runtime.gpu.weights import load_gpu_weights

@@ -13,7 +13,7 @@ from krasis.formats.bundle.reader import Bundle
 from krasis.formats.errors import NativeError, ResourceError
 from krasis.runtime.context_size import tokens_in_vram
 from krasis.runtime.device.api import Device
-from krasis.runtime.distributed.parallel import Parallel
+from krasis.runtime.gpu.parallel import Parallel
 from krasis.runtime.host import environment
 from krasis.runtime.planning.hardware import Figure, GpuSpec, HardwareSpec, describe_gpu, describe_host
 from krasis.runtime.planning.measure_gpu import measured_spec

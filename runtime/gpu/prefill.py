@@ -16,7 +16,6 @@ from krasis.formats.architecture_record import Architecture
 from krasis.runtime.backend import LayerProgress, TokenIds
 from krasis.runtime.cpu.kernels import Heads
 from krasis.runtime.device.api import Device, Event, Stream
-from krasis.runtime.distributed.parallel import Parallel
 from krasis.runtime.gpu.buffers import Buffers
 from krasis.runtime.gpu.experts.residency import Residency
 from krasis.runtime.gpu.experts.stage import ExpertStage, Step
@@ -25,6 +24,7 @@ from krasis.runtime.gpu.kernels.embedding import Embedding
 from krasis.runtime.gpu.kernels.gpu_kernels import GpuKernels
 from krasis.runtime.gpu.kernels.many_rows import ManyRows
 from krasis.runtime.gpu.kv_cache import GpuKvCache
+from krasis.runtime.gpu.parallel import Parallel
 from krasis.runtime.gpu.weights import GpuLayer, GpuWeights
 
 

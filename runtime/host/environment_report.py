@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from krasis.runtime.cli.format_units import format_binary, text_fields, text_paragraphs
+from krasis.formats.text_tables import text_fields, text_paragraphs
+from krasis.formats.units import format_binary
 from krasis.runtime.host.environment import Cpu, Environment, Memory, NativeLibraries, Torch
 
 

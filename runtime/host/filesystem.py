@@ -5,8 +5,12 @@ from __future__ import annotations
 import ctypes
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from krasis.formats.errors import ResourceError
+
+if TYPE_CHECKING:
+    from krasis.formats.bundle.reader import Bundle
 
 # f_type of statfs(2), as the kernel's magic.h has them.
 _NAMES = {
@@ -48,3 +52,10 @@ def filesystem_of_path(path: Path) -> str:
         return filesystem_of(fd)
     finally:
         os.close(fd)
+
+
+def weights_to_hold_bytes(bundle: Bundle, tiers: tuple[str, ...]) -> int:
+    """Weights of those tiers that have yet to find room in RAM: none where the bundle itself lies in RAM."""
+    if filesystem_of_path(bundle.path) in IN_RAM:
+        return 0
+    return sum(blob.num_bytes for blob in bundle.manifest.blobs if blob.tier in tiers)

@@ -18,7 +18,7 @@ from krasis.formats.errors import KrasisError
 from krasis.formats.files.file_mapping import prefault
 from krasis.formats.limits import HUGE_PAGE_BYTES, MIB
 from krasis.formats.process.machine_limits import available_memory_bytes
-from krasis.runtime.context_size import weights_to_hold_bytes
+from krasis.runtime.host.filesystem import weights_to_hold_bytes
 from krasis.runtime.host.huge_pages import collapse_all, huge_share
 from krasis.runtime.host.numa import (
     NumaNode,

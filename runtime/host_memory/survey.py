@@ -22,7 +22,7 @@ import torch
 
 from krasis.formats.errors import KrasisError, ResourceError
 from krasis.formats.limits import HUGE_PAGE_BYTES, MIB
-from krasis.runtime.cli.format_units import text_paragraphs, text_table
+from krasis.formats.text_tables import text_paragraphs, text_table
 from krasis.runtime.device.api import Device
 from krasis.runtime.host.filesystem import filesystem_of, filesystem_of_path
 from krasis.runtime.host_memory.memory import anonymous, tensor_of

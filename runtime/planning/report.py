@@ -7,15 +7,8 @@ from dataclasses import asdict, replace
 from itertools import groupby
 from typing import Any
 
-from krasis.formats.units import format_bytes, format_seconds
-from krasis.runtime.cli.format_units import (
-    format_binary,
-    format_count,
-    format_rate,
-    text_fields,
-    text_paragraphs,
-    text_table,
-)
+from krasis.formats.text_tables import text_fields, text_paragraphs, text_table
+from krasis.formats.units import format_binary, format_bytes, format_count, format_rate, format_seconds
 from krasis.runtime.planning.assumptions import DESCRIPTIONS
 from krasis.runtime.planning.hardware import Figure, GpuSpec
 from krasis.runtime.planning.sizes import count_parameters

@@ -24,7 +24,6 @@ import xxhash
 
 from krasis.formats.architecture_record import Architecture
 from krasis.formats.bundle.manifest import canonical_json
-from krasis.formats.bundle.publish import PARTIAL_SUFFIX
 from krasis.formats.bundle.reader import Bundle
 from krasis.formats.bundle.shard_plan import encode_header
 from krasis.formats.checkpoints.safetensors import (
@@ -44,7 +43,7 @@ from krasis.formats.errors import (
     VersionError,
 )
 from krasis.formats.files.atomic_file import AtomicFile
-from krasis.formats.files.file_ops import FileOps
+from krasis.formats.files.file_ops import PARTIAL_SUFFIX, FileOps
 from krasis.formats.files.regular_file import open_regular, read_into, read_range
 from krasis.formats.limits import MAX_FILE_NAME_BYTES, MIB, PAGE_BYTES
 from krasis.formats.names import shown

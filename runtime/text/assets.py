@@ -14,9 +14,10 @@ from krasis.formats.errors import FormatError, KrasisError
 from krasis.formats.files.regular_file import read_small_file
 from krasis.formats.plain_text import BYTE_ORDER_MARK, decode_file, what_it_is
 from krasis.formats.strict_json import parse_json_object
-from krasis.runtime.cli.early import Early
+from krasis.runtime.early import Early
 from krasis.runtime.generation_defaults import GenerationDefaults, describe, read_defaults
 from krasis.runtime.settings import SamplingSettings
+from krasis.runtime.template_values import Variables
 from krasis.runtime.text.added_tokens import SPECIAL_NAMES, DeclaredTokens, read_declared, token_text
 from krasis.runtime.text.chat import ChatTemplate
 from krasis.runtime.text.end_tokens import (
@@ -27,7 +28,7 @@ from krasis.runtime.text.end_tokens import (
     eos_values,
     named_ends,
 )
-from krasis.runtime.text.template_variables import Variables, unused_note
+from krasis.runtime.text.template_variables import unused_note
 from krasis.runtime.text.thinking import Format, find_formats, marker_tokens
 from krasis.runtime.text.tokenizer import Tokenizer, missing_tokenizer
 

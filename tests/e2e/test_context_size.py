@@ -38,7 +38,7 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     def pretend(available: int | None, filesystem: str = "ext4") -> None:
         monkeypatch.setattr(context_size, "available_memory_bytes", lambda: available)
-        monkeypatch.setattr(context_size, "filesystem_of_path", lambda _: filesystem)
+        monkeypatch.setattr("krasis.runtime.host.filesystem.filesystem_of_path", lambda _: filesystem)
 
     return pretend
 

@@ -208,7 +208,7 @@ def test_weights_beyond_memory_are_not_prefaulted(
     chat_bundle: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("krasis.runtime.host.prefault.available_memory_bytes", lambda: 1000)
-    monkeypatch.setattr("krasis.runtime.context_size.filesystem_of_path", lambda _: "ext4")  # also in a tmpfs
+    monkeypatch.setattr("krasis.runtime.host.filesystem.filesystem_of_path", lambda _: "ext4")  # or a tmpfs
     with Engine.open(chat_bundle) as engine:
         assert engine.prefill([1, 2]).shape == (300,)
     assert "do not fit in the 0.0 GB of memory" in caplog.text

@@ -21,9 +21,9 @@ from krasis.formats.errors import KrasisError, UsageError
 from krasis.runtime import Engine
 from krasis.runtime.cli.conversation import Conversation
 from krasis.runtime.cli.run import main
-from krasis.runtime.cli.user_files import MAX_PROMPT_BYTES
 from krasis.runtime.settings import EngineSettings, SamplingSettings
 from krasis.runtime.state.kv_file import check_target
+from krasis.runtime.user_files import MAX_PROMPT_BYTES
 
 RUN = [sys.executable, "-c", "from krasis.runtime.cli.run import main; main(prog_name='krasis-run')"]
 KINDS = ["fifo", "folder", "socket", "zero", "link to zero", "dangling", "missing", "loop"]

@@ -17,7 +17,7 @@ from tiny_gguf import mean_kl, read_tensors
 from krasis.formats.errors import NativeError
 from krasis.runtime import Engine, EngineSettings
 from krasis.runtime.settings import SamplingSettings
-from krasis.runtime.state.wider_cache import nonfinite_logits
+from krasis.runtime.wider_cache import nonfinite_logits
 
 CHECKPOINT = Path(__file__).parent.parent / "assets" / "tiny-qwen3-moe"
 

@@ -11,7 +11,6 @@ import torch
 from krasis.formats.architecture_record import Architecture
 from krasis.formats.errors import NativeError
 from krasis.runtime.device.api import Device, Stream
-from krasis.runtime.distributed.parallel import Parallel
 from krasis.runtime.gpu.experts.copy_pipeline import CopyPipeline
 from krasis.runtime.gpu.experts.resident_views import ResidentViews
 from krasis.runtime.gpu.experts.schedule import (
@@ -24,6 +23,7 @@ from krasis.runtime.gpu.experts.schedule import (
 )
 from krasis.runtime.gpu.experts.stage import Residents, Step
 from krasis.runtime.gpu.kernels.grouped_product import ExpertProduct
+from krasis.runtime.gpu.parallel import Parallel
 from krasis.runtime.host_memory.api import ExpertStore
 
 

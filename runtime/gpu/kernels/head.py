@@ -7,8 +7,8 @@ import torch
 
 from krasis.formats.layouts import padded_rows
 from krasis.runtime.backend import Logits
-from krasis.runtime.distributed.parallel import Parallel
 from krasis.runtime.gpu.buffers import Buffers
+from krasis.runtime.gpu.parallel import Parallel
 from krasis.runtime.gpu.prefill import Chunk, GpuModel
 from krasis.runtime.planning.workspace import LOGIT_ROWS
 

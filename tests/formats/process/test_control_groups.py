@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from krasis.formats.files.mount_table import filesystem_kind, mounts
 from krasis.formats.process import machine_limits
 from krasis.formats.process.control_groups import cpu_quota, limited_groups
 from krasis.formats.process.machine_limits import available_memory_bytes, memory_limits, usable_cpus
+from krasis.formats.process.mount_table import filesystem_kind, mounts
 
 GIB = 1 << 30
 

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from krasis.formats.architecture import Architecture, RopeScaling
 from krasis.formats.errors import NativeError, OutOfDeviceMemoryError
-from krasis.runtime.distributed.parallel import SingleRank
-from krasis.runtime.distributed.partition import Partition
 from krasis.runtime.gpu.buffers import Buffers, Workspace
 from krasis.runtime.gpu.kernels.many_rows import SCRATCH_BYTES as LIBRARY_SCRATCH_BYTES
+from krasis.runtime.gpu.parallel import SingleRank
+from krasis.runtime.gpu.partition import Partition
 from krasis.runtime.planning.placement import gpu_workspace_bytes
 from krasis.runtime.planning.presets import shape
 from krasis.runtime.planning.workspace import (

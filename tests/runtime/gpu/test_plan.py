@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from krasis.runtime.device.double import DeviceDouble
-from krasis.runtime.distributed.parallel import SingleRank
 from krasis.runtime.gpu import plan
+from krasis.runtime.gpu.parallel import SingleRank
 from krasis.runtime.planning import describe_gpu
 from krasis.runtime.settings import EngineSettings
 

@@ -17,8 +17,9 @@ import pytest
 import torch
 
 from krasis.formats.errors import ResourceError
-from krasis.runtime.host import environment, pinned_memory
-from krasis.runtime.host.pinned_memory import pinned_memory_report
+from krasis.runtime.cli import pinned_memory
+from krasis.runtime.cli.pinned_memory import pinned_memory_report
+from krasis.runtime.host import environment
 from krasis.runtime.host_memory import survey, survey_to_text, this_driver
 from krasis.runtime.host_memory.memory import anonymous, tensor_of
 from krasis.runtime.host_memory.registrar import (

@@ -6,16 +6,13 @@ import pytest
 
 from krasis.formats.errors import UsageError
 from krasis.runtime.settings import EngineSettings
-from krasis.runtime.text.template_variables import (
+from krasis.runtime.template_values import (
     check_variables,
     merged_variables,
-    names_offered,
-    names_read,
     parse_assignment,
     refuse_variables,
-    think_variables,
-    unused_note,
 )
+from krasis.runtime.text.template_variables import names_offered, names_read, think_variables, unused_note
 
 QWEN = (
     "{%- if tools %}{{ tools | tojson }}{% endif %}"

@@ -5,15 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from krasis.formats.errors import UsageError
-from krasis.runtime.text.template_variables import (
-    SWITCH_WORDS,
-    THINK_SWITCHES,
-    check_variables,
-    names_offered,
-    names_read,
-    parse_value,
-    think_variables,
-)
+from krasis.runtime.template_values import SWITCH_WORDS, THINK_SWITCHES, check_variables, parse_value
+from krasis.runtime.text.template_variables import names_offered, names_read, think_variables
 
 if TYPE_CHECKING:
     from krasis.runtime.cli.terminal import Terminal

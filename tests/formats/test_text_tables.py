@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from krasis.formats.errors import UsageError
-from krasis.runtime.cli.format_units import (
+from krasis.formats.text_tables import text_fields, text_table
+from krasis.formats.units import (
     format_binary,
     format_bytes,
     format_count,
@@ -15,8 +16,6 @@ from krasis.runtime.cli.format_units import (
     format_seconds,
     parse_bytes,
     parse_gpus,
-    text_fields,
-    text_table,
 )
 
 

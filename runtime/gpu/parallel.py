@@ -33,7 +33,7 @@ import torch
 
 from krasis.formats.errors import NativeError
 from krasis.runtime.device.api import Stream
-from krasis.runtime.distributed.partition import Partition, Segment
+from krasis.runtime.gpu.partition import Partition, Segment
 
 
 class Parallel(Protocol):

@@ -9,8 +9,8 @@ from click.testing import CliRunner
 
 from krasis.formats.architecture import RopeScaling
 from krasis.formats.errors import UsageError
-from krasis.runtime.cli.rope_option import parse_rope_scaling, rescaled
 from krasis.runtime.planning.presets import shape
+from krasis.runtime.rope_option import parse_rope_scaling, rescaled
 from krasis.runtime.settings import EngineSettings
 
 MODEL = shape("qwen3-30b-a3b")  # 40,960 positions, no scaling

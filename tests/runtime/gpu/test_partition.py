@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from krasis.formats.errors import UsageError
-from krasis.runtime.distributed.partition import Partition
+from krasis.runtime.gpu.partition import Partition
 
 RANKS = (1, 2, 3, 4, 5, 8)
 TOKENS = (*range(40), 127, 128, 129, 1000, 9999, 10_000)

@@ -10,7 +10,7 @@ from krasis.formats import native
 from krasis.formats.errors import NativeError, ResourceError, UsageError
 from krasis.runtime.host import environment
 from krasis.runtime.planning import measure_gpu
-from krasis.runtime.planning.this_machine import HardwareFlags, hardware_from_flags, measure_read_bandwidth
+from krasis.runtime.this_machine import HardwareFlags, hardware_from_flags, measure_read_bandwidth
 
 MIB = 2**20
 
@@ -19,7 +19,7 @@ def test_another_host_is_not_measured(monkeypatch):
     def refuse(*_: object) -> None:
         raise AssertionError
 
-    monkeypatch.setattr("krasis.runtime.planning.this_machine.measure_read_bandwidth", refuse)
+    monkeypatch.setattr("krasis.runtime.this_machine.measure_read_bandwidth", refuse)
     for flags in (HardwareFlags(num_cpus=64), HardwareFlags(ram_bytes=2**40), HardwareFlags(ram_gbps=100.0)):
         hardware, _ = hardware_from_flags(flags)
         assert hardware.ram_gbps.source in ("assumed", "given")
