@@ -18,7 +18,7 @@
 extern "C" {
 #endif
 
-#define KRASIS_CUDA_ABI_VERSION 2
+#define KRASIS_CUDA_ABI_VERSION 3
 #define KRASIS_ERR_CUDA 100 /* a CUDA call failed */
 
 KRASIS_API int32_t krasis_cuda_abi_version(void);
@@ -121,23 +121,80 @@ typedef struct krasis_cuda_rms_norm_args {
 } krasis_cuda_rms_norm_args;
 KRASIS_API int32_t krasis_cuda_rms_norm(const krasis_cuda_rms_norm_args *args, void *stream);
 
-/* As krasis_qk_norm_rope_store, with qkv and the caches of one 16-bit dtype: norms q and k head by head (NULL weights:
- * not), rotates both (halves x[:D/2], x[D/2:]) by fp32 tables [max_positions, D/2] at positions start..start+tokens-1,
- * writes q back in place and k and v to caches [num_kv_heads, capacity, head_dim]. head_dim % 16 == 0, <= 256. */
+/* A row of a batch of several sequences: its position, and its sequence's keys and values (a slot's memory, of which a
+ * layer has the part at an offset). A row whose position is below 0 belongs to nobody: it is left out. */
+typedef struct krasis_cuda_row {
+    int64_t position;
+    void *keys, *values;
+} krasis_cuda_row;
+
+enum {
+    KRASIS_CUDA_NORM_HEAD = 0, /* each head has its own mean square; weights [head_dim] */
+    KRASIS_CUDA_NORM_FLAT = 1  /* one mean square over q and one over k; weights [num_heads * head_dim] and
+                                  [num_kv_heads * head_dim] */
+};
+
+/* For each row of qkv, in place for q, into the caches for k and v, in this order: adds the bias; norms q and k (NULL
+ * weights: not); cuts all three to +-clip; rotates the first rotary_dims channels of each head of q and k by fp32
+ * tables [max_positions, rotary_dims / 2] at the row's position: channel i with i + rotary_dims / 2, or, interleaved,
+ * 2i with 2i + 1. qkv and caches are of one 16-bit dtype; sums in fp32. head_dim % 16 == 0, <= 256; rotary_dims even.
+ *
+ * Row t is at position start + t of the caches [num_kv_heads, capacity, head_dim] k_cache and v_cache, unless rows says
+ * otherwise: then the caches are at rows[t].keys + keys_offset and rows[t].values + values_offset (in bytes). */
 typedef struct krasis_cuda_qkv_args {
     void *qkv; /* [tokens, (num_heads + 2 * num_kv_heads) * head_dim] */
     int64_t tokens, start, num_heads, num_kv_heads, head_dim;
-    const void *q_norm, *k_norm; /* [head_dim] of norm_dtype */
+    const void *q_norm, *k_norm; /* of norm_dtype */
     int32_t dtype, norm_dtype;
     float eps;
-    int32_t reserved;
-    const float *cos, *sin;
+    int32_t norm_kind; /* KRASIS_CUDA_NORM_... */
+    const float *cos, *sin; /* may be NULL if rotary_dims is 0 */
     int64_t max_positions;
-    void *k_cache, *v_cache;
+    void *k_cache, *v_cache; /* not looked at with rows */
     int64_t capacity;
     const int64_t *start_device; /* NULL: start above counts; otherwise [1], read when the kernel runs (graphs) */
+    const krasis_cuda_row *rows; /* NULL; or [tokens], read when the kernel runs: neither start counts then */
+    int64_t keys_offset, values_offset;
+    const float *bias; /* [(num_heads + 2 * num_kv_heads) * head_dim]; NULL: none */
+    int64_t rotary_dims;
+    float clip; /* 0: none */
+    int32_t interleaved;
 } krasis_cuda_qkv_args;
 KRASIS_API int32_t krasis_cuda_qk_norm_rope_store(const krasis_cuda_qkv_args *args, void *stream);
+
+enum {
+    KRASIS_CUDA_SILU = 0,                /* silu(g) * u */
+    KRASIS_CUDA_GELU_TANH = 1,           /* gelu(g) * u, gelu by tanh */
+    KRASIS_CUDA_SWIGLU_OFFSET = 2,       /* g to <= limit, u to +-limit, then g * sigmoid(alpha * g) * (u + 1) */
+    KRASIS_CUDA_SILU_CLAMPED_BEFORE = 3, /* silu(g to <= limit) * (u to +-limit) */
+    KRASIS_CUDA_SILU_CLAMPED_AFTER = 4,  /* (silu(g) to <= limit) * (u to +-limit) */
+    KRASIS_CUDA_RELU_SQUARED = 5         /* relu(u)^2: no gate, x has n columns only */
+};
+
+/* out[t] = activation(g, u) of the columns g = x[t, :n] + bias[:n] and u = x[t, n:2n] + bias[n:], in fp32, rounded once.
+ * n % 8 == 0; addresses and strides multiples of 16 bytes. */
+typedef struct krasis_cuda_activation_args {
+    const void *x; /* [tokens, 2n] of dtype, rows x_stride elements apart */
+    int64_t x_stride, tokens, n;
+    const float *bias; /* [2n]; NULL: none */
+    void *out;         /* [tokens, n] of dtype, rows out_stride elements apart */
+    int64_t out_stride;
+    int32_t dtype, kind; /* any float type; KRASIS_CUDA_SILU... */
+    float limit, alpha;
+} krasis_cuda_activation_args;
+KRASIS_API int32_t krasis_cuda_gated_activation(const krasis_cuda_activation_args *args, void *stream);
+
+/* hidden[t] += sigmoid(gates[t]) * (x[t] + bias) in fp32; gates NULL: the factor is 1. n % 8 == 0; addresses multiples
+ * of 16 bytes. */
+typedef struct krasis_cuda_add_rows_args {
+    float *hidden;      /* [tokens, n] */
+    const void *x;      /* [tokens, n] of x_dtype; NULL: 0 */
+    const float *gates; /* [tokens]; NULL: none */
+    const float *bias;  /* [n]; NULL: none */
+    int64_t tokens, n;
+    int32_t x_dtype, reserved;
+} krasis_cuda_add_rows_args;
+KRASIS_API int32_t krasis_cuda_add_rows(const krasis_cuda_add_rows_args *args, void *stream);
 
 /* ---- routing -----------------------------------------------------------------------------------------------------
  * out[t, e] = x[t] . W[e], sums in fp32: for the few tokens of decode (tokens <= 8); k % 64 == 0. */
@@ -150,37 +207,67 @@ typedef struct krasis_cuda_router_args {
 } krasis_cuda_router_args;
 KRASIS_API int32_t krasis_cuda_router(const krasis_cuda_router_args *args, void *stream);
 
-/* softmax over the experts in fp32, then the top_k largest in falling order (ties: lower id first), weights divided by
- * their sum if normalize != 0: what krasis_route_topk does on the CPU. num_experts <= 1024, top_k <= 64. */
+enum {
+    KRASIS_CUDA_SCORE_SOFTMAX = 0,
+    KRASIS_CUDA_SCORE_SIGMOID = 1,
+    KRASIS_CUDA_SCORE_SQRT_SOFTPLUS = 2,
+    KRASIS_CUDA_SCORE_SOFTMAX_OF_TOP = 3, /* logits choose; softmax over the chosen weighs */
+    KRASIS_CUDA_SCORE_SIGMOID_OF_TOP = 4
+};
+enum { KRASIS_CUDA_GROUP_BEST_TWO = 0, KRASIS_CUDA_GROUP_BEST = 1 };
+
+/* The top_k experts of each token, best first (ties: lower id first), and their weights; all in fp32.
+ * Logits (+ logit_bias, then logit_cap * tanh(logits / logit_cap)) become scores; scores + correction choose, scores
+ * weigh. With groups > 1, consecutive experts form groups, of which the top_groups with the highest sum of their two
+ * best (or with the highest best) stay. normalize != 0: weights are divided by max(their sum, sum_floor) + sum_epsilon.
+ * Then they are multiplied by scale and by the expert's expert_scale.
+ * A softmax without any extra has the bits of krasis_route on the CPU. num_experts <= 1024, top_k <= 64, groups <= 64;
+ * top_groups groups have top_k experts or more. */
 typedef struct krasis_cuda_route_args {
     const float *logits; /* [tokens, num_experts] */
     int64_t tokens, num_experts, top_k;
-    int32_t normalize, reserved;
+    int32_t normalize;
+    int32_t score;           /* KRASIS_CUDA_SCORE_... */
     int32_t *ids;            /* out [tokens, top_k] */
     float *weights;          /* out [tokens, top_k] */
     const uint8_t *resident; /* [num_experts]: not 0 where the GPU holds the expert; NULL: none */
     int32_t *gpu_ids;        /* out [tokens, top_k]: ids of resident experts, -1 for others; may be NULL */
     int32_t *cpu_ids;        /* out [tokens, top_k]: -1 for resident experts, ids of others; may be NULL */
     int64_t *counts;         /* [num_experts]: increased by how often each was chosen; may be NULL */
+    const float *logit_bias, *correction, *expert_scale; /* [num_experts]; NULL: none */
+    float logit_cap;                                     /* 0: none */
+    float scale, sum_floor, sum_epsilon;                 /* 1, 0, 0 change nothing */
+    int32_t groups, top_groups;                          /* 1, 1: no groups */
+    int32_t group_score;                                 /* KRASIS_CUDA_GROUP_... */
+    int32_t reserved;
 } krasis_cuda_route_args;
 KRASIS_API int32_t krasis_cuda_route(const krasis_cuda_route_args *args, void *stream);
 
 /* ---- decode ------------------------------------------------------------------------------------------------------
- * Attention of one query over cache positions 0..position (its own included), softmax in fp32, keys split over blocks
- * and combined in a fixed order. The position is read from device memory when the kernel runs. head_dim % 16 == 0, <=
- * 256. */
+ * Attention of num_rows queries, each over its own cache's positions up to its own (its own included; with a window
+ * the last `window` of these), softmax in fp32, keys split over blocks and combined in a fixed order. Positions and
+ * caches are read from device memory when the kernel runs: of rows, as in krasis_cuda_qkv_args, or, where rows is NULL,
+ * those of one query. A row has the same bits whatever other rows there are. sinks: one more logit of each head in its
+ * softmax, without a value. head_dim % 16 == 0, <= 256. */
 typedef struct krasis_cuda_attention_args {
-    const void *q;                 /* [num_heads, head_dim] of dtype */
-    const void *k_cache, *v_cache; /* [num_kv_heads, capacity, head_dim] of dtype */
-    void *out;                     /* [num_heads, head_dim] of dtype */
-    const int64_t *position;       /* [1] */
+    const void *q;                 /* [num_rows, num_heads, head_dim] of dtype, rows q_stride elements apart */
+    const void *k_cache, *v_cache; /* [num_kv_heads, capacity, head_dim] of dtype; not looked at with rows */
+    void *out;                     /* [num_rows, num_heads, head_dim] of dtype, rows out_stride elements apart */
+    const int64_t *position;       /* [1]; not looked at with rows */
     int64_t num_heads, num_kv_heads, head_dim, capacity;
     int32_t dtype; /* KRASIS_BF16 or KRASIS_F16 */
     float scale;
     void *workspace; /* krasis_cuda_attention_workspace_bytes(...) bytes */
     int64_t workspace_bytes;
+    int64_t num_rows;            /* 1 where rows is NULL */
+    const krasis_cuda_row *rows; /* NULL; or [num_rows] */
+    int64_t keys_offset, values_offset;
+    int64_t q_stride, out_stride; /* multiples of 8 */
+    const float *sinks;           /* [num_heads]; NULL: none */
+    int64_t window;               /* 0: none */
 } krasis_cuda_attention_args;
-KRASIS_API int64_t krasis_cuda_attention_workspace_bytes(int64_t num_heads, int64_t head_dim, int64_t capacity);
+KRASIS_API int64_t krasis_cuda_attention_workspace_bytes(int64_t num_rows, int64_t num_heads, int64_t head_dim,
+                                                         int64_t capacity);
 KRASIS_API int32_t krasis_cuda_attention_decode(const krasis_cuda_attention_args *args, void *stream);
 
 /* Flags in pinned host memory hand work between GPU and CPU. epoch is a counter in device memory, so that a captured

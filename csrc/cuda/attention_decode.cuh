@@ -1,4 +1,5 @@
-// attention_decode.cuh: attention of one query over the cache, the keys split over blocks ("flash decoding").
+// attention_decode.cuh: attention of few queries, each over its own cache, the keys split over blocks ("flash
+// decoding").
 //
 // A block takes up to 16 query heads that share a key/value head, so that keys and values are read once, and one split
 // of the keys, in stages of 16 keys a warp through a ring of cp.async. A warp keeps its own running maximum, sum and
@@ -21,10 +22,14 @@ inline constexpr int kStatistics = 2;  // of a split of a head: the maximum, and
 struct AttentionParams {
     const uint8_t *q, *keys, *values;  // 16-bit
     uint8_t *out;
-    const int64_t *position;
-    float *sums;        // [num_heads, splits, head_dim]
-    float *statistics;  // [num_heads, splits, 2]
-    int32_t capacity, num_heads, heads_per_kv, head_tiles, head_dim, splits;
+    const int64_t *position;      // of the only row, if rows is null
+    const krasis_cuda_row *rows;  // [num_rows]
+    const float *sinks;           // [num_heads] or null
+    float *sums;                  // [num_rows, num_heads, splits, head_dim]
+    float *statistics;            // [num_rows, num_heads, splits, 2]
+    int64_t keys_offset, values_offset, q_stride, out_stride;  // bytes
+    int32_t capacity, num_heads, heads_per_kv, head_tiles, head_dim, splits, window;
+    int32_t blocks_per_row;
     float scale;
 };
 
@@ -32,10 +37,11 @@ struct Keys {
     int begin, end;
 };
 
-// How many keys there are; a position outside of the cache counts as its nearest end.
-KRASIS_DEVICE int num_keys(const AttentionParams &p) {
-    const int64_t position = *p.position;
-    return position < 0 ? 0 : position < p.capacity ? static_cast<int>(position) + 1 : p.capacity;
+// The keys that a row's query sees; a position outside of the cache counts as its nearest end.
+KRASIS_DEVICE Keys visible_keys(const AttentionParams &p, int64_t row) {
+    const int64_t position = p.rows ? p.rows[row].position : *p.position;
+    const int end = position < 0 ? 0 : position < p.capacity ? static_cast<int>(position) + 1 : p.capacity;
+    return {p.window && end > p.window ? end - p.window : 0, end};
 }
 
 KRASIS_DEVICE int keys_per_split(int count, int splits) { return ((count - 1) / splits / kSplitKeys + 1) * kSplitKeys; }
@@ -89,14 +95,16 @@ struct AttentionWorker {
     uint8_t *shared;
     int thread, lane, key_warp, part;
     int first_head, num_heads;     // of this block
+    int64_t batch_row;
+    const uint8_t *query;
     const uint8_t *keys, *values;  // of this key/value head
     Keys range;
     uint32_t q[kSteps][4];
     float out[2 * kPartSteps][4];  // [8 columns][fragment], unscaled
     float maximum[2], sum[2];      // of rows lane / 4 and lane / 4 + 8; sum: of this lane's keys
 
-    KRASIS_DEVICE AttentionWorker(const AttentionParams &params, int head_block, const Keys &own)
-        : p(params), shared(simt::shared_memory()), range(own) {
+    KRASIS_DEVICE AttentionWorker(const AttentionParams &params, int64_t own_row, int head_block, const Keys &own)
+        : p(params), shared(simt::shared_memory()), batch_row(own_row), range(own) {
         thread = static_cast<int>(simt::thread_x());
         lane = thread % 32;
         key_warp = thread / 32 / Tile::kParts;
@@ -105,8 +113,9 @@ struct AttentionWorker {
         first_head = kv_head * p.heads_per_kv + tile * kHeads;
         num_heads = p.heads_per_kv - tile * kHeads;
         const int64_t offset = static_cast<int64_t>(kv_head) * p.capacity * p.head_dim * 2;
-        keys = p.keys + offset;
-        values = p.values + offset;
+        query = p.q + batch_row * p.q_stride;
+        keys = offset + (p.rows ? static_cast<const uint8_t *>(p.rows[batch_row].keys) + p.keys_offset : p.keys);
+        values = offset + (p.rows ? static_cast<const uint8_t *>(p.rows[batch_row].values) + p.values_offset : p.values);
         KRASIS_UNROLL
         for (int i = 0; i < 8 * kPartSteps; ++i) out[i / 4][i % 4] = 0;
         maximum[0] = maximum[1] = kLowest;
@@ -120,7 +129,7 @@ struct AttentionWorker {
             KRASIS_UNROLL
             for (int i = 0; i < 4; ++i) {
                 const int head = lane / 4 + 8 * (i % 2), column = 16 * step + 8 * (i / 2) + 2 * (lane % 4);
-                const uint8_t *at = p.q + (static_cast<int64_t>(first_head + head) * p.head_dim + column) * 2;
+                const uint8_t *at = query + (static_cast<int64_t>(first_head + head) * p.head_dim + column) * 2;
                 const bool exists = head < num_heads && column < p.head_dim;
                 q[step][i] = exists ? *reinterpret_cast<const uint32_t *>(at) : 0;
             }
@@ -255,6 +264,9 @@ struct AttentionWorker {
         simt::sync_threads();
     }
 
+    // Among the heads of all rows.
+    KRASIS_DEVICE int64_t global_head(int head) const { return batch_row * p.num_heads + first_head + head; }
+
     KRASIS_DEVICE float *floats() const { return reinterpret_cast<float *>(shared); }
 
     KRASIS_DEVICE void share() const {
@@ -275,8 +287,9 @@ struct AttentionWorker {
         simt::sync_threads();
     }
 
-    // How much each warp's sums count, below their common maximum. One thread a head.
-    KRASIS_DEVICE void weigh_warps(int split) const {
+    // How much each warp's sums count, below their common maximum. One thread a head. only: there is one split, so the
+    // sink is added here.
+    KRASIS_DEVICE void weigh_warps(int split, bool only) const {
         if (thread < kHeads) {
             const float *own = floats() + Tile::kStatisticsAt + thread * kStatistics;
             float maxima[Tile::kKeyWarps], highest = kLowest, total = 0;
@@ -292,9 +305,12 @@ struct AttentionWorker {
                                                  total);
                 simt::shared_store(floats() + Tile::kWeightsAt + thread * Tile::kKeyWarps + w, weight);
             }
+            if (only && p.sinks && thread < num_heads) {
+                total += simt::exp_float(p.sinks[first_head + thread] - highest);
+            }
             simt::shared_store(floats() + Tile::kTotalsAt + thread, total);
             if (thread < num_heads) {
-                float *to = p.statistics + (static_cast<int64_t>(first_head + thread) * p.splits + split) * kStatistics;
+                float *to = p.statistics + (global_head(thread) * p.splits + split) * kStatistics;
                 to[0] = highest;
                 to[1] = total;
             }
@@ -315,45 +331,52 @@ struct AttentionWorker {
                 const float *row = floats() + (w * kHeads + head) * Tile::kSumFloats;
                 value = simt::fused_multiply_add(weight, simt::shared_load<float>(row + column), value);
             }
-            const int64_t global_head = first_head + head;
             if (only) {
                 value /= simt::shared_load<float>(floats() + Tile::kTotalsAt + head);
-                reinterpret_cast<uint16_t *>(p.out)[global_head * p.head_dim + column] = Type::from_float(value);
+                auto *to = reinterpret_cast<uint16_t *>(p.out + batch_row * p.out_stride);
+                to[static_cast<int64_t>(first_head + head) * p.head_dim + column] = Type::from_float(value);
             } else {
-                p.sums[(global_head * p.splits + split) * p.head_dim + column] = value;
+                p.sums[(global_head(head) * p.splits + split) * p.head_dim + column] = value;
             }
         }
     }
 };
 
-// One block a split of a tile of heads.
+// One block a split of a tile of heads of a row.
 template <class Type, int kDim>
 KRASIS_KERNEL((AttentionTile<Type, kDim>::kThreads), 2)
 attention_split_kernel(const AttentionParams p) {
-    const int split = static_cast<int>(simt::block_x()) % p.splits;
-    const int count = num_keys(p);
-    const Keys range = keys_of(split, count, p.splits);
-    if (range.begin >= range.end) return;
-    AttentionWorker<AttentionTile<Type, kDim>> worker(p, static_cast<int>(simt::block_x()) / p.splits, range);
+    const int row = static_cast<int>(simt::block_x()) / p.blocks_per_row;
+    const int block = static_cast<int>(simt::block_x()) % p.blocks_per_row, split = block % p.splits;
+    const Keys visible = visible_keys(p, row);
+    const int count = visible.end - visible.begin;
+    const Keys own = keys_of(split, count, p.splits);
+    if (own.begin >= own.end) return;
+    const bool only = active_splits(count, p.splits) == 1;
+    AttentionWorker<AttentionTile<Type, kDim>> worker(p, row, block / p.splits,
+                                                      {visible.begin + own.begin, visible.begin + own.end});
     worker.run();
     worker.share();
-    worker.weigh_warps(split);
-    worker.store(split, active_splits(count, p.splits) == 1);
+    worker.weigh_warps(split, only);
+    worker.store(split, only);
 }
 
 inline constexpr int kCombineThreads = 512;
 
-// One block a head: adds up the splits, several at a time. A lane of each warp keeps the weights of two splits.
+// One block a head of a row: adds up the splits, several at a time. A lane of each warp keeps the weights of two splits.
 // shared: float [splits at a time][kDim].
 template <class Type, int kDim>
 KRASIS_KERNEL(kCombineThreads, 1)
 attention_combine_kernel(const AttentionParams p) {
     static_assert(kMaxSplits == 64);
     constexpr int kAtOnce = kCombineThreads / kDim;
-    const int splits = active_splits(num_keys(p), p.splits);
+    const int row = static_cast<int>(simt::block_x()) / p.num_heads;
+    const int head = static_cast<int>(simt::block_x()) % p.num_heads;
+    const Keys visible = visible_keys(p, row);
+    const int splits = active_splits(visible.end - visible.begin, p.splits);
     if (splits <= 1) return;
     const int thread = static_cast<int>(simt::thread_x()), lane = thread % 32;
-    const int64_t head = simt::block_x(), first = head * p.splits;
+    const int64_t first = static_cast<int64_t>(simt::block_x()) * p.splits;
     float weights[2], highest = kLowest, total = 0;
     KRASIS_UNROLL
     for (int i = 0; i < 2; ++i) {
@@ -372,6 +395,7 @@ attention_combine_kernel(const AttentionParams p) {
     }
     KRASIS_UNROLL
     for (int distance = 16; distance; distance /= 2) total += simt::shuffle_xor(total, distance);
+    if (p.sinks) total += simt::exp_float(p.sinks[head] - highest);
     const int column = thread % kDim, group = thread / kDim;
     const bool exists = column < p.head_dim;
     const float *parts = p.sums + first * p.head_dim + column;
@@ -390,7 +414,8 @@ attention_combine_kernel(const AttentionParams p) {
     if (group || !exists) return;
     KRASIS_UNROLL
     for (int i = 1; i < kAtOnce; ++i) value += simt::shared_load<float>(values + i * kDim + column);
-    reinterpret_cast<uint16_t *>(p.out)[head * p.head_dim + column] = Type::from_float(value / total);
+    auto *to = reinterpret_cast<uint16_t *>(p.out + row * p.out_stride);
+    to[static_cast<int64_t>(head) * p.head_dim + column] = Type::from_float(value / total);
 }
 
 }  // namespace krasis::cuda

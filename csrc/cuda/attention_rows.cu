@@ -8,6 +8,8 @@ namespace {
 constexpr int kNormThreads = 256, kNormWarps = kNormThreads / 32;
 constexpr int kHeadThreads = 128, kMaxPairs = 4;  // a head of 256 is 128 pairs, four a lane
 constexpr int kMaxHeadDim = 2 * 32 * kMaxPairs;
+constexpr int kFlatThreads = 256;
+constexpr int64_t kMaxNormedHeads = 8192;
 
 // The sum over a warp, in every lane, added in the same order whatever the launch.
 KRASIS_DEVICE float warp_sum(float value) {
@@ -45,50 +47,159 @@ rms_norm_kernel(const krasis_cuda_rms_norm_args p) {
     }
 }
 
-// One warp a head of a token: q heads, then k heads, then v heads.
+// Where a row's keys and values go.
+struct Place {
+    int64_t position;
+    void *keys, *values;
+};
+
+KRASIS_DEVICE Place place_of(const krasis_cuda_qkv_args &p, int64_t token) {
+    if (!p.rows) return {(p.start_device ? *p.start_device : p.start) + token, p.k_cache, p.v_cache};
+    const krasis_cuda_row row = p.rows[token];
+    return {row.position, static_cast<uint8_t *>(row.keys) + p.keys_offset,
+            static_cast<uint8_t *>(row.values) + p.values_offset};
+}
+
+// One given by the device could not be checked before the launch: nothing is written where it does not fit.
+KRASIS_DEVICE bool fits(const krasis_cuda_qkv_args &p, int64_t position) {
+    return position >= 0 && position < p.capacity && position < p.max_positions;
+}
+
+// One head of a token in one warp, as pairs of channels: q heads, then k heads, then v heads.
+struct Head {
+    const krasis_cuda_qkv_args &p;
+    int64_t head, at;  // the first channel: in a row, in qkv
+    int lane, half, num_rotated;
+    bool is_q, is_k;
+    float low[kMaxPairs], high[kMaxPairs];
+
+    KRASIS_DEVICE Head(const krasis_cuda_qkv_args &params, int64_t token, int64_t index) : p(params), head(index) {
+        lane = static_cast<int>(simt::thread_x() % 32);
+        half = static_cast<int>(p.head_dim / 2);
+        num_rotated = static_cast<int>(p.rotary_dims / 2);
+        is_q = head < p.num_heads;
+        is_k = !is_q && head < p.num_heads + p.num_kv_heads;
+        at = (token * (p.num_heads + 2 * p.num_kv_heads) + head) * p.head_dim;
+    }
+
+    // The channels of pair i: those that are turned together first, then what is left.
+    KRASIS_DEVICE int first(int i) const { return p.interleaved ? 2 * i : i < num_rotated ? i : num_rotated + i; }
+    KRASIS_DEVICE int second(int i) const {
+        return p.interleaved ? 2 * i + 1 : i < num_rotated ? num_rotated + i : half + i;
+    }
+
+    KRASIS_DEVICE float channel(int i) const {
+        const float value = load1(p.qkv, at + i, p.dtype);
+        return p.bias ? value + p.bias[head * p.head_dim + i] : value;
+    }
+
+    // Returns this lane's part of the sum of squares.
+    KRASIS_DEVICE float load() {
+        float square = 0;
+        KRASIS_UNROLL
+        for (int m = 0; m < kMaxPairs; ++m) {
+            const int i = lane + 32 * m;
+            low[m] = i < half ? channel(first(i)) : 0;
+            high[m] = i < half ? channel(second(i)) : 0;
+            square = simt::fused_multiply_add(low[m], low[m], simt::fused_multiply_add(high[m], high[m], square));
+        }
+        return square;
+    }
+
+    KRASIS_DEVICE const void *norm() const { return is_q ? p.q_norm : is_k ? p.k_norm : nullptr; }
+
+    KRASIS_DEVICE float cut(float x) const {
+        if (!(p.clip > 0)) return x;
+        return x > p.clip ? p.clip : x < -p.clip ? -p.clip : x;
+    }
+
+    // scale: of the norm, one over the root of the mean square.
+    KRASIS_DEVICE void finish(const Place &place, float scale) const {
+        const void *weights = norm();
+        const int64_t own = is_q ? head : head - p.num_heads - (is_k ? 0 : p.num_kv_heads);
+        const int64_t weights_at = p.norm_kind == KRASIS_CUDA_NORM_FLAT ? own * p.head_dim : 0;
+        void *to = is_q ? p.qkv : is_k ? place.keys : place.values;
+        const int64_t to_at = is_q ? at : (own * p.capacity + place.position) * p.head_dim;
+        KRASIS_UNROLL
+        for (int m = 0; m < kMaxPairs; ++m) {
+            const int i = lane + 32 * m;
+            if (i >= half) continue;
+            float x = low[m], y = high[m];
+            if (weights) {
+                x *= scale * load1(weights, weights_at + first(i), p.norm_dtype);
+                y *= scale * load1(weights, weights_at + second(i), p.norm_dtype);
+            }
+            x = cut(x);
+            y = cut(y);
+            if ((is_q || is_k) && i < num_rotated) {
+                const int64_t table = place.position * num_rotated + i;
+                const float c = p.cos[table], s = p.sin[table], turned = x * c - y * s;
+                y = y * c + x * s;
+                x = turned;
+            }
+            store1(to, to_at + first(i), p.dtype, x);
+            store1(to, to_at + second(i), p.dtype, y);
+        }
+    }
+};
+
+// One warp a head of a token, each normed by itself.
 KRASIS_KERNEL(kHeadThreads, 1)
 qk_norm_rope_kernel(const krasis_cuda_qkv_args p) {
-    const int lane = static_cast<int>(simt::thread_x() % 32);
     const int64_t heads = p.num_heads + 2 * p.num_kv_heads;
     const int64_t item = static_cast<int64_t>(simt::block_x()) * (kHeadThreads / 32) + simt::thread_x() / 32;
     if (item >= p.tokens * heads) return;  // the whole warp
-    const int64_t token = item / heads, head = item % heads;
-    const int64_t position = (p.start_device ? *p.start_device : p.start) + token;
-    // One given by the device could not be checked before the launch: nothing is written where it does not fit.
-    if (position < 0 || position >= p.capacity || position >= p.max_positions) return;
-    const int64_t at = item * p.head_dim;
-    const bool is_q = head < p.num_heads, is_k = !is_q && head < p.num_heads + p.num_kv_heads;
-    const int half = static_cast<int>(p.head_dim / 2);
-    float low[kMaxPairs], high[kMaxPairs], square = 0;
-    KRASIS_UNROLL
-    for (int m = 0; m < kMaxPairs; ++m) {
-        const int i = lane + 32 * m;
-        low[m] = i < half ? load1(p.qkv, at + i, p.dtype) : 0;
-        high[m] = i < half ? load1(p.qkv, at + half + i, p.dtype) : 0;
-        square = simt::fused_multiply_add(low[m], low[m], simt::fused_multiply_add(high[m], high[m], square));
-    }
-    const void *norm = is_q ? p.q_norm : is_k ? p.k_norm : nullptr;
+    const Place place = place_of(p, item / heads);
+    if (!fits(p, place.position)) return;
+    Head head(p, item / heads, item % heads);
+    const float square = head.load();
     const float scale = simt::reciprocal_sqrt(warp_sum(square) / static_cast<float>(p.head_dim) + p.eps);
-    const int64_t kv_head = head - p.num_heads - (is_k ? 0 : p.num_kv_heads);
-    void *to = is_q ? p.qkv : is_k ? p.k_cache : p.v_cache;
-    const int64_t to_at = is_q ? at : (kv_head * p.capacity + position) * p.head_dim;
-    KRASIS_UNROLL
-    for (int m = 0; m < kMaxPairs; ++m) {
-        const int i = lane + 32 * m;
-        if (i >= half) continue;
-        float x = low[m], y = high[m];
-        if (norm) {
-            x *= scale * load1(norm, i, p.norm_dtype);
-            y *= scale * load1(norm, half + i, p.norm_dtype);
-        }
-        if (is_q || is_k) {
-            const float c = p.cos[position * half + i], s = p.sin[position * half + i], turned = x * c - y * s;
-            y = y * c + x * s;
-            x = turned;
-        }
-        store1(to, to_at + i, p.dtype, x);
-        store1(to, to_at + half + i, p.dtype, y);
+    head.finish(place, scale);
+}
+
+// One block a token: the norms of q and k see all of their heads. shared: float [num_heads + num_kv_heads].
+KRASIS_KERNEL(kFlatThreads, 1)
+qk_flat_norm_rope_kernel(const krasis_cuda_qkv_args p) {
+    const int lane = static_cast<int>(simt::thread_x() % 32), warp = static_cast<int>(simt::thread_x() / 32);
+    const int64_t token = simt::block_x(), normed = p.num_heads + p.num_kv_heads;
+    const Place place = place_of(p, token);
+    if (!fits(p, place.position)) return;  // the whole block
+    auto *squares = reinterpret_cast<float *>(simt::shared_memory());
+    for (int64_t index = warp; index < normed; index += kFlatThreads / 32) {
+        Head head(p, token, index);
+        const float square = warp_sum(head.load());
+        if (lane == 0) simt::shared_store(squares + index, square);
     }
+    simt::sync_threads();
+    float sum_q = 0, sum_k = 0;
+    for (int64_t index = lane; index < normed; index += 32) {
+        (index < p.num_heads ? sum_q : sum_k) += simt::shared_load<float>(squares + index);
+    }
+    const auto scale_of = [&](float sum, int64_t heads) {
+        return simt::reciprocal_sqrt(warp_sum(sum) / static_cast<float>(heads * p.head_dim) + p.eps);
+    };
+    const float scale_q = scale_of(sum_q, p.num_heads), scale_k = scale_of(sum_k, p.num_kv_heads);
+    for (int64_t index = warp; index < normed + p.num_kv_heads; index += kFlatThreads / 32) {
+        Head head(p, token, index);
+        head.load();
+        head.finish(place, head.is_q ? scale_q : scale_k);
+    }
+}
+
+int32_t check_qkv(const krasis_cuda_qkv_args &a) {
+    const bool tables = (a.cos && a.sin) || a.rotary_dims == 0;
+    const bool caches = a.rows || (a.k_cache && a.v_cache);
+    const int64_t start = a.start_device || a.rows ? 0 : a.start;
+    const bool counts = a.tokens >= 0 && start >= 0 && a.num_heads > 0 && a.num_kv_heads > 0 && a.head_dim > 0;
+    const bool kinds = a.norm_kind == KRASIS_CUDA_NORM_HEAD || a.norm_kind == KRASIS_CUDA_NORM_FLAT;
+    if (!a.qkv || !tables || !caches || !counts || !kinds || !is_16_bit(a.dtype) || !is_dtype(a.norm_dtype))
+        return KRASIS_ERR_ARGUMENT;
+    if (a.head_dim % 16 || a.head_dim > kMaxHeadDim || a.num_heads + a.num_kv_heads > kMaxNormedHeads)
+        return KRASIS_ERR_SHAPE;
+    if (a.rotary_dims < 0 || a.rotary_dims % 2 || a.rotary_dims > a.head_dim) return KRASIS_ERR_SHAPE;
+    if (a.keys_offset % 16 || a.values_offset % 16) return KRASIS_ERR_SHAPE;
+    if (a.rows) return KRASIS_OK;
+    return start + a.tokens > a.max_positions || start + a.tokens > a.capacity ? KRASIS_ERR_RANGE : KRASIS_OK;
 }
 
 }  // namespace
@@ -110,13 +221,14 @@ int32_t krasis_cuda_qk_norm_rope_store(const krasis_cuda_qkv_args *args, void *s
     using namespace krasis::cuda;
     if (args == nullptr) return KRASIS_ERR_ARGUMENT;
     const krasis_cuda_qkv_args &a = *args;
-    const bool pointers = a.qkv && a.cos && a.sin && a.k_cache && a.v_cache;
-    const int64_t start = a.start_device ? 0 : a.start;
-    const bool counts = a.tokens >= 0 && start >= 0 && a.num_heads > 0 && a.num_kv_heads > 0 && a.head_dim > 0;
-    if (!pointers || !counts || !is_16_bit(a.dtype) || !is_dtype(a.norm_dtype)) return KRASIS_ERR_ARGUMENT;
-    if (a.head_dim % 16 || a.head_dim > kMaxHeadDim) return KRASIS_ERR_SHAPE;
-    if (start + a.tokens > a.max_positions || start + a.tokens > a.capacity) return KRASIS_ERR_RANGE;
+    const int32_t status = check_qkv(a);
+    if (status != KRASIS_OK) return status;
     const int64_t warps = a.tokens * (a.num_heads + 2 * a.num_kv_heads), blocks = ceil_div(warps, kHeadThreads / 32);
     if (blocks > kMaxBlocks) return KRASIS_ERR_ARGUMENT;
+    if (a.norm_kind == KRASIS_CUDA_NORM_FLAT && (a.q_norm || a.k_norm)) {
+        const size_t shared_bytes = static_cast<size_t>(a.num_heads + a.num_kv_heads) * sizeof(float);
+        return launch<qk_flat_norm_rope_kernel>({static_cast<unsigned>(a.tokens), kFlatThreads, shared_bytes}, a,
+                                                stream);
+    }
     return launch<qk_norm_rope_kernel>({static_cast<unsigned>(blocks), kHeadThreads, 0}, a, stream);
 }

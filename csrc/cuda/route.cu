@@ -1,4 +1,5 @@
 // route.cu: router logits of a few tokens, and the choice of experts from them.
+#include "route_scores.cuh"
 #include "status.h"
 #include "vector8.cuh"
 
@@ -6,13 +7,7 @@ namespace krasis::cuda {
 namespace {
 
 constexpr int kRouterThreads = 128, kRouterWarps = kRouterThreads / 32, kRouterTokens = 8;
-constexpr int kRouteThreads = 128, kRouteWarps = kRouteThreads / 32;
 constexpr int64_t kMaxRouteExperts = 1024, kMaxTopK = 64;
-
-KRASIS_DEVICE float warp_sum(float value) {
-    for (int distance = 16; distance; distance /= 2) value += simt::shuffle_xor(value, distance);
-    return value;
-}
 
 // One block an expert. shared: float [kRouterWarps][kTokens].
 template <int kTokens>
@@ -47,73 +42,7 @@ router_kernel(const krasis_cuda_router_args p) {
     p.out[thread * p.num_experts + expert] = total;
 }
 
-// e^x by the polynomial of csrc/cpu/simd.h, operation for operation: x is at most 0 here.
-KRASIS_DEVICE float exp_as_cpu(float x) {
-    constexpr float kLeast = -87.33654f;
-    if (!(x >= kLeast)) return x < kLeast ? 0 : x;  // NaN stays NaN
-    const float n = simt::round_even(x * 1.44269504f);
-    float r = simt::fused_multiply_add(-n, 0.693359375f, x);
-    r = simt::fused_multiply_add(-n, -2.12194440e-4f, r);
-    float q = simt::fused_multiply_add(0x1.6a2448p-10f, r, 0x1.1239d6p-7f);
-    q = simt::fused_multiply_add(q, r, 0x1.5558f2p-5f);
-    q = simt::fused_multiply_add(q, r, 0x1.555492p-3f);
-    q = simt::fused_multiply_add(q, r, 0x1.fffffcp-2f);
-    const float square = r * r;
-    const float one_plus = simt::fused_multiply_add(square, q, r) + 1.0f;
-    return one_plus * bits_float(static_cast<uint32_t>(static_cast<int>(n) + 127) << 23);
-}
-
-// The CPU adds probabilities in 16 lanes, then lane i to i + 8, i + 4, i + 2, i + 1. Here lane i < 16 of the warp adds
-// what lane i + 16 holds as well: the same order, the same bits.
-struct Softmax {
-    float *row;  // shared, of this warp; every cell is touched by one lane only
-    int64_t num_experts;
-    int lane;
-    float total = 0;
-
-    KRASIS_DEVICE void run(const float *logits) {
-        float largest = -bits_float(0x7f800000u);
-        for (int64_t e = lane; e < num_experts; e += 32) largest = largest < logits[e] ? logits[e] : largest;
-        for (int distance = 16; distance; distance /= 2) {
-            const float other = simt::shuffle_xor(largest, distance);
-            largest = largest < other ? other : largest;
-        }
-        float sum = 0;
-        for (int64_t begin = 0; begin < num_experts; begin += 32) {
-            const int64_t e = begin + lane;
-            const float value = e < num_experts ? exp_as_cpu(logits[e] - largest) : 0;
-            if (e < num_experts) simt::shared_store(row + e, value);
-            sum += value;
-            sum += simt::shuffle_xor(value, 16);
-        }
-        for (int distance = 8; distance >= 1; distance /= 2) sum += simt::shuffle_xor(sum, distance);
-        total = simt::shuffle(sum, 0);
-    }
-};
-
-// Larger for a larger probability, then for a lower id; never 0. A NaN counts as the largest.
-KRASIS_DEVICE uint64_t rank_of(float probability, int64_t id) {
-    return static_cast<uint64_t>(float_bits(probability)) << 32 | static_cast<uint32_t>(~static_cast<uint32_t>(id));
-}
-
-KRASIS_DEVICE uint64_t warp_max(uint64_t value) {
-    for (int distance = 16; distance; distance /= 2) {
-        const uint64_t other = simt::shuffle_xor(value, distance);
-        value = value < other ? other : value;
-    }
-    return value;
-}
-
-KRASIS_DEVICE void write_choice(const krasis_cuda_route_args &p, int64_t slot, int32_t id, float weight) {
-    p.ids[slot] = id;
-    p.weights[slot] = weight;
-    const bool resident = p.resident && p.resident[id];
-    if (p.gpu_ids) p.gpu_ids[slot] = resident ? id : -1;
-    if (p.cpu_ids) p.cpu_ids[slot] = resident ? -1 : id;
-    if (p.counts) simt::global_atomic_add(reinterpret_cast<unsigned long long *>(p.counts + id), 1ull);
-}
-
-// One warp a token. shared: float [kRouteWarps][num_experts], the experts not yet chosen.
+// A softmax without extras. One warp a token. shared: float [kRouteWarps][num_experts], the experts not yet chosen.
 KRASIS_KERNEL(kRouteThreads, 1)
 route_kernel(const krasis_cuda_route_args p) {
     const int lane = static_cast<int>(simt::thread_x() % 32), warp = static_cast<int>(simt::thread_x() / 32);
@@ -164,6 +93,21 @@ route_kernel(const krasis_cuda_route_args p) {
     }
 }
 
+int32_t check_scores(const krasis_cuda_route_args &a) {
+    const bool kinds = a.score >= KRASIS_CUDA_SCORE_SOFTMAX && a.score <= KRASIS_CUDA_SCORE_SIGMOID_OF_TOP &&
+                       (a.group_score == KRASIS_CUDA_GROUP_BEST_TWO || a.group_score == KRASIS_CUDA_GROUP_BEST);
+    const bool numbers = a.logit_cap >= 0 && a.scale > 0 && a.sum_floor >= 0 && a.sum_epsilon >= 0;
+    if (!kinds || !numbers || a.groups < 1 || a.top_groups < 1 || a.top_groups > a.groups) return KRASIS_ERR_ARGUMENT;
+    if (a.groups > kMaxGroups || a.num_experts % a.groups) return KRASIS_ERR_SHAPE;
+    return a.num_experts / a.groups * a.top_groups < a.top_k ? KRASIS_ERR_SHAPE : KRASIS_OK;
+}
+
+bool is_plain(const krasis_cuda_route_args &a) {
+    const bool vectors = a.logit_bias || a.correction || a.expert_scale;
+    const bool numbers = a.logit_cap > 0 || a.scale != 1 || a.sum_floor > 0 || a.sum_epsilon > 0;
+    return a.score == KRASIS_CUDA_SCORE_SOFTMAX && !vectors && !numbers && a.top_groups == a.groups;
+}
+
 }  // namespace
 }  // namespace krasis::cuda
 
@@ -189,8 +133,12 @@ int32_t krasis_cuda_route(const krasis_cuda_route_args *args, void *stream) {
     if (a.tokens < 0 || a.num_experts <= 0 || a.top_k <= 0) return KRASIS_ERR_ARGUMENT;
     if (a.tokens > 0 && (!a.logits || !a.ids || !a.weights)) return KRASIS_ERR_ARGUMENT;
     if (a.num_experts > kMaxRouteExperts || a.top_k > kMaxTopK || a.top_k > a.num_experts) return KRASIS_ERR_SHAPE;
+    const int32_t status = check_scores(a);
+    if (status != KRASIS_OK) return status;
     const int64_t blocks = ceil_div(a.tokens, kRouteWarps);
     if (blocks > kMaxBlocks) return KRASIS_ERR_ARGUMENT;
-    const size_t shared_bytes = kRouteWarps * static_cast<size_t>(a.num_experts) * sizeof(float);
-    return launch<route_kernel>({static_cast<unsigned>(blocks), kRouteThreads, shared_bytes}, a, stream);
+    const bool plain = is_plain(a);
+    const size_t shared_bytes = kRouteWarps * static_cast<size_t>(a.num_experts) * sizeof(float) * (plain ? 1 : 2);
+    const krasis::simt::LaunchShape shape{static_cast<unsigned>(blocks), kRouteThreads, shared_bytes};
+    return plain ? launch<route_kernel>(shape, a, stream) : launch<route_scores_kernel>(shape, a, stream);
 }

@@ -167,6 +167,8 @@ KRASIS_DEVICE float quotient(float a, float b) {
 KRASIS_DEVICE float round_even(float x) { return rintf(x); }
 KRASIS_DEVICE float exp_float(float x) { return __expf(x); }
 KRASIS_DEVICE float reciprocal_sqrt(float x) { return rsqrtf(x); }
+KRASIS_DEVICE float square_root(float x) { return __fsqrt_rn(x); }
+KRASIS_DEVICE float log1p_float(float x) { return log1pf(x); }
 
 // ---- launching, from host code
 

@@ -304,5 +304,7 @@ float quotient(float a, float b) { return a / b; }
 float round_even(float x) { return std::nearbyint(x); }
 float exp_float(float x) { return std::exp(x); }
 float reciprocal_sqrt(float x) { return 1.0f / std::sqrt(x); }
+float square_root(float x) { return std::sqrt(x); }
+float log1p_float(float x) { return std::log1p(x); }
 
 }  // namespace krasis::simt

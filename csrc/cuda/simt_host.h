@@ -162,6 +162,8 @@ float quotient(float a, float b);
 float round_even(float x);
 float exp_float(float x);
 float reciprocal_sqrt(float x);
+float square_root(float x);
+float log1p_float(float x);
 
 // ---- launching
 

@@ -22,8 +22,9 @@ from krasis.runtime.gpu.experts.handover import Handover
 from krasis.runtime.gpu.experts.host_experts import CpuTier, HostExperts
 from krasis.runtime.gpu.experts.residency import Residency
 from krasis.runtime.gpu.experts.stage import Step
+from krasis.runtime.gpu.kernels.attention_rows import CachePlace, QkvForm
 from krasis.runtime.gpu.kernels.grouped_product import ExpertProduct
-from krasis.runtime.gpu.prefill import GpuModel
+from krasis.runtime.gpu.prefill import GpuModel, softmax_router
 from krasis.runtime.gpu.weights import GpuInt8, GpuLayer
 
 TIMEOUT_S = 20.0
@@ -82,8 +83,7 @@ class HybridDecoder:
         self._cpu_ids = device.empty(buffers.ids.shape, torch.int32)
         self._position = device.empty((1,), torch.int64)
         self._executed = device.empty((1,), torch.int64)
-        sizes = (model.heads.num_heads, model.heads.head_dim, model.cache.capacity)
-        self._attention = device.empty((model.kernels.attention_workspace_bytes(*sizes),), torch.uint8)
+        self._attention = model.kernels.attention_workspace(model.heads, model.cache.capacity)
         self._host_row = device.pinned((1, a.hidden_size), torch.float32)
         self._host_position = device.pinned((1,), torch.int64)
         self._host_executed = device.pinned((1,), torch.int64)
@@ -267,14 +267,12 @@ class HybridDecoder:
         keys, values = m.cache.keys[index], m.cache.values[index]
         kernels.rms_norm(stream, b.hidden, layer.attention_norm, eps, b.x)
         self._project(stream, b.x, layer.qkv, b.qkv)
-        kernels.qk_norm_rope_store(
-            stream, b.qkv, 0, heads, layer.q_norm, layer.k_norm, eps,
-            m.weights.cos, m.weights.sin, keys, values, start_device=self._position,
-        )  # fmt: skip
-        queries = b.qkv[0, : heads.attention_size].view(heads.num_heads, heads.head_dim)
-        attended = b.attended.view(heads.num_heads, heads.head_dim)
+        form = QkvForm(eps, m.weights.cos, m.weights.sin, layer.q_norm, layer.k_norm)
+        place = CachePlace(keys, values, position=self._position)
+        kernels.qk_norm_rope_store(stream, b.qkv, heads, form, place)
+        queries = b.qkv[:, : heads.attention_size]
         kernels.attention_decode(
-            stream, queries, keys, values, self._position, heads.head_dim**-0.5, attended, self._attention
+            stream, queries, heads, place, heads.head_dim**-0.5, b.attended, self._attention
         )
         self._project(stream, b.attended, layer.output, b.hidden, residual=b.hidden)
 
@@ -307,12 +305,12 @@ class HybridDecoder:
 
     def _route(self, stream: Stream, index: int, b: Buffers) -> None:
         kernels, residency = self._model.kernels, self._residency
-        normalize = self._model.architecture.norm_topk_prob
+        router = softmax_router(self._model.architecture)
         if residency is None:
-            kernels.route(stream, b.router_logits, normalize, b.ids, b.weights)
+            kernels.route(stream, b.router_logits, router, b.ids, b.weights)
             return
         kernels.route(
-            stream, b.router_logits, normalize, b.ids, b.weights, resident=residency.mask[index],
+            stream, b.router_logits, router, b.ids, b.weights, resident=residency.mask[index],
             gpu_ids=self._gpu_ids, cpu_ids=self._cpu_ids, counts=residency.counts[index],
         )  # fmt: skip
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from krasis.formats.architecture_record import Architecture
+from krasis.formats.models.mlps import Router
 from krasis.runtime.backend import LayerProgress, TokenIds
 from krasis.runtime.cpu.kernels import Heads
 from krasis.runtime.device.api import Device, Event, Stream
@@ -20,6 +21,7 @@ from krasis.runtime.gpu.buffers import Buffers
 from krasis.runtime.gpu.experts.residency import Residency
 from krasis.runtime.gpu.experts.stage import ExpertStage, Step
 from krasis.runtime.gpu.kernels.attention import attend
+from krasis.runtime.gpu.kernels.attention_rows import CachePlace, QkvForm
 from krasis.runtime.gpu.kernels.embedding import Embedding
 from krasis.runtime.gpu.kernels.gpu_kernels import GpuKernels
 from krasis.runtime.gpu.kernels.many_rows import ManyRows
@@ -141,10 +143,9 @@ class PrefillPass:
             kernels.rms_norm(stream, hidden, layer.attention_norm, eps, x)
             m.many_rows.dense_product(stream, x, layer.qkv.codes, layer.qkv.scales, qkv)
         for first, last, position in chunk.rows():
-            kernels.qk_norm_rope_store(
-                stream, qkv[first:last], position, m.heads, layer.q_norm, layer.k_norm, eps,
-                m.weights.cos, m.weights.sin, keys, values,
-            )  # fmt: skip
+            form = QkvForm(eps, m.weights.cos, m.weights.sin, layer.q_norm, layer.k_norm)
+            place = CachePlace(keys, values, position)
+            kernels.qk_norm_rope_store(stream, qkv[first:last], m.heads, form, place)
         self._parallel.share_kv(stream, keys, values, chunk.start, chunk.num_tokens)
         for first, last, position in chunk.rows():
             attend(stream, m.heads, qkv[first:last], keys, values, position, buffers.attended[first:last])
@@ -163,7 +164,7 @@ class PrefillPass:
             router_product(stream, normed, layer.router, logits)
             counts = None if self._residency is None else self._residency.counts[index]
             ids, weights = buffers.ids[:own], buffers.weights[:own]
-            kernels.route(stream, logits, m.architecture.norm_topk_prob, ids, weights, counts=counts)
+            kernels.route(stream, logits, softmax_router(m.architecture), ids, weights, counts=counts)
         parallel.gather_tokens(stream, buffers.x, buffers.gathered_x, chunk.num_tokens)
         parallel.gather_tokens(stream, buffers.weights, buffers.gathered_weights, chunk.num_tokens)
         parallel.gather_ids(stream, buffers.ids, buffers.gathered_ids, chunk.num_tokens)
@@ -185,6 +186,11 @@ class PrefillPass:
             self._parallel.scatter_sum(
                 stream, buffers.partial, buffers.hidden, chunk.num_tokens, scratch=buffers.gathered_x
             )
+
+
+def softmax_router(architecture: Architecture) -> Router:
+    """The router of a uniform model."""
+    return Router(architecture.num_experts_per_token, renormalise=architecture.norm_topk_prob)
 
 
 def router_product(stream: Stream, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:

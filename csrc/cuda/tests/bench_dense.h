@@ -53,7 +53,7 @@ inline void bench_attention(const char *name, int64_t heads, int64_t kv_heads, i
     const int64_t copies = std::min<int64_t>(layers, 24);
     Buffer k_cache(copies * cache_bytes, kValueKeep, kValueSet), v_cache(copies * cache_bytes, kValueKeep, kValueSet);
     Buffer q(heads * dim * 2, kValueKeep, kValueSet), out(heads * dim * 2, 0, 0);
-    const int64_t workspace_bytes = krasis_cuda_attention_workspace_bytes(heads, dim, capacity);
+    const int64_t workspace_bytes = krasis_cuda_attention_workspace_bytes(1, heads, dim, capacity);
     Buffer workspace(workspace_bytes, 0, 0);
     test::Array<int64_t> position(1, keys - 1);
     position.upload();
@@ -70,6 +70,7 @@ inline void bench_attention(const char *name, int64_t heads, int64_t kv_heads, i
     a.scale = 0.05f;
     a.workspace = workspace.data();
     a.workspace_bytes = workspace_bytes;
+    a.num_rows = 1;
     const double seconds = median_seconds([&] {
         const int64_t layer = turn++ % copies;
         a.k_cache = k_cache.data() + layer * cache_bytes;

@@ -23,6 +23,8 @@ constexpr Suite kSuites[] = {
     {"attention_decode", test::run_attention_decode},
     {"unpack", test::run_unpack},
     {"route", test::run_route},
+    {"route_scores", test::run_route_scores},
+    {"activation", test::run_activation},
     {"handover", test::run_handover},
     {"int8_rows", test::run_int8_rows},
     {"moe_gemm", test::run_moe_gemm},

@@ -12,6 +12,8 @@ void run_attention_rows();
 void run_attention_decode();
 void run_unpack();
 void run_route();
+void run_route_scores();
+void run_activation();
 void run_handover();
 
 }  // namespace test

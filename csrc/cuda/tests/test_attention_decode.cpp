@@ -1,5 +1,6 @@
 // test_attention_decode.cpp: attention of one query against float64, over ragged numbers of keys, with NaNs behind
 // them.
+#include <algorithm>
 #include <cmath>
 #include <string>
 
@@ -14,6 +15,8 @@ struct Case {
     int64_t num_heads, num_kv_heads, head_dim, capacity;
     int32_t dtype;
     float size = 1;  // of the query: how peaked the softmax is
+    int64_t window = 0;
+    bool with_sinks = false;
 };
 
 struct Problem {
@@ -22,6 +25,7 @@ struct Problem {
     Matrix q, keys, values, out;
     Array<uint8_t> workspace;
     Array<int64_t> position;
+    Array<float> sinks;
 
     explicit Problem(const Case &given)
         : c(given),
@@ -30,17 +34,21 @@ struct Problem {
           keys(count(c.num_kv_heads * c.capacity * c.head_dim), c.dtype),
           values(count(c.num_kv_heads * c.capacity * c.head_dim), c.dtype),
           out(count(c.num_heads * c.head_dim), c.dtype),
-          workspace(count(krasis_cuda_attention_workspace_bytes(c.num_heads, c.head_dim, c.capacity))),
-          position(1) {
+          workspace(count(krasis_cuda_attention_workspace_bytes(1, c.num_heads, c.head_dim, c.capacity))),
+          position(1),
+          sinks(count(c.num_heads)) {
         Random random(static_cast<uint64_t>(c.capacity * 1000 + c.head_dim));
         for (size_t i = 0; i < count(c.num_heads * c.head_dim); ++i) q.set(i, random.normal() * c.size);
+        for (size_t h = 0; h < sinks.size(); ++h) sinks[h] = 2 * random.normal() + (h == 0 ? 6.0f : 0.0f);
     }
+
+    int64_t first_key(int64_t at) const { return c.window ? std::max<int64_t>(0, at + 1 - c.window) : 0; }
 
     static size_t count(int64_t n) { return static_cast<size_t>(n); }
 
     size_t cell(int64_t kv_head, int64_t key) const { return count((kv_head * c.capacity + key) * c.head_dim); }
 
-    // Keys and values up to the position, NaNs behind.
+    // Keys and values of the window up to the position, NaNs around.
     krasis_cuda_attention_args args(int64_t at) {
         Random random(static_cast<uint64_t>(at + 17));
         keys.bytes.poison();
@@ -48,7 +56,7 @@ struct Problem {
         out.bytes.poison();
         workspace.poison();
         for (int64_t h = 0; h < c.num_kv_heads; ++h) {
-            for (int64_t key = 0; key <= at; ++key) {
+            for (int64_t key = first_key(at); key <= at; ++key) {
                 for (size_t i = 0; i < count(c.head_dim); ++i) {
                     keys.set(cell(h, key) + i, random.normal());
                     values.set(cell(h, key) + i, random.normal() + static_cast<float>(h));
@@ -70,6 +78,9 @@ struct Problem {
         a.scale = scale;
         a.workspace = workspace.upload();
         a.workspace_bytes = static_cast<int64_t>(workspace.size());
+        a.num_rows = 1;
+        a.window = c.window;
+        a.sinks = c.with_sinks ? sinks.upload() : nullptr;
         return a;
     }
 
@@ -77,8 +88,8 @@ struct Problem {
         for (int64_t h = 0; h < c.num_heads; ++h) {
             const int64_t kv = h / (c.num_heads / c.num_kv_heads);
             std::vector<double> weights;
-            double highest = -INFINITY, total = 0;
-            for (int64_t key = 0; key <= at; ++key) {
+            double highest = c.with_sinks ? sinks[count(h)] : -INFINITY;
+            for (int64_t key = first_key(at); key <= at; ++key) {
                 double score = 0;
                 for (size_t i = 0; i < count(c.head_dim); ++i) {
                     score += q.get(count(h * c.head_dim) + i) * keys.get(cell(kv, key) + i);
@@ -86,11 +97,12 @@ struct Problem {
                 weights.push_back(score * scale);
                 highest = std::fmax(highest, weights.back());
             }
+            double total = c.with_sinks ? std::exp(sinks[count(h)] - highest) : 0;
             for (double &w : weights) total += w = std::exp(w - highest);
             for (size_t i = 0; i < count(c.head_dim); ++i) {
                 double value = 0, size = 0;
-                for (int64_t key = 0; key <= at; ++key) {
-                    const double term = weights[count(key)] / total * values.get(cell(kv, key) + i);
+                for (int64_t key = first_key(at); key <= at; ++key) {
+                    const double term = weights[count(key - first_key(at))] / total * values.get(cell(kv, key) + i);
                     value += term;
                     size += std::fabs(term);
                 }
@@ -137,6 +149,65 @@ void check_heads() {
     }
 }
 
+// Windows and sinks, with one split and with several; a window that begins inside a stage, or before the first key.
+void check_windows() {
+    Problem small({4, 2, 64, 300, KRASIS_BF16, 1, 50, true});
+    for (int64_t at : {0, 49, 50, 131, 299}) small.run(at);
+    Problem many({8, 2, 128, 1000, KRASIS_F16, 1, 700, true});
+    for (int64_t at : {600, 701, 999}) many.run(at);
+    Problem sinks({3, 1, 64, 400, KRASIS_F16, 3, 0, true});
+    for (int64_t at : {5, 399}) sinks.run(at);
+}
+
+// Several rows, each with its own cache and position: each has the bits of its own call; one belongs to nobody.
+void check_rows() {
+    constexpr int64_t kPositions[] = {299, 0, 130, -1, 64};
+    constexpr size_t kRows = 5, kOffset = 256, kOutStride = 4 * 80 + 8, kQStride = 6 * 80;
+    const Case c{4, 1, 80, 300, KRASIS_BF16, 1, 200, true};
+    Problem problem(c);
+    const size_t row_bytes = 4 * 80 * 2;
+    const size_t slot = problem.keys.bytes.size() + kOffset;
+    Array<uint8_t> q(kRows * kQStride * 2), keys(kRows * slot), values(kRows * slot), out(kRows * kOutStride * 2);
+    Array<uint8_t> workspace(
+        static_cast<size_t>(krasis_cuda_attention_workspace_bytes(kRows, c.num_heads, c.head_dim, c.capacity)));
+    out.poison();
+    workspace.poison();
+    std::vector<std::vector<uint8_t>> expected;
+    Array<krasis_cuda_row> rows(kRows);
+    for (size_t r = 0; r < kRows; ++r) {
+        const int64_t at = kPositions[r];
+        const auto args = problem.args(at < 0 ? 7 : at);
+        CHECK_OK(krasis_cuda_attention_decode(&args, nullptr));
+        problem.out.bytes.download();
+        expected.emplace_back(problem.out.bytes.data(), problem.out.bytes.data() + row_bytes);
+        std::memcpy(q.data() + r * kQStride * 2, problem.q.bytes.data(), row_bytes);
+        std::memcpy(keys.data() + r * slot + kOffset, problem.keys.bytes.data(), problem.keys.bytes.size());
+        std::memcpy(values.data() + r * slot + kOffset, problem.values.bytes.data(), problem.values.bytes.size());
+    }
+    auto args = problem.args(0);
+    uint8_t *key_slots = keys.upload(), *value_slots = values.upload();
+    for (size_t r = 0; r < kRows; ++r) rows[r] = {kPositions[r], key_slots + r * slot, value_slots + r * slot};
+    args.q = q.upload();
+    args.k_cache = args.v_cache = nullptr;
+    args.position = nullptr;
+    args.out = out.upload();
+    args.workspace = workspace.upload();
+    args.workspace_bytes = static_cast<int64_t>(workspace.size());
+    args.num_rows = kRows;
+    args.rows = rows.upload();
+    args.keys_offset = args.values_offset = kOffset;
+    args.q_stride = kQStride;
+    args.out_stride = kOutStride;
+    CHECK_OK(krasis_cuda_attention_decode(&args, nullptr));
+    out.download();
+    for (size_t r = 0; r < kRows; ++r) {
+        const uint8_t *got = out.data() + r * kOutStride * 2;
+        if (kPositions[r] >= 0) CHECK(std::memcmp(got, expected[r].data(), row_bytes) == 0);
+        if (kPositions[r] < 0) CHECK(got[0] == 0xff && got[row_bytes - 1] == 0xff);
+        CHECK(got[row_bytes] == 0xff);  // between the rows
+    }
+}
+
 void check_refusals() {
     Problem problem({4, 2, 64, 70, KRASIS_BF16});
     const auto good = problem.args(69);
@@ -149,12 +220,15 @@ void check_refusals() {
     refused(KRASIS_ERR_ARGUMENT, [](Args &a) { a.position = nullptr; });
     refused(KRASIS_ERR_ARGUMENT, [](Args &a) { a.dtype = KRASIS_F32; });
     refused(KRASIS_ERR_ARGUMENT, [](Args &a) { a.capacity = 0; });
+    refused(KRASIS_ERR_ARGUMENT, [](Args &a) { a.num_rows = 2; });  // without rows
+    refused(KRASIS_ERR_ARGUMENT, [](Args &a) { a.window = -1; });
+    refused(KRASIS_ERR_SHAPE, [](Args &a) { a.q_stride = 12; });
     refused(KRASIS_ERR_SHAPE, [](Args &a) { a.head_dim = 72; });
     refused(KRASIS_ERR_SHAPE, [](Args &a) { a.head_dim = 272; });
     refused(KRASIS_ERR_SHAPE, [](Args &a) { a.num_heads = 5; });
     refused(KRASIS_ERR_RANGE, [](Args &a) { a.workspace_bytes -= 4; });
     CHECK(krasis_cuda_attention_decode(nullptr, nullptr) == KRASIS_ERR_ARGUMENT);
-    CHECK(krasis_cuda_attention_workspace_bytes(0, 64, 70) == 0);
+    CHECK(krasis_cuda_attention_workspace_bytes(1, 0, 64, 70) == 0);
 }
 
 #if !KRASIS_SIMT_DEVICE
@@ -180,6 +254,8 @@ void check_races() {
 void run_attention_decode() {
     check_lengths();
     check_heads();
+    check_windows();
+    check_rows();
     check_refusals();
 #if !KRASIS_SIMT_DEVICE
     check_races();

@@ -38,6 +38,9 @@ struct Heads {
     int64_t tokens, start, num_heads, num_kv_heads, head_dim;
     int32_t dtype, norm_dtype;
     bool with_norm;
+    int64_t rotary_dims;
+    bool flat = false, interleaved = false, with_bias = false;
+    float clip = 0;
 };
 
 // The same launch again with its position in device memory: the same bits. A position beyond the cache: nothing
@@ -72,91 +75,222 @@ void check_start_on_device(krasis_cuda_qkv_args args, const Heads &c, Matrix &qk
     }
 }
 
-void check_heads(const Heads &c) {
-    Random random(static_cast<uint64_t>(c.head_dim));
-    constexpr int64_t kCapacity = 24, kPositions = 40;
-    constexpr float kEps = 1e-6f;
-    const int64_t heads = c.num_heads + 2 * c.num_kv_heads, half = c.head_dim / 2;
-    const auto dim = static_cast<size_t>(c.head_dim);
-    Matrix qkv(static_cast<size_t>(c.tokens * heads) * dim, c.dtype),
-        before(static_cast<size_t>(c.tokens * heads) * dim, c.dtype);
-    Matrix q_norm(dim, c.norm_dtype), k_norm(dim, c.norm_dtype);
-    Matrix k_cache(static_cast<size_t>(c.num_kv_heads * kCapacity) * dim, c.dtype);
-    Matrix v_cache(static_cast<size_t>(c.num_kv_heads * kCapacity) * dim, c.dtype);
-    Array<float> cosines(static_cast<size_t>(kPositions * half)), sines(static_cast<size_t>(kPositions * half));
-    for (size_t i = 0; i < static_cast<size_t>(c.tokens * heads) * dim; ++i) {
-        const float value = random.normal();
-        qkv.set(i, value);
-        before.set(i, value);
-    }
-    for (size_t i = 0; i < dim; ++i) q_norm.set(i, random.normal()), k_norm.set(i, random.normal());
-    for (size_t i = 0; i < cosines.size(); ++i) {
-        const double angle = 6.28 * random.uniform();
-        cosines[i] = static_cast<float>(std::cos(angle));
-        sines[i] = static_cast<float>(std::sin(angle));
-    }
-    krasis_cuda_qkv_args args{};
-    args.qkv = qkv.bytes.upload();
-    args.tokens = c.tokens;
-    args.start = c.start;
-    args.num_heads = c.num_heads;
-    args.num_kv_heads = c.num_kv_heads;
-    args.head_dim = c.head_dim;
-    args.q_norm = c.with_norm ? q_norm.bytes.upload() : nullptr;
-    args.k_norm = c.with_norm ? k_norm.bytes.upload() : nullptr;
-    args.dtype = c.dtype;
-    args.norm_dtype = c.norm_dtype;
-    args.eps = kEps;
-    args.cos = cosines.upload();
-    args.sin = sines.upload();
-    args.max_positions = kPositions;
-    args.k_cache = k_cache.bytes.upload();
-    args.v_cache = v_cache.bytes.upload();
-    args.capacity = kCapacity;
-    CHECK_OK(krasis_cuda_qk_norm_rope_store(&args, nullptr));
-    for (Matrix *m : {&qkv, &k_cache, &v_cache}) m->bytes.download();
+constexpr int64_t kCapacity = 24, kPositions = 40;
+constexpr float kEps = 1e-6f;
 
-    std::vector<char> stored(static_cast<size_t>(c.num_kv_heads * kCapacity), 0);
-    for (int64_t t = 0; t < c.tokens; ++t) {
+size_t size_of(int64_t count) { return static_cast<size_t>(count); }
+
+// Rows of q, k and v, weights, tables and one cache, all random.
+struct HeadsProblem {
+    Heads c;
+    int64_t heads, pairs;
+    size_t dim;
+    Matrix qkv, before, q_norm, k_norm, k_cache, v_cache;
+    Array<float> cosines, sines, bias;
+
+    explicit HeadsProblem(const Heads &given)
+        : c(given),
+          heads(c.num_heads + 2 * c.num_kv_heads),
+          pairs(c.rotary_dims / 2),
+          dim(size_of(c.head_dim)),
+          qkv(size_of(c.tokens * heads) * dim, c.dtype),
+          before(size_of(c.tokens * heads) * dim, c.dtype),
+          q_norm(dim * size_of(c.flat ? c.num_heads : 1), c.norm_dtype),
+          k_norm(dim * size_of(c.flat ? c.num_kv_heads : 1), c.norm_dtype),
+          k_cache(size_of(c.num_kv_heads * kCapacity) * dim, c.dtype),
+          v_cache(size_of(c.num_kv_heads * kCapacity) * dim, c.dtype),
+          cosines(size_of(kPositions * pairs + 1)),
+          sines(size_of(kPositions * pairs + 1)),
+          bias(size_of(heads) * dim) {
+        Random random(static_cast<uint64_t>(c.head_dim));
+        for (size_t i = 0; i < size_of(c.tokens * heads) * dim; ++i) before.set(i, random.normal());
+        for (size_t i = 0; i < dim * size_of(c.flat ? c.num_heads : 1); ++i) q_norm.set(i, random.normal());
+        for (size_t i = 0; i < dim * size_of(c.flat ? c.num_kv_heads : 1); ++i) k_norm.set(i, random.normal());
+        for (size_t i = 0; i < bias.size(); ++i) bias[i] = random.normal();
+        for (size_t i = 0; i < cosines.size(); ++i) {
+            const double angle = 6.28 * random.uniform();
+            cosines[i] = static_cast<float>(std::cos(angle));
+            sines[i] = static_cast<float>(std::sin(angle));
+        }
+        reset();
+    }
+
+    void reset() {
+        std::memcpy(qkv.bytes.data(), before.bytes.data(), before.bytes.size());
+        k_cache.bytes.poison();
+        v_cache.bytes.poison();
+    }
+
+    krasis_cuda_qkv_args args() {
+        krasis_cuda_qkv_args a{};
+        a.qkv = qkv.bytes.upload();
+        a.tokens = c.tokens;
+        a.start = c.start;
+        a.num_heads = c.num_heads;
+        a.num_kv_heads = c.num_kv_heads;
+        a.head_dim = c.head_dim;
+        a.q_norm = c.with_norm ? q_norm.bytes.upload() : nullptr;
+        a.k_norm = c.with_norm ? k_norm.bytes.upload() : nullptr;
+        a.dtype = c.dtype;
+        a.norm_dtype = c.norm_dtype;
+        a.eps = kEps;
+        a.norm_kind = c.flat ? KRASIS_CUDA_NORM_FLAT : KRASIS_CUDA_NORM_HEAD;
+        a.cos = cosines.upload();
+        a.sin = sines.upload();
+        a.max_positions = kPositions;
+        a.k_cache = k_cache.bytes.upload();
+        a.v_cache = v_cache.bytes.upload();
+        a.capacity = kCapacity;
+        a.bias = c.with_bias ? bias.upload() : nullptr;
+        a.rotary_dims = c.rotary_dims;
+        a.clip = c.clip;
+        a.interleaved = c.interleaved;
+        return a;
+    }
+
+    bool is_q(int64_t h) const { return h < c.num_heads; }
+    bool is_v(int64_t h) const { return h >= c.num_heads + c.num_kv_heads; }
+    size_t at(int64_t t, int64_t h) const { return size_of(t * heads + h) * dim; }
+
+    double biased(int64_t t, int64_t h, size_t i) const {
+        return before.get(at(t, h) + i) + (c.with_bias ? double{bias[size_of(h) * dim + i]} : 0.0);
+    }
+
+    double mean_square(int64_t t, int64_t h) const {
+        const int64_t first = !c.flat ? h : is_q(h) ? 0 : c.num_heads;
+        const int64_t count = !c.flat ? 1 : is_q(h) ? c.num_heads : c.num_kv_heads;
+        double sum = 0;
+        for (int64_t head = first; head < first + count; ++head) {
+            for (size_t i = 0; i < dim; ++i) sum += biased(t, head, i) * biased(t, head, i);
+        }
+        return sum / static_cast<double>(count * c.head_dim);
+    }
+
+    // Before the rotation.
+    double plain(int64_t t, int64_t h, size_t i, double square) const {
+        double value = biased(t, h, i);
+        if (c.with_norm && !is_v(h)) {
+            const int64_t own = is_q(h) ? h : h - c.num_heads;
+            value *= (is_q(h) ? q_norm : k_norm).get(size_of(c.flat ? own : 0) * dim + i) / std::sqrt(square + kEps);
+        }
+        return c.clip > 0 ? std::fmin(std::fmax(value, -c.clip), c.clip) : value;
+    }
+
+    // What row t must have become, at a position of the given caches. q from the rows.
+    void check_row(int64_t t, int64_t position, const Matrix &keys, const Matrix &values) const {
         for (int64_t h = 0; h < heads; ++h) {
-            const size_t at = static_cast<size_t>(t * heads + h) * dim;
-            const bool is_q = h < c.num_heads, is_v = h >= c.num_heads + c.num_kv_heads;
-            const int64_t kv_head = is_v ? h - c.num_heads - c.num_kv_heads : h - c.num_heads;
-            const int64_t cell = kv_head * kCapacity + c.start + t;
-            if (!is_q) stored[static_cast<size_t>(cell)] = 1;
-            double square = 0;
-            for (size_t i = 0; i < dim; ++i) square += before.get(at + i) * before.get(at + i);
-            const double scale = 1 / std::sqrt(square / static_cast<double>(dim) + kEps);
-            auto normed = [&](size_t i) {
-                const double value = before.get(at + i);
-                return is_v || !c.with_norm ? value : value * scale * (is_q ? q_norm : k_norm).get(i);
-            };
+            const double square = mean_square(t, h);
+            const int64_t kv_head = is_v(h) ? h - c.num_heads - c.num_kv_heads : h - c.num_heads;
+            const size_t cell = size_of(kv_head * kCapacity + position) * dim, count = size_of(pairs);
             for (size_t i = 0; i < dim; ++i) {
-                const auto pair = i % static_cast<size_t>(half);
-                const auto table = static_cast<size_t>((c.start + t) * half) + pair;
-                const double x = normed(pair), y = normed(pair + static_cast<size_t>(half));
-                double value = i < static_cast<size_t>(half) ? x * cosines[table] - y * sines[table]
-                                                             : y * cosines[table] + x * sines[table];
-                if (is_v) value = before.get(at + i);
-                const Matrix &to = is_q ? qkv : is_v ? v_cache : k_cache;
-                const double got = to.get(is_q ? at + i : static_cast<size_t>(cell) * dim + i);
-                const double size = std::fabs(x) + std::fabs(y);
-                CHECK(std::fabs(got - value) <= to.rounding() * std::fabs(value) + 2e-6 * size + 0x1p-24);
-            }
-            if (!is_q) {
-                for (size_t i = 0; i < dim; ++i) CHECK(qkv.get(at + i) == before.get(at + i));
+                double value = plain(t, h, i, square), size = std::fabs(value);
+                if (!is_v(h) && i < 2 * count) {
+                    const size_t pair = c.interleaved ? i / 2 : i % count;
+                    const size_t low = c.interleaved ? 2 * pair : pair, high = c.interleaved ? low + 1 : low + count;
+                    const size_t table = size_of(position) * count + pair;
+                    const double x = plain(t, h, low, square), y = plain(t, h, high, square);
+                    value = i == low ? x * cosines[table] - y * sines[table] : y * cosines[table] + x * sines[table];
+                    size = std::fabs(x) + std::fabs(y);
+                }
+                const double got = is_q(h)   ? qkv.get(at(t, h) + i)
+                                   : is_v(h) ? values.get(cell + i)
+                                             : keys.get(cell + i);
+                CHECK(std::fabs(got - value) <= qkv.rounding() * std::fabs(value) + 2e-6 * size + 0x1p-24);
+                if (!is_q(h)) CHECK(qkv.get(at(t, h) + i) == before.get(at(t, h) + i));
             }
         }
     }
-    for (size_t cell = 0; cell < stored.size(); ++cell) {
-        if (!stored[cell]) CHECK(std::isnan(k_cache.get(cell * dim)) && std::isnan(v_cache.get(cell * dim + dim - 1)));
+};
+
+// The same rows, each with a position and a cache of its own, and one that belongs to nobody: the bits of those that
+// ran together.
+void check_rows(HeadsProblem &problem, const krasis_cuda_qkv_args &single) {
+    const Heads &c = problem.c;
+    constexpr size_t kOffset = 64;  // of this layer's part in a slot's memory
+    const size_t slot = problem.k_cache.bytes.size() + kOffset, slots = size_of(c.tokens);
+    const size_t row_bytes = size_of(problem.heads) * problem.dim * 2;
+    const std::vector<uint8_t> expected(problem.qkv.bytes.data(), problem.qkv.bytes.data() + problem.qkv.bytes.size());
+    const std::vector<uint8_t> expected_keys(problem.k_cache.bytes.data(),
+                                             problem.k_cache.bytes.data() + problem.k_cache.bytes.size());
+    Array<uint8_t> keys(slot * slots), values(slot * slots);
+    keys.poison();
+    values.poison();
+    problem.reset();
+    Array<krasis_cuda_row> rows(slots);
+    uint8_t *key_slots = keys.upload(), *value_slots = values.upload();
+    for (size_t t = 0; t < slots; ++t) {
+        const size_t own = slots - 1 - t;  // not in the order of the rows
+        rows[t] = {c.start + static_cast<int64_t>(t), key_slots + own * slot, value_slots + own * slot};
     }
-    check_start_on_device(args, c, qkv, before, k_cache, v_cache);
-    args.start = kCapacity - c.tokens + 1;
-    CHECK(krasis_cuda_qk_norm_rope_store(&args, nullptr) == KRASIS_ERR_RANGE);
-    args.start = 0;
-    args.head_dim = 272;
-    CHECK(krasis_cuda_qk_norm_rope_store(&args, nullptr) == KRASIS_ERR_SHAPE);
+    const size_t nobody = slots > 2 ? 1 : slots;
+    if (nobody < slots) rows[nobody].position = -1;
+    auto args = single;
+    args.qkv = problem.qkv.bytes.upload();
+    args.k_cache = args.v_cache = nullptr;
+    args.start = -1;
+    args.rows = rows.upload();
+    args.keys_offset = args.values_offset = kOffset;
+    CHECK_OK(krasis_cuda_qk_norm_rope_store(&args, nullptr));
+    problem.qkv.bytes.download();
+    keys.download();
+    values.download();
+    for (size_t t = 0; t < slots; ++t) {
+        const bool is_somebody = t != nobody;
+        const uint8_t *wanted = is_somebody ? expected.data() : problem.before.bytes.data();
+        CHECK(std::memcmp(problem.qkv.bytes.data() + t * row_bytes, wanted + t * row_bytes, row_bytes) == 0);
+        const size_t base = (slots - 1 - t) * slot + kOffset;
+        for (int64_t h = 0; h < c.num_kv_heads; ++h) {
+            for (int64_t position = 0; position < kCapacity; ++position) {
+                const size_t cell = size_of(h * kCapacity + position) * problem.dim * 2;
+                const bool own = is_somebody && position == c.start + static_cast<int64_t>(t);
+                CHECK(own ? std::memcmp(keys.data() + base + cell, expected_keys.data() + cell, problem.dim * 2) == 0
+                          : keys[base + cell] == 0xff);
+                CHECK((values[base + cell] == 0xff && values[base + cell + 1] == 0xff) != own);
+            }
+        }
+    }
+}
+
+void check_heads(const Heads &c) {
+    HeadsProblem problem(c);
+    auto args = problem.args();
+    CHECK_OK(krasis_cuda_qk_norm_rope_store(&args, nullptr));
+    for (Matrix *m : {&problem.qkv, &problem.k_cache, &problem.v_cache}) m->bytes.download();
+    std::vector<char> stored(size_of(c.num_kv_heads * kCapacity), 0);
+    for (int64_t t = 0; t < c.tokens; ++t) {
+        problem.check_row(t, c.start + t, problem.k_cache, problem.v_cache);
+        for (int64_t h = 0; h < c.num_kv_heads; ++h) stored[size_of(h * kCapacity + c.start + t)] = 1;
+    }
+    for (size_t cell = 0; cell < stored.size(); ++cell) {
+        if (stored[cell]) continue;
+        CHECK(std::isnan(problem.k_cache.get(cell * problem.dim)));
+        CHECK(std::isnan(problem.v_cache.get((cell + 1) * problem.dim - 1)));
+    }
+    check_start_on_device(args, c, problem.qkv, problem.before, problem.k_cache, problem.v_cache);
+    problem.reset();
+    args = problem.args();
+    CHECK_OK(krasis_cuda_qk_norm_rope_store(&args, nullptr));
+    for (Matrix *m : {&problem.qkv, &problem.k_cache, &problem.v_cache}) m->bytes.download();
+    check_rows(problem, args);
+}
+
+void check_head_refusals() {
+    HeadsProblem problem({2, 0, 4, 2, 64, KRASIS_BF16, KRASIS_F32, true, 64});
+    const auto good = problem.args();
+    auto refused = [&](int32_t status, auto &&change) {
+        auto args = good;
+        change(args);
+        CHECK(krasis_cuda_qk_norm_rope_store(&args, nullptr) == status);
+    };
+    using Args = krasis_cuda_qkv_args;
+    refused(KRASIS_ERR_RANGE, [](Args &a) { a.start = kCapacity - 1; });
+    refused(KRASIS_ERR_SHAPE, [](Args &a) { a.head_dim = 272; });
+    refused(KRASIS_ERR_SHAPE, [](Args &a) { a.rotary_dims = 66; });
+    refused(KRASIS_ERR_SHAPE, [](Args &a) { a.rotary_dims = 31; });
+    refused(KRASIS_ERR_SHAPE, [](Args &a) { a.keys_offset = 8; });
+    refused(KRASIS_ERR_ARGUMENT, [](Args &a) { a.norm_kind = 2; });
+    refused(KRASIS_ERR_ARGUMENT, [](Args &a) { a.k_cache = nullptr; });
+    refused(KRASIS_ERR_ARGUMENT, [](Args &a) { a.cos = nullptr; });
 }
 
 }  // namespace
@@ -166,10 +300,19 @@ void run_attention_rows() {
         for (int32_t out : kDtypes)
             check_rms_norm(x, x == out ? KRASIS_F32 : KRASIS_BF16, out, x == KRASIS_F32 ? 4104 : 768);
     }
-    check_heads({5, 0, 4, 2, 128, KRASIS_BF16, KRASIS_BF16, true});
-    check_heads({3, 17, 3, 1, 64, KRASIS_F16, KRASIS_F32, true});
-    check_heads({1, 9, 2, 2, 256, KRASIS_BF16, KRASIS_F16, true});
-    check_heads({2, 0, 2, 1, 80, KRASIS_F16, KRASIS_F16, false});
+    check_heads({5, 0, 4, 2, 128, KRASIS_BF16, KRASIS_BF16, true, 128});
+    check_heads({3, 17, 3, 1, 64, KRASIS_F16, KRASIS_F32, true, 64});
+    check_heads({1, 9, 2, 2, 256, KRASIS_BF16, KRASIS_F16, true, 256});
+    check_heads({2, 0, 2, 1, 80, KRASIS_F16, KRASIS_F16, false, 80});
+    // Partial, interleaved and no rotation; biases; flat norms, more heads than warps; cut after the norm.
+    check_heads({3, 4, 4, 2, 128, KRASIS_BF16, KRASIS_BF16, true, 64, false, false, true});
+    check_heads({3, 4, 2, 1, 64, KRASIS_F16, KRASIS_F32, false, 32, false, true, true});
+    check_heads({2, 1, 2, 2, 256, KRASIS_BF16, KRASIS_F32, true, 256, false, true});
+    check_heads({2, 1, 2, 1, 48, KRASIS_F16, KRASIS_F32, true, 0});
+    check_heads({3, 2, 4, 2, 64, KRASIS_BF16, KRASIS_F32, true, 64, true, false, false, 0.75f});
+    check_heads({4, 2, 40, 10, 32, KRASIS_F16, KRASIS_BF16, true, 16, true, false, true, 1.0f});
+    check_heads({2, 3, 3, 3, 32, KRASIS_BF16, KRASIS_F32, false, 32, false, false, true, 0.5f});
+    check_head_refusals();
 }
 
 }  // namespace test

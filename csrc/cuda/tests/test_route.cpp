@@ -7,6 +7,7 @@
 
 #include "krasis_cuda.h"
 #include "matrix.h"
+#include "route_arguments.h"
 #include "suites.h"
 
 namespace test {
@@ -78,7 +79,7 @@ void check_route(const Case &c) {
     for (size_t e = 0; e < experts; ++e)
         resident[e] = static_cast<uint8_t>(random.below(3) == 0 ? random.below(2) + 1 : 0);
     Array<int64_t> counts(experts, 1000000000000);
-    krasis_cuda_route_args args{};
+    krasis_cuda_route_args args = plain_route_args();
     args.logits = logits.upload();
     args.tokens = c.tokens;
     args.num_experts = c.num_experts;
@@ -133,7 +134,7 @@ void check_odd_logits() {
         if (kind == 2) logits[17] = nan;
         if (kind == 3) logits[17] = infinity, logits[3] = -infinity;
         Array<int32_t> ids(kTopK, -7);
-        krasis_cuda_route_args args{};
+        krasis_cuda_route_args args = plain_route_args();
         args.logits = logits.upload();
         args.tokens = 1;
         args.num_experts = kExperts;
@@ -151,8 +152,14 @@ void check_odd_logits() {
     Array<float> logits(kExperts, -500.0f), weights(kTopK);
     logits[30] = 0;
     Array<int32_t> ids(kTopK, -7);
-    const krasis_cuda_route_args args{logits.upload(),  1,       kExperts, kTopK,   1,      0, ids.upload(),
-                                      weights.upload(), nullptr, nullptr,  nullptr, nullptr};
+    krasis_cuda_route_args args = plain_route_args();
+    args.logits = logits.upload();
+    args.tokens = 1;
+    args.num_experts = kExperts;
+    args.top_k = kTopK;
+    args.normalize = 1;
+    args.ids = ids.upload();
+    args.weights = weights.upload();
     CHECK_OK(krasis_cuda_route(&args, nullptr));
     ids.download();
     weights.download();

@@ -1,4 +1,4 @@
-"""Wrappers of the kernels of decode: attention of one query, and the flags that hand work to and fro."""
+"""Wrappers of the kernels of decode: the flags that hand work to and fro."""
 
 from __future__ import annotations
 
@@ -8,69 +8,16 @@ from ctypes import byref
 import torch
 
 from krasis.formats.errors import NativeError
-from krasis.runtime.cpu.kernels import Heads
 from krasis.runtime.device.api import Stream
-from krasis.runtime.gpu.kernels.arguments import CODES, F32, HALVES, I64, U8, pointer, require, vector_pointer
+from krasis.runtime.gpu.kernels.arguments import F32, I64, pointer, require, vector_pointer
 from krasis.runtime.gpu.kernels.launcher import Launcher
-from krasis.runtime.gpu.kernels.native import SEND_PIECES, AttentionArgs, ReceiveArgs, SendArgs
+from krasis.runtime.gpu.kernels.native import SEND_PIECES, ReceiveArgs, SendArgs
 
 _WORD = (1,)
 
 
 class DecodeKernels(Launcher):
     """flag: one of ``Device.flags``. epoch int64 [1]: a counter in device memory. timeouts int64 [1]."""
-
-    def attention_workspace_bytes(self, num_heads: int, head_dim: int, capacity: int) -> int:
-        """Workspace of ``attention_decode``."""
-        num_bytes = self.function("attention_workspace_bytes")(num_heads, head_dim, capacity)
-        require(num_bytes >= 0, "sizes are out of their domain", "attention_workspace_bytes", num_bytes, 0)
-        return num_bytes
-
-    def attention_workspace(self, heads: Heads, capacity: int) -> torch.Tensor:
-        """Workspace of ``attention_decode`` for caches of that capacity: uint8, on the device."""
-        num_bytes = self.attention_workspace_bytes(heads.num_heads, heads.head_dim, capacity)
-        return self.device.empty((num_bytes,), torch.uint8)
-
-    def attention_decode(
-        self,
-        stream: Stream,
-        q: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        position: torch.Tensor,
-        scale: float,
-        out: torch.Tensor,
-        workspace: torch.Tensor,
-        num_positions: int | None = None,
-    ) -> None:
-        """out [num_heads, head_dim] = attention of q over cache positions 0..position (int64 [1], on device).
-
-        q, keys, values [num_kv_heads, capacity, head_dim], out of one 16-bit type; workspace uint8.
-        num_positions: how many positions are read at most, if the host knows: for the double's checks.
-        """
-        where = "attention_decode"
-        require(q.dim() == 2 and keys.dim() == 3, "wrong dimensions", where, (q.dim(), keys.dim()), (2, 3))
-        num_heads, head_dim = q.shape
-        num_kv_heads, capacity, _ = keys.shape
-        caches = (num_kv_heads, capacity, head_dim)
-        args = AttentionArgs(
-            vector_pointer(q, (num_heads, head_dim), HALVES, f"{where}.q"),
-            vector_pointer(keys, caches, (q.dtype,), f"{where}.keys"),
-            vector_pointer(values, caches, (q.dtype,), f"{where}.values"),
-            vector_pointer(out, (num_heads, head_dim), (q.dtype,), f"{where}.out"),
-            pointer(position, _WORD, I64, f"{where}.position"),
-            num_heads,
-            num_kv_heads,
-            head_dim,
-            capacity,
-            CODES[q.dtype],
-            scale,
-            vector_pointer(workspace, (workspace.numel(),), U8, f"{where}.workspace"),
-            workspace.numel(),
-        )
-        span = slice(num_positions)
-        reads = (q, keys[:, span], values[:, span], position)
-        self.submit(stream, where, (byref(args),), reads, (out, workspace))
 
     def advance(self, stream: Stream, epoch: torch.Tensor) -> None:
         """epoch += 1."""

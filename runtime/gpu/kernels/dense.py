@@ -1,4 +1,4 @@
-"""Wrappers of the kernels of dense layers: norms, INT8 products, heads and caches."""
+"""Wrappers of the kernels of dense layers: norms and INT8 products."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ from ctypes import byref
 
 import torch
 
-from krasis.formats.errors import NativeError
 from krasis.formats.layouts import STRIP_ROWS
-from krasis.runtime.cpu.kernels import Heads
 from krasis.runtime.device.api import Stream
 from krasis.runtime.gpu.kernels.arguments import (
     CODES,
@@ -16,16 +14,14 @@ from krasis.runtime.gpu.kernels.arguments import (
     FLOATS,
     HALVES,
     I8,
-    I64,
     matrix,
-    optional_pointer,
     pointer,
     require,
     row_pointer,
     vector_pointer,
 )
 from krasis.runtime.gpu.kernels.launcher import Launcher, present
-from krasis.runtime.gpu.kernels.native import Int8GemmArgs, QkvArgs, RmsNormArgs
+from krasis.runtime.gpu.kernels.native import Int8GemmArgs, RmsNormArgs
 
 
 class DenseKernels(Launcher):
@@ -108,66 +104,6 @@ class DenseKernels(Launcher):
             vector_pointer(out, (n, k), HALVES, "int8_dequant.out"),
         )
         self.submit(stream, "int8_dequant", arguments, (codes, scales), (out,))
-
-    def qk_norm_rope_store(
-        self,
-        stream: Stream,
-        qkv: torch.Tensor,
-        start: int,
-        heads: Heads,
-        q_norm: torch.Tensor | None,
-        k_norm: torch.Tensor | None,
-        eps: float,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        start_device: torch.Tensor | None = None,
-    ) -> None:
-        """Norm and rotate q in place; norm and rotate k, and copy v, into the caches at start..start+T-1.
-
-        qkv [T, heads.qkv_size] and the caches [num_kv_heads, capacity, head_dim] of one 16-bit type; norms
-        [head_dim], or None for neither; cos, sin float32 [positions, head_dim/2]. start_device int64 [1]: the
-        position, read when the kernel runs (start is then ignored, and all of the caches count as written).
-        """
-        where, dim = "qk_norm_rope_store", heads.head_dim
-        tokens = matrix(qkv, f"{where}.qkv")[0]
-        require(keys.dim() == 3, "cache must have three dimensions", f"{where}.keys", list(keys.shape), 3)
-        capacity, positions = keys.shape[1], cos.shape[0]
-        caches, end = (heads.num_kv_heads, capacity, dim), start + tokens
-        if start_device is None and not (start >= 0 and end <= min(capacity, positions)):
-            raise NativeError(
-                "positions out of range", where=where, got=(start, end), limit=(capacity, positions)
-            )
-        norm = k_norm if q_norm is None else q_norm
-        args = QkvArgs(
-            vector_pointer(qkv, (tokens, heads.qkv_size), HALVES, f"{where}.qkv"),
-            tokens,
-            0 if start_device is not None else start,
-            heads.num_heads,
-            heads.num_kv_heads,
-            dim,
-            optional_pointer(q_norm, (dim,), FLOATS, f"{where}.q_norm"),
-            optional_pointer(k_norm, (dim,), FLOATS if norm is None else (norm.dtype,), f"{where}.k_norm"),
-            CODES[qkv.dtype],
-            0 if norm is None else CODES[norm.dtype],
-            eps,
-            0,
-            pointer(cos, (positions, dim // 2), F32, f"{where}.cos"),
-            pointer(sin, (positions, dim // 2), F32, f"{where}.sin"),
-            positions,
-            vector_pointer(keys, caches, (qkv.dtype,), f"{where}.keys"),
-            vector_pointer(values, caches, (qkv.dtype,), f"{where}.values"),
-            capacity,
-            optional_pointer(start_device, (1,), I64, f"{where}.start_device"),
-        )
-        if not tokens:
-            return
-        span = slice(None) if start_device is not None else slice(start, end)
-        reads = present(qkv, q_norm, k_norm, cos[span], sin[span], start_device)
-        # Only its queries are written; named as a whole, qkv is one range of bytes instead of one a token.
-        writes = (qkv, keys[:, span], values[:, span])
-        self.submit(stream, where, (byref(args),), reads, writes)
 
 
 def _half_code(tensor: torch.Tensor, where: str) -> int:

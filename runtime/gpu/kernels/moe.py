@@ -6,6 +6,7 @@ from ctypes import byref
 
 import torch
 
+from krasis.formats.models.mlps import Router
 from krasis.runtime.device.api import Stream
 from krasis.runtime.gpu.kernels.arguments import (
     CODES,
@@ -30,6 +31,7 @@ from krasis.runtime.gpu.kernels.native import (
     RouteArgs,
     RouterArgs,
 )
+from krasis.runtime.gpu.kernels.router_arguments import NO_VECTORS, RouterVectors, set_router
 from krasis.runtime.gpu.kernels.routing import ExpertMatrix, Routing
 
 MAX_ROUTER_TOKENS = 8
@@ -63,37 +65,39 @@ class MoeKernels(Launcher):
         self,
         stream: Stream,
         logits: torch.Tensor,
-        normalize: bool,
+        router: Router,
         ids: torch.Tensor,
         weights: torch.Tensor,
+        vectors: RouterVectors = NO_VECTORS,
         resident: torch.Tensor | None = None,
         gpu_ids: torch.Tensor | None = None,
         cpu_ids: torch.Tensor | None = None,
         counts: torch.Tensor | None = None,
     ) -> None:
-        """ids int32, weights float32 [T, K] = the K largest of softmax(logits float32 [T, E]), largest first.
+        """ids int32, weights float32 [T, K] = a router's choice for logits float32 [T, E], best first.
 
-        resident uint8 [E]: experts the GPU holds. gpu_ids, cpu_ids int32 [T, K]: ids of those, and of the
-        others, -1 elsewhere. counts int64 [E]: increased by how often each expert was chosen.
+        router: K of top_k, and what the kernel does with logits; vectors: what it asks for. resident uint8
+        [E]: experts the GPU holds. gpu_ids, cpu_ids int32 [T, K]: ids of those, and of the others, -1
+        elsewhere. counts int64 [E]: increased by how often each expert was chosen.
         """
         (tokens, num_experts), top_k = matrix(logits, "route.logits"), matrix(ids, "route.ids")[1]
+        require(top_k == router.top_k, "not as many as the router chooses", "route.ids", top_k, router.top_k)
         choices = (tokens, top_k)
         args = RouteArgs(
-            pointer(logits, (tokens, num_experts), F32, "route.logits"),
-            tokens,
-            num_experts,
-            top_k,
-            1 if normalize else 0,
-            0,
-            pointer(ids, choices, I32, "route.ids"),
-            pointer(weights, choices, F32, "route.weights"),
-            optional_pointer(resident, (num_experts,), U8, "route.resident"),
-            optional_pointer(gpu_ids, choices, I32, "route.gpu_ids"),
-            optional_pointer(cpu_ids, choices, I32, "route.cpu_ids"),
-            optional_pointer(counts, (num_experts,), I64, "route.counts"),
+            logits=pointer(logits, (tokens, num_experts), F32, "route.logits"),
+            tokens=tokens,
+            num_experts=num_experts,
+            top_k=top_k,
+            ids=pointer(ids, choices, I32, "route.ids"),
+            weights=pointer(weights, choices, F32, "route.weights"),
+            resident=optional_pointer(resident, (num_experts,), U8, "route.resident"),
+            gpu_ids=optional_pointer(gpu_ids, choices, I32, "route.gpu_ids"),
+            cpu_ids=optional_pointer(cpu_ids, choices, I32, "route.cpu_ids"),
+            counts=optional_pointer(counts, (num_experts,), I64, "route.counts"),
         )
+        used = set_router(args, router, vectors, num_experts)
         if tokens:
-            reads = present(logits, resident, counts)
+            reads = present(logits, resident, counts, *used)
             writes = present(ids, weights, gpu_ids, cpu_ids, counts)
             self.submit(stream, "route", (byref(args),), reads, writes)
 

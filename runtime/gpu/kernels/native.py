@@ -135,7 +135,7 @@ class QkvArgs(ctypes.Structure):
         ("dtype", _I32),
         ("norm_dtype", _I32),
         ("eps", _F32),
-        ("reserved", _I32),
+        ("norm_kind", _I32),
         ("cos", _PTR),
         ("sin", _PTR),
         ("max_positions", _I64),
@@ -143,6 +143,46 @@ class QkvArgs(ctypes.Structure):
         ("v_cache", _PTR),
         ("capacity", _I64),
         ("start_device", _PTR),
+        ("rows", _PTR),
+        ("keys_offset", _I64),
+        ("values_offset", _I64),
+        ("bias", _PTR),
+        ("rotary_dims", _I64),
+        ("clip", _F32),
+        ("interleaved", _I32),
+    )
+
+
+class ActivationArgs(ctypes.Structure):
+    """``krasis_cuda_activation_args``."""
+
+    _fields_ = (
+        ("x", _PTR),
+        ("x_stride", _I64),
+        ("tokens", _I64),
+        ("n", _I64),
+        ("bias", _PTR),
+        ("out", _PTR),
+        ("out_stride", _I64),
+        ("dtype", _I32),
+        ("kind", _I32),
+        ("limit", _F32),
+        ("alpha", _F32),
+    )
+
+
+class AddRowsArgs(ctypes.Structure):
+    """``krasis_cuda_add_rows_args``."""
+
+    _fields_ = (
+        ("hidden", _PTR),
+        ("x", _PTR),
+        ("gates", _PTR),
+        ("bias", _PTR),
+        ("tokens", _I64),
+        ("n", _I64),
+        ("x_dtype", _I32),
+        ("reserved", _I32),
     )
 
 
@@ -170,13 +210,24 @@ class RouteArgs(ctypes.Structure):
         ("num_experts", _I64),
         ("top_k", _I64),
         ("normalize", _I32),
-        ("reserved", _I32),
+        ("score", _I32),
         ("ids", _PTR),
         ("weights", _PTR),
         ("resident", _PTR),
         ("gpu_ids", _PTR),
         ("cpu_ids", _PTR),
         ("counts", _PTR),
+        ("logit_bias", _PTR),
+        ("correction", _PTR),
+        ("expert_scale", _PTR),
+        ("logit_cap", _F32),
+        ("scale", _F32),
+        ("sum_floor", _F32),
+        ("sum_epsilon", _F32),
+        ("groups", _I32),
+        ("top_groups", _I32),
+        ("group_score", _I32),
+        ("reserved", _I32),
     )
 
 
@@ -197,6 +248,14 @@ class AttentionArgs(ctypes.Structure):
         ("scale", _F32),
         ("workspace", _PTR),
         ("workspace_bytes", _I64),
+        ("num_rows", _I64),
+        ("rows", _PTR),
+        ("keys_offset", _I64),
+        ("values_offset", _I64),
+        ("q_stride", _I64),
+        ("out_stride", _I64),
+        ("sinks", _PTR),
+        ("window", _I64),
     )
 
 
@@ -231,13 +290,15 @@ class ReceiveArgs(ctypes.Structure):
 PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "moe_m_block": (_I32, (_I64, _I64)),
     "align_max_blocks": (_I64, (_I64, _I64, _I32)),
-    "attention_workspace_bytes": (_I64, (_I64, _I64, _I64)),
+    "attention_workspace_bytes": (_I64, (_I64, _I64, _I64, _I64)),
     "moe_align": (_I32, (_PTR, _PTR)),
     "moe_gemm": (_I32, (_PTR, _PTR)),
     "moe_reduce": (_I32, (_PTR, _PTR)),
     "int8_gemm": (_I32, (_PTR, _PTR)),
     "rms_norm": (_I32, (_PTR, _PTR)),
     "qk_norm_rope_store": (_I32, (_PTR, _PTR)),
+    "gated_activation": (_I32, (_PTR, _PTR)),
+    "add_rows": (_I32, (_PTR, _PTR)),
     "router": (_I32, (_PTR, _PTR)),
     "route": (_I32, (_PTR, _PTR)),
     "attention_decode": (_I32, (_PTR, _PTR)),

@@ -41,7 +41,7 @@ def test_bits(pool: Pool, num_experts: int, top_k: int, normalize: bool) -> None
         on_device.copy_(source)
 
     stream.launch("put", put, reads=(), writes=(on_device,))
-    GpuKernels(device).route(stream, on_device, normalize, gpu_ids, gpu_weights)
+    GpuKernels(device).route(stream, on_device, Router(top_k, renormalise=normalize), gpu_ids, gpu_weights)
     device.synchronize()
     assert (gpu_ids.numpy() == ids).all()
     assert (gpu_weights.numpy().view(np.uint32) == weights.view(np.uint32)).all()

@@ -1,4 +1,4 @@
-"""Wrappers of decode kernels: attention of one query in float64, and work handed to and fro by flags."""
+"""Wrappers of decode kernels: work handed to and fro by flags."""
 
 from __future__ import annotations
 
@@ -9,30 +9,9 @@ import torch
 
 from krasis.formats.errors import NativeError
 from krasis.formats.native import check
-from krasis.runtime.cpu.kernels import Heads
 from krasis.runtime.cpu.native import prototype
 
-BF16 = torch.bfloat16
 TIMEOUT_NS = 20_000_000_000
-
-
-@pytest.mark.parametrize("position", [0, 5, 40])
-@pytest.mark.parametrize("is_known", [False, True])
-def test_attention_decode(bench: Any, position: int, is_known: bool) -> None:
-    heads, capacity = Heads(4, 2, 32), 48
-    q = bench.random(4, 32, dtype=BF16)
-    keys, values = (bench.random(2, capacity, 32, dtype=BF16, seed=seed) for seed in (2, 3))
-    out = bench.empty(4, 32, dtype=BF16)
-    workspace = bench.kernels.attention_workspace(heads, capacity)
-    caches = [bench.put(cache) for cache in (keys, values)]
-    bench.kernels.attention_decode(
-        bench.stream, bench.put(q), *caches, bench.put(torch.tensor([position])), 0.2, out, workspace,
-        num_positions=position + 1 if is_known else None,
-    )  # fmt: skip
-    k, v = (cache.double()[:, : position + 1].repeat_interleave(2, 0) for cache in (keys, values))
-    shares = (torch.einsum("hd,htd->ht", q.double(), k) * 0.2).softmax(1)
-    expected = torch.einsum("ht,htd->hd", shares, v)
-    torch.testing.assert_close(bench.get(out).double(), expected, rtol=2**-8, atol=2**-8)
 
 
 def test_add_and_fill(bench: Any) -> None:
@@ -114,7 +93,3 @@ def test_shapes_are_refused(bench: Any) -> None:
         kernels.send(stream, [(hidden, hidden)] * 5, flag[:1], epoch)
     with pytest.raises(NativeError, match=r"send\.destination"):
         kernels.send(stream, [(hidden[:3], hidden)], flag[:1], epoch)
-    q, keys = bench.empty(2, 16, dtype=BF16), bench.empty(1, 8, 16, dtype=BF16)
-    workspace = bench.empty(64, dtype=torch.uint8)
-    with pytest.raises(NativeError, match=r"attention_decode\.values"):
-        kernels.attention_decode(stream, q, keys, keys[:, :4], epoch, 0.2, q, workspace)

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from krasis.formats.errors import NativeError
-from krasis.runtime.cpu.kernels import Heads
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 # Half a unit in the last place of the output, and a little for sums in float32.
@@ -76,59 +75,6 @@ def test_int8_dequant(bench: Any) -> None:
     assert torch.equal(bench.get(out), (codes.float() * scales[:, None]).to(BF16))
 
 
-def heads_reference(
-    qkv: torch.Tensor,
-    start: int,
-    heads: Heads,
-    norms: list[torch.Tensor | None],
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q [T, heads, dim], k and v [T, kv heads, dim] in float64."""
-    tokens, dim = len(qkv), heads.head_dim
-    counts = [heads.num_heads, heads.num_kv_heads, heads.num_kv_heads]
-    q, k, v = qkv.double().view(tokens, -1, dim).split(counts, 1)
-    rotated = []
-    c, s = (table.double()[start : start + tokens, None] for table in (cos, sin))
-    for part, norm in zip((q, k), norms, strict=True):
-        normed = part
-        if norm is not None:
-            normed = part * (part.square().mean(2, keepdim=True) + 1e-6).rsqrt() * norm.double()
-        first, second = normed.chunk(2, 2)
-        rotated.append(torch.cat([first * c - second * s, second * c + first * s], 2))
-    return rotated[0], rotated[1], v
-
-
-@pytest.mark.parametrize("start", [0, 7])
-@pytest.mark.parametrize("is_on_device", [False, True])
-@pytest.mark.parametrize("has_norms", [True, False])
-def test_qk_norm_rope_store(bench: Any, start: int, is_on_device: bool, has_norms: bool) -> None:
-    heads, tokens, capacity = Heads(4, 2, 16), 5, 16
-    qkv = bench.random(tokens, heads.qkv_size, dtype=BF16)
-    angles = torch.arange(20)[:, None] * torch.arange(1, 9)[None, :] * 0.1
-    cos, sin = angles.cos(), angles.sin()
-    norms = [bench.random(16, seed=5), bench.random(16, seed=6)] if has_norms else [None, None]
-    placed, caches = (
-        bench.put(qkv),
-        [bench.put(bench.random(2, capacity, 16, dtype=BF16, seed=7)) for _ in range(2)],
-    )
-    before = bench.get(caches[0])
-    on_device = bench.put(torch.tensor([start])) if is_on_device else None
-    bench.kernels.qk_norm_rope_store(
-        bench.stream, placed, 0 if is_on_device else start, heads,
-        *(None if norm is None else bench.put(norm) for norm in norms), 1e-6,
-        bench.put(cos), bench.put(sin), *caches, start_device=on_device,
-    )  # fmt: skip
-    q, k, v = heads_reference(qkv, start, heads, norms, cos, sin)
-    assert_close(bench.get(placed)[:, :64].view(tokens, 4, 16), q)
-    keys, values = bench.get(caches[0]), bench.get(caches[1])
-    span = slice(start, start + tokens)
-    assert_close(keys[:, span].transpose(0, 1), k)
-    assert torch.equal(values[:, span].transpose(0, 1).double(), v)
-    keys[:, span] = before[:, span]
-    assert torch.equal(keys, before)
-
-
 def test_shapes_and_types_are_refused(bench: Any) -> None:
     kernels, stream = bench.kernels, bench.stream
     x, weight, out = bench.empty(3, 64), bench.empty(64), bench.empty(3, 64)
@@ -150,11 +96,6 @@ def test_shapes_and_types_are_refused(bench: Any) -> None:
         kernels.int8_gemm(stream, half, codes[:1], scales, out)
     with pytest.raises(NativeError, match="unlike those of out"):
         kernels.int8_gemm(stream, half, codes, scales, bench.empty(3, 128)[:, :64], residual=out)
-    caches = [bench.empty(1, 8, 16, dtype=BF16) for _ in range(2)]
-    tables = [bench.empty(8, 8) for _ in range(2)]
-    qkv = bench.empty(3, 48, dtype=BF16)
-    with pytest.raises(NativeError, match=r"out of range \(got \(6, 9\)"):
-        kernels.qk_norm_rope_store(stream, qkv, 6, Heads(1, 1, 16), None, None, 1e-6, *tables, *caches)
 
 
 def test_no_tokens_launch_nothing(bench: Any) -> None:

@@ -10,7 +10,9 @@ import torch
 
 from krasis.formats.errors import NativeError
 from krasis.formats.layouts import marlin
+from krasis.formats.models.mlps import Router
 from krasis.runtime.gpu.kernels.gpu_kernels import ExpertMatrix, Routing
+from krasis.runtime.gpu.kernels.router_arguments import NO_VECTORS
 
 BF16, F16 = torch.bfloat16, torch.float16
 NUM_EXPERTS, TOP_K, TOKENS = 5, 2, 21
@@ -146,8 +148,8 @@ def test_route(bench: Any, normalize: bool) -> None:
     weights, resident = bench.empty(9, 4), torch.arange(16) % 3 == 0
     counts = bench.put(torch.arange(16))
     bench.kernels.route(
-        bench.stream, bench.put(logits), normalize, ids, weights,
-        bench.put(resident.to(torch.uint8)), gpu_ids, cpu_ids, counts,
+        bench.stream, bench.put(logits), Router(4, renormalise=normalize), ids, weights,
+        NO_VECTORS, bench.put(resident.to(torch.uint8)), gpu_ids, cpu_ids, counts,
     )  # fmt: skip
     shares, expected = logits.double().softmax(1).topk(4)
     if normalize:
@@ -190,4 +192,4 @@ def test_shapes_and_ranges_are_refused(bench: Any) -> None:
         bench.kernels.router(bench.stream, bench.empty(9, 64), bench.empty(4, 64), bench.empty(9, 4))
     ids, weights = bench.empty(2, 4, dtype=torch.int32), bench.empty(2, 3)
     with pytest.raises(NativeError, match=r"route\.weights"):
-        bench.kernels.route(bench.stream, bench.empty(2, 16), True, ids, weights)
+        bench.kernels.route(bench.stream, bench.empty(2, 16), Router(4), ids, weights)
