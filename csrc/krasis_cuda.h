@@ -147,7 +147,7 @@ typedef struct krasis_cuda_qkv_args {
     const void *q_norm, *k_norm; /* of norm_dtype */
     int32_t dtype, norm_dtype;
     float eps;
-    int32_t norm_kind; /* KRASIS_CUDA_NORM_... */
+    int32_t norm_kind;      /* KRASIS_CUDA_NORM_... */
     const float *cos, *sin; /* may be NULL if rotary_dims is 0 */
     int64_t max_positions;
     void *k_cache, *v_cache; /* not looked at with rows */
@@ -171,8 +171,8 @@ enum {
     KRASIS_CUDA_RELU_SQUARED = 5         /* relu(u)^2: no gate, x has n columns only */
 };
 
-/* out[t] = activation(g, u) of the columns g = x[t, :n] + bias[:n] and u = x[t, n:2n] + bias[n:], in fp32, rounded once.
- * n % 8 == 0; addresses and strides multiples of 16 bytes. */
+/* out[t] = activation(g, u) of the columns g = x[t, :n] + bias[:n] and u = x[t, n:2n] + bias[n:], in fp32, rounded
+ * once. n % 8 == 0; addresses and strides multiples of 16 bytes. */
 typedef struct krasis_cuda_activation_args {
     const void *x; /* [tokens, 2n] of dtype, rows x_stride elements apart */
     int64_t x_stride, tokens, n;

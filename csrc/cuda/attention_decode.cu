@@ -1,7 +1,7 @@
 // attention_decode.cu: checks, choice of tile and launch of attention for few queries.
 #include <algorithm>
 
-#include "attention_decode.cuh"
+#include "attention_combine.cuh"
 #include "status.h"
 
 namespace krasis::cuda {
@@ -63,7 +63,8 @@ AttentionParams params_of(const krasis_cuda_attention_args &a) {
 template <class Type, int kDim>
 int32_t launch_dim(const AttentionParams &params, int64_t num_rows, void *stream) {
     using Tile = AttentionTile<Type, kDim>;
-    const simt::LaunchShape shape{static_cast<unsigned>(num_rows * params.blocks_per_row), Tile::kThreads, Tile::kSharedBytes};
+    const simt::LaunchShape shape{static_cast<unsigned>(num_rows * params.blocks_per_row), Tile::kThreads,
+                                  Tile::kSharedBytes};
     const int32_t status = launch<attention_split_kernel<Type, kDim>>(shape, params, stream);
     if (status != KRASIS_OK || params.splits == 1) return status;
     const simt::LaunchShape combine{static_cast<unsigned>(num_rows * params.num_heads), kCombineThreads,
@@ -81,8 +82,7 @@ int32_t launch_type(const AttentionParams &params, int64_t num_rows, void *strea
 }  // namespace
 }  // namespace krasis::cuda
 
-int64_t krasis_cuda_attention_workspace_bytes(int64_t num_rows, int64_t num_heads, int64_t head_dim,
-                                              int64_t capacity) {
+int64_t krasis_cuda_attention_workspace_bytes(int64_t num_rows, int64_t num_heads, int64_t head_dim, int64_t capacity) {
     using namespace krasis::cuda;
     if (num_rows <= 0 || num_heads <= 0 || head_dim <= 0 || capacity <= 0) return 0;
     const int64_t splits = num_splits(capacity);

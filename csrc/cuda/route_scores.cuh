@@ -226,7 +226,7 @@ route_scores_kernel(const krasis_cuda_route_args p) {
         groups = best_groups(p, keys, lane);
     }
     const int64_t group_size = p.num_experts / p.groups;
-    uint64_t best = 0;  // of this lane's experts that may still be chosen
+    uint64_t best = 0;   // of this lane's experts that may still be chosen
     uint32_t taken = 0;  // bit i: expert lane + 32 * i is chosen already, at most 32 of them
     auto find_best = [&] {
         best = 0;
