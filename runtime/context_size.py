@@ -43,7 +43,7 @@ def tokens_in_vram(sizes: ModelSizes, vram_bytes: int, kv_dtype: str) -> int:
 
     spare = vram_bytes - assumed.GPU_RESERVE_BYTES - sizes.dense_bytes
     room = min(SHARE_OF_VRAM * vram_bytes, SHARE_OF_SPARE_RAM * spare)
-    return _tokens(room, sizes.architecture.max_context, sizes.kv_bytes(1, kv_dtype), "VRAM")
+    return _tokens(room, sizes.shape.max_context, sizes.kv_bytes(1, kv_dtype), "VRAM")
 
 
 def _tokens(room: float, longest: int, token_bytes: int, memory: str) -> int:

@@ -91,8 +91,8 @@ def needs_to_json(sizes: ModelSizes, workload: Workload) -> dict[str, Any]:
         "one_group_vram_bytes": whole_layer_vram_bytes(sizes, workload) if has_gpu else None,
         "decoded_token_reads_bytes": {
             "dense": sizes.dense_bytes,
-            "cpu_experts": sizes.architecture.num_layers
-            * sizes.architecture.num_experts_per_token
+            "cpu_experts": sizes.shape.num_expert_layers
+            * sizes.shape.num_experts_per_token
             * sizes.cpu_expert_bytes,
         },
     }

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from krasis.formats.architecture_record import Architecture
 from krasis.runtime.planning import assumptions as assumed
 from krasis.runtime.planning.hardware import GpuSpec, HardwareSpec
-from krasis.runtime.planning.sizes import ModelSizes, attention_weights, expert_weights
+from krasis.runtime.planning.shape import ModelShape
+from krasis.runtime.planning.sizes import ModelSizes, expert_weights
 from krasis.runtime.planning.types import (
     Decode,
     GpuPlacement,
@@ -21,21 +22,22 @@ from krasis.runtime.planning.types import (
 )
 
 
-def distinct_experts(arch: Architecture, num_tokens: int) -> float:
+def distinct_experts(arch: Architecture | ModelShape, num_tokens: int) -> float:
     """Experts of a layer that ``num_tokens`` tokens touch, on average, if each picks its top-k at random."""
     share = arch.num_experts_per_token / arch.num_experts
     return arch.num_experts * -math.expm1(num_tokens * math.log1p(-share)) if share < 1 else arch.num_experts
 
 
-def attention_macs(arch: Architecture, start: int, num_tokens: int) -> int:
+def attention_macs(arch: Architecture | ModelShape, start: int, num_tokens: int) -> int:
     """Multiply-adds of one layer's causal attention, scores and values, of queries from ``start`` on."""
     keys = num_tokens * start + num_tokens * (num_tokens + 1) // 2
     return 2 * arch.attention_size * keys
 
 
-def dense_macs_per_token(arch: Architecture) -> int:
-    """Multiply-adds of a token in one layer's projections and router."""
-    return attention_weights(arch) + arch.num_experts * arch.hidden_size
+def dense_macs_per_token(shape: ModelShape) -> float:
+    """Multiply-adds of a token in one layer's projections, router and MLP that every token takes, on
+    average."""
+    return shape.dense_macs / shape.num_layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +84,10 @@ def gpu_prefill(
     host: HostPlacement,
 ) -> Prefill:
     """All of prefill on the GPUs; a layer takes as long as its slowest rank."""
-    arch = sizes.architecture
+    arch = sizes.shape
     layers = []
     for start, tokens in _passes(workload.prompt_tokens, batch_tokens):
-        disk_s = host.from_disk_bytes / arch.num_layers / (hardware.disk_gbps.value * 1e9)
+        disk_s = host.from_disk_bytes / arch.num_expert_layers / (hardware.disk_gbps.value * 1e9)
         ranks = [
             _gpu_layer(sizes, hardware.gpus[gpu.rank], gpu, start, tokens, len(gpus), disk_s) for gpu in gpus
         ]
@@ -101,7 +103,7 @@ def dense_layer_s(
     """(projections and router, attention) of one layer, tokens shared evenly by the ranks. Few tokens wait
     for the weights to be read.
     """
-    arch = sizes.architecture
+    arch = sizes.shape
     peak = spec.bf16_tflops.value * 1e12 * num_ranks
     whole = _whole_attention_tokens(arch, tokens) if start == 0 and num_ranks == 1 else 0
     whole_macs = attention_macs(arch, 0, whole)
@@ -111,7 +113,7 @@ def dense_layer_s(
     return max(2 * tokens * dense_macs_per_token(arch) / peak, read), 2 * attention / peak
 
 
-def _whole_attention_tokens(arch: Architecture, tokens: int) -> int:
+def _whole_attention_tokens(arch: ModelShape, tokens: int) -> int:
     """Attention runs in pieces of equal size. Returns the tokens of the first from position 0: only they have
     no prefix. (Of several ranks, nearly all see one.)
     """
@@ -123,7 +125,7 @@ def expert_products_s(sizes: ModelSizes, spec: GpuSpec, tokens: int, num_experts
     """One layer's grouped products of ``num_experts`` of its experts. Each one that is touched computes some
     rows for nothing, so few rows an expert cost more each; and its weights are read once.
     """
-    arch = sizes.architecture
+    arch = sizes.shape
     share, touched = num_experts / arch.num_experts, distinct_experts(arch, tokens)
     rows = tokens * arch.num_experts_per_token + assumed.PADDED_ROWS * touched
     rate = spec.bf16_tflops.value * 1e12 * assumed.GROUPED_SHARE
@@ -136,7 +138,7 @@ def copy_s(sizes: ModelSizes, spec: GpuSpec, num_experts: float) -> float:
     return num_experts * sizes.gpu_expert_bytes / (spec.link_gbps.value * 1e9)
 
 
-def _exchange_s(arch: Architecture, spec: GpuSpec, tokens: int, num_ranks: int) -> float:
+def _exchange_s(arch: ModelShape, spec: GpuSpec, tokens: int, num_ranks: int) -> float:
     """All-gather of bf16 hidden states and reduce-scatter of bf16 outputs over the rank's link."""
     num_bytes = 2 * 2 * tokens * arch.hidden_size * (num_ranks - 1) / num_ranks
     return num_bytes / (spec.link_gbps.value * 1e9)
@@ -151,13 +153,13 @@ def _gpu_layer(
     num_ranks: int,
     disk_s: float,
 ) -> _LayerTime:
-    arch = sizes.architecture
+    arch = sizes.shape
     dense, attention = dense_layer_s(sizes, spec, start, tokens, num_ranks)
-    expert = expert_products_s(sizes, spec, tokens, gpu.num_experts)
-    streamed = gpu.num_experts - gpu.resident_experts / arch.num_layers
+    expert = arch.expert_share * expert_products_s(sizes, spec, tokens, gpu.num_experts)
+    streamed = gpu.num_experts - gpu.resident_experts / arch.num_expert_layers
     touched = distinct_experts(arch, tokens) / arch.num_experts
     dma = copy_s(sizes, spec, streamed * touched)
-    dma = max(dma, disk_s * touched) if streamed else 0.0
+    dma = arch.expert_share * max(dma, disk_s * touched) if streamed else 0.0
     ahead = min(1.0, assumed.DMA_GROUPS_AHEAD / gpu.num_groups) if gpu.num_groups else 0.0
     exposed = dma - min(dense + attention, ahead * dma)
     exchange = _exchange_s(arch, spec, tokens, num_ranks)
@@ -167,7 +169,7 @@ def _gpu_layer(
 
 def cpu_experts_s(sizes: ModelSizes, hardware: HardwareSpec, tokens: int) -> float:
     """One layer's experts on the CPU: their bytes from RAM once, or their multiply-adds."""
-    arch = sizes.architecture
+    arch = sizes.shape
     read = distinct_experts(arch, tokens) * sizes.cpu_expert_bytes / (hardware.ram_gbps.value * 1e9)
     macs = tokens * arch.num_experts_per_token * expert_weights(arch)
     return max(read, macs / (hardware.cpu_gmacs.value * 1e9))
@@ -177,11 +179,11 @@ def cpu_experts_prefill(
     sizes: ModelSizes, hardware: HardwareSpec, workload: Workload, batch_tokens: int
 ) -> Prefill:
     """Dense part on the first GPU, experts on the CPU: what a short prompt may prefer."""
-    arch = sizes.architecture
+    arch = sizes.shape
     layers = []
     for start, tokens in _passes(workload.prompt_tokens, batch_tokens):
         dense, attention = dense_layer_s(sizes, hardware.gpus[0], start, tokens, 1)
-        expert = cpu_experts_s(sizes, hardware, tokens)
+        expert = arch.expert_share * cpu_experts_s(sizes, hardware, tokens)
         total = dense + attention + expert + assumed.HANDOVER_S
         layers.append(_LayerTime(total, 0.0, expert, dense, attention, assumed.HANDOVER_S))
     return _prefill_of("cpu-experts", layers, arch.num_layers, workload.prompt_tokens)
@@ -189,14 +191,14 @@ def cpu_experts_prefill(
 
 def cpu_prefill(sizes: ModelSizes, hardware: HardwareSpec, workload: Workload, batch_tokens: int) -> Prefill:
     """Everything on the CPU, in batches."""
-    arch = sizes.architecture
+    arch = sizes.shape
     rate = hardware.cpu_gmacs.value * 1e9
     dense_read = sizes.dense_bytes / arch.num_layers / (hardware.ram_gbps.value * 1e9)
     layers = []
     for start, tokens in _passes(workload.prompt_tokens, batch_tokens):
         dense = max(tokens * dense_macs_per_token(arch) / rate, dense_read)
         attention = attention_macs(arch, start, tokens) / (rate * assumed.ATTENTION_CPU_SHARE)
-        expert = cpu_experts_s(sizes, hardware, tokens)
+        expert = arch.expert_share * cpu_experts_s(sizes, hardware, tokens)
         layers.append(_LayerTime(dense + attention + expert, 0.0, expert, dense, attention, 0.0))
     return _prefill_of("cpu", layers, arch.num_layers, workload.prompt_tokens)
 
@@ -207,10 +209,10 @@ def decode(
     """One token after the prompt. Dense weights and KV are read by GPU 0 (the CPU without one), experts where
     they live; without CPU experts the routed ones are streamed.
     """
-    arch = sizes.architecture
+    arch = sizes.shape
     ram = hardware.ram_gbps.value * 1e9 * assumed.MEMORY_READ_EFFICIENCY
     kv_bytes = sizes.kv_bytes(workload.prompt_tokens, workload.kv_dtype)
-    routed = arch.num_layers * arch.num_experts_per_token
+    routed = arch.num_expert_layers * arch.num_experts_per_token
     hits = [routed * gpu.resident_experts / sizes.num_experts for gpu in gpus]
     cpu_bytes = (routed - sum(hits)) * sizes.cpu_expert_bytes if sum(hits) < routed else 0.0
     memory = hardware.gpus[0].memory_gbps.value * 1e9 * assumed.MEMORY_READ_EFFICIENCY if gpus else ram
@@ -225,7 +227,7 @@ def decode(
     )
     stream_s = 0.0 if sizes.cpu_expert_bytes else _stream_routed_s(sizes, hardware, gpus, hits)
     needs_handover = bool(gpus) and (cpu_bytes > 0 or len(gpus) > 1)
-    handover = arch.num_layers * assumed.HANDOVER_S if needs_handover else 0.0
+    handover = arch.num_expert_layers * assumed.HANDOVER_S if needs_handover else 0.0
     dense_s, kv_s, cpu_s = sizes.dense_bytes / memory, kv_bytes / memory, cpu_bytes / ram
     total = dense_s + kv_s + max(cpu_s, gpu_s, stream_s) + handover
     return Decode(total, 1 / total, dense_s, kv_s, cpu_s, gpu_s, handover, round(cpu_bytes), stream_s)
@@ -235,8 +237,8 @@ def _stream_routed_s(
     sizes: ModelSizes, hardware: HardwareSpec, gpus: Sequence[GpuPlacement], hits: Sequence[float]
 ) -> float:
     """One token's experts that are not in VRAM, each rank's over its own link."""
-    arch = sizes.architecture
-    a_layer = arch.num_layers * arch.num_experts_per_token / arch.num_experts
+    arch = sizes.shape
+    a_layer = arch.num_expert_layers * arch.num_experts_per_token / arch.num_experts
     cold = [max(0.0, a_layer * gpu.num_experts - hit) for gpu, hit in zip(gpus, hits, strict=True)]
     return max(
         (copy_s(sizes, hardware.gpus[gpu.rank], count) for count, gpu in zip(cold, gpus, strict=True)),

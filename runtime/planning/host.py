@@ -7,20 +7,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from krasis.formats.architecture_record import Architecture
 from krasis.formats.errors import ResourceError
 from krasis.formats.units import format_bytes
 from krasis.runtime.planning import assumptions as assumed
 from krasis.runtime.planning.hardware import HardwareSpec
+from krasis.runtime.planning.shape import ModelShape
 from krasis.runtime.planning.sizes import ModelSizes
 from krasis.runtime.planning.types import GpuPlacement, HostPlacement, StoreKind, Workload
 
 
-def cpu_workspace_bytes(arch: Architecture, batch_tokens: int) -> int:
+def cpu_workspace_bytes(arch: ModelShape, batch_tokens: int) -> int:
     """Activations of one CPU pass of ``batch_tokens``: f32 residual, normed and quantised input, qkv,
     attention, experts' rows.
     """
     per_token = 9 * arch.hidden_size + 4 * (arch.qkv_rows + arch.attention_size)
+    per_token += 4 * arch.mlp_columns + 5 * arch.mlp_intermediate
     per_row = 9 * arch.expert_intermediate_size + 4 * arch.hidden_size
     return batch_tokens * (per_token + arch.num_experts_per_token * per_row)
 
@@ -47,7 +48,7 @@ def place_on_host(
     gpus: Sequence[GpuPlacement],
 ) -> HostPlacement:
     """The RAM's parts. Raises ResourceError with the numbers if what must stay in RAM does not fit."""
-    arch = sizes.architecture
+    arch = sizes.shape
     ram_bytes = int(hardware.ram_bytes.value)
     all_resident = bool(gpus) and all(gpu.num_groups == 0 for gpu in gpus)
     # With GPUs only the embedding table is read on the host; without, everything is.

@@ -6,11 +6,11 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from krasis.formats.architecture_record import Architecture
 from krasis.formats.errors import ResourceError, UsageError
 from krasis.formats.units import format_bytes
 from krasis.runtime.planning import assumptions as assumed
 from krasis.runtime.planning.hardware import GpuSpec
+from krasis.runtime.planning.shape import AnyModel, ModelShape
 from krasis.runtime.planning.sizes import ModelSizes
 from krasis.runtime.planning.types import GpuPlacement, Workload
 from krasis.runtime.planning.workspace import SCRATCH_BYTES, activation_bytes
@@ -30,7 +30,7 @@ def rank_experts(num_experts: int, num_ranks: int) -> list[tuple[int, int]]:
     return [(sum(counts[:rank]), count) for rank, count in enumerate(counts)]
 
 
-def gpu_workspace_bytes(arch: Architecture, batch_tokens: int, num_ranks: int) -> int:
+def gpu_workspace_bytes(arch: AnyModel, batch_tokens: int, num_ranks: int) -> int:
     """Activations of one pass of ``batch_tokens`` on one of ``num_ranks`` GPUs, as they are allocated: see
     ``workspace``.
 
@@ -95,7 +95,7 @@ def _placements(
 
 
 def _ranks(sizes: ModelSizes, gpus: Sequence[GpuSpec], workload: Workload) -> list[_Rank]:
-    arch = sizes.architecture
+    arch = sizes.shape
     if len(gpus) > arch.num_experts:
         raise UsageError("more GPUs than experts", got=len(gpus), limit=arch.num_experts)
     if sizes.gpu_expert_bytes == 0:
@@ -127,15 +127,15 @@ def _buffer_bytes(sizes: ModelSizes, group_experts: int) -> int:
 
 
 def _all_resident_bytes(sizes: ModelSizes, rank: _Rank) -> int:
-    return rank.num_experts * sizes.architecture.num_layers * sizes.gpu_expert_bytes
+    return rank.num_experts * sizes.shape.num_expert_layers * sizes.gpu_expert_bytes
 
 
 def _fits_resident(sizes: ModelSizes, rank: _Rank, batch: int, num_ranks: int) -> bool:
-    workspace = gpu_workspace_bytes(sizes.architecture, batch, num_ranks)
+    workspace = gpu_workspace_bytes(sizes.shape, batch, num_ranks)
     return _all_resident_bytes(sizes, rank) + workspace <= rank.free_bytes
 
 
-def _batch_within(arch: Architecture, room_bytes: int, most_tokens: int, num_ranks: int) -> int:
+def _batch_within(arch: ModelShape, room_bytes: int, most_tokens: int, num_ranks: int) -> int:
     """The largest batch <= ``most_tokens`` whose workspace fits in ``room_bytes``; 0 if none does."""
     low, high = 0, most_tokens
     while low < high:
@@ -149,11 +149,11 @@ def _batch_within(arch: Architecture, room_bytes: int, most_tokens: int, num_ran
 
 def _resident_batch(sizes: ModelSizes, rank: _Rank, prompt_tokens: int, num_ranks: int) -> int:
     room = rank.free_bytes - _all_resident_bytes(sizes, rank)
-    return _batch_within(sizes.architecture, room, prompt_tokens, num_ranks)
+    return _batch_within(sizes.shape, room, prompt_tokens, num_ranks)
 
 
 def _streamed_batch(sizes: ModelSizes, rank: _Rank, prompt_tokens: int, num_ranks: int) -> int:
-    arch = sizes.architecture
+    arch = sizes.shape
     least = min(prompt_tokens, assumed.MIN_PREFILL_BATCH)
     preferred = min(rank.num_experts, assumed.PREFERRED_GROUP_EXPERTS)
     room = rank.free_bytes - _buffer_bytes(sizes, preferred)
@@ -173,10 +173,10 @@ def _streamed_batch(sizes: ModelSizes, rank: _Rank, prompt_tokens: int, num_rank
 
 
 def _place(sizes: ModelSizes, rank: _Rank, batch: int, prompt_tokens: int, num_ranks: int) -> GpuPlacement:
-    arch = sizes.architecture
+    arch = sizes.shape
     workspace = gpu_workspace_bytes(arch, batch, num_ranks)
     room = rank.free_bytes - workspace
-    total = rank.num_experts * arch.num_layers
+    total = rank.num_experts * arch.num_expert_layers
     if total * sizes.gpu_expert_bytes <= room:
         groups, group_experts, resident = 0, 0, total
     else:

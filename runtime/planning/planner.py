@@ -16,6 +16,7 @@ from krasis.runtime.planning.placement import (
     place_resident,
     place_streamed,
 )
+from krasis.runtime.planning.shape import ModelShape
 from krasis.runtime.planning.sizes import ModelSizes
 from krasis.runtime.planning.types import HostPlacement, Plan, Prefill, Workload
 
@@ -24,7 +25,11 @@ ANSWER_TOKENS = 2048
 
 
 def make_workload(
-    arch: Architecture, *, context: int | None = None, prompt_tokens: int | None = None, kv_dtype: str = "f16"
+    arch: Architecture | ModelShape,
+    *,
+    context: int | None = None,
+    prompt_tokens: int | None = None,
+    kv_dtype: str = "f16",
 ) -> Workload:
     """A workload with defaults cut to the model's positions: a prompt of 10,000 tokens and 2,048 more of
     context.
@@ -121,7 +126,7 @@ def least_vram_bytes(sizes: ModelSizes, workload: Workload) -> int:
     fixed = (
         assumed.GPU_RESERVE_BYTES + sizes.dense_bytes + sizes.kv_bytes(workload.context, workload.kv_dtype)
     )
-    return fixed + 2 * sizes.gpu_expert_bytes + gpu_workspace_bytes(sizes.architecture, batch, 1)
+    return fixed + 2 * sizes.gpu_expert_bytes + gpu_workspace_bytes(sizes.shape, batch, 1)
 
 
 def whole_layer_vram_bytes(sizes: ModelSizes, workload: Workload) -> int:
@@ -129,8 +134,8 @@ def whole_layer_vram_bytes(sizes: ModelSizes, workload: Workload) -> int:
     fixed = (
         assumed.GPU_RESERVE_BYTES + sizes.dense_bytes + sizes.kv_bytes(workload.context, workload.kv_dtype)
     )
-    layer = sizes.architecture.num_experts * sizes.gpu_expert_bytes
-    return fixed + 2 * layer + gpu_workspace_bytes(sizes.architecture, workload.prompt_tokens, 1)
+    layer = sizes.shape.num_experts * sizes.gpu_expert_bytes
+    return fixed + 2 * layer + gpu_workspace_bytes(sizes.shape, workload.prompt_tokens, 1)
 
 
 def cpu_ram_bytes(sizes: ModelSizes, workload: Workload) -> int:
@@ -140,7 +145,5 @@ def cpu_ram_bytes(sizes: ModelSizes, workload: Workload) -> int:
     batch = min(assumed.CPU_PREFILL_BATCH, workload.prompt_tokens)
     kept = sizes.dense_bytes + sizes.embedding_bytes + sizes.cpu_experts_bytes
     return (
-        kept
-        + sizes.kv_bytes(workload.context, workload.kv_dtype)
-        + cpu_workspace_bytes(sizes.architecture, batch)
+        kept + sizes.kv_bytes(workload.context, workload.kv_dtype) + cpu_workspace_bytes(sizes.shape, batch)
     )

@@ -11,7 +11,6 @@ from krasis.formats.text_tables import text_fields, text_paragraphs, text_table
 from krasis.formats.units import format_binary, format_bytes, format_count, format_rate, format_seconds
 from krasis.runtime.planning.assumptions import DESCRIPTIONS
 from krasis.runtime.planning.hardware import Figure, GpuSpec
-from krasis.runtime.planning.sizes import count_parameters
 from krasis.runtime.planning.types import Decode, GpuPlacement, HostPlacement, Plan, Prefill
 
 _PATHS = {
@@ -42,9 +41,9 @@ def plan_to_json(plan: Plan, notes: Sequence[str] = ()) -> dict[str, Any]:
 
 def plan_to_text(plan: Plan, notes: Sequence[str] = ()) -> str:
     """The human form, at most about 110 columns."""
-    arch, work = plan.sizes.architecture, plan.workload
+    shape, work = plan.sizes.shape, plan.workload
     title = (
-        f"Plan: {arch.model_type}, {format_count(count_parameters(arch).total)} parameters "
+        f"Plan: {shape.model_type}, {format_count(shape.num_parameters)} parameters "
         f"(sizes from the {plan.sizes.source}), prompt of {work.prompt_tokens:,} tokens, "
         f"context {work.context:,}, KV {work.kv_dtype}"
     )
@@ -140,7 +139,7 @@ def _group_lines(plan: Plan) -> str:
         if gpu.num_groups == 0:
             text = f"all {gpu.resident_experts:,} experts live in VRAM, nothing is streamed"
         else:
-            share = gpu.resident_experts / (gpu.num_experts * plan.sizes.architecture.num_layers)
+            share = gpu.resident_experts / (gpu.num_experts * plan.sizes.shape.num_expert_layers)
             text = (
                 f"{gpu.num_groups} group{'s' if gpu.num_groups > 1 else ''} a layer of {gpu.group_experts} "
                 f"experts, double-buffered; {gpu.resident_experts:,} hot experts resident ({share:.1%})"

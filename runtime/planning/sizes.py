@@ -4,11 +4,15 @@ alone.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from krasis.formats.architecture_record import Architecture
 from krasis.formats.errors import FormatError, UsageError
+from krasis.formats.models.spec import ModelSpec
+from krasis.formats.models.uniform import spec_of
+from krasis.runtime.planning.shape import ModelShape, shape_of
 
 if TYPE_CHECKING:
     from krasis.formats.bundle.manifest import Manifest
@@ -19,6 +23,7 @@ KV_DTYPE_BYTES = {"f16": 2, "bf16": 2, "f32": 4}
 EMBEDDING_BLOB = "embedding"
 # Norms, router and embedding keep their own precision: 16 bits in every published checkpoint of the family.
 _OWN_DTYPE_BYTES = 2
+_ITEM_BYTES = {"I8": 1, "F32": 4, "I32": 4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +41,13 @@ class Parameters:
 class ModelSizes:
     """Bytes of a model's parts.
 
-    dense_bytes: what every token reads (attention, norms, router, head), without the embedding table.
+    architecture: the flat record of a model that it can describe, the shape of any other. dense_bytes: what
+    every token reads (attention, norms, router, shared and dense MLPs, head), without the embedding table.
     gpu_expert_bytes, cpu_expert_bytes: one expert of one layer in that tier, padding included; 0: no such
     tier.
     """
 
-    architecture: Architecture
+    architecture: Architecture | ModelShape
     dense_bytes: int
     embedding_bytes: int
     gpu_expert_bytes: int
@@ -51,9 +57,14 @@ class ModelSizes:
     source: Literal["bundle", "shape"]
 
     @property
+    def shape(self) -> ModelShape:
+        """The model's shape."""
+        return shape_of(self.architecture)
+
+    @property
     def num_experts(self) -> int:
         """Experts of all layers together."""
-        return self.architecture.num_layers * self.architecture.num_experts
+        return self.shape.num_expert_layers * self.shape.num_experts
 
     @property
     def gpu_experts_bytes(self) -> int:
@@ -71,12 +82,10 @@ class ModelSizes:
         """
         if kv_dtype not in KV_DTYPE_BYTES:
             raise UsageError("unknown KV dtype", got=kv_dtype, limit=", ".join(KV_DTYPE_BYTES))
-        arch = self.architecture
-        row = 2 * arch.num_kv_heads * arch.head_dim * KV_DTYPE_BYTES[kv_dtype]
-        return arch.num_layers * num_tokens * row
+        return self.shape.kv_elements * num_tokens * KV_DTYPE_BYTES[kv_dtype]
 
 
-def expert_weights(arch: Architecture) -> int:
+def expert_weights(arch: Architecture | ModelShape) -> int:
     """Weights of one expert: gate, up and down."""
     return 3 * arch.hidden_size * arch.expert_intermediate_size
 
@@ -99,29 +108,37 @@ def count_parameters(arch: Architecture) -> Parameters:
 
 
 def sizes_of_shape(
-    arch: Architecture, gpu_layout: str = DEFAULT_GPU_LAYOUT, cpu_layout: str = DEFAULT_CPU_LAYOUT
+    model: Architecture | ModelSpec,
+    gpu_layout: str = DEFAULT_GPU_LAYOUT,
+    cpu_layout: str = DEFAULT_CPU_LAYOUT,
 ) -> ModelSizes:
-    """The sizes that a bundle of this architecture will have. Raises FormatError for an unknown layout id."""
-    from krasis.formats.layouts import padded_rows
+    """The sizes that a bundle of this model will have. Raises FormatError for an unknown layout id,
+    UnsupportedModelError as ``shape_of``.
+    """
+    from krasis.formats.models.tensors import blobs
 
-    head_rows = padded_rows(arch.vocab_size)
-    int8_rows = arch.num_layers * (arch.qkv_rows + arch.hidden_size) + head_rows
-    int8_codes = arch.num_layers * attention_weights(arch) + head_rows * arch.hidden_size
-    own = arch.num_layers * (arch.num_experts * arch.hidden_size + 2 * arch.hidden_size + 2 * arch.head_dim)
-    own += arch.hidden_size
+    shape = shape_of(model)
+    dense = embedding = 0
+    for blob in blobs(spec_of(model) if isinstance(model, Architecture) else model):
+        item_bytes = _ITEM_BYTES[blob.dtype] if blob.dtype else _OWN_DTYPE_BYTES
+        num_bytes = item_bytes * math.prod(blob.shape)
+        if blob.name == EMBEDDING_BLOB:
+            embedding += num_bytes
+        else:
+            dense += num_bytes
     return ModelSizes(
-        architecture=arch,
-        dense_bytes=int8_codes + 4 * int8_rows + _OWN_DTYPE_BYTES * own,
-        embedding_bytes=_OWN_DTYPE_BYTES * arch.vocab_size * arch.hidden_size,
-        gpu_expert_bytes=_record_bytes(gpu_layout, arch),
-        cpu_expert_bytes=_record_bytes(cpu_layout, arch),
+        architecture=model if isinstance(model, Architecture) else shape,
+        dense_bytes=dense,
+        embedding_bytes=embedding,
+        gpu_expert_bytes=_record_bytes(gpu_layout, shape),
+        cpu_expert_bytes=_record_bytes(cpu_layout, shape),
         gpu_layout=gpu_layout,
         cpu_layout=cpu_layout,
         source="shape",
     )
 
 
-def _record_bytes(layout_id: str, arch: Architecture) -> int:
+def _record_bytes(layout_id: str, arch: ModelShape) -> int:
     from krasis.formats.layouts import CpuTileLayout, MarlinLayout, layout_from_id
 
     layout = layout_from_id(layout_id)
@@ -137,7 +154,8 @@ def sizes_of_bundle(manifest: Manifest) -> ModelSizes:
     tier_bytes = {"dense": 0, "gpu": 0, "cpu": 0}
     for blob in manifest.blobs:
         tier_bytes[blob.tier] = tier_bytes.get(blob.tier, 0) + blob.num_bytes
-    num_experts = arch.num_layers * arch.num_experts
+    shape = shape_of(arch)
+    num_experts = shape.num_expert_layers * shape.num_experts
     return ModelSizes(
         architecture=arch,
         dense_bytes=tier_bytes["dense"] - embedding,

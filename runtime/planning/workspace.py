@@ -5,7 +5,8 @@ planned is what is allocated. Three phases of a layer share one range, because e
 begins:
 
 - attention: qkv and the attention's output, of this rank's tokens;
-- routing: the normed input of the router and its logits in f32, of this rank's tokens;
+- routing: the normed input of the router and its logits in f32, of this rank's tokens; what an MLP that
+  every token takes has between its products, and a gated shared expert's output;
 - experts: for every slot (token x choice), the gated product and the expert's output in 16 bits; with several
   ranks also the rank's partial sums;
 - head, after the last layer: logits of a few rows; with several ranks also the rows in the order of the
@@ -22,8 +23,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from krasis.formats.architecture_record import Architecture
 from krasis.formats.layouts import padded_rows
+from krasis.runtime.planning.shape import AnyModel, shape_of
 
 ALIGNMENT_BYTES = 256
 F32, I32, HALF = 4, 4, 2
@@ -63,9 +64,10 @@ def rows_per_rank(num_tokens: int, num_ranks: int) -> int:
     return -(-num_tokens // num_ranks)
 
 
-def workspace_layout(arch: Architecture, num_tokens: int, num_ranks: int) -> WorkspaceLayout:
+def workspace_layout(model: AnyModel, num_tokens: int, num_ranks: int) -> WorkspaceLayout:
     """Where the activations of num_tokens tokens lie on one of num_ranks GPUs."""
-    a, top_k = arch, arch.num_experts_per_token
+    a = shape_of(model)
+    top_k = a.num_experts_per_token
     own = rows_per_rank(num_tokens, num_ranks)
     gathered = own * num_ranks
     slots = gathered * top_k
@@ -84,6 +86,12 @@ def workspace_layout(arch: Architecture, num_tokens: int, num_ranks: int) -> Wor
     cursor.back_to(phases)
     cursor.add("normed", own, a.hidden_size, F32)
     cursor.add("router_logits", own, a.num_experts, F32)
+    if a.mlp_columns:
+        cursor.add("mlp", own, a.mlp_columns, HALF)
+        cursor.add("mlp_gated", own, a.mlp_intermediate, HALF)
+    if a.shared_gate:
+        cursor.add("shared", own, a.hidden_size, HALF)
+        cursor.add("shared_gate", own, 1, F32)
     cursor.back_to(phases)
     cursor.add("gated", slots, a.expert_intermediate_size, HALF)
     cursor.add("slots", slots, a.hidden_size, HALF)
@@ -96,16 +104,17 @@ def workspace_layout(arch: Architecture, num_tokens: int, num_ranks: int) -> Wor
     return WorkspaceLayout(MappingProxyType(cursor.regions), cursor.most_bytes)
 
 
-def activation_bytes(arch: Architecture, num_tokens: int, num_ranks: int) -> int:
+def activation_bytes(arch: AnyModel, num_tokens: int, num_ranks: int) -> int:
     """All that a pass of num_tokens tokens writes but the KV cache."""
     layout = workspace_layout(arch, num_tokens, num_ranks)
     return layout.total_bytes + routing_bytes(arch, num_tokens, num_ranks)
 
 
-def routing_bytes(arch: Architecture, num_tokens: int, num_ranks: int) -> int:
+def routing_bytes(model: AnyModel, num_tokens: int, num_ranks: int) -> int:
     """At most so much for the tables of num_tokens tokens' slots: slots sorted by expert, each expert padded
     to whole blocks, the expert of each block, and a few words an expert (``krasis_cuda_moe_align``).
     """
+    arch = shape_of(model)
     slots = rows_per_rank(num_tokens, num_ranks) * num_ranks * arch.num_experts_per_token
     experts, (least, most) = arch.num_experts, _M_BLOCKS
     padded = slots + min(slots, experts) * (most - 1)

@@ -62,18 +62,19 @@ class PathModel:
 
     def seconds(self, path: ExpertPath, num_tokens: int, start: int, num_resident: int) -> float:
         """Expected seconds of a chunk."""
-        sizes, arch, gpu = self.sizes, self.sizes.architecture, self.hardware.gpus[0]
+        sizes, arch, gpu = self.sizes, self.sizes.shape, self.hardware.gpus[0]
         # The CPU's experts serve one rank, which works alone.
         num_ranks = 1 if path == "cpu" else self.num_ranks
         compute = sum(cost.dense_layer_s(sizes, gpu, start, num_tokens, num_ranks))
         if path == "cpu":
-            layer = compute + cost.cpu_experts_s(sizes, self.hardware, num_tokens) + assumed.HANDOVER_S
+            expert = arch.expert_share * cost.cpu_experts_s(sizes, self.hardware, num_tokens)
+            layer = compute + expert + assumed.HANDOVER_S
             return arch.num_layers * max(layer, LAYER_SUBMIT_S)
-        expert = cost.expert_products_s(sizes, gpu, num_tokens, self.num_experts)
-        cold = 1.0 - num_resident / (self.num_experts * arch.num_layers)
+        expert = arch.expert_share * cost.expert_products_s(sizes, gpu, num_tokens, self.num_experts)
+        cold = 1.0 - num_resident / (self.num_experts * arch.num_expert_layers)
         if path == "streamed":
-            dma = cost.copy_s(sizes, gpu, cold * self.num_experts)
+            dma = arch.expert_share * cost.copy_s(sizes, gpu, cold * self.num_experts)
             return arch.num_layers * max(dma, compute + expert, LAYER_SUBMIT_S)
         touched = cost.distinct_experts(arch, num_tokens) * self.num_experts / arch.num_experts
-        dma = cost.copy_s(sizes, gpu, cold * touched)
+        dma = arch.expert_share * cost.copy_s(sizes, gpu, cold * touched)
         return arch.num_layers * (max(compute, LAYER_SUBMIT_S) + HOST_SYNC_S + max(dma, expert))
