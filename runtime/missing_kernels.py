@@ -50,7 +50,15 @@ CPU_RUNS = frozenset(
         "routers with biases, groups or scales",
     }
 )
-GPU_RUNS: frozenset[str] = frozenset()
+GPU_RUNS = CPU_RUNS - {
+    "attention in windows",
+    "attention sinks",
+    "attention without rotation",
+    "the activation swiglu_offset",
+    "the activation silu_clamped_before",
+    "the activation silu_clamped_after",
+    "the activation gelu_tanh",
+}
 
 
 def refuse_missing_kernels(spec: ModelSpec, where: str, runs: frozenset[str] = CPU_RUNS) -> None:

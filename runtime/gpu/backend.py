@@ -1,4 +1,4 @@
-"""A Qwen3-MoE decoder whose prefill runs on a GPU, experts streamed from host memory; see
+"""A decoder whose prefill runs on a GPU, experts streamed from host memory; see
 ``runtime/backend.py``.
 """
 
@@ -14,15 +14,20 @@ import torch
 from krasis.formats.bundle.reader import Bundle
 from krasis.formats.errors import KrasisError, NativeError
 from krasis.runtime.backend import KvRows, LayerProgress, Logits, TokenIds
+from krasis.runtime.batch import Batch, one_sequence
 from krasis.runtime.device.api import Device, Stream
+from krasis.runtime.gpu.chunk import part_of
+from krasis.runtime.gpu.decode import Next
 from krasis.runtime.gpu.experts.paths import ExpertPath, PathChoice, PathModel
 from krasis.runtime.gpu.experts.stage import ExpertStage
 from krasis.runtime.gpu.kernels.head import Head
 from krasis.runtime.gpu.memory import OUT_OF_MEMORY, half_batch, largest_workspace
+from krasis.runtime.gpu.model import GpuModel
 from krasis.runtime.gpu.parallel import Parallel, SingleRank
 from krasis.runtime.gpu.parts import CPU_STAGE_TOKENS, Parts, open_parts
 from krasis.runtime.gpu.prefill import PrefillPass
-from krasis.runtime.one_sequence import OneSequence
+from krasis.runtime.gpu.state import GpuState
+from krasis.runtime.planning.sizes import sizes_of_bundle
 from krasis.runtime.settings import EngineSettings
 
 logger = logging.getLogger(__name__)
@@ -50,7 +55,11 @@ class LastPrefill:
     expected_s: float
 
 
-class GpuBackend(OneSequence):
+def _times(model: GpuModel) -> str:
+    return f" for {model.cache.num_slots} sequences" if model.cache.num_slots > 1 else ""
+
+
+class GpuBackend:
     """See ``backend.Backend`` and ``distributed.ranked.RankedBackend``.
 
     closes_device: with itself. compute_stream: everything but expert copies runs there. last_prefill: what
@@ -66,7 +75,7 @@ class GpuBackend(OneSequence):
         *,
         closes_device: bool = False,
     ) -> None:
-        self._alone = SingleRank(bundle.architecture.num_experts)
+        self._alone = SingleRank(sizes_of_bundle(bundle.manifest).shape.num_experts)
         self._parallel = parallel or self._alone
         self._device, self._closes_device = device, closes_device
         self.layer_done: LayerProgress | None = None
@@ -85,78 +94,67 @@ class GpuBackend(OneSequence):
         self.compute_stream: Stream = model.stream
         # Of all ranks together, and of this one without the others.
         self._passes = {
-            False: (PrefillPass(model, parallel, parts.residency), Head(model, parallel)),
-            True: (PrefillPass(model, alone, parts.residency), Head(model, alone)),
+            is_alone: (PrefillPass(model, parts.blocks, ranks, parts.residency), Head(model, ranks))
+            for is_alone, ranks in ((False, parallel), (True, alone))
         }
         self._workspace = parts.workspace
         self.prefill_chunk = parallel.agree(parts.workspace.max_tokens)
         self._paths = PathModel(plan.sizes, plan.hardware, parallel.num_ranks, parallel.num_experts)
         self.last_prefill: LastPrefill | None = None
+        self.state = GpuState(model.cache, model.stream, self.kv_dtype)
         self.decodes_alone = parts.decoder is not None
         decodes = parts.decoder.description if parts.decoder else "GPU, a prefill a token"
         self.placement = (PATH_WORDS["streamed"], decodes)
         self.description = (
             f"{self._device.description}, {model.weights.expert_layout.layout_id} experts from "
             f"{parts.store.method} memory in {plan.placement.num_groups} groups a layer, {self.kv_dtype}, "
-            f"{self.prefill_chunk} tokens a pass, KV cache of {self.capacity} tokens; decode: {decodes}"
+            f"{self.prefill_chunk} tokens a pass, KV cache of {self.capacity} tokens{_times(model)}; "
+            f"decode: {decodes}"
         )
 
     # ---- Backend ---------------------------------------------------------------------------------------
 
+    def run(self, batch: Batch) -> Logits:
+        """See ``backend.Backend``. One token of each of a few sequences is decoded; anything else is a
+        prefill pass, with several ranks of one sequence.
+        """
+        self.state.check(batch)
+        logits = self._run_batch(batch, alone=False)
+        self.state.advance(batch.spans)
+        return logits
+
     def prefill(self, tokens: TokenIds, start: int, want_all: bool, alone: bool = False) -> Logits:
-        """See ``backend.Backend``. Where memory runs out, it goes on from there with half the batch; with
-        several ranks the error is raised instead (ResourceError, torch.OutOfMemoryError).
+        """The old interface, over slot 0. Where memory runs out, it goes on from there with half the batch;
+        with several ranks the error is raised instead (ResourceError, torch.OutOfMemoryError).
 
         alone: of several ranks, only this one computes (short prompts, on the CPU's experts).
         """
-        parts = self._live_parts()
-        stage, choice = self._choose(parts, len(tokens), start, alone)
-        logger.debug("prefill of %d tokens at %d: %s", len(tokens), start, choice)
-        pipeline = parts.streamed.pipeline
-        num_groups, num_bytes = pipeline.num_copies, pipeline.num_bytes
-        results: list[Logits] = []
-        begin = num_passes = 0
-        while begin < len(tokens):
-            part = tokens[begin : begin + self._workspace.max_tokens]
-            words, logits = "", None
-            try:
-                logits = self._run(part, start + begin, want_all, stage, alone)
-            except OUT_OF_MEMORY as error:
-                if self._parallel.num_ranks > 1:
-                    raise
-                words = str(error)
-            if logits is None:
-                self._shrink(words)
-                continue
-            begin, num_passes = begin + len(part), num_passes + 1
-            if want_all or begin == len(tokens):
-                results.append(logits)
-        self.placement = (PATH_WORDS[choice.path], self.placement[1])
-        self.last_prefill = LastPrefill(
-            path=choice.path,
-            num_tokens=len(tokens),
-            num_passes=num_passes,
-            num_groups=pipeline.num_copies - num_groups,
-            bytes_copied=pipeline.num_bytes - num_bytes,
-            expected_s=choice.expected_s[choice.path],
-        )
-        return results[0] if len(results) == 1 else np.concatenate(results)
-
-    def decode(self, token: int, position: int) -> Logits:
-        """See ``backend.Backend``."""
-        decoder = self._live_parts().decoder
-        if decoder is not None:
-            return decoder.decode(token, position)
-        logits: Logits = self.prefill(np.array([token], np.int64), position, False)[0]
+        self.state.continue_at(0, start)
+        batch = one_sequence(tokens, start, "all" if want_all else "last")
+        logits = self._prefill(batch, alone)
+        self.state.advance(batch.spans)
         return logits
 
+    def decode(self, token: int, position: int) -> Logits:
+        """The old interface, over slot 0."""
+        if self._live_parts().decoder is None:
+            logits: Logits = self.prefill(np.array([token], np.int64), position, False)[0]
+            return logits
+        self.state.continue_at(0, position)
+        batch = one_sequence(np.array([token], np.int64), position)
+        found: Logits = self._run_batch(batch, alone=False)[0]
+        self.state.advance(batch.spans)
+        return found
+
     def export_kv(self, layer: int, num_tokens: int) -> tuple[KvRows, KvRows]:
-        """See ``backend.Backend``."""
-        return self._live_parts().model.cache.read(self.compute_stream, layer, num_tokens)
+        """The old interface, over slot 0."""
+        return self._live_parts().model.cache.read(self.compute_stream, 0, layer, num_tokens)
 
     def import_kv(self, layer: int, keys: KvRows, values: KvRows) -> None:
-        """See ``backend.Backend``."""
-        self._live_parts().model.cache.write(self.compute_stream, layer, keys, values)
+        """The old interface, over slot 0."""
+        self._live_parts()
+        self.state.continue_at(0, 0)
+        self.state.import_(0, layer, keys, values)
 
     @property
     def last_decode_split(self) -> dict[str, float] | None:
@@ -184,7 +182,7 @@ class GpuBackend(OneSequence):
 
     def kv_layers(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """(keys, values) [num_kv_heads, capacity, head_dim] of each layer."""
-        return self._live_parts().model.cache.layers
+        return self._live_parts().model.cache.layers()
 
     def prefers_alone(self, num_tokens: int, start: int) -> bool:
         """Whether this rank alone, on the CPU's experts, computes so few tokens faster than all ranks do."""
@@ -194,7 +192,57 @@ class GpuBackend(OneSequence):
         resident = self._num_resident(parts)
         return self._paths.choose(num_tokens, start, resident, ("streamed", "routed", "cpu")).path == "cpu"
 
-    # ---- one pass --------------------------------------------------------------------------------------
+    # ---- one batch -------------------------------------------------------------------------------------
+
+    def _run_batch(self, batch: Batch, alone: bool) -> Logits:
+        decoder = self._live_parts().decoder
+        if decoder is None or (self._parallel.num_ranks > 1 and not self.decodes_alone):
+            return self._prefill(batch, alone)
+        is_decode = len(batch.tokens) == len(batch.spans) and len(batch.spans) <= decoder.max_rows
+        if not is_decode or not all(span.logits != "none" for span in batch.spans):
+            return self._prefill(batch, alone)
+        tokens = batch.tokens.tolist()
+        return decoder.decode_rows(
+            [Next(token, span.start, span.slot) for token, span in zip(tokens, batch.spans, strict=True)]
+        )
+
+    def _prefill(self, batch: Batch, alone: bool) -> Logits:
+        """Passes over a batch, several where it is longer than the workspace."""
+        parts, num_tokens = self._live_parts(), len(batch.tokens)
+        longest = max(span.start for span in batch.spans)
+        stage, choice = self._choose(parts, num_tokens, longest, alone)
+        logger.debug("prefill of %d tokens at %d: %s", num_tokens, longest, choice)
+        pipeline = parts.streamed.pipeline
+        num_groups, num_bytes = pipeline.num_copies, pipeline.num_bytes
+        results: list[Logits] = []
+        begin = num_passes = 0
+        while begin < num_tokens:
+            part = part_of(batch, begin, begin + self._workspace.max_tokens)
+            words, logits = "", None
+            try:
+                logits = self._run(part, stage, alone)
+            except OUT_OF_MEMORY as error:
+                if self._parallel.num_ranks > 1:
+                    raise
+                words = str(error)
+            if logits is None:
+                self._shrink(words)
+                continue
+            begin, num_passes = begin + len(part.tokens), num_passes + 1
+            if part.num_logits:
+                results.append(logits)
+        self.placement = (PATH_WORDS[choice.path], self.placement[1])
+        self.last_prefill = LastPrefill(
+            path=choice.path,
+            num_tokens=num_tokens,
+            num_passes=num_passes,
+            num_groups=pipeline.num_copies - num_groups,
+            bytes_copied=pipeline.num_bytes - num_bytes,
+            expected_s=choice.expected_s[choice.path],
+        )
+        if not results:
+            return np.empty((0, self.spec.vocab), np.float32)
+        return results[0] if len(results) == 1 else np.concatenate(results)
 
     def _choose(
         self, parts: Parts, num_tokens: int, start: int, alone: bool
@@ -221,13 +269,13 @@ class GpuBackend(OneSequence):
     def _num_resident(self, parts: Parts) -> int:
         return 0 if parts.residency is None else parts.residency.num_resident
 
-    def _run(self, tokens: TokenIds, start: int, want_all: bool, stage: ExpertStage, alone: bool) -> Logits:
+    def _run(self, batch: Batch, stage: ExpertStage, alone: bool) -> Logits:
         residency = self._live_parts().residency
         prefill, head = self._passes[alone]
         try:
-            buffers = self._workspace.view(len(tokens), 1 if alone else None)
-            chunk = prefill.run(tokens, start, buffers, stage, self.layer_done)
-            logits = head.all(chunk, buffers) if want_all else head.last(chunk, buffers)
+            buffers = self._workspace.view(len(batch.tokens), 1 if alone else None)
+            chunk = prefill.run(batch, buffers, stage, self.layer_done)
+            logits = head.of(batch, chunk, buffers)
             stage.check()
             if residency is not None:
                 residency.update(self.compute_stream)
@@ -249,12 +297,10 @@ class GpuBackend(OneSequence):
     def _shrink(self, words: str) -> None:
         """After running out of memory: half the batch from now on."""
         model, num_ranks, old = self._live_parts().model, self._parallel.num_ranks, self._workspace
-        num_tokens = half_batch(self._device, model.architecture, old.max_tokens, num_ranks, words)
+        num_tokens = half_batch(self._device, model.spec, old.max_tokens, num_ranks, words)
         old.give_up()
         gc.collect()  # cycles of what was thrown may hold views of it
-        self._workspace = largest_workspace(
-            self._device, model.architecture, model.dtype, num_tokens, num_ranks
-        )
+        self._workspace = largest_workspace(self._device, model.spec, model.dtype, num_tokens, num_ranks)
 
     def _live_parts(self) -> Parts:
         if self._parts is None:

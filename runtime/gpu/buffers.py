@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from krasis.formats.architecture_record import Architecture
 from krasis.formats.errors import NativeError
 from krasis.runtime.device.api import Device
 from krasis.runtime.gpu.kernels.gpu_kernels import Routing
+from krasis.runtime.planning.shape import AnyModel, shape_of
 from krasis.runtime.planning.workspace import WorkspaceLayout, rows_per_rank, workspace_layout
 
 
@@ -33,6 +33,10 @@ class Buffers:
     attended: torch.Tensor  # [P, attention_size] 16-bit
     normed: torch.Tensor  # [P, hidden] f32
     router_logits: torch.Tensor  # [P, num_experts] f32
+    mlp: torch.Tensor  # [P, mlp_columns] 16-bit, what an MLP that every token takes has between its products
+    mlp_gated: torch.Tensor  # [P, mlp_intermediate] 16-bit
+    shared: torch.Tensor  # [P, hidden] 16-bit, a gated shared expert's output
+    shared_gate: torch.Tensor  # [P, 1] f32
     gated: torch.Tensor  # [G * top_k, intermediate] 16-bit
     slots: torch.Tensor  # [G * top_k, hidden] 16-bit
     partial: torch.Tensor | None  # [G, hidden] 16-bit, with several ranks
@@ -40,23 +44,43 @@ class Buffers:
     logits: torch.Tensor  # [LOGIT_ROWS or fewer, padded vocabulary] f32
     routing: Routing
 
+    def own(self, num_rows: int) -> Buffers:
+        """The same, local rows cut to the first num_rows."""
+        cut = {name: getattr(self, name)[:num_rows] for name in _LOCAL}
+        return replace(self, **cut)
+
+
+_LOCAL = (
+    "hidden",
+    "x",
+    "ids",
+    "weights",
+    "qkv",
+    "attended",
+    "normed",
+    "router_logits",
+    "mlp",
+    "mlp_gated",
+    "shared",
+    "shared_gate",
+)
+
 
 class Workspace:
     """Memory for passes of up to max_tokens tokens. Raises OutOfDeviceMemoryError."""
 
     def __init__(
-        self, device: Device, architecture: Architecture, dtype: torch.dtype, max_tokens: int, num_ranks: int
+        self, device: Device, model: AnyModel, dtype: torch.dtype, max_tokens: int, num_ranks: int
     ) -> None:
         self.max_tokens = max_tokens
-        self._architecture, self._dtype, self._num_ranks = architecture, dtype, num_ranks
-        self.memory = device.empty(
-            (workspace_layout(architecture, max_tokens, num_ranks).total_bytes,), torch.uint8
-        )
+        shape = shape_of(model)
+        self._shape, self._dtype, self._num_ranks = shape, dtype, num_ranks
+        self.memory = device.empty((workspace_layout(shape, max_tokens, num_ranks).total_bytes,), torch.uint8)
         self.routing = Routing.allocate(
             device,
             rows_per_rank(max_tokens, num_ranks) * num_ranks,
-            architecture.num_experts_per_token,
-            architecture.num_experts,
+            shape.num_experts_per_token,
+            shape.num_experts,
         )
 
     def view(self, num_tokens: int, num_ranks: int | None = None) -> Buffers:
@@ -67,11 +91,11 @@ class Workspace:
         ranks = num_ranks or self._num_ranks
         if not self.fits(num_tokens, ranks):
             raise NativeError("the workspace is too small", got=num_tokens, limit=self.max_tokens)
-        return self._cut(workspace_layout(self._architecture, num_tokens, ranks), num_tokens, ranks == 1)
+        return self._cut(workspace_layout(self._shape, num_tokens, ranks), num_tokens, ranks == 1)
 
     def fits(self, num_tokens: int, num_ranks: int) -> bool:
         """Whether there is room for a pass of so many tokens."""
-        needed = workspace_layout(self._architecture, num_tokens, num_ranks).total_bytes
+        needed = workspace_layout(self._shape, num_tokens, num_ranks).total_bytes
         return 0 < num_tokens <= self.max_tokens and needed <= self.memory.numel()
 
     def give_up(self) -> None:
@@ -80,7 +104,9 @@ class Workspace:
 
     def _cut(self, layout: WorkspaceLayout, num_tokens: int, alone: bool) -> Buffers:
         def rows(name: str, dtype: torch.dtype) -> torch.Tensor:
-            region = layout.regions[name]
+            region = layout.regions.get(name)
+            if region is None:  # the model has no use for it
+                return self.memory[:0].view(dtype).view(0, 1)
             end = region.offset_bytes + region.num_bytes
             raw = self.memory[region.offset_bytes : end].view(dtype)
             return raw.view(region.rows, region.columns)
@@ -100,6 +126,10 @@ class Workspace:
             attended=rows("attended", half),
             normed=rows("normed", torch.float32),
             router_logits=rows("router_logits", torch.float32),
+            mlp=rows("mlp", half),
+            mlp_gated=rows("mlp_gated", half),
+            shared=rows("shared", half),
+            shared_gate=rows("shared_gate", torch.float32),
             gated=rows("gated", half),
             slots=rows("slots", half),
             partial=None if alone else rows("partial", half),

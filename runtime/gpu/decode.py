@@ -1,5 +1,5 @@
-"""One token on GPU and CPU together: dense layers, attention and resident experts on the GPU, the other
-experts on the CPU, in one captured graph that hands over once a layer each way.
+"""A token of each of a few sequences on GPU and CPU together: dense layers, attention and resident experts on
+the GPU, the other experts on the CPU, in one captured graph that hands over once a layer each way.
 
 While the CPU computes its experts of a layer, the GPU computes its own of the same layer; then it adds both.
 If every expert is resident there is no hand-over at all.
@@ -8,6 +8,7 @@ If every expert is resident there is no hand-over at all.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -17,17 +18,21 @@ import torch
 from krasis.formats.errors import NativeError, UsageError
 from krasis.runtime.backend import Logits
 from krasis.runtime.device.api import Graph, Stream
-from krasis.runtime.gpu.buffers import Buffers, Workspace
+from krasis.runtime.gpu.blocks.experts import GpuExperts
+from krasis.runtime.gpu.blocks.table import Blocks, blocks_of
+from krasis.runtime.gpu.buffers import Workspace
+from krasis.runtime.gpu.decode_rows import DecodeRows
 from krasis.runtime.gpu.experts.handover import Handover
 from krasis.runtime.gpu.experts.host_experts import CpuTier, HostExperts
 from krasis.runtime.gpu.experts.residency import Residency
-from krasis.runtime.gpu.experts.stage import Step
-from krasis.runtime.gpu.kernels.attention_rows import CachePlace, QkvForm
+from krasis.runtime.gpu.kernels.attention_rows import ROW_WORDS
 from krasis.runtime.gpu.kernels.grouped_product import ExpertProduct
-from krasis.runtime.gpu.prefill import GpuModel, softmax_router
-from krasis.runtime.gpu.weights import GpuInt8, GpuLayer
+from krasis.runtime.gpu.kernels.moe import MAX_ROUTER_TOKENS
+from krasis.runtime.gpu.model import GpuModel
 
 TIMEOUT_S = 20.0
+MAX_ROWS = MAX_ROUTER_TOKENS
+"""Tokens of one call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +53,28 @@ class Split:
     num_gpu_experts: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Next:
+    """The next token of a sequence: at a position of its slot."""
+
+    token: int
+    position: int
+    slot: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Captured:
+    """The graph of so many rows; host: the CPU's side of it, None if every expert is resident."""
+
+    graph: Graph
+    host: HostExperts | None
+
+
 class HybridDecoder:
-    """Decodes token after token of one sequence, whose keys and values lie in ``model.cache``.
+    """Decodes token after token of the sequences whose keys and values lie in ``model.cache``.
 
     cpu: may be None only if every expert is resident. residency: None if no expert ever is. timeout_s: how
-    long one side waits for the other in a layer before the token fails.
+    long one side waits for the other in a layer before the token fails. max_rows: sequences at once.
     """
 
     def __init__(
@@ -62,36 +84,54 @@ class HybridDecoder:
         cpu: CpuTier | None,
         residency: Residency | None,
         timeout_s: float = TIMEOUT_S,
+        *,
+        blocks: Blocks | None = None,
+        max_rows: int = 1,
     ) -> None:
         """Raises UsageError without CPU experts unless all are resident, and OutOfDeviceMemoryError."""
-        a, device = model.architecture, model.device
+        shape, device = model.shape, model.device
         self._model, self._product, self._residency = model, product, residency
+        self._blocks = blocks_of(model) if blocks is None else blocks
+        self.max_rows = min(max_rows, MAX_ROWS)
         is_complete = residency is not None and residency.is_complete
         if cpu is None and not is_complete:
             raise UsageError(
                 "decode needs CPU experts, or all experts in VRAM",
                 hint="convert with both tiers (krasis-convert --tiers gpu,cpu), or decode through prefill",
             )
+        self._cpu = None if is_complete else cpu
         self._handover: Handover | None = None
-        self._host: HostExperts | None = None
-        if cpu is not None and not is_complete:
-            self._handover = Handover(device, model.kernels, a, timeout_s)
-            self._host = HostExperts(self._handover, cpu, a)
-        buffers = Workspace(device, a, model.dtype, 1, 1).view(1)
-        self._buffers = buffers
-        self._gpu_ids = device.empty(buffers.ids.shape, torch.int32)
-        self._cpu_ids = device.empty(buffers.ids.shape, torch.int32)
-        self._position = device.empty((1,), torch.int64)
+        self._host: HostExperts | None = None  # of one row
+        if self._cpu is not None:
+            self._handover = Handover(device, model.kernels, model.spec, timeout_s, self.max_rows)
+            self._host = HostExperts(self._handover, self._cpu, model.spec)
+        self._workspace = Workspace(device, model.spec, model.dtype, self.max_rows, 1)
+        choices = (self.max_rows, shape.num_experts_per_token)
+        self._gpu_ids = device.empty(choices, torch.int32)
+        self._cpu_ids = device.empty(choices, torch.int32)
+        self._table = device.empty((self.max_rows, ROW_WORDS), torch.int64)
         self._executed = device.empty((1,), torch.int64)
-        self._attention = model.kernels.attention_workspace(model.heads, model.cache.capacity)
-        self._host_row = device.pinned((1, a.hidden_size), torch.float32)
-        self._host_position = device.pinned((1,), torch.int64)
+        self._attention = device.empty((self._attention_bytes(),), torch.uint8)
+        self._host_rows = device.pinned((self.max_rows, shape.hidden_size), torch.float32)
+        self._host_table = device.pinned((self.max_rows, ROW_WORDS), torch.int64)
         self._host_executed = device.pinned((1,), torch.int64)
-        self._host_logits = device.pinned(buffers.logits.shape, torch.float32)
-        self._graph: Graph | None = None
+        logits = self._workspace.view(self.max_rows).logits
+        self._host_logits = device.pinned(logits.shape, torch.float32)
+        self._captured: dict[int, _Captured] = {}
         self._split = Split()
         self._sums = np.zeros(len(asdict(self._split)))
         self._num_tokens = 0
+
+    def _attention_bytes(self) -> int:
+        """Of the layer that needs the most."""
+        model = self._model
+        heads = {(part.num_kv_heads, part.head_dim) for part in model.cache.parts if part is not None}
+        sizes = {dim for _, dim in heads}
+        most_heads = [model.shape.attention_size // dim for dim in sizes]
+        return max(
+            model.kernels.attention_workspace_bytes(self.max_rows, count, dim, model.cache.capacity)
+            for count, dim in zip(most_heads, sizes, strict=True)
+        )
 
     @property
     def description(self) -> str:
@@ -121,49 +161,66 @@ class HybridDecoder:
         self._num_tokens = 0
 
     def decode(self, token: int, position: int) -> Logits:
-        """Logits [vocab] of the token at a position, a view that the next call overwrites.
+        """Logits [vocab] of the token at a position of slot 0; see ``decode_rows``."""
+        logits: Logits = self.decode_rows([Next(token, position)])[0]
+        return logits
+
+    def decode_rows(self, rows: Sequence[Next]) -> Logits:
+        """Logits [rows, vocab] of a token of each of up to max_rows sequences, a view that the next call
+        overwrites.
 
         Raises NativeError if a routed expert was left out, or if one side waited in vain (naming the layer);
         the next call begins afresh.
         """
-        if not 0 <= position < self._model.cache.capacity:
-            raise NativeError(
-                "no such position", where="decode", got=position, limit=self._model.cache.capacity
-            )
-        self._set_inputs(token, position)
+        self._set_inputs(rows)
         if self._residency is not None:
             self._residency.prepare(self._model.stream)
         try:
-            if self._graph is None:
-                self._graph = self._capture()
-            self._run(self._graph)
+            captured = self._captured.get(len(rows))
+            if captured is None:
+                captured = self._captured[len(rows)] = self._capture(len(rows))
+            self._run(captured, len(rows))
         except BaseException:  # also Ctrl-C: the GPU may wait for answers that nobody will give
             self._recover()
             raise
         if self._residency is not None:
             self._residency.after_token(self._model.stream)
-        logits: Logits = self._host_logits.numpy()[0, : self._model.architecture.vocab_size]
+        logits: Logits = self._host_logits.numpy()[: len(rows), : self._model.spec.vocab]
         return logits
 
     def close(self) -> None:
         """Waits for the GPU. Calling it again does nothing."""
-        self._graph = None
+        self._captured.clear()
         self._model.stream.synchronize()
 
     # ---- one token -----------------------------------------------------------------------------------------
 
-    def _set_inputs(self, token: int, position: int) -> None:
-        self._model.device.host_writes(self._host_row, self._host_position)
-        self._model.weights.embedding.rows_into(np.array([token]), self._host_row.numpy())
-        self._host_position[0] = position
+    def _set_inputs(self, rows: Sequence[Next]) -> None:
+        if not 1 <= len(rows) <= self.max_rows:
+            raise NativeError(
+                "too many sequences at once", where="decode", got=len(rows), limit=self.max_rows
+            )
+        cache = self._model.cache
+        for row in rows:
+            if not 0 <= row.position < cache.capacity:
+                raise NativeError("no such position", where="decode", got=row.position, limit=cache.capacity)
+            if not 0 <= row.slot < cache.num_slots:
+                raise NativeError("no such slot", where="decode", got=row.slot, limit=cache.num_slots)
+        host_rows = self._host_rows[: len(rows)]
+        self._model.device.host_writes(host_rows, self._host_table)
+        self._model.weights.embedding.rows_into(np.array([row.token for row in rows]), host_rows.numpy())
+        table = self._host_table.numpy()
+        for index, row in enumerate(rows):
+            address = cache.slot_address(row.slot)
+            table[index] = (row.position, address, address)
 
-    def _run(self, graph: Graph) -> None:
-        model, handover, host = self._model, self._handover, self._host
+    def _run(self, captured: _Captured, num_rows: int) -> None:
+        model, handover, host = self._model, self._handover, captured.host
         began = time.perf_counter()
         if handover is not None:
             handover.epoch.value += 1
         self._name_residents()
-        graph.replay(model.stream)
+        captured.graph.replay(model.stream)
         self._name_residents()
         ended = model.stream.record()
         submitted = time.perf_counter()
@@ -171,11 +228,11 @@ class HybridDecoder:
             model.device.serve(partial(host.run, ended))
         served = time.perf_counter()
         ended.synchronize()
-        model.device.host_reads(self._host_logits, self._host_executed)
+        model.device.host_reads(self._host_logits[:num_rows], self._host_executed)
         if handover is not None:
             handover.check()
         num_cpu = 0 if host is None else host.num_executed
-        self._check_counts(num_cpu, int(self._host_executed[0]))
+        self._check_counts(num_cpu, int(self._host_executed[0]), num_rows)
         done = time.perf_counter()
         waited = 0.0 if host is None else host.waiting_s
         self._note(
@@ -197,9 +254,9 @@ class HybridDecoder:
             reads = self._residency.memory_in_use
             self._model.stream.launch("residents are read", lambda _: None, reads=reads, writes=())
 
-    def _check_counts(self, num_cpu: int, num_gpu: int) -> None:
-        a = self._model.architecture
-        expected = a.num_layers * a.num_experts_per_token
+    def _check_counts(self, num_cpu: int, num_gpu: int, num_rows: int) -> None:
+        routed = (block.top_k for blocks in self._blocks for block in blocks if isinstance(block, GpuExperts))
+        expected = num_rows * sum(routed)
         if num_cpu + num_gpu != expected:
             raise NativeError(
                 "not every routed expert was executed exactly once",
@@ -224,109 +281,58 @@ class HybridDecoder:
 
     # ---- the graph -----------------------------------------------------------------------------------------
 
-    def _capture(self) -> Graph:
-        """The graph of a token. One layer runs once before: CUDA loads a kernel when it is first launched,
-        which it does not like to do while it captures."""
+    def _capture(self, num_rows: int) -> _Captured:
+        """The graph of a token of so many sequences. The first layers run once before, up to one of each
+        kind: CUDA loads a kernel when it is first launched, which it does not like to do while it captures.
+        """
         model, handover = self._model, self._handover
+        layers = model.spec.layers
+        warm = 1 + max(layers.index(layer) for layer in dict.fromkeys(layers))
         if handover is not None:
             handover.reset(model.stream)
-            handover.answer(1)
-        self._submit(model.stream, 1)
+            handover.answer(
+                sum(isinstance(block, GpuExperts) for blocks in self._blocks[:warm] for block in blocks)
+            )
+        self._submit(model.stream, num_rows, warm)
         model.stream.synchronize()
+        host = self._host
         if handover is not None:
             handover.reset(model.stream)
+            if self._cpu is not None and num_rows > 1:
+                host = HostExperts(handover, self._cpu, model.spec, num_rows)
         with model.device.capture(model.stream) as graph:
-            self._submit(model.stream, model.architecture.num_layers)
-        return graph
+            self._submit(model.stream, num_rows, len(self._blocks))
+        return _Captured(graph, host)
 
-    def _submit(self, stream: Stream, num_layers: int) -> None:
-        model, buffers, executed = self._model, self._buffers, self._executed
+    def _submit(self, stream: Stream, num_rows: int, num_layers: int) -> None:
+        model, executed = self._model, self._executed
+        buffers = self._workspace.view(num_rows)
+        rows = DecodeRows(
+            model=model,
+            product_of_experts=self._product,
+            own=buffers,
+            table=self._table[:num_rows],
+            attention_workspace=self._attention,
+            gpu_ids=self._gpu_ids[:num_rows],
+            cpu_ids=self._cpu_ids[:num_rows],
+            executed=executed,
+            handover=self._handover,
+            residency=self._residency,
+        )
 
         def clear(_: int) -> None:
             executed.zero_()
 
-        stream.copy(buffers.hidden, self._host_row)
-        stream.copy(self._position, self._host_position)
+        stream.copy(buffers.hidden, self._host_rows[:num_rows])
+        stream.copy(self._table[:num_rows], self._host_table[:num_rows])
         stream.launch("clear executed", clear, reads=(), writes=(executed,))
         if self._handover is not None:
             self._handover.begin(stream)
-        for index in range(num_layers):
-            layer = model.weights.layers[index]
-            self._attend(stream, index, layer)
-            self._run_experts(stream, index, layer)
-        eps = model.architecture.rms_norm_eps
+        for blocks in self._blocks[:num_layers]:
+            for block in blocks:
+                block.run(rows)
+        eps = model.spec.norm.eps
         model.kernels.rms_norm(stream, buffers.hidden, model.weights.final_norm, eps, buffers.x)
-        self._project(stream, buffers.x, model.weights.lm_head, buffers.logits)
-        stream.copy(self._host_logits, buffers.logits)
+        rows.product(buffers.x, model.weights.lm_head, buffers.logits)
+        stream.copy(self._host_logits[:num_rows], buffers.logits)
         stream.copy(self._host_executed, executed)
-
-    def _attend(self, stream: Stream, index: int, layer: GpuLayer) -> None:
-        """hidden += output(attention(norm(hidden)))."""
-        m, b, kernels = self._model, self._buffers, self._model.kernels
-        eps, heads = m.architecture.rms_norm_eps, m.heads
-        keys, values = m.cache.keys[index], m.cache.values[index]
-        kernels.rms_norm(stream, b.hidden, layer.attention_norm, eps, b.x)
-        self._project(stream, b.x, layer.qkv, b.qkv)
-        form = QkvForm(eps, m.weights.cos, m.weights.sin, layer.q_norm, layer.k_norm)
-        place = CachePlace(keys, values, position=self._position)
-        kernels.qk_norm_rope_store(stream, b.qkv, heads, form, place)
-        queries = b.qkv[:, : heads.attention_size]
-        kernels.attention_decode(
-            stream, queries, heads, place, heads.head_dim**-0.5, b.attended, self._attention
-        )
-        self._project(stream, b.attended, layer.output, b.hidden, residual=b.hidden)
-
-    def _project(
-        self,
-        stream: Stream,
-        x: torch.Tensor,
-        weight: GpuInt8,
-        out: torch.Tensor,
-        residual: torch.Tensor | None = None,
-    ) -> None:
-        self._model.kernels.int8_gemm(stream, x, weight.codes, weight.scales, out, residual=residual)
-
-    def _run_experts(self, stream: Stream, index: int, layer: GpuLayer) -> None:
-        """hidden += the routed experts of norm(hidden), wherever they are."""
-        b, kernels, residency = self._buffers, self._model.kernels, self._residency
-        a = self._model.architecture
-        kernels.rms_norm(stream, b.hidden, layer.experts_norm, a.rms_norm_eps, b.normed)
-        kernels.router(stream, b.normed, layer.router, b.router_logits)
-        self._route(stream, index, b)
-        if self._handover is not None:
-            ids = b.ids if residency is None else self._cpu_ids
-            self._handover.send(stream, index, b.normed, ids, b.weights)
-        if residency is not None:
-            # hidden still is what the norm above saw: the same row, rounded.
-            kernels.rms_norm(stream, b.hidden, layer.experts_norm, a.rms_norm_eps, b.x)
-            self._run_residents(stream, index, residency)
-        if self._handover is not None:
-            self._handover.receive(stream, index, b.hidden)
-
-    def _route(self, stream: Stream, index: int, b: Buffers) -> None:
-        kernels, residency = self._model.kernels, self._residency
-        router = softmax_router(self._model.architecture)
-        if residency is None:
-            kernels.route(stream, b.router_logits, router, b.ids, b.weights)
-            return
-        kernels.route(
-            stream, b.router_logits, router, b.ids, b.weights, resident=residency.mask[index],
-            gpu_ids=self._gpu_ids, cpu_ids=self._cpu_ids, counts=residency.counts[index],
-        )  # fmt: skip
-
-    def _run_residents(self, stream: Stream, index: int, residency: Residency) -> None:
-        b, product = self._buffers, self._product
-        step = Step(
-            normed=b.normed,
-            x=b.x,
-            ids=self._gpu_ids,
-            weights=b.weights,
-            hidden=b.hidden,
-            partial=None,
-            buffers=b,
-            num_tokens=1,
-        )
-        product.align(stream, step, b.routing.view(1))
-        table, num_experts = residency.table[index], self._model.architecture.num_experts
-        product.run(stream, step, table, (), 0, num_experts, self._executed)
-        product.reduce(stream, step)

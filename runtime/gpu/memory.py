@@ -6,11 +6,11 @@ import logging
 
 import torch
 
-from krasis.formats.architecture_record import Architecture
 from krasis.formats.errors import OutOfDeviceMemoryError, ResourceError
 from krasis.formats.units import format_bytes
 from krasis.runtime.device.api import Device
 from krasis.runtime.gpu.buffers import Workspace
+from krasis.runtime.planning.shape import AnyModel
 from krasis.runtime.planning.workspace import activation_bytes
 
 logger = logging.getLogger(__name__)
@@ -20,26 +20,24 @@ OUT_OF_MEMORY = (OutOfDeviceMemoryError, torch.OutOfMemoryError)
 
 
 def largest_workspace(
-    device: Device, architecture: Architecture, dtype: torch.dtype, num_tokens: int, num_ranks: int
+    device: Device, model: AnyModel, dtype: torch.dtype, num_tokens: int, num_ranks: int
 ) -> Workspace:
     """A workspace of num_tokens tokens, or of half as many, and so on. Raises as ``half_batch``."""
     while True:
         try:
-            return Workspace(device, architecture, dtype, num_tokens, num_ranks)
+            return Workspace(device, model, dtype, num_tokens, num_ranks)
         except OUT_OF_MEMORY as error:
             words = str(error)
-        num_tokens = half_batch(device, architecture, num_tokens, num_ranks, words)
+        num_tokens = half_batch(device, model, num_tokens, num_ranks, words)
 
 
-def half_batch(
-    device: Device, architecture: Architecture, num_tokens: int, num_ranks: int, words: str
-) -> int:
+def half_batch(device: Device, model: AnyModel, num_tokens: int, num_ranks: int, words: str) -> int:
     """Half of num_tokens, which did not fit: the log says so. Raises ResourceError with the numbers if that
     was one token.
 
     words: of the error, not the error, whose traceback would keep alive what is to be freed.
     """
-    needed = format_bytes(activation_bytes(architecture, num_tokens, num_ranks))
+    needed = format_bytes(activation_bytes(model, num_tokens, num_ranks))
     if num_tokens == 1:
         raise ResourceError(
             "the GPU's memory does not hold the activations of one token",

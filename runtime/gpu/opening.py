@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from krasis.formats.bundle.reader import Bundle
@@ -15,10 +16,15 @@ from krasis.formats.errors import (
     UsageError,
 )
 from krasis.formats.layouts import MarlinLayout, layout_from_id
+from krasis.formats.models.mixers import Attention
+from krasis.formats.models.mlps import Experts, GatedMlp
+from krasis.formats.models.spec import ModelSpec
 from krasis.runtime.backend import Backend
 from krasis.runtime.device.library import find_cuda_library
 from krasis.runtime.host import environment
 from krasis.runtime.host.visible_gpus import VARIABLE, gpus_hidden, has_gpu
+from krasis.runtime.missing_kernels import GPU_RUNS, refuse_missing_kernels
+from krasis.runtime.planning.shape import shape_of, spec_of_bundle
 from krasis.runtime.settings import EngineSettings
 
 if TYPE_CHECKING:
@@ -82,7 +88,9 @@ def refuse(bundle: Bundle, settings: EngineSettings) -> None:
 
 def _check_kernels(bundle: Bundle) -> None:
     """Raises UnsupportedModelError for what no kernel of ``csrc/krasis_cuda.h`` takes."""
-    arch, where = bundle.architecture, str(bundle.path)
+    spec, where = spec_of_bundle(bundle), str(bundle.path)
+    refuse_missing_kernels(spec, where, GPU_RUNS)
+    shape = shape_of(spec)
     layout = layout_from_id(bundle.manifest.layouts["gpu"])
     if not isinstance(layout, MarlinLayout) or layout.bits != 4:
         raise UnsupportedModelError(
@@ -92,16 +100,12 @@ def _check_kernels(bundle: Bundle) -> None:
             hint="convert with 4 bits for the GPU experts",
         )
     for name, size, limit in (
-        ("experts", arch.num_experts, MAX_EXPERTS),
-        ("experts a token", arch.num_experts_per_token, MAX_TOP_K),
+        ("experts", shape.num_experts, MAX_EXPERTS),
+        ("experts a token", shape.num_experts_per_token, MAX_TOP_K),
     ):
         if size > limit:
             raise UnsupportedModelError(f"too many {name} for the GPU", where=where, got=size, limit=limit)
-    for name, size, multiple in (
-        ("hidden size", arch.hidden_size, 64),
-        ("attention size", arch.attention_size, 64),
-        ("head size", arch.head_dim, 16),
-    ):
+    for name, size, multiple in _granular_sizes(spec):
         if size % multiple:
             raise UnsupportedModelError(
                 f"the GPU kernels do not take this {name}",
@@ -109,6 +113,19 @@ def _check_kernels(bundle: Bundle) -> None:
                 got=size,
                 limit=f"multiples of {multiple}",
             )
+
+
+def _granular_sizes(spec: ModelSpec) -> Iterator[tuple[str, int, int]]:
+    """(name, size, what it must be a multiple of)."""
+    yield "hidden size", spec.hidden, 64
+    for layer in dict.fromkeys(spec.layers):
+        if isinstance(layer.mixer, Attention):
+            yield "attention size", layer.mixer.query_rows, 64
+            yield "head size", layer.mixer.head_dim, 16
+            yield "size of q, k and v", layer.mixer.query_rows + 2 * layer.mixer.key_rows, 32
+        mlp = layer.mlp.shared if isinstance(layer.mlp, Experts) else layer.mlp
+        if isinstance(mlp, GatedMlp):
+            yield "MLP's width", mlp.intermediate, 64
 
 
 def _open(bundle: Bundle, settings: EngineSettings) -> Backend:

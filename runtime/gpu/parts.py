@@ -12,9 +12,9 @@ import torch
 from krasis.formats.bundle.reader import Bundle
 from krasis.formats.native import Pool
 from krasis.formats.units import format_bytes
-from krasis.runtime.cpu.kernels import Heads
 from krasis.runtime.cpu.weights import load_weights
 from krasis.runtime.device.api import Device, Stream
+from krasis.runtime.gpu.blocks.table import Blocks, blocks_of
 from krasis.runtime.gpu.buffers import Workspace
 from krasis.runtime.gpu.decode import HybridDecoder
 from krasis.runtime.gpu.experts.cpu_experts import CpuExperts
@@ -28,9 +28,9 @@ from krasis.runtime.gpu.kernels.grouped_product import ExpertProduct
 from krasis.runtime.gpu.kernels.many_rows import ManyRows
 from krasis.runtime.gpu.kv_cache import GpuKvCache
 from krasis.runtime.gpu.memory import OUT_OF_MEMORY, largest_workspace
+from krasis.runtime.gpu.model import GpuModel
 from krasis.runtime.gpu.parallel import Parallel
-from krasis.runtime.gpu.plan import GpuPlan, plan_gpu
-from krasis.runtime.gpu.prefill import GpuModel
+from krasis.runtime.gpu.plan import GpuPlan, plan_gpu, slots_of
 from krasis.runtime.gpu.weights import load_gpu_weights
 from krasis.runtime.host.environment import probe_memory
 from krasis.runtime.host_memory import ExpertStore, open_store
@@ -53,6 +53,7 @@ class Parts:
     decoder exists without them if all experts are in VRAM). closing: frees everything."""
 
     model: GpuModel
+    blocks: Blocks
     plan: GpuPlan
     store: ExpertStore
     workspace: Workspace
@@ -78,34 +79,35 @@ def open_parts(bundle: Bundle, settings: EngineSettings, device: Device, paralle
         )
         undo.callback(store.close)
         model = _open_model(bundle, settings, device, plan)
-        arch, copy = model.architecture, device.stream("copy")
+        spec, copy = model.spec, device.stream("copy")
+        blocks = blocks_of(model)
         layout, record = model.weights.expert_layout, model.weights.record
-        workspace = largest_workspace(device, arch, model.dtype, plan.batch_tokens, parallel.num_ranks)
+        workspace = largest_workspace(device, spec, model.dtype, plan.batch_tokens, parallel.num_ranks)
         residency, staging = _open_expert_memory(model, plan, store, copy)
         if residency is not None:
             undo.callback(residency.close)
-        product = ExpertProduct(model.kernels, arch, layout, record)
+        product = ExpertProduct(model.kernels, spec, layout, record)
         streaming = Streaming(store, copy, staging, residency)
-        streamed = StreamedExperts(device, arch, product, streaming, parallel)
+        streamed = StreamedExperts(device, spec, product, streaming, parallel)
         cpu = decoder = None
         if parallel.rank == 0:
-            cpu, decoder = _open_cpu(bundle, settings, model, product, residency, workspace, undo)
-        return Parts(model, plan, store, workspace, residency, streamed, cpu, decoder, undo.pop_all())
+            cpu, decoder = _open_cpu(bundle, settings, model, blocks, product, residency, workspace, undo)
+        return Parts(model, blocks, plan, store, workspace, residency, streamed, cpu, decoder, undo.pop_all())
 
 
 def _open_model(bundle: Bundle, settings: EngineSettings, device: Device, plan: GpuPlan) -> GpuModel:
-    arch, dtype, capacity = bundle.architecture, GPU_DTYPES[settings.gpu_dtype], plan.workload.context
+    dtype, capacity = GPU_DTYPES[settings.gpu_dtype], plan.workload.context
     stream = device.stream("compute")
     kernels = GpuKernels(device)
-    weights = load_gpu_weights(load_weights(bundle, "gpu"), device, stream, capacity)
+    mapped = load_weights(bundle, "gpu")
+    spec, weights = mapped.spec, load_gpu_weights(mapped, device, stream, capacity)
     return GpuModel(
-        architecture=arch,
+        spec=spec,
         device=device,
         kernels=kernels,
         many_rows=ManyRows(kernels, _scratch(device)),
         weights=weights,
-        cache=GpuKvCache(device, stream, arch, capacity, dtype),
-        heads=Heads(arch.num_heads, arch.num_kv_heads, arch.head_dim),
+        cache=GpuKvCache(device, stream, spec, capacity, dtype, slots_of(settings)),
         dtype=dtype,
         stream=stream,
     )
@@ -123,7 +125,7 @@ def _open_expert_memory(
 ) -> tuple[Residency | None, torch.Tensor]:
     """Resident experts and the two staging buffers [2, places, record_bytes], as planned or smaller where
     memory is short of the plan. Raises OutOfDeviceMemoryError if not even a buffer of one expert fits."""
-    device, num_own = model.device, model.architecture.num_layers * store.num_experts
+    device, num_own = model.device, model.shape.num_expert_layers * store.num_experts
     if plan.placement.num_groups == 0:
         residency = _open_residency(model, store, copy, num_own, least=num_own)
         if residency is not None:
@@ -155,12 +157,12 @@ def _open_residency(
 ) -> Residency | None:
     """As many slots as are wanted and fit beside half of the reserve: operators need some of it. None below
     least."""
-    arch, device = model.architecture, model.device
+    shape, device = model.shape, model.device
     room = (device.free_bytes() - assumed.GPU_RESERVE_BYTES // 2) // store.record_bytes
     slots = min(wanted, room)
     while slots >= least:
         try:
-            return Residency(device, store, copy, arch.num_layers, arch.num_experts, slots)
+            return Residency(device, store, copy, shape.num_expert_layers, shape.num_experts, slots)
         except OUT_OF_MEMORY as error:
             logger.warning("no GPU memory for %d resident experts: %s", slots, str(error))
             slots = slots * 7 // 8
@@ -171,6 +173,7 @@ def _open_cpu(
     bundle: Bundle,
     settings: EngineSettings,
     model: GpuModel,
+    blocks: Blocks,
     product: ExpertProduct,
     residency: Residency | None,
     workspace: Workspace,
@@ -184,11 +187,11 @@ def _open_cpu(
     cpu = None
     if tier is not None:
         most = min(CPU_STAGE_TOKENS, workspace.max_tokens)
-        cpu = CpuExperts(model.device, model.kernels, product, model.architecture, tier, residency, most)
+        cpu = CpuExperts(model.device, model.kernels, product, model.spec, tier, residency, most)
     if tier is None and not (residency is not None and residency.is_complete):
         logger.info("no CPU experts: a token is decoded by a prefill of one token, its experts streamed")
         return None, None
-    decoder = HybridDecoder(model, product, tier, residency)
+    decoder = HybridDecoder(model, product, tier, residency, blocks=blocks, max_rows=model.cache.num_slots)
     undo.callback(decoder.close)
     return cpu, decoder
 

@@ -11,7 +11,7 @@ import torch
 
 from krasis.formats.bundle.reader import Bundle
 from krasis.formats.errors import NativeError, ResourceError
-from krasis.runtime.context_size import tokens_in_vram
+from krasis.runtime.context_size import LEAST_TOKENS, tokens_in_vram
 from krasis.runtime.device.api import Device
 from krasis.runtime.gpu.parallel import Parallel
 from krasis.runtime.host import environment
@@ -45,8 +45,10 @@ def plan_gpu(bundle: Bundle, device: Device, settings: EngineSettings, parallel:
     """Raises ResourceError with the numbers if the model does not fit."""
     sizes = sizes_of_bundle(bundle.manifest)
     hardware = describe_machine(device, settings, parallel)
+    slots = slots_of(settings)
     fitting = tokens_in_vram(sizes, hardware.gpus[0].vram_bytes, settings.gpu_dtype)
-    capacity = settings.context_for(bundle.architecture.max_context, fitting)
+    capacity = settings.context_for(sizes.shape.max_context, max(LEAST_TOKENS, fitting // slots))
+    hardware = _without_slots(hardware, (slots - 1) * sizes.kv_bytes(capacity, settings.gpu_dtype))
     # Nothing is known of the prompts to come: the longest is planned for (docs/PLANNING.md says why), or a
     # chunk where the settings cut prompts.
     prompt = min(capacity, MOST_PASS_TOKENS, settings.prefill_chunk or MOST_PASS_TOKENS)
@@ -54,6 +56,19 @@ def plan_gpu(bundle: Bundle, device: Device, settings: EngineSettings, parallel:
     plan = make_plan(sizes, hardware, workload)
     batch = parallel.agree(plan.batch_tokens)
     return GpuPlan(sizes, hardware, workload, batch, plan.gpus[parallel.rank])
+
+
+def slots_of(settings: EngineSettings) -> int:
+    """Sequences at once."""
+    return settings.slots
+
+
+def _without_slots(hardware: HardwareSpec, num_bytes: int) -> HardwareSpec:
+    """The machine without the memory of further sequences' keys and values."""
+    if num_bytes == 0:
+        return hardware
+    gpus = tuple(replace(gpu, vram_bytes=max(1, gpu.vram_bytes - num_bytes)) for gpu in hardware.gpus)
+    return replace(hardware, gpus=gpus)
 
 
 def describe_machine(device: Device, settings: EngineSettings, parallel: Parallel) -> HardwareSpec:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +13,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from krasis.formats.errors import FormatError
+from krasis.formats.errors import FormatError, NativeError
 from krasis.formats.layouts import ExpertRecord, MarlinLayout
-from krasis.runtime.cpu.rope import rope_of, rope_tables
-from krasis.runtime.cpu.weights import FloatWeight, Int8Weight, LayerWeights, ModelWeights
+from krasis.formats.models.mixers import Attention
+from krasis.formats.models.rope import Rope
+from krasis.formats.models.spec import ModelSpec
+from krasis.runtime.cpu.rope import rope_tables
+from krasis.runtime.cpu.weights import FloatWeight, Int8Weight, ModelWeights
 from krasis.runtime.device.api import Device, Stream
 from krasis.runtime.gpu.upload import TORCH_DTYPES, Uploader
+from krasis.runtime.planning.shape import shape_of
 
 Array = npt.NDArray[Any]
 ALIGNMENT_BYTES = 256
@@ -44,22 +48,35 @@ class GpuInt8:
 
 @dataclass(frozen=True, slots=True)
 class GpuLayer:
-    """One layer's dense weights on the device. Norms f32; router [num_experts,
-    hidden] in its own precision.
+    """One layer's dense weights on the device, by the names that ``layer_tensors`` gives them: INT8 rows,
+    f32 vectors, and matrices [n, k] in their own precision.
     """
 
-    attention_norm: torch.Tensor
-    qkv: GpuInt8
-    q_norm: torch.Tensor
-    k_norm: torch.Tensor
-    output: GpuInt8
-    experts_norm: torch.Tensor
-    router: torch.Tensor
+    tensors: Mapping[str, GpuInt8 | torch.Tensor]
+
+    def int8(self, name: str) -> GpuInt8:
+        """A matrix in INT8 rows."""
+        found = self.tensors.get(name)
+        if not isinstance(found, GpuInt8):
+            raise NativeError("the layer has no such weight", where=name, limit="INT8 rows")
+        return found
+
+    def plain(self, name: str) -> torch.Tensor:
+        """A vector, or a matrix in its own precision."""
+        found = self.tensors.get(name)
+        if not isinstance(found, torch.Tensor):
+            raise NativeError("the layer has no such weight", where=name, limit="plain numbers")
+        return found
+
+    def optional(self, name: str) -> torch.Tensor | None:
+        """As ``plain``; None if the layer has no such weight."""
+        return self.plain(name) if name in self.tensors else None
 
 
 @dataclass(frozen=True, slots=True)
 class GpuWeights:
-    """A model's dense weights. cos, sin f32 [positions, head_dim/2]. embedding: on the host.
+    """A model's dense weights. ropes: (cos, sin) f32 [positions, rotated channels / 2] by rotation.
+    embedding: on the host.
 
     expert_layout and record: the form of the experts that are streamed.
     """
@@ -68,11 +85,16 @@ class GpuWeights:
     layers: tuple[GpuLayer, ...]
     final_norm: torch.Tensor
     lm_head: GpuInt8
-    cos: torch.Tensor
-    sin: torch.Tensor
+    ropes: Mapping[Rope, tuple[torch.Tensor, torch.Tensor]]
     expert_layout: MarlinLayout
     record: ExpertRecord
     num_bytes: int
+
+    def rope(self, rope: Rope | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tables of a rotation that the model has."""
+        if rope is None:
+            raise NativeError("attention without rotation has no tables", where="weights")
+        return self.ropes[rope]
 
 
 def load_gpu_weights(weights: ModelWeights, device: Device, stream: Stream, num_positions: int) -> GpuWeights:
@@ -81,53 +103,49 @@ def load_gpu_weights(weights: ModelWeights, device: Device, stream: Stream, num_
     weights: with the experts of the gpu tier. num_positions: of the rotary tables. Raises
     OutOfDeviceMemoryError, and FormatError if the experts are of another tier.
     """
-    layout, arch = weights.expert_layout, weights.architecture
+    layout, spec = weights.expert_layout, weights.spec
     if not isinstance(layout, MarlinLayout):
         raise FormatError("the GPU streams Marlin experts only", got=layout.layout_id)
-    cos, sin = rope_tables(rope_of(weights.spec), num_positions)
-    plan = _Block()
-    layers = [_layer(plan, layer) for layer in weights.layers]
-    lm_head = _int8(plan, weights.lm_head)
-    final_norm, device_cos, device_sin = (plan.array(array) for array in (weights.final_norm, cos, sin))
-    plan.fill(device, stream)
+    block = _Block()
+    layers = [
+        {name: _weight(block, weight) for name, weight in layer.tensors.items()} for layer in weights.layers
+    ]
+    lm_head = _weight(block, weights.lm_head)
+    final_norm = block.array(weights.final_norm)
+    ropes = {
+        rope: tuple(block.array(table) for table in rope_tables(rope, num_positions)) for rope in _ropes(spec)
+    }
+    block.fill(device, stream)
+    shape = shape_of(spec)
+    head = lm_head()
+    if not isinstance(head, GpuInt8):
+        raise FormatError("the output head is not of INT8 rows")
     return GpuWeights(
         embedding=weights.embedding,
-        layers=tuple(make() for make in layers),
+        layers=tuple(GpuLayer({name: make() for name, make in layer.items()}) for layer in layers),
         final_norm=final_norm(),
-        lm_head=lm_head(),
-        cos=device_cos(),
-        sin=device_sin(),
+        lm_head=head,
+        ropes={rope: (cos(), sin()) for rope, (cos, sin) in ropes.items()},
         expert_layout=layout,
-        record=layout.expert_record(arch.hidden_size, arch.expert_intermediate_size),
-        num_bytes=plan.num_bytes,
+        record=layout.expert_record(shape.hidden_size, shape.expert_intermediate_size),
+        num_bytes=block.num_bytes,
     )
 
 
-def _int8(block: _Block, weight: Int8Weight) -> Callable[[], GpuInt8]:
-    codes, scales = block.array(weight.codes), block.array(weight.scales)
-    return lambda: GpuInt8(codes(), scales())
+def _ropes(spec: ModelSpec) -> list[Rope]:
+    found = [layer.mixer.rope for layer in spec.layers if isinstance(layer.mixer, Attention)]
+    return [rope for rope in dict.fromkeys(found) if rope is not None]
 
 
-def _layer(block: _Block, layer: LayerWeights) -> Callable[[], GpuLayer]:
-    norms = [
-        block.array(norm)
-        for norm in (
-            layer.vector("attention.norm"),
-            layer.vector("attention.q_norm"),
-            layer.vector("attention.k_norm"),
-            layer.vector("experts.norm"),
-        )
-    ]
-    qkv, output = _int8(block, layer.int8("attention.qkv")), _int8(block, layer.int8("attention.output"))
-    router = block.array(
-        layer.matrix("experts.router").data, TORCH_DTYPES[layer.matrix("experts.router").dtype]
-    )
-
-    def make() -> GpuLayer:
-        attention_norm, q_norm, k_norm, experts_norm = (norm() for norm in norms)
-        return GpuLayer(attention_norm, qkv(), q_norm, k_norm, output(), experts_norm, router())
-
-    return make
+def _weight(block: _Block, weight: object) -> Callable[[], GpuInt8 | torch.Tensor]:
+    if isinstance(weight, Int8Weight):
+        codes, scales = block.array(weight.codes), block.array(weight.scales)
+        return lambda: GpuInt8(codes(), scales())
+    if isinstance(weight, FloatWeight):
+        return block.array(weight.data, TORCH_DTYPES[weight.dtype])
+    if isinstance(weight, np.ndarray):
+        return block.array(weight)
+    raise FormatError("a weight of an unknown kind", got=type(weight).__name__)
 
 
 class _Block:

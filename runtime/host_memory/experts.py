@@ -15,6 +15,8 @@ from krasis.formats.errors import FormatError, MismatchError, UsageError
 from krasis.formats.files.regular_file import open_regular, read_range
 from krasis.formats.layouts import MarlinLayout, layout_from_id
 from krasis.formats.limits import PAGE_BYTES
+from krasis.formats.models import mlps
+from krasis.runtime.planning.shape import shape_of, spec_of_bundle
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -62,31 +64,35 @@ class Experts:
 
 
 def find_experts(bundle: Bundle, first_expert: int = 0, num_experts: int | None = None) -> Experts:
-    """The GPU experts [first_expert, first_expert + num_experts) of every layer; None: up to the last.
+    """The GPU experts [first_expert, first_expert + num_experts) of every layer that has experts; None: up to
+    the last.
 
     Raises MismatchError if the bundle has no GPU tier, FormatError where manifest and architecture disagree,
     UsageError for experts that the model does not have.
     """
-    arch, where = bundle.architecture, str(bundle.path)
+    where = str(bundle.path)
     layout_id = bundle.manifest.layouts.get("gpu")
     if layout_id is None:
         raise MismatchError("the bundle has no gpu experts", where=where, hint="convert it with a GPU tier")
     layout = layout_from_id(layout_id)
     if not isinstance(layout, MarlinLayout):
         raise FormatError("unexpected layout of the gpu experts", where=where, got=layout_id)
-    count = arch.num_experts - first_expert if num_experts is None else num_experts
-    if first_expert < 0 or count < 1 or first_expert + count > arch.num_experts:
+    spec = spec_of_bundle(bundle)
+    numbers = [index for index, layer in enumerate(spec.layers) if isinstance(layer.mlp, mlps.Experts)]
+    shape = shape_of(spec)
+    count = shape.num_experts - first_expert if num_experts is None else num_experts
+    if first_expert < 0 or count < 1 or first_expert + count > shape.num_experts:
         raise UsageError(
             "no such experts",
             where=where,
             got=f"[{first_expert}, {first_expert + count})",
-            limit=f"{arch.num_experts} experts a layer",
+            limit=f"{shape.num_experts} experts a layer",
         )
-    record_bytes = layout.expert_record(arch.hidden_size, arch.expert_intermediate_size).record_bytes
-    shape = (arch.num_experts, record_bytes)
+    record_bytes = layout.expert_record(shape.hidden_size, shape.expert_intermediate_size).record_bytes
+    blob_shape = (shape.num_experts, record_bytes)
     layers = tuple(
-        _layer(bundle, f"layers.{index}.experts.gpu", shape, layout_id, first_expert, count)
-        for index in range(arch.num_layers)
+        _layer(bundle, f"layers.{number}.experts.gpu", blob_shape, layout_id, first_expert, count)
+        for number in numbers
     )
     return Experts(layers, record_bytes, first_expert, count)
 

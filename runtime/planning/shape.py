@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 from krasis.formats.architecture_record import Architecture
 from krasis.formats.errors import UnsupportedModelError
@@ -75,7 +76,7 @@ def shape_of(model: AnyModel) -> ModelShape:
     columns = [_columns(mlp) for mlp in dense if mlp is not None]
     return ModelShape(
         model_type=spec.family,
-        max_context=model.max_context if isinstance(model, Architecture) else max_context(spec),
+        max_context=spec.max_context,
         num_layers=len(spec.layers),
         num_expert_layers=len(experts),
         hidden_size=spec.hidden,
@@ -99,22 +100,15 @@ def shape_of(model: AnyModel) -> ModelShape:
     )
 
 
-def max_context(spec: ModelSpec) -> int:
-    """Tokens of context that a model can be asked for: its positions, stretched by its rope scaling."""
-    ropes = [layer.mixer.rope for layer in spec.layers if isinstance(layer.mixer, Attention)]
-    longest = [spec.max_positions]
-    for rope in dict.fromkeys(ropes):
-        if rope is None or rope.scaling.kind not in ("yarn", "linear"):
-            continue
-        is_yarn = rope.scaling.kind == "yarn"
-        reach = rope.scaling.original_max_positions if is_yarn else spec.max_positions
-        longest.append(int(reach * rope.scaling.factor))
-    return max(longest)
-
-
 def _qkv_rows(mixer: Attention) -> int:
     return mixer.query_rows + 2 * mixer.key_rows
 
 
 def _columns(mlp: GatedMlp) -> int:
     return mlp.intermediate * (2 if mlp.activation.gated else 1)
+
+
+def spec_of_bundle(bundle: Any) -> ModelSpec:
+    """The model of a bundle, or of its manifest."""
+    spec: ModelSpec | None = getattr(bundle, "spec", None)
+    return spec_of(bundle.architecture) if spec is None else spec

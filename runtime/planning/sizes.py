@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from krasis.formats.architecture_record import Architecture
-from krasis.formats.errors import FormatError, UsageError
+from krasis.formats.errors import FormatError, UnsupportedModelError, UsageError
 from krasis.formats.models.spec import ModelSpec
 from krasis.formats.models.uniform import spec_of
-from krasis.runtime.planning.shape import ModelShape, shape_of
+from krasis.runtime.planning.shape import ModelShape, shape_of, spec_of_bundle
 
 if TYPE_CHECKING:
     from krasis.formats.bundle.manifest import Manifest
@@ -147,17 +147,24 @@ def _record_bytes(layout_id: str, arch: ModelShape) -> int:
     return layout.expert_record(arch.hidden_size, arch.expert_intermediate_size).record_bytes
 
 
+def _flat(manifest: Manifest, shape: ModelShape) -> Architecture | ModelShape:
+    try:
+        return manifest.architecture
+    except UnsupportedModelError:
+        return shape
+
+
 def sizes_of_bundle(manifest: Manifest) -> ModelSizes:
     """The sizes that a bundle has, from its blob table."""
-    arch = manifest.architecture
+    spec = spec_of_bundle(manifest)
+    shape = shape_of(spec)
     embedding = sum(blob.num_bytes for blob in manifest.blobs if blob.name == EMBEDDING_BLOB)
     tier_bytes = {"dense": 0, "gpu": 0, "cpu": 0}
     for blob in manifest.blobs:
         tier_bytes[blob.tier] = tier_bytes.get(blob.tier, 0) + blob.num_bytes
-    shape = shape_of(arch)
     num_experts = shape.num_expert_layers * shape.num_experts
     return ModelSizes(
-        architecture=arch,
+        architecture=_flat(manifest, shape),
         dense_bytes=tier_bytes["dense"] - embedding,
         embedding_bytes=embedding,
         gpu_expert_bytes=tier_bytes["gpu"] // num_experts,

@@ -11,7 +11,6 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from krasis.formats.architecture_record import Architecture
 from krasis.formats.errors import NativeError
 from krasis.runtime.cpu.kernels import Acts, Kernels, moe_workspace_bytes, workspace
 from krasis.runtime.device.api import Device, Stream
@@ -20,6 +19,7 @@ from krasis.runtime.gpu.experts.residency import Residency
 from krasis.runtime.gpu.experts.stage import Step
 from krasis.runtime.gpu.kernels.gpu_kernels import GpuKernels
 from krasis.runtime.gpu.kernels.grouped_product import ExpertProduct
+from krasis.runtime.planning.shape import AnyModel, shape_of
 
 
 class CpuExperts:
@@ -33,13 +33,15 @@ class CpuExperts:
         device: Device,
         kernels: GpuKernels,
         product: ExpertProduct,
-        architecture: Architecture,
+        model: AnyModel,
         cpu: CpuTier,
         residency: Residency | None,
         max_tokens: int,
     ) -> None:
-        a, choices = architecture, (max_tokens, architecture.num_experts_per_token)
-        self._device, self._kernels, self._product, self._architecture = device, kernels, product, a
+        a = shape_of(model)
+        choices = (max_tokens, a.num_experts_per_token)
+        self._device, self._kernels, self._product, self._shape = device, kernels, product, a
+        self._records = cpu.records()
         self._cpu, self._residency, self._max_tokens = cpu, residency, max_tokens
         self._host_kernels = Kernels(cpu.pool)
         self._acts = Acts.allocate(max_tokens, a.hidden_size)
@@ -57,9 +59,8 @@ class CpuExperts:
         """See ``ExpertStage``."""
         if num_tokens > self._max_tokens:
             raise NativeError("too many tokens", where="CpuExperts", got=num_tokens, limit=self._max_tokens)
-        a, executed = self._architecture, self._executed
-        self._num_expected = a.num_layers * num_tokens * a.num_experts_per_token
-        self._num_on_cpu = 0
+        executed = self._executed
+        self._num_expected = self._num_on_cpu = 0
         if self._residency is not None:
             self._residency.prepare(stream)
 
@@ -74,6 +75,7 @@ class CpuExperts:
         if step.partial is not None or len(step.normed) != count:
             raise NativeError("the CPU's experts serve one rank only", where=f"layer {layer}")
         rows, ids, weights = self._rows[:count], self._ids[:count], self._weights[:count]
+        self._num_expected += ids.numel()
         stream.copy(rows, step.normed)
         stream.copy(ids, step.ids)
         stream.copy(weights, step.weights)
@@ -106,7 +108,7 @@ class CpuExperts:
 
     def _compute(self, layer: int, rows: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
         """rows = the sum of the experts that are not resident, for the rows' own content."""
-        a, run = self._architecture, self._host_kernels
+        a, run = self._shape, self._host_kernels
         host_rows, acts = rows.numpy(), self._acts.view(len(rows))
         run.quantize(host_rows, acts)
         chosen = ids.numpy()
@@ -115,7 +117,7 @@ class CpuExperts:
             chosen = np.where(resident[chosen], np.int32(-1), chosen)
         self._device.host_writes(rows)
         host_rows[:] = 0
-        experts = self._cpu.weights.layers[layer].records()
+        experts = self._records[layer]
         self._num_on_cpu += run.moe(
             experts, experts.shape[1], self._cpu.tiles, acts, chosen, weights.numpy(), host_rows,
             a.expert_intermediate_size, a.num_experts, self._scratch,
@@ -130,6 +132,6 @@ class CpuExperts:
         stream.launch("ids of residents", keep_residents, reads=(ids, mask), writes=(gpu_ids,))
         own, product = replace(step, ids=gpu_ids), self._product
         product.align(stream, own, step.buffers.routing.view(len(ids)))
-        table, num_experts = residency.table[layer], self._architecture.num_experts
+        table, num_experts = residency.table[layer], self._shape.num_experts
         product.run(stream, own, table, residency.memory_in_use, 0, num_experts, self._executed)
         product.reduce(stream, own)

@@ -16,11 +16,11 @@ import ctypes
 
 import torch
 
-from krasis.formats.architecture_record import Architecture
 from krasis.formats.errors import NativeError
 from krasis.runtime.cpu.native import prototype
 from krasis.runtime.device.api import Device, Stream
 from krasis.runtime.gpu.kernels.gpu_kernels import GpuKernels
+from krasis.runtime.planning.shape import AnyModel, shape_of
 
 NUM_RESULTS = 2
 FLAG_WORDS = 16  # 128 bytes: no two flags in one line of either side's cache
@@ -28,25 +28,28 @@ GIVE_UP = 2**63 - 1  # an epoch that never comes: every wait is over
 
 
 class Handover:
-    """The buffers and flags of one token at a time.
+    """The buffers and flags of one token, or of a few rows, at a time. Layers: those that have experts.
 
-    normed f32 [1, hidden], ids i32 and weights f32 [1, top_k]: pinned, what the device sent last; results:
-    pinned f32 [1, hidden], by layer % 2. timeout_s: how long either side waits for the other in a layer.
+    normed f32 [rows, hidden], ids i32 and weights f32 [rows, top_k]: pinned, what the device sent last;
+    results: pinned f32 [rows, hidden], by layer % 2. timeout_s: how long either side waits for the other in a
+    layer. max_rows: tokens at once.
     """
 
     def __init__(
-        self, device: Device, kernels: GpuKernels, architecture: Architecture, timeout_s: float
+        self, device: Device, kernels: GpuKernels, model: AnyModel, timeout_s: float, max_rows: int = 1
     ) -> None:
-        a = architecture
+        a = shape_of(model)
         self.device, self._kernels = device, kernels
-        self.num_layers = a.num_layers
+        self.num_layers = a.num_expert_layers
+        # Errors name a layer as the model numbers it: dense layers come first, if there are any.
+        self._first_layer = a.num_layers - a.num_expert_layers
         self.timeout_ns = int(timeout_s * 1e9)
-        self.normed = device.pinned((1, a.hidden_size), torch.float32)
-        self.ids = device.pinned((1, a.num_experts_per_token), torch.int32)
-        self.weights = device.pinned((1, a.num_experts_per_token), torch.float32)
-        self.results = [device.pinned((1, a.hidden_size), torch.float32) for _ in range(NUM_RESULTS)]
-        self._host_flags = device.flags(a.num_layers * FLAG_WORDS)
-        self._device_flags = device.flags(a.num_layers * FLAG_WORDS)
+        self.normed = device.pinned((max_rows, a.hidden_size), torch.float32)
+        self.ids = device.pinned((max_rows, a.num_experts_per_token), torch.int32)
+        self.weights = device.pinned((max_rows, a.num_experts_per_token), torch.float32)
+        self.results = [device.pinned((max_rows, a.hidden_size), torch.float32) for _ in range(NUM_RESULTS)]
+        self._host_flags = device.flags(self.num_layers * FLAG_WORDS)
+        self._device_flags = device.flags(self.num_layers * FLAG_WORDS)
         self._device_epoch = device.empty((1,), torch.int64)
         self._timeouts = device.pinned((1,), torch.int64)
         self._store = prototype("krasis_store_flag")
@@ -60,6 +63,10 @@ class Handover:
         """i64 [1]: the epoch the host has answered this layer in."""
         return self._device_flags[layer * FLAG_WORDS : layer * FLAG_WORDS + 1]
 
+    def name_of(self, layer: int) -> str:
+        """A layer with experts, as errors name it."""
+        return f"layer {self._first_layer + layer}"
+
     # ---- launches, to be captured --------------------------------------------------------------------------
 
     def begin(self, stream: Stream) -> None:
@@ -69,13 +76,14 @@ class Handover:
     def send(
         self, stream: Stream, layer: int, normed: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
     ) -> None:
-        """To the host: a row [1, hidden] f32 and the experts it wants there [1, top_k] (-1: none)."""
-        pieces = ((self.normed, normed), (self.ids, ids), (self.weights, weights))
+        """To the host: rows [T, hidden] f32 and the experts they want there [T, top_k] (-1: none)."""
+        count = len(normed)
+        pieces = ((self.normed[:count], normed), (self.ids[:count], ids), (self.weights[:count], weights))
         self._kernels.send(stream, pieces, self.host_flag(layer), self._device_epoch)
 
     def receive(self, stream: Stream, layer: int, hidden: torch.Tensor) -> None:
-        """hidden [1, hidden] f32 += the host's result."""
-        result = self.results[layer % NUM_RESULTS]
+        """hidden [T, hidden] f32 += the host's result."""
+        result = self.results[layer % NUM_RESULTS][: len(hidden)]
         flag, epoch = self.device_flag(layer), self._device_epoch
         self._kernels.receive(
             stream, hidden, result, flag, epoch, self.timeout_ns, self._timeouts, tag=layer + 1
@@ -111,7 +119,7 @@ class Handover:
         if tag:
             raise NativeError(
                 "the GPU waited in vain for the CPU's experts",
-                where=f"layer {tag - 1}",
+                where=self.name_of(tag - 1),
                 limit=f"{self.timeout_ns / 1e9:g} s",
                 hint="is the machine overloaded, or the process stopped?",
             )

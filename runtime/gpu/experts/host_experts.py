@@ -6,9 +6,10 @@ import ctypes
 import time
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from krasis.formats.architecture_record import Architecture
 from krasis.formats.errors import NativeError
 from krasis.formats.layouts import CpuTileLayout
 from krasis.formats.native import Pool, check
@@ -18,6 +19,7 @@ from krasis.runtime.cpu.program import Program
 from krasis.runtime.cpu.weights import ModelWeights
 from krasis.runtime.device.api import Event
 from krasis.runtime.gpu.experts.handover import NUM_RESULTS, Handover
+from krasis.runtime.planning.shape import AnyModel, shape_of
 
 # Idle threads of the pool spin for so long: more than the GPU needs between two layers' experts.
 SPIN_S = 1e-3
@@ -39,6 +41,10 @@ class CpuTier:
             raise NativeError("the CPU kernels run CPU tiles only", got=layout.layout_id)
         return layout.tiles
 
+    def records(self) -> list[npt.NDArray[np.uint8]]:
+        """The experts of each layer that has some, uint8 [experts, record_bytes]."""
+        return [layer.experts for layer in self.weights.layers if layer.experts is not None]
+
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
@@ -57,24 +63,26 @@ class _Layer:
 class HostExperts:
     """num_executed: slots the last token's CPU experts made. waiting_s: of the last token, for the GPU."""
 
-    def __init__(self, handover: Handover, tier: CpuTier, architecture: Architecture) -> None:
-        a = architecture
-        self._handover, self._device = handover, handover.device
-        self._inputs = (handover.normed, handover.ids, handover.weights)
-        self._result_bytes = handover.results[0].nbytes
+    def __init__(self, handover: Handover, tier: CpuTier, model: AnyModel, num_rows: int = 1) -> None:
+        a = shape_of(model)
+        self._handover, self._device, self._num_rows = handover, handover.device, num_rows
+        self._inputs = tuple(
+            tensor[:num_rows] for tensor in (handover.normed, handover.ids, handover.weights)
+        )
+        self._result_bytes = handover.results[0][:num_rows].nbytes
         tier.pool.set_spin(SPIN_S)
-        acts = Acts.allocate(1, a.hidden_size)
+        acts = Acts.allocate(num_rows, a.hidden_size)
         sizes = (a.hidden_size, a.expert_intermediate_size, a.num_experts, a.num_experts_per_token)
-        scratch = workspace(moe_workspace_bytes(1, *sizes))
+        scratch = workspace(moe_workspace_bytes(num_rows, *sizes))
         normed, ids, weights = (tensor.numpy() for tensor in self._inputs)
         self._layers: list[_Layer] = []
-        results = [result.numpy() for result in handover.results]
-        for index, layer in enumerate(tier.weights.layers):
-            program = Program(f"layer {index}")
+        results = [result[:num_rows].numpy() for result in handover.results]
+        for index, records in enumerate(tier.records()):
+            program = Program(handover.name_of(index))
             run = Kernels(tier.pool, program)
             run.quantize(normed, acts)
             run.moe(
-                layer.records(), layer.records().shape[1], tier.tiles, acts, ids, weights,
+                records, records.shape[1], tier.tiles, acts, ids, weights,
                 results[index % NUM_RESULTS], a.expert_intermediate_size, a.num_experts, scratch,
             )  # fmt: skip
             self._layers.append(self._layer(index, program))
@@ -82,9 +90,9 @@ class HostExperts:
         self.waiting_s = 0.0
 
     def _layer(self, index: int, program: Program) -> _Layer:
-        handover, name = self._handover, f"layer {index}"
+        handover, name = self._handover, self._handover.name_of(index)
         ready, done = handover.host_flag(index), handover.device_flag(index)
-        result = handover.results[index % NUM_RESULTS]
+        result = handover.results[index % NUM_RESULTS][: self._num_rows]
         return _Layer(
             name=name,
             ready=ready,

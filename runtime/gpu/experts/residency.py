@@ -40,10 +40,10 @@ class _Arriving:
 class Residency:
     """num_slots experts of this rank in VRAM.
 
-    memory u8 [num_slots, record_bytes]; table i64 [layers, experts]: addresses of records in memory, 0 where
-    an expert is not resident; mask u8 [layers, experts]; counts i64 [layers, experts]: what ``route`` adds
-    to; all on the device. host_addresses i64 [layers, experts]: the table as the next launch will see it.
-    num_swaps, num_fills: so far.
+    Layers are those that have experts. memory u8 [num_slots, record_bytes]; table i64 [layers, experts]:
+    addresses of records in memory, 0 where an expert is not resident; mask u8 [layers, experts]; counts i64
+    [layers, experts]: what ``route`` adds to; all on the device. host_addresses i64 [layers, experts]: the
+    table as the next launch will see it. num_swaps, num_fills: so far.
     """
 
     def __init__(

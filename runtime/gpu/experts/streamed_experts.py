@@ -8,7 +8,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from krasis.formats.architecture_record import Architecture
 from krasis.formats.errors import NativeError
 from krasis.runtime.device.api import Device, Stream
 from krasis.runtime.gpu.experts.copy_pipeline import CopyPipeline
@@ -25,6 +24,7 @@ from krasis.runtime.gpu.experts.stage import Residents, Step
 from krasis.runtime.gpu.kernels.grouped_product import ExpertProduct
 from krasis.runtime.gpu.parallel import Parallel
 from krasis.runtime.host_memory.api import ExpertStore
+from krasis.runtime.planning.shape import AnyModel, shape_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,19 +49,20 @@ class StreamedExperts:
     def __init__(
         self,
         device: Device,
-        architecture: Architecture,
+        model: AnyModel,
         product: ExpertProduct,
         streaming: Streaming,
         parallel: Parallel,
     ) -> None:
-        self._device, self._architecture = device, architecture
+        a = shape_of(model)
+        self._device = device
         self._product, self._streaming, self._parallel = product, streaming, parallel
         self._group_experts = streaming.staging.shape[1]
         self.pipeline = CopyPipeline(streaming.stream, streaming.store, streaming.staging)
-        shape = (architecture.num_layers, architecture.num_experts)
+        shape = (a.num_expert_layers, a.num_experts)
         self._tables = device.empty(shape, torch.int64)
         self._host_tables = device.pinned(shape, torch.int64)
-        self._host_counts = device.pinned((architecture.num_experts,), torch.int32)
+        self._host_counts = device.pinned((a.num_experts,), torch.int32)
         self._counters = device.empty((2,), torch.int64)  # slots executed, slots there were
         self._host_counters = device.pinned((2,), torch.int64)
         self._residents = ResidentViews(streaming.residents, *shape)
@@ -75,9 +76,7 @@ class StreamedExperts:
 
     def begin(self, stream: Stream, num_tokens: int) -> None:
         """See ``ExpertStage``."""
-        a = self._architecture
-        self._expected = a.num_layers * num_tokens * a.num_experts_per_token
-        self._sequence = 0
+        self._expected = self._sequence = 0
         counters = self._counters
 
         def clear(_: int) -> None:
@@ -90,6 +89,7 @@ class StreamedExperts:
     def run(self, stream: Stream, layer: int, step: Step) -> None:
         """See ``ExpertStage``."""
         rows = len(step.ids)
+        self._expected += step.num_tokens * step.ids.shape[1]
         routing = step.buffers.routing.view(rows)
         self._product.align(stream, step, routing)
         self._count_slots(stream, routing.counts)

@@ -42,12 +42,15 @@ def attend(
     start: int,
     out: torch.Tensor,
     piece_bytes: int = PIECE_BYTES,
+    scale: float | None = None,
 ) -> None:
     """out [T, attention_size] = attention of the queries in qkv [T, qkv_size] at positions start..start+T-1.
 
     keys, values [num_kv_heads, capacity, head_dim] hold positions 0..start+T-1, the queries' own included.
-    16-bit; q is rotated already.
+    16-bit; q is rotated already. scale: of the scores, None for head_dim ** -0.5.
     """
+    if scale == heads.head_dim**-0.5:
+        scale = None
     for begin, end in pieces(0, len(qkv), heads.attention_size, piece_bytes):
         _attend_piece(
             stream,
@@ -56,6 +59,7 @@ def attend(
             keys[:, : start + end],
             values[:, : start + end],
             out[begin:end],
+            scale,
         )
 
 
@@ -66,25 +70,32 @@ def _attend_piece(
     keys: torch.Tensor,
     values: torch.Tensor,
     out: torch.Tensor,
+    scale: float | None,
 ) -> None:
     def action(_: int) -> None:
         split = queries.view(len(queries), heads.num_heads, heads.head_dim).transpose(0, 1)[None]
-        mixed = causal_attention(split, keys[None], values[None])
+        mixed = causal_attention(split, keys[None], values[None], scale)
         out.copy_(mixed[0].transpose(0, 1).flatten(1))
 
     stream.launch("attention", action, reads=(queries, keys, values), writes=(out,))
 
 
-def causal_attention(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+def causal_attention(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float | None = None
+) -> torch.Tensor:
     """[1, heads, n, D] of queries [1, heads, n, D], keys and values [1, kv_heads, m, D], n <= m, the last
     query at the last key.
     """
     n, m = queries.shape[2], keys.shape[2]
     grouped = queries.shape[1] != keys.shape[1]
     if n == 1:  # sees every key
-        return scaled_dot_product_attention(queries, keys, values, enable_gqa=grouped)
+        return scaled_dot_product_attention(queries, keys, values, scale=scale, enable_gqa=grouped)
     if n == m:
-        return scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=grouped)
+        return scaled_dot_product_attention(
+            queries, keys, values, is_causal=True, scale=scale, enable_gqa=grouped
+        )
     # A bias object is not a tensor: its type checks the dispatch to flash, which aligns causal masks so.
     mask = causal_lower_right(n, m)
-    return scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=grouped)
+    return scaled_dot_product_attention(
+        queries, keys, values, attn_mask=mask, scale=scale, enable_gqa=grouped
+    )

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import torch
 
-from krasis.formats.architecture_record import Architecture
 from krasis.formats.layouts import ExpertRecord, MarlinLayout
 from krasis.runtime.device.api import Stream
 from krasis.runtime.gpu.experts.stage import Step
 from krasis.runtime.gpu.kernels.gpu_kernels import ExpertMatrix, GpuKernels, Routing
+from krasis.runtime.planning.shape import AnyModel, shape_of
 
 
 class ExpertProduct:
@@ -19,12 +19,12 @@ class ExpertProduct:
     def __init__(
         self,
         kernels: GpuKernels,
-        architecture: Architecture,
+        model: AnyModel,
         layout: MarlinLayout,
         record: ExpertRecord,
     ) -> None:
-        a = architecture
-        self._kernels, self._architecture = kernels, architecture
+        a = shape_of(model)
+        self._kernels, self._shape = kernels, a
         self.record_bytes = record.record_bytes
         scale_dtype = {"BF16": torch.bfloat16, "F16": torch.float16}[layout.scale_dtype]
         self.w13 = ExpertMatrix(
@@ -62,7 +62,7 @@ class ExpertProduct:
 
         table i64 [experts]: addresses of records, which lie in memory.
         """
-        buffers, top_k = step.buffers, self._architecture.num_experts_per_token
+        buffers, top_k = step.buffers, self._shape.num_experts_per_token
         routing = buffers.routing.view(len(step.ids))
         common = (routing, table, memory)
         self._kernels.moe_gemm(
@@ -79,5 +79,5 @@ class ExpertProduct:
         residual = step.hidden if step.partial is None else None
         out = step.hidden if step.partial is None else step.partial
         self._kernels.moe_reduce(
-            stream, step.buffers.slots, step.ids, step.weights, residual, out, self._architecture.num_experts
+            stream, step.buffers.slots, step.ids, step.weights, residual, out, self._shape.num_experts
         )

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
 from krasis.formats.layouts import padded_rows
 from krasis.runtime.backend import Logits
+from krasis.runtime.batch import Batch
 from krasis.runtime.gpu.buffers import Buffers
+from krasis.runtime.gpu.chunk import Chunk
+from krasis.runtime.gpu.model import GpuModel
 from krasis.runtime.gpu.parallel import Parallel
-from krasis.runtime.gpu.prefill import Chunk, GpuModel
 from krasis.runtime.planning.workspace import LOGIT_ROWS
 
 
@@ -20,18 +24,34 @@ class Head:
 
     def __init__(self, model: GpuModel, parallel: Parallel) -> None:
         self._model, self._parallel = model, parallel
-        self._vocab = model.architecture.vocab_size
-        shape = (LOGIT_ROWS, padded_rows(model.architecture.vocab_size))
+        self._vocab = model.spec.vocab
+        shape = (LOGIT_ROWS, padded_rows(model.spec.vocab))
         self._host = model.device.pinned(shape, torch.float32)
 
-    def last(self, chunk: Chunk, buffers: Buffers) -> Logits:
-        """[1, vocab] of the chunk's last token, which is rank 0's last own row; [0, vocab] on other ranks."""
-        if self._parallel.rank:
+    def of(self, batch: Batch, chunk: Chunk, buffers: Buffers) -> Logits:
+        """The logits that a batch wants, [0, vocab] on ranks above 0; see ``rows`` and ``all``."""
+        if len(batch.spans) == 1 and batch.spans[0].logits == "all":
+            return self.all(chunk, buffers)
+        if self._parallel.num_ranks > 1:
+            return self.rows([chunk.own - 1] if batch.num_logits else [], buffers)
+        return self.rows(batch.wanted_rows(), buffers)
+
+    def rows(self, rows: Sequence[int], buffers: Buffers) -> Logits:
+        """[rows, vocab] of so many own rows, ascending: a view for one, else a new array; [0, vocab] on ranks
+        above 0, which have not the last token of a chunk.
+        """
+        if self._parallel.rank or not rows:
             self._model.stream.synchronize()
             return np.empty((0, self._vocab), np.float32)
-        row = chunk.own - 1
-        self._norm(buffers.hidden[row : row + 1], buffers.x[row : row + 1])
-        return self._project(buffers.x[row : row + 1], buffers)
+        for index, row in enumerate(rows):  # ascending: no row of x is wanted that is overwritten here
+            self._norm(buffers.hidden[row : row + 1], buffers.x[index : index + 1])
+        if len(rows) == 1:
+            return self._project(buffers.x[:1], buffers)
+        result = np.empty((len(rows), self._vocab), np.float32)
+        for begin in range(0, len(rows), len(buffers.logits)):
+            part = buffers.x[begin : min(begin + len(buffers.logits), len(rows))]
+            result[begin : begin + len(part)] = self._project(part, buffers)
+        return result
 
     def all(self, chunk: Chunk, buffers: Buffers) -> Logits:
         """[T, vocab] of all tokens, a new array; [0, vocab] on other ranks."""
@@ -51,7 +71,7 @@ class Head:
 
     def _norm(self, hidden: torch.Tensor, x: torch.Tensor) -> None:
         m = self._model
-        m.kernels.rms_norm(m.stream, hidden, m.weights.final_norm, m.architecture.rms_norm_eps, x)
+        m.kernels.rms_norm(m.stream, hidden, m.weights.final_norm, m.spec.norm.eps, x)
 
     def _project(self, x: torch.Tensor, buffers: Buffers) -> Logits:
         m = self._model

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from krasis.formats.errors import OutOfDeviceMemoryError
+from krasis.formats.models.uniform import spec_of
 from krasis.runtime.gpu.kernels.dtypes import numpy_dtype
 from krasis.runtime.gpu.kv_cache import GpuKvCache
 from krasis.runtime.planning.presets import shape
@@ -16,24 +17,24 @@ from krasis.runtime.planning.sizes import sizes_of_shape
 def small(arch, num_layers: int = 3):
     from dataclasses import replace
 
-    return replace(arch, num_layers=num_layers, num_kv_heads=2, head_dim=16)
+    return spec_of(replace(arch, num_layers=num_layers, num_kv_heads=2, head_dim=16))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_what_is_written_is_read_layer_by_layer(kernel_device, dtype: torch.dtype) -> None:
     stream = kernel_device.stream("compute")
-    cache = GpuKvCache(kernel_device, stream, small(shape("qwen3-30b-a3b")), 10, dtype)
+    cache = GpuKvCache(kernel_device, stream, small(shape("qwen3-30b-a3b")), 10, dtype, num_slots=2)
     rng = np.random.default_rng(1)
     layers = [
         rng.integers(0, 60_000, (2, 2, 7, 16), dtype=np.uint16).view(numpy_dtype(dtype)) for _ in range(3)
     ]
     for index, (keys, values) in enumerate(layers):
         scratch_keys, scratch_values = keys.copy(), values.copy()
-        cache.write(stream, index, scratch_keys, scratch_values)
+        cache.write(stream, 1, index, scratch_keys, scratch_values)
         scratch_keys[:], scratch_values[:] = 0, 0  # the caller's again
     for index, (keys, values) in enumerate(layers):
         for count in (7, 1, 4):
-            found_keys, found_values = cache.read(stream, index, count)
+            found_keys, found_values = cache.read(stream, 1, index, count)
             assert found_keys.dtype == numpy_dtype(dtype)
             assert found_keys.flags.c_contiguous
             assert found_values.flags.c_contiguous
@@ -41,12 +42,15 @@ def test_what_is_written_is_read_layer_by_layer(kernel_device, dtype: torch.dtyp
             np.testing.assert_array_equal(found_keys.view(np.uint16), keys[:, :count].view(np.uint16))
             np.testing.assert_array_equal(found_values.view(np.uint16), values[:, :count].view(np.uint16))
 
+    assert not cache.read(stream, 0, 1, 7)[0].view(np.uint16).any()  # the other slot is as it was made
+
 
 def test_it_takes_what_the_planner_counts(kernel_device) -> None:
     sizes = sizes_of_shape(shape("qwen3-30b-a3b"))
+    spec = spec_of(sizes.architecture)
     before = kernel_device.free_bytes()
-    cache = GpuKvCache(kernel_device, kernel_device.stream("c"), sizes.architecture, 64, torch.bfloat16)
+    cache = GpuKvCache(kernel_device, kernel_device.stream("c"), spec, 64, torch.bfloat16)
     assert before - kernel_device.free_bytes() == sizes.kv_bytes(64, "bf16")
-    assert [keys.shape for keys, _ in cache.layers] == [(4, 64, 128)] * 48
+    assert [keys.shape for keys, _ in cache.layers()] == [(4, 64, 128)] * 48
     with pytest.raises(OutOfDeviceMemoryError):
-        GpuKvCache(kernel_device, kernel_device.stream("d"), sizes.architecture, 40_000, torch.float16)
+        GpuKvCache(kernel_device, kernel_device.stream("d"), spec, 40_000, torch.float16)

@@ -16,7 +16,6 @@ from krasis.formats.layouts import CpuTileLayout, Int8RowsLayout, MarlinLayout
 from krasis.formats.layouts.matrix import MatrixView, bf16_to_float32, float32_to_bf16
 from krasis.formats.models.uniform import spec_of
 from krasis.formats.native import Pool
-from krasis.runtime.cpu.kernels import Heads
 from krasis.runtime.cpu.weights import FloatWeight, Int8Weight, LayerWeights, ModelWeights
 from krasis.runtime.device.api import Device, Event, Stream
 from krasis.runtime.device.double import DeviceDouble
@@ -27,7 +26,7 @@ from krasis.runtime.gpu.kernels.gpu_kernels import GpuKernels
 from krasis.runtime.gpu.kernels.grouped_product import ExpertProduct
 from krasis.runtime.gpu.kernels.many_rows import ManyRows
 from krasis.runtime.gpu.kv_cache import GpuKvCache
-from krasis.runtime.gpu.prefill import GpuModel
+from krasis.runtime.gpu.model import GpuModel
 from krasis.runtime.gpu.weights import load_gpu_weights
 from krasis.runtime.host_memory.api import PinnedExperts
 
@@ -223,17 +222,15 @@ def open_rig(tiers: Model, pool: Pool) -> Iterator[Callable[..., Rig]]:
         device = DeviceDouble(**{"total_bytes": 64 * 2**20, **changes})
         stream = device.stream("compute")
         weights = load_gpu_weights(tiers.gpu, device, stream, SHAPE.max_positions)
-        cache = GpuKvCache(device, stream, SHAPE, CAPACITY, dtype)
+        cache = GpuKvCache(device, stream, spec_of(SHAPE), CAPACITY, dtype)
         kernels = GpuKernels(device)
-        heads = Heads(SHAPE.num_heads, SHAPE.num_kv_heads, SHAPE.head_dim)
         model = GpuModel(
-            architecture=SHAPE,
+            spec=spec_of(SHAPE),
             device=device,
             kernels=kernels,
             many_rows=ManyRows(kernels, None),
             weights=weights,
             cache=cache,
-            heads=heads,
             dtype=dtype,
             stream=stream,
         )

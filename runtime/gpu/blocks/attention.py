@@ -1,0 +1,50 @@
+"""Grouped-query attention on a GPU."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from krasis.formats.models.mixers import Attention
+from krasis.runtime.cpu.kernels import Heads
+from krasis.runtime.gpu.blocks.rows import PassRows, packed
+from krasis.runtime.gpu.kernels.attention_rows import QkvForm
+
+if TYPE_CHECKING:
+    from krasis.runtime.gpu.model import GpuModel
+
+
+class GpuAttention:
+    """layer: its number. heads, form, scale: what a pass needs to attend."""
+
+    def __init__(self, model: GpuModel, layer: int, mixer: Attention) -> None:
+        weights = model.weights.layers[layer]
+        self._kernels, self._eps = model.kernels, model.spec.norm.eps
+        self._norm = weights.plain("attention.norm")
+        self._qkv, self._output = weights.int8("attention.qkv"), weights.int8("attention.output")
+        self._output_bias = weights.optional("attention.output.bias")
+        self.layer, self.scale = layer, mixer.scale
+        self.heads = Heads(mixer.heads, mixer.kv_heads, mixer.head_dim)
+        cos, sin = model.weights.rope(mixer.rope)
+        self.form = QkvForm(
+            self._eps,
+            cos,
+            sin,
+            weights.optional("attention.q_norm"),
+            weights.optional("attention.k_norm"),
+            flat=mixer.qk_norm == "flat",
+            bias=weights.optional("attention.qkv.bias"),
+            clip=mixer.clip or 0.0,
+            interleaved=mixer.rope is not None and mixer.rope.style == "interleaved",
+        )
+
+    def run(self, rows: PassRows) -> None:
+        """See ``Block``."""
+        b = rows.own
+        qkv = packed(b.qkv, self.heads.qkv_size)
+        attended = packed(b.attended, self.heads.attention_size)
+        self._kernels.rms_norm(rows.stream, b.hidden, self._norm, self._eps, b.x)
+        rows.product(b.x, self._qkv, qkv)
+        rows.attend(self, qkv, attended)
+        rows.product(attended, self._output, b.hidden, residual=b.hidden)
+        if self._output_bias is not None:
+            self._kernels.add_rows(rows.stream, b.hidden, None, bias=self._output_bias)

@@ -1,0 +1,57 @@
+"""Routed experts with their router, and a shared expert beside them, on a GPU."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from krasis.formats.models.mlps import Experts
+from krasis.runtime.gpu.blocks.mlp import MlpProducts
+from krasis.runtime.gpu.blocks.rows import PassRows
+from krasis.runtime.gpu.kernels.router_arguments import RouterVectors
+
+if TYPE_CHECKING:
+    from krasis.runtime.gpu.model import GpuModel
+
+
+class GpuExperts:
+    """index: among the layers that have experts, by which residency, streams and hand-over are numbered.
+    router, vectors: how logits become a choice. top_k: experts of a token.
+    """
+
+    def __init__(self, model: GpuModel, layer: int, mlp: Experts) -> None:
+        weights = model.weights.layers[layer]
+        self._kernels, self._eps = model.kernels, model.spec.norm.eps
+        self._norm, self._router = weights.plain("experts.norm"), weights.plain("experts.router")
+        self.index = sum(isinstance(one.mlp, Experts) for one in model.spec.layers[:layer])
+        self.router, self.top_k = mlp.router, mlp.router.top_k
+        self.vectors = RouterVectors(
+            bias=weights.optional("experts.router.bias"),
+            correction=weights.optional("experts.router.correction_bias"),
+            expert_scale=weights.optional("experts.router.expert_scale"),
+        )
+        self._shared = None if mlp.shared is None else MlpProducts(model, layer, "shared", mlp.shared)
+        self._shared_gate: torch.Tensor | None = weights.plain("shared.gate") if mlp.shared_gate else None
+
+    def run(self, rows: PassRows) -> None:
+        """See ``Block``."""
+        b = rows.own
+        self._kernels.rms_norm(rows.stream, b.hidden, self._norm, self._eps, b.normed)
+        rows.small_product(b.normed, self._router, b.router_logits)
+        rows.route(self)
+        if rows.takes_x or self._shared is not None:
+            # hidden still is what the norm above saw: the same rows, rounded.
+            self._kernels.rms_norm(rows.stream, b.hidden, self._norm, self._eps, b.x)
+        if self._shared is not None:
+            self._run_shared(rows, self._shared)
+        rows.run_experts(self)
+
+    def _run_shared(self, rows: PassRows, shared: MlpProducts) -> None:
+        b = rows.own
+        if self._shared_gate is None:
+            shared.run(rows, b.x, b.hidden, residual=b.hidden)
+            return
+        shared.run(rows, b.x, b.shared)
+        rows.small_product(b.normed, self._shared_gate, b.shared_gate)
+        self._kernels.add_rows(rows.stream, b.hidden, b.shared, b.shared_gate)

@@ -1,0 +1,43 @@
+"""Which class runs which block of a model on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from krasis.formats.errors import UnsupportedModelError
+from krasis.formats.models.mixers import Attention
+from krasis.formats.models.mlps import Experts, GatedMlp
+from krasis.runtime.gpu.blocks.attention import GpuAttention
+from krasis.runtime.gpu.blocks.experts import GpuExperts
+from krasis.runtime.gpu.blocks.mlp import GpuMlp
+from krasis.runtime.gpu.blocks.rows import Block
+
+if TYPE_CHECKING:
+    from krasis.runtime.gpu.model import GpuModel
+
+Blocks = tuple[tuple[Block, ...], ...]
+"""The blocks of each layer, in their order."""
+
+BLOCKS: dict[type, Callable[[GpuModel, int, Any], Block]] = {
+    Attention: GpuAttention,
+    GatedMlp: GpuMlp,
+    Experts: GpuExperts,
+}
+
+
+def blocks_of(model: GpuModel) -> Blocks:
+    """The blocks of a model. Raises UnsupportedModelError for a kind that the table lacks."""
+    return tuple(
+        tuple(_block(model, index, part) for part in (layer.mixer, layer.mlp) if part is not None)
+        for index, layer in enumerate(model.spec.layers)
+    )
+
+
+def _block(model: GpuModel, layer: int, part: Any) -> Block:
+    make = BLOCKS.get(type(part))
+    if make is None:
+        raise UnsupportedModelError(
+            "no kernels yet for this block on a GPU", where=f"layer {layer}", got=type(part).__name__
+        )
+    return make(model, layer, part)

@@ -1,0 +1,38 @@
+"""A model on a device: what every pass reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from krasis.formats.models.spec import Layer, ModelSpec
+from krasis.runtime.device.api import Device, Stream
+from krasis.runtime.gpu.kernels.gpu_kernels import GpuKernels
+from krasis.runtime.gpu.kernels.many_rows import ManyRows
+from krasis.runtime.gpu.kv_cache import GpuKvCache
+from krasis.runtime.gpu.weights import GpuWeights
+from krasis.runtime.planning.shape import ModelShape, shape_of
+
+
+@dataclass(frozen=True, slots=True)
+class GpuModel:
+    """many_rows: products of prefill's many tokens. stream: of all compute."""
+
+    spec: ModelSpec
+    device: Device
+    kernels: GpuKernels
+    many_rows: ManyRows
+    weights: GpuWeights
+    cache: GpuKvCache
+    dtype: torch.dtype
+    stream: Stream
+
+    @property
+    def shape(self) -> ModelShape:
+        """The model's sizes."""
+        return shape_of(self.spec)
+
+    def layers(self) -> list[tuple[int, Layer]]:
+        """Every layer with its number."""
+        return list(enumerate(self.spec.layers))
