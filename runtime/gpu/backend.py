@@ -118,7 +118,7 @@ class GpuBackend:
         """See ``backend.Backend``. One token of each of a few sequences is decoded; anything else is a
         prefill pass, with several ranks of one sequence.
         """
-        self.state.check(batch)
+        self.state.begin(batch)
         logits = self._run_batch(batch, alone=False)
         self.state.advance(batch.spans)
         return logits

@@ -70,17 +70,20 @@ class GpuState:
 
     # ---- for the backend -----------------------------------------------------------------------------------
 
-    def check(self, batch: Batch) -> None:
-        """Raises NativeError unless every span begins where its slot has been computed and ends in it."""
+    def begin(self, batch: Batch) -> None:
+        """What lies beyond the spans' starts is no longer held. Raises NativeError unless every span begins
+        where its slot has been computed, and ends in it."""
         for span in batch.spans:
             length = self.length(span.slot)
             if span.start > length or span.end > self.capacity:
                 raise NativeError(
-                    "positions are not computed in order, or beyond the slot",
+                    "positions are not computed in order, or lie beyond the slot",
                     where="batch",
                     got=f"{span.start}..{span.end} of slot {span.slot}",
                     limit=f"{length}, {self.capacity}",
                 )
+        for span in batch.spans:
+            self._lengths[span.slot] = span.start
 
     def advance(self, spans: Sequence[Span]) -> None:
         """The spans were computed: their slots end where they do."""

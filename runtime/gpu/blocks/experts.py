@@ -54,4 +54,4 @@ class GpuExperts:
             return
         shared.run(rows, b.x, b.shared)
         rows.small_product(b.normed, self._shared_gate, b.shared_gate)
-        self._kernels.add_rows(rows.stream, b.hidden, b.shared, b.shared_gate)
+        self._kernels.add_rows(rows.stream, b.hidden, b.shared, b.shared_gate, shared.bias2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from krasis.formats.layouts.matrix import MatrixView, bf16_to_float32, float32_t
 from krasis.formats.models.uniform import spec_of
 from krasis.formats.native import Pool
 from krasis.runtime.cpu.weights import FloatWeight, Int8Weight, LayerWeights, ModelWeights
-from krasis.runtime.device.api import Device, Event, Stream
+from krasis.runtime.device.api import Stream
 from krasis.runtime.device.double import DeviceDouble
 from krasis.runtime.gpu.decode import HybridDecoder
 from krasis.runtime.gpu.experts.host_experts import CpuTier
@@ -28,7 +28,7 @@ from krasis.runtime.gpu.kernels.many_rows import ManyRows
 from krasis.runtime.gpu.kv_cache import GpuKvCache
 from krasis.runtime.gpu.model import GpuModel
 from krasis.runtime.gpu.weights import load_gpu_weights
-from krasis.runtime.host_memory.api import PinnedExperts
+from tests.support.host_store import HostStore
 
 Array = npt.NDArray[Any]
 CAPACITY = 24
@@ -140,37 +140,6 @@ class _Packer:
             expert_layout=CPU_LAYOUT,
         )
         return Model(cpu_model, replace(cpu_model, layers=gpu_layers, expert_layout=GPU_LAYOUT))
-
-
-class HostStore:
-    """An ``ExpertStore`` of all experts, pinned where they are. progress: what ``load_progress`` says."""
-
-    method = "arena"
-
-    def __init__(self, device: Device, records: Sequence[Array]) -> None:
-        self.record_bytes = records[0].shape[1]
-        self.first_expert, self.num_experts = 0, records[0].shape[0]
-        self._layers = []
-        for layer in records:
-            pinned = device.pinned(layer.shape, torch.uint8)
-            device.host_writes(pinned)
-            pinned.numpy()[:] = layer
-            self._layers.append(pinned)
-        self.progress = (1, 1)
-        self.expected: list[tuple[int, int, int]] = []
-        self.held: list[tuple[PinnedExperts, Event]] = []
-
-    def load_progress(self) -> tuple[int, int]:
-        return self.progress
-
-    def expect(self, groups: Iterable[tuple[int, int, int]]) -> None:
-        self.expected.extend(groups)
-
-    def acquire(self, layer: int, first: int, count: int) -> PinnedExperts:
-        return PinnedExperts(layer, first, count, (self._layers[layer][first : first + count],))
-
-    def release(self, piece: PinnedExperts, event: Event) -> None:
-        self.held.append((piece, event))
 
 
 @dataclass
