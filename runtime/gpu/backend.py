@@ -199,7 +199,7 @@ class GpuBackend:
         if decoder is None or (self._parallel.num_ranks > 1 and not self.decodes_alone):
             return self._prefill(batch, alone)
         is_decode = len(batch.tokens) == len(batch.spans) and len(batch.spans) <= decoder.max_rows
-        if not is_decode or not all(span.logits != "none" for span in batch.spans):
+        if not is_decode or any(span.logits != "last" for span in batch.spans):
             return self._prefill(batch, alone)
         tokens = batch.tokens.tolist()
         return decoder.decode_rows(
