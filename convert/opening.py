@@ -23,7 +23,7 @@ from krasis.formats.errors import FormatError, KrasisError
 from krasis.formats.files.file_kinds import refuse_text
 from krasis.formats.files.regular_file import read_small_file
 from krasis.formats.limits import MAX_CONFIG_BYTES
-from krasis.formats.long_context import gguf_context_notes, hf_context_notes
+from krasis.formats.models.long_context import gguf_context_notes, hf_context_notes
 from krasis.formats.models.registry import family_of, spec_from_gguf
 from krasis.formats.strict_json import parse_json_object
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from krasis.formats.long_context import dual_chunk_context
 from krasis.formats.models.family import Family
 from krasis.formats.models.gguf import Keys
 from krasis.formats.models.gguf_blocks import gguf_attention, gguf_experts, gguf_model, refuse_gguf_features
 from krasis.formats.models.hf import Config
 from krasis.formats.models.hf_blocks import attention, experts, model, moe_layers, softmax_router
+from krasis.formats.models.long_context import dual_chunk_context
 from krasis.formats.models.names import decoder_names
 from krasis.formats.models.spec import Layer, ModelSpec
 

@@ -9,7 +9,7 @@ from format_builders import hf_config
 
 from krasis.formats.architecture import Architecture, RopeScaling, from_gguf_metadata, from_hf_config
 from krasis.formats.errors import FormatError, KrasisError, UnsupportedModelError
-from krasis.formats.long_context import gguf_context_notes, hf_context_notes
+from krasis.formats.models.long_context import gguf_context_notes, hf_context_notes
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
 CHUNKS = {"chunk_size": 256, "local_size": 32, "original_max_position_embeddings": 256}
