@@ -66,22 +66,24 @@ class Generation:
 
 class StopStrings:
     """Finds the first stop string in text that arrives in pieces, and holds back what may be the beginning of
-    one. signs: characters that only stop strings are to see: they are never shown."""
+    one. signs: characters that only stop strings are to see: they are never shown. met: the one found."""
 
-    __slots__ = ("_held", "_hidden", "_stops")
+    __slots__ = ("_held", "_hidden", "_stops", "met")
 
     def __init__(self, stops: Sequence[str], signs: Iterable[str] = ()) -> None:
         self._stops = [stop for stop in stops if stop]
+        self.met = ""
         self._held = ""
         self._hidden = dict.fromkeys(map(ord, signs))
 
     def push(self, text: str) -> tuple[str, bool]:
         """(text that may be shown, whether a stop string was met). The stop string itself is never shown."""
         held = self._held + text
-        found = [at for stop in self._stops if (at := held.find(stop)) >= 0]
+        found = [(at, stop) for stop in self._stops if (at := held.find(stop)) >= 0]
         if found:
+            at, self.met = min(found)
             self._held = ""
-            return self._shown(held[: min(found)]), True
+            return self._shown(held[:at]), True
         keep = max((_overlap(held, stop) for stop in self._stops), default=0)
         self._held = held[len(held) - keep :]
         return self._shown(held[: len(held) - keep]), False
@@ -187,6 +189,37 @@ class GenerationPlan:
     splitter: ThinkingSplitter = field(default_factory=ThinkingSplitter)
 
 
+class AnswerWriter:
+    """Tokens as pieces of answer and reasoning. is_stopped: a stop string was met, and all is given out."""
+
+    __slots__ = ("_splitter", "_stops", "_stream", "is_stopped")
+
+    def __init__(
+        self, stream: TokenStream | MarkedStream, stops: StopStrings, splitter: ThinkingSplitter
+    ) -> None:
+        self._stream, self._stops, self._splitter = stream, stops, splitter
+        self.is_stopped = False
+
+    def push(self, token: int) -> list[Piece]:
+        """What became certain with a token, which always has a piece, if an empty one."""
+        text, self.is_stopped = self._stops.push(self._stream.push(token))
+        pieces = self._pieces(self._splitter.push(text), token)
+        return pieces + self._pieces(self._splitter.finish(), None) if self.is_stopped else pieces
+
+    def finish(self) -> list[Piece]:
+        """What was held back."""
+        text, stopped = self._stops.push(self._stream.finish())
+        text += "" if stopped else self._stops.finish()
+        return self._pieces([*self._splitter.push(text), *self._splitter.finish()], None)
+
+    def _pieces(self, segments: Sequence[Segment], token: int | None) -> list[Piece]:
+        pieces = [Piece(None, one.text, one.kind) for one in segments]
+        if token is not None:
+            first = pieces[0] if pieces else Piece(None, "", self._splitter.kind)
+            pieces[:1] = [Piece(token, first.text, first.kind)]
+        return pieces
+
+
 def run(plan: GenerationPlan, stats: Generation) -> Generator[Piece]:
     """The decode loop. The caller may stop reading at any piece; stats then say ``interrupted``."""
     begin = time.perf_counter()
@@ -195,6 +228,7 @@ def run(plan: GenerationPlan, stats: Generation) -> Generator[Piece]:
     stats.stop_reason = "interrupted"
     # The last token is shown but needs no place in the cache: nothing attends to it.
     limit = min(plan.max_tokens, plan.room + 1)
+    writer = AnswerWriter(plan.stream, plan.stops, plan.splitter)
     for count in range(1, limit + 1):
         token = plan.sampler.pick(logits, plan.context, stats.tokens)
         now = time.perf_counter() - begin
@@ -208,28 +242,22 @@ def run(plan: GenerationPlan, stats: Generation) -> Generator[Piece]:
             stats.stop_reason = "stop"
             break
         stats.tokens.append(token)
-        text, stopped = plan.stops.push(plan.stream.push(token))
-        yield from _pieces(plan.splitter.push(text), plan.splitter.kind, token, stats)
-        if stopped:
-            yield from _pieces(plan.splitter.finish(), plan.splitter.kind, None, stats)
+        yield from _kept(writer.push(token), stats)
+        if writer.is_stopped:
             stats.stop_reason = "stop"
             return
         if count < limit:
             logits = plan.step(token)
     else:
         stats.stop_reason = "length" if limit == plan.max_tokens else "context"
-    text, stopped = plan.stops.push(plan.stream.finish())
-    text += "" if stopped else plan.stops.finish()
-    rest = [*plan.splitter.push(text), *plan.splitter.finish()]
-    yield from _pieces(rest, plan.splitter.kind, None, stats)
+    yield from _kept(writer.finish(), stats)
 
 
-def _pieces(segments: Sequence[Segment], kind: str, token: int | None, stats: Generation) -> Iterator[Piece]:
-    """Segments as pieces, kept in stats; a token always has a piece, if an empty one of kind."""
-    for one in segments or ([Segment(kind, "")] if token is not None else []):
-        if one.kind == ANSWER:
-            stats.text += one.text
+def _kept(pieces: Sequence[Piece], stats: Generation) -> Iterator[Piece]:
+    """The pieces, each noted in stats as it is given out."""
+    for piece in pieces:
+        if piece.kind == ANSWER:
+            stats.text += piece.text
         else:
-            stats.reasoning += one.text
-        yield Piece(token, one.text, one.kind)
-        token = None
+            stats.reasoning += piece.text
+        yield piece

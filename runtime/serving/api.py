@@ -67,7 +67,7 @@ class Request:
     priority: the higher goes first, within the fairness bound.
     side: a question beside the main conversation (a title, tags): its state never takes the place of a main
     one's. conversation: a name that the requests of one conversation share, if the client gives one.
-    keep_at: lengths in tokens at which the prompt's prefix is worth keeping (the end of tools and system text).
+    keep_at: lengths in tokens at which a prefix of the prompt is worth keeping (the end of the system text).
     use_cache: False = the prompt is computed anew, and not kept.
     progress: whether ``Progress`` events are wanted.
     """
@@ -108,8 +108,8 @@ class Score:
 @dataclass(frozen=True, slots=True)
 class Progress:
     """How far the prompt is. num_processed: tokens that are in place, of num_total; num_cached: of these,
-    found and not computed. elapsed_s: since the request was submitted. Sent when its pass begins (also when
-    it waits for another's pass with the same prefix), after layers where a backend says so, and at the end.
+    found and not computed. elapsed_s: since the request was submitted. Sent when it has a slot, now and then
+    during its pass, and when all is in place; none while it waits.
     """
 
     num_processed: int

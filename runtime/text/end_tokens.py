@@ -201,12 +201,13 @@ class Stops:
     """Stops as the decode loop meets them. texts: found in text. ids: special tokens, met by id.
 
     signs: id -> the sign that stands for a special token inside a longer stop text. A sign is a noncharacter
-    of Unicode, never shown.
+    of Unicode, never shown. names: id -> text of all these special tokens.
     """
 
     texts: tuple[str, ...] = ()
     ids: frozenset[int] = frozenset()
     signs: Mapping[int, str] = field(default_factory=dict)
+    names: Mapping[int, str] = field(default_factory=dict)
 
 
 def read_stops(stops: Sequence[str], tokenizer: Tokenizer, visible: Collection[int] = ()) -> Stops:
@@ -235,4 +236,5 @@ def read_stops(stops: Sequence[str], tokenizer: Tokenizer, visible: Collection[i
             marked = marked.replace(text, sign)
         if marked != stop:
             texts.append(marked)
-    return Stops(tuple(texts), frozenset(ids), signs)
+    names = {number: text for text, number in specials.items() if number in ids or number in signs}
+    return Stops(tuple(texts), frozenset(ids), signs, names)

@@ -1,0 +1,371 @@
+"""The one owner of a backend: takes requests from any thread, computes them in one, and says what came of
+them."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from threading import Condition, Event, Thread, get_ident
+
+from krasis.formats.errors import KrasisError, NativeError, ResourceError, UsageError
+from krasis.runtime.backend import LayerProgress
+from krasis.runtime.batch import Logits, batch_of
+from krasis.runtime.serving.api import (
+    ContextTooLongError,
+    CoreClosedError,
+    CoreStatus,
+    QueueFullError,
+    Request,
+)
+from krasis.runtime.serving.model_side import BatchBackend, CoreSettings, ModelSide
+from krasis.runtime.serving.prefix_folder import PrefixFolder, export_of
+from krasis.runtime.serving.prefix_store import OnDisk, Prefix, PrefixStore
+from krasis.runtime.serving.scheduler import Scheduler
+from krasis.runtime.serving.sequence import Sequence
+from krasis.runtime.serving.slot_work import SlotWork
+from krasis.runtime.serving.steps import Keep, Limits, Part, Place, Run, Sleep
+from krasis.runtime.serving.tally import Tally
+from krasis.runtime.serving.ticket import QueuedTicket
+from krasis.runtime.state.wider_cache import is_number, nonfinite_logits
+from krasis.runtime.text.ends import TextEnds
+
+logger = logging.getLogger(__name__)
+
+MAX_RETRY_AFTER_S = 120.0
+PROGRESS_PAUSE_S = 0.25
+
+
+class EngineCore:
+    """See ``api.Core``. ``start`` gives it a thread; or else the caller's thread calls ``run``, or ``turn``
+    for one step. The backend is the core's from now on, and closed by ``close``.
+
+    folder: prefixes on disk; None = they are kept in RAM alone. clock: seconds, for tests.
+    """
+
+    def __init__(
+        self,
+        backend: BatchBackend,
+        model: ModelSide,
+        settings: CoreSettings | None = None,
+        folder: PrefixFolder | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        settings = settings or CoreSettings()
+        self.settings, self.description = settings, backend.description
+        self.context, self.vocab_size = backend.capacity, model.vocab_size
+        self._backend, self._model, self._folder, self._clock = backend, model, folder, clock
+        self._store = PrefixStore(settings.cache_bytes, None if folder is None else self._spill)
+        for tokens, file in [] if folder is None else folder.prefixes():
+            self._store.add_file(tokens, file)
+        limits = settings.limits or Limits(pass_rows=backend.prefill_chunk)
+        num_slots = min(settings.num_slots, backend.state.num_slots)
+        self._scheduler = Scheduler(
+            replace(limits, pass_rows=min(limits.pass_rows, backend.prefill_chunk)), num_slots, self._store
+        )
+        self._slots = SlotWork(backend.state, model.num_layers, self._store)
+        self._tally = Tally()
+        self._running: dict[str, Sequence] = {}  # of the core's thread: what it knows of, by the job's id
+        self._changed = Condition()  # guards what follows
+        self._inbox: list[Sequence] = []
+        self._open: dict[str, Sequence] = {}
+        self._num_submitted = 0
+        self._has_cancelled = self._is_closing = self._saves = False
+        self._closed = Event()
+        self._runner: int | None = None  # the thread that is in ``run``
+        self._slot_status = self._slots.status(self._scheduler.slots, {})
+
+    def start(self) -> None:
+        """Computes in a thread of its own from now on."""
+        thread = Thread(target=self.run, name="krasis-core", daemon=True)
+        thread.start()
+
+    def submit(self, request: Request) -> QueuedTicket:
+        """See ``api.Core``."""
+        try:
+            ends = self._checked(request)
+            with self._changed:
+                self._refuse_if_full()
+                self._num_submitted += 1
+                name = f"{self._num_submitted}:{request.id}"
+                ticket = QueuedTicket(request.id, self._note_cancelled)
+                sequence = Sequence(request, name, ticket, ends, self.context, self._clock())
+                self._open[name] = sequence
+                self._inbox.append(sequence)
+                self._changed.notify_all()
+        except KrasisError:
+            self._tally.refused()
+            raise
+        self._tally.submitted()
+        return ticket
+
+    def status(self) -> CoreStatus:
+        """See ``api.Core``."""
+        with self._changed:
+            running = sum(1 for one in self._open.values() if one.job.slot is not None)
+            counters = self._tally.counters(self._store, self._scheduler.num_joined, self._slots.num_restored)
+            return CoreStatus(
+                num_running=running,
+                num_waiting=len(self._open) - running,
+                slots=self._slot_status,
+                cache_usage=self._slots.usage(self._slot_status, self.context),
+                store_bytes=self._store.num_bytes,
+                num_stored=len(self._store),
+                counters=counters,
+                is_closing=self._is_closing,
+            )
+
+    def close(self, save_prefixes: bool = True) -> None:
+        """See ``api.Core``."""
+        with self._changed:
+            if not self._is_closing:
+                self._is_closing, self._saves = True, save_prefixes
+            runner = self._runner
+            self._changed.notify_all()
+        if runner is None:
+            self._shut()
+        elif runner != get_ident():  # else ``run`` does it when this call has returned to it
+            self._closed.wait()
+
+    def run(self) -> None:
+        """Computes till ``close`` is called; then ends what is open and frees the backend."""
+        self._runner = get_ident()
+        try:
+            while not self._is_closing:
+                self.turn()
+        except BaseException as error:
+            logger.exception("the engine's thread ends by an error")
+            with self._changed:
+                self._is_closing = True
+            self._end_all(_as_krasis(error))
+            raise
+        finally:
+            self._shut()
+
+    def turn(self, *, wait: bool = True) -> bool:
+        """One step; False if there was nothing to do. wait: for something to do."""
+        self._receive()
+        step = self._scheduler.next(self._clock())
+        if isinstance(step, Sleep):
+            return self._sleep(step.until_s) if wait else False
+        if isinstance(step, Run):
+            self._run(step)
+        elif isinstance(step, Place):
+            self._place(step)
+        elif isinstance(step, Keep):
+            self._guarded(lambda: self._slots.keep(step.slot))
+            self._scheduler.kept(step.slot)
+        self._look()
+        return True
+
+    def _checked(self, request: Request) -> TextEnds:
+        num_tokens = len(request.prompt)
+        if num_tokens > self.context:
+            raise ContextTooLongError(num_tokens, self.context)
+        if not num_tokens:
+            raise UsageError("the prompt has no tokens")
+        ids = [*request.prompt, *request.logit_bias]
+        worst = max(ids) if min(ids) >= 0 else min(ids)
+        if not 0 <= worst < self.vocab_size:
+            raise UsageError("a token id is outside the vocabulary", got=worst, limit=self.vocab_size)
+        if request.max_tokens is not None and request.max_tokens < 0:
+            raise UsageError("max_tokens must not be negative", got=request.max_tokens)
+        return self._model.ends(request)
+
+    def _refuse_if_full(self) -> None:
+        if self._is_closing:
+            raise CoreClosedError("the engine is closing")
+        still = [one for one in self._open.values() if not one.ticket.is_cancelled]
+        waiting = sum(1 for one in still if one.job.slot is None)
+        idle = sum(1 for slot in self._slot_status if not slot.request)
+        if waiting - idle >= self.settings.max_waiting:
+            raise QueueFullError(
+                "too many requests wait already",
+                retry_after_s=min(MAX_RETRY_AFTER_S, max(1.0, self._tally.mean_s * waiting)),
+                got=waiting,
+                limit=self.settings.max_waiting,
+            )
+
+    def _note_cancelled(self) -> None:
+        with self._changed:
+            self._has_cancelled = True
+            self._changed.notify_all()
+
+    def _receive(self) -> None:
+        """Takes on what was submitted, and ends what was cancelled."""
+        with self._changed:
+            new, self._inbox = self._inbox, []
+            has_cancelled, self._has_cancelled = self._has_cancelled, False
+        for sequence in new:
+            self._running[sequence.job.id] = sequence
+            self._scheduler.add(sequence.job)
+        if has_cancelled:
+            for sequence in [one for one in self._running.values() if one.ticket.is_cancelled]:
+                sequence.cancel()
+                self._over(sequence)
+            self._look()
+
+    def _sleep(self, until_s: float | None) -> bool:
+        with self._changed:
+            if not self._inbox and not self._has_cancelled and not self._is_closing:
+                self._changed.wait(None if until_s is None else max(until_s - self._clock(), 0.0))
+        return False
+
+    def _place(self, step: Place) -> None:
+        job, slot = step.job, step.slot
+        try:
+            self._slots.open(slot)
+        except KrasisError as error:
+            if len(self._scheduler.slots) > 1:
+                logger.warning("there is one slot less: %s", error)
+                self._scheduler.lose(slot)
+                return
+            self._end_by(self._running[job.id], error)
+            return
+        try:
+            num_cached = self._slots.fill(slot, step.source)
+        except Exception as error:
+            logger.error("a slot cannot be filled: %s", error, exc_info=True)
+            self._slots.close(slot)
+            self._end_by(self._running[job.id], error)
+            return
+        self._scheduler.put(job, slot, num_cached)
+        self._tally.looked_up(job.num_prompt if job.reads_cache else 0, num_cached)
+        self._running[job.id].progress(num_cached, self._clock())
+
+    def _run(self, run: Run) -> None:
+        begin_s = self._clock()
+        self._scheduler.begin(run)
+        for part in run.parts:
+            self._running[part.job.id].begin(begin_s)
+        try:
+            logits = self._compute(run)
+        except Exception as error:  # noqa: BLE001  whatever it is, it ends these requests and no other
+            self._fail(run, error)
+            return
+        now_s = self._clock()
+        self._scheduler.ran(run, begin_s, now_s)
+        self._tally.ran(run, now_s - begin_s)
+        row = 0
+        for part in run.parts:
+            count = {"last": 1, "all": part.rows, "none": 0}[part.logits]
+            self._take(part, logits[row : row + count], now_s)
+            row += count
+
+    def _compute(self, run: Run) -> Logits:
+        parts = []
+        for part in run.parts:
+            job, end = part.job, part.start + part.rows
+            if job.slot is None:
+                raise NativeError("a batch has a sequence without a slot", got=job.id)
+            parts.append((job.slot.number, part.start, job.ids.between(part.start, end), part.logits))
+        self._backend.layer_done = self._progress_of(run) if run.is_pass else None
+        try:
+            return self._backend.run(batch_of(parts))
+        finally:
+            self._backend.layer_done = None
+
+    def _progress_of(self, run: Run) -> LayerProgress:
+        """What is called after each layer of a pass: here a step of the answers under way would have its
+        place."""
+        said_s = self._clock()
+
+        def layer_done(num_done: int, num_layers: int) -> None:
+            nonlocal said_s
+            now_s = self._clock()
+            if now_s - said_s < PROGRESS_PAUSE_S:
+                return
+            said_s = now_s
+            for part in run.parts:
+                self._running[part.job.id].progress(part.start + part.rows * num_done // num_layers, now_s)
+
+        return layer_done
+
+    def _take(self, part: Part, logits: Logits, now_s: float) -> None:
+        """What one request makes of its rows. An error ends this request alone."""
+        job, sequence = part.job, self._running[part.job.id]
+        try:
+            if part.start < job.num_prompt:
+                sequence.progress(job.done, now_s)
+            if part.logits == "all":
+                sequence.score_prompt(logits, part.start)
+            if sequence.ticket.is_cancelled:
+                sequence.cancel()
+            elif not job.remaining:
+                if not is_number(logits[-1]):
+                    raise nonfinite_logits(self._backend.kv_dtype)
+                token = sequence.take(logits[-1], now_s)
+                if token is not None:
+                    job.ids.append(token)
+        except Exception as error:
+            logger.info("request %s failed", sequence.ticket.id, exc_info=True)
+            sequence.fail(_as_krasis(error))
+        if sequence.is_over:
+            self._over(sequence)
+
+    def _fail(self, run: Run, error: Exception) -> None:
+        """Ends the requests of a batch that the backend could not compute; what they had before is kept."""
+        num_rows = sum(part.rows for part in run.parts)
+        logger.error("a batch of %d rows failed: %s", num_rows, error, exc_info=True)
+        for part in run.parts:
+            slot = part.job.slot
+            length = 0 if slot is None else self._slots.recover(slot, part.start)
+            self._end_by(self._running[part.job.id], error, length)
+
+    def _end_by(self, sequence: Sequence, error: Exception, length: int | None = None) -> None:
+        sequence.fail(_as_krasis(error))
+        self._over(sequence, length)
+
+    def _over(self, sequence: Sequence, length: int | None = None) -> None:
+        """A request that is over leaves; its slot keeps what was computed (length: only so much)."""
+        self._scheduler.end(sequence.job, self._clock(), length)
+        del self._running[sequence.job.id]
+        self._tally.ended(sequence)
+        with self._changed:
+            del self._open[sequence.job.id]
+
+    def _end_all(self, error: KrasisError) -> None:
+        with self._changed:
+            new, self._inbox = self._inbox, []
+        self._running |= {one.job.id: one for one in new}
+        for sequence in list(self._running.values()):
+            sequence.fail(error)
+            self._over(sequence)
+
+    def _look(self) -> None:
+        """Takes the view of the slots that ``status`` gives."""
+        names = {name: one.ticket.id for name, one in self._running.items()}
+        found = self._slots.status(self._scheduler.slots, names)
+        with self._changed:
+            self._slot_status = found
+
+    def _guarded(self, work: Callable[[], object]) -> None:
+        try:
+            work()
+        except (KrasisError, MemoryError) as error:
+            logger.warning("a prefix is not kept: %s", error)
+
+    def _spill(self, prefix: Prefix) -> OnDisk | None:
+        if self._folder is None or prefix.layers is None:
+            return None
+        return self._folder.save(prefix.tokens, export_of(prefix.layers))
+
+    def _shut(self) -> None:
+        if self._closed.is_set():
+            return
+        self._end_all(CoreClosedError("the server is shutting down", hint="send the request again later"))
+        try:
+            if self._saves and self._folder is not None:
+                self._slots.save_all(self._scheduler.slots, self._folder)
+        finally:
+            self._backend.close()
+            self._closed.set()
+
+
+def _as_krasis(error: BaseException) -> KrasisError:
+    if isinstance(error, KrasisError):
+        return error
+    if isinstance(error, MemoryError):
+        return ResourceError("there is not enough memory for this request")
+    return NativeError("the engine failed on this request", got=f"{type(error).__name__}: {error}")

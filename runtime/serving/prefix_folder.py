@@ -1,0 +1,166 @@
+"""Prefixes on disk, one saved-prefix file each, in a folder that outlives the process."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import xxhash
+
+from krasis.formats.bundle.reader import Bundle
+from krasis.formats.errors import KrasisError, ResourceError
+from krasis.runtime.backend import Backend
+from krasis.runtime.batch import StateRows
+from krasis.runtime.serving.ids import TokenIds, shared_length
+from krasis.runtime.serving.prefix_store import Layers
+from krasis.runtime.state.kv_file import PrefixFile, bundle_identity, save_prefix
+
+SUFFIX = ".kv"
+Export = Callable[[int, int], tuple[StateRows, StateRows]]
+
+logger = logging.getLogger(__name__)
+
+
+class _Rows:
+    """What saving and restoring use of a backend, for state that lies elsewhere."""
+
+    def __init__(self, description: str, kv_dtype: str, capacity: int, export: Export | None = None) -> None:
+        self.description, self.kv_dtype, self.capacity = description, kv_dtype, capacity
+        self.layers: list[tuple[StateRows, StateRows]] = []
+        self._export = export
+
+    def export_kv(self, layer: int, num_tokens: int) -> tuple[StateRows, StateRows]:
+        """See ``backend.Backend``."""
+        if self._export is None:
+            raise ResourceError("there is no state to save")
+        return self._export(layer, num_tokens)
+
+    def import_kv(self, layer: int, keys: StateRows, values: StateRows) -> None:
+        """See ``backend.Backend``: kept in layers, in order."""
+        self.layers.append((keys.copy(), values.copy()))
+
+    @property
+    def backend(self) -> Backend:
+        """As the functions that read and write files take it."""
+        return cast("Backend", self)
+
+
+class FileOfPrefix:
+    """See ``prefix_store.OnDisk``. A file whose header fits the bundle; its data is checked when read."""
+
+    def __init__(self, path: Path, num_bytes: int, rows: Callable[[], _Rows], bundle: Bundle) -> None:
+        self.path, self.num_bytes = path, num_bytes
+        self._rows, self._bundle = rows, bundle
+
+    def read(self) -> Layers:
+        """See ``prefix_store.OnDisk``."""
+        rows = self._rows()
+        with PrefixFile(self.path) as file:
+            file.check(self._bundle, rows.backend)
+            file.verify()
+            file.restore(rows.backend)
+        _touch(self.path)
+        return rows.layers
+
+
+class PrefixFolder:
+    """path: an existing folder. max_bytes: of its files; beyond that those used least recently are deleted.
+
+    backend: description, dtype and capacity are those of the caches that prefixes come from and go to.
+    Raises ResourceError if the folder cannot be used.
+    """
+
+    def __init__(self, path: Path, bundle: Bundle, backend: Any, max_bytes: int) -> None:
+        self.path, self.max_bytes = path, max_bytes
+        self._bundle, self._backend = bundle, backend
+        self._identity = f"{bundle_identity(bundle)[:16]}-{backend.kv_dtype}"
+        if not path.is_dir() or not os.access(path, os.R_OK | os.W_OK | os.X_OK):
+            raise ResourceError(
+                "the folder for prefixes cannot be used",
+                where=str(path),
+                hint="make it, or name one that can be written to",
+            )
+
+    def prefixes(self) -> list[tuple[TokenIds, FileOfPrefix]]:
+        """What the folder has for this bundle and cache, the least recently used first; other files are let
+        be, and said in the log if they are unsound."""
+        found = []
+        for path in sorted(self.path.glob(f"*{SUFFIX}"), key=_used_s):
+            try:
+                with PrefixFile(path) as file:
+                    file.check(self._bundle, self._rows().backend)
+                    tokens = np.array(file.tokens(self._bundle.architecture), dtype=np.int64)
+            except KrasisError as error:
+                logger.info("a saved prefix is left out: %s", error)
+                continue
+            found.append((tokens, self._file(path)))
+        return found
+
+    def save(self, tokens: TokenIds, export: Export) -> FileOfPrefix | None:
+        """Writes a prefix (export(layer, num_tokens) gives keys and values); None, and why in the log, if
+        that fails. One that is there already is only marked as used."""
+        path = self.path / self._name(tokens)
+        if path.exists():
+            _touch(path)
+            return self._file(path)
+        try:
+            save_prefix(path, self._bundle, self._rows(export).backend, tokens.tolist())
+        except KrasisError as error:
+            logger.warning("a prefix of %d tokens is not saved: %s", len(tokens), error)
+            return None
+        return self._file(path)
+
+    def prune(self) -> int:
+        """Deletes this bundle's files that longer ones begin with, and the oldest beyond max_bytes. Gives how
+        many."""
+        kept: list[TokenIds] = []
+        total = num_deleted = 0
+        for tokens, file in reversed(self.prefixes()):
+            is_part = any(shared_length(tokens, longer) == len(tokens) for longer in kept)
+            if is_part or total + file.num_bytes > self.max_bytes:
+                file.path.unlink(missing_ok=True)
+                num_deleted += 1
+                continue
+            kept.append(tokens)
+            total += file.num_bytes
+        return num_deleted
+
+    def _name(self, tokens: TokenIds) -> str:
+        """Prefixes of other bundles and of caches of another type have other names."""
+        ids = np.ascontiguousarray(tokens, dtype="<i8").tobytes()
+        return f"{self._identity}-{xxhash.xxh3_64(ids).hexdigest()}{SUFFIX}"
+
+    def _rows(self, export: Export | None = None) -> _Rows:
+        backend = self._backend
+        return _Rows(backend.description, backend.kv_dtype, backend.capacity, export)
+
+    def _file(self, path: Path) -> FileOfPrefix:
+        return FileOfPrefix(path, path.stat().st_size, self._rows, self._bundle)
+
+
+def export_of(layers: Layers) -> Export:
+    """What gives the rows of state in RAM."""
+
+    def export(layer: int, num_tokens: int) -> tuple[StateRows, StateRows]:
+        keys, values = layers[layer]
+        return keys[:, :num_tokens], values[:, :num_tokens]
+
+    return export
+
+
+def _used_s(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:  # deleted meanwhile
+        return 0.0
+
+
+def _touch(path: Path) -> None:
+    try:
+        os.utime(path)
+    except OSError as error:
+        logger.info("%s: %s", path, error)

@@ -1,0 +1,108 @@
+"""What is done to slots between batches: opened, filled from elsewhere, kept, saved, mended."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+from krasis.formats.errors import KrasisError
+from krasis.runtime.batch import StateStore
+from krasis.runtime.serving.api import SlotStatus
+from krasis.runtime.serving.placement import must_be_kept
+from krasis.runtime.serving.prefix_folder import PrefixFolder, export_of
+from krasis.runtime.serving.prefix_store import PrefixStore
+from krasis.runtime.serving.slots import Slot
+from krasis.runtime.serving.state_copy import StateCopier
+from krasis.runtime.serving.steps import Source
+
+logger = logging.getLogger(__name__)
+
+CLOSED = -1
+
+
+class SlotWork:
+    """The slots of one state store. num_restored: prefixes that were copied into a slot."""
+
+    def __init__(self, state: StateStore, num_layers: int, store: PrefixStore) -> None:
+        self._state, self._store = state, store
+        self._copier = StateCopier(state, num_layers)
+        self.num_restored = 0
+
+    def open(self, slot: Slot) -> None:
+        """Makes sure that it is open. Raises ResourceError if it cannot be had."""
+        if slot.number < 0:
+            slot.number = self._state.open()
+
+    def fill(self, slot: Slot, source: Source) -> int:
+        """Gives a slot the state of source; says how many tokens it then has. What cannot be had is
+        computed."""
+        try:
+            length = self._filled(slot, source)
+        except (KrasisError, MemoryError) as error:
+            logger.warning("a prefix of %d tokens cannot be taken over: %s", source.length, error)
+            length = self._copier.cut(slot.number, 0)
+        return length
+
+    def _filled(self, slot: Slot, source: Source) -> int:
+        if source.slot is slot:
+            return self._copier.cut(slot.number, source.length)
+        if source.slot is not None:
+            self.num_restored += 1
+            return self._copier.copy(source.slot.number, slot.number, source.length)
+        if source.key is None:
+            return self._copier.cut(slot.number, 0)
+        prefix, layers = self._store.take(source.key)
+        self.num_restored += 1
+        return self._copier.import_(slot.number, layers, source.length, can_be_cut=prefix.can_be_cut)
+
+    def keep(self, slot: Slot) -> None:
+        """Offers the prefix store what the slot holds, if there is room for it."""
+        num_bytes = self._copier.num_bytes(slot.number, slot.length)
+        if self._store.make_room(num_bytes, is_side=slot.is_side):
+            layers = self._copier.export(slot.number, slot.length)
+            can_be_cut = self._copier.can_be_cut(slot.number)
+            self._store.put(slot.held, layers, can_be_cut=can_be_cut, is_side=slot.is_side)
+
+    def recover(self, slot: Slot, length: int) -> int:
+        """After a failed batch: what lies before it is still right. Gives how many tokens are left."""
+        try:
+            return self._copier.cut(slot.number, length)
+        except (KrasisError, MemoryError) as error:
+            logger.warning("a slot is closed after an error: %s", error)
+        self.close(slot)
+        return 0
+
+    def close(self, slot: Slot) -> None:
+        """Gives a slot back whose state is in doubt; ``open`` takes another one."""
+        number, slot.number = slot.number, CLOSED
+        slot.forget()
+        try:
+            self._state.close(number)
+        except (KrasisError, MemoryError) as error:
+            logger.warning("a slot cannot be closed: %s", error)
+
+    def save_all(self, slots: Sequence[Slot], folder: PrefixFolder) -> None:
+        """Writes every prefix worth it to the folder, those used last at last."""
+        for prefix in self._store:
+            if prefix.is_side or not prefix.can_be_cut:
+                continue
+            if prefix.file is None and prefix.layers is not None:
+                folder.save(prefix.tokens, export_of(prefix.layers))
+        for slot in sorted(slots, key=lambda one: one.used_s):
+            slot.num_saved = 0
+            if not must_be_kept(slot, slots, self._store) or not self._copier.can_be_cut(slot.number):
+                continue
+            folder.save(slot.held, partial(self._state.export, slot.number))
+        folder.prune()
+
+    def status(self, slots: Sequence[Slot], names: Mapping[str, str]) -> tuple[SlotStatus, ...]:
+        """A view of the slots. names: the requests' ids by their jobs'."""
+        return tuple(
+            SlotStatus(number, slot.length, names.get(slot.user, ""), slot.is_side)
+            for number, slot in enumerate(slots)
+        )
+
+    def usage(self, slots: Sequence[SlotStatus], capacity: int) -> float:
+        """The share of all positions that hold something."""
+        return sum(one.num_tokens for one in slots) / max(1, len(slots) * capacity)

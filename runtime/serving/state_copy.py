@@ -1,0 +1,57 @@
+"""Moves what a backend keeps of a sequence: from slot to slot, to RAM, and back."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from krasis.runtime.batch import StateStore
+from krasis.runtime.serving.prefix_store import Layers
+
+
+class StateCopier:
+    """Copies all layers of one state store's slots."""
+
+    def __init__(self, state: StateStore, num_layers: int) -> None:
+        self._state, self._num_layers = state, num_layers
+
+    def can_be_cut(self, slot: int) -> bool:
+        """Whether what a slot holds can be gone on from at every position, as keys and values can."""
+        length = self._state.length(slot)
+        return length < 2 or self._state.restorable(slot, length - 1) == length - 1
+
+    def num_bytes(self, slot: int, num_tokens: int) -> int:
+        """What ``export`` will give: all layers are as large as the first."""
+        keys, values = self._state.export(slot, 0, num_tokens)
+        return self._num_layers * (keys.nbytes + values.nbytes)
+
+    def export(self, slot: int, num_tokens: int) -> Layers:
+        """Copies of the first positions of every layer."""
+        layers = []
+        for layer in range(self._num_layers):
+            keys, values = self._state.export(slot, layer, num_tokens)
+            layers.append((np.array(keys, order="C"), np.array(values, order="C")))
+        return layers
+
+    def import_(self, slot: int, layers: Layers, num_tokens: int, *, can_be_cut: bool) -> int:
+        """Fills a slot with the first num_tokens positions; gives how many it then has: fewer, where only
+        some positions can be gone on from."""
+        for layer, (keys, values) in enumerate(layers):
+            count = num_tokens if can_be_cut else keys.shape[1]
+            self._state.import_(slot, layer, keys[:, :count], values[:, :count])
+        return self.cut(slot, num_tokens)
+
+    def copy(self, source: int, target: int, num_tokens: int) -> int:
+        """Fills target with source's first positions, as ``import_``."""
+        length = self._state.restorable(source, num_tokens)
+        if not length:
+            return self.cut(target, 0)
+        for layer in range(self._num_layers):
+            self._state.import_(target, layer, *self._state.export(source, layer, length))
+        return self.cut(target, length)
+
+    def cut(self, slot: int, num_tokens: int) -> int:
+        """Goes back to the largest position up to num_tokens that can be; gives it."""
+        length = self._state.restorable(slot, num_tokens)
+        if length != self._state.length(slot):
+            self._state.rewind(slot, length)
+        return length
