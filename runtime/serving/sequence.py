@@ -43,8 +43,9 @@ class Sequence:
         stops = StopStrings(ends.stops.texts, ends.stops.signs.values())
         self._stops, self._writer = stops, AnswerWriter(ends.stream, stops, ends.splitter)
         room = context - self.job.num_prompt + 1  # the last token needs no place: nothing attends to it
-        wanted = room if request.max_tokens is None else request.max_tokens
-        self._limit, self._at_limit = min(room, wanted), _reason_at(room, wanted)
+        wanted = request.max_tokens
+        self._limit = room if wanted is None else min(room, wanted)
+        self._at_limit: Reason = "context" if wanted is None or wanted > room else "length"
         self._picker: Picker | None = None
         self._prompt_scores: list[Score | None] = [None]
         self._context = self.job.prompt.tolist()
@@ -93,7 +94,7 @@ class Sequence:
         following = self.job.prompt[start + 1 : start + 1 + len(logits)]
         num_top = self.request.prompt_logprobs or 0
         self._prompt_scores += scores(logits[: len(following)], following, num_top)
-        if len(self._prompt_scores) == self.job.num_prompt:
+        if start + len(logits) == self.job.num_prompt:
             self.ticket.put(PromptScores(tuple(self._prompt_scores)))
 
     def take(self, logits: Logits, now_s: float) -> int | None:
@@ -160,10 +161,6 @@ class Sequence:
             self._num_reasoning += is_reasoning and len(tokens)
             found = () if score is None or not tokens else (score,)
             self.ticket.put(Delta(tokens, piece.text, "reasoning" if is_reasoning else "answer", found))
-
-
-def _reason_at(room: int, wanted: int) -> Reason:
-    return "length" if wanted <= room else "context"
 
 
 def _job(request: Request, name: str, now_s: float) -> Job:

@@ -1,7 +1,8 @@
-"""A backend without a model: it "samples" what a script says, in a given time, and writes down what was asked.
+"""A backend without a model: it "samples" what a script says, in a given time, and writes down what was
+asked.
 
-Its state is real, if small: a layer's keys are the tokens themselves. What comes next is read from that state, so
-that a state which was copied, cut or restored wrongly gives other answers.
+Its state is real, if small: a layer's keys are the tokens themselves. What comes next is read from that
+state, so that a state which was copied, cut or restored wrongly gives other answers.
 """
 
 from __future__ import annotations
@@ -22,10 +23,7 @@ def mixed(vocab: int) -> Script:
     """Each token follows from all before it."""
 
     def following(tokens: tuple[int, ...]) -> int:
-        value = 17
-        for token in tokens:
-            value = (value * 31 + token + 1) % 1_000_003
-        return value % vocab
+        return hash(tokens) % vocab  # of numbers: the same in every process
 
     return following
 
@@ -36,7 +34,11 @@ def told(answers: dict[tuple[int, ...], Sequence[int]], otherwise: int = 0) -> S
     def following(tokens: tuple[int, ...]) -> int:
         for prompt, answer in answers.items():
             at = len(tokens) - len(prompt)
-            if tokens[: len(prompt)] == prompt and list(tokens[len(prompt) :]) == list(answer[:at]) and at < len(answer):
+            if (
+                tokens[: len(prompt)] == prompt
+                and list(tokens[len(prompt) :]) == list(answer[:at])
+                and at < len(answer)
+            ):
                 return answer[at]
         return otherwise
 
@@ -44,7 +46,8 @@ def told(answers: dict[tuple[int, ...], Sequence[int]], otherwise: int = 0) -> S
 
 
 class ArrayState:
-    """A ``StateStore`` of arrays. checkpoints: positions are restorable only where a batch ended (else: all)."""
+    """A ``StateStore`` of arrays. checkpoints: positions are restorable only where a batch ended (else:
+    all)."""
 
     dtype = "f32"
 
@@ -107,8 +110,8 @@ class ArrayState:
 
 
 class ScriptedBackend:
-    """See ``backend.Backend``. batches: every batch asked for. pass_s, token_s: how long a batch with a span of
-    several rows, or one of single rows, takes. before: called with each batch, and may raise or wait.
+    """See ``backend.Backend``. batches: every batch asked for. pass_s, token_s: how long a batch with a span
+    of several rows, or one of single rows, takes. before: called with each batch, and may raise or wait.
     """
 
     description, kv_dtype, placement = "scripted", "f32", ("nowhere", "nowhere")

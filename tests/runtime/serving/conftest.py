@@ -1,9 +1,9 @@
-"""A core over a backend without a model, and a tokenizer whose tokens are letters."""
+"""A core over a backend without a model."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,38 +11,11 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "support"))
 
+from letters import ends
 from scripted_backend import NUM_LAYERS, ScriptedBackend
 
-from krasis.runtime.serving.api import Delta, Request
 from krasis.runtime.serving.core import EngineCore
 from krasis.runtime.serving.model_side import CoreSettings, ModelSide
-from krasis.runtime.text.end_tokens import Stops
-from krasis.runtime.text.ends import TextEnds
-from krasis.runtime.text.thinking import ThinkingSplitter
-from krasis.runtime.text.tokenizer import TokenStream
-
-END = 63
-
-
-class Letters:
-    """Id -> letter."""
-
-    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
-        return "".join(chr(ord("A") + number) for number in ids)
-
-
-def ends(request: Request) -> TextEnds:
-    """END ends an answer."""
-    stream: Any = TokenStream(Letters())  # type: ignore[arg-type]
-    return TextEnds(frozenset({END}), Stops(request.stops), stream, ThinkingSplitter())
-
-
-def text_of(events: Sequence[object]) -> str:
-    return "".join(event.text for event in events if isinstance(event, Delta))
-
-
-def tokens_of(events: Sequence[object]) -> list[int]:
-    return [token for event in events if isinstance(event, Delta) for token in event.tokens]
 
 
 @pytest.fixture
