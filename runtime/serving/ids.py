@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 TokenIds = npt.NDArray[np.int64]
+_GLANCE = 64  # most sequences that differ do so early
 
 
 class Ids:
@@ -42,7 +43,9 @@ class Ids:
 
 def shared_length(one: TokenIds, other: TokenIds) -> int:
     """How many ids both begin with."""
-    size = min(len(one), len(other))
+    size = min(len(one), len(other), _GLANCE)
+    if size == _GLANCE and np.array_equal(one[:size], other[:size]):
+        size = min(len(one), len(other))
     differs = one[:size] != other[:size]
     at = int(differs.argmax()) if size else 0
     return at if size and differs[at] else size
