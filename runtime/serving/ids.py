@@ -43,9 +43,12 @@ class Ids:
 
 def shared_length(one: TokenIds, other: TokenIds) -> int:
     """How many ids both begin with."""
-    size = min(len(one), len(other), _GLANCE)
-    if size == _GLANCE and np.array_equal(one[:size], other[:size]):
-        size = min(len(one), len(other))
-    differs = one[:size] != other[:size]
-    at = int(differs.argmax()) if size else 0
-    return at if size and differs[at] else size
+    size = min(len(one), len(other))
+    for count in (min(size, _GLANCE), size):
+        differs = one[:count] != other[:count]
+        at = int(differs.argmax()) if count else 0
+        if count and differs[at]:
+            return at
+        if count == size:
+            break
+    return size

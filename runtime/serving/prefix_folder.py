@@ -12,7 +12,7 @@ import numpy as np
 import xxhash
 
 from krasis.formats.bundle.reader import Bundle
-from krasis.formats.errors import KrasisError, ResourceError
+from krasis.formats.errors import FormatError, KrasisError, ResourceError
 from krasis.runtime.backend import Backend
 from krasis.runtime.batch import StateRows
 from krasis.runtime.serving.ids import TokenIds, shared_length
@@ -26,21 +26,22 @@ logger = logging.getLogger(__name__)
 
 
 class _Rows:
-    """What saving and restoring use of a backend, for state that lies elsewhere."""
+    """What saving and restoring use of a backend and its state, for state that lies elsewhere."""
 
     def __init__(self, description: str, kv_dtype: str, capacity: int, export: Export | None = None) -> None:
         self.description, self.kv_dtype, self.capacity = description, kv_dtype, capacity
         self.layers: list[tuple[StateRows, StateRows]] = []
+        self.state = self
         self._export = export
 
-    def export_kv(self, layer: int, num_tokens: int) -> tuple[StateRows, StateRows]:
-        """See ``backend.Backend``."""
+    def export(self, _slot: int, layer: int, num_tokens: int) -> tuple[StateRows, StateRows]:
+        """See ``batch.StateStore``."""
         if self._export is None:
             raise ResourceError("there is no state to save")
         return self._export(layer, num_tokens)
 
-    def import_kv(self, layer: int, keys: StateRows, values: StateRows) -> None:
-        """See ``backend.Backend``: kept in layers, in order."""
+    def import_(self, _slot: int, _layer: int, keys: StateRows, values: StateRows) -> None:
+        """See ``batch.StateStore``: kept in layers, which come in order."""
         self.layers.append((keys.copy(), values.copy()))
 
     @property
@@ -59,10 +60,14 @@ class FileOfPrefix:
     def read(self) -> Layers:
         """See ``prefix_store.OnDisk``."""
         rows = self._rows()
-        with PrefixFile(self.path) as file:
-            file.check(self._bundle, rows.backend)
-            file.verify()
-            file.restore(rows.backend)
+        try:
+            with PrefixFile(self.path) as file:
+                file.check(self._bundle, rows.backend)
+                file.verify()
+                file.restore(rows.backend)
+        except FormatError as error:
+            _delete(self.path, error)
+            raise
         _touch(self.path)
         return rows.layers
 
@@ -94,6 +99,10 @@ class PrefixFolder:
                 with PrefixFile(path) as file:
                     file.check(self._bundle, self._rows().backend)
                     tokens = np.array(file.tokens(self._bundle.architecture), dtype=np.int64)
+            except FormatError as error:
+                if path.name.startswith(self._identity):
+                    _delete(path, error)
+                continue
             except KrasisError as error:
                 logger.info("a saved prefix is left out: %s", error)
                 continue
@@ -122,8 +131,7 @@ class PrefixFolder:
         for tokens, file in reversed(self.prefixes()):
             is_part = any(shared_length(tokens, longer) == len(tokens) for longer in kept)
             if is_part or total + file.num_bytes > self.max_bytes:
-                file.path.unlink(missing_ok=True)
-                num_deleted += 1
+                num_deleted += _gone(file.path)
                 continue
             kept.append(tokens)
             total += file.num_bytes
@@ -150,6 +158,22 @@ def export_of(layers: Layers) -> Export:
         return keys[:, :num_tokens], values[:, :num_tokens]
 
     return export
+
+
+def _delete(path: Path, error: FormatError) -> None:
+    """A damaged file of ours would stand in the way of a sound one."""
+    logger.warning("a damaged prefix is deleted: %s", error)
+    _gone(path)
+
+
+def _gone(path: Path) -> bool:
+    """Deletes a file; False, and why in the log, if that is refused."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        logger.warning("%s: %s", path, error)
+        return False
+    return True
 
 
 def _used_s(path: Path) -> float:

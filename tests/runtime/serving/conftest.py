@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,3 +32,14 @@ def make_core() -> Iterator[Callable[..., EngineCore]]:
     yield make
     for core in cores:
         core.close()
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The committed model as a bundle for the CPU."""
+    path = tmp_path_factory.mktemp("serving") / "tiny.krasis"
+    code = "from krasis.convert.cli import main; main()"
+    source = Path(__file__).parents[2] / "assets" / "tiny-qwen3-moe"
+    command = [sys.executable, "-c", code, source, "-o", path, "--tiers", "cpu", "--quiet"]
+    subprocess.run(command, check=True, stdin=subprocess.DEVNULL, capture_output=True, timeout=120)
+    return path

@@ -230,7 +230,7 @@ def test_a_thousand_cancels_at_random_lose_no_slot_and_no_memory(make_core: Make
         tickets = []
         for _ in range(count):
             tokens = prompt(chance.randrange(12), chance.randrange(1, 150))
-            tickets.append(core.submit(ask(tokens, 30, side=chance.random() < 0.2)))
+            tickets.append(core.submit(ask(tokens, 12, side=chance.random() < 0.2)))
             for _ in range(chance.randrange(4)):
                 core.turn(wait=False)
             chance.choice(tickets[-8:]).cancel()
