@@ -1,0 +1,1 @@
+"""krasis-serve: the HTTP part. It speaks to the engine only through ``runtime.serving.api``."""

@@ -1,0 +1,298 @@
+"""POST /v1/completions: text that goes on, with log probabilities of the prompt for those who measure."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from krasis.formats.errors import KrasisError
+from krasis.runtime.server.ask import Ask
+from krasis.runtime.server.errors import ApiError, from_krasis, internal, refused
+from krasis.runtime.server.fields import Fields
+from krasis.runtime.server.grammar import read_response_format
+from krasis.runtime.server.keepalive import EventStream, with_keepalive
+from krasis.runtime.server.sampling import (
+    MAX_TOP_LOGPROBS,
+    read_bias,
+    read_max_tokens,
+    read_one,
+    read_sampling,
+    read_stops,
+)
+from krasis.runtime.server.service import Service, service_of
+from krasis.runtime.server.tools.calls import Call, Text
+from krasis.runtime.server.turn import End, PromptScored, Scores, Step, TokenScore, Turn
+from krasis.runtime.server.usage import openai_usage, timings
+from krasis.runtime.server.wire import DONE, data_event, json_response
+from krasis.runtime.text.messages import token_ids
+from krasis.runtime.text.token_ids import checked_ids
+
+DEFAULT_MAX_TOKENS = 16  # OpenAI's
+MAX_PROMPTS = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How the answer is to be written."""
+
+    stream: bool
+    include_usage: bool
+    echo: bool
+    logprobs: bool
+    number: str
+    model: str
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def shared(self) -> dict[str, Any]:
+        """Fields of every object."""
+        return {"id": self.number, "object": "text_completion", "created": self.created, "model": self.model}
+
+
+async def completions(request: Request) -> Response:
+    """The endpoint."""
+    service = service_of(request)
+    fields = Fields(await service.read(request))
+    asks = await service.in_thread(_read_asks, service, fields)
+    options = _options(fields, asks[0])
+    if options.stream and len(asks) > 1:
+        raise refused("Only one prompt can be streamed.", "prompt")
+    turns: list[Turn] = []
+    try:
+        turns += [service.begin(ask, request) for ask in asks]
+    except ApiError:
+        for turn in turns:
+            turn.close()
+        raise
+    if options.stream:
+        frames = CompletionStream(options, turns[0], service).frames()
+        stream = with_keepalive(
+            frames, service.settings.ping_interval_s, lambda: data_event(_chunk(options, ""))
+        )
+        return EventStream(stream, on_end=turns[0].close)
+    try:
+        work = asyncio.gather(*(_whole(options, turn, service, index) for index, turn in enumerate(turns)))
+        found = await service.whole(request, turns[0], _all(work))
+    finally:
+        for turn in turns:
+            turn.close()
+    choices = [choice for choice, _ in found]
+    return json_response({**options.shared(), "choices": choices, "usage": _sum([end for _, end in found])})
+
+
+async def _all(work: Any) -> list[tuple[dict[str, Any], End]]:
+    return list(await work)
+
+
+def _options(fields: Fields, ask: Ask) -> Options:
+    stream = fields.flag("stream")
+    extra = fields.object("stream_options")
+    if extra is not None and not stream:
+        raise refused("'stream_options' needs 'stream': true.", "stream_options")
+    usage = extra is not None and extra.flag("include_usage")
+    echo = fields.flag("echo")
+    return Options(stream, usage, echo, ask.num_logprobs is not None, ask.number("cmpl-"), ask.model)
+
+
+def _read_asks(service: Service, fields: Fields) -> list[Ask]:
+    read_one(fields, "n")
+    read_one(fields, "best_of")
+    if fields.any("suffix"):
+        raise refused("'suffix' is not supported.", "suffix")
+    prompts = _read_prompts(service, fields.any("prompt"))
+    echo = fields.flag("echo")
+    max_tokens = read_max_tokens(fields, least=0 if echo else 1)
+    logprobs = _num_logprobs(fields)
+    grammar = read_response_format(fields)
+    service.grammars.check(grammar)
+    shared: dict[str, Any] = {
+        "model": service.model_name(fields.any("model")),
+        "sampling": read_sampling(fields, service.prompts.assets.sampling),
+        "max_tokens": DEFAULT_MAX_TOKENS
+        if max_tokens is None and not fields.has("n_predict")
+        else max_tokens,
+        "stops": read_stops(fields),
+        "bias": read_bias(fields, service.core.vocab_size),
+        "num_logprobs": logprobs,
+        "num_prompt_logprobs": logprobs if echo else None,
+        "grammar": grammar,
+        "is_plain": True,
+        "ignore_ends": fields.flag("ignore_eos"),
+    }
+    return [Ask(prompt=service.prompts.checked(prompt), **shared) for prompt in prompts]
+
+
+def _num_logprobs(fields: Fields) -> int | None:
+    value = fields.any("logprobs")
+    if isinstance(value, bool):
+        return 0 if value else None
+    return fields.integer("logprobs", 0, MAX_TOP_LOGPROBS)
+
+
+def _read_prompts(service: Service, prompt: Any) -> list[list[int]]:
+    """Each prompt's ids: one text, several, one list of ids, or several."""
+    if prompt is None:
+        raise refused("'prompt' is missing.", "prompt")
+    many = prompt if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else [prompt]
+    if len(many) > MAX_PROMPTS:
+        raise refused(f"There are more than {MAX_PROMPTS} prompts.", "prompt")
+    return [_ids(service, one) for one in many]
+
+
+def _ids(service: Service, prompt: Any) -> list[int]:
+    if isinstance(prompt, str):
+        return service.prompts.tokens(prompt, special=True)
+    ids = token_ids(prompt)
+    if ids is None:
+        raise refused(
+            "'prompt' must be text, a list of token ids, or a list of such.", "prompt", "invalid_type"
+        )
+    try:
+        return [int(one) for one in checked_ids(ids, service.core.vocab_size)]
+    except KrasisError as error:
+        raise from_krasis(error, "prompt") from error
+
+
+class CompletionStream:
+    """A text in chunks."""
+
+    def __init__(self, options: Options, turn: Turn, service: Service) -> None:
+        self._options, self._turn, self._service = options, turn, service
+        self._table = Table()
+
+    async def frames(self) -> AsyncIterator[bytes]:
+        """The events."""
+        more = {"usage": None} if self._options.include_usage else {}
+        try:
+            if self._options.echo:
+                yield data_event(_chunk(self._options, _echo(self._service, self._turn)) | more)
+            async with aclosing(self._turn.steps()) as steps:
+                async for step in steps:
+                    for value in self._step(step):
+                        yield data_event(value | more)
+                    if isinstance(step, End) and self._options.include_usage:
+                        usage = {"usage": openai_usage(step), "timings": timings(step)}
+                        yield data_event({**self._options.shared(), "choices": [], **usage})
+        except ApiError as error:
+            yield data_event(error.openai())
+        except Exception:  # noqa: BLE001  whatever it is, the client gets an end and the log the reason
+            self._turn.log_failure()
+            yield data_event(internal().openai())
+        finally:
+            self._turn.close()
+        yield DONE
+
+    def _step(self, step: Step) -> Sequence[dict[str, Any]]:
+        if isinstance(step, Text):
+            return [_chunk(self._options, step.text, self._scores())]
+        if isinstance(step, PromptScored):
+            self._table.add_prompt(step, self._service, self._turn.ask)
+        elif isinstance(step, Scores):
+            self._table.add(step.tokens)
+        elif isinstance(step, End):
+            return [
+                _chunk(self._options, "", self._scores(), finish_reason(step)) | {"timings": timings(step)}
+            ]
+        return []
+
+    def _scores(self) -> dict[str, Any] | None:
+        if not self._options.logprobs:
+            return None
+        found, self._table = self._table.shown(), Table(self._table.offset)
+        return found
+
+
+def _chunk(
+    options: Options, text: str, scores: dict[str, Any] | None = None, finish: str | None = None
+) -> dict[str, Any]:
+    choice = {"index": 0, "text": text, "logprobs": scores, "finish_reason": finish}
+    return {**options.shared(), "choices": [choice]}
+
+
+class Table:
+    """Log probabilities as completions have them: columns beside each other."""
+
+    def __init__(self, offset: int = 0) -> None:
+        self.offset = offset
+        self._rows: list[tuple[str, TokenScore | None, int]] = []
+
+    def add(self, tokens: Sequence[TokenScore]) -> None:
+        """Tokens of the answer."""
+        for one in tokens:
+            self._add(one.text, one)
+
+    def add_prompt(self, scored: PromptScored, service: Service, ask: Ask) -> None:
+        """The prompt's tokens."""
+        for token, one in zip(ask.prompt, scored.tokens, strict=True):
+            self._add(service.token_text(token), one)
+
+    def _add(self, text: str, score: TokenScore | None) -> None:
+        self._rows.append((text, score, self.offset))
+        self.offset += len(text)
+
+    def shown(self) -> dict[str, Any]:
+        """The columns."""
+        return {
+            "tokens": [text for text, _, _ in self._rows],
+            "token_logprobs": [None if one is None else one.logprob for _, one, _ in self._rows],
+            "top_logprobs": [None if one is None else _top(one) for _, one, _ in self._rows],
+            "text_offset": [offset for _, _, offset in self._rows],
+        }
+
+
+def _top(score: TokenScore) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for text, _, logprob in score.top:
+        found.setdefault(text, logprob)
+    found.setdefault(score.text, score.logprob)
+    return found
+
+
+async def _whole(options: Options, turn: Turn, service: Service, index: int) -> tuple[dict[str, Any], End]:
+    text = _echo(service, turn) if options.echo else ""
+    table = Table()
+    async with aclosing(turn.steps()) as steps:
+        async for step in steps:
+            if isinstance(step, Text):
+                text += step.text
+            elif isinstance(step, PromptScored):
+                table.add_prompt(step, service, turn.ask)
+            elif isinstance(step, Scores):
+                table.add(step.tokens)
+            elif isinstance(step, End):
+                scores = table.shown() if options.logprobs else None
+                choice = {
+                    "index": index,
+                    "text": text,
+                    "logprobs": scores,
+                    "finish_reason": finish_reason(step),
+                }
+                return choice, step
+    raise internal()
+
+
+def _echo(service: Service, turn: Turn) -> str:
+    return service.prompts.assets.tokenizer.decode(turn.ask.prompt, skip_special=False)
+
+
+def finish_reason(end: End) -> str:
+    """OpenAI's word."""
+    return "length" if end.reason == "length" else "stop"
+
+
+def _sum(ends: Sequence[End]) -> dict[str, Any]:
+    usages = [openai_usage(end) for end in ends]
+    total = dict(usages[0])
+    for name in ("prompt_tokens", "completion_tokens", "total_tokens"):
+        total[name] = sum(one[name] for one in usages)
+    cached = sum(end.num_cached_tokens for end in ends)
+    return {**total, "prompt_tokens_details": {"cached_tokens": cached, "audio_tokens": 0}}
+
+
+__all__ = ["Call", "completions"]

@@ -1,0 +1,207 @@
+"""What an answer must look like: JSON, a JSON schema, a call of a tool. llguidance says which tokens go on with it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from threading import Lock
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from krasis.formats.names import shown
+from krasis.runtime.server.errors import refused
+from krasis.runtime.server.fields import Fields
+from krasis.runtime.server.tools.calls import CallFormat, Tools, function_of
+from krasis.runtime.server.tools.xml import XML
+
+Bits = npt.NDArray[np.bool_]
+
+MAX_GRAMMAR_CHARACTERS = 2**20
+_COMPACT = {"whitespace_flexible": False, "key_separator": ": ", "item_separator": ", "}
+_BOUNDED = {"whitespace_pattern": r"[ \n\t]{0,20}"}  # or a model may write blanks for ever
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """kind: ``json_schema`` or ``lark``. text: the schema, or the grammar. param: the field it came in."""
+
+    kind: str
+    text: str
+    param: str
+
+
+class Mask:
+    """Which tokens may come next, in one answer. It belongs to one thread at a time.
+
+    closes: if the answer begins inside of thinking, the markers that end it; till then everything may come.
+    """
+
+    __slots__ = ("_closes", "_decode", "_matcher", "_num_rows", "_tail", "_waits")
+
+    def __init__(
+        self, matcher: Any, num_rows: int, closes: Sequence[str], decode: Callable[[Sequence[int]], str]
+    ) -> None:
+        self._matcher, self._num_rows = matcher, num_rows
+        self._closes, self._decode = tuple(closes), decode
+        self._waits = bool(closes)
+        self._tail: list[int] = []
+
+    def allowed(self) -> Bits | None:
+        """bool [vocab]; None: all of them."""
+        if self._waits or self._matcher.is_error():
+            return None
+        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        return np.unpackbits(bits, bitorder="little")[: self._num_rows].astype(np.bool_)
+
+    def accept(self, token: int) -> None:
+        """The token that was picked."""
+        if not self._waits:
+            self._matcher.consume_token(token)
+            return
+        self._tail = [*self._tail[-15:], token]
+        text = self._decode(self._tail)
+        self._waits = not any(one in text for one in self._closes)
+
+
+class Grammars:
+    """Makes masks for one model. tokenizer_json: its file. ends: ids that may follow a complete answer."""
+
+    def __init__(
+        self, tokenizer_json: Callable[[], bytes], num_rows: int, ends: Callable[[], Sequence[int]]
+    ) -> None:
+        self._tokenizer_json, self._num_rows, self._ends = tokenizer_json, num_rows, ends
+        self._lock = Lock()
+        self._tokenizer: Any = None
+
+    def check(self, grammar: Grammar | None) -> None:
+        """Raises ApiError (400) for a grammar that cannot be followed."""
+        if grammar is None:
+            return
+        library = _library(grammar.param)
+        text = _compiled(library, grammar)
+        complaint = library.LLMatcher.validate_grammar(text, self._loaded(library))
+        if complaint:
+            raise refused(f"'{grammar.param}' cannot be followed: {complaint[:300]}", grammar.param)
+
+    def mask(self, grammar: Grammar, closes: Sequence[str], decode: Callable[[Sequence[int]], str]) -> Mask:
+        """A mask for one answer. closes, decode: see ``Mask``."""
+        library = _library(grammar.param)
+        matcher = library.LLMatcher(self._loaded(library), _compiled(library, grammar), log_level=0)
+        return Mask(matcher, self._num_rows, closes, decode)
+
+    def _loaded(self, library: Any) -> Any:
+        with self._lock:
+            if self._tokenizer is None:
+                text = self._tokenizer_json().decode("utf-8", "replace")
+                self._tokenizer = library.LLTokenizer(
+                    text, n_vocab=self._num_rows, eos_token=list(self._ends())
+                )
+            return self._tokenizer
+
+
+def _library(param: str) -> Any:
+    try:
+        import llguidance
+    except ImportError as error:
+        raise refused(f"'{param}' needs the package llguidance on the server.", param) from error
+    return llguidance
+
+
+def _compiled(library: Any, grammar: Grammar) -> str:
+    if grammar.kind == "lark":
+        return str(library.LLMatcher.grammar_from_lark(grammar.text))
+    try:
+        return str(library.LLMatcher.grammar_from_json_schema(grammar.text, defaults=_BOUNDED))
+    except ValueError as error:
+        raise refused(f"'{grammar.param}' cannot be followed: {error}", grammar.param) from error
+
+
+def read_response_format(fields: Fields, name: str = "response_format") -> Grammar | None:
+    """OpenAI's ``response_format`` (of responses: ``text.format``), and llama.cpp's ``json_schema``."""
+    if fields.has("json_schema"):
+        return _schema(fields.any("json_schema"), "json_schema")
+    form = fields.object(name)
+    if form is None:
+        return None
+    kind = form.text("type", "text")
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return _schema(form.any("schema") or {"type": "object"}, name)
+    if kind == "json_schema":
+        inner = form.mapping("json_schema") or {"schema": form.any("schema")}
+        return _schema(inner.get("schema"), name)
+    raise refused(f"'{name}.type' must be text, json_object or json_schema (got {shown(kind)}).", name)
+
+
+def _schema(schema: object, param: str) -> Grammar:
+    if not isinstance(schema, Mapping):
+        raise refused(f"'{param}' must have a JSON schema, which is an object.", param)
+    text = json.dumps(schema, ensure_ascii=False)
+    if len(text) > MAX_GRAMMAR_CHARACTERS:
+        raise refused(
+            f"The JSON schema in '{param}' is longer than {MAX_GRAMMAR_CHARACTERS} characters.", param
+        )
+    return Grammar("json_schema", text, param)
+
+
+def call_grammar(call_format: CallFormat, tools: Tools) -> Grammar:
+    """One call of one of the tools, with the arguments that its schema allows."""
+    write = _xml_rules if call_format is XML else _hermes_rules
+    names = [f"call{number}" for number in range(len(tools))]
+    rules = [f"start: {' | '.join(names)}"]
+    for name, tool in zip(names, tools, strict=True):
+        function = function_of(tool)
+        rules += write(name, str(function["name"]), dict(function.get("parameters") or {"type": "object"}))
+    text = "\n".join(rules)
+    if len(text) > MAX_GRAMMAR_CHARACTERS:
+        raise refused(f"The tools' schemas are longer than {MAX_GRAMMAR_CHARACTERS} characters.", "tools")
+    return Grammar("lark", text, "tools")
+
+
+def _hermes_rules(rule: str, name: str, schema: dict[str, Any]) -> list[str]:
+    begin = f'<tool_call>\n{{"name": {json.dumps(name, ensure_ascii=False)}, "arguments": '
+    return [
+        f"{rule}: {_literal(begin)} {rule}_args {_literal('}' + chr(10) + '</tool_call>')}",
+        _json(f"{rule}_args", schema),
+    ]
+
+
+def _xml_rules(rule: str, name: str, schema: dict[str, Any]) -> list[str]:
+    properties = schema.get("properties")
+    known = properties if isinstance(properties, Mapping) else {}
+    required = schema.get("required")
+    must = set(required) if isinstance(required, list) else set()
+    shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+    parts, rules = [], []
+    for number, (key, value) in enumerate(known.items()):
+        part = f"{rule}_p{number}"
+        parts.append(part if key in must else f"{part}?")
+        begin = _literal(f"<parameter={key}>\n")
+        if _is_text(value):
+            rules += [f"{part}: {begin} {part}_v", f"{part}_v[suffix={_literal(END_OF_VALUE)}]: /(?s:.*)/"]
+        else:
+            rules += [f"{part}: {begin} {part}_v {_literal(END_OF_VALUE)}"]
+            rules.append(_json(f"{part}_v", {**shared, **value} if isinstance(value, Mapping) else {}))
+    body = " ".join(parts)
+    ends = _literal("</function>\n</tool_call>")
+    return [f"{rule}: {_literal(f'<tool_call>{chr(10)}<function={name}>{chr(10)}')} {body} {ends}", *rules]
+
+
+END_OF_VALUE = "\n</parameter>\n"
+
+
+def _is_text(schema: object) -> bool:
+    return isinstance(schema, Mapping) and schema.get("type") == "string" and "enum" not in schema
+
+
+def _json(rule: str, schema: dict[str, Any]) -> str:
+    guided = {**schema, "x-guidance": _COMPACT}
+    return f"{rule}: %json {json.dumps(guided, ensure_ascii=False)}"
+
+
+def _literal(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)

@@ -1,0 +1,69 @@
+"""Counts and times of an answer, as each API says them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from krasis.runtime.server.turn import End
+
+
+def openai_usage(end: End) -> dict[str, Any]:
+    """Of chat and completions."""
+    return {
+        "prompt_tokens": end.num_prompt_tokens,
+        "completion_tokens": end.num_generated_tokens,
+        "total_tokens": end.num_prompt_tokens + end.num_generated_tokens,
+        "prompt_tokens_details": {"cached_tokens": end.num_cached_tokens, "audio_tokens": 0},
+        "completion_tokens_details": {
+            "reasoning_tokens": end.num_reasoning_tokens,
+            "audio_tokens": 0,
+            "accepted_prediction_tokens": 0,
+            "rejected_prediction_tokens": 0,
+        },
+    }
+
+
+def responses_usage(end: End) -> dict[str, Any]:
+    """Of responses."""
+    return {
+        "input_tokens": end.num_prompt_tokens,
+        "input_tokens_details": {"cached_tokens": end.num_cached_tokens, "cache_write_tokens": 0},
+        "output_tokens": end.num_generated_tokens,
+        "output_tokens_details": {"reasoning_tokens": end.num_reasoning_tokens},
+        "total_tokens": end.num_prompt_tokens + end.num_generated_tokens,
+    }
+
+
+def anthropic_usage(
+    num_prompt_tokens: int, num_cached_tokens: int, num_generated_tokens: int
+) -> dict[str, Any]:
+    """Of messages: there, what was cached is not among the input tokens."""
+    return {
+        "input_tokens": num_prompt_tokens - num_cached_tokens,
+        "cache_creation_input_tokens": 0,
+        "cache_read_input_tokens": num_cached_tokens,
+        "cache_creation": {"ephemeral_5m_input_tokens": 0, "ephemeral_1h_input_tokens": 0},
+        "output_tokens": num_generated_tokens,
+        "server_tool_use": None,
+        "service_tier": "standard",
+        "inference_geo": None,
+        "output_tokens_details": None,
+        "iterations": None,
+    }
+
+
+def timings(end: End) -> dict[str, Any]:
+    """llama.cpp's: its page and many scripts read them. Milliseconds."""
+    computed = end.num_prompt_tokens - end.num_cached_tokens
+    prompt_ms, predicted_ms = 1e3 * end.prefill_s, 1e3 * end.decode_s
+    return {
+        "cache_n": end.num_cached_tokens,
+        "prompt_n": computed,
+        "prompt_ms": prompt_ms,
+        "prompt_per_token_ms": prompt_ms / max(computed, 1),
+        "prompt_per_second": 1e3 * computed / prompt_ms if prompt_ms > 0 else 0.0,
+        "predicted_n": end.num_generated_tokens,
+        "predicted_ms": predicted_ms,
+        "predicted_per_token_ms": predicted_ms / max(end.num_generated_tokens, 1),
+        "predicted_per_second": 1e3 * end.num_generated_tokens / predicted_ms if predicted_ms > 0 else 0.0,
+    }
