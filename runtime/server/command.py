@@ -1,0 +1,305 @@
+"""``krasis-serve``: a bundle as a server, for agents, editors and people."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import click
+
+from krasis.formats.errors import KrasisError, UnsupportedModelError, UsageError
+from krasis.formats.process.command_line import StreamsCommand, version_option
+from krasis.formats.process.last_resort import last_resort
+from krasis.formats.process.log_lines import PrintableFormatter
+
+if TYPE_CHECKING:
+    from krasis.runtime.server.opening import Opened
+    from krasis.runtime.server.service import Service, ServeSettings
+    from krasis.runtime.settings import EngineSettings
+
+PROGRAM = "krasis-serve"
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+DEFAULT_CACHE_RAM = "4GiB"
+DEFAULT_PREFIX_DIR_BYTES = "32GiB"
+_PACKAGES = ("starlette", "uvicorn", "prometheus_client")
+
+logger = logging.getLogger(__name__)
+
+
+class CommandError(click.ClickException):
+    """A KrasisError on its way out: one line on stderr and the class's exit code."""
+
+    def __init__(self, error: KrasisError) -> None:
+        super().__init__(" ".join(str(error).split()))
+        self.exit_code = error.exit_code  # type: ignore[misc]  # click declares it a constant of the class
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        """Prints the line."""
+        click.echo(f"{PROGRAM}: {self.message}", file=file or sys.stderr)
+
+
+@click.command(
+    cls=StreamsCommand, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+)
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--host", metavar="ADDRESS", default="127.0.0.1", show_default=True, help="Where to listen.")
+@click.option(
+    "--port", metavar="N", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 = any."
+)
+@click.option("--alias", "aliases", metavar="NAME", multiple=True, help="The model's name. May be repeated.")
+@click.option(
+    "--api-key",
+    "api_keys",
+    metavar="KEY",
+    multiple=True,
+    envvar="KRASIS_API_KEY",
+    help="Ask clients for this key. May be repeated. [env KRASIS_API_KEY]",
+)
+@click.option("--api-key-file", metavar="FILE", type=click.Path(path_type=Path), help="Keys, one a line.")
+@click.option(
+    "--parallel",
+    metavar="N",
+    type=click.IntRange(1, 64),
+    default=4,
+    show_default=True,
+    help="Answers at a time.",
+)
+@click.option("--ctx", metavar="N", type=int, help="Tokens of one conversation. [default: as krasis-run]")
+@click.option(
+    "--queue",
+    metavar="N",
+    type=click.IntRange(1, 4096),
+    default=64,
+    show_default=True,
+    help="Requests that may wait.",
+)
+@click.option(
+    "--cache-ram",
+    metavar="SIZE",
+    default=DEFAULT_CACHE_RAM,
+    show_default=True,
+    help="RAM for earlier prompts; 0 = none.",
+)
+@click.option(
+    "--prefix-dir",
+    metavar="FOLDER",
+    type=click.Path(path_type=Path),
+    help="Keep earlier prompts there when the server ends.",
+)
+@click.option(
+    "--prefix-dir-size",
+    metavar="SIZE",
+    default=DEFAULT_PREFIX_DIR_BYTES,
+    show_default=True,
+    help="Room in that folder.",
+)
+@click.option(
+    "--cors-origins",
+    metavar="LIST",
+    default="",
+    help="Web pages whose scripts may ask, separated by commas; * = all. [default: of this machine]",
+)
+@click.option("--metrics/--no-metrics", default=True, help="Serve /metrics for Prometheus. [default: on]")
+@click.option(
+    "--timeout",
+    metavar="S",
+    type=click.FloatRange(1, 3600),
+    default=60.0,
+    show_default=True,
+    help="Seconds a request may take to arrive.",
+)
+@click.option(
+    "--ping-interval",
+    metavar="S",
+    type=click.FloatRange(0.1, 250),
+    default=10.0,
+    show_default=True,
+    help="Longest silence of a stream, in seconds.",
+)
+@click.option("--max-body", metavar="SIZE", default="32MiB", show_default=True, help="Longest request.")
+@click.option(
+    "--chat-template", metavar="FILE", type=click.Path(path_type=Path), help="Use this chat template."
+)
+@click.option("--chat-template-kwargs", metavar="JSON", default="{}", help="Variables for the chat template.")
+@click.option("--rope-scaling", metavar="SPEC", help="Stretch the context, as krasis-run does.")
+@click.option("--threads", metavar="N", type=int, default=0, help="CPU threads. [default: all]")
+@click.option(
+    "--kv-dtype", type=click.Choice(["f16", "f32"]), default="f16", help="Precision of the KV cache."
+)
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda", "double"]),
+    metavar="[auto|cpu|cuda]",
+    default="auto",
+    help="As krasis-run.",
+)
+@click.option("--vram", metavar="SIZE", help="Use at most so much of a GPU's memory.")
+@version_option()
+@click.option("-v", "--verbose", count=True, help="Say what is chosen and why; -vv says more.")
+@click.option("-q", "--quiet", is_flag=True, help="No line for each request.")
+@last_resort(PROGRAM)
+def main(bundle: Path, verbose: int, quiet: bool, **options: Any) -> None:
+    """Serve the model in BUNDLE (a folder made by krasis-convert) to programs that speak OpenAI's chat, responses
+    or completions, or Anthropic's messages.
+
+    Only this machine can reach it unless --host says otherwise. SIGTERM and Ctrl-C end it in order.
+    """
+    _configure_logging(verbose, quiet)
+    try:
+        _serve(bundle, options)
+    except KrasisError as error:
+        raise CommandError(error) from error
+
+
+def _serve(bundle: Path, options: dict[str, Any]) -> None:
+    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UsageError(
+            "the server's packages are not installed",
+            got=f"no {', '.join(missing)}",
+            hint="pip install 'krasis-bundle[serve]'",
+        )
+    from krasis.formats.files import mapping_guard
+    from krasis.formats.units import parse_bytes
+    from krasis.runtime.serving.model_side import CoreSettings
+    from krasis.runtime.text.sandbox import shared_sandbox
+
+    begin = time.perf_counter()
+    shared_sandbox().start()  # it gets ready while this process imports
+    settings, engine = _settings(bundle, options), _engine(options)
+    core_settings = CoreSettings(
+        num_slots=options["parallel"],
+        max_waiting=options["queue"],
+        cache_bytes=_size(options["cache_ram"], "--cache-ram"),
+    )
+    room = parse_bytes(options["prefix_dir_size"], "--prefix-dir-size")
+    if not bundle.exists():
+        raise UsageError("there is no such bundle", got=str(bundle))
+    from krasis.runtime.server.opening import open_model
+    from krasis.runtime.server.running import listen, run
+    from krasis.runtime.server.service import Service
+
+    mapping_guard.install(PROGRAM)
+    _make_folder(options["prefix_dir"])
+    listener = listen(options["host"], options["port"])
+    opened: list[Opened] = []
+
+    def load() -> Service:
+        opened.append(open_model(bundle, engine, core_settings, options["prefix_dir"], room))
+        service = Service(
+            opened[0].core, opened[0].assets, _with_context(settings, opened[0]), opened[0].tokenizer_json
+        )
+        _say_ready(listener.getsockname(), service, time.perf_counter() - begin)
+        return service
+
+    def unload() -> None:
+        for one in opened:
+            one.core.close(save_prefixes=True)
+            one.close()
+
+    if options["host"] not in LOOPBACK and not settings.api_keys:
+        click.echo(
+            f"{PROGRAM}: note: anybody who reaches {options['host']} may ask; --api-key asks for a key",
+            err=True,
+        )
+    run(listener, load, unload)
+
+
+def _make_folder(folder: Path | None) -> None:
+    """What prompts held is nobody else's business."""
+    if folder is not None:
+        try:
+            folder.mkdir(mode=0o700, exist_ok=True)
+        except OSError as error:
+            raise UsageError("the folder cannot be made", where=str(folder), got=error.strerror) from error
+
+
+def _with_context(settings: ServeSettings, opened: Opened) -> ServeSettings:
+    from dataclasses import replace
+
+    return replace(settings, max_context=opened.max_context)
+
+
+def _say_ready(address: Any, service: Service, seconds: float) -> None:
+    host = f"[{address[0]}]" if ":" in address[0] else address[0]
+    click.echo(
+        f"{PROGRAM}: {service.settings.aliases[0]} on http://{host}:{address[1]}/v1, {service.core.context} tokens of "
+        f"context ({service.core.description}; {seconds:.2f} s)",
+        err=True,
+    )
+
+
+def _settings(bundle: Path, options: dict[str, Any]) -> ServeSettings:
+    from krasis.formats.strict_json import parse_json_object
+    from krasis.formats.units import parse_bytes
+    from krasis.runtime.server.service import ServeSettings
+    from krasis.runtime.text.template_variables import check_variables
+
+    text = options["chat_template_kwargs"]
+    variables = parse_json_object(text.encode("utf-8", "replace"), "--chat-template-kwargs", max_bytes=2**20)
+    check_variables(variables)
+    keys = [*options["api_keys"], *_keys_of(options["api_key_file"])]
+    if any(not key.strip() or not key.isascii() or not key.isprintable() for key in keys):
+        raise UsageError("an API key must be printable ASCII", where="--api-key")
+    return ServeSettings(
+        aliases=options["aliases"] or (bundle.name.removesuffix(".krasis") or "krasis",),
+        api_keys=tuple(keys),
+        cors_origins=tuple(one.strip() for one in options["cors_origins"].split(",") if one.strip()),
+        max_body_bytes=parse_bytes(options["max_body"], "--max-body"),
+        max_requests=4 * (options["queue"] + options["parallel"]),
+        body_timeout_s=options["timeout"],
+        ping_interval_s=options["ping_interval"],
+        metrics=options["metrics"],
+        bundle=bundle.name,
+        template_vars=variables,
+    )
+
+
+def _engine(options: dict[str, Any]) -> EngineSettings:
+    from krasis.formats.units import parse_bytes
+    from krasis.runtime.settings import EngineSettings
+
+    return EngineSettings(
+        context=options["ctx"],
+        threads=options["threads"],
+        kv_dtype=options["kv_dtype"],
+        device=options["device"],
+        vram_bytes=None if options["vram"] is None else parse_bytes(options["vram"], "--vram"),
+        chat_template=None if options["chat_template"] is None else str(options["chat_template"]),
+        rope_scaling=options["rope_scaling"],
+        slots=options["parallel"],
+    )
+
+
+def _size(text: str, where: str) -> int:
+    from krasis.formats.units import parse_bytes
+
+    return 0 if text.strip() == "0" else parse_bytes(text, where)
+
+
+def _keys_of(path: Path | None) -> list[str]:
+    if path is None:
+        return []
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise UsageError("the file of keys cannot be read", where=str(path), got=error) from error
+    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
+def _configure_logging(verbose: int, quiet: bool) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(PrintableFormatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
+    logging.basicConfig(level=level, handlers=[handler])
+    logging.getLogger("krasis.runtime.server").setLevel(
+        logging.WARNING if quiet else min(level, logging.INFO)
+    )
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+
+
+__all__ = ["UnsupportedModelError", "main"]

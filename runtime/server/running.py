@@ -1,0 +1,145 @@
+"""Runs the server: answers 503 while the model is loading, ends in order at a signal."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import Thread
+from types import FrameType
+
+import uvicorn
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from krasis.formats.errors import ResourceError
+from krasis.runtime.server.app import make_app
+from krasis.runtime.server.auth import error_response_body
+from krasis.runtime.server.errors import ApiError
+from krasis.runtime.server.service import Service
+from krasis.runtime.server.wire import json_response
+
+logger = logging.getLogger(__name__)
+
+BACKLOG = 1024
+GRACE_S = 5  # in which streams that were told the end may be read to it
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens. Raises ResourceError if the address cannot be used."""
+    where = f"{host}:{port}"
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = found[0]
+        listener = socket.socket(family, kind, protocol)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen(BACKLOG)
+        except BaseException:
+            listener.close()
+            raise
+    except OSError as error:
+        raise ResourceError(
+            "this address cannot be listened on",
+            where=where,
+            got=error.strerror or error,
+            hint="choose another --port",
+        ) from error
+    return listener
+
+
+class Door:
+    """The application: 503 until the model is there."""
+
+    def __init__(self) -> None:
+        self.app: ASGIApp | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        if self.app is not None:
+            await self.app(scope, receive, send)
+        elif scope["type"] == "http":
+            error = ApiError(503, "The model is loading.", "loading", retry_after_s=5)
+            body = error_response_body(scope["path"], error)
+            await json_response(body, 503, error.headers)(scope, receive, send)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's, whose end begins with that of the streams, and whose signals end it and nothing else."""
+
+    def __init__(self, config: uvicorn.Config, on_end: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_end = on_end
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's."""
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Once is enough: a second signal does not keep prefixes from being saved."""
+        before = {number: signal.getsignal(number) for number in _SIGNALS}
+        for number, handler in before.items():
+            if handler is not signal.SIG_IGN:
+                signal.signal(number, self.handle_exit)
+        yield
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A signal: streams end with an error, then the server."""
+        del frame
+        if not self.should_exit:
+            logger.info("%s: ending", signal.Signals(sig).name)
+        self.end()
+
+    def end(self) -> None:
+        """Ends it, from any thread."""
+        self.should_exit = True
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._on_end)
+
+
+def run(listener: socket.socket, load: Callable[[], Service], unload: Callable[[], None]) -> None:
+    """Serves until a signal comes. load: makes the service, in a thread, while requests are told to wait. unload:
+    saves and frees it, at the very end.
+
+    Raises what load raises.
+    """
+    door, service, failure = Door(), [], []  # type: ignore[var-annotated]
+    config = uvicorn.Config(
+        door,
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        server_header=False,
+        timeout_graceful_shutdown=GRACE_S,
+        loop="asyncio",
+        http="h11",
+    )
+    server = _Server(config, lambda: [one.close() for one in service] and None)
+
+    def loading() -> None:
+        try:
+            service.append(load())
+            door.app = make_app(service[0])
+        except BaseException as error:  # noqa: BLE001  it is raised again in the main thread
+            failure.append(error)
+            server.end()
+
+    loader = Thread(target=loading, name="load", daemon=True)
+    loader.start()
+    interval, _ = sys.getswitchinterval(), sys.setswitchinterval(1e-4)  # a token must not wait for JSON
+    try:
+        server.run(sockets=[listener])
+    finally:
+        sys.setswitchinterval(interval)
+        loader.join()
+        unload()
+    if failure:
+        raise failure[0]
