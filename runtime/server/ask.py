@@ -1,5 +1,5 @@
-"""What a request asks the engine for, read from chat's fields; everything that can be refused is refused here,
-before the first byte of an answer."""
+"""What a request asks the engine for, read from chat's fields; everything that can be refused is refused
+here, before the first byte of an answer."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ MAX_SIDE_TOKENS = 64
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ask:
     """prompt: ids, fewer than the context holds. model: as the client calls it. call_format: how calls are
-    written, None: none are looked for. num_logprobs: alternatives of each token; None: no log probabilities at all.
-    grammar: what the answer must be; it begins after the thinking. thinking: what the prompt has opened.
-    is_plain: a text to go on with, no turn of a chat. side: not the main conversation. session: the client's name
-    for the conversation.
+    written, None: none are looked for. num_logprobs: alternatives of each token; None: no log probabilities
+    at all. grammar: what the answer must be; it begins after the thinking. thinking: what the prompt has
+    opened. is_plain: a text to go on with, no turn of a chat. side: not the main conversation. session: the
+    client's name for the conversation.
     """
 
     prompt: list[int]

@@ -50,9 +50,9 @@ class Gate:
         headers = Headers(scope=scope)
         path, origin = scope["path"], headers.get("origin")
         extra: dict[str, str] = {}
-        if request_id := headers.get("x-request-id", "")[:200]:
-            if request_id.isprintable() and request_id.isascii():
-                extra["x-request-id"] = request_id
+        request_id = headers.get("x-request-id", "")[:200]
+        if request_id and request_id.isprintable() and request_id.isascii():
+            extra["x-request-id"] = request_id
         if origin is not None:
             if not self._may_ask(origin):
                 await self._refuse(

@@ -135,6 +135,9 @@ class ChatStream:
                 if self._options.return_progress
                 else []
             )
+        return self._ending(step) if isinstance(step, End) else []
+
+    def _ending(self, step: End) -> Sequence[bytes]:
         frames = []
         if self._scores and self._options.logprobs:
             frames.append(self._chunk({"content": ""}))
@@ -154,7 +157,7 @@ class ChatStream:
         return [self._chunk({"tool_calls": [first]}), self._chunk({"tool_calls": [rest]})]
 
     def _chunk(self, delta: dict[str, Any]) -> bytes:
-        scores = {}
+        scores: dict[str, Any] = {}
         if self._options.logprobs and self._scores:
             scores = {"logprobs": {"content": self._scores, "refusal": None}}
             self._scores = []

@@ -18,7 +18,7 @@ from krasis.formats.process.log_lines import PrintableFormatter
 
 if TYPE_CHECKING:
     from krasis.runtime.server.opening import Opened
-    from krasis.runtime.server.service import Service, ServeSettings
+    from krasis.runtime.server.service import ServeSettings, Service
     from krasis.runtime.settings import EngineSettings
 
 PROGRAM = "krasis-serve"
@@ -143,8 +143,8 @@ class CommandError(click.ClickException):
 @click.option("-q", "--quiet", is_flag=True, help="No line for each request.")
 @last_resort(PROGRAM)
 def main(bundle: Path, verbose: int, quiet: bool, **options: Any) -> None:
-    """Serve the model in BUNDLE (a folder made by krasis-convert) to programs that speak OpenAI's chat, responses
-    or completions, or Anthropic's messages.
+    """Serve the model in BUNDLE (a folder made by krasis-convert) to programs that speak OpenAI's chat,
+    responses or completions, or Anthropic's messages.
 
     Only this machine can reach it unless --host says otherwise. SIGTERM and Ctrl-C end it in order.
     """
@@ -227,8 +227,8 @@ def _with_context(settings: ServeSettings, opened: Opened) -> ServeSettings:
 def _say_ready(address: Any, service: Service, seconds: float) -> None:
     host = f"[{address[0]}]" if ":" in address[0] else address[0]
     click.echo(
-        f"{PROGRAM}: {service.settings.aliases[0]} on http://{host}:{address[1]}/v1, {service.core.context} tokens of "
-        f"context ({service.core.description}; {seconds:.2f} s)",
+        f"{PROGRAM}: {service.settings.aliases[0]} on http://{host}:{address[1]}/v1, {service.core.context} "
+        f"tokens of context ({service.core.description}; {seconds:.2f} s)",
         err=True,
     )
 

@@ -11,8 +11,8 @@ from krasis.runtime.server.errors import ApiError, refused
 
 
 class Fields:
-    """Reads a JSON object's fields. Each method raises ApiError (400) that names the field. where: of an object
-    inside the request, such as ``stream_options``."""
+    """Reads a JSON object's fields. Each method raises ApiError (400) that names the field. where: of an
+    object inside the request, such as ``stream_options``."""
 
     __slots__ = ("_object", "_where")
 

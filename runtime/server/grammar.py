@@ -1,4 +1,5 @@
-"""What an answer must look like: JSON, a JSON schema, a call of a tool. llguidance says which tokens go on with it."""
+"""What an answer must look like: JSON, a JSON schema, a call of a tool. llguidance says which tokens go on
+with it."""
 
 from __future__ import annotations
 
@@ -175,7 +176,7 @@ def _xml_rules(rule: str, name: str, schema: dict[str, Any]) -> list[str]:
     known = properties if isinstance(properties, Mapping) else {}
     required = schema.get("required")
     must = set(required) if isinstance(required, list) else set()
-    shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+    shared: dict[str, Any] = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
     parts, rules = [], []
     for number, (key, value) in enumerate(known.items()):
         part = f"{rule}_p{number}"
@@ -185,7 +186,7 @@ def _xml_rules(rule: str, name: str, schema: dict[str, Any]) -> list[str]:
             rules += [f"{part}: {begin} {part}_v", f"{part}_v[suffix={_literal(END_OF_VALUE)}]: /(?s:.*)/"]
         else:
             rules += [f"{part}: {begin} {part}_v {_literal(END_OF_VALUE)}"]
-            rules.append(_json(f"{part}_v", {**shared, **value} if isinstance(value, Mapping) else {}))
+            rules.append(_json(f"{part}_v", {**value, **shared} if isinstance(value, Mapping) else {}))
     body = " ".join(parts)
     ends = _literal("</function>\n</tool_call>")
     return [f"{rule}: {_literal(f'<tool_call>{chr(10)}<function={name}>{chr(10)}')} {body} {ends}", *rules]

@@ -1,8 +1,8 @@
 """Streams that never fall silent, and work that ends when its client has left.
 
 The timer is of the wall clock and of this part of the program: however long the engine is busy with a prompt,
-something that the API's clients take for life goes out every few seconds. Clients cut a silent stream after 300
-seconds and send the whole prompt again.
+something that the API's clients take for life goes out every few seconds. Clients cut a silent stream after
+300 seconds and send the whole prompt again.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Figures for Prometheus: what the core counts, under vLLM's names with our prefix, and times that requests took."""
+"""Figures for Prometheus: what the core counts, under vLLM's names with our prefix, and times that requests
+took."""
 
 from __future__ import annotations
 
@@ -39,7 +40,7 @@ class Metrics:
             f"{PREFIX}request_success", "Requests, by how they ended.", [*names, "finished_reason"], **shared
         )
         self._labels = labels
-        self._registry.register(_CoreCollector(status))  # type: ignore[arg-type]
+        self._registry.register(_CoreCollector(status))
 
     def first_token(self, seconds: float) -> None:
         """An answer begins."""

@@ -15,8 +15,8 @@ from krasis.runtime.text.assets import TOKENIZER, TextAssets
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A model that is ready. tokenizer_json: reads its tokenizer's file. max_context: the most the model allows.
-    close: frees what the core does not own, after the core was closed."""
+    """A model that is ready. tokenizer_json: reads its tokenizer's file. max_context: the most the model
+    allows. close: frees what the core does not own, after the core was closed."""
 
     core: Core
     assets: TextAssets

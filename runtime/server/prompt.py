@@ -1,7 +1,7 @@
 """From a conversation as clients send it to the prompt's text and tokens.
 
-The strict readers and the template's own quirks are ``runtime.messages``' matter. Here is what a server adds: the
-forms in which agents send things that a template refuses, so that their next turn can be answered too.
+The strict readers and the template's own quirks are ``runtime.messages``' matter. Here is what a server adds:
+the forms in which agents send things that a template refuses, so that their next turn can be answered too.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from krasis.runtime.text.template_variables import check_variables, names_offere
 Row = dict[str, Any]
 
 MAX_MESSAGES = 20_000
-# A token stands for so many bytes at most, on average over a prompt that fits: what is longer is refused unread.
+# A token stands for so many bytes at most, on average over a prompt that fits: what is longer is refused
+# unread.
 MAX_BYTES_PER_TOKEN = 64
 
 

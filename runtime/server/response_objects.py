@@ -127,7 +127,10 @@ class Writer:
         yield from self._end_item("completed")
         number = self._turn.ask.number("rs_" if kind == "reasoning" else "msg_")
         item: Item = {"id": number, "type": kind, "status": "in_progress", "content": []}
-        item |= {"summary": [], "encrypted_content": None} if kind == "reasoning" else {"role": "assistant"}
+        more: Item = (
+            {"summary": [], "encrypted_content": None} if kind == "reasoning" else {"role": "assistant"}
+        )
+        item |= more
         self._answer.output.append(item)
         self._item = item
         yield {

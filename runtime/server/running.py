@@ -106,12 +106,19 @@ class _Server(uvicorn.Server):
 
 
 def run(listener: socket.socket, load: Callable[[], Service], unload: Callable[[], None]) -> None:
-    """Serves until a signal comes. load: makes the service, in a thread, while requests are told to wait. unload:
-    saves and frees it, at the very end.
+    """Serves until a signal comes. load: makes the service, in a thread, while requests are told to wait.
+    unload: saves and frees it, at the very end.
 
     Raises what load raises.
     """
-    door, service, failure = Door(), [], []  # type: ignore[var-annotated]
+    door = Door()
+    service: list[Service] = []
+    failure: list[BaseException] = []
+
+    def close() -> None:
+        for one in service:
+            one.close()
+
     config = uvicorn.Config(
         door,
         log_config=None,
@@ -122,7 +129,7 @@ def run(listener: socket.socket, load: Callable[[], Service], unload: Callable[[
         loop="asyncio",
         http="h11",
     )
-    server = _Server(config, lambda: [one.close() for one in service] and None)
+    server = _Server(config, close)
 
     def loading() -> None:
         try:
@@ -134,7 +141,8 @@ def run(listener: socket.socket, load: Callable[[], Service], unload: Callable[[
 
     loader = Thread(target=loading, name="load", daemon=True)
     loader.start()
-    interval, _ = sys.getswitchinterval(), sys.setswitchinterval(1e-4)  # a token must not wait for JSON
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)  # a token must not wait for JSON
     try:
         server.run(sockets=[listener])
     finally:

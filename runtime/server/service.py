@@ -40,8 +40,8 @@ class ClientLeft(Exception):  # noqa: N818  no error of anybody's
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeSettings:
-    """aliases: names of the model, the first is the one that is listed. ping_interval_s: the longest silence of a
-    stream. max_requests: at a time, waiting ones among them. body_timeout_s: for a request to arrive.
+    """aliases: names of the model, the first is the one that is listed. ping_interval_s: the longest silence
+    of a stream. max_requests: at a time, waiting ones among them. body_timeout_s: for a request to arrive.
     template_vars: what every conversation's template is told. metrics: whether /metrics is served.
     """
 

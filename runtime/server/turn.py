@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -120,7 +120,7 @@ class Turn:
         self._last = 0.0
         self._ended = self._closed = False
 
-    async def steps(self) -> AsyncIterator[Step]:
+    async def steps(self) -> AsyncGenerator[Step]:
         """The steps, up to and with ``End``. Raises ApiError for an answer that an error ended."""
         async with aclosing(self._events()) as events:
             async for step in self._read(events):
@@ -147,7 +147,7 @@ class Turn:
                 raise self._failure(event)
         raise shutting_down()
 
-    async def _events(self) -> AsyncIterator[Event]:
+    async def _events(self) -> AsyncGenerator[Event]:
         """The core's events; none more once the server is closing."""
         events: Any = self._ticket.async_events()
         closing = asyncio.ensure_future(self._closing.wait())
@@ -236,7 +236,9 @@ class Turn:
         if not self._ended:
             self._ticket.cancel()
             self._metrics.finished("cancelled", 0, 0, time.perf_counter() - self._begun)
-            self._log("the client left", len(self.ask.prompt), 0, 0)
+            self._log(
+                "the server ends" if self._closing.is_set() else "the client left", len(self.ask.prompt), 0, 0
+            )
         self._on_close()
 
     def _log(self, reason: str, num_prompt: int, num_cached: int, num_generated: int) -> None:

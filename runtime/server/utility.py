@@ -23,7 +23,8 @@ STARTED = int(time.time())
 
 
 async def models(request: Request) -> Response:
-    """GET /v1/models: the model under all its names, with its context under all the names clients look for."""
+    """GET /v1/models: the model under all its names, with its context under all the names clients look
+    for."""
     service = service_of(request)
     return json_response(
         {"object": "list", "data": [_model(service, name) for name in service.settings.aliases]}

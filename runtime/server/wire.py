@@ -52,8 +52,8 @@ def json_response(value: Any, status: int = 200, headers: dict[str, str] | None 
 async def read_object(request: Request, max_bytes: int, timeout_s: float) -> dict[str, Any]:
     """A request's JSON object.
 
-    Raises ApiError: 413 beyond max_bytes (before more is read), 408 for a sender that is too slow, 400 for what
-    is no JSON object.
+    Raises ApiError: 413 beyond max_bytes (before more is read), 408 for a sender that is too slow, 400 for
+    what is no JSON object.
     """
     data = await read_body(request, max_bytes, timeout_s)
     if _HALF.search(data):

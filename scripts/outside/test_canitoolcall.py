@@ -58,7 +58,6 @@ def test_conformance(canitoolcall_fixture: Any) -> None:
     whole = parse(canitoolcall_fixture, [canitoolcall_fixture.raw_output])
     assert_conforms(canitoolcall_fixture, whole)
     for pieces in splits(canitoolcall_fixture.raw_output):
-        assert "".join(pieces) == canitoolcall_fixture.raw_output
         streamed = parse(canitoolcall_fixture, pieces)
         assert_conforms(canitoolcall_fixture, streamed)
         assert_equivalent(whole, streamed)

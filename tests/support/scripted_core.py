@@ -86,8 +86,8 @@ class ScriptedTicket:
 
 @dataclass
 class ScriptedCore:
-    """script: the answer's text (with thinking and calls as the model would write them) for a request; an error
-    ends it. prefill_s, token_s: how long things take. limit: the most requests at a time."""
+    """script: the answer's text (with thinking and calls as the model would write them) for a request; an
+    error ends it. prefill_s, token_s: how long things take. limit: the most requests at a time."""
 
     assets: TextAssets
     script: Callable[[Request], str | KrasisError] = lambda _: "Hello there."

@@ -16,7 +16,8 @@ MAX_TOOLS = 1024
 
 @dataclass(frozen=True, slots=True)
 class ToolChoice:
-    """tools: in OpenAI's form. kind: ``none``, ``auto``, ``required``. name: of the one that must be called."""
+    """tools: in OpenAI's form. kind: ``none``, ``auto``, ``required``. name: of the one that must be
+    called."""
 
     tools: Tools = ()
     kind: str = "auto"
@@ -54,8 +55,8 @@ class ToolChoice:
 
 
 def read_tools(fields: Fields) -> ToolChoice:
-    """OpenAI's ``tools`` and ``tool_choice``, of chat and of responses. Kinds of tools that only their provider
-    can run are left out.
+    """OpenAI's ``tools`` and ``tool_choice``, of chat and of responses. Kinds of tools that only their
+    provider can run are left out.
 
     Raises ApiError.
     """

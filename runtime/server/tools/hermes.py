@@ -66,7 +66,8 @@ class HermesReader:
     __slots__ = ("_end", "_head", "_pieces", "_tail", "call", "rest", "state")
 
     def __init__(self, tools: Tools = ()) -> None:
-        self.state, self.call, self.rest = OPEN, None, ""
+        self.state, self.rest = OPEN, ""
+        self.call: Call | None = None
         self._head: str | None = ""  # until the object begins
         self._pieces: list[str] = []
         self._end = _JsonEnd()
@@ -75,9 +76,10 @@ class HermesReader:
     def feed(self, text: str) -> None:
         """As ``CallReader.feed``."""
         if self._head is not None:
-            text = self._begin(self._head + text)
-            if self._head is not None or self.state != OPEN:
+            begun = self._begin(self._head + text)
+            if begun is None:
                 return
+            text = begun
         if self._tail is None:
             at = self._end.find(text)
             if at < 0:
@@ -95,17 +97,17 @@ class HermesReader:
         if self.state == OPEN and self._tail is not None:
             self._finish("")
 
-    def _begin(self, text: str) -> str:
-        """Looks for the brace behind the marker; gives what is behind it, brace and all."""
+    def _begin(self, text: str) -> str | None:
+        """Looks for the brace behind the marker; gives it and what follows, None without one."""
         self._head = text
         if len(text) < len(OPENER):
-            return ""
+            return None
         body = text[len(OPENER) :].lstrip()
         if not body:
-            return ""
+            return None
         if body[0] != "{":
             self.state = BAD
-            return ""
+            return None
         self._pieces.append(text[: len(text) - len(body)])
         self._head = None
         return body

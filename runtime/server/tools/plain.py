@@ -1,4 +1,5 @@
-"""Tools for a template that knows none: described in the system message, called and answered in plain text."""
+"""Tools for a template that knows none: described in the system message, called and answered in plain
+text."""
 
 from __future__ import annotations
 
@@ -10,8 +11,8 @@ from krasis.runtime.server.tools.calls import Tools, function_of
 Row = dict[str, Any]
 
 _HOW = (
-    "# Tools\n\nYou may call one or more functions. Their signatures are within <tools></tools>:\n<tools>\n{}\n"
-    "</tools>\n\nFor each call write a JSON object with the function's name and arguments within "
+    "# Tools\n\nYou may call one or more functions. Their signatures are within <tools></tools>:\n<tools>\n{}"
+    "\n</tools>\n\nFor each call write a JSON object with the function's name and arguments within "
     '<tool_call></tool_call>:\n<tool_call>\n{{"name": <name>, "arguments": <object>}}\n</tool_call>'
 )
 

@@ -1,7 +1,7 @@
 """Parts a model's text into words and calls of tools, as it arrives.
 
-What was given out is never looked at again. A call is given out when it is whole: one that the end of the answer
-cuts off is none (half a command must not be run), and what merely looks like a call is words again.
+What was given out is never looked at again. A call is given out when it is whole: one that the end of the
+answer cuts off is none (half a command must not be run), and what merely looks like a call is words again.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ class CallSplitter:
     calling.
     """
 
-    __slots__ = ("_called", "_format", "_held", "_kind", "_reader", "_thought", "_thought_text", "_tools")
-    __slots__ += ("_written",)
+    __slots__ = (
+        *("_called", "_format", "_held", "_kind", "_reader", "_thought", "_thought_text", "_tools"),
+        "_written",
+    )
 
     def __init__(self, call_format: CallFormat | None, tools: Tools = ()) -> None:
         self._format, self._tools = call_format, tools

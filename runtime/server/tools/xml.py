@@ -8,9 +8,9 @@
     </function>
     </tool_call>
 
-A value is text with a line break on either side. Markers may occur in it, so one that ends a value is known by
-what follows it; a function that is written whole inside a value is counted. Models forget the first marker,
-and now and then the end of a value; both are understood.
+A value is text with a line break on either side. Markers may occur in it, so one that ends a value is known
+by what follows it; a function that is written whole inside a value is counted. Models forget the first
+marker, and now and then the end of a value; both are understood.
 """
 
 from __future__ import annotations
@@ -36,12 +36,15 @@ _IN_VALUE = re.compile(
 class XmlReader:
     """See ``CallReader``."""
 
-    __slots__ = ("_at", "_begin", "_depth", "_key", "_name", "_nests", "_step", "_text", "_tools", "_values")
-    __slots__ += ("call", "rest", "state")
+    __slots__ = (
+        *("_at", "_begin", "_depth", "_key", "_name", "_nests", "_step", "_text", "_tools", "_values"),
+        *("call", "rest", "state"),
+    )
 
     def __init__(self, tools: Tools = (), *, nests: bool = True) -> None:
         """nests: count functions that a value contains."""
-        self.state, self.call, self.rest = OPEN, None, ""
+        self.state, self.rest = OPEN, ""
+        self.call: Call | None = None
         self._tools, self._nests = tools, nests
         self._text = ""
         self._at = 0  # what is before it was read

@@ -62,9 +62,8 @@ class Reply:
         """The data of server-sent events; ``[DONE]`` as text."""
         found = []
         for block in self.text.split("\n\n"):
-            for line in block.split("\n"):
-                if line.startswith("data: "):
-                    found.append(line[6:] if line[6:] == "[DONE]" else json.loads(line[6:]))
+            lines = [line[6:] for line in block.split("\n") if line.startswith("data: ")]
+            found += [line if line == "[DONE]" else json.loads(line) for line in lines]
         return found
 
 
@@ -185,23 +184,4 @@ def qwen3_template() -> str:
     return QWEN3
 
 
-QWEN3 = (
-    "{%- if tools %}<|im_start|>system\n{% if messages[0].role == 'system' %}{{ messages[0].content }}\n\n{% endif %}"
-    "# Tools\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}"
-    'Write <tool_call>\n{"name": <name>, "arguments": <object>}\n</tool_call><|im_end|>\n'
-    "{%- elif messages[0].role == 'system' %}<|im_start|>system\n{{ messages[0].content }}<|im_end|>\n{%- endif %}"
-    "{%- for message in messages %}"
-    "{%- if message.role == 'user' or (message.role == 'system' and not loop.first) %}"
-    "<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
-    "{%- elif message.role == 'assistant' %}<|im_start|>assistant\n"
-    "{%- if message.reasoning_content %}<think>\n{{ message.reasoning_content }}\n</think>\n\n{% endif %}"
-    "{{ message.content }}"
-    "{%- for call in message.tool_calls or [] %}{% if message.content or not loop.first %}\n{% endif %}"
-    '<tool_call>\n{"name": "{{ call.function.name }}", "arguments": '
-    "{% if call.function.arguments is string %}{{ call.function.arguments }}"
-    "{% else %}{{ call.function.arguments | tojson }}{% endif %}}\n</tool_call>{% endfor %}<|im_end|>\n"
-    "{%- elif message.role == 'tool' %}<|im_start|>user\n<tool_response>\n{{ message.content }}\n</tool_response>"
-    "<|im_end|>\n{%- endif %}{%- endfor %}"
-    "{%- if add_generation_prompt %}<|im_start|>assistant\n"
-    "{%- if enable_thinking is defined and enable_thinking %}<think>\n{% endif %}{%- endif %}"
-)
+QWEN3 = (Path(__file__).parent / "qwen3_form.jinja").read_text("utf-8")

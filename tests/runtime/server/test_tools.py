@@ -92,7 +92,8 @@ def test_a_forced_call_has_the_schemas_arguments(
         "<tool_call>\n<function=get_weather>\n<parameter=city>\nOslo\n</parameter>\n</function>\n</tool_call>"
     )
     served = serve(
-        template=source, script=says(f"I would rather not.\x1f{xml if template == 'xml' else FORCED}\x1f Sorry.")
+        template=source,
+        script=says(f"I would rather not.\x1f{xml if template == 'xml' else FORCED}\x1f Sorry."),
     )
     found = served.post(CHAT, ask(tool_choice=choice)).json["choices"][0]
     arguments = json.loads(found["message"]["tool_calls"][0]["function"]["arguments"])
@@ -162,7 +163,9 @@ def test_other_kinds_of_tools_are_left_out(serve: Serve, qwen3_template: str) ->
     ],
 )
 def test_an_answer_in_json(serve: Serve, form: Any) -> None:
-    found = serve(script=says('Certainly!\x1f{"a": 1}')).post(CHAT, ask(tools=None, response_format=form)).json
+    found = (
+        serve(script=says('Certainly!\x1f{"a": 1}')).post(CHAT, ask(tools=None, response_format=form)).json
+    )
     assert isinstance(json.loads(found["choices"][0]["message"]["content"]), dict)
 
 
@@ -196,7 +199,8 @@ def test_a_schema_that_nothing_can_follow_is_refused(serve: Serve) -> None:
 def test_system_messages_anywhere(serve: Serve, qwen3_template: str, rows: Any) -> None:
     strict = qwen3_template.replace(
         "{%- for message in messages %}",
-        "{%- for message in messages %}{% if message.role not in ('user', 'assistant', 'tool') and not loop.first %}"
+        "{%- for message in messages %}"
+        "{% if message.role not in ('user', 'assistant', 'tool') and not loop.first %}"
         "{{ raise_exception('System message must be at the beginning.') }}{% endif %}",
     )
     for template in (qwen3_template, strict):

@@ -40,7 +40,7 @@ def test_a_template_is_shown(serve: Serve, qwen3_template: str) -> None:
     body = {"messages": [{"role": "user", "content": "Hi"}], "tools": TOOLS}
     text = serve(template=qwen3_template).post("/apply-template", body).json["prompt"]
     assert "get_weather" in text
-    assert text.endswith("<|im_start|>assistant\n")
+    assert text.endswith("<|im_start|>assistant")
 
 
 def test_properties_and_slots(serve: Serve) -> None:
