@@ -237,7 +237,7 @@ def _settings(bundle: Path, options: dict[str, Any]) -> ServeSettings:
     from krasis.formats.strict_json import parse_json_object
     from krasis.formats.units import parse_bytes
     from krasis.runtime.server.service import ServeSettings
-    from krasis.runtime.text.template_variables import check_variables
+    from krasis.runtime.template_values import check_variables
 
     text = options["chat_template_kwargs"]
     variables = parse_json_object(text.encode("utf-8", "replace"), "--chat-template-kwargs", max_bytes=2**20)

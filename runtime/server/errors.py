@@ -79,8 +79,8 @@ def too_long(num_prompt_tokens: int, context: int) -> ApiError:
     return ApiError(
         400,
         f"This model's maximum context length is {context} tokens. However, your messages resulted in "
-        f"{num_prompt_tokens} tokens: the request exceeds the available context size. Please reduce the length "
-        "of the messages.",
+        f"{num_prompt_tokens} tokens: the request exceeds the available context size. Please reduce the "
+        "length of the messages.",
         "context_length_exceeded",
         "messages",
         anthropic_message=f"prompt is too long: {num_prompt_tokens} tokens > {context} maximum",

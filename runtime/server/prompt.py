@@ -17,10 +17,11 @@ from krasis.runtime.server.tools.hermes import HERMES
 from krasis.runtime.server.tools.plain import without_tools
 from krasis.runtime.server.tools.replay import Replay
 from krasis.runtime.server.tools.xml import XML
+from krasis.runtime.template_values import check_variables
 from krasis.runtime.text.assets import TextAssets
 from krasis.runtime.text.chat import ChatTemplate
 from krasis.runtime.text.messages import read_messages, render_chat
-from krasis.runtime.text.template_variables import check_variables, names_offered, names_read, think_variables
+from krasis.runtime.text.template_variables import names_offered, names_read, think_variables
 
 Row = dict[str, Any]
 

@@ -28,8 +28,8 @@ from krasis.runtime.serving.slot_work import SlotWork
 from krasis.runtime.serving.steps import Keep, Limits, Part, Place, Run, Sleep
 from krasis.runtime.serving.tally import Tally
 from krasis.runtime.serving.ticket import QueuedTicket
-from krasis.runtime.state.wider_cache import is_number, nonfinite_logits
 from krasis.runtime.text.ends import TextEnds
+from krasis.runtime.wider_cache import is_number, nonfinite_logits
 
 logger = logging.getLogger(__name__)
 
