@@ -22,7 +22,7 @@ BASE: dict[str, Any] = {
     "pad_token_id": 256,
     "bos_token_id": 256,
     "eos_token_id": 256,
-    "intermediate_size": 96,
+    "intermediate_size": 128,
     "moe_intermediate_size": 64,
     "num_experts_per_tok": 2,
 }
@@ -47,7 +47,7 @@ FIELDS: dict[str, dict[str, Any]] = {
         "routed_scaling_factor": 2.5,
         "rms_norm_eps": 1e-5,
     },
-    "qwen2_moe": {"num_experts": 8, "shared_expert_intermediate_size": 96, "qkv_bias": True},
+    "qwen2_moe": {"num_experts": 8, "shared_expert_intermediate_size": 128, "qkv_bias": True},
 }
 
 
@@ -86,8 +86,13 @@ def reference_model(family: str, *, seed: int = 0, **changes: Any) -> Any:
                 weight.copy_(1 + 0.1 * noise)
             elif name.endswith("bias"):
                 weight.copy_(0.1 * noise)
+            elif name.endswith("embed_tokens.weight"):
+                weight.copy_(noise)  # what the blocks add is small beside it, as in trained models
+            elif name.endswith(("mlp.gate.weight", "block_sparse_moe.gate.weight")):
+                # Decided, as trained routers are: near-ties would turn on the rounding of an activation.
+                weight.copy_(2.25 * noise * weight.shape[-1] ** -0.5)
             else:
-                weight.copy_(noise * weight.shape[-1] ** -0.5)
+                weight.copy_(0.5 * noise * weight.shape[-1] ** -0.5)
     return model.eval()
 
 

@@ -1,0 +1,92 @@
+"""Every family that runs, from a checkpoint or a GGUF through the converter to logits on the CPU, in int8 and
+float, and on the GPU's double: transformers computes them in float32 on the bundle's dequantised weights.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from krasis.convert.cli import main as convert
+from krasis.formats.bundle.reader import Bundle
+from krasis.runtime import Engine, EngineSettings
+from krasis.runtime.cli.run import main as krasis_run
+from krasis.runtime.cpu.weights import load_weights
+from tests.support.random_weights import dequantised_state, transformers_logits, write_checkpoint
+from tests.support.tiny_checkpoints import tiny
+from tests.support.tiny_ggufs import tiny_gguf
+
+FAMILIES = ("mixtral", "olmoe", "glm4_moe", "qwen2_moe")
+TOKENS = np.random.default_rng(8).integers(0, 256, 45).tolist()
+RelativeError = Callable[[np.ndarray, np.ndarray], float]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny(request.param, tmp_path_factory.mktemp(request.param) / "hf")
+
+
+@pytest.fixture(scope="module", params=["hf", "gguf"])
+def bundle(request: pytest.FixtureRequest, checkpoint: Path) -> Path:
+    out = checkpoint.parent / f"{request.param}.krasis"
+    source = checkpoint
+    if request.param == "gguf":
+        source = tiny_gguf(checkpoint, checkpoint.parent / "model.gguf", experts="Q8_0")
+    arguments = [str(source), "-o", str(out), "--gpu-group", "64", "--quiet", "--force-text"]
+    done = CliRunner().invoke(convert, arguments, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return out
+
+
+@pytest.fixture(scope="module")
+def expected(bundle: Path, checkpoint: Path) -> Callable[[str], np.ndarray]:
+    """Logits of all tokens with the experts of a tier."""
+    config = json.loads((checkpoint / "config.json").read_text("utf-8"))
+    found: dict[str, np.ndarray] = {}
+
+    def logits(tier: str) -> np.ndarray:
+        if tier not in found:
+            with Bundle.open(bundle) as opened:
+                state = dequantised_state(load_weights(opened, tier))
+            folder = write_checkpoint(state, config, bundle.parent / f"{bundle.stem}-{tier}")
+            found[tier] = transformers_logits(folder, TOKENS)
+        return found[tier]
+
+    return logits
+
+
+SETTINGS: dict[str, tuple[dict[str, Any], str, float]] = {
+    "int8": ({"device": "cpu"}, "cpu", 2e-2),
+    "float": ({"device": "cpu", "activations": "float32", "kv_dtype": "f32"}, "cpu", 1e-3),
+    "double": ({"device": "double", "gpu_dtype": "f16", "vram_bytes": 2**30}, "gpu", 5e-3),
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_logits_equal_transformers(
+    bundle: Path, expected: Callable[[str], np.ndarray], relative_error: RelativeError, settings: str
+) -> None:
+    changes, tier, limit = SETTINGS[settings]
+    with Engine.open(bundle, EngineSettings(context=64, threads=1, prefault=False, **changes)) as engine:
+        whole = engine.prefill(TOKENS, all_logits=True)
+        assert relative_error(whole, expected(tier)) <= limit
+        engine.reset()
+        parts = [engine.prefill(TOKENS[begin:end], all_logits=True) for begin, end in ((0, 7), (7, 40))]
+        parts += [engine.decode(token)[None] for token in TOKENS[40:]]
+        found = np.concatenate(parts)
+    # The double decodes with the CPU's experts, whose activations are int8.
+    assert relative_error(found, expected(tier)) <= max(limit, 2e-2 if settings == "double" else 0)
+
+
+@pytest.mark.parametrize("bundle", ["hf"], indirect=True)  # the GGUFs are written without a tokenizer
+def test_the_command_answers(bundle: Path) -> None:
+    options = {"--prompt": "abc", "--max-tokens": "4", "--device": "cpu", "--ctx": "64"}
+    arguments = [str(bundle), "--raw", *(part for option in options.items() for part in option)]
+    done = CliRunner().invoke(krasis_run, arguments)
+    assert done.exit_code == 0, done.output
