@@ -15,7 +15,6 @@ from krasis.formats.errors import FormatError, MismatchError, UsageError
 from krasis.formats.files.regular_file import open_regular, read_range
 from krasis.formats.layouts import MarlinLayout, layout_from_id
 from krasis.formats.limits import PAGE_BYTES
-from krasis.formats.models import mlps
 from krasis.runtime.planning.shape import shape_of, spec_of_bundle
 
 Bytes = npt.NDArray[np.uint8]
@@ -77,9 +76,7 @@ def find_experts(bundle: Bundle, first_expert: int = 0, num_experts: int | None 
     layout = layout_from_id(layout_id)
     if not isinstance(layout, MarlinLayout):
         raise FormatError("unexpected layout of the gpu experts", where=where, got=layout_id)
-    spec = spec_of_bundle(bundle)
-    numbers = [index for index, layer in enumerate(spec.layers) if isinstance(layer.mlp, mlps.Experts)]
-    shape = shape_of(spec)
+    shape = shape_of(spec_of_bundle(bundle))
     count = shape.num_experts - first_expert if num_experts is None else num_experts
     if first_expert < 0 or count < 1 or first_expert + count > shape.num_experts:
         raise UsageError(
@@ -92,7 +89,7 @@ def find_experts(bundle: Bundle, first_expert: int = 0, num_experts: int | None 
     blob_shape = (shape.num_experts, record_bytes)
     layers = tuple(
         _layer(bundle, f"layers.{number}.experts.gpu", blob_shape, layout_id, first_expert, count)
-        for number in numbers
+        for number in shape.expert_layers
     )
     return Experts(layers, record_bytes, first_expert, count)
 

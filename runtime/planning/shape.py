@@ -20,17 +20,18 @@ from krasis.formats.models.uniform import spec_of
 class ModelShape:
     """Where layers differ, sizes are those of the largest; ``kv_elements`` and ``dense_macs`` are sums.
 
-    num_experts, num_experts_per_token, expert_intermediate_size: of the num_expert_layers layers that have
-    experts. mlp_intermediate: features between the products of an MLP that every token takes, a shared expert
-    or a dense layer's, 0 without any; mlp_columns: what its first product gives. shared_gate: whether shared
-    experts are gated. kv_elements: numbers kept of one position in all layers. dense_macs: multiply-adds of
-    a token in all layers but its routed experts and attention's scores. num_parameters: of the whole model.
+    expert_layers: numbers of the layers that have experts. num_experts, num_experts_per_token,
+    expert_intermediate_size: of these. mlp_intermediate: features between the products of an MLP that every
+    token takes, a shared expert or a dense layer's, 0 without any; mlp_columns: what its first product gives.
+    shared_gate: whether shared experts are gated. kv_elements: numbers kept of one position in all layers.
+    dense_macs: multiply-adds of a token in all layers but its routed experts and attention's scores.
+    num_parameters: of the whole model.
     """
 
     model_type: str
     max_context: int
     num_layers: int
-    num_expert_layers: int
+    expert_layers: tuple[int, ...]
     hidden_size: int
     vocab_size: int
     qkv_rows: int
@@ -44,6 +45,11 @@ class ModelShape:
     kv_elements: int
     dense_macs: int
     num_parameters: int
+
+    @property
+    def num_expert_layers(self) -> int:
+        """How many layers have experts."""
+        return len(self.expert_layers)
 
     @property
     def expert_share(self) -> float:
@@ -78,7 +84,7 @@ def shape_of(model: AnyModel) -> ModelShape:
         model_type=spec.family,
         max_context=spec.max_context,
         num_layers=len(spec.layers),
-        num_expert_layers=len(experts),
+        expert_layers=tuple(i for i, mlp in enumerate(mlps) if isinstance(mlp, Experts)),
         hidden_size=spec.hidden,
         vocab_size=spec.vocab,
         qkv_rows=max(_qkv_rows(mixer) for mixer in mixers),

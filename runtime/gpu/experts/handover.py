@@ -41,8 +41,7 @@ class Handover:
         a = shape_of(model)
         self.device, self._kernels = device, kernels
         self.num_layers = a.num_expert_layers
-        # Errors name a layer as the model numbers it: dense layers come first, if there are any.
-        self._first_layer = a.num_layers - a.num_expert_layers
+        self._numbers = a.expert_layers  # by which errors name a layer
         self.timeout_ns = int(timeout_s * 1e9)
         self.normed = device.pinned((max_rows, a.hidden_size), torch.float32)
         self.ids = device.pinned((max_rows, a.num_experts_per_token), torch.int32)
@@ -65,7 +64,7 @@ class Handover:
 
     def name_of(self, layer: int) -> str:
         """A layer with experts, as errors name it."""
-        return f"layer {self._first_layer + layer}"
+        return f"layer {self._numbers[layer]}"
 
     # ---- launches, to be captured --------------------------------------------------------------------------
 

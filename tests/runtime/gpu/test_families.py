@@ -68,7 +68,9 @@ def pool() -> Iterator[Pool]:
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def weights(request: pytest.FixtureRequest, pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> Weights:
-    config = CONFIGS[request.param]
+    config = dict(CONFIGS[request.param])
+    if "shared_expert_intermediate_size" in config:  # a width that the GPU's products take
+        config["shared_expert_intermediate_size"] = 128
     spec = spec_from_hf(config, request.param)
     gpu, cpu = (
         Packer(spec, layout, pool, seed=2).model()
@@ -223,11 +225,11 @@ def test_sequences_of_one_batch_equal_their_own_runs(
 def test_rows_share_the_hand_over_to_the_cpu(
     weights: Weights, open_rig: Callable[..., Rig], relative_error: RelativeError
 ) -> None:
-    rig = open_rig(num_resident=4, seed=6)
-    found = [
-        rig.decoder.decode_rows([Next(TOKENS[at], at, 1), Next(TOKENS[at], at, 3)]).copy() for at in range(9)
-    ]
-    assert rig.decoder.last_split["num_cpu_experts"] > 0
+    rig, found, num_on_cpu = open_rig(num_resident=2, seed=6), [], 0.0
+    for at, token in enumerate(TOKENS[:9]):
+        found.append(rig.decoder.decode_rows([Next(token, at, 1), Next(token, at, 3)]).copy())
+        num_on_cpu += rig.decoder.last_split["num_cpu_experts"]
+    assert num_on_cpu > 9
     for row in range(2):
         assert relative_error(np.stack(found)[:, row], weights.on_cpu[:9]) <= 5e-2  # tiers differ
 
