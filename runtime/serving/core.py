@@ -74,7 +74,6 @@ class EngineCore:
         self._has_cancelled = self._is_closing = self._saves = False
         self._closed = Event()
         self._runner: int | None = None  # the thread that is in ``run``
-        self._slot_status = self._slots.status(self._scheduler.slots, {})
 
     def start(self) -> None:
         """Computes in a thread of its own from now on."""
@@ -95,21 +94,22 @@ class EngineCore:
                 self._inbox.append(sequence)
                 self._changed.notify_all()
         except KrasisError:
-            self._tally.refused()
+            self._tally.submitted(is_refused=True)
             raise
         self._tally.submitted()
         return ticket
 
     def status(self) -> CoreStatus:
         """See ``api.Core``."""
+        slots = self._slots.status(tuple(self._scheduler.slots))
         with self._changed:
             running = sum(1 for one in self._open.values() if one.job.slot is not None)
             counters = self._tally.counters(self._store, self._scheduler.num_joined, self._slots.num_restored)
             return CoreStatus(
                 num_running=running,
                 num_waiting=len(self._open) - running,
-                slots=self._slot_status,
-                cache_usage=self._slots.usage(self._slot_status, self.context),
+                slots=slots,
+                cache_usage=self._slots.usage(slots, self.context),
                 store_bytes=self._store.num_bytes,
                 num_stored=len(self._store),
                 counters=counters,
@@ -156,7 +156,6 @@ class EngineCore:
         elif isinstance(step, Keep):
             self._guarded(lambda: self._slots.keep(step.slot))
             self._scheduler.kept(step.slot)
-        self._look()
         return True
 
     def _checked(self, request: Request) -> TextEnds:
@@ -178,7 +177,7 @@ class EngineCore:
             raise CoreClosedError("the engine is closing")
         still = [one for one in self._open.values() if not one.ticket.is_cancelled]
         waiting = sum(1 for one in still if one.job.slot is None)
-        idle = sum(1 for slot in self._slot_status if not slot.request)
+        idle = sum(1 for slot in tuple(self._scheduler.slots) if slot.is_idle)
         if waiting - idle >= self.settings.max_waiting:
             raise QueueFullError(
                 "too many requests wait already",
@@ -204,7 +203,6 @@ class EngineCore:
             for sequence in [one for one in self._running.values() if one.ticket.is_cancelled]:
                 sequence.cancel()
                 self._over(sequence)
-            self._look()
 
     def _sleep(self, until_s: float | None) -> bool:
         with self._changed:
@@ -332,13 +330,6 @@ class EngineCore:
         for sequence in list(self._running.values()):
             sequence.fail(error)
             self._over(sequence)
-
-    def _look(self) -> None:
-        """Takes the view of the slots that ``status`` gives."""
-        names = {name: one.ticket.id for name, one in self._running.items()}
-        found = self._slots.status(self._scheduler.slots, names)
-        with self._changed:
-            self._slot_status = found
 
     def _guarded(self, work: Callable[[], object]) -> None:
         try:

@@ -12,7 +12,7 @@ import numpy as np
 import xxhash
 
 from krasis.formats.bundle.reader import Bundle
-from krasis.formats.errors import FormatError, KrasisError, ResourceError
+from krasis.formats.errors import FormatError, KrasisError, MismatchError, ResourceError
 from krasis.runtime.backend import Backend
 from krasis.runtime.batch import StateRows
 from krasis.runtime.serving.ids import TokenIds, shared_length
@@ -65,7 +65,7 @@ class FileOfPrefix:
                 file.check(self._bundle, rows.backend)
                 file.verify()
                 file.restore(rows.backend)
-        except FormatError as error:
+        except (FormatError, MismatchError) as error:
             _delete(self.path, error)
             raise
         _touch(self.path)
@@ -99,7 +99,7 @@ class PrefixFolder:
                 with PrefixFile(path) as file:
                     file.check(self._bundle, self._rows().backend)
                     tokens = np.array(file.tokens(self._bundle.architecture), dtype=np.int64)
-            except FormatError as error:
+            except (FormatError, MismatchError) as error:
                 if path.name.startswith(self._identity):
                     _delete(path, error)
                 continue
@@ -160,7 +160,7 @@ def export_of(layers: Layers) -> Export:
     return export
 
 
-def _delete(path: Path, error: FormatError) -> None:
+def _delete(path: Path, error: KrasisError) -> None:
     """A damaged file of ours would stand in the way of a sound one."""
     logger.warning("a damaged prefix is deleted: %s", error)
     _gone(path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 from krasis.formats.errors import KrasisError
@@ -96,10 +96,10 @@ class SlotWork:
             folder.save(slot.held, partial(self._state.export, slot.number))
         folder.prune()
 
-    def status(self, slots: Sequence[Slot], names: Mapping[str, str]) -> tuple[SlotStatus, ...]:
-        """A view of the slots. names: the requests' ids by their jobs'."""
+    def status(self, slots: Sequence[Slot]) -> tuple[SlotStatus, ...]:
+        """A view of the slots; any thread may ask for it. A job's id is a number and its request's id."""
         return tuple(
-            SlotStatus(number, slot.length, names.get(slot.user, ""), slot.is_side)
+            SlotStatus(number, slot.length, slot.user.partition(":")[2], slot.is_side)
             for number, slot in enumerate(slots)
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections import Counter
 from threading import Lock
 
 from krasis.runtime.serving.api import Counters
@@ -18,54 +18,57 @@ class Tally:
 
     def __init__(self) -> None:
         self._lock = Lock()
-        self._sums = Counters()
-        self._finished: dict[str, int] = {}
+        self._counts: Counter[str] = Counter()
+        self._finished: Counter[str] = Counter()
+        self._pass_s = self._decode_s = 0.0
         self.mean_s = 1.0
 
-    def submitted(self) -> None:
-        """A request was taken on."""
-        self._add(num_requests=1)
-
-    def refused(self) -> None:
-        """A request was not."""
-        self._add(num_requests=1, num_refused=1)
+    def submitted(self, *, is_refused: bool = False) -> None:
+        """A request came, and was taken on or refused."""
+        with self._lock:
+            self._counts["num_requests"] += 1
+            self._counts["num_refused"] += is_refused
 
     def looked_up(self, num_tokens: int, num_cached: int) -> None:
         """A prompt's prefix was looked for."""
-        self._add(num_prefix_queries=num_tokens, num_prefix_hits=num_cached)
+        with self._lock:
+            self._counts["num_prefix_queries"] += num_tokens
+            self._counts["num_prefix_hits"] += num_cached
 
     def ran(self, run: Run, took_s: float) -> None:
         """A batch was computed."""
-        rows = sum(part.rows for part in run.parts)
-        if run.is_pass:
-            self._add(
-                num_passes=1, num_shared_passes=int(len(run.parts) > 1), num_pass_rows=rows, pass_s=took_s
-            )
-        else:
-            self._add(num_decode_steps=1, num_decode_rows=rows, decode_s=took_s)
+        counts = self._counts
+        with self._lock:
+            if run.is_pass:
+                counts["num_passes"] += 1
+                counts["num_shared_passes"] += len(run.parts) > 1
+                counts["num_pass_rows"] += sum(part.rows for part in run.parts)
+                self._pass_s += took_s
+            else:
+                counts["num_decode_steps"] += 1
+                counts["num_decode_rows"] += len(run.parts)
+                self._decode_s += took_s
 
     def ended(self, sequence: Sequence) -> None:
         """A request is over."""
         usage, timings = sequence.usage, sequence.timings
         took_s = timings.time_to_first_token_s + timings.decode_s
-        self._add(num_prompt_tokens=usage.num_prompt, num_generated_tokens=usage.num_generated)
         with self._lock:
-            self._finished[sequence.outcome] = self._finished.get(sequence.outcome, 0) + 1
+            self._counts["num_prompt_tokens"] += usage.num_prompt
+            self._counts["num_generated_tokens"] += usage.num_generated
+            self._finished[sequence.outcome] += 1
             self.mean_s = _SMOOTHING * self.mean_s + (1 - _SMOOTHING) * took_s
 
     def counters(self, store: PrefixStore, num_joined: int, num_restored: int) -> Counters:
         """The sums now."""
         with self._lock:
-            return replace(
-                self._sums,
+            return Counters(
+                **self._counts,
+                pass_s=self._pass_s,
+                decode_s=self._decode_s,
                 num_joined=num_joined,
                 num_restored=num_restored,
                 num_stored=store.num_stored,
                 num_evicted=store.num_evicted,
                 num_finished=dict(self._finished),
             )
-
-    def _add(self, **more: float) -> None:
-        with self._lock:
-            sums = {name: getattr(self._sums, name) + value for name, value in more.items()}
-            self._sums = replace(self._sums, **sums)
