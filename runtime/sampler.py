@@ -17,6 +17,7 @@ from krasis.runtime.settings import SamplingSettings
 Logits = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
 Probabilities = npt.NDArray[np.float64]
+HEAD = 1024  # tokens that are looked at before a whole vocabulary is sorted
 
 
 class Sampler:
@@ -46,10 +47,7 @@ class Sampler:
         logits = self._penalize(logits, context, answer)
         if self.settings.temperature == 0.0:
             return int(np.argmax(logits))
-        ids, probabilities = distribution(logits, self.settings)
-        # The inverse of the cumulative distribution; the last entry absorbs what rounding leaves.
-        index = int(np.searchsorted(np.cumsum(probabilities), self._random.random(), side="right"))
-        return int(ids[min(index, len(ids) - 1)])
+        return draw(logits, self.settings, self._random.random())
 
     def _penalize(self, logits: Logits, context: Sequence[int], answer: Sequence[int]) -> Logits:
         chosen = self.settings
@@ -118,23 +116,67 @@ def penalize_presence(logits: Logits, counts: Mapping[int, int], presence: float
     return penalized
 
 
+def draw(logits: Logits, settings: SamplingSettings, chance: float, head: int = HEAD) -> int:
+    """The token at chance (0 to 1) of the cumulative distribution, most likely first.
+
+    To sort a whole vocabulary takes tens of milliseconds. So where top-k does not bound it, the head most
+    likely
+    tokens are looked at first: nearly always the token is among them.
+    """
+    if not 0 < settings.top_k < len(logits) and head < len(logits):
+        found = _draw_from_head(logits, settings, chance, head)
+        if found is not None:
+            return found
+    ids, probabilities = distribution(logits, settings)
+    return _at(ids, probabilities, chance)
+
+
+def _at(ids: Ids, probabilities: Probabilities, chance: float) -> int:
+    """The inverse of the cumulative distribution; the last entry absorbs what rounding leaves."""
+    index = int(np.searchsorted(np.cumsum(probabilities), chance, side="right"))
+    return int(ids[min(index, len(ids) - 1)])
+
+
+def _draw_from_head(logits: Logits, settings: SamplingSettings, chance: float, head: int) -> int | None:
+    """The same by the head largest logits and the sum of all; None if they do not decide it."""
+    weights = _weights(logits.astype(np.float64), float(logits.max()), settings.temperature)
+    total = weights.sum()
+    ids = _largest(logits, head)
+    chosen = weights[ids] / total
+    if settings.top_p < 1.0 or settings.min_p > 0.0:
+        keep = _num_kept(chosen, settings)
+        if keep == head:
+            return None
+        return _at(ids[:keep], chosen[:keep] / chosen[:keep].sum(), chance)
+    return _at(ids, chosen, chance) if chance < chosen.sum() else None
+
+
+def _weights(logits: Probabilities, largest: float, temperature: float) -> Probabilities:
+    # The difference first: a tiny temperature would make infinities of the logits themselves.
+    with np.errstate(over="ignore"):
+        return np.exp((logits - largest) / temperature)
+
+
+def _num_kept(probabilities: Probabilities, settings: SamplingSettings) -> int:
+    """How many of the most likely tokens top-p, and then min-p, leave; the first always stays."""
+    keep = len(probabilities)
+    if settings.top_p < 1.0:
+        # A token stays while those before it hold less than top_p.
+        before = np.cumsum(probabilities) - probabilities
+        keep = max(int(np.count_nonzero(before < settings.top_p)), 1)
+    if settings.min_p > 0.0:
+        keep = int(np.count_nonzero(probabilities[:keep] >= settings.min_p * probabilities[0]))
+    return keep
+
+
 def distribution(logits: Logits, settings: SamplingSettings) -> tuple[Ids, Probabilities]:
     """(ids, probabilities), most likely first: what a token is drawn from at a temperature above 0."""
     ids = _largest(logits, settings.top_k)
     chosen = logits[ids].astype(np.float64)
-    # The difference first: a tiny temperature would make infinities of the logits themselves.
-    with np.errstate(over="ignore"):
-        weights = np.exp((chosen - chosen[0]) / settings.temperature)
+    weights = _weights(chosen, float(chosen[0]), settings.temperature)
     weights /= weights.sum()
-    if settings.top_p < 1.0:
-        # A token stays while those before it hold less than top_p; the first always stays.
-        before = np.cumsum(weights) - weights
-        keep = max(int(np.count_nonzero(before < settings.top_p)), 1)
-        ids, weights = ids[:keep], weights[:keep]
-    if settings.min_p > 0.0:
-        keep = int(np.count_nonzero(weights >= settings.min_p * weights[0]))
-        ids, weights = ids[:keep], weights[:keep]
-    return ids, weights / weights.sum()
+    keep = _num_kept(weights, settings)
+    return ids[:keep], weights[:keep] / weights[:keep].sum()
 
 
 def _largest(logits: Logits, count: int) -> Ids:

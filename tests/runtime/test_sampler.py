@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from krasis.formats.errors import NativeError, UsageError
-from krasis.runtime.sampler import Sampler, distribution, penalize_presence, penalize_repetition
+from krasis.runtime.sampler import Sampler, distribution, draw, penalize_presence, penalize_repetition
 from krasis.runtime.settings import SamplingSettings
 
 
@@ -232,3 +233,37 @@ def test_a_tiny_temperature_is_no_division_by_zero(temperature: float) -> None:
     logits = np.array([1.0, 4.0, 4.0, -1000.0], dtype=np.float32)
     ids, probabilities = distribution(logits, SamplingSettings(temperature=temperature))
     assert dict(zip(ids.tolist(), probabilities.tolist(), strict=True)) == {1: 0.5, 2: 0.5, 0: 0.0, 3: 0.0}
+
+
+@given(
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([0.01, 0.5, 1.0, 5.0, 100.0]),
+    st.sampled_from([0.0, 0.1, 0.9, 1.0]),
+    st.sampled_from([0.0, 0.05, 1.0]),
+    st.sampled_from([1, 16, 200]),
+    st.booleans(),
+)
+@settings(max_examples=300, deadline=None)
+def test_the_head_of_the_vocabulary_gives_the_token_that_all_of_it_gives(
+    seed: int, temperature: float, top_p: float, min_p: float, head: int, with_ties: bool
+) -> None:
+    random = np.random.default_rng(seed)
+    logits = (random.standard_normal(300) * 4).astype(np.float32)
+    if with_ties:
+        logits = np.round(logits)
+    chosen = SamplingSettings(temperature=temperature, top_p=top_p, min_p=min_p)
+    ids, probabilities = distribution(logits, chosen)
+    sums = np.cumsum(probabilities)
+    for chance in (*random.random(5), 0.0, np.nextafter(1.0, 0.0)):
+        if np.abs(sums[:-1] - chance).min(initial=1.0) < 1e-12:
+            continue  # on the border between two tokens rounding decides
+        expected = int(ids[min(int(np.searchsorted(sums, chance, side="right")), len(ids) - 1)])
+        assert draw(logits, chosen, float(chance), head) == expected
+
+
+def test_a_large_vocabulary_is_not_sorted(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = (np.random.default_rng(1).standard_normal(100_000) * 4).astype(np.float32)
+    monkeypatch.setattr("krasis.runtime.sampler.distribution", None)  # what sorts all of it
+    for chosen in (SamplingSettings(temperature=0.7, top_p=0.9), SamplingSettings(temperature=0.5)):
+        sampler = Sampler(replace(chosen, seed=1))
+        assert len({sampler.pick(logits) for _ in range(20)}) > 1
