@@ -67,7 +67,6 @@ class Request:
     priority: the higher goes first, within the fairness bound.
     side: a question beside the main conversation (a title, tags): its state never takes the place of a main
     one's. conversation: a name that the requests of one conversation share, if the client gives one.
-    keep_at: lengths in tokens at which a prefix of the prompt is worth keeping (the end of the system text).
     use_cache: False = the prompt is computed anew, and not kept.
     progress: whether ``Progress`` events are wanted.
     """
@@ -87,7 +86,6 @@ class Request:
     priority: int = 0
     side: bool = False
     conversation: str = ""
-    keep_at: tuple[int, ...] = ()
     use_cache: bool = True
     progress: bool = True
 

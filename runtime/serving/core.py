@@ -245,6 +245,7 @@ class EngineCore:
         now_s = self._clock()
         self._scheduler.ran(run, begin_s, now_s)
         self._tally.ran(run, now_s - begin_s)
+        self._slots.mark([part.job.slot for part in run.parts] if run.is_pass else [])
         row = 0
         for part in run.parts:
             count = {"last": 1, "all": part.rows, "none": 0}[part.logits]
@@ -317,6 +318,8 @@ class EngineCore:
 
     def _over(self, sequence: Sequence, length: int | None = None) -> None:
         """A request that is over leaves; its slot keeps what was computed (length: only so much)."""
+        if length is None:
+            self._slots.mark([sequence.job.slot])
         self._scheduler.end(sequence.job, self._clock(), length)
         del self._running[sequence.job.id]
         self._tally.ended(sequence)

@@ -16,6 +16,7 @@ from krasis.runtime.serving.steps import Job, Keep, Place, PrefixIndex, Source
 
 MIN_KEPT_TOKENS = 32  # fewer are computed again sooner than they are looked after
 MIN_COPIED_TOKENS = 8
+MOST = 0.75  # of what a slot holds
 
 
 def place(
@@ -63,7 +64,9 @@ def _may_take_over(job: Job, slot: Slot, length: int) -> bool:
         return False
     if slot.length - length <= MIN_KEPT_TOKENS or length >= slot.num_prompt:
         return True  # only the last answer, which the next turn writes its own way
-    return bool(slot.conversation) and slot.conversation == job.conversation
+    # A turn may drop the thinking of turns before. Agents of one session share its name, and not much else.
+    is_most = length >= MOST * slot.length
+    return is_most and bool(slot.conversation) and slot.conversation == job.conversation
 
 
 def _worth(slot: Slot, wanted: Collection[Slot]) -> tuple[bool, bool, bool, float]:

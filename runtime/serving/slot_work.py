@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 from krasis.formats.errors import KrasisError
@@ -55,6 +55,16 @@ class SlotWork:
         prefix, layers = self._store.take(source.key)
         self.num_restored += 1
         return self._copier.import_(slot.number, layers, source.length, can_be_cut=prefix.can_be_cut)
+
+    def mark(self, slots: Iterable[Slot | None]) -> None:
+        """Makes where they end now a place to go on from: the end of a prompt, or of an answer."""
+        for slot in slots:
+            if slot is None or slot.number < 0:
+                continue
+            try:
+                self._state.checkpoint(slot.number)
+            except (KrasisError, MemoryError) as error:
+                logger.warning("a slot cannot be gone on from its end: %s", error)
 
     def keep(self, slot: Slot) -> None:
         """Offers the prefix store what the slot holds, if there is room for it."""

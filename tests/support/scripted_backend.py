@@ -74,7 +74,7 @@ class ArrayState:
 
     def restorable(self, slot: int, position: int) -> int:
         position = min(position, len(self.tokens[slot]))
-        if not self.checkpoints:
+        if not self.checkpoints or position == len(self.tokens[slot]):
             return position
         return max(mark for mark in self.marks[slot] if mark <= position)
 
@@ -106,7 +106,6 @@ class ArrayState:
         held.extend(tokens)
         if len(held) > self.capacity:
             raise NativeError("a slot is too small", got=len(held), limit=self.capacity)
-        self.marks[slot].add(len(held))
 
 
 class ScriptedBackend:

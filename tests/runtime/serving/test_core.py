@@ -227,10 +227,11 @@ def test_a_thousand_cancels_at_random_lose_no_slot_and_no_memory(make_core: Make
     chance = random.Random(1)
 
     def storm(count: int) -> None:
-        tickets = []
+        tickets, prompts = [], {}
         for _ in range(count):
             tokens = prompt(chance.randrange(12), chance.randrange(1, 150))
             tickets.append(core.submit(ask(tokens, 12, side=chance.random() < 0.2)))
+            prompts[id(tickets[-1])] = tokens
             for _ in range(chance.randrange(4)):
                 core.turn(wait=False)
             chance.choice(tickets[-8:]).cancel()
@@ -238,7 +239,10 @@ def test_a_thousand_cancels_at_random_lose_no_slot_and_no_memory(make_core: Make
                 core.turn(wait=False)
         for ticket in tickets:
             ticket.cancel()
-        assert all(one[-1].reason in ("cancelled", "length") for one in finish(core, *tickets))
+        for ticket, events in zip(tickets, finish(core, *tickets), strict=True):
+            assert events[-1].reason in ("cancelled", "length")
+            found = tokens_of(events)
+            assert found == expected(prompts[id(ticket)], len(found))
         backend.batches.clear()
 
     storm(650)

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from krasis.formats.errors import UsageError
 from krasis.runtime.serving.ids import Ids
@@ -284,14 +286,23 @@ def test_a_branch_leaves_the_other_branch_alone() -> None:
     assert machine.until(1) == [("place", "b", 1, "slot", 200)]
 
 
-def test_the_same_conversation_may_drop_its_own_thinking() -> None:
+@pytest.mark.parametrize(
+    ("shared", "conversation", "place"),
+    [
+        (800, "c", (0, "own")),  # a turn that drops the thinking of turns before
+        (800, "d", (1, "slot")),
+        (800, "", (1, "slot")),
+        (200, "c", (1, "slot")),  # another agent of the same session
+    ],
+)
+def test_whose_end_may_be_overwritten(shared: int, conversation: str, place: tuple[int, str]) -> None:
     machine = Machine(company_s=0.0)
-    system = prompt(1, 200)
-    first = machine.add("a", system + prompt(2, 200), conversation="c")
+    held = prompt(1, 1000)
+    first = machine.add("a", held, conversation="c")
     machine.until(5)
     machine.scheduler.end(first, machine.now)
-    machine.add("b", system + prompt(3, 200), conversation="c")
-    assert machine.until(1) == [("place", "b", 0, "own", 200)]
+    machine.add("b", held[:shared] + prompt(3, 200), conversation=conversation)
+    assert machine.until(1) == [("place", "b", *place, shared)]
 
 
 def test_who_wants_the_whole_prompt_scored_takes_nothing_over() -> None:
@@ -315,6 +326,36 @@ def test_with_all_slots_busy_others_wait() -> None:
     assert [job.id for job in machine.scheduler.placed] == ["1", "2"]
     machine.scheduler.end(jobs[3], machine.now)
     assert machine.scheduler.waiting == ()
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_whatever_comes_all_get_done_and_rules_hold(data: st.DataObject) -> None:
+    machine = Machine(num_slots=data.draw(st.integers(1, 3)), pass_rows=100, company_s=0.05)
+    open_jobs: list[Job] = []
+    for number in range(data.draw(st.integers(1, 12))):
+        base, length = prompt(data.draw(st.integers(0, 2)), 250), data.draw(st.integers(1, 250))
+        side = data.draw(st.booleans())
+        open_jobs.append(
+            machine.add(str(number), base[:length], is_side=side, keeps=data.draw(st.booleans()))
+        )
+        machine.until(data.draw(st.integers(0, 6)))
+        if data.draw(st.booleans()):
+            machine.scheduler.end(open_jobs.pop(data.draw(st.integers(0, len(open_jobs) - 1))), machine.now)
+    for _ in range(400):
+        for job in [job for job in open_jobs if len(job.ids) >= job.num_prompt + 3]:
+            machine.scheduler.end(job, machine.now)
+            open_jobs.remove(job)
+        if not machine.step():
+            break
+    assert not open_jobs
+    assert all(slot.is_idle for slot in machine.scheduler.slots)
+    for entry in machine.log:
+        if entry[0] in ("pass", "step"):
+            rows = [rows for _, rows in entry[1:]]
+            assert sum(rows) <= 100
+            assert entry[0] == "pass" or set(rows) == {1}
+    assert not any(one.users for one in machine.store)
 
 
 @pytest.mark.parametrize("limits", [{"pass_rows": 0}, {"pass_rows": 1, "decode_share": 1.0}])
