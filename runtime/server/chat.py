@@ -11,6 +11,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from krasis.formats.process.tool import tool_version
 from krasis.runtime.server.ask import Ask, read_chat_ask
 from krasis.runtime.server.errors import ApiError, internal, refused
 from krasis.runtime.server.fields import Fields
@@ -86,7 +87,7 @@ class ChatHead:
             "object": kind,
             "created": self.created,
             "model": self.model,
-            "system_fingerprint": None,
+            "system_fingerprint": f"krasis-{tool_version()}",
         }
 
     def no_op(self) -> bytes:

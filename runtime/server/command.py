@@ -103,6 +103,7 @@ class CommandError(click.ClickException):
     default="",
     help="Web pages whose scripts may ask, separated by commas; * = all. [default: of this machine]",
 )
+@click.option("--strict", is_flag=True, help="Refuse requests that do not name a model.")
 @click.option("--metrics/--no-metrics", default=True, help="Serve /metrics for Prometheus. [default: on]")
 @click.option(
     "--timeout",
@@ -254,6 +255,7 @@ def _settings(bundle: Path, options: dict[str, Any]) -> ServeSettings:
         body_timeout_s=options["timeout"],
         ping_interval_s=options["ping_interval"],
         metrics=options["metrics"],
+        is_strict=options["strict"],
         bundle=bundle.name,
         template_vars=variables,
     )

@@ -57,8 +57,7 @@ class ApiError(Exception):
         kind = _OPENAI_TYPES.get(self.status) or (
             "invalid_request_error" if self.status < 500 else "server_error"
         )
-        code = self.code if self.code is not None else self.status
-        body = {"message": self.message, "type": kind, "param": self.param, "code": code, **self.extra}
+        body = {"message": self.message, "type": kind, "param": self.param, "code": self.code, **self.extra}
         return {"error": body}
 
     def anthropic(self) -> dict[str, Any]:
@@ -79,8 +78,8 @@ def too_long(num_prompt_tokens: int, context: int) -> ApiError:
     return ApiError(
         400,
         f"This model's maximum context length is {context} tokens. However, your messages resulted in "
-        f"{num_prompt_tokens} tokens: the request exceeds the available context size. Please reduce the "
-        "length of the messages.",
+        f"{num_prompt_tokens} tokens: the request exceeds the available context size. Please shorten the "
+        "messages.",
         "context_length_exceeded",
         "messages",
         anthropic_message=f"prompt is too long: {num_prompt_tokens} tokens > {context} maximum",

@@ -42,7 +42,8 @@ class ClientLeft(Exception):  # noqa: N818  no error of anybody's
 class ServeSettings:
     """aliases: names of the model, the first is the one that is listed. ping_interval_s: the longest silence
     of a stream. max_requests: at a time, waiting ones among them. body_timeout_s: for a request to arrive.
-    template_vars: what every conversation's template is told. metrics: whether /metrics is served.
+    template_vars: what every conversation's template is told. metrics: whether /metrics is served. is_strict:
+    requests must say which model they want.
     """
 
     aliases: tuple[str, ...] = ("krasis",)
@@ -53,6 +54,7 @@ class ServeSettings:
     body_timeout_s: float = 60.0
     ping_interval_s: float = 10.0
     metrics: bool = True
+    is_strict: bool = False
     max_context: int | None = None
     bundle: str = ""
     template_vars: Mapping[str, object] = field(default_factory=dict)
@@ -148,6 +150,8 @@ class Service:
 
     def model_name(self, value: Any) -> str:
         """The model as the client calls it: whatever it says is answered by the one that is here."""
+        if (value is None or value == "") and self.settings.is_strict:
+            raise refused("'model' is missing.", "model", "missing_required_parameter")
         if value is None or value == "":
             return self.settings.aliases[0]
         if not isinstance(value, str):

@@ -43,8 +43,9 @@ class CallReader(Protocol):
     def feed(self, text: str) -> None:
         """Takes more text. Once done, ``rest`` is what followed the call."""
 
-    def end(self) -> None:
-        """No more text comes: done if what is there is a whole call, however carelessly closed."""
+    def end(self, *, truncated: bool) -> None:
+        """No more text comes: done if what is there is a whole call. truncated: the text was cut off, so that
+        nothing that is missing is forgiven."""
 
 
 @dataclass(frozen=True, slots=True)

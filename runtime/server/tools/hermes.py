@@ -92,8 +92,9 @@ class HermesReader:
                 return
         self._close(self._tail + text)
 
-    def end(self) -> None:
+    def end(self, *, truncated: bool) -> None:
         """As ``CallReader.end``."""
+        del truncated  # a JSON object is whole or it is not
         if self.state == OPEN and self._tail is not None:
             self._finish("")
 

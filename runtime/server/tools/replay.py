@@ -94,7 +94,7 @@ def _find_call(
             piece = text[begin:] if end < 0 else text[begin:end]
             reader = call_format.reader(tools)
             reader.feed(piece)
-            reader.end()
+            reader.end(truncated=False)
             if reader.state == DONE or end < 0:
                 break
             end = text.find(opener, end + len(opener))

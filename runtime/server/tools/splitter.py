@@ -49,7 +49,7 @@ class CallSplitter:
         """What was held back. truncated: the text was cut off; then an unfinished call is dropped."""
         parts: list[Part] = []
         if self._reader is not None:
-            self._reader.end()
+            self._reader.end(truncated=truncated)
             if self._reader.state == DONE:
                 self._take_call(self._reader, parts)
             elif truncated:
@@ -65,7 +65,7 @@ class CallSplitter:
     def _change(self, kind: str, parts: list[Part]) -> None:
         """Thinking ends, or begins anew: what was held belongs to what came before."""
         if self._reader is not None:
-            self._reader.end()
+            self._reader.end(truncated=False)
             if self._reader.state == DONE:
                 self._take_call(self._reader, parts)
             else:

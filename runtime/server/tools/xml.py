@@ -59,16 +59,16 @@ class XmlReader:
         while self.state == OPEN and self._step():
             pass
 
-    def end(self) -> None:
+    def end(self, *, truncated: bool) -> None:
         """As ``CallReader.end``."""
         if self.state != OPEN:
             return
         if self._step == self._tail:
             self._finish(self._at, self._text[self._at :])
-        elif self._nests and self._depth:
+        elif self._nests and not truncated and self._step == self._value:
             again = XmlReader(self._tools, nests=False)
             again.feed(self._text)
-            again.end()
+            again.end(truncated=False)
             self.state, self.call, self.rest = again.state, again.call, again.rest
 
     def _head(self) -> bool:
