@@ -11,14 +11,14 @@ from typing import IO, TYPE_CHECKING, Any
 
 import click
 
-from krasis.formats.errors import KrasisError, UnsupportedModelError, UsageError
+from krasis.formats.errors import KrasisError, UsageError
 from krasis.formats.process.command_line import StreamsCommand, version_option
 from krasis.formats.process.last_resort import last_resort
 from krasis.formats.process.log_lines import PrintableFormatter
 
 if TYPE_CHECKING:
-    from krasis.runtime.server.opening import Opened
     from krasis.runtime.server.service import ServeSettings, Service
+    from krasis.runtime.serving.opening import OpenedCore
     from krasis.runtime.settings import EngineSettings
 
 PROGRAM = "krasis-serve"
@@ -180,34 +180,39 @@ def _serve(bundle: Path, options: dict[str, Any]) -> None:
     room = parse_bytes(options["prefix_dir_size"], "--prefix-dir-size")
     if not bundle.exists():
         raise UsageError("there is no such bundle", got=str(bundle))
-    from krasis.runtime.server.opening import open_model
+    from krasis.runtime.server.opening import make_service
     from krasis.runtime.server.running import listen, run
-    from krasis.runtime.server.service import Service
+    from krasis.runtime.serving.opening import open_core
 
     mapping_guard.install(PROGRAM)
     _make_folder(options["prefix_dir"])
     listener = listen(options["host"], options["port"])
-    opened: list[Opened] = []
+    opened: list[OpenedCore] = []
 
     def load() -> Service:
-        opened.append(open_model(bundle, engine, core_settings, options["prefix_dir"], room))
-        service = Service(
-            opened[0].core, opened[0].assets, _with_context(settings, opened[0]), opened[0].tokenizer_json
+        service, core = make_service(
+            lambda: open_core(
+                bundle, engine, core_settings, prefix_dir=options["prefix_dir"], prefix_dir_bytes=room
+            ),
+            settings,
         )
-        _say_ready(listener.getsockname(), service, time.perf_counter() - begin)
+        opened.append(core)
         return service
 
     def unload() -> None:
         for one in opened:
-            one.core.close(save_prefixes=True)
-            one.close()
+            one.close(save_prefixes=True)
 
     if options["host"] not in LOOPBACK and not settings.api_keys:
         click.echo(
             f"{PROGRAM}: note: anybody who reaches {options['host']} may ask; --api-key asks for a key",
             err=True,
         )
-    run(listener, load, unload)
+
+    def on_ready(service: Service) -> None:
+        _say_ready(listener.getsockname(), service, time.perf_counter() - begin)
+
+    run(listener, load, unload, on_ready)
 
 
 def _make_folder(folder: Path | None) -> None:
@@ -217,12 +222,6 @@ def _make_folder(folder: Path | None) -> None:
             folder.mkdir(mode=0o700, exist_ok=True)
         except OSError as error:
             raise UsageError("the folder cannot be made", where=str(folder), got=error.strerror) from error
-
-
-def _with_context(settings: ServeSettings, opened: Opened) -> ServeSettings:
-    from dataclasses import replace
-
-    return replace(settings, max_context=opened.max_context)
 
 
 def _say_ready(address: Any, service: Service, seconds: float) -> None:
@@ -273,7 +272,6 @@ def _engine(options: dict[str, Any]) -> EngineSettings:
         vram_bytes=None if options["vram"] is None else parse_bytes(options["vram"], "--vram"),
         chat_template=None if options["chat_template"] is None else str(options["chat_template"]),
         rope_scaling=options["rope_scaling"],
-        slots=options["parallel"],
     )
 
 
@@ -302,6 +300,3 @@ def _configure_logging(verbose: int, quiet: bool) -> None:
         logging.WARNING if quiet else min(level, logging.INFO)
     )
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
-
-
-__all__ = ["UnsupportedModelError", "main"]

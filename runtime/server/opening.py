@@ -1,59 +1,33 @@
-"""Opens what is served: the bundle, its text, and a core that computes in a thread of its own."""
+"""Makes a service of a bundle: opens it, reads its text, and gives its core a thread."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from krasis.runtime.serving.api import Core
-from krasis.runtime.serving.model_side import CoreSettings
-from krasis.runtime.settings import EngineSettings
-from krasis.runtime.text.assets import TOKENIZER, TextAssets
+from krasis.runtime.server.service import ServeSettings, Service
+from krasis.runtime.text.assets import TOKENIZER
 
-
-@dataclass(frozen=True, slots=True)
-class Opened:
-    """A model that is ready. tokenizer_json: reads its tokenizer's file. max_context: the most the model
-    allows. close: frees what the core does not own, after the core was closed."""
-
-    core: Core
-    assets: TextAssets
-    tokenizer_json: Callable[[], bytes]
-    max_context: int
-    close: Callable[[], None]
+if TYPE_CHECKING:
+    from krasis.runtime.serving.opening import OpenedCore
 
 
-def open_model(
-    path: Path,
-    engine: EngineSettings,
-    settings: CoreSettings,
-    prefix_dir: Path | None = None,
-    prefix_dir_bytes: int = 0,
-) -> Opened:
-    """Opens a bundle; time does not depend on its size. Raises KrasisError as ``Engine.open``."""
-    from krasis.runtime.bundle_opening import open_bundle
-    from krasis.runtime.host.prefault import start_prefault
-    from krasis.runtime.open_backend import open_backend
-    from krasis.runtime.serving.opening import make_core
-
-    with ExitStack() as undo:
-        bundle = undo.enter_context(open_bundle(path, engine))
-        assets = TextAssets(bundle, engine.chat_template)
-        assets.prepare()
-        backend = open_backend(bundle, engine)
-        undo.callback(backend.close)
-        tokenizer_json = bundle.asset(TOKENIZER) if assets.tokenizer else b""
-        _ = (assets.template, assets.end_tokens, assets.defaults, assets.thinking_markers, assets.named_ends)
-        core = make_core(
-            bundle, backend, assets, settings, prefix_dir=prefix_dir, prefix_dir_bytes=prefix_dir_bytes
-        )
-        if engine.prefault:
-            prefault = start_prefault(bundle, ("dense", engine.experts))
-            if prefault is not None:
-                undo.callback(prefault.stop)
-        core.start()
-        longest = bundle.architecture.max_context
-        kept = undo.pop_all()
-    return Opened(core, assets, lambda: tokenizer_json, longest, kept.close)
+def make_service(open_core: Callable[[], OpenedCore], settings: ServeSettings) -> tuple[Service, OpenedCore]:
+    """The service, and what is to be closed after it. Raises KrasisError as ``Engine.open``: a model whose
+    text cannot be read is told now and not to the first client.
+    """
+    opened = open_core()
+    try:
+        text = opened.text
+        data = opened.bundle.asset(TOKENIZER) if text.tokenizer else b""
+        # All that is read from the bundle's files, so that no request waits for it.
+        _ = (text.template, text.named_ends, text.end_tokens, text.defaults, text.thinking_markers)
+        text.note_sampling()
+        settings = replace(settings, max_context=opened.bundle.spec.max_context)
+        service = Service(opened.core, text, settings, lambda: data)
+        opened.core.start()
+    except BaseException:
+        opened.close(save_prefixes=False)
+        raise
+    return service, opened

@@ -105,7 +105,12 @@ class _Server(uvicorn.Server):
             self._loop.call_soon_threadsafe(self._on_end)
 
 
-def run(listener: socket.socket, load: Callable[[], Service], unload: Callable[[], None]) -> None:
+def run(
+    listener: socket.socket,
+    load: Callable[[], Service],
+    unload: Callable[[], None],
+    on_ready: Callable[[Service], None] = lambda _: None,
+) -> None:
     """Serves until a signal comes. load: makes the service, in a thread, while requests are told to wait.
     unload: saves and frees it, at the very end.
 
@@ -135,6 +140,7 @@ def run(listener: socket.socket, load: Callable[[], Service], unload: Callable[[
         try:
             service.append(load())
             door.app = make_app(service[0])
+            on_ready(service[0])
         except BaseException as error:  # noqa: BLE001  it is raised again in the main thread
             failure.append(error)
             server.end()
