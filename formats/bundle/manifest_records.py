@@ -21,6 +21,7 @@ from krasis.formats.names import check_file_name, check_tensor_name, shown
 
 TIERS = ("dense", "gpu", "cpu")
 ASSET_SUFFIX = ".zst"
+FILLER_PREFIX = "_padding."  # names of the zero-filled ranges between blobs, in a shard's header
 
 _DIGEST = re.compile(r"[0-9a-f]{32}")
 _LAYOUT_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")

@@ -18,8 +18,8 @@ import xxhash
 from krasis.formats.architecture_record import Architecture
 from krasis.formats.bundle.assets import decompress_asset
 from krasis.formats.bundle.manifest import MANIFEST_NAME, AssetRecord, BlobRecord, FileRecord, Manifest
+from krasis.formats.bundle.manifest_records import FILLER_PREFIX
 from krasis.formats.bundle.not_a_bundle import explain_file, explain_folder, refuse_pointer
-from krasis.formats.bundle.shard_plan import FILLER_PREFIX
 from krasis.formats.checkpoints.safetensors import Header, TensorInfo, parse_header
 from krasis.formats.dtypes import BUNDLE_DTYPES
 from krasis.formats.errors import ChecksumError, FormatError, ResourceError, UsageError

@@ -8,7 +8,13 @@ from dataclasses import dataclass
 
 import xxhash
 
-from krasis.formats.bundle.manifest_records import TIERS, BlobRecord, FileRecord, check_layout_id
+from krasis.formats.bundle.manifest_records import (
+    FILLER_PREFIX,
+    TIERS,
+    BlobRecord,
+    FileRecord,
+    check_layout_id,
+)
 from krasis.formats.dtypes import BUNDLE_DTYPES
 from krasis.formats.errors import FormatError
 from krasis.formats.limits import (
@@ -26,7 +32,6 @@ from krasis.formats.names import check_tensor_name, shown
 DEFAULT_SHARD_BYTES = 32 * GIB
 # Expert tiers are mapped in huge pages; dense blobs only need what direct I/O needs.
 TIER_ALIGNMENT = {"dense": PAGE_BYTES, "gpu": HUGE_PAGE_BYTES, "cpu": HUGE_PAGE_BYTES}
-FILLER_PREFIX = "_padding."
 _LENGTH_BYTES = 8
 # More than any entry of a blob and the filler after it adds to a header, beside its name and shape.
 _ENTRY_BYTES = 256
