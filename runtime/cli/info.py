@@ -7,9 +7,11 @@ from typing import Any
 
 from krasis.formats.bundle.manifest import BlobRecord, Manifest
 from krasis.formats.bundle.verify import Problem
+from krasis.formats.errors import UnsupportedModelError
 from krasis.formats.printable import printable
 from krasis.formats.text_tables import text_fields, text_table
-from krasis.formats.units import format_bytes, format_count
+from krasis.formats.units import format_bytes
+from krasis.runtime.cli.info_model import model_fields, model_to_json
 from krasis.runtime.planning.planner import (
     cpu_ram_bytes,
     least_vram_bytes,
@@ -31,8 +33,9 @@ def bundle_to_json(manifest: Manifest, path: str, workload: Workload | None = No
         "path": path,
         "format": [manifest.format_major, manifest.format_minor],
         "tool_version": manifest.tool_version,
-        "architecture": manifest.architecture.to_json(),
-        "max_context": manifest.architecture.max_context,
+        "architecture": _flat_architecture(manifest),
+        "model": model_to_json(manifest.spec),
+        "max_context": manifest.spec.max_context,
         "parameters": {
             "total": parameters.total,
             "active": parameters.active,
@@ -53,6 +56,14 @@ def bundle_to_json(manifest: Manifest, path: str, workload: Workload | None = No
         "quality": dict(manifest.quality),
         "needs": needs_to_json(sizes, workload),
     }
+
+
+def _flat_architecture(manifest: Manifest) -> dict[str, Any] | None:
+    """The flat record of format 1.0, which programs may read; None for a model that it cannot describe."""
+    try:
+        return manifest.architecture.to_json()
+    except UnsupportedModelError:
+        return None
 
 
 def tiers_to_json(manifest: Manifest) -> dict[str, Any]:
@@ -118,26 +129,8 @@ def _indent(text: str) -> str:
 
 
 def _model_fields(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    arch, parameters = summary["architecture"], summary["parameters"]
-    scaling = arch["rope_scaling"]
-    context = f"{summary['max_context']:,} positions"
-    if scaling["kind"] != "none":
-        context += f" ({scaling['kind']} x{scaling['factor']:g})"
-    experts = f"{arch['num_experts']} a layer, top-{arch['num_experts_per_token']}"
     return [
-        ("model", f"{arch['model_type']}, {arch['num_layers']} layers, hidden {arch['hidden_size']:,}"),
-        (
-            "parameters",
-            f"{format_count(parameters['total'])} total, {format_count(parameters['active'])} a token, "
-            f"{format_count(parameters['experts'])} in experts",
-        ),
-        ("experts", f"{experts}, intermediate {arch['expert_intermediate_size']:,}"),
-        (
-            "attention",
-            f"{arch['num_heads']} heads, {arch['num_kv_heads']} KV heads, head size {arch['head_dim']}",
-        ),
-        ("vocabulary", f"{arch['vocab_size']:,}{', tied head' if arch['tie_word_embeddings'] else ''}"),
-        ("context", context),
+        *model_fields(summary),
         (
             "format",
             f"{summary['format'][0]}.{summary['format'][1]}, written by krasis {summary['tool_version']}",

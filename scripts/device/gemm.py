@@ -133,7 +133,7 @@ def make_problem(
 def record_of(request: BundleRequest, arch: Architecture, record: ExpertRecord) -> bytes:
     """The bytes of one random expert."""
     pools = Pools(request)
-    stds = (input_std(arch.hidden_size), output_std(arch, arch.expert_intermediate_size))
+    stds = (input_std(arch.hidden_size), output_std(arch.num_layers, arch.expert_intermediate_size))
     w13, w2 = (pools.scales("BF16", RMS_4, std) for std in stds)
     return b"".join(record_pieces(record, (pools.codes4(), w13, pools.codes4(), w2), "gemm"))
 

@@ -16,7 +16,7 @@ from krasis.formats.errors import FormatError
 from scripts.device.context import GIB, Context, Stack
 from scripts.models.make_random_bundle import BundleRequest, bundle_bytes, make_bundle
 from scripts.models.model_files import MoeShape
-from scripts.models.model_shapes import SHAPES
+from scripts.models.model_shapes import QWEN3_SHAPES
 
 SHARE_OF_MEMORY = 0.6
 MOST_RAM_BYTES = 64 * GIB
@@ -74,7 +74,7 @@ def filesystem_of(folder: Path) -> str:
 
 
 def shape_of(stack: Stack, num_layers: int) -> MoeShape:
-    return replace(SHAPES[stack.name], **stack.changes, num_hidden_layers=num_layers)
+    return replace(QWEN3_SHAPES[stack.name], **stack.changes, num_hidden_layers=num_layers)
 
 
 def request_of(context: Context, stack: Stack, num_layers: int, tiers: tuple[str, ...]) -> BundleRequest:
@@ -123,7 +123,7 @@ def ensure(
     print(f"{path}: {num_bytes / 1e9:.1f} GB, {num_layers} layers, made in {seconds:.1f} s", flush=True)
     return path, {
         "num_layers": num_layers,
-        "model_layers": SHAPES[stack.name].num_hidden_layers,
+        "model_layers": QWEN3_SHAPES[stack.name].num_hidden_layers,
         "bundle_bytes": num_bytes,
         "filesystem": filesystem_of(folder),
         "made_s": seconds,

@@ -25,7 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from scripts.models.model_files import MoeShape, hub_config
-from scripts.models.model_shapes import SHAPES, apply_overrides
+from scripts.models.model_shapes import QWEN3_SHAPES, apply_overrides
 from scripts.models.moe_gguf import GGUF_TYPES, add_architecture
 from scripts.models.random_bundle.blobs import input_std
 from scripts.models.random_bundle.pools import RMS_4, RMS_8, Bytes, Pool, scale_values
@@ -212,7 +212,7 @@ def _write_at(fd: int, data: memoryview, offset: int) -> None:
 
 
 @click.command(help=__doc__)
-@click.option("--shape", "name", type=click.Choice(sorted(SHAPES)), default="tiny", show_default=True)
+@click.option("--shape", "name", type=click.Choice(sorted(QWEN3_SHAPES)), default="tiny", show_default=True)
 @click.option("--layers", type=SIZE, help="num_hidden_layers")
 @click.option("--experts", type=SIZE, help="num_experts")
 @click.option("--vocab", type=SIZE, help="vocab_size")
@@ -223,7 +223,7 @@ def _write_at(fd: int, data: memoryview, offset: int) -> None:
 def main(name: str, expert_type: str, threads: int, seed: int, out: Path, **given: Any) -> None:
     keys = {"layers": "num_hidden_layers", "experts": "num_experts", "vocab": "vocab_size"}
     try:
-        shape = apply_overrides(SHAPES[name], {keys[key]: value for key, value in given.items()}, None)
+        shape = apply_overrides(QWEN3_SHAPES[name], {keys[key]: value for key, value in given.items()}, None)
         with tqdm(total=gguf_bytes(shape, expert_type), unit="B", unit_scale=True, desc=out.name) as bar:
             written = make_gguf(shape, expert_type, out, seed=seed, num_threads=threads, report=bar.update)
     except (ValueError, OSError) as error:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Random-weight Qwen3-MoE models of real layer shape, streamed to disk, for benchmarks and tests.
+"""Random-weight models of real layer shape, streamed to disk, for benchmarks and tests.
 
     python -m scripts.models.make_random_model --shape qwen3-30b-a3b --layers 4 --out m --gguf m-q8_0.gguf
 
@@ -28,6 +28,7 @@ from scripts.models.model_files import (
     Bf16Bits,
     Floats,
     MoeShape,
+    Shape,
     hub_config,
     num_values,
     tensor_shapes,
@@ -74,10 +75,11 @@ class WeightSource:
     def _digest(self, name: str, piece: int) -> bytes:
         return hashlib.blake2b(f"{self._seed}\0{name}\0{piece}".encode(), digest_size=16).digest()
 
-    def norm(self, name: str, size: int) -> Bf16Bits:
-        """Norm weights around one, [size]."""
+    def vector(self, name: str, size: int, around: float) -> Bf16Bits:
+        """Norm weights around one, or biases around zero, [size]."""
         rng = np.random.Generator(np.random.SFC64(int.from_bytes(self._digest(name, 0), "little")))
-        return to_bf16(1 + np.float32(NORM_NOISE) * rng.standard_normal(size, dtype=np.float32))
+        noise = rng.standard_normal(size, dtype=np.float32)
+        return to_bf16(np.float32(around) + np.float32(NORM_NOISE) * noise)
 
     def matrix(self, name: str, size: int, std: float) -> Iterator[Bf16Bits]:
         """`size` normals of standard deviation `std`, in pieces."""
@@ -99,13 +101,12 @@ def standard_deviation(name: str, dims: tuple[int, ...], tied: bool) -> float:
     return float(dims[-1] ** -0.5)
 
 
-def random_pieces(
-    shape: MoeShape, source: WeightSource, report: Callable[[int], object]
-) -> Iterator[Bf16Bits]:
+def random_pieces(shape: Shape, source: WeightSource, report: Callable[[int], object]) -> Iterator[Bf16Bits]:
     """Every tensor of the model in file order, in pieces; `report` is told each piece's bytes."""
     for name, dims in tensor_shapes(shape).items():
         if len(dims) == 1:
-            pieces = iter([source.norm(name, dims[0])])
+            around = 0.0 if name.endswith("bias") else 1.0
+            pieces = iter([source.vector(name, dims[0], around)])
         else:
             std = standard_deviation(name, dims, shape.tie_word_embeddings)
             pieces = source.matrix(name, num_values(dims), std)
@@ -135,7 +136,7 @@ def copy_tokenizer(folder: Path, vocab_size: int, model: Path = TINY_MODEL) -> d
 
 
 def make_model(
-    shape: MoeShape, folder: Path, seed: int, shard_bytes: int, *, pool_values: int = POOL_VALUES
+    shape: Shape, folder: Path, seed: int, shard_bytes: int, *, pool_values: int = POOL_VALUES
 ) -> int:
     """Write the checkpoint; return the bytes of tensor data.
 
@@ -194,7 +195,7 @@ def main(
     shard_gib: float,
     seed: int,
 ) -> None:
-    """Write a Qwen3-MoE with random weights. Options override the named shape's sizes."""
+    """Write a model with random weights. Options override the named shape's sizes."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     given = {
         "num_hidden_layers": layers,
@@ -211,6 +212,8 @@ def main(
         chosen = apply_overrides(SHAPES[shape], given, yarn)
         written = make_model(chosen, out, seed, int(shard_gib * 2**30))
         click.echo(f"{out}: {written / 1e9:.2f} GB of BF16 weights")
+        if gguf is not None and not isinstance(chosen, MoeShape):
+            raise ValueError("--gguf is for Qwen3-MoE shapes; llama.cpp's converter reads the folder")
         if gguf is not None:
             size = write_gguf(out, gguf, gguf_type, f"random-{shape}")
             click.echo(f"{gguf}: {size / 1e9:.2f} GB")

@@ -1,4 +1,4 @@
-"""Qwen3-MoE checkpoints on disk, as released on the Hugging Face hub: shape, config, safetensors.
+"""Checkpoints on disk, as released on the Hugging Face hub: shape, config, safetensors.
 
 Shared by the scripts that make models. BF16 values travel as uint16 bit patterns, because NumPy
 has no bfloat16.
@@ -14,6 +14,8 @@ from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
+
+from scripts.models.family_shapes import FamilyShape, hub_tensors, spec_of_config
 
 BF16_BYTES = 2
 INDEX_NAME = "model.safetensors.index.json"
@@ -55,6 +57,7 @@ class MoeShape:
             raise ValueError(f"head_dim {self.head_dim} is odd; rotary embedding needs pairs")
 
 
+Shape = MoeShape | FamilyShape
 TINY_SHAPE = MoeShape(
     vocab_size=4096,
     hidden_size=256,
@@ -73,12 +76,14 @@ TINY_SHAPE = MoeShape(
 )
 
 
-def hub_config(shape: MoeShape, eos: int | None = None, pad: int | None = None) -> dict[str, Any]:
-    """config.json in the form of the released Qwen3-MoE checkpoints.
+def hub_config(shape: Shape, eos: int | None = None, pad: int | None = None) -> dict[str, Any]:
+    """config.json in the form of the released checkpoints.
 
     transformers 5 itself writes other keys (`num_local_experts`, `rope_parameters`, `dtype`), which
     differ by version, and reads this form too.
     """
+    if isinstance(shape, FamilyShape):
+        return {**shape.config, "eos_token_id": eos, "pad_token_id": pad}
     scaling: dict[str, Any] | None = None
     if shape.yarn_factor is not None:
         scaling = {
@@ -125,31 +130,9 @@ def hub_config(shape: MoeShape, eos: int | None = None, pad: int | None = None) 
     }
 
 
-def tensor_shapes(shape: MoeShape) -> dict[str, tuple[int, ...]]:
+def tensor_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
     """Every tensor of the checkpoint, hub names, in layer order. Matrices are [out, in]."""
-    hidden, inner = shape.hidden_size, shape.moe_intermediate_size
-    queries = shape.num_attention_heads * shape.head_dim
-    keys = shape.num_key_value_heads * shape.head_dim
-    out: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (shape.vocab_size, hidden)}
-    for layer in range(shape.num_hidden_layers):
-        base = f"model.layers.{layer}"
-        out[f"{base}.input_layernorm.weight"] = (hidden,)
-        out[f"{base}.self_attn.q_proj.weight"] = (queries, hidden)
-        out[f"{base}.self_attn.k_proj.weight"] = (keys, hidden)
-        out[f"{base}.self_attn.v_proj.weight"] = (keys, hidden)
-        out[f"{base}.self_attn.o_proj.weight"] = (hidden, queries)
-        out[f"{base}.self_attn.q_norm.weight"] = (shape.head_dim,)
-        out[f"{base}.self_attn.k_norm.weight"] = (shape.head_dim,)
-        out[f"{base}.post_attention_layernorm.weight"] = (hidden,)
-        out[f"{base}.mlp.gate.weight"] = (shape.num_experts, hidden)
-        for expert in range(shape.num_experts):
-            out[f"{base}.mlp.experts.{expert}.gate_proj.weight"] = (inner, hidden)
-            out[f"{base}.mlp.experts.{expert}.up_proj.weight"] = (inner, hidden)
-            out[f"{base}.mlp.experts.{expert}.down_proj.weight"] = (hidden, inner)
-    out["model.norm.weight"] = (hidden,)
-    if not shape.tie_word_embeddings:
-        out["lm_head.weight"] = (shape.vocab_size, hidden)
-    return out
+    return dict(hub_tensors(spec_of_config(hub_config(shape))))
 
 
 def num_values(dims: tuple[int, ...]) -> int:

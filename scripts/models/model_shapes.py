@@ -1,9 +1,10 @@
 """Sizes of the released models whose shapes are used for benchmarks and tests, and changes to them."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
-from scripts.models.model_files import TINY_SHAPE, MoeShape
+from scripts.models.family_shapes import NAMES, FamilyShape
+from scripts.models.model_files import TINY_SHAPE, MoeShape, Shape
 
 QWEN3_30B = MoeShape(
     vocab_size=151936,
@@ -20,7 +21,7 @@ QWEN3_30B = MoeShape(
     rope_theta=1_000_000.0,
     tie_word_embeddings=False,
 )
-SHAPES = {
+QWEN3_SHAPES = {
     "qwen3-30b-a3b": QWEN3_30B,
     "qwen3-235b-a22b": replace(
         QWEN3_30B,
@@ -33,11 +34,20 @@ SHAPES = {
     "tiny": TINY_SHAPE,
     "custom": TINY_SHAPE,
 }
+SHAPES: dict[str, Shape] = {**QWEN3_SHAPES, **{name: FamilyShape.named(name) for name in NAMES}}
 
 
-def apply_overrides(base: MoeShape, given: dict[str, Any], yarn: float | None) -> MoeShape:
+AnyShape = TypeVar("AnyShape", MoeShape, FamilyShape)
+
+
+def apply_overrides(base: AnyShape, given: dict[str, Any], yarn: float | None) -> AnyShape:
     """The base shape with every option that was given. Raises ValueError for impossible sizes."""
-    shape = replace(base, **{key: value for key, value in given.items() if value is not None})
+    changes = {key: value for key, value in given.items() if value is not None}
+    if isinstance(base, FamilyShape):
+        if yarn is not None:
+            raise ValueError("--yarn is for Qwen3-MoE shapes")
+        return base.changed(changes)
+    shape = replace(base, **changes)
     if yarn is None:
         return shape
     # Released models with YaRN state the stretched context as the one they take.

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from krasis.convert.cli import main as convert_main
 from krasis.formats.bundle.reader import Bundle
 from krasis.formats.bundle.verify import verify_bundle
 from krasis.formats.errors import ResourceError, UsageError
@@ -17,10 +18,12 @@ from krasis.runtime import Engine, EngineSettings
 from krasis.runtime.cpu.kernels import Kernels
 from krasis.runtime.cpu.weights import load_weights
 from scripts.models.make_random_bundle import BundleRequest, bundle_bytes, make_bundle
-from scripts.models.model_shapes import SHAPES
+from scripts.models.make_random_model import make_model
+from scripts.models.model_files import Shape, hub_config
+from scripts.models.model_shapes import QWEN3_SHAPES, SHAPES, apply_overrides
 
 SMALL = replace(
-    SHAPES["qwen3-30b-a3b"],
+    QWEN3_SHAPES["qwen3-30b-a3b"],
     vocab_size=4096,
     hidden_size=256,
     moe_intermediate_size=128,
@@ -77,7 +80,7 @@ def test_what_is_there_or_too_large_is_refused(bundle: Path, tmp_path: Path) -> 
     with pytest.raises(UsageError, match="exists"):
         make_bundle(REQUEST, bundle)
     assert (bundle / "manifest.json").read_bytes() == before
-    huge = BundleRequest(replace(SHAPES["qwen3-235b-a22b"], num_hidden_layers=2000))
+    huge = BundleRequest(replace(QWEN3_SHAPES["qwen3-235b-a22b"], num_hidden_layers=2000))
     with pytest.raises(ResourceError, match="too little room"):
         make_bundle(huge, tmp_path / "huge.krasis")
     assert not list(tmp_path.iterdir())
@@ -120,3 +123,33 @@ def test_tokens_spread_over_the_experts(bundle: Path, monkeypatch: pytest.Monkey
         assert layer.sum() == 512 * 8
         assert layer.max() < 2 * layer.mean()
         assert layer.min() > 0.4 * layer.mean()
+
+
+SMALLER = {"num_hidden_layers": 2, "num_experts": 4, "hidden_size": 256, "moe_intermediate_size": 64}
+SMALLER |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 320, "num_experts_per_tok": 2}
+
+
+@pytest.mark.parametrize("name", ["glm-4.5-air", "mixtral-8x7b", "olmoe-1b-7b"])
+def test_shapes_of_other_families_run(tmp_path: Path, name: str) -> None:
+    shape = apply_overrides(SHAPES[name], SMALLER, None)
+    make_bundle(BundleRequest(shape, gpu_group=64, pool_bytes=1 << 20), tmp_path / "a.krasis")
+    assert verify_bundle(tmp_path / "a.krasis") == []
+    settings = EngineSettings(device="cpu", context=64, threads=1)
+    with Engine.open(tmp_path / "a.krasis", settings) as engine:
+        assert 0.5 < np.std(engine.prefill(list(range(20)))) < 2
+
+
+@pytest.mark.parametrize("name", ["glm-4.5-air", "mixtral-8x7b", "olmoe-1b-7b", "qwen3-30b-a3b"])
+def test_checkpoints_of_families_convert(tmp_path: Path, name: str) -> None:
+    shape = apply_overrides(SHAPES[name], SMALLER, None)
+    make_model(shape, tmp_path / "hf", 1, 1 << 30, pool_values=1 << 16)
+    with pytest.raises(SystemExit) as ended:
+        convert_main([str(tmp_path / "hf"), "-o", str(tmp_path / "a.krasis"), "--quiet", "--gpu-group", "64"])
+    assert not ended.value.code
+    with Bundle.open(tmp_path / "a.krasis") as bundle:
+        assert bundle.spec.family == shape_family(shape)
+
+
+def shape_family(shape: Shape) -> str:
+    """The model type of a shape."""
+    return str(hub_config(shape)["model_type"])

@@ -7,69 +7,68 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from krasis.formats.architecture import Architecture
+from krasis.formats.bundle.blob_names import expert_blob
 from krasis.formats.bundle.writer import BlobSpec
-from krasis.formats.layouts import Int8RowsLayout, padded_rows
+from krasis.formats.layouts import Int8RowsLayout
 from krasis.formats.layouts.expert_record import ExpertRecord
+from krasis.formats.models.spec import ModelSpec
+from krasis.formats.models.tensors import blobs, dense_tensors_of
 from scripts.models.random_bundle.pools import RMS_4, RMS_8, Pool, Pools, as_bytes
 from scripts.models.random_bundle.request import BundleRequest
 
 NORM_NOISE = 0.1
 
 
-def blob_specs(arch: Architecture, request: BundleRequest) -> list[BlobSpec]:
+def blob_specs(spec: ModelSpec, request: BundleRequest) -> list[BlobSpec]:
     """Every blob that a converter would write (docs/FORMAT.md, section 5)."""
-    int8_rows, hidden = Int8RowsLayout(), arch.hidden_size
-
-    def plain(name: str, *shape: int, dtype: str = "BF16") -> BlobSpec:
-        return BlobSpec(name, "dense", dtype, shape, "plain")
-
-    def int8(name: str, n: int, k: int) -> list[BlobSpec]:
-        codes = BlobSpec(name, "dense", "I8", int8_rows.codes_shape(n, k), int8_rows.layout_id)
-        return [codes, plain(f"{name}.scale", n, dtype="F32")]
-
-    specs = [plain("embedding", arch.vocab_size, hidden)]
-    for i in range(arch.num_layers):
-        at = f"layers.{i}."
-        specs += int8(at + "attention.qkv", arch.qkv_rows, hidden)
-        specs += int8(at + "attention.output", hidden, arch.attention_size)
-        specs += [plain(at + f"attention.{part}_norm", arch.head_dim) for part in ("q", "k")]
-        specs += [plain(at + "attention.norm", hidden), plain(at + "experts.norm", hidden)]
-        specs.append(plain(at + "experts.router", arch.num_experts, hidden))
-    specs.append(plain("final_norm", hidden))
-    specs += int8("lm_head", padded_rows(arch.vocab_size), hidden)
+    layout_ids = {"plain": "plain", "int8_rows": Int8RowsLayout().layout_id}
+    specs = [
+        BlobSpec(blob.name, "dense", blob.dtype or "BF16", blob.shape, layout_ids[blob.layout])
+        for blob in blobs(spec)
+    ]
     for tier in request.tiers:
         layout = request.gpu_layout if tier == "gpu" else request.cpu_layout
-        record_bytes = layout.expert_record(hidden, arch.expert_intermediate_size).record_bytes
-        for i in range(arch.num_layers):
-            shape = (arch.num_experts, record_bytes)
-            specs.append(BlobSpec(f"layers.{i}.experts.{tier}", tier, "U8", shape, layout.layout_id))
+        for i in spec.expert_layers:
+            experts = spec.experts_of(i)
+            record_bytes = layout.expert_record(spec.hidden, experts.intermediate).record_bytes
+            shape = (experts.count, record_bytes)
+            specs.append(BlobSpec(expert_blob(i, tier), tier, "U8", shape, layout.layout_id))
     return specs
 
 
 def blob_pieces(
-    spec: BlobSpec, arch: Architecture, request: BundleRequest, pools: Pools
+    blob: BlobSpec, spec: ModelSpec, request: BundleRequest, pools: Pools
 ) -> Iterator[memoryview | bytes]:
     """The bytes of a blob, in order."""
-    part = spec.name.rpartition(".")[2]
-    if spec.tier != "dense":
-        yield from expert_pieces(spec, arch, request, pools)
-    elif spec.dtype == "I8":
-        yield from pools.codes8().run(spec.name, spec.num_bytes)
+    part = blob.name.rpartition(".")[2]
+    if blob.tier != "dense":
+        yield from expert_pieces(blob, spec, request, pools)
+    elif blob.dtype == "I8":
+        yield from pools.codes8().run(blob.name, blob.num_bytes)
     elif part == "scale":
-        is_output = spec.name.endswith("output.scale")
-        std = output_std(arch, arch.attention_size) if is_output else input_std(arch.hidden_size)
-        yield from pools.scales("F32", RMS_8, std).run(spec.name, spec.num_bytes)
+        yield from pools.scales("F32", RMS_8, _std(blob.name, spec)).run(blob.name, blob.num_bytes)
     elif part in ("norm", "q_norm", "k_norm", "final_norm"):
-        yield norm_values(spec, request.seed)
-    elif part == "router":
-        yield router_values(spec, request.seed)
+        yield norm_values(blob, request.seed)
+    elif part in ("bias", "correction_bias"):
+        yield bias_values(blob, request.seed)
+    elif part in ("router", "gate"):
+        yield router_values(blob, request.seed)
     else:  # the embedding: values of order one
         yield from pools.get(
             "embedding",
             2,
             lambda random, count: as_bytes(random.standard_normal(count, dtype=np.float32), "BF16"),
-        ).run(spec.name, spec.num_bytes)
+        ).run(blob.name, blob.num_bytes)
+
+
+def _std(name: str, spec: ModelSpec) -> float:
+    """Of the weights that a blob of scales belongs to: those whose product goes to the residual are small."""
+    tensor = name.removesuffix(".scale")
+    if not tensor.endswith(("attention.output", ".w2")):
+        return input_std(spec.hidden)
+    layer = int(tensor.split(".")[1])
+    (columns,) = (one.shape[1] for one in dense_tensors_of(spec, layer) if tensor.endswith(f".{one.name}"))
+    return output_std(len(spec.layers), columns)
 
 
 def input_std(fan_in: int) -> float:
@@ -77,7 +76,7 @@ def input_std(fan_in: int) -> float:
     return float(fan_in**-0.5)
 
 
-def output_std(arch: Architecture, fan_in: int) -> float:
+def output_std(num_layers: int, fan_in: int) -> float:
     """The standard deviation of weights whose product is added to the residual stream.
 
     2 * num_layers of such sums are of order one.
@@ -85,7 +84,7 @@ def output_std(arch: Architecture, fan_in: int) -> float:
     So the embedding stays as loud as all layers together, tokens stay apart, and routers go on spreading
     them.
     """
-    return float((2 * arch.num_layers * fan_in) ** -0.5)
+    return float((2 * num_layers * fan_in) ** -0.5)
 
 
 def own_random(name: str, seed: int) -> np.random.Generator:
@@ -100,6 +99,12 @@ def norm_values(spec: BlobSpec, seed: int) -> bytes:
     return as_bytes(1 + np.float32(NORM_NOISE) * noise, "BF16").tobytes()
 
 
+def bias_values(spec: BlobSpec, seed: int) -> bytes:
+    """Around zero, small beside what they are added to."""
+    noise = own_random(spec.name, seed).standard_normal(spec.shape, dtype=np.float32)
+    return as_bytes(np.float32(NORM_NOISE) * noise, "F32").tobytes()
+
+
 def router_values(spec: BlobSpec, seed: int) -> bytes:
     """Rows of equal length: no expert is louder than another. Logits have a standard deviation of two."""
     rows = own_random(spec.name, seed).standard_normal(spec.shape, dtype=np.float32)
@@ -108,12 +113,12 @@ def router_values(spec: BlobSpec, seed: int) -> bytes:
 
 
 def expert_pieces(
-    spec: BlobSpec, arch: Architecture, request: BundleRequest, pools: Pools
+    blob: BlobSpec, spec: ModelSpec, request: BundleRequest, pools: Pools
 ) -> Iterator[memoryview | bytes]:
     """All experts of a layer, sections from the pools and zeros in between."""
-    hidden, inner = arch.hidden_size, arch.expert_intermediate_size
-    w13_std, w2_std = input_std(hidden), output_std(arch, inner)
-    if spec.tier == "gpu":
+    hidden, inner = spec.hidden, spec.experts_of(int(blob.name.split(".")[1])).intermediate
+    w13_std, w2_std = input_std(hidden), output_std(len(spec.layers), inner)
+    if blob.tier == "gpu":
         layout = request.gpu_layout
         record = layout.expert_record(hidden, inner)
         scales = [pools.scales("BF16", RMS_4, std) for std in (w13_std, w2_std)]
@@ -122,8 +127,8 @@ def expert_pieces(
         tiles = request.cpu_layout
         record = tiles.expert_record(hidden, inner)
         sources = (pools.tiles(tiles, w13_std), None, pools.tiles(tiles, w2_std), None)
-    for expert in range(spec.shape[0]):
-        yield from record_pieces(record, sources, f"{spec.name}\0{expert}")
+    for expert in range(blob.shape[0]):
+        yield from record_pieces(record, sources, f"{blob.name}\0{expert}")
 
 
 def record_pieces(

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 from krasis.formats.architecture import Architecture, from_hf_config
 from krasis.formats.layouts import CpuTileLayout, MarlinLayout
-from scripts.models.model_files import MoeShape, hub_config
+from krasis.formats.models.spec import ModelSpec
+from scripts.models.family_shapes import spec_of_config
+from scripts.models.model_files import MoeShape, Shape, hub_config
 
 POOL_BYTES = 64 << 20
 
@@ -17,7 +19,7 @@ class BundleRequest:
     the tiny model's, where the vocabulary has room for it.
     """
 
-    shape: MoeShape
+    shape: Shape
     seed: int = 0
     tiers: tuple[str, ...] = ("gpu", "cpu")
     gpu_group: int = 128
@@ -32,6 +34,11 @@ class BundleRequest:
     @property
     def cpu_layout(self) -> CpuTileLayout:
         return CpuTileLayout(self.cpu_format)
+
+
+def spec_of_shape(shape: Shape) -> ModelSpec:
+    """The model of a shape."""
+    return spec_of_config(hub_config(shape))
 
 
 def architecture_of(shape: MoeShape) -> Architecture:

@@ -10,22 +10,21 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from krasis.formats.architecture import Architecture
 from krasis.formats.bundle.manifest import AssetRecord, Manifest, SourceRecord
 from krasis.formats.bundle.writer import PARTIAL_SUFFIX, BlobSpec, BundleWriter, plan_shards
 from krasis.formats.errors import ResourceError
 from krasis.formats.layouts import Int8RowsLayout
-from krasis.formats.models.uniform import spec_of
-from scripts.models.model_files import MoeShape, hub_config
+from krasis.formats.models.spec import ModelSpec
+from scripts.models.model_files import Shape, hub_config
 from scripts.models.random_bundle.blobs import blob_pieces, blob_specs
 from scripts.models.random_bundle.pools import Pools
-from scripts.models.random_bundle.request import BundleRequest, architecture_of
+from scripts.models.random_bundle.request import BundleRequest, spec_of_shape
 
 TINY_MODEL = Path(__file__).resolve().parents[2] / "tests" / "assets" / "tiny-qwen3-moe"
 ASSETS = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
 
-def assets_for(shape: MoeShape) -> dict[str, bytes]:
+def assets_for(shape: Shape) -> dict[str, bytes]:
     """config.json, and the tiny model's tokenizer if the vocabulary has room for it."""
     found: dict[str, bytes] = {}
     special: dict[str, int] = {}
@@ -41,7 +40,7 @@ def assets_for(shape: MoeShape) -> dict[str, bytes]:
 
 def bundle_bytes(request: BundleRequest) -> int:
     """What the bundle's shards will take. Raises KrasisError for an impossible shape."""
-    return plan_shards(blob_specs(architecture_of(request.shape), request)).total_bytes
+    return plan_shards(blob_specs(spec_of_shape(request.shape), request)).total_bytes
 
 
 def make_bundle(request: BundleRequest, out: Path, report: Callable[[int], object] = lambda _: None) -> int:
@@ -49,8 +48,8 @@ def make_bundle(request: BundleRequest, out: Path, report: Callable[[int], objec
 
     Raises UsageError if out exists, ResourceError if there is too little room, before anything is written.
     """
-    arch = architecture_of(request.shape)
-    plan = plan_shards(blob_specs(arch, request))
+    model = spec_of_shape(request.shape)
+    plan = plan_shards(blob_specs(model, request))
     folder = out.absolute().parent
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
@@ -73,7 +72,7 @@ def make_bundle(request: BundleRequest, out: Path, report: Callable[[int], objec
 
         def write(spec: BlobSpec) -> None:
             with writer.open_blob(spec.name) as sink:
-                for piece in blob_pieces(spec, arch, request, pools):
+                for piece in blob_pieces(spec, model, request, pools):
                     sink.write(piece)
                     report(len(piece))
                 digests[spec.name] = sink.close()
@@ -81,28 +80,28 @@ def make_bundle(request: BundleRequest, out: Path, report: Callable[[int], objec
         specs = [blob.spec for file in plan.files for blob in file.blobs]
         for spec in specs[:1]:
             write(spec)
-        draw_pools(arch, request, pools)
+        draw_pools(model, request, pools)
         threads = request.num_threads or min(16, len(os.sched_getaffinity(0)))
         with ThreadPoolExecutor(threads) as executor:
             for _ in executor.map(write, specs[1:]):
                 pass
         assets = [writer.write_asset(name, data) for name, data in sorted(assets_for(request.shape).items())]
-        writer.finish(manifest_of(arch, request, plan, digests, assets), out)
+        writer.finish(manifest_of(model, request, plan, digests, assets), out)
     return plan.total_bytes
 
 
-def draw_pools(arch: Architecture, request: BundleRequest, pools: Pools) -> None:
+def draw_pools(model: ModelSpec, request: BundleRequest, pools: Pools) -> None:
     """Before the threads begin: a pool is drawn once, and by one of them."""
     seen: set[str] = set()
-    for spec in blob_specs(arch, request):
+    for spec in blob_specs(model, request):
         kind = f"{spec.tier}-{spec.dtype}-{spec.name.rpartition('.')[2]}"
-        if kind not in seen or spec.name.endswith("output.scale"):
+        if kind not in seen or spec.name.endswith(("output.scale", "w2.scale")):
             seen.add(kind)
-            next(iter(blob_pieces(spec, arch, request, pools)))
+            next(iter(blob_pieces(spec, model, request, pools)))
 
 
 def manifest_of(
-    arch: Architecture,
+    model: ModelSpec,
     request: BundleRequest,
     plan: Any,
     digests: Mapping[str, str],
@@ -116,7 +115,7 @@ def manifest_of(
         layouts["cpu"] = request.cpu_layout.layout_id
     return Manifest(
         tool_version="make_random_bundle 1",
-        spec=spec_of(arch),
+        spec=model,
         layouts=layouts,
         files=plan.file_records(),
         blobs=plan.blob_records(digests),

@@ -63,6 +63,7 @@ BUNDLE_SCHEMA = {
     "format": [INTEGER],
     "tool_version": TEXT,
     "architecture": dict,
+    "model": dict,
     "parameters": {"total": INTEGER, "active": INTEGER, "experts": INTEGER},
     "tiers": {"dense": TIER, "gpu": TIER, "cpu": TIER},
     "max_context": INTEGER,

@@ -1,0 +1,87 @@
+"""Released models of other families than Qwen3-MoE, by their configs, for random models of their shape."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from krasis.formats.checkpoints.hf_config import read_hf_config
+from krasis.formats.models.registry import family_of
+from krasis.formats.models.spec import ModelSpec
+from krasis.formats.models.tensors import dense_tensors
+
+CONFIGS = Path(__file__).resolve().parents[2] / "tests" / "formats" / "models" / "configs"
+NAMES = ("glm-4.5-air", "mixtral-8x7b", "olmoe-1b-7b", "qwen2-57b-a14b")
+# What options of the scripts are called in the configs of families, where it differs.
+_FIELDS = {
+    "num_experts": ("num_experts", "num_local_experts", "n_routed_experts"),
+    "moe_intermediate_size": ("moe_intermediate_size", "intermediate_size"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class FamilyShape:
+    """A model by its ``config.json``."""
+
+    config: Mapping[str, Any]
+
+    @classmethod
+    def named(cls, name: str) -> Self:
+        """One of ``NAMES``, without the layers that only draft."""
+        config = json.loads((CONFIGS / f"{name}.json").read_text("utf-8"))
+        return cls(config | {"num_nextn_predict_layers": 0})
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding."""
+        return int(self.config["vocab_size"])
+
+    @property
+    def tie_word_embeddings(self) -> bool:
+        """Whether the output head is the embedding."""
+        return bool(self.config["tie_word_embeddings"])
+
+    def changed(self, given: Mapping[str, int]) -> FamilyShape:
+        """With other sizes, by the names that Qwen3-MoE's config has for them."""
+        config = dict(self.config)
+        for name, value in given.items():
+            names = _FIELDS.get(name, (name,))
+            config[next((one for one in names if one in config), names[0])] = value
+        return FamilyShape(config)
+
+
+def hub_tensors(spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The checkpoint's tensors: hub names and shapes, matrices [out, in]; each expert's apart."""
+    names = family_of(spec).names
+    num_layers = len(spec.layers)
+    written = -1
+    for layer, tensor in dense_tensors(spec):
+        done = num_layers if layer is None and written >= 0 else layer
+        if done is not None and done > written:
+            yield from _expert_tensors(spec, written)
+            written = done
+        if tensor.name == "lm_head" and spec.tied:
+            continue
+        for ours, shape in tensor.sources():
+            yield names[ours].hf[0].format(i=layer), shape
+
+
+def _expert_tensors(spec: ModelSpec, layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Those of a layer's experts; nothing for a layer without."""
+    experts = spec.layers[layer].experts if layer >= 0 else None
+    if experts is None:
+        return
+    names, hidden = family_of(spec).names, spec.hidden
+    for expert in range(experts.count):
+        for part in ("gate", "up", "down"):
+            shape = (experts.intermediate, hidden) if part != "down" else (hidden, experts.intermediate)
+            template = next(name for name in names[f"experts.{part}"].hf if "{e}" in name)
+            yield template.format(i=layer, e=expert), shape
+
+
+def spec_of_config(config: Mapping[str, Any]) -> ModelSpec:
+    """The model that a config describes."""
+    return read_hf_config(config, "random model")
