@@ -6,8 +6,7 @@ from pathlib import Path
 
 from krasis.formats.bundle.blob_names import check_blob_names
 from krasis.formats.bundle.reader import Bundle
-from krasis.formats.models.uniform import spec_of
-from krasis.runtime.rope_option import parse_rope_scaling, rescaled
+from krasis.runtime.rope_option import parse_rope_scaling, rescaled_model
 from krasis.runtime.settings import EngineSettings
 
 
@@ -20,7 +19,7 @@ def open_bundle(path: Path, settings: EngineSettings) -> Bundle:
         check_blob_names(bundle.manifest, str(path))
         if settings.rope_scaling is not None:
             scaling = parse_rope_scaling(settings.rope_scaling)
-            bundle.run_as(spec_of(rescaled(bundle.architecture, scaling, str(path))))
+            bundle.run_as(rescaled_model(bundle.spec, scaling, str(path)))
     except BaseException:
         bundle.close()
         raise

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from krasis.formats.architecture_record import Architecture, RopeScaling, check_architecture
 from krasis.formats.errors import KrasisError, UsageError
+from krasis.formats.models import rope
+from krasis.formats.models.mixers import Attention, CompressedAttention, LatentAttention
+from krasis.formats.models.spec import Layer, ModelSpec
 
 OPTION = "--rope-scaling"
 _HINT = "write none, linear,FACTOR or yarn,FACTOR,ORIGINAL, such as yarn,4,32768"
@@ -61,8 +64,37 @@ def rescaled(architecture: Architecture, scaling: RopeScaling, where: str = "") 
     """The model with that scaling instead of its own. Raises UsageError for an original length or a setting
     that the model cannot have.
     """
-    own = architecture.rope_scaling
-    positions = architecture.max_positions
+    scaling, positions = _fitted(architecture.rope_scaling, architecture.max_positions, scaling, where)
+    changed = replace(architecture, rope_scaling=scaling, max_positions=positions)
+    try:
+        check_architecture(changed, where)
+    except KrasisError as error:
+        raise _out_of_range(error) from error
+    return changed
+
+
+def rescaled_model(spec: ModelSpec, scaling: RopeScaling, where: str = "") -> ModelSpec:
+    """The same for any model: every layer that rotates is scaled so."""
+    scaling, positions = _fitted(spec.rope_scaling, spec.max_positions, scaling, where)
+    try:
+        new = rope.RopeScaling.from_json(asdict(scaling), where)
+    except KrasisError as error:
+        raise _out_of_range(error) from error
+    layers: dict[Layer, Layer] = {}
+    for layer in dict.fromkeys(spec.layers):
+        mixer = layer.mixer
+        if isinstance(mixer, Attention | LatentAttention | CompressedAttention) and mixer.rope is not None:
+            scaled = replace(mixer, rope=replace(mixer.rope, scaling=new))
+            layers[layer] = replace(layer, mixer=scaled)
+        else:
+            layers[layer] = layer
+    return replace(spec, layers=tuple(layers[layer] for layer in spec.layers), max_positions=positions)
+
+
+def _fitted(
+    own: RopeScaling | rope.RopeScaling, positions: int, scaling: RopeScaling, where: str
+) -> tuple[RopeScaling, int]:
+    """The scaling with its original length, and the positions that the model has without its own."""
     if own.kind == "yarn" and positions >= int(own.original_max_positions * own.factor):
         positions = own.original_max_positions  # the others were its own scaling's
     if scaling.kind == "yarn" and not scaling.original_max_positions:
@@ -75,11 +107,10 @@ def rescaled(architecture: Architecture, scaling: RopeScaling, where: str = "") 
             limit=positions,
             hint="give the length of its training",
         )
-    changed = replace(architecture, rope_scaling=scaling, max_positions=positions)
-    try:
-        check_architecture(changed, where)
-    except KrasisError as error:
-        raise UsageError(
-            f"{OPTION} is out of range: {error.what}", where=error.where, got=error.got, limit=error.limit
-        ) from error
-    return changed
+    return scaling, positions
+
+
+def _out_of_range(error: KrasisError) -> UsageError:
+    return UsageError(
+        f"{OPTION} is out of range: {error.what}", where=error.where, got=error.got, limit=error.limit
+    )

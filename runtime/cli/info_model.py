@@ -9,7 +9,7 @@ from typing import Any
 from krasis.formats.models.mixers import Attention
 from krasis.formats.models.mlps import GatedMlp
 from krasis.formats.models.spec import Layer, ModelSpec
-from krasis.runtime.cli.format_units import format_count
+from krasis.formats.units import format_count
 
 _MIXERS = {
     "attention": "attention",

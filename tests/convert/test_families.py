@@ -10,12 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import h5py
 import numpy as np
 import pytest
 from convert_model import write_safetensors
 from tiny_checkpoints import tiny
 from tiny_ggufs import convert_by_llama_cpp, llama_cpp, read_tensors, tiny_gguf
 
+from krasis.convert.conversion import convert, dry_run, prepare
+from krasis.convert.progress import Reporter
+from krasis.convert.settings import ConvertSettings
 from krasis.formats.bundle.blob_names import check_blob_names
 from krasis.formats.bundle.reader import Bundle
 from krasis.formats.errors import FormatError, MismatchError, ResourceError, UnsupportedModelError
@@ -319,6 +323,33 @@ def test_parts_that_end_inside_a_strip(run: Callable[..., Any], tmp_path: Path) 
         for name, values in dense_of("glm4_moe", 1, tensors).items():
             check_same(values_of(bundle, f"layers.1.{name}"), values, name, 1e-4)
         assert bundle.map("layers.1.attention.qkv.bias").shape == (96 + 2 * 16,)
+
+
+def test_a_dry_run_counts_experts_where_they_are(glm: Path, tmp_path: Path) -> None:
+    prepared = prepare([glm], tmp_path / "out.krasis", ConvertSettings(**SETTINGS), Reporter(0))
+    planned = dry_run(prepared)
+    assert planned.estimate.pack_s > 0
+    assert sum("experts" in blob.name and blob.tier == "gpu" for blob in prepared.plan.blobs) == 2
+    sizes = [piece.nbytes // 2 for piece in read_tensors(glm).values()]  # BF16, here as float32
+    assert planned.source_bytes == sum(sizes)
+    bundle = convert(prepared, Reporter(0))
+    assert bundle.source_bytes == planned.source_bytes
+    assert dict(bundle.tier_bytes) == dict(planned.tier_bytes)
+
+
+def test_a_calibration_has_layers_with_experts_only(
+    glm: Path, run: Callable[..., Any], tmp_path: Path
+) -> None:
+    path, plain = tmp_path / "importance.h5", run([glm], tmp_path / "a.krasis", tiers=("gpu",), **SETTINGS)
+    rng = np.random.default_rng(0)
+    with h5py.File(path, "w") as file:
+        for layer in (1, 2):
+            file[f"layers/{layer}/hidden"] = rng.random((8, 128)).astype(np.float32)
+            file[f"layers/{layer}/intermediate"] = rng.random((8, 64)).astype(np.float32)
+    weighted = run([glm], tmp_path / "b.krasis", tiers=("gpu",), calibration=path, **SETTINGS)
+    before, after = plain.files(), weighted.files()
+    assert before["dense-000.safetensors"] == after["dense-000.safetensors"]
+    assert before["gpu-000.safetensors"] != after["gpu-000.safetensors"]
 
 
 class DiskFails(FileOps):

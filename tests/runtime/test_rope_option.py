@@ -9,8 +9,10 @@ from click.testing import CliRunner
 
 from krasis.formats.architecture import RopeScaling
 from krasis.formats.errors import UsageError
+from krasis.formats.models.mlps import GatedMlp
+from krasis.formats.models.uniform import spec_of
 from krasis.runtime.planning.presets import shape
-from krasis.runtime.rope_option import parse_rope_scaling, rescaled
+from krasis.runtime.rope_option import parse_rope_scaling, rescaled, rescaled_model
 from krasis.runtime.settings import EngineSettings
 
 MODEL = shape("qwen3-30b-a3b")  # 40,960 positions, no scaling
@@ -97,3 +99,21 @@ def test_the_command_refuses_before_it_opens_anything() -> None:
     assert result.exit_code == UsageError.exit_code
     assert "--rope-scaling" in result.output
     assert "yarn,4,32768" in result.output  # how it is written
+
+
+@pytest.mark.parametrize("text", ["none", "linear,4", "yarn,4,32768", "yarn,2", "yarn,4,1024,beta_fast=16"])
+def test_a_model_of_any_kind_is_rescaled_like_a_flat_one(text: str) -> None:
+    scaling = parse_rope_scaling(text)
+    assert rescaled_model(spec_of(MODEL), scaling) == spec_of(rescaled(MODEL, scaling))
+
+
+def test_every_rotated_layer_is_rescaled() -> None:
+    spec = spec_of(MODEL)
+    plain = replace(spec.layers[0], mixer=replace(spec.layers[0].mixer, rope=None))
+    dense = replace(spec.layers[0], mlp=GatedMlp(96))
+    mixed = replace(spec, layers=(dense, plain, *spec.layers))
+    changed = rescaled_model(mixed, parse_rope_scaling("yarn,4,1024"))
+    kinds = [layer.mixer.rope and layer.mixer.rope.scaling.kind for layer in changed.layers]
+    assert kinds == ["yarn", None, *["yarn"] * len(spec.layers)]
+    with pytest.raises(UsageError, match="out of range"):
+        rescaled_model(mixed, RopeScaling("linear", 1e9))
