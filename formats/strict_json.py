@@ -100,7 +100,7 @@ def _check_structure(data: memoryview, where: str, max_depth: int) -> None:
             raise FormatError(
                 "not valid JSON: a string has no end", where=where, hint="the file may be incomplete"
             )
-        bracket = data[match.start(2) : match.end(2)]
+        bracket = bytes(data[match.start(2) : match.end(2)])
         if not bracket:
             break
         if bracket in (b"[", b"{"):

@@ -102,6 +102,7 @@ def test_what_cannot_be_served_is_told_in_a_sentence(
 ) -> None:
     found = subprocess.run(
         [*COMMAND, *arguments, *(() if "--port" in arguments else ("--port", "0"))],
+        check=False,
         capture_output=True,
         text=True,
         cwd=tmp_path,
