@@ -33,7 +33,11 @@ def decoder_names(
         names |= {f"attention.{x}_norm": _weight(f"self_attn.{x}_norm", f"attn_{x}_norm") for x in ("q", "k")}
     names["attention.norm"] = _weight("input_layernorm", "attn_norm")
     names["experts.norm"] = _weight("post_attention_layernorm", ffn_norm)
-    names["experts.router"] = _weight(f"{mlp}.gate", "ffn_gate_inp")
+    blocks = tuple(
+        dict.fromkeys((mlp, "mlp"))
+    )  # transformers 5 calls it mlp in memory, whatever the hub does
+    routers = tuple(f"{_HF}{block}.gate.weight" for block in blocks)
+    names["experts.router"] = Source(routers, (f"{_GGUF}ffn_gate_inp.weight",))
     if correction:
         names["experts.router.correction_bias"] = Source(
             (f"{_HF}{mlp}.gate.e_score_correction_bias",), (f"{_GGUF}exp_probs_b.bias",)
@@ -48,7 +52,7 @@ def decoder_names(
         }
     if shared_gate:
         names["shared.gate"] = _weight(f"{mlp}.{shared_gate}", "ffn_gate_inp_shexp")
-    return names | _experts(mlp, expert_parts)
+    return names | _experts(blocks, expert_parts)
 
 
 def _weight(hf: str, gguf: str) -> Source:
@@ -74,9 +78,12 @@ def _attention(permuted: bool, biases: bool) -> dict[str, Source]:
     return names | {"attention.output": _weight("self_attn.o_proj", "attn_output")}
 
 
-def _experts(mlp: str, parts: tuple[str, str, str]) -> dict[str, Source]:
-    """Of each matrix alone, and of gate and up together where a checkpoint keeps them so (gate first)."""
-    root = f"{_HF}{mlp}.experts."
+def _experts(blocks: tuple[str, ...], parts: tuple[str, str, str]) -> dict[str, Source]:
+    """Of each matrix alone, and of gate and up together where a checkpoint keeps them so (gate first).
+    blocks: names of the block with the experts, the hub's first.
+    """
+    root = f"{_HF}{blocks[0]}.experts."
+    fused = [f"{_HF}{block}.experts." for block in blocks]
     names = {
         f"experts.{ours}": Source(
             (f"{root}{{e}}.{part}.weight",),
@@ -85,6 +92,7 @@ def _experts(mlp: str, parts: tuple[str, str, str]) -> dict[str, Source]:
         for ours, part in zip(PARTS, parts, strict=True)
     }
     down = names["experts.down"]
-    names["experts.down"] = Source((*down.hf, f"{root}down_proj"), down.gguf)
-    names["experts.gate_up"] = Source((f"{root}gate_up_proj",), (f"{_GGUF}ffn_gate_up_exps.weight",))
+    names["experts.down"] = Source((*down.hf, *(f"{one}down_proj" for one in fused)), down.gguf)
+    both = tuple(f"{one}gate_up_proj" for one in fused)
+    names["experts.gate_up"] = Source(both, (f"{_GGUF}ffn_gate_up_exps.weight",))
     return names

@@ -14,7 +14,8 @@ import h5py
 import numpy as np
 import pytest
 from convert_model import write_safetensors
-from tiny_checkpoints import tiny
+from convert_runs import tree_digests
+from tiny_checkpoints import reference_model, tiny
 from tiny_ggufs import convert_by_llama_cpp, llama_cpp, read_tensors, tiny_gguf
 
 from krasis.convert.conversion import convert, dry_run, prepare
@@ -130,6 +131,27 @@ def test_every_weight_is_the_checkpoints(checkpoint: Path, converted: Path) -> N
                     parts = layout.unpack_expert(records[expert], spec.hidden, 64)
                     for part, values in zip(parts, expert_of(family, i, expert, tensors), strict=True):
                         check_same(part, values, f"{blob.name}, {expert}", limit)
+
+
+def test_names_of_the_model_in_memory_do_too(
+    checkpoint: Path, converted: Path, run: Callable[..., Any], tmp_path: Path
+) -> None:
+    """As programs save it that write transformers' state as it is: gate and up of all experts in one."""
+    import torch
+    from safetensors.torch import save_file
+
+    family = json.loads((checkpoint / "config.json").read_text("utf-8"))["model_type"]
+    state = {name: one.to(torch.bfloat16) for name, one in reference_model(family).state_dict().items()}
+    assert "model.layers.1.mlp.experts.gate_up_proj" in state
+    (tmp_path / "hf").mkdir()
+    save_file(state, tmp_path / "hf" / "model.safetensors")
+    (tmp_path / "hf" / "config.json").symlink_to(checkpoint / "config.json")
+    shards = {
+        name: digest
+        for name, digest in run([tmp_path / "hf"], tmp_path / "out.krasis", **SETTINGS).files().items()
+        if name.endswith("safetensors")
+    }
+    assert shards.items() <= tree_digests(converted).items()
 
 
 @pytest.mark.parametrize("dense", ["F32", "Q8_0"])
