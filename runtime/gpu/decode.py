@@ -93,6 +93,8 @@ class HybridDecoder:
         self._model, self._product, self._residency = model, product, residency
         self._blocks = blocks_of(model) if blocks is None else blocks
         self.max_rows = min(max_rows, MAX_ROWS)
+        routers = [block for part in self._blocks for block in part if isinstance(block, GpuExperts)]
+        self._routed = sum(block.top_k for block in routers)  # slots of a token
         is_complete = residency is not None and residency.is_complete
         if cpu is None and not is_complete:
             raise UsageError(
@@ -255,8 +257,7 @@ class HybridDecoder:
             self._model.stream.launch("residents are read", lambda _: None, reads=reads, writes=())
 
     def _check_counts(self, num_cpu: int, num_gpu: int, num_rows: int) -> None:
-        routed = (block.top_k for blocks in self._blocks for block in blocks if isinstance(block, GpuExperts))
-        expected = num_rows * sum(routed)
+        expected = num_rows * self._routed
         if num_cpu + num_gpu != expected:
             raise NativeError(
                 "not every routed expert was executed exactly once",

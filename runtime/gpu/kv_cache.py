@@ -38,7 +38,7 @@ class GpuKvCache:
     Raises OutOfDeviceMemoryError.
     """
 
-    __slots__ = ("_device", "_staging", "capacity", "dtype", "memory", "num_slots", "parts")
+    __slots__ = ("_device", "_staging", "_views", "capacity", "dtype", "memory", "num_slots", "parts")
 
     def __init__(
         self,
@@ -53,6 +53,7 @@ class GpuKvCache:
         self._staging: torch.Tensor | None = None
         self.capacity, self.dtype, self.num_slots = capacity, dtype, num_slots
         self.parts: list[CachePart | None] = []
+        self._views: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
         end = 0
         for layer in spec.layers:
             mixer = layer.mixer
@@ -78,12 +79,15 @@ class GpuKvCache:
         return part
 
     def layer(self, slot: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(keys, values) [num_kv_heads, capacity, head_dim] of a layer: views."""
-        part = self.part(layer)
-        shape = (part.num_kv_heads, self.capacity, part.head_dim)
-        size = part.values - part.keys
-        keys, values = (self.memory[slot, begin : begin + size] for begin in (part.keys, part.values))
-        return keys.view(shape), values.view(shape)
+        """(keys, values) [num_kv_heads, capacity, head_dim] of a layer: views, made once."""
+        found = self._views.get((slot, layer))
+        if found is None:
+            part = self.part(layer)
+            shape = (part.num_kv_heads, self.capacity, part.head_dim)
+            size = part.values - part.keys
+            keys, values = (self.memory[slot, begin : begin + size] for begin in (part.keys, part.values))
+            found = self._views[slot, layer] = (keys.view(shape), values.view(shape))
+        return found
 
     def slot_address(self, slot: int) -> int:
         """Where a slot's memory begins on the device."""
