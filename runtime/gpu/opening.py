@@ -24,7 +24,7 @@ from krasis.runtime.device.library import find_cuda_library
 from krasis.runtime.host import environment
 from krasis.runtime.host.visible_gpus import VARIABLE, gpus_hidden, has_gpu
 from krasis.runtime.missing_kernels import GPU_RUNS, refuse_missing_kernels
-from krasis.runtime.planning.shape import shape_of, spec_of_bundle
+from krasis.runtime.planning.shape import shape_of
 from krasis.runtime.settings import EngineSettings
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def refuse(bundle: Bundle, settings: EngineSettings) -> None:
 
 def _check_kernels(bundle: Bundle) -> None:
     """Raises UnsupportedModelError for what no kernel of ``csrc/krasis_cuda.h`` takes."""
-    spec, where = spec_of_bundle(bundle), str(bundle.path)
+    spec, where = bundle.spec, str(bundle.path)
     refuse_missing_kernels(spec, where, GPU_RUNS)
     shape = shape_of(spec)
     layout = layout_from_id(bundle.manifest.layouts["gpu"])

@@ -15,7 +15,7 @@ from krasis.formats.errors import FormatError, MismatchError, UsageError
 from krasis.formats.files.regular_file import open_regular, read_range
 from krasis.formats.layouts import MarlinLayout, layout_from_id
 from krasis.formats.limits import PAGE_BYTES
-from krasis.runtime.planning.shape import shape_of, spec_of_bundle
+from krasis.runtime.planning.shape import shape_of
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -76,7 +76,7 @@ def find_experts(bundle: Bundle, first_expert: int = 0, num_experts: int | None 
     layout = layout_from_id(layout_id)
     if not isinstance(layout, MarlinLayout):
         raise FormatError("unexpected layout of the gpu experts", where=where, got=layout_id)
-    shape = shape_of(spec_of_bundle(bundle))
+    shape = shape_of(bundle.spec)
     count = shape.num_experts - first_expert if num_experts is None else num_experts
     if first_expert < 0 or count < 1 or first_expert + count > shape.num_experts:
         raise UsageError(

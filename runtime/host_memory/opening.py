@@ -29,7 +29,7 @@ from krasis.runtime.host_memory.registrar import (
 from krasis.runtime.host_memory.ring import RingStore
 from krasis.runtime.host_memory.shards import Shards
 from krasis.runtime.planning.host import host_reserve_bytes
-from krasis.runtime.planning.shape import shape_of, spec_of_bundle
+from krasis.runtime.planning.shape import shape_of
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ def _facts(
         ram_limit_bytes=ram_limit_bytes,
         group_experts=group_experts,
         ring_bytes=ring_bytes,
-        share=experts.num_experts / shape_of(spec_of_bundle(bundle)).num_experts,
+        share=experts.num_experts / shape_of(bundle.spec).num_experts,
     )
     # What lies in RAM already is not counted as available.
     return replace(facts, kept_bytes=0) if facts.in_ram else facts

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from krasis.formats.architecture_record import Architecture
 from krasis.runtime.planning import assumptions as assumed
 from krasis.runtime.planning.hardware import GpuSpec, HardwareSpec
-from krasis.runtime.planning.shape import ModelShape
+from krasis.runtime.planning.shape import AnyModel, ModelShape, shape_of
 from krasis.runtime.planning.sizes import ModelSizes, expert_weights
 from krasis.runtime.planning.types import (
     Decode,
@@ -34,9 +34,10 @@ def attention_macs(arch: Architecture | ModelShape, start: int, num_tokens: int)
     return 2 * arch.attention_size * keys
 
 
-def dense_macs_per_token(shape: ModelShape) -> float:
+def dense_macs_per_token(model: AnyModel) -> float:
     """Multiply-adds of a token in one layer's projections, router and MLP that every token takes, on
     average."""
+    shape = shape_of(model)
     return shape.dense_macs / shape.num_layers
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 from krasis.formats.architecture_record import Architecture
 from krasis.formats.errors import UnsupportedModelError
@@ -112,9 +111,3 @@ def _qkv_rows(mixer: Attention) -> int:
 
 def _columns(mlp: GatedMlp) -> int:
     return mlp.intermediate * (2 if mlp.activation.gated else 1)
-
-
-def spec_of_bundle(bundle: Any) -> ModelSpec:
-    """The model of a bundle, or of its manifest."""
-    spec: ModelSpec | None = getattr(bundle, "spec", None)
-    return spec_of(bundle.architecture) if spec is None else spec

@@ -12,7 +12,7 @@ from krasis.formats.architecture_record import Architecture
 from krasis.formats.errors import FormatError, UnsupportedModelError, UsageError
 from krasis.formats.models.spec import ModelSpec
 from krasis.formats.models.uniform import spec_of
-from krasis.runtime.planning.shape import ModelShape, shape_of, spec_of_bundle
+from krasis.runtime.planning.shape import ModelShape, shape_of
 
 if TYPE_CHECKING:
     from krasis.formats.bundle.manifest import Manifest
@@ -156,7 +156,7 @@ def _flat(manifest: Manifest, shape: ModelShape) -> Architecture | ModelShape:
 
 def sizes_of_bundle(manifest: Manifest) -> ModelSizes:
     """The sizes that a bundle has, from its blob table."""
-    spec = spec_of_bundle(manifest)
+    spec = manifest.spec
     shape = shape_of(spec)
     embedding = sum(blob.num_bytes for blob in manifest.blobs if blob.name == EMBEDDING_BLOB)
     tier_bytes = {"dense": 0, "gpu": 0, "cpu": 0}

@@ -153,8 +153,9 @@ def open_rig(weights: Weights, pool: Pool) -> Iterator[Callable[..., Rig]]:
         rig.device.close()
 
 
-@pytest.mark.parametrize("dtype", LIMITS)
-@pytest.mark.parametrize("chunks", [[29], [16, 1, 12]], ids=["whole", "chunks"])
+@pytest.mark.parametrize(
+    ("dtype", "chunks"), [(torch.bfloat16, [29]), (torch.float16, [29]), (torch.float16, [16, 1, 12])]
+)
 def test_prefill_equals_transformers(
     weights: Weights,
     open_rig: Callable[..., Rig],
@@ -192,11 +193,12 @@ def test_decode_from_the_first_token_equals_transformers(
     weights: Weights, open_rig: Callable[..., Rig], relative_error: RelativeError, resident: str
 ) -> None:
     rig = open_rig(num_resident=999 if resident == "all" else 0, seed=3)
-    found = np.stack([rig.decoder.decode(token, at).copy() for at, token in enumerate(TOKENS)])
+    tokens = TOKENS[:13]
+    found = np.stack([rig.decoder.decode(token, at).copy() for at, token in enumerate(tokens)])
     if resident == "all":
-        assert relative_error(found, weights.on_gpu) <= LIMITS[torch.float16]
+        assert relative_error(found, weights.on_gpu[: len(tokens)]) <= LIMITS[torch.float16]
     else:
-        assert relative_error(found, weights.on_cpu) <= INT8_LIMIT
+        assert relative_error(found, weights.on_cpu[: len(tokens)]) <= INT8_LIMIT
 
 
 def test_sequences_of_one_batch_equal_their_own_runs(
