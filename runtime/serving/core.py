@@ -20,11 +20,12 @@ from krasis.runtime.serving.api import (
     Request,
 )
 from krasis.runtime.serving.model_side import BatchBackend, CoreSettings, ModelSide
-from krasis.runtime.serving.prefix_folder import PrefixFolder, export_of
-from krasis.runtime.serving.prefix_store import OnDisk, Prefix, PrefixStore
+from krasis.runtime.serving.prefix_folder import PrefixFolder
+from krasis.runtime.serving.prefix_store import PrefixStore
 from krasis.runtime.serving.scheduler import Scheduler
 from krasis.runtime.serving.sequence import Sequence
 from krasis.runtime.serving.slot_work import SlotWork
+from krasis.runtime.serving.spiller import Spiller
 from krasis.runtime.serving.steps import Keep, Limits, Part, Place, Run, Sleep
 from krasis.runtime.serving.tally import Tally
 from krasis.runtime.serving.ticket import QueuedTicket
@@ -56,7 +57,8 @@ class EngineCore:
         self.settings, self.description = settings, backend.description
         self.context, self.vocab_size = backend.capacity, model.vocab_size
         self._backend, self._model, self._folder, self._clock = backend, model, folder, clock
-        self._store = PrefixStore(settings.cache_bytes, None if folder is None else self._spill)
+        self._spiller = None if folder is None else Spiller(folder)
+        self._store = PrefixStore(settings.cache_bytes, self._spiller.spill if self._spiller else None)
         for tokens, file in [] if folder is None else folder.prefixes():
             self._store.add_file(tokens, file)
         limits = settings.limits or Limits(pass_rows=backend.prefill_chunk)
@@ -340,16 +342,13 @@ class EngineCore:
         except (KrasisError, MemoryError) as error:
             logger.warning("a prefix is not kept: %s", error)
 
-    def _spill(self, prefix: Prefix) -> OnDisk | None:
-        if self._folder is None or prefix.layers is None:
-            return None
-        return self._folder.save(prefix.tokens, export_of(prefix.layers))
-
     def _shut(self) -> None:
         if self._closed.is_set():
             return
         self._end_all(CoreClosedError("the server is shutting down", hint="send the request again later"))
         try:
+            if self._spiller is not None:
+                self._spiller.close()
             if self._saves and self._folder is not None:
                 self._slots.save_all(self._scheduler.slots, self._folder)
         finally:

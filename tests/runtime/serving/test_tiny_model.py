@@ -140,6 +140,22 @@ def test_a_damaged_prefix_is_computed_again(tiny_bundle: Path, tmp_path: Path, a
     assert num_cached() > 100  # a sound one has taken its place
 
 
+def test_what_has_no_room_in_ram_comes_back_from_disk(
+    tiny_bundle: Path, tmp_path: Path, alone: Engine
+) -> None:
+    settings = CoreSettings(num_slots=1, cache_bytes=900_000)  # two of these prefixes
+    with open_core(tiny_bundle, SETTINGS, settings, prefix_dir=tmp_path) as opened:
+        opened.core.start()
+        prompts = [(opened.text.tokenizer.encode(text) * 99)[:200] for text in PROMPTS]
+        for turn in range(2):
+            for ids in prompts:
+                events = list(opened.core.submit(Request(id="x", prompt=ids, max_tokens=4)).events(60))
+                assert tokens_of(events) == wanted(alone, ids, 4, SamplingSettings())[0]
+                assert events[-1].usage.num_cached == (199 if turn else 0)
+        assert opened.core.status().store_bytes <= 900_000
+        assert len(list(tmp_path.glob("*.kv"))) >= 2
+
+
 def test_a_folder_that_is_not_there_is_refused(tiny_bundle: Path, tmp_path: Path) -> None:
     with pytest.raises(KrasisError, match="folder for prefixes"):
         open_core(tiny_bundle, SETTINGS, prefix_dir=tmp_path / "none")
