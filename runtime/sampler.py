@@ -119,9 +119,8 @@ def penalize_presence(logits: Logits, counts: Mapping[int, int], presence: float
 def draw(logits: Logits, settings: SamplingSettings, chance: float, head: int = HEAD) -> int:
     """The token at chance (0 to 1) of the cumulative distribution, most likely first.
 
-    To sort a whole vocabulary takes tens of milliseconds. So where top-k does not bound it, the head most
-    likely
-    tokens are looked at first: nearly always the token is among them.
+    To sort a whole vocabulary takes tens of milliseconds. So where top-k does not bound it, as many as head
+    of the most likely tokens are looked at first: nearly always the token is among them.
     """
     if not 0 < settings.top_k < len(logits) and head < len(logits):
         found = _draw_from_head(logits, settings, chance, head)

@@ -1,5 +1,4 @@
-"""The one owner of a backend: takes requests from any thread, computes them in one, and says what came of
-them."""
+"""The one owner of a backend: takes requests from any thread and computes them in one."""
 
 from __future__ import annotations
 
@@ -62,7 +61,7 @@ class EngineCore:
         for tokens, file in [] if folder is None else folder.prefixes():
             self._store.add_file(tokens, file)
         limits = settings.limits or Limits(pass_rows=backend.prefill_chunk)
-        num_slots = min(settings.num_slots, backend.state.num_slots)
+        num_slots = min(settings.num_slots, backend.state.num_slots, limits.pass_rows, backend.prefill_chunk)
         self._scheduler = Scheduler(
             replace(limits, pass_rows=min(limits.pass_rows, backend.prefill_chunk)), num_slots, self._store
         )
@@ -81,6 +80,7 @@ class EngineCore:
         """Computes in a thread of its own from now on."""
         thread = Thread(target=self.run, name="krasis-core", daemon=True)
         thread.start()
+        self._runner = thread.ident
 
     def submit(self, request: Request) -> QueuedTicket:
         """See ``api.Core``."""
@@ -268,8 +268,7 @@ class EngineCore:
             self._backend.layer_done = None
 
     def _progress_of(self, run: Run) -> LayerProgress:
-        """What is called after each layer of a pass: here a step of the answers under way would have its
-        place."""
+        """What is called after each layer of a pass: the place for a step of the answers under way."""
         said_s = self._clock()
 
         def layer_done(num_done: int, num_layers: int) -> None:

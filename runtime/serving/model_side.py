@@ -39,9 +39,8 @@ class BatchBackend(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CoreSettings:
-    """num_slots: sequences at once (no more than the backend has). max_waiting: requests that may wait for
-    one.
-    cache_bytes: RAM for prefixes beside the slots. limits: None = the scheduler's usual ones.
+    """num_slots: sequences at once, no more than the backend has. max_waiting: requests that may wait for a
+    slot. cache_bytes: RAM for prefixes beside the slots. limits: None = the scheduler's usual ones.
     """
 
     num_slots: int = 4

@@ -147,7 +147,7 @@ class PrefixFolder:
         return _Rows(backend.description, backend.kv_dtype, backend.capacity, export)
 
     def _file(self, path: Path) -> FileOfPrefix:
-        return FileOfPrefix(path, path.stat().st_size, self._rows, self._bundle)
+        return FileOfPrefix(path, _num_bytes(path), self._rows, self._bundle)
 
 
 def export_of(layers: Layers) -> Export:
@@ -158,6 +158,13 @@ def export_of(layers: Layers) -> Export:
         return keys[:, :num_tokens], values[:, :num_tokens]
 
     return export
+
+
+def _num_bytes(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:  # deleted meanwhile: reading it will say so
+        return 0
 
 
 def _delete(path: Path, error: KrasisError) -> None:

@@ -105,22 +105,24 @@ class PrefixStore:
         if held is not None:
             held.users.discard(user)
 
-    def make_room(self, num_bytes: int, *, is_side: bool = False) -> bool:
-        """Whether num_bytes fit, after evicting what may go. A side prefix makes none but side prefixes
-        go."""
-        if num_bytes > self.max_bytes:
-            return False
+    def make_room(self, num_bytes: int, *, is_side: bool = False, tokens: TokenIds | None = None) -> bool:
+        """Whether num_bytes fit, after evicting what may go: first what tokens begin with, which is of no use
+        then. For a side prefix only side prefixes go.
+        """
+        useless = [] if tokens is None else [one for one in self if _begins(tokens, one) and not one.users]
+        free = self.max_bytes - self.num_bytes + sum(one.ram_bytes for one in useless)
         going: list[Prefix] = []
-        free = self.max_bytes - self.num_bytes
-        for one in sorted(self._prefixes.values(), key=lambda one: (not one.is_side, one.used)):
+        for one in sorted(self, key=lambda one: not one.is_side):  # the sort keeps the order of use
             if free >= num_bytes:
                 break
-            if one.layers is None or one.users or (is_side and not one.is_side):
+            if one.layers is None or one.users or one in useless or (is_side and not one.is_side):
                 continue
             going.append(one)
             free += one.num_bytes
         if free < num_bytes:
             return False
+        for one in useless:
+            self._drop(one)
         for one in going:
             self._evict(one)
         return True
@@ -128,16 +130,9 @@ class PrefixStore:
     def put(
         self, tokens: TokenIds, layers: Layers, *, can_be_cut: bool = True, is_side: bool = False
     ) -> bool:
-        """Keeps a prefix, whose arrays are the store's from now on. False if there is no room for it.
-
-        Shorter prefixes that it begins with are of no more use and go.
-        """
+        """Keeps a prefix, whose arrays are the store's from now on. False if there is no room for it."""
         num_bytes = sum(keys.nbytes + values.nbytes for keys, values in layers)
-        if can_be_cut:
-            for one in list(self._prefixes.values()):
-                if shared_length(one.tokens, tokens) == len(one.tokens) and not one.users:
-                    self._drop(one)
-        if not self.make_room(num_bytes, is_side=is_side):
+        if not self.make_room(num_bytes, is_side=is_side, tokens=tokens if can_be_cut else None):
             return False
         self._add(Prefix(0, tokens.copy(), layers, num_bytes, can_be_cut, is_side))
         self.num_bytes += num_bytes
@@ -193,3 +188,8 @@ class PrefixStore:
         one.layers = None
         for user in one.users:
             self._held.pop(user, None)
+
+
+def _begins(tokens: TokenIds, prefix: Prefix) -> bool:
+    """Whether tokens begin with a prefix."""
+    return shared_length(prefix.tokens, tokens) == len(prefix.tokens)

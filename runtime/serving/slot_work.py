@@ -68,11 +68,11 @@ class SlotWork:
 
     def keep(self, slot: Slot) -> None:
         """Offers the prefix store what the slot holds, if there is room for it."""
-        num_bytes = self._copier.num_bytes(slot.number, slot.length)
-        if self._store.make_room(num_bytes, is_side=slot.is_side):
-            layers = self._copier.export(slot.number, slot.length)
-            can_be_cut = self._copier.can_be_cut(slot.number)
-            self._store.put(slot.held, layers, can_be_cut=can_be_cut, is_side=slot.is_side)
+        number, held, is_side = slot.number, slot.held, slot.is_side
+        num_bytes, can_be_cut = self._copier.num_bytes(number, len(held)), self._copier.can_be_cut(number)
+        if self._store.make_room(num_bytes, is_side=is_side, tokens=held if can_be_cut else None):
+            layers = self._copier.export(number, len(held))
+            self._store.put(held, layers, can_be_cut=can_be_cut, is_side=is_side)
 
     def recover(self, slot: Slot, length: int) -> int:
         """After a failed batch: what lies before it is still right. Gives how many tokens are left."""

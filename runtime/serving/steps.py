@@ -39,8 +39,7 @@ class Limits:
 class Job:
     """A request as the scheduler sees it.
 
-    ids: the prompt's, of which there are num_prompt, and then the answer's. done: of these, computed or
-    found.
+    ids: the prompt's, of which there are num_prompt, then the answer's. done: of these, computed or found.
     arrived_s: in the caller's time. reads_cache: whether a prefix may be taken over. keeps: whether its state
     may be of use to others. wants_all: logits of the whole prompt are wanted. slot: None while it waits for
     one. has_begun: a pass with it was begun.

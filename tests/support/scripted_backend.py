@@ -1,8 +1,7 @@
-"""A backend without a model: it "samples" what a script says, in a given time, and writes down what was
-asked.
+"""A backend without a model: it "samples" what a script says, in a given time, and notes what was asked.
 
-Its state is real, if small: a layer's keys are the tokens themselves. What comes next is read from that
-state, so that a state which was copied, cut or restored wrongly gives other answers.
+Its state is real, if small: a layer's keys are the tokens themselves. What comes next is read from it, so
+that a state which was copied, cut or restored wrongly gives other answers.
 """
 
 from __future__ import annotations

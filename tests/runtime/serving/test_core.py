@@ -450,6 +450,25 @@ def test_events_for_a_loop_and_a_cancel_from_it(make_core: MakeCore) -> None:
     assert other[-1].reason == "cancelled"
 
 
+def test_a_core_closed_as_soon_as_it_is_started(make_core: MakeCore) -> None:
+    for _ in range(50):
+        backend = ScriptedBackend()
+        core = make_core(backend)
+        core.start()
+        ticket = core.submit(ask([1, 2]))
+        core.close()
+        assert isinstance(list(ticket.events(5))[-1], Failed | Finished)
+        assert backend.is_closed
+
+
+def test_no_more_answers_than_rows_of_a_batch(make_core: MakeCore) -> None:
+    backend = ScriptedBackend(prefill_chunk=2)
+    core = make_core(backend)
+    for seed, events in enumerate(finish(core, *(core.submit(ask(prompt(s, 7))) for s in range(4)))):
+        assert tokens_of(events) == expected(prompt(seed, 7), 5)
+    assert max(len(batch.tokens) for batch in backend.batches) == 2
+
+
 def test_no_event_in_time_is_said_and_reading_goes_on(make_core: MakeCore) -> None:
     core = make_core(ScriptedBackend())
     ticket = core.submit(ask([1, 2, 3], 2))

@@ -92,6 +92,22 @@ def test_a_longer_one_takes_the_place_of_its_beginnings() -> None:
     assert not store.covers(ids(1, 2, 4))
 
 
+def test_a_longer_one_that_has_no_room_leaves_its_beginnings() -> None:
+    store = PrefixStore(100)
+    put(store, 1, 2)
+    assert not put(store, *range(1, 9))
+    assert lengths(store) == [2]
+
+
+def test_its_beginnings_make_room_before_others_do() -> None:
+    store = PrefixStore(6 * 16)
+    put(store, 9, 9)
+    put(store, 1, 2, 3)
+    put(store, 1, 2, 3, 4)
+    assert [one.tokens.tolist() for one in store] == [[9, 9], [1, 2, 3, 4]]
+    assert (store.num_evicted, store.num_bytes) == (0, 96)
+
+
 def test_what_is_too_large_is_not_kept_and_nothing_goes_for_it() -> None:
     store = PrefixStore(100)
     put(store, 1, 2)
