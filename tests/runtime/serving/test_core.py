@@ -52,6 +52,17 @@ def ask(tokens: Sequence[int], count: int = 5, **options: Any) -> Request:
     return Request(id="r", prompt=tokens, max_tokens=count, ignore_ends=True, **options)
 
 
+def drained(ticket: Any) -> list[Any]:
+    """The events that are there already."""
+    events = []
+    try:
+        for event in ticket.events(timeout_s=0):
+            events.append(event)  # noqa: PERF402  what came before the time-out counts
+    except TimeoutError:
+        pass
+    return events
+
+
 def finish(core: EngineCore, *tickets: Any) -> list[list[Any]]:
     """Turns till all are over; each one's events."""
     while core.turn(wait=False) or core.status().num_running or core.status().num_waiting:
@@ -175,7 +186,10 @@ def test_state_that_cannot_be_cut_anywhere_gives_the_same_answers(make_core: Mak
     assert core.status().counters.num_prefix_hits > 0
 
 
-def test_a_client_killed_during_its_prompt_and_again_costs_one_pass_in_all(make_core: MakeCore) -> None:
+@pytest.mark.parametrize("is_killed", [True, False])
+def test_who_asks_the_same_during_a_pass_waits_for_it_even_if_its_client_is_gone(
+    make_core: MakeCore, is_killed: bool
+) -> None:
     backend = ScriptedBackend()
     has_begun, may_go_on = threading.Event(), threading.Event()
 
@@ -189,10 +203,11 @@ def test_a_client_killed_during_its_prompt_and_again_costs_one_pass_in_all(make_
     same = prompt(1, 500)
     first = core.submit(ask(same))
     assert has_begun.wait(10)
-    first.cancel()
+    if is_killed:
+        first.cancel()
     again = core.submit(ask(same))
     may_go_on.set()
-    assert list(first.events(5))[-1].reason == "cancelled"
+    assert list(first.events(5))[-1].reason == ("cancelled" if is_killed else "length")
     events = list(again.events(5))
     assert tokens_of(events) == expected(same, 5)
     assert (len(backend.passes), events[-1].usage.num_cached) == (1, 499)
@@ -448,6 +463,59 @@ def test_events_for_a_loop_and_a_cancel_from_it(make_core: MakeCore) -> None:
     one, other = asyncio.run(read())
     assert tokens_of(one) == expected(prompt(1, 30), 20)
     assert other[-1].reason == "cancelled"
+
+
+def test_progress_is_said_during_a_pass(make_core: MakeCore) -> None:
+    seconds = iter(range(10**6))
+    seen: list[Any] = []
+
+    def script(_: tuple[int, ...]) -> int:  # called when a pass is behind its layers
+        seen.extend(drained(ticket))
+        return 1
+
+    core = make_core(ScriptedBackend(script), clock=lambda: float(next(seconds)))
+    ticket = core.submit(ask(prompt(1, 100), 2))
+    core.turn(wait=False)
+    seen += drained(ticket)
+    while core.turn(wait=False) or core.status().num_running:
+        seen += drained(ticket)
+    said = [event for event in seen if isinstance(event, Progress)]
+    # With its slot, after layers of the pass (what is not read is overtaken), and when all is in place.
+    assert [one.num_processed for one in said] == [0, 100, 100]
+    assert [one.elapsed_s for one in said] == sorted(one.elapsed_s for one in said)
+    assert isinstance(seen[-1], Finished)
+
+
+def test_many_threads_ask_and_leave(make_core: MakeCore) -> None:
+    core = make_core(ScriptedBackend(num_slots=3), CoreSettings(num_slots=3, cache_bytes=50_000))
+    core.start()
+    faults: list[object] = []
+
+    def client(seed: int) -> None:
+        chance = random.Random(seed)
+        for _ in range(20):
+            tokens = prompt(chance.randrange(6), chance.randrange(1, 120))
+            ticket = core.submit(ask(tokens, 10, side=chance.random() < 0.3))
+            leaves_after = chance.choice([0, 1, 3, 99])
+            events = []
+            for event in ticket.events(30):
+                events.append(event)
+                if len(events) > leaves_after:
+                    ticket.cancel()
+            found = tokens_of(events)
+            if found != expected(tokens, len(found)) or not isinstance(events[-1], Finished):
+                faults.append((tokens, events))
+
+    threads = [threading.Thread(target=client, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)
+    assert faults == []
+    status = core.status()
+    assert (status.num_running, status.num_waiting, status.counters.num_requests) == (0, 0, 160)
+    assert sum(status.counters.num_finished.values()) == 160
 
 
 def test_a_core_closed_as_soon_as_it_is_started(make_core: MakeCore) -> None:
