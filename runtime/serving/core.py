@@ -247,7 +247,9 @@ class EngineCore:
         now_s = self._clock()
         self._scheduler.ran(run, begin_s, now_s)
         self._tally.ran(run, now_s - begin_s)
-        self._slots.mark([part.job.slot for part in run.parts] if run.is_pass else [])
+        if run.is_pass:
+            self._slots.mark(part.job.slot for part in run.parts)
+            self._scheduler.cuts_anywhere = self._slots.cuts_anywhere
         row = 0
         for part in run.parts:
             count = {"last": 1, "all": part.rows, "none": 0}[part.logits]

@@ -17,13 +17,15 @@ from krasis.runtime.serving.steps import Job, Keep, Limits, Part, Place, PrefixI
 
 class Scheduler:
     """Jobs come by ``add`` and go by ``end``. ``next`` says what to do; the caller does it, reports by
-    ``placed``, ``kept`` or ``ran``, and asks again. One thread at a time.
+    ``put``, ``kept`` or ``ran``, and asks again. One thread at a time. cuts_anywhere: whether slots can go
+    back to every position.
     """
 
     def __init__(self, limits: Limits, num_slots: int, index: PrefixIndex) -> None:
         self.limits = limits
         self.slots = [Slot(-1 - number) for number in range(num_slots)]
         self.num_joined = 0
+        self.cuts_anywhere = True
         self._index = index
         self._waiting: list[Job] = []
         self._placed: list[Job] = []
@@ -191,8 +193,11 @@ class Scheduler:
         """As many as fit, in order. Only what is longer than a whole pass is cut, and has a pass to
         itself."""
         room, parts = self.limits.pass_rows, []
+        # Who asks the same again needs all but the last token. Where slots cannot go back to every position,
+        # the pass ends there, and the last token joins the answers.
+        left = 0 if self.cuts_anywhere else 1
         for job in prompts:
-            rows = min(job.remaining, self.limits.pass_rows)
+            rows = min(job.remaining - left, self.limits.pass_rows)
             if rows <= room:
                 parts.append(_part(job, rows))
                 room -= rows

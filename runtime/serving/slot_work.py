@@ -56,6 +56,11 @@ class SlotWork:
         self.num_restored += 1
         return self._copier.import_(slot.number, layers, source.length, can_be_cut=prefix.can_be_cut)
 
+    @property
+    def cuts_anywhere(self) -> bool:
+        """Whether slots can go back to every position, as far as is known."""
+        return self._copier.cuts_anywhere
+
     def mark(self, slots: Iterable[Slot | None]) -> None:
         """Makes where they end now a place to go on from: the end of a prompt, or of an answer."""
         for slot in slots:
@@ -63,6 +68,8 @@ class SlotWork:
                 continue
             try:
                 self._state.checkpoint(slot.number)
+                if not self._copier.can_be_cut(slot.number):
+                    slot.marks = (slot.marks or set()) | {self._state.length(slot.number)}
             except (KrasisError, MemoryError) as error:
                 logger.warning("a slot cannot be gone on from its end: %s", error)
 

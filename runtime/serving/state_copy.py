@@ -13,11 +13,15 @@ class StateCopier:
 
     def __init__(self, state: StateStore, num_layers: int) -> None:
         self._state, self._num_layers = state, num_layers
+        self.cuts_anywhere = True  # till something else is seen
 
     def can_be_cut(self, slot: int) -> bool:
-        """Whether what a slot holds can be gone on from at every position, as keys and values can."""
+        """Whether what a slot holds can be gone on from at every position, as keys and values can. Once seen
+        that it cannot, this holds for all."""
         length = self._state.length(slot)
-        return length < 2 or self._state.restorable(slot, length - 1) == length - 1
+        tried = {at for at in (length - 1, length - 2, length // 2) if at > 0}
+        self.cuts_anywhere &= all(self._state.restorable(slot, at) == at for at in tried)
+        return self.cuts_anywhere
 
     def num_bytes(self, slot: int, num_tokens: int) -> int:
         """What ``export`` will give: all layers are as large as the first."""

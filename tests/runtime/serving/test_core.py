@@ -125,13 +125,16 @@ def test_prompts_sent_together_take_one_pass(make_core: MakeCore) -> None:
     assert counters.num_finished == {"length": 4}
 
 
-def test_identical_prompts_cost_one_pass_in_all(make_core: MakeCore) -> None:
-    backend = ScriptedBackend()
+@pytest.mark.parametrize("checkpoints", [False, True])
+def test_identical_prompts_cost_one_pass_in_all(make_core: MakeCore, checkpoints: bool) -> None:
+    backend = ScriptedBackend(checkpoints=checkpoints)
     core = make_core(backend)
+    finish(core, core.submit(ask(prompt(9, 3), 1)))  # now it is known how state can be cut
+    backend.batches.clear()
     same = prompt(1, 200)
     events = finish(core, *(core.submit(ask(same)) for _ in range(4)))
     assert [tokens_of(one) for one in events] == [expected(same, 5)] * 4
-    assert len(backend.passes) == core.status().counters.num_passes == 1
+    assert len(backend.passes) == 1
     assert core.status().counters.num_joined == 3
     assert [one[-1].usage.num_cached for one in events] == [0, 199, 199, 199]
 
@@ -182,23 +185,27 @@ def test_state_that_cannot_be_cut_anywhere_gives_the_same_answers(make_core: Mak
         for number, talk in enumerate(talks):
             (events,) = finish(core, core.submit(ask(talk, 6)))
             assert tokens_of(events) == expected(talk, 6)
+            if turn and number:
+                assert events[-1].usage.num_cached >= 0.8 * len(talk)
             talks[number] = talk + tokens_of(events)[: 6 - turn] + prompt(50 * turn + number, 20)
-    assert core.status().counters.num_prefix_hits > 0
 
 
+@pytest.mark.parametrize("checkpoints", [False, True])
 @pytest.mark.parametrize("is_killed", [True, False])
 def test_who_asks_the_same_during_a_pass_waits_for_it_even_if_its_client_is_gone(
-    make_core: MakeCore, is_killed: bool
+    make_core: MakeCore, is_killed: bool, checkpoints: bool
 ) -> None:
-    backend = ScriptedBackend()
+    backend = ScriptedBackend(checkpoints=checkpoints)
     has_begun, may_go_on = threading.Event(), threading.Event()
 
     def hold(_: Batch) -> None:
         has_begun.set()
         may_go_on.wait(10)
 
-    backend.before = hold
     core = make_core(backend)
+    finish(core, core.submit(ask(prompt(9, 3), 1)))
+    backend.batches.clear()
+    backend.before = hold
     core.start()
     same = prompt(1, 500)
     first = core.submit(ask(same))
