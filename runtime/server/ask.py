@@ -20,14 +20,13 @@ from krasis.runtime.server.sampling import (
     read_stops,
 )
 from krasis.runtime.server.service import Service
+from krasis.runtime.server.sessions import is_task
 from krasis.runtime.server.tools.calls import CallFormat
 from krasis.runtime.server.tools.choice import ToolChoice, read_tools
 from krasis.runtime.settings import SamplingSettings
 from krasis.runtime.text.thinking import Format, opened_by
 
 _NEVER = -1e9
-# Short questions about a conversation, which must not push the conversation itself out of its slot.
-MAX_SIDE_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,8 +34,8 @@ class Ask:
     """prompt: ids, fewer than the context holds. model: as the client calls it. call_format: how calls are
     written, None: none are looked for. num_logprobs: alternatives of each token; None: no log probabilities
     at all. grammar: what the answer must be; it begins after the thinking. thinking: what the prompt has
-    opened. is_plain: a text to go on with, no turn of a chat. side: not the main conversation. session: the
-    client's name for the conversation.
+    opened. is_plain: a text to go on with, no turn of a chat. is_task: it asks about a conversation. session:
+    the client's name for the conversation.
     """
 
     prompt: list[int]
@@ -53,7 +52,7 @@ class Ask:
     thinking: Format | None = None
     is_plain: bool = False
     ignore_ends: bool = False
-    side: bool = False
+    is_task: bool = False
     session: str = ""
 
     @property
@@ -131,7 +130,7 @@ def make_ask(
         thinking=opened,
         ignore_ends=fields.flag("ignore_eos"),
         session=session if isinstance(session, str) else "",
-        side=max_tokens is not None and max_tokens <= MAX_SIDE_TOKENS,
+        is_task=is_task(messages),
     )
 
 

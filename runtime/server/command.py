@@ -187,6 +187,7 @@ def _serve(bundle: Path, options: dict[str, Any]) -> None:
     mapping_guard.install(PROGRAM)
     _make_folder(options["prefix_dir"])
     listener = listen(options["host"], options["port"])
+    address = listener.getsockname()
     opened: list[OpenedCore] = []
 
     def load() -> Service:
@@ -210,7 +211,7 @@ def _serve(bundle: Path, options: dict[str, Any]) -> None:
         )
 
     def on_ready(service: Service) -> None:
-        _say_ready(listener.getsockname(), service, time.perf_counter() - begin)
+        _say_ready(address, service, time.perf_counter() - begin)
 
     run(listener, load, unload, on_ready)
 

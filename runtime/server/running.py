@@ -140,7 +140,8 @@ def run(
         try:
             service.append(load())
             door.app = make_app(service[0])
-            on_ready(service[0])
+            if not server.should_exit:
+                on_ready(service[0])
         except BaseException as error:  # noqa: BLE001  it is raised again in the main thread
             failure.append(error)
             server.end()

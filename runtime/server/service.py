@@ -17,6 +17,7 @@ from krasis.runtime.server.grammar import Grammars
 from krasis.runtime.server.keepalive import until_disconnected
 from krasis.runtime.server.metrics import Metrics
 from krasis.runtime.server.prompt import Prompts
+from krasis.runtime.server.sessions import Sessions, name_of
 from krasis.runtime.server.tools.replay import Replay
 from krasis.runtime.server.turn import Turn, of_core
 from krasis.runtime.server.wire import read_object
@@ -30,8 +31,6 @@ T = TypeVar("T")
 
 NUM_TEXT_THREADS = 4
 _NEVER = -1e9
-# By which agents name a conversation.
-_SESSION_HEADERS = ("x-claude-code-session-id", "x-session-id", "session-id", "x-session-affinity")
 
 
 class ClientLeft(Exception):  # noqa: N818  no error of anybody's
@@ -74,6 +73,7 @@ class Service:
         self.closing = asyncio.Event()
         self._pool = ThreadPoolExecutor(NUM_TEXT_THREADS, "text")
         self._num_open = 0
+        self._sessions = Sessions()
         self._token_text = lru_cache(maxsize=65536)(self._decode_one)
 
     # ---- requests ------------------------------------------------------------------------------------------
@@ -94,6 +94,7 @@ class Service:
         """Submits to the core. Raises ApiError."""
         if self.closing.is_set():
             raise shutting_down()
+        session = name_of(http.headers, ask.session)
         request = Request(
             id=ask.number("req_"),
             prompt=ask.prompt,
@@ -107,10 +108,8 @@ class Service:
             prompt_logprobs=ask.num_prompt_logprobs,
             logit_bias=ask.bias,
             make_mask=self._make_mask(ask),
-            side=ask.side,
-            conversation=next(
-                (found for one in _SESSION_HEADERS if (found := http.headers.get(one))), ask.session
-            )[:256],
+            side=self._sessions.is_side(session, has_tools=bool(ask.choice.tools), is_task=ask.is_task),
+            conversation=session,
         )
         try:
             ticket = self.core.submit(request)

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 
 from krasis.runtime.engine import Engine
 from krasis.runtime.settings import SamplingSettings
@@ -26,7 +25,7 @@ COMMAND = [
     "-c",
     "from krasis.runtime.server.command import main; main(prog_name='krasis-serve')",
 ]
-HELLO = [{"role": "user", "content": "What does json.dumps do?"}]
+HELLO = [{"role": "user", "content": "What does json.dumps do, and how is it not json.dump? " * 3}]
 
 
 @contextmanager
@@ -82,32 +81,3 @@ def test_answers_and_perplexity_are_the_engines_and_prefixes_outlive_it(
     assert again["choices"][0]["message"]["content"] == answer
     usage = again["usage"]
     assert usage["prompt_tokens_details"]["cached_tokens"] >= usage["prompt_tokens"] - 1
-
-
-@pytest.mark.parametrize(
-    ("arguments", "code", "words"),
-    [
-        (["no.krasis"], 2, "there is no such bundle"),
-        (["."], 3, ""),
-        ([".", "--cache-ram", "much"], 2, "not a size"),
-        ([".", "--port", "99999"], 2, "99999"),
-        ([".", "--api-key", " "], 2, "printable"),
-        ([".", "--api-key-file", "none.txt"], 2, "cannot be read"),
-        ([".", "--chat-template-kwargs", "[]"], 3, "chat-template-kwargs"),
-        ([".", "--ctx", "0"], 2, "context"),
-    ],
-)
-def test_what_cannot_be_served_is_told_in_a_sentence(
-    arguments: list[str], code: int, words: str, tmp_path: Path
-) -> None:
-    found = subprocess.run(
-        [*COMMAND, *arguments, *(() if "--port" in arguments else ("--port", "0"))],
-        check=False,
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        timeout=60,
-    )
-    assert found.returncode == code, found.stderr
-    assert words in found.stderr
-    assert "Traceback" not in found.stderr

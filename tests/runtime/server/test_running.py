@@ -72,6 +72,14 @@ def test_it_answers_while_it_loads_and_ends_streams_at_sigterm() -> None:
         assert (process.returncode, out) == (0, "saved\n"), err
 
 
+def test_it_ends_in_order_while_it_loads() -> None:
+    with served(0.5) as (process, port):
+        assert ask(port, "GET", "/health")[0] == 503
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=20)
+        assert (process.returncode, out, err) == (0, "saved\n", "")
+
+
 def test_what_fails_to_load_ends_it() -> None:
     with served(0.0, 0.0, "fails") as (process, _):
         _, err = process.communicate(timeout=20)

@@ -209,3 +209,17 @@ def test_system_messages_anywhere(serve: Serve, qwen3_template: str, rows: Any) 
         text = served.core.assets.tokenizer.decode(served.core.requests[0].prompt)
         assert "Two." in text
         assert text.index("Hi") < text.index("Two.") or rows[0]["role"] == "system"
+
+
+def test_questions_beside_a_conversation_are_told_apart(serve: Serve, qwen3_template: str) -> None:
+    served = serve(template=qwen3_template)
+    task = [{"role": "user", "content": "### Task:\nGenerate a title."}]
+    session = {"x_session_id": "a"}
+    served.post(CHAT, ask(tools=None, max_tokens=5))
+    served.post(CHAT, ask(tools=None), **session)  # nothing is known yet
+    served.post(CHAT, ask(), **session)
+    served.post(CHAT, ask(tools=None), **session)
+    served.post(CHAT, ask(tools=None), x_session_id="b")
+    served.post(CHAT, {"messages": task})
+    assert [one.side for one in served.core.requests] == [False, False, False, True, False, True]
+    assert [one.conversation for one in served.core.requests] == ["", "a", "a", "a", "b", ""]
