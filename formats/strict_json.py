@@ -21,7 +21,7 @@ from krasis.formats.names import shown
 _TO_BRACKET = re.compile(rb'(?:[^"\[\]{}]++|"(?:[^"\\]++|\\.?)*+(?:"|(?P<open>)))*+([\[\]{}]|\Z)', re.DOTALL)
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 _WHITE_SPACE = b" \t\n\r"
-_PIECE_BYTES = 1 << 16
+_SPACES = b" " * (1 << 16)  # compared at once
 _INT64_DIGITS = 20  # with a sign
 # An object or array costs the parser about 70 bytes however few it has in the file. Real headers have 15 or
 # more bytes a bracket pair; a file of nothing but brackets is an attack on memory.
@@ -119,8 +119,10 @@ def _check_structure(data: memoryview, where: str, max_depth: int) -> None:
 def _length_without_end(data: bytes | memoryview) -> int:
     """Bytes up to the last that is no white space. Looks at the end alone, a copied piece at a time."""
     end = len(data)
+    while end >= len(_SPACES) and bytes(data[end - len(_SPACES) : end]) == _SPACES:
+        end -= len(_SPACES)
     while end:
-        begin = max(0, end - _PIECE_BYTES)
+        begin = max(0, end - len(_SPACES))
         end = begin + len(bytes(data[begin:end]).rstrip(_WHITE_SPACE))
         if end > begin:
             break

@@ -29,7 +29,10 @@ class Sampler:
         self.settings = settings
         self._context = _Counts(settings.penalty_last_n)
         self._answer = _Counts(settings.penalty_last_n)
-        self._random = np.random.Generator(np.random.PCG64(settings.seed))
+        # numpy.random takes 10 ms to import, which greedy answers do without.
+        self._random = (
+            np.random.Generator(np.random.PCG64(settings.seed)) if settings.temperature != 0.0 else None
+        )
 
     def pick(self, logits: Logits, context: Sequence[int] = (), answer: Sequence[int] = ()) -> int:
         """The next token's id. logits: f32 [vocab], not changed. context: ids the repetition penalty applies
@@ -45,7 +48,7 @@ class Sampler:
                 "damaged (krasis-info --verify)",
             )
         logits = self._penalize(logits, context, answer)
-        if self.settings.temperature == 0.0:
+        if self._random is None:
             return int(np.argmax(logits))
         return draw(logits, self.settings, self._random.random())
 

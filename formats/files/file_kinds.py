@@ -16,6 +16,7 @@ from krasis.formats.names import shown
 from krasis.formats.units import format_bytes
 
 HEAD_BYTES = 1024
+_CONTROLS = bytes({*range(32), 127} - set(b"\t\n\r\f"))  # characters that no text has
 _LEAST_ZEROS, _LEAST_TEXT = 256, 8
 AGAIN = "get the file again, for example with 'hf download'"
 LFS_HINT = "run 'git lfs install' and 'git lfs pull' in the clone, or get the files with 'hf download'"
@@ -126,7 +127,7 @@ def _line(text: bytes) -> str:
 
 
 def _is_text(head: bytes) -> bool:
-    return all(byte in b"\t\n\r\f" or 32 <= byte != 127 for byte in head) and _decodes(head)
+    return len(head.translate(None, _CONTROLS)) == len(head) and _decodes(head)
 
 
 def _decodes(head: bytes) -> bool:

@@ -40,13 +40,15 @@ _KEPT_VARIABLES = ("TZ", "LANG", "LC_ALL", "LC_TIME", "LD_LIBRARY_PATH", "HDF5_U
 _SETTINGS = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 # krasis.* is found where this process found it, also where an import hook of an editable install did.
 _BOOT = """\
-import sys, types
+import gc, sys, types
+gc.disable()  # nothing that is imported is garbage
 sys.path[:] = {path!r}
 for name, places in {packages!r}.items():
     package = sys.modules[name] = types.ModuleType(name)
     package.__path__ = places
 from {module} import HANDLERS
 from krasis.formats.process.worker_main import serve
+gc.enable()
 serve(HANDLERS)
 """
 

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable
 
 from krasis.formats.errors import UsageError
-from krasis.runtime.cli.output import note
 
 PATIENCE_S = 2.0  # a pipe that is silent for longer is told of
 
@@ -47,6 +46,8 @@ def read_piped(read: Callable[[], bytes], *, alone: bool) -> bytes:
         descriptor = None
     try:
         if descriptor is not None and not select.select([descriptor], [], [], PATIENCE_S)[0]:
+            from krasis.runtime.cli.output import note
+
             joined = "" if alone else ", which goes before the prompt; </dev/null leaves it out"
             note(f"waiting for the text on stdin{joined}")
         return read()

@@ -15,6 +15,7 @@ from krasis.formats.process.command_line import StreamsCommand, version_option
 from krasis.formats.process.last_resort import last_resort
 from krasis.formats.process.log_lines import PrintableFormatter
 from krasis.formats.process.standard_streams import OutputError, check_stdout
+from krasis.formats.process.starting import starting
 from krasis.formats.process.stop_signals import deferred, ends_in_order, received
 from krasis.runtime.cli.arguments import read_texts
 from krasis.runtime.cli.text_options import (
@@ -178,6 +179,7 @@ def main(bundle: Path, prompt: str | None, prompt_file: Path | None, verbose: in
         # Of several ranks only the first reads what the user says, and writes.
         if not _is_worker():
             check_stdout()
+            _start_worker()
         text = None if _is_worker() else _prompt_text(prompt, prompt_file)
         if text is None and (options["raw"] or options["as_json"]) and not _is_worker():
             raise UsageError(
@@ -194,36 +196,8 @@ def main(bundle: Path, prompt: str | None, prompt_file: Path | None, verbose: in
 
 def _run(bundle: Path, text: str | None, options: dict[str, Any]) -> int:
     """Opens the bundle and does what was asked; gives the exit code."""
-    from krasis.formats.files import mapping_guard
-
-    if not _is_worker():
-        from krasis.runtime.text.sandbox import shared_sandbox
-
-        shared_sandbox().start()  # it gets ready while this process imports and maps
-    from krasis.formats.units import parse_bytes
-    from krasis.runtime.settings import EngineSettings
-    from krasis.runtime.state.kv_file import check_target
-
-    if options["save_kv"] is not None and not _is_worker():
-        check_target(options["save_kv"], bundle)  # now, rather than after hours of chat
-    vram = options["vram"]
-    settings = EngineSettings(
-        context=options["ctx"],
-        threads=options["threads"],
-        isa=options["isa"],
-        activations=options["activations"],
-        experts=options["experts"],
-        kv_dtype=options["kv_dtype"],
-        device=options["device"],
-        gpu_dtype=options["gpu_dtype"],
-        vram_bytes=parse_bytes(vram, "--vram") if vram is not None else None,
-        reread=options["reread"],
-        chat_template=None if options["chat_template"] is None else str(options["chat_template"]),
-        template_vars=given_variables(options),
-        rope_scaling=options["rope_scaling"],
-    )
-    mapping_guard.install("krasis-run")
-    opened = _open(bundle, settings, options["gpus"])
+    with starting():
+        opened = _opened(bundle, options)
     if opened is None:  # a rank that has served its time
         return 0
     with opened as engine:
@@ -236,6 +210,49 @@ def _run(bundle: Path, text: str | None, options: dict[str, Any]) -> int:
             return _answer_once(engine, text, sampling, options)
         finally:
             _tell_changes(engine)
+
+
+def _start_worker() -> None:
+    """The process that will read the bundle's text files gets ready while this one imports and maps."""
+    from krasis.runtime.text.sandbox import shared_sandbox
+
+    shared_sandbox().start()
+
+
+def _opened(bundle: Path, options: dict[str, Any]) -> Engine | None:
+    """The engine that the options ask for; None as of ``_open``."""
+    from krasis.formats.files import mapping_guard
+    from krasis.runtime.settings import EngineSettings
+
+    if options["save_kv"] is not None and not _is_worker():
+        from krasis.runtime.state.kv_file import check_target
+
+        check_target(options["save_kv"], bundle)  # now, rather than after hours of chat
+    settings = EngineSettings(
+        context=options["ctx"],
+        threads=options["threads"],
+        isa=options["isa"],
+        activations=options["activations"],
+        experts=options["experts"],
+        kv_dtype=options["kv_dtype"],
+        device=options["device"],
+        gpu_dtype=options["gpu_dtype"],
+        vram_bytes=_vram_bytes(options["vram"]),
+        reread=options["reread"],
+        chat_template=None if options["chat_template"] is None else str(options["chat_template"]),
+        template_vars=given_variables(options),
+        rope_scaling=options["rope_scaling"],
+    )
+    mapping_guard.install("krasis-run")
+    return _open(bundle, settings, options["gpus"])
+
+
+def _vram_bytes(text: str | None) -> int | None:
+    if text is None:
+        return None
+    from krasis.formats.units import parse_bytes
+
+    return parse_bytes(text, "--vram")
 
 
 def _is_worker() -> bool:

@@ -25,7 +25,6 @@ import xxhash
 from krasis.formats.architecture_record import Architecture
 from krasis.formats.bundle.manifest import canonical_json
 from krasis.formats.bundle.reader import Bundle
-from krasis.formats.bundle.shard_plan import encode_header
 from krasis.formats.checkpoints.safetensors import (
     LENGTH_BYTES,
     Header,
@@ -180,6 +179,8 @@ class _Writer:
 
     def _header(self, digests: dict[str, str]) -> bytes:
         marked = {_DIGEST_PREFIX + name: digest for name, digest in digests.items()}
+        from krasis.formats.bundle.shard_plan import encode_header  # 3 ms, which only a saved prefix needs
+
         return encode_header({"__metadata__": {**self._metadata, **marked}, **self._entries}, PAGE_BYTES)
 
     def write(self, file: AtomicFile) -> None:

@@ -91,3 +91,22 @@ def test_refusing_takes_linear_time(data):
     with pytest.raises(FormatError):
         parse_json(data, "x", max_bytes=1 << 30)
     assert time.process_time() - start < 5  # a quadratic scan would need hours
+
+
+@pytest.mark.parametrize(
+    "end", [b"", b" ", b"\n", b" " * 65536, b" " * (3 << 20), b"\t\n" * 70_000, b" \r" * 99]
+)
+@pytest.mark.parametrize("make", [bytes, memoryview])
+def test_white_space_at_the_end_is_no_part_of_it(make, end):
+    text = b' {"a": ["x  "]}' + end
+    assert parse_json(make(text), "x", max_bytes=1 << 23) == {"a": ["x  "]}
+    with pytest.raises(FormatError, match="at byte 15"):
+        parse_json(make(text[:15] + b"!" + end), "x", max_bytes=1 << 23)
+    with pytest.raises(FormatError, match="too long"):
+        parse_json(make(text), "x", max_bytes=len(text) - 1)
+
+
+def test_nothing_but_white_space_is_no_json():
+    for text in (b"", b" ", b" " * 200_000):
+        with pytest.raises(FormatError, match="not valid JSON"):
+            parse_json(text, "x", max_bytes=1 << 20)
