@@ -43,11 +43,16 @@ def tokens_in_vram(sizes: ModelSizes, vram_bytes: int, kv_dtype: str) -> int:
 
     spare = vram_bytes - assumed.GPU_RESERVE_BYTES - sizes.dense_bytes
     room = min(SHARE_OF_VRAM * vram_bytes, SHARE_OF_SPARE_RAM * spare)
-    return _tokens(room, sizes.shape.max_context, sizes.kv_bytes(1, kv_dtype), "VRAM")
+    return _at_least(sizes.tokens_within(room, kv_dtype), sizes.spec.max_context, "VRAM")
 
 
 def _tokens(room: float, longest: int, token_bytes: int, memory: str) -> int:
-    fitting = max(LEAST_TOKENS, int(room) // token_bytes // STEP_TOKENS * STEP_TOKENS)
+    return _at_least(int(room) // token_bytes, longest, memory)
+
+
+def _at_least(fitting: int, longest: int, memory: str) -> int:
+    """In whole steps, and not less than ``LEAST_TOKENS``."""
+    fitting = max(LEAST_TOKENS, fitting // STEP_TOKENS * STEP_TOKENS)
     if fitting < longest:
         logger.info("context: %d tokens of the model's %d have room in %s", fitting, longest, memory)
     return fitting

@@ -27,8 +27,8 @@ TIER_NAMES = {"dense": "dense weights", "gpu": "GPU experts", "cpu": "CPU expert
 def bundle_to_json(manifest: Manifest, path: str, workload: Workload | None = None) -> dict[str, Any]:
     """The summary in plain JSON types: sizes in bytes, relative MSE as fractions."""
     sizes = sizes_of_bundle(manifest)
-    parameters = count_parameters(manifest.architecture)
-    workload = workload or make_workload(manifest.architecture)
+    parameters = count_parameters(sizes.spec)
+    workload = workload or make_workload(sizes.spec)
     return {
         "path": path,
         "format": [manifest.format_major, manifest.format_minor],
@@ -102,9 +102,7 @@ def needs_to_json(sizes: ModelSizes, workload: Workload) -> dict[str, Any]:
         "one_group_vram_bytes": whole_layer_vram_bytes(sizes, workload) if has_gpu else None,
         "decoded_token_reads_bytes": {
             "dense": sizes.dense_bytes,
-            "cpu_experts": sizes.shape.num_expert_layers
-            * sizes.shape.num_experts_per_token
-            * sizes.cpu_expert_bytes,
+            "cpu_experts": sizes.routed_cpu_bytes,
         },
     }
 

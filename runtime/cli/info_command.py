@@ -196,8 +196,9 @@ def _add_bundle(request: _Request, path: Path, record: dict[str, Any], texts: li
     with Bundle.open(path) as bundle:
         manifest: Manifest = bundle.manifest
         about_text = text_to_json(bundle) if is_summary else {}
+    sizes = sizes_of_bundle(manifest)
     workload = make_workload(
-        manifest.architecture,
+        sizes.spec,
         context=request.context,
         prompt_tokens=request.prompt_tokens,
         kv_dtype=request.kv_dtype,
@@ -211,7 +212,7 @@ def _add_bundle(request: _Request, path: Path, record: dict[str, Any], texts: li
         texts.append(info.tensors_to_text(record["tensors"]))
     if request.plan:
         shard = next((path / file.name for file in manifest.files if file.name.startswith("gpu-")), None)
-        _add_plan(request, sizes_of_bundle(manifest), record, texts, shard)
+        _add_plan(request, sizes, record, texts, shard)
 
 
 def _add_verification(path: Path, record: dict[str, Any], texts: list[str]) -> int:
@@ -312,7 +313,7 @@ def _add_plan(
         disk_gbps=request.disk_gbps,
     )
     workload = make_workload(
-        sizes.architecture,
+        sizes.spec,
         context=request.context,
         prompt_tokens=request.prompt_tokens,
         kv_dtype=request.kv_dtype,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 
 from krasis.runtime.device.api import Event
+from krasis.runtime.planning.types import StoreMethod
 
-Method = Literal["in-place", "arena", "ring"]
+Method = StoreMethod
 METHODS: tuple[Method, ...] = ("in-place", "arena", "ring")
 ExpertRange = tuple[int, int, int]  # layer, first expert (of the whole layer), number of experts
 

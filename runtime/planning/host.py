@@ -6,20 +6,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from krasis.formats.errors import ResourceError
 from krasis.formats.units import format_bytes
 from krasis.runtime.planning import assumptions as assumed
 from krasis.runtime.planning.hardware import HardwareSpec
-from krasis.runtime.planning.shape import ModelShape
+from krasis.runtime.planning.shape import AnyModel, largest_shape
 from krasis.runtime.planning.sizes import ModelSizes
-from krasis.runtime.planning.types import GpuPlacement, HostPlacement, StoreKind, Workload
+from krasis.runtime.planning.types import GpuPlacement, HostPlacement, StoreMethod, Workload
 
 
-def cpu_workspace_bytes(arch: ModelShape, batch_tokens: int) -> int:
+def cpu_workspace_bytes(model: AnyModel, batch_tokens: int) -> int:
     """Activations of one CPU pass of ``batch_tokens``: f32 residual, normed and quantised input, qkv,
     attention, experts' rows.
     """
+    arch = largest_shape(model)
     per_token = 9 * arch.hidden_size + 4 * (arch.qkv_rows + arch.attention_size)
     per_token += 4 * arch.mlp_columns + 5 * arch.mlp_intermediate
     per_row = 9 * arch.expert_intermediate_size + 4 * arch.hidden_size
@@ -33,7 +35,7 @@ def host_reserve_bytes(ram_bytes: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Store:
-    kind: StoreKind
+    kind: StoreMethod | Literal["none"]
     pinned_bytes: int
     page_cache_bytes: int
     from_disk_bytes: int
@@ -48,14 +50,13 @@ def place_on_host(
     gpus: Sequence[GpuPlacement],
 ) -> HostPlacement:
     """The RAM's parts. Raises ResourceError with the numbers if what must stay in RAM does not fit."""
-    arch = sizes.shape
     ram_bytes = int(hardware.ram_bytes.value)
     all_resident = bool(gpus) and all(gpu.num_groups == 0 for gpu in gpus)
     # With GPUs only the embedding table is read on the host; without, everything is.
     dense = sizes.embedding_bytes + (0 if gpus else sizes.dense_bytes)
     kv_bytes = 0 if gpus else sizes.kv_bytes(workload.context, workload.kv_dtype)
     cpu_experts = 0 if all_resident else sizes.cpu_experts_bytes
-    workspace = cpu_workspace_bytes(arch, 1 if gpus else batch_tokens)
+    workspace = cpu_workspace_bytes(sizes.spec, 1 if gpus else batch_tokens)
     # With GPUs decode can stream what it needs, slowly.
     if not gpus and cpu_experts == 0:
         raise ResourceError("this bundle has no CPU experts", hint="convert it with a CPU tier")
@@ -87,8 +88,9 @@ def _expert_store(
     if not gpus:
         return _Store("none", 0, 0, 0, "without a GPU only CPU experts are used")
     resident = sum(gpu.resident_experts for gpu in gpus)
-    streamed = (sizes.num_experts - resident) * sizes.gpu_expert_bytes
-    if streamed == 0:
+    # Places of one size hold smaller experts too.
+    streamed = max(0, sizes.gpu_experts_bytes - sum(gpu.resident_bytes for gpu in gpus))
+    if resident == sizes.num_experts:
         return _Store("none", 0, 0, 0, "all experts live in VRAM")
     # Resident experts change with use, so the arena holds every expert.
     arena = sizes.gpu_experts_bytes
@@ -96,11 +98,11 @@ def _expert_store(
         held = f"the RAM holds all GPU experts ({format_bytes(arena)}) pinned"
         if pins_files:
             return _Store("in-place", arena, 0, 0, f"{held}, and the bundle's pages can be, uncopied")
-        return _Store("pinned-arena", arena, 0, 0, held)
+        return _Store("arena", arena, 0, 0, held)
     cached = min(arena, free_bytes - ring_bytes)
     from_disk = min(streamed, arena - cached)
     reason = f"an arena of {format_bytes(arena)} does not fit in the {format_bytes(free_bytes)} that are left"
-    return _Store("mapped-with-ring", ring_bytes, cached, from_disk, reason)
+    return _Store("ring", ring_bytes, cached, from_disk, reason)
 
 
 def _too_little_ram(

@@ -10,7 +10,7 @@ from krasis.formats.errors import ResourceError, UsageError
 from krasis.formats.units import format_bytes
 from krasis.runtime.planning import assumptions as assumed
 from krasis.runtime.planning.hardware import GpuSpec
-from krasis.runtime.planning.shape import AnyModel, ModelShape
+from krasis.runtime.planning.shape import AnyModel
 from krasis.runtime.planning.sizes import ModelSizes
 from krasis.runtime.planning.types import GpuPlacement, Workload
 from krasis.runtime.planning.workspace import SCRATCH_BYTES, activation_bytes
@@ -30,23 +30,33 @@ def rank_experts(num_experts: int, num_ranks: int) -> list[tuple[int, int]]:
     return [(sum(counts[:rank]), count) for rank, count in enumerate(counts)]
 
 
-def gpu_workspace_bytes(arch: AnyModel, batch_tokens: int, num_ranks: int) -> int:
+def rank_share(num_experts: int, num_ranks: int, rank: int) -> tuple[int, int]:
+    """(first, count) of one rank's experts of a layer: see ``rank_experts``."""
+    return rank_experts(num_experts, num_ranks)[rank]
+
+
+def gpu_workspace_bytes(model: AnyModel, batch_tokens: int, num_ranks: int) -> int:
     """Activations of one pass of ``batch_tokens`` on one of ``num_ranks`` GPUs, as they are allocated: see
     ``workspace``.
 
     Slots of all tokens, not of a rank's share: in the worst case all tokens choose one rank's experts.
     """
-    return activation_bytes(arch, batch_tokens, num_ranks) + SCRATCH_BYTES
+    return activation_bytes(model, batch_tokens, num_ranks) + SCRATCH_BYTES
 
 
 @dataclass(frozen=True, slots=True)
 class _Rank:
-    """One GPU's share before the batch is known. ``free_bytes``: VRAM after reserve, dense weights and KV."""
+    """One GPU's share before the batch is known. ``free_bytes``: VRAM after reserve, dense weights and KV.
+
+    first_expert, num_experts: of the layer with most experts. all_experts, all_experts_bytes: of all layers.
+    """
 
     rank: int
     spec: GpuSpec
     first_expert: int
     num_experts: int
+    all_experts: int
+    all_experts_bytes: int
     dense_bytes: int
     kv_bytes: int
     free_bytes: int
@@ -95,9 +105,9 @@ def _placements(
 
 
 def _ranks(sizes: ModelSizes, gpus: Sequence[GpuSpec], workload: Workload) -> list[_Rank]:
-    arch = sizes.shape
-    if len(gpus) > arch.num_experts:
-        raise UsageError("more GPUs than experts", got=len(gpus), limit=arch.num_experts)
+    fewest = min(experts.count for _, experts in sizes.expert_layers)
+    if len(gpus) > fewest:
+        raise UsageError("more GPUs than experts", got=len(gpus), limit=fewest)
     if sizes.gpu_expert_bytes == 0:
         raise ResourceError(
             "this bundle has no GPU experts",
@@ -105,7 +115,7 @@ def _ranks(sizes: ModelSizes, gpus: Sequence[GpuSpec], workload: Workload) -> li
         )
     kv_bytes = sizes.kv_bytes(workload.context, workload.kv_dtype)
     ranks = []
-    for rank, (first, count) in enumerate(rank_experts(arch.num_experts, len(gpus))):
+    for rank, (first, count) in enumerate(rank_experts(sizes.most_experts, len(gpus))):
         needed = assumed.GPU_RESERVE_BYTES + sizes.dense_bytes + kv_bytes
         free = gpus[rank].vram_bytes - needed
         if free <= 0:
@@ -118,7 +128,23 @@ def _ranks(sizes: ModelSizes, gpus: Sequence[GpuSpec], workload: Workload) -> li
                 limit=f"has {format_bytes(gpus[rank].vram_bytes)}",
                 hint=SMALLER,
             )
-        ranks.append(_Rank(rank, gpus[rank], first, count, sizes.dense_bytes, kv_bytes, free))
+        own = [
+            (layers * rank_share(experts.count, len(gpus), rank)[1], experts.gpu_bytes)
+            for layers, experts in sizes.expert_layers
+        ]
+        ranks.append(
+            _Rank(
+                rank,
+                gpus[rank],
+                first,
+                count,
+                all_experts=sum(number for number, _ in own),
+                all_experts_bytes=sum(number * num_bytes for number, num_bytes in own),
+                dense_bytes=sizes.dense_bytes,
+                kv_bytes=kv_bytes,
+                free_bytes=free,
+            )
+        )
     return ranks
 
 
@@ -126,21 +152,17 @@ def _buffer_bytes(sizes: ModelSizes, group_experts: int) -> int:
     return 2 * group_experts * sizes.gpu_expert_bytes
 
 
-def _all_resident_bytes(sizes: ModelSizes, rank: _Rank) -> int:
-    return rank.num_experts * sizes.shape.num_expert_layers * sizes.gpu_expert_bytes
-
-
 def _fits_resident(sizes: ModelSizes, rank: _Rank, batch: int, num_ranks: int) -> bool:
-    workspace = gpu_workspace_bytes(sizes.shape, batch, num_ranks)
-    return _all_resident_bytes(sizes, rank) + workspace <= rank.free_bytes
+    workspace = gpu_workspace_bytes(sizes.spec, batch, num_ranks)
+    return rank.all_experts_bytes + workspace <= rank.free_bytes
 
 
-def _batch_within(arch: ModelShape, room_bytes: int, most_tokens: int, num_ranks: int) -> int:
+def _batch_within(model: AnyModel, room_bytes: int, most_tokens: int, num_ranks: int) -> int:
     """The largest batch <= ``most_tokens`` whose workspace fits in ``room_bytes``; 0 if none does."""
     low, high = 0, most_tokens
     while low < high:
         middle = (low + high + 1) // 2
-        if gpu_workspace_bytes(arch, middle, num_ranks) <= room_bytes:
+        if gpu_workspace_bytes(model, middle, num_ranks) <= room_bytes:
             low = middle
         else:
             high = middle - 1
@@ -148,19 +170,18 @@ def _batch_within(arch: ModelShape, room_bytes: int, most_tokens: int, num_ranks
 
 
 def _resident_batch(sizes: ModelSizes, rank: _Rank, prompt_tokens: int, num_ranks: int) -> int:
-    room = rank.free_bytes - _all_resident_bytes(sizes, rank)
-    return _batch_within(sizes.shape, room, prompt_tokens, num_ranks)
+    room = rank.free_bytes - rank.all_experts_bytes
+    return _batch_within(sizes.spec, room, prompt_tokens, num_ranks)
 
 
 def _streamed_batch(sizes: ModelSizes, rank: _Rank, prompt_tokens: int, num_ranks: int) -> int:
-    arch = sizes.shape
     least = min(prompt_tokens, assumed.MIN_PREFILL_BATCH)
     preferred = min(rank.num_experts, assumed.PREFERRED_GROUP_EXPERTS)
     room = rank.free_bytes - _buffer_bytes(sizes, preferred)
-    batch = _batch_within(arch, room, prompt_tokens, num_ranks)
+    batch = _batch_within(sizes.spec, room, prompt_tokens, num_ranks)
     if batch >= least:
         return batch
-    needed = _buffer_bytes(sizes, 1) + gpu_workspace_bytes(arch, least, num_ranks)
+    needed = _buffer_bytes(sizes, 1) + gpu_workspace_bytes(sizes.spec, least, num_ranks)
     if needed > rank.free_bytes:
         raise ResourceError(
             "no room for two expert buffers and a batch of activations",
@@ -173,12 +194,11 @@ def _streamed_batch(sizes: ModelSizes, rank: _Rank, prompt_tokens: int, num_rank
 
 
 def _place(sizes: ModelSizes, rank: _Rank, batch: int, prompt_tokens: int, num_ranks: int) -> GpuPlacement:
-    arch = sizes.shape
-    workspace = gpu_workspace_bytes(arch, batch, num_ranks)
+    workspace = gpu_workspace_bytes(sizes.spec, batch, num_ranks)
     room = rank.free_bytes - workspace
-    total = rank.num_experts * arch.num_expert_layers
-    if total * sizes.gpu_expert_bytes <= room:
-        groups, group_experts, resident = 0, 0, total
+    if rank.all_experts_bytes <= room:
+        groups, group_experts, resident = 0, 0, rank.all_experts
+        resident_bytes = rank.all_experts_bytes
     else:
         # A batch cut short by VRAM takes what a larger group would, so that groups do not jump with the
         # batch.
@@ -186,6 +206,7 @@ def _place(sizes: ModelSizes, rank: _Rank, batch: int, prompt_tokens: int, num_r
         groups = math.ceil(rank.num_experts / min(room // _buffer_bytes(sizes, 1), most, rank.num_experts))
         group_experts = math.ceil(rank.num_experts / groups)
         resident = (room - _buffer_bytes(sizes, group_experts)) // sizes.gpu_expert_bytes
+        resident_bytes = resident * sizes.gpu_expert_bytes  # places of one size
     buffers = _buffer_bytes(sizes, group_experts)
     return GpuPlacement(
         rank=rank.rank,
@@ -200,6 +221,6 @@ def _place(sizes: ModelSizes, rank: _Rank, batch: int, prompt_tokens: int, num_r
         kv_bytes=rank.kv_bytes,
         workspace_bytes=workspace,
         buffer_bytes=buffers,
-        resident_bytes=resident * sizes.gpu_expert_bytes,
-        spare_bytes=room - buffers - resident * sizes.gpu_expert_bytes,
+        resident_bytes=resident_bytes,
+        spare_bytes=room - buffers - resident_bytes,
     )

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from krasis.formats.architecture_record import Architecture
 from krasis.formats.errors import ResourceError, UsageError
+from krasis.formats.models.spec import ModelSpec
 from krasis.runtime.planning import assumptions as assumed
 from krasis.runtime.planning import cost
 from krasis.runtime.planning.hardware import HardwareSpec
-from krasis.runtime.planning.host import place_on_host
+from krasis.runtime.planning.host import cpu_workspace_bytes, place_on_host
 from krasis.runtime.planning.placement import (
     GpuPlacements,
     gpu_workspace_bytes,
     place_resident,
     place_streamed,
 )
-from krasis.runtime.planning.shape import ModelShape
 from krasis.runtime.planning.sizes import ModelSizes
 from krasis.runtime.planning.types import HostPlacement, Plan, Prefill, Workload
 
@@ -25,7 +24,7 @@ ANSWER_TOKENS = 2048
 
 
 def make_workload(
-    arch: Architecture | ModelShape,
+    spec: ModelSpec,
     *,
     context: int | None = None,
     prompt_tokens: int | None = None,
@@ -37,7 +36,7 @@ def make_workload(
     Raises UsageError if a given figure is not positive, the prompt exceeds the context, or the context the
     model.
     """
-    longest = arch.max_context
+    longest = spec.max_context
     for name, value in (("--context", context), ("--prompt-tokens", prompt_tokens)):
         if value is not None and not 1 <= value <= longest:
             raise UsageError("out of range for this model", where=name, got=value, limit=f"1 to {longest}")
@@ -126,7 +125,7 @@ def least_vram_bytes(sizes: ModelSizes, workload: Workload) -> int:
     fixed = (
         assumed.GPU_RESERVE_BYTES + sizes.dense_bytes + sizes.kv_bytes(workload.context, workload.kv_dtype)
     )
-    return fixed + 2 * sizes.gpu_expert_bytes + gpu_workspace_bytes(sizes.shape, batch, 1)
+    return fixed + 2 * sizes.gpu_expert_bytes + gpu_workspace_bytes(sizes.spec, batch, 1)
 
 
 def whole_layer_vram_bytes(sizes: ModelSizes, workload: Workload) -> int:
@@ -134,16 +133,12 @@ def whole_layer_vram_bytes(sizes: ModelSizes, workload: Workload) -> int:
     fixed = (
         assumed.GPU_RESERVE_BYTES + sizes.dense_bytes + sizes.kv_bytes(workload.context, workload.kv_dtype)
     )
-    layer = sizes.shape.num_experts * sizes.gpu_expert_bytes
-    return fixed + 2 * layer + gpu_workspace_bytes(sizes.shape, workload.prompt_tokens, 1)
+    layer = sizes.most_experts * sizes.gpu_expert_bytes
+    return fixed + 2 * layer + gpu_workspace_bytes(sizes.spec, workload.prompt_tokens, 1)
 
 
 def cpu_ram_bytes(sizes: ModelSizes, workload: Workload) -> int:
     """RAM that a machine without a GPU needs, without the system's reserve."""
-    from krasis.runtime.planning.host import cpu_workspace_bytes
-
     batch = min(assumed.CPU_PREFILL_BATCH, workload.prompt_tokens)
     kept = sizes.dense_bytes + sizes.embedding_bytes + sizes.cpu_experts_bytes
-    return (
-        kept + sizes.kv_bytes(workload.context, workload.kv_dtype) + cpu_workspace_bytes(sizes.shape, batch)
-    )
+    return kept + sizes.kv_bytes(workload.context, workload.kv_dtype) + cpu_workspace_bytes(sizes.spec, batch)

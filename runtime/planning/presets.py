@@ -2,42 +2,174 @@
 
 from __future__ import annotations
 
-from krasis.formats.architecture_record import Architecture, RopeScaling
+from collections.abc import Mapping
+from typing import Any
+
 from krasis.formats.errors import UsageError
+from krasis.formats.models.spec import ModelSpec
 
 
-def _qwen3_moe(
-    num_layers: int, hidden_size: int, num_heads: int, expert_intermediate_size: int
-) -> Architecture:
-    return Architecture(
-        model_type="qwen3_moe",
-        num_layers=num_layers,
-        hidden_size=hidden_size,
-        num_heads=num_heads,
-        num_kv_heads=4,
+def _config(
+    model_type: str,
+    layers: int,
+    hidden: int,
+    heads: int,
+    kv_heads: int,
+    vocab: int,
+    positions: int,
+    **others: Any,
+) -> Mapping[str, Any]:
+    """What a model's ``config.json`` says, by the names that all families share; others: by their own."""
+    return {
+        "model_type": model_type,
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocab,
+        "max_position_embeddings": positions,
+        "tie_word_embeddings": False,
+        "rope_theta": 1e6,
+        **others,
+    }
+
+
+def _qwen3_moe(layers: int, hidden: int, heads: int, intermediate: int) -> Mapping[str, Any]:
+    return _config(
+        "qwen3_moe",
+        layers,
+        hidden,
+        heads,
+        4,
+        151936,
+        40960,
         head_dim=128,
         num_experts=128,
-        num_experts_per_token=8,
-        expert_intermediate_size=expert_intermediate_size,
-        vocab_size=151936,
-        max_positions=40960,
-        rms_norm_eps=1e-6,
-        rope_theta=1e6,
-        rope_scaling=RopeScaling(),
+        num_experts_per_tok=8,
+        moe_intermediate_size=intermediate,
         norm_topk_prob=True,
-        tie_word_embeddings=False,
     )
 
 
-SHAPES = {
+def _qwen2_moe(
+    layers: int, hidden: int, heads: int, kv_heads: int, positions: int, **widths: int
+) -> Mapping[str, Any]:
+    return _config(
+        "qwen2_moe", layers, hidden, heads, kv_heads, 151936, positions, norm_topk_prob=False, **widths
+    )
+
+
+def _mixtral(
+    layers: int, hidden: int, heads: int, vocab: int, positions: int, width: int
+) -> Mapping[str, Any]:
+    return _config(
+        "mixtral",
+        layers,
+        hidden,
+        heads,
+        8,
+        vocab,
+        positions,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+        intermediate_size=width,
+    )
+
+
+def _glm4_moe(layers: int, hidden: int, positions: int, **others: Any) -> Mapping[str, Any]:
+    return _config(
+        "glm4_moe",
+        layers,
+        hidden,
+        96,
+        8,
+        151552,
+        positions,
+        head_dim=128,
+        attention_bias=True,
+        partial_rotary_factor=0.5,
+        num_experts_per_tok=8,
+        n_shared_experts=1,
+        n_group=1,
+        topk_group=1,
+        norm_topk_prob=True,
+        num_nextn_predict_layers=1,
+        **others,
+    )
+
+
+SHAPES: Mapping[str, Mapping[str, Any]] = {
     "qwen3-235b-a22b": _qwen3_moe(94, 4096, 64, 1536),
     "qwen3-30b-a3b": _qwen3_moe(48, 2048, 32, 768),
+    "qwen2-57b-a14b": _qwen2_moe(
+        28,
+        3584,
+        28,
+        4,
+        32768,
+        num_experts=64,
+        num_experts_per_tok=8,
+        moe_intermediate_size=2560,
+        shared_expert_intermediate_size=20480,
+    ),
+    "qwen1.5-moe-a2.7b": _qwen2_moe(
+        24,
+        2048,
+        16,
+        16,
+        8192,
+        num_experts=60,
+        num_experts_per_tok=4,
+        moe_intermediate_size=1408,
+        shared_expert_intermediate_size=5632,
+    ),
+    "mixtral-8x7b": _mixtral(32, 4096, 32, 32000, 32768, 14336),
+    "mixtral-8x22b": _mixtral(56, 6144, 48, 32768, 65536, 16384),
+    "olmoe-1b-7b": _config(
+        "olmoe",
+        16,
+        2048,
+        16,
+        16,
+        50304,
+        4096,
+        num_experts=64,
+        num_experts_per_tok=8,
+        intermediate_size=1024,
+        norm_topk_prob=False,
+        rope_theta=1e4,
+    ),
+    "glm-4.5-air": _glm4_moe(
+        46,
+        4096,
+        131072,
+        n_routed_experts=128,
+        moe_intermediate_size=1408,
+        intermediate_size=10944,
+        first_k_dense_replace=1,
+        routed_scaling_factor=1.0,
+        use_qk_norm=False,
+    ),
+    "glm-4.6": _glm4_moe(
+        92,
+        5120,
+        202752,
+        n_routed_experts=160,
+        moe_intermediate_size=1536,
+        intermediate_size=12288,
+        first_k_dense_replace=3,
+        routed_scaling_factor=2.5,
+        use_qk_norm=True,
+    ),
 }
+"""By name, what decides the shape in each model's ``config.json``."""
 
 
-def shape(name: str) -> Architecture:
-    """The architecture called ``name``. Raises UsageError that lists the known ones."""
-    try:
-        return SHAPES[name.lower()]
-    except KeyError:
-        raise UsageError("unknown shape", where="--shape", got=repr(name), limit=", ".join(SHAPES)) from None
+def shape(name: str) -> ModelSpec:
+    """The model called ``name``. Raises UsageError that lists the known ones."""
+    from krasis.formats.models.registry import spec_from_hf
+
+    config = SHAPES.get(name.lower())
+    if config is None:
+        raise UsageError("unknown shape", where="--shape", got=repr(name), limit=", ".join(SHAPES))
+    return spec_from_hf(config, name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, is_dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -11,18 +11,19 @@ from krasis.formats.text_tables import text_fields, text_paragraphs, text_table
 from krasis.formats.units import format_binary, format_bytes, format_count, format_rate, format_seconds
 from krasis.runtime.planning.assumptions import DESCRIPTIONS
 from krasis.runtime.planning.hardware import Figure, GpuSpec
+from krasis.runtime.planning.placement import rank_share
+from krasis.runtime.planning.sizes import ModelSizes, count_parameters
 from krasis.runtime.planning.types import Decode, GpuPlacement, HostPlacement, Plan, Prefill
 
 _PATHS = {
-    "gpu-streamed": "on the GPU, experts streamed from RAM",
-    "gpu-resident": "on the GPU, experts in VRAM",
-    "cpu-experts": "attention on the GPU, experts on the CPU (sooner than streaming them)",
-    "cpu": "on the CPU",
+    "streamed": "on the GPU, experts streamed from RAM",
+    "resident": "on the GPU, experts in VRAM",
+    "cpu": "attention on the GPU, experts on the CPU (sooner than streaming them)",
 }
 _STORES = {
     "in-place": "page cache pinned in place",
-    "pinned-arena": "pinned arena",
-    "mapped-with-ring": "mapped file and pinned ring",
+    "arena": "pinned arena",
+    "ring": "mapped file and pinned ring",
     "none": "not in RAM",
 }
 
@@ -35,15 +36,43 @@ def plan_to_json(plan: Plan, notes: Sequence[str] = ()) -> dict[str, Any]:
             name: {"value": value, "source": "assumed", "note": text}
             for name, (value, text) in DESCRIPTIONS.items()
         },
-        **asdict(plan),
+        "sizes": sizes_to_json(plan.sizes),
+        **{part.name: _plain(getattr(plan, part.name)) for part in fields(plan) if part.name != "sizes"},
     }
+
+
+def sizes_to_json(sizes: ModelSizes) -> dict[str, Any]:
+    """``model`` as a manifest has it; ``layers``: the kinds of layers, each with its number, what one weighs,
+    and its experts. gpu_expert_bytes, cpu_expert_bytes: of the largest expert.
+    """
+    layers = [
+        {
+            "count": kind.count,
+            "dense_bytes": kind.dense_bytes,
+            "experts": None if kind.experts is None else asdict(kind.experts),
+        }
+        for kind in sizes.layers
+    ]
+    totals = ("dense_bytes", "embedding_bytes", "gpu_expert_bytes", "cpu_expert_bytes")
+    others = ("gpu_layout", "cpu_layout", "source")
+    return {
+        "model": sizes.spec.to_json(),
+        "layers": layers,
+        **{name: getattr(sizes, name) for name in (*totals, *others)},
+    }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
 
 
 def plan_to_text(plan: Plan, notes: Sequence[str] = ()) -> str:
     """The human form, at most about 110 columns."""
-    shape, work = plan.sizes.shape, plan.workload
+    spec, work = plan.sizes.spec, plan.workload
     title = (
-        f"Plan: {shape.model_type}, {format_count(shape.num_parameters)} parameters "
+        f"Plan: {spec.family}, {format_count(count_parameters(spec).total)} parameters "
         f"(sizes from the {plan.sizes.source}), prompt of {work.prompt_tokens:,} tokens, "
         f"context {work.context:,}, KV {work.kv_dtype}"
     )
@@ -139,13 +168,22 @@ def _group_lines(plan: Plan) -> str:
         if gpu.num_groups == 0:
             text = f"all {gpu.resident_experts:,} experts live in VRAM, nothing is streamed"
         else:
-            share = gpu.resident_experts / (gpu.num_experts * plan.sizes.shape.num_expert_layers)
+            share = gpu.resident_experts / _own_experts(plan, gpu)
             text = (
                 f"{gpu.num_groups} group{'s' if gpu.num_groups > 1 else ''} a layer of {gpu.group_experts} "
                 f"experts, double-buffered; {gpu.resident_experts:,} hot experts resident ({share:.1%})"
             )
         fields.append((f"GPU {names}", text))
     return text_fields(fields)
+
+
+def _own_experts(plan: Plan, gpu: GpuPlacement) -> int:
+    """Of all layers."""
+    num_ranks = len(plan.gpus)
+    return sum(
+        count * rank_share(experts.count, num_ranks, gpu.rank)[1]
+        for count, experts in plan.sizes.expert_layers
+    )
 
 
 def _host_fields(host: HostPlacement) -> list[tuple[str, str]]:
@@ -177,11 +215,12 @@ def _assumption_fields() -> list[tuple[str, str]]:
 
 def _time_fields(plan: Plan) -> list[tuple[str, str]]:
     prefill, decode, start = plan.prefill, plan.decode, plan.start_up
+    path = _PATHS[prefill.path] if plan.gpus else "on the CPU"
     warm = format_seconds(start.warm_s) if start.warm_s else "no time"
     return [
         (
             "prefill",
-            f"{format_seconds(prefill.total_s)}, {format_rate(prefill.tokens_per_s)}, {_PATHS[prefill.path]}",
+            f"{format_seconds(prefill.total_s)}, {format_rate(prefill.tokens_per_s)}, {path}",
         ),
         ("", _prefill_parts(prefill)),
         ("decode", f"{format_rate(decode.tokens_per_s)}, {format_seconds(decode.total_s)} a token"),

@@ -1,33 +1,29 @@
-"""The sizes of a model that decide bytes and operations, of any model whose layers are attention with an MLP
-or experts."""
+"""The sizes that GPU buffers and tables are made for: where layers differ, those of the largest."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 from krasis.formats.architecture_record import Architecture
 from krasis.formats.errors import UnsupportedModelError
+from krasis.formats.models.mixer_tensors import mixer_tensors
 from krasis.formats.models.mixers import Attention
-from krasis.formats.models.mlps import Experts, GatedMlp
-from krasis.formats.models.spec import ModelSpec
-from krasis.formats.models.tensors import count_parameters
+from krasis.formats.models.mlps import Experts, GatedMlp, MlpBesideExperts
+from krasis.formats.models.spec import Layer, ModelSpec
 from krasis.formats.models.uniform import spec_of
 
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """Where layers differ, sizes are those of the largest; ``kv_elements`` and ``dense_macs`` are sums.
-
-    expert_layers: numbers of the layers that have experts. num_experts, num_experts_per_token,
-    expert_intermediate_size: of these. mlp_intermediate: features between the products of an MLP that every
-    token takes, a shared expert or a dense layer's, 0 without any; mlp_columns: what its first product gives.
-    shared_gate: whether shared experts are gated. kv_elements: numbers kept of one position in all layers.
-    dense_macs: multiply-adds of a token in all layers but its routed experts and attention's scores.
-    num_parameters: of the whole model.
+    """expert_layers: numbers of the layers that have experts. num_experts, num_experts_per_token,
+    expert_intermediate_size: of these. qkv_rows, attention_size: features that a mixer's projections give, and those of its output.
+    mlp_intermediate: features between the products of an MLP that every token takes, a shared expert's or a
+    dense layer's, 0 without any; mlp_columns: what its first product gives. shared_gate: whether shared
+    experts are gated.
     """
 
-    model_type: str
     max_context: int
     num_layers: int
     expert_layers: tuple[int, ...]
@@ -41,19 +37,11 @@ class ModelShape:
     mlp_intermediate: int
     mlp_columns: int
     shared_gate: bool
-    kv_elements: int
-    dense_macs: int
-    num_parameters: int
 
     @property
     def num_expert_layers(self) -> int:
         """How many layers have experts."""
         return len(self.expert_layers)
-
-    @property
-    def expert_share(self) -> float:
-        """Layers with experts, of all layers."""
-        return self.num_expert_layers / self.num_layers
 
 
 AnyModel = Architecture | ModelSpec | ModelShape
@@ -61,53 +49,80 @@ AnyModel = Architecture | ModelSpec | ModelShape
 
 @lru_cache(maxsize=64)
 def shape_of(model: AnyModel) -> ModelShape:
-    """The shape of a model. Raises UnsupportedModelError for one with other blocks, without experts, or whose
-    layers have experts of different sizes.
+    """The shape of a model of attention with MLPs or experts, all of these alike. Raises UnsupportedModelError
+    for another: buffers and tables of the runtime have one size for all layers.
     """
     if isinstance(model, ModelShape):
         return model
-    spec = spec_of(model) if isinstance(model, Architecture) else model
-    mixers = [layer.mixer for layer in spec.layers if isinstance(layer.mixer, Attention)]
-    mlps = [layer.mlp for layer in spec.layers if isinstance(layer.mlp, GatedMlp | Experts)]
-    if len(mixers) != len(spec.layers) or len(mlps) != len(spec.layers):
-        raise UnsupportedModelError("the planner does not know all of the model's blocks", got=spec.family)
-    experts = [mlp for mlp in mlps if isinstance(mlp, Experts)]
+    spec = _spec(model)
+    known = (
+        isinstance(layer.mixer, Attention) and isinstance(layer.mlp, GatedMlp | Experts)
+        for layer in dict.fromkeys(spec.layers)
+    )
+    if not all(known):
+        raise UnsupportedModelError("the runtime does not know all of the model's blocks", got=spec.family)
+    experts = [layer.experts for layer in spec.layers if layer.experts is not None]
     sizes = {(mlp.count, mlp.intermediate, mlp.router.top_k) for mlp in experts}
     if len(sizes) != 1:
         got = ", ".join(f"{count} experts of {width}" for count, width, _ in sorted(sizes)) or "none"
-        raise UnsupportedModelError("the planner needs layers with experts, all alike", got=got)
-    ((num_experts, intermediate, top_k),) = sizes
-    dense = [mlp if isinstance(mlp, GatedMlp) else mlp.shared for mlp in mlps]
-    columns = [_columns(mlp) for mlp in dense if mlp is not None]
+        raise UnsupportedModelError("the layers' experts are not all alike", got=got)
+    return largest_shape(spec)
+
+
+@lru_cache(maxsize=64)
+def largest_shape(model: AnyModel) -> ModelShape:
+    """The shape that has room for every layer of a model."""
+    if isinstance(model, ModelShape):
+        return model
+    spec = _spec(model)
+    kinds = tuple(dict.fromkeys(spec.layers))
+    mixed = [_mixer_columns(spec, layer) for layer in kinds]
+    experts = [layer.experts for layer in kinds if layer.experts is not None]
+    dense = [mlp for layer in kinds for mlp in _dense_mlps(layer)]
     return ModelShape(
-        model_type=spec.family,
         max_context=spec.max_context,
         num_layers=len(spec.layers),
-        expert_layers=tuple(i for i, mlp in enumerate(mlps) if isinstance(mlp, Experts)),
+        expert_layers=tuple(i for i, layer in enumerate(spec.layers) if layer.experts is not None),
         hidden_size=spec.hidden,
         vocab_size=spec.vocab,
-        qkv_rows=max(_qkv_rows(mixer) for mixer in mixers),
-        attention_size=max(mixer.query_rows for mixer in mixers),
-        num_experts=num_experts,
-        num_experts_per_token=top_k,
-        expert_intermediate_size=intermediate,
-        mlp_intermediate=max((mlp.intermediate for mlp in dense if mlp is not None), default=0),
-        mlp_columns=max(columns, default=0),
+        qkv_rows=max(inner for inner, _ in mixed),
+        attention_size=max(output for _, output in mixed),
+        num_experts=max((mlp.count for mlp in experts), default=0),
+        num_experts_per_token=max((mlp.router.top_k for mlp in experts), default=0),
+        expert_intermediate_size=max((mlp.intermediate for mlp in experts), default=0),
+        mlp_intermediate=max((mlp.intermediate for mlp in dense), default=0),
+        mlp_columns=max((mlp.intermediate * (1 + mlp.activation.gated) for mlp in dense), default=0),
         shared_gate=any(mlp.shared_gate for mlp in experts),
-        kv_elements=sum(2 * mixer.kv_heads * mixer.head_dim for mixer in mixers),
-        dense_macs=spec.hidden
-        * (
-            sum(_qkv_rows(mixer) + mixer.query_rows for mixer in mixers)
-            + sum(mlp.count + mlp.shared_gate for mlp in experts)
-            + sum(_columns(mlp) + mlp.intermediate for mlp in dense if mlp is not None)
-        ),
-        num_parameters=count_parameters(spec).total,
     )
 
 
-def _qkv_rows(mixer: Attention) -> int:
-    return mixer.query_rows + 2 * mixer.key_rows
+def spec_of_bundle(bundle: Any) -> ModelSpec:
+    """The model of a bundle, or of its manifest."""
+    spec: ModelSpec | None = getattr(bundle, "spec", None)
+    return spec_of(bundle.architecture) if spec is None else spec
 
 
-def _columns(mlp: GatedMlp) -> int:
-    return mlp.intermediate * (2 if mlp.activation.gated else 1)
+def _spec(model: Architecture | ModelSpec) -> ModelSpec:
+    return spec_of(model) if isinstance(model, Architecture) else model
+
+
+def _mixer_columns(spec: ModelSpec, layer: Layer) -> tuple[int, int]:
+    """(what a mixer's projections give, what goes into the last of them, which gives the residual's)."""
+    if layer.mixer is None:
+        return 0, 0
+    packed = [one for one in mixer_tensors(layer.mixer, spec, normed=False) if one.store == "int8_rows"]
+    outputs = [one for one in packed if one.name.endswith((".output", ".output_b"))]
+    inner = sum(one.shape[0] for one in packed if one not in outputs)
+    return inner, max(one.shape[1] for one in outputs)
+
+
+def _dense_mlps(layer: Layer) -> list[GatedMlp]:
+    """The MLPs that every token of a layer takes."""
+    mlp = layer.mlp
+    beside = [mlp.mlp] if isinstance(mlp, MlpBesideExperts) else []
+    if isinstance(mlp, GatedMlp):
+        beside.append(mlp)
+    experts: Experts | None = layer.experts
+    if experts is not None and experts.shared is not None:
+        beside.append(experts.shared)
+    return beside

@@ -1,18 +1,22 @@
-"""What a model weighs: per expert, per tier, per token. From a bundle's manifest, or from an architecture
-alone.
+"""What a model weighs: per layer, per expert, per tier, per token. From a bundle's manifest, or from a
+model's description alone.
 """
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from krasis.formats.architecture_record import Architecture
 from krasis.formats.errors import FormatError, UnsupportedModelError, UsageError
-from krasis.formats.models.spec import ModelSpec
-from krasis.formats.models.uniform import spec_of
-from krasis.runtime.planning.shape import ModelShape, shape_of
+from krasis.formats.models import tensors
+from krasis.formats.models.record import MAX_POSITIONS
+from krasis.formats.models.spec import Layer, ModelSpec
+from krasis.formats.models.state import sequence_bytes
+from krasis.formats.models.tensors import blobs, layer_tensors
+from krasis.runtime.planning.shape import ModelShape, shape_of, spec_of_bundle
 
 if TYPE_CHECKING:
     from krasis.formats.bundle.manifest import Manifest
@@ -21,9 +25,8 @@ DEFAULT_GPU_LAYOUT = "marlin-u4b8-g128-bf16"
 DEFAULT_CPU_LAYOUT = "cpu-q8-r32-b32"
 KV_DTYPE_BYTES = {"f16": 2, "bf16": 2, "f32": 4}
 EMBEDDING_BLOB = "embedding"
-# Norms, router and embedding keep their own precision: 16 bits in every published checkpoint of the family.
-_OWN_DTYPE_BYTES = 2
-_ITEM_BYTES = {"I8": 1, "F32": 4, "I32": 4}
+# Norms, router and embedding keep their own precision: 16 bits in nearly every published checkpoint.
+_DTYPE_BYTES = {"I8": 1, "F32": 4, "I32": 4, None: 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,138 +41,248 @@ class Parameters:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertSizes:
+    """The routed experts of one layer, of which each token takes ``top_k``.
+
+    weights: of one expert. gpu_bytes, cpu_bytes: one expert in that tier, padding included; 0: no such tier.
+    """
+
+    count: int
+    top_k: int
+    weights: int
+    gpu_bytes: int
+    cpu_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSizes:
+    """``count`` layers that are alike, each with this.
+
+    dense_bytes: what every token reads of one (mixer, norms, router, dense and shared MLPs). dense_macs:
+    multiply-adds of a token with these. experts: None in layers without any.
+    """
+
+    layer: Layer
+    count: int
+    dense_bytes: int
+    dense_macs: int
+    experts: ExpertSizes | None
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSizes:
     """Bytes of a model's parts.
 
-    architecture: the flat record of a model that it can describe, the shape of any other. dense_bytes: what
-    every token reads (attention, norms, router, shared and dense MLPs, head), without the embedding table.
-    gpu_expert_bytes, cpu_expert_bytes: one expert of one layer in that tier, padding included; 0: no such
-    tier.
+    layers: the kinds of layers, each once with its number. end_bytes: final norm and head, which every token
+    reads too. embedding_bytes: the table of which a token looks up one row.
     """
 
-    architecture: Architecture | ModelShape
-    dense_bytes: int
+    spec: ModelSpec
+    layers: tuple[LayerSizes, ...]
+    end_bytes: int
     embedding_bytes: int
-    gpu_expert_bytes: int
-    cpu_expert_bytes: int
     gpu_layout: str
     cpu_layout: str
     source: Literal["bundle", "shape"]
 
+    def __post_init__(self) -> None:
+        if not any(kind.experts for kind in self.layers):
+            raise UnsupportedModelError(
+                "plans are of models with routed experts", got=f"{self.spec.family} without experts"
+            )
+
     @property
     def shape(self) -> ModelShape:
-        """The model's shape."""
-        return shape_of(self.architecture)
+        """The sizes that GPU buffers are made for. Raises as ``shape_of``."""
+        return shape_of(self.spec)
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of all kinds."""
+        return sum(kind.count for kind in self.layers)
+
+    @property
+    def expert_layers(self) -> Iterator[tuple[int, ExpertSizes]]:
+        """The kinds of layers that have experts: their number, and the experts of one."""
+        return ((kind.count, kind.experts) for kind in self.layers if kind.experts is not None)
+
+    @property
+    def num_expert_layers(self) -> int:
+        """Layers that have experts."""
+        return sum(count for count, _ in self.expert_layers)
 
     @property
     def num_experts(self) -> int:
         """Experts of all layers together."""
-        return self.shape.num_expert_layers * self.shape.num_experts
+        return sum(count * experts.count for count, experts in self.expert_layers)
+
+    @property
+    def most_experts(self) -> int:
+        """Experts of the layer that has most."""
+        return max(experts.count for _, experts in self.expert_layers)
+
+    @property
+    def dense_bytes(self) -> int:
+        """What every token reads: all but experts and embedding table."""
+        return self.end_bytes + sum(kind.count * kind.dense_bytes for kind in self.layers)
+
+    @property
+    def gpu_expert_bytes(self) -> int:
+        """One expert in its GPU form, of the largest: what a slot has to hold. 0: no such tier."""
+        return max(experts.gpu_bytes for _, experts in self.expert_layers)
+
+    @property
+    def cpu_expert_bytes(self) -> int:
+        """One expert in its CPU form, of the largest. 0: no such tier."""
+        return max(experts.cpu_bytes for _, experts in self.expert_layers)
 
     @property
     def gpu_experts_bytes(self) -> int:
         """All experts in their GPU form."""
-        return self.num_experts * self.gpu_expert_bytes
+        return sum(count * experts.count * experts.gpu_bytes for count, experts in self.expert_layers)
 
     @property
     def cpu_experts_bytes(self) -> int:
         """All experts in their CPU form."""
-        return self.num_experts * self.cpu_expert_bytes
+        return sum(count * experts.count * experts.cpu_bytes for count, experts in self.expert_layers)
+
+    @property
+    def routed_cpu_bytes(self) -> int:
+        """What a token reads of the experts in their CPU form."""
+        return sum(count * experts.top_k * experts.cpu_bytes for count, experts in self.expert_layers)
+
+    def read_bytes(self, kind: LayerSizes) -> float:
+        """What a pass reads for one layer of that kind, with its share of what follows the layers."""
+        return (self.num_layers * kind.dense_bytes + self.end_bytes) / self.num_layers
 
     def kv_bytes(self, num_tokens: int, kv_dtype: str) -> int:
-        """Keys and values of ``num_tokens`` positions in every layer. Raises UsageError for an unknown
-        dtype.
+        """What a sequence of ``num_tokens`` tokens keeps in all layers: keys and values, of windows no more
+        than they see, and states. Raises UsageError for an unknown dtype.
         """
         if kv_dtype not in KV_DTYPE_BYTES:
             raise UsageError("unknown KV dtype", got=kv_dtype, limit=", ".join(KV_DTYPE_BYTES))
-        return self.shape.kv_elements * num_tokens * KV_DTYPE_BYTES[kv_dtype]
+        return sequence_bytes(self.spec, num_tokens, KV_DTYPE_BYTES[kv_dtype])
+
+    def tokens_within(self, room_bytes: float, kv_dtype: str) -> int:
+        """The longest sequence that keeps no more than that, whatever the model's positions."""
+        low, high = 0, MAX_POSITIONS
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self.kv_bytes(middle, kv_dtype) <= room_bytes:
+                low = middle
+            else:
+                high = middle - 1
+        return low
 
 
-def expert_weights(arch: Architecture | ModelShape) -> int:
-    """Weights of one expert: gate, up and down."""
-    return 3 * arch.hidden_size * arch.expert_intermediate_size
-
-
-def attention_weights(arch: Architecture) -> int:
-    """Weights of one layer's projections q, k, v and output."""
-    return arch.hidden_size * (arch.qkv_rows + arch.attention_size)
-
-
-def count_parameters(arch: Architecture) -> Parameters:
+def count_parameters(spec: ModelSpec) -> Parameters:
     """Total, active and expert weights, as the checkpoint counts them (a tied head is counted once)."""
-    norms = 2 * arch.hidden_size + 2 * arch.head_dim
-    router = arch.num_experts * arch.hidden_size
-    heads = 1 if arch.tie_word_embeddings else 2
-    shared = arch.num_layers * (attention_weights(arch) + norms + router)
-    shared += heads * arch.vocab_size * arch.hidden_size + arch.hidden_size
-    experts = arch.num_layers * arch.num_experts * expert_weights(arch)
-    active = shared + arch.num_layers * arch.num_experts_per_token * expert_weights(arch)
-    return Parameters(shared + experts, active, experts)
+    counted = tensors.count_parameters(spec)
+    # There one row of the embedding is active; a tied one is counted once, as the head, of which all is.
+    looked_up = (0 if spec.tied else spec.vocab * spec.hidden) - spec.hidden
+    experts = sum(
+        math.prod(tensor.shape)
+        for layer in spec.layers
+        for tensor in layer_tensors(spec, layer)
+        if tensor.store == "experts"
+    )
+    return Parameters(counted.total, counted.active + looked_up, experts)
 
 
 def sizes_of_shape(
-    model: Architecture | ModelSpec,
-    gpu_layout: str = DEFAULT_GPU_LAYOUT,
-    cpu_layout: str = DEFAULT_CPU_LAYOUT,
+    spec: ModelSpec, gpu_layout: str = DEFAULT_GPU_LAYOUT, cpu_layout: str = DEFAULT_CPU_LAYOUT
 ) -> ModelSizes:
     """The sizes that a bundle of this model will have. Raises FormatError for an unknown layout id,
-    UnsupportedModelError as ``shape_of``.
+    UnsupportedModelError for a model without experts or with experts that the layouts cannot hold.
     """
-    from krasis.formats.models.tensors import blobs
-
-    shape = shape_of(model)
-    dense = embedding = 0
-    for blob in blobs(spec_of(model) if isinstance(model, Architecture) else model):
-        item_bytes = _ITEM_BYTES[blob.dtype] if blob.dtype else _OWN_DTYPE_BYTES
-        num_bytes = item_bytes * math.prod(blob.shape)
-        if blob.name == EMBEDDING_BLOB:
-            embedding += num_bytes
-        else:
-            dense += num_bytes
-    return ModelSizes(
-        architecture=model if isinstance(model, Architecture) else shape,
-        dense_bytes=dense,
-        embedding_bytes=embedding,
-        gpu_expert_bytes=_record_bytes(gpu_layout, shape),
-        cpu_expert_bytes=_record_bytes(cpu_layout, shape),
-        gpu_layout=gpu_layout,
-        cpu_layout=cpu_layout,
-        source="shape",
+    dense = _dense_bytes(
+        (blob.name, math.prod(blob.shape) * _DTYPE_BYTES[blob.dtype]) for blob in blobs(spec)
     )
+    records: dict[tuple[str, int, int], int] = {}
+
+    def record_bytes(tier: str, index: int) -> int:
+        experts = spec.layers[index].experts
+        if experts is None:
+            return 0
+        width = spec.hidden if experts.latent is None else experts.latent
+        key = (gpu_layout if tier == "gpu" else cpu_layout, width, experts.intermediate)
+        if key not in records:
+            records[key] = _record_bytes(*key)
+        return records[key]
+
+    return _sizes(spec, dense, record_bytes, gpu_layout=gpu_layout, cpu_layout=cpu_layout, source="shape")
 
 
-def _record_bytes(layout_id: str, arch: ModelShape) -> int:
+def _record_bytes(layout_id: str, width: int, intermediate: int) -> int:
     from krasis.formats.layouts import CpuTileLayout, MarlinLayout, layout_from_id
 
     layout = layout_from_id(layout_id)
     if not isinstance(layout, MarlinLayout | CpuTileLayout):
         raise FormatError("not a layout of experts", got=layout_id)
-    return layout.expert_record(arch.hidden_size, arch.expert_intermediate_size).record_bytes
-
-
-def _flat(manifest: Manifest, shape: ModelShape) -> Architecture | ModelShape:
-    try:
-        return manifest.architecture
-    except UnsupportedModelError:
-        return shape
+    return layout.expert_record(width, intermediate).record_bytes
 
 
 def sizes_of_bundle(manifest: Manifest) -> ModelSizes:
-    """The sizes that a bundle has, from its blob table."""
-    spec = manifest.spec
-    shape = shape_of(spec)
-    embedding = sum(blob.num_bytes for blob in manifest.blobs if blob.name == EMBEDDING_BLOB)
-    tier_bytes = {"dense": 0, "gpu": 0, "cpu": 0}
+    """The sizes that a bundle has, from its blob table. Raises UnsupportedModelError for a model without
+    experts.
+    """
+    spec = spec_of_bundle(manifest)
+    dense = _dense_bytes((blob.name, blob.num_bytes) for blob in manifest.blobs if blob.tier == "dense")
+    tiers: dict[tuple[str, str], int] = defaultdict(int)
     for blob in manifest.blobs:
-        tier_bytes[blob.tier] = tier_bytes.get(blob.tier, 0) + blob.num_bytes
-    num_experts = shape.num_expert_layers * shape.num_experts
+        if blob.tier != "dense":
+            tiers[blob.tier, _place(blob.name)] += blob.num_bytes
+
+    def record_bytes(tier: str, index: int) -> int:
+        experts = spec.layers[index].experts
+        return tiers[tier, str(index)] // experts.count if experts is not None else 0
+
+    layouts = {f"{tier}_layout": manifest.layouts.get(tier, "") for tier in ("gpu", "cpu")}
+    return _sizes(spec, dense, record_bytes, **layouts, source="bundle")
+
+
+def _place(name: str) -> str:
+    """The layer in a blob's name; ``embedding`` and ``end`` stand for the others'."""
+    if name.startswith("layers."):
+        return name.split(".")[1]
+    return EMBEDDING_BLOB if name == EMBEDDING_BLOB else "end"
+
+
+def _dense_bytes(sized: Iterable[tuple[str, int]]) -> Mapping[str, int]:
+    """Bytes by ``_place``."""
+    places: dict[str, int] = defaultdict(int)
+    for name, num_bytes in sized:
+        places[_place(name)] += num_bytes
+    return places
+
+
+def _sizes(
+    spec: ModelSpec, dense: Mapping[str, int], record_bytes: Callable[[str, int], int], **others: Any
+) -> ModelSizes:
+    """Layers that are alike are put together. record_bytes: of one expert, by tier and layer."""
+    numbers: dict[tuple[Layer, int, int, int], int] = defaultdict(int)
+    for index, layer in enumerate(spec.layers):
+        records = (record_bytes(tier, index) for tier in ("gpu", "cpu"))
+        numbers[layer, dense[str(index)], *records] += 1  # type: ignore[index]
+    layers = tuple(_layer(spec, count, *kind) for kind, count in numbers.items())
     return ModelSizes(
-        architecture=_flat(manifest, shape),
-        dense_bytes=tier_bytes["dense"] - embedding,
-        embedding_bytes=embedding,
-        gpu_expert_bytes=tier_bytes["gpu"] // num_experts,
-        cpu_expert_bytes=tier_bytes["cpu"] // num_experts,
-        gpu_layout=manifest.layouts.get("gpu", ""),
-        cpu_layout=manifest.layouts.get("cpu", ""),
-        source="bundle",
+        spec=spec, layers=layers, end_bytes=dense["end"], embedding_bytes=dense[EMBEDDING_BLOB], **others
     )
+
+
+def _layer(
+    spec: ModelSpec, count: int, layer: Layer, dense_bytes: int, gpu_bytes: int, cpu_bytes: int
+) -> LayerSizes:
+    experts, listed = layer.experts, layer_tensors(spec, layer)
+    sizes = None
+    if experts is not None:
+        weights = sum(
+            math.prod(one.shape[1:]) for one in listed if one.store == "experts" and len(one.shape) == 3
+        )
+        sizes = ExpertSizes(experts.count, experts.router.top_k, weights, gpu_bytes, cpu_bytes)
+    macs = sum(
+        math.prod(one.shape)
+        for one in listed
+        if len(one.shape) == 2 and one.store not in ("experts", "table", "ids")
+    )
+    return LayerSizes(layer, count, dense_bytes, macs, sizes)

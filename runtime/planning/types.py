@@ -8,8 +8,14 @@ from typing import Literal
 from krasis.runtime.planning.hardware import HardwareSpec
 from krasis.runtime.planning.sizes import ModelSizes
 
-PrefillPath = Literal["gpu-streamed", "gpu-resident", "cpu-experts", "cpu"]
-StoreKind = Literal["in-place", "pinned-arena", "mapped-with-ring", "none"]
+ExpertPath = Literal["streamed", "routed", "resident", "cpu"]
+"""Where a prompt's experts are computed, and how they get there: on the GPU, copied all (``streamed``) or
+those that were chosen (``routed``), or in VRAM for good (``resident``); or on the CPU.
+"""
+StoreMethod = Literal["in-place", "arena", "ring"]
+"""How the host's memory holds the GPUs' experts: the files' pages pinned where they are mapped, a pinned
+copy, or a pinned ring in front of the files.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +64,7 @@ class HostPlacement:
     """
 
     ram_bytes: int
-    expert_store: StoreKind
+    expert_store: StoreMethod | Literal["none"]
     reserve_bytes: int
     dense_bytes: int
     cpu_experts_bytes: int
@@ -77,7 +83,7 @@ class Prefill:
     ``total_s``.
     """
 
-    path: PrefillPath
+    path: ExpertPath
     num_passes: int
     total_s: float
     tokens_per_s: float

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from krasis.formats.layouts import padded_rows
-from krasis.runtime.planning.shape import AnyModel, shape_of
+from krasis.runtime.planning.shape import AnyModel, largest_shape
 
 ALIGNMENT_BYTES = 256
 F32, I32, HALF = 4, 4, 2
@@ -66,7 +66,7 @@ def rows_per_rank(num_tokens: int, num_ranks: int) -> int:
 
 def workspace_layout(model: AnyModel, num_tokens: int, num_ranks: int) -> WorkspaceLayout:
     """Where the activations of num_tokens tokens lie on one of num_ranks GPUs."""
-    a = shape_of(model)
+    a = largest_shape(model)
     top_k = a.num_experts_per_token
     own = rows_per_rank(num_tokens, num_ranks)
     gathered = own * num_ranks
@@ -104,17 +104,17 @@ def workspace_layout(model: AnyModel, num_tokens: int, num_ranks: int) -> Worksp
     return WorkspaceLayout(MappingProxyType(cursor.regions), cursor.most_bytes)
 
 
-def activation_bytes(arch: AnyModel, num_tokens: int, num_ranks: int) -> int:
+def activation_bytes(model: AnyModel, num_tokens: int, num_ranks: int) -> int:
     """All that a pass of num_tokens tokens writes but the KV cache."""
-    layout = workspace_layout(arch, num_tokens, num_ranks)
-    return layout.total_bytes + routing_bytes(arch, num_tokens, num_ranks)
+    layout = workspace_layout(model, num_tokens, num_ranks)
+    return layout.total_bytes + routing_bytes(model, num_tokens, num_ranks)
 
 
 def routing_bytes(model: AnyModel, num_tokens: int, num_ranks: int) -> int:
     """At most so much for the tables of num_tokens tokens' slots: slots sorted by expert, each expert padded
     to whole blocks, the expert of each block, and a few words an expert (``krasis_cuda_moe_align``).
     """
-    arch = shape_of(model)
+    arch = largest_shape(model)
     slots = rows_per_rank(num_tokens, num_ranks) * num_ranks * arch.num_experts_per_token
     experts, (least, most) = arch.num_experts, _M_BLOCKS
     padded = slots + min(slots, experts) * (most - 1)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from krasis.formats.architecture import Architecture
 from krasis.formats.bundle.reader import Bundle
 from krasis.runtime.gpu.opening import outside_bytes
-from krasis.runtime.planning.cost import attention_macs, dense_macs_per_token
+from krasis.runtime.planning.mixing import mixer_macs
 from krasis.runtime.planning.planner import whole_layer_vram_bytes
-from krasis.runtime.planning.sizes import expert_weights, sizes_of_bundle
+from krasis.runtime.planning.sizes import ModelSizes, sizes_of_bundle
 from krasis.runtime.planning.types import Workload
 
 
@@ -55,15 +54,17 @@ def streaming_vram_bytes(bundle: Bundle, context: int, device: str, num_ranks: i
     return outside + whole_layer_vram_bytes(sizes, Workload(context, context, "bf16"))
 
 
-def prefill_work(arch: Architecture, num_tokens: int, record_bytes: int) -> PrefillWork:
+def prefill_work(sizes: ModelSizes, num_tokens: int) -> PrefillWork:
     """All experts once over the link; every token through its experts, projections and causal attention.
 
     The output head runs for one token and is left out, as are norms and the routing.
     """
-    layers = arch.num_layers
+    expert_macs = sum(count * one.top_k * one.weights for count, one in sizes.expert_layers)
+    dense_macs = sum(kind.count * kind.dense_macs for kind in sizes.layers)
+    attention_macs = sum(kind.count * mixer_macs(kind.layer.mixer, 0, num_tokens) for kind in sizes.layers)
     return PrefillWork(
-        streamed_bytes=layers * arch.num_experts * record_bytes,
-        expert_flops=2 * layers * num_tokens * arch.num_experts_per_token * expert_weights(arch),
-        dense_flops=2 * layers * num_tokens * dense_macs_per_token(arch),
-        attention_flops=2 * layers * attention_macs(arch, 0, num_tokens),
+        streamed_bytes=sizes.gpu_experts_bytes,
+        expert_flops=2 * num_tokens * expert_macs,
+        dense_flops=2 * num_tokens * dense_macs,
+        attention_flops=2 * attention_macs,
     )

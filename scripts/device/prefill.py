@@ -12,6 +12,7 @@ import numpy as np
 
 from krasis.formats.bundle.reader import Bundle
 from krasis.runtime import Engine
+from krasis.runtime.planning.sizes import sizes_of_bundle
 from scripts.device import kernel_times, places, rates
 from scripts.device.context import GIB, Context
 from scripts.device.devices import facts_of, open_engine
@@ -68,8 +69,7 @@ def run_once(context: Context, bundle: Path, vram_bytes: int, measured: dict[str
         last = last_prefill(engine)
         kernels = kernel_times.kernels_of(context, lambda: prefill_s(engine, ids))
         facts = facts_of(engine)
-        record_bytes = engine.bundle.blob("layers.0.experts.gpu").shape[1]
-        work = prefill_work(engine.architecture, num_tokens, record_bytes)
+        work = prefill_work(sizes_of_bundle(engine.bundle.manifest), num_tokens)
     all_bytes = work.streamed_bytes
     if "bytes_copied" in last:  # less than all where experts are resident
         work = replace(work, streamed_bytes=last["bytes_copied"])

@@ -243,7 +243,7 @@ def vram_for() -> Callable[..., int]:
             sizes = sizes_of_bundle(opened.manifest)
         fixed = assumptions.GPU_RESERVE_BYTES + sizes.dense_bytes + sizes.kv_bytes(context, "bf16")
         experts = (2 * group_experts + resident) * sizes.gpu_expert_bytes
-        return fixed + gpu_workspace_bytes(sizes.architecture, context, 1) + experts
+        return fixed + gpu_workspace_bytes(sizes.spec, context, 1) + experts
 
     return vram_bytes
 

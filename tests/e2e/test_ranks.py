@@ -100,7 +100,7 @@ def vram_bytes(bundle: Path, num_ranks: int) -> int:
     with Bundle.open(bundle) as opened:
         sizes = sizes_of_bundle(opened.manifest)
     fixed = assumptions.GPU_RESERVE_BYTES + sizes.dense_bytes + sizes.kv_bytes(CONTEXT, "f16")
-    workspace = gpu_workspace_bytes(sizes.architecture, CONTEXT, num_ranks)
+    workspace = gpu_workspace_bytes(sizes.spec, CONTEXT, num_ranks)
     return fixed + workspace + 2 * GROUP * sizes.gpu_expert_bytes
 
 

@@ -10,12 +10,12 @@ from click.testing import CliRunner
 from krasis.formats.architecture import RopeScaling
 from krasis.formats.errors import UsageError
 from krasis.formats.models.mlps import GatedMlp
-from krasis.formats.models.uniform import spec_of
+from krasis.formats.models.uniform import architecture_of, spec_of
 from krasis.runtime.planning.presets import shape
 from krasis.runtime.rope_option import parse_rope_scaling, rescaled, rescaled_model
 from krasis.runtime.settings import EngineSettings
 
-MODEL = shape("qwen3-30b-a3b")  # 40,960 positions, no scaling
+MODEL = architecture_of(shape("qwen3-30b-a3b"), "")  # 40,960 positions, no scaling
 
 
 @pytest.mark.parametrize(

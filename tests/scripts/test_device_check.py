@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 
 from krasis.formats.errors import NativeError
+from krasis.formats.models.uniform import spec_of
+from krasis.runtime.planning.sizes import sizes_of_shape
 from scripts.device import build, places, ranks, report, runner, startup
 from scripts.device.context import REAL, SIZES, Context
 from scripts.device.correctness import read_report
@@ -23,6 +25,7 @@ from scripts.device.places import layers_within, request_of
 from scripts.device.stages import STAGES, Stage
 from scripts.device.state import Entry, State, source_digest
 from scripts.device.timing import time_calls
+from tests.support.planning import with_experts
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
@@ -289,7 +292,8 @@ def test_the_limit_of_a_prompt_by_hand() -> None:
     from scripts.models.make_random_bundle import architecture_of
 
     arch = architecture_of(places.shape_of(REAL.stack("235b"), 2))
-    work = prefill_work(arch, 1000, 10**7)
+    sizes = with_experts(sizes_of_shape(spec_of(arch)), gpu_bytes=10**7)
+    work = prefill_work(sizes, 1000)
     assert work.streamed_bytes == 2 * 128 * 10**7
     assert work.expert_flops == 2 * 2 * 1000 * 8 * 3 * 4096 * 1536
     projections = 4096 * (64 + 2 * 4) * 128 + 64 * 128 * 4096

@@ -13,14 +13,15 @@ real routing touches fewer experts, in favour of the latter two.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from krasis.runtime.planning import assumptions as assumed
 from krasis.runtime.planning import cost
 from krasis.runtime.planning.hardware import HardwareSpec
-from krasis.runtime.planning.sizes import ModelSizes
+from krasis.runtime.planning.sizes import LayerSizes, ModelSizes
+from krasis.runtime.planning.types import ExpertPath
 
-ExpertPath = Literal["streamed", "routed", "cpu"]
+__all__ = ["PATHS", "ExpertPath", "PathChoice", "PathModel"]
+
 PATHS: tuple[ExpertPath, ...] = ("streamed", "routed", "cpu")
 HOST_SYNC_S = 60e-6
 """The device waits while the host sees a layer's choice of experts and submits the copies (assumed)."""
@@ -62,19 +63,32 @@ class PathModel:
 
     def seconds(self, path: ExpertPath, num_tokens: int, start: int, num_resident: int) -> float:
         """Expected seconds of a chunk."""
-        sizes, arch, gpu = self.sizes, self.sizes.shape, self.hardware.gpus[0]
+        own = sum(count * self._own(experts.count) for count, experts in self.sizes.expert_layers)
+        cold = 1.0 - num_resident / own
+        return sum(
+            kind.count * self._layer_s(kind, path, num_tokens, start, cold) for kind in self.sizes.layers
+        )
+
+    def _own(self, num_experts: int) -> float:
+        """This rank's share of a layer's experts."""
+        return num_experts * self.num_experts / self.sizes.most_experts
+
+    def _layer_s(self, kind: LayerSizes, path: ExpertPath, num_tokens: int, start: int, cold: float) -> float:
+        """One layer. cold: the share of experts that are not resident."""
+        gpu, experts = self.hardware.gpus[0], kind.experts
         # The CPU's experts serve one rank, which works alone.
         num_ranks = 1 if path == "cpu" else self.num_ranks
-        compute = sum(cost.dense_layer_s(sizes, gpu, start, num_tokens, num_ranks))
+        compute = sum(cost.dense_layer_s(self.sizes, kind, gpu, start, num_tokens, num_ranks))
+        if experts is None:
+            return max(compute, LAYER_SUBMIT_S)
         if path == "cpu":
-            expert = arch.expert_share * cost.cpu_experts_s(sizes, self.hardware, num_tokens)
-            layer = compute + expert + assumed.HANDOVER_S
-            return arch.num_layers * max(layer, LAYER_SUBMIT_S)
-        expert = arch.expert_share * cost.expert_products_s(sizes, gpu, num_tokens, self.num_experts)
-        cold = 1.0 - num_resident / (self.num_experts * arch.num_expert_layers)
+            on_cpu = cost.cpu_experts_s(experts, self.hardware, num_tokens)
+            return max(compute + on_cpu + assumed.HANDOVER_S, LAYER_SUBMIT_S)
+        own = self._own(experts.count)
+        products = cost.expert_products_s(experts, gpu, num_tokens, own)
         if path == "streamed":
-            dma = arch.expert_share * cost.copy_s(sizes, gpu, cold * self.num_experts)
-            return arch.num_layers * max(dma, compute + expert, LAYER_SUBMIT_S)
-        touched = cost.distinct_experts(arch, num_tokens) * self.num_experts / arch.num_experts
-        dma = arch.expert_share * cost.copy_s(sizes, gpu, cold * touched)
-        return arch.num_layers * (max(compute, LAYER_SUBMIT_S) + HOST_SYNC_S + max(dma, expert))
+            dma = cost.copy_s(experts, gpu, cold * own)
+            return max(dma, compute + products, LAYER_SUBMIT_S)
+        touched = cost.distinct_experts(experts, num_tokens) * own / experts.count
+        dma = cost.copy_s(experts, gpu, cold * touched)
+        return max(compute, LAYER_SUBMIT_S) + HOST_SYNC_S + max(dma, products)

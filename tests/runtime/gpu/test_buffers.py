@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from krasis.formats.architecture import Architecture, RopeScaling
 from krasis.formats.errors import NativeError, OutOfDeviceMemoryError
+from krasis.formats.models.uniform import architecture_of
 from krasis.runtime.gpu.buffers import Buffers, Workspace
 from krasis.runtime.gpu.kernels.many_rows import SCRATCH_BYTES as LIBRARY_SCRATCH_BYTES
 from krasis.runtime.gpu.parallel import SingleRank
@@ -76,7 +77,7 @@ def test_it_allocates_what_the_planner_counts(kernel_device, num_tokens: int, nu
 def test_tables_of_real_shapes_fit_in_their_bound(kernel_device, name: str, num_tokens: int) -> None:
     from krasis.runtime.gpu.kernels.gpu_kernels import Routing
 
-    arch = shape(name)
+    arch = architecture_of(shape(name), "")
     tables = Routing.allocate(kernel_device, num_tokens, arch.num_experts_per_token, arch.num_experts)
     fields = (
         tables.sorted_slots,

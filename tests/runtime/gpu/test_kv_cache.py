@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from krasis.formats.errors import OutOfDeviceMemoryError
-from krasis.formats.models.uniform import spec_of
 from krasis.runtime.gpu.kernels.dtypes import numpy_dtype
 from krasis.runtime.gpu.kv_cache import GpuKvCache
 from krasis.runtime.planning.presets import shape
@@ -47,7 +46,7 @@ def test_what_is_written_is_read_layer_by_layer(kernel_device, dtype: torch.dtyp
 
 def test_it_takes_what_the_planner_counts(kernel_device) -> None:
     sizes = sizes_of_shape(shape("qwen3-30b-a3b"))
-    spec = spec_of(sizes.architecture)
+    spec = sizes.spec
     before = kernel_device.free_bytes()
     cache = GpuKvCache(kernel_device, kernel_device.stream("c"), spec, 64, torch.bfloat16)
     assert before - kernel_device.free_bytes() == sizes.kv_bytes(64, "bf16")

@@ -8,6 +8,7 @@ import pytest
 
 from krasis.runtime.planning import Figure, HardwareSpec, ModelSizes, describe_gpu, describe_host
 from krasis.runtime.planning.presets import shape
+from krasis.runtime.planning.sizes import ExpertSizes, LayerSizes
 
 GPU_EXPERT_BYTES = (
     9_732_096  # 3 * 4096 * 1536 / 2 nibbles + a 2-byte scale for each 128: already a multiple of 4096
@@ -20,12 +21,14 @@ MachineMaker = Callable[..., HardwareSpec]
 @pytest.fixture(scope="session")
 def qwen_235b() -> ModelSizes:
     """INT4 g128 on the GPU, Q8 tiles on the CPU."""
+    spec = shape("qwen3-235b-a22b")
+    experts = ExpertSizes(128, 8, 3 * 4096 * 1536, GPU_EXPERT_BYTES, CPU_EXPERT_BYTES)
+    dense_macs = 4096 * (9216 + 8192 + 128)
     return ModelSizes(
-        architecture=shape("qwen3-235b-a22b"),
-        dense_bytes=7_430_603_264,
+        spec=spec,
+        layers=(LayerSizes(spec.layers[0], 94, 72_421_888, dense_macs, experts),),
+        end_bytes=151_936 * (4096 + 4) + 2 * 4096,
         embedding_bytes=151_936 * 4096 * 2,
-        gpu_expert_bytes=GPU_EXPERT_BYTES,
-        cpu_expert_bytes=CPU_EXPERT_BYTES,
         gpu_layout="marlin-u4b8-g128-bf16",
         cpu_layout="cpu-q8-r32-b32",
         source="shape",

@@ -4,7 +4,6 @@ Tables are the runs of docs/measured/h100.json, and machines to either side of t
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from krasis.runtime.planning import (
 )
 from krasis.runtime.planning.cost import dense_layer_s, expert_products_s
 from krasis.runtime.planning.presets import shape
+from tests.support.planning import with_experts, with_layers
 
 GIB = 2**30
 MEASURED = json.loads((Path(__file__).parents[3] / "docs/measured/h100.json").read_text())
@@ -40,9 +40,9 @@ def plan_of(
 ) -> Plan:
     """Some layers of a model on one GPU, for a prompt that fills the context."""
     name, num_layers = MODELS[model]
-    sizes = sizes_of_shape(dataclasses.replace(shape(name), num_layers=num_layers))
+    sizes = sizes_of_shape(with_layers(shape(name), num_layers))
     if not has_cpu_experts:
-        sizes = dataclasses.replace(sizes, cpu_expert_bytes=0)
+        sizes = with_experts(sizes, cpu_bytes=0)
     gpu = describe_gpu(vram_bytes, **{**H100, **rates})
     cores = Figure(16, "given")
     host = describe_host([gpu], ram_bytes=Figure(ram, "given"), num_cores=cores, isa="avx512_vnni")
@@ -63,11 +63,11 @@ def test_what_a_larger_batch_wins_the_answer_would_lose(monkeypatch: pytest.Monk
     with one expert in fourteen on the CPU every token waits for it, in every layer.
     """
     plan = plan_of("30b", 16 * GIB)
-    assert (plan.batch_tokens, plan.prefill.num_passes, plan.prefill.path) == (3_290, 4, "gpu-resident")
+    assert (plan.batch_tokens, plan.prefill.num_passes, plan.prefill.path) == (3_290, 4, "resident")
     assert resident_share(plan) == 1
     monkeypatch.setattr(assumptions, "TYPICAL_ANSWER_TOKENS", 10)  # a prompt to be classified, not answered
     short = plan_of("30b", 16 * GIB)
-    assert (short.batch_tokens, short.prefill.num_passes, short.prefill.path) == (10_016, 1, "gpu-streamed")
+    assert (short.batch_tokens, short.prefill.num_passes, short.prefill.path) == (10_016, 1, "streamed")
     assert 0.9 < resident_share(short) < 1  # what the batch leaves still holds experts
     assert short.prefill.dma_s < short.prefill.total_s / 4
     lost_s = measured("30b", "16 GiB")["median_s"] - measured("30b", "all streamed")["median_s"]
@@ -78,7 +78,7 @@ def test_two_passes_over_resident_experts_beat_streaming() -> None:
     """235B in 16 GiB: a batch of 8,404 tokens is cut so little that all experts stay: 187 ms against 270."""
     assert measured("235b", "16 GiB")["median_s"] < measured("235b", "all streamed")["median_s"]
     plan = plan_of("235b", 16 * GIB)
-    assert (plan.batch_tokens, plan.prefill.num_passes, plan.prefill.path) == (8_404, 2, "gpu-resident")
+    assert (plan.batch_tokens, plan.prefill.num_passes, plan.prefill.path) == (8_404, 2, "resident")
     assert resident_share(plan) == 1
 
 
@@ -93,25 +93,25 @@ def test_two_passes_over_resident_experts_beat_streaming() -> None:
 )
 def test_all_experts_stay_where_the_batch_is_not_cut(model: str, vram_bytes: int, tokens: int) -> None:
     plan = plan_of(model, vram_bytes, tokens)
-    assert (plan.prefill.num_passes, plan.prefill.path, resident_share(plan)) == (1, "gpu-resident", 1)
+    assert (plan.prefill.num_passes, plan.prefill.path, resident_share(plan)) == (1, "resident", 1)
 
 
 @pytest.mark.parametrize("link_gbps", [0.5, 2.0])
 def test_a_slow_link_keeps_the_experts_where_they_are(link_gbps: float) -> None:
     plan = plan_of("30b", 16 * GIB, link_gbps=link_gbps)
-    assert (plan.prefill.path, resident_share(plan)) == ("gpu-resident", 1)
+    assert (plan.prefill.path, resident_share(plan)) == ("resident", 1)
 
 
 def test_experts_that_ram_cannot_hold_stay_in_vram() -> None:
     """Streamed ones, and the CPU's for decode, need 45 GB of RAM; resident ones none."""
     plan = plan_of("30b", 16 * GIB, ram=8 * GIB)
-    assert (plan.prefill.path, plan.host.expert_store) == ("gpu-resident", "none")
+    assert (plan.prefill.path, plan.host.expert_store) == ("resident", "none")
 
 
 def test_experts_that_the_cpu_lacks_stay_in_vram() -> None:
     """Decode would copy some for every token."""
     plan = plan_of("30b", 16 * GIB, has_cpu_experts=False)
-    assert (plan.prefill.path, resident_share(plan)) == ("gpu-resident", 1)
+    assert (plan.prefill.path, resident_share(plan)) == ("resident", 1)
 
 
 def test_expected_seconds_rank_the_measured_runs() -> None:
@@ -127,20 +127,23 @@ def test_expected_seconds_rank_the_measured_runs() -> None:
 
 def test_grouped_products_of_few_rows_are_slower() -> None:
     sizes, gpu = sizes_of_shape(shape("qwen3-30b-a3b")), describe_gpu(80 * GIB, **H100)
-    per_row = {rows: expert_products_s(sizes, gpu, rows * 16, 128) / rows for rows in (16, 64, 2048)}
+    experts = sizes.layers[0].experts
+    assert experts is not None
+    per_row = {rows: expert_products_s(experts, gpu, rows * 16, 128) / rows for rows in (16, 64, 2048)}
     assert per_row[64] / per_row[2048] == pytest.approx(344 / 244, rel=0.1)  # TFLOP/s of the record's table
     assert per_row[16] > 1.5 * per_row[64]
-    assert expert_products_s(sizes, gpu, 1000, 64) == expert_products_s(sizes, gpu, 1000, 128) / 2
+    assert expert_products_s(experts, gpu, 1000, 64) == expert_products_s(experts, gpu, 1000, 128) / 2
 
 
 def test_attention_after_a_prefix_is_half_as_fast() -> None:
     sizes, gpu = sizes_of_shape(shape("qwen3-30b-a3b")), describe_gpu(80 * GIB, **H100)
-    whole = dense_layer_s(sizes, gpu, 0, 10_000, 1)[1]
-    first, rest = (dense_layer_s(sizes, gpu, start, 5_000, 1)[1] for start in (0, 5_000))
+    kind = sizes.layers[0]
+    whole = dense_layer_s(sizes, kind, gpu, 0, 10_000, 1)[1]
+    first, rest = (dense_layer_s(sizes, kind, gpu, start, 5_000, 1)[1] for start in (0, 5_000))
     assert first == pytest.approx(whole / 4, rel=1e-3)
     assert rest == pytest.approx(3 * first * 0.8 / 0.39, rel=1e-3)
     # Two ranks halve the work, but their tokens lie after others'.
-    assert dense_layer_s(sizes, gpu, 0, 10_000, 2)[1] == pytest.approx(whole / 2 * 0.8 / 0.39, rel=1e-9)
+    assert dense_layer_s(sizes, kind, gpu, 0, 10_000, 2)[1] == pytest.approx(whole / 2 * 0.8 / 0.39, rel=1e-9)
     # 192 MiB of results are 24,576 tokens: the second of two pieces has a prefix
-    twice = dense_layer_s(sizes, gpu, 0, 30_000, 1)[1]
+    twice = dense_layer_s(sizes, kind, gpu, 0, 30_000, 1)[1]
     assert twice == pytest.approx(9 * whole * (1 / 4 + 3 / 4 * 0.8 / 0.39), rel=1e-3)

@@ -7,7 +7,8 @@ import dataclasses
 import pytest
 
 from krasis.runtime.planning import make_plan, make_workload
-from krasis.runtime.planning.cost import attention_macs, distinct_experts
+from krasis.runtime.planning.cost import distinct_experts
+from krasis.runtime.planning.mixing import mixer_macs
 
 FAST = {"tflops": 1e6}  # compute is free: what is left is the link
 
@@ -24,7 +25,7 @@ EXPERT_GB = 117.096579072
 
 @pytest.mark.parametrize(("num_gpus", "share", "about_s"), [(1, 1, 9.0), (2, 1 / 2, 4.5), (3, 43 / 128, 3.0)])
 def test_links_stream_all_experts_in_the_designs_seconds(qwen_235b, machine, num_gpus, share, about_s):
-    plan = make_plan(qwen_235b, machine(num_gpus), make_workload(qwen_235b.architecture))
+    plan = make_plan(qwen_235b, machine(num_gpus), make_workload(qwen_235b.spec))
     owned = 94 * plan.gpus[0].num_experts
     resident = plan.gpus[0].resident_experts / owned
     assert plan.prefill.dma_s == pytest.approx(EXPERT_GB * share * (1 - resident) / 13, rel=1e-6)
@@ -32,8 +33,8 @@ def test_links_stream_all_experts_in_the_designs_seconds(qwen_235b, machine, num
 
 
 def test_one_slow_gpu_is_bound_by_compute(qwen_235b, machine):
-    plan = make_plan(qwen_235b, machine(1), make_workload(qwen_235b.architecture))
-    assert plan.prefill.path == "gpu-streamed"
+    plan = make_plan(qwen_235b, machine(1), make_workload(qwen_235b.spec))
+    assert plan.prefill.path == "streamed"
     assert plan.prefill.expert_s == pytest.approx((EXPERT_FLOPS + PADDING_FLOPS) / 17e12, rel=1e-4)
     assert plan.prefill.dense_s == pytest.approx(DENSE_FLOPS / 34e12, rel=1e-9)
     assert plan.prefill.attention_s == pytest.approx(ATTENTION_FLOPS / 0.8 / 34e12, rel=1e-9)
@@ -45,13 +46,13 @@ def test_one_slow_gpu_is_bound_by_compute(qwen_235b, machine):
 
 
 def test_one_fast_gpu_is_bound_by_its_link(qwen_235b, machine):
-    plan = make_plan(qwen_235b, machine(1, **FAST), make_workload(qwen_235b.architecture))
+    plan = make_plan(qwen_235b, machine(1, **FAST), make_workload(qwen_235b.spec))
     assert plan.prefill.total_s == pytest.approx(plan.prefill.dma_s, rel=1e-9)
     assert plan.prefill.total_s == pytest.approx(8.78, rel=0.001)  # 9.007 without the 2.5 % that are resident
 
 
 def test_a_second_pass_streams_the_experts_again(qwen_235b, machine):
-    work = make_workload(qwen_235b.architecture, context=10_000)
+    work = make_workload(qwen_235b.spec, context=10_000)
     plan = make_plan(qwen_235b, machine(1, 21 * 2**29, **FAST), work)
     passes = plan.prefill.num_passes
     assert passes == 2  # 10.5 GiB leave 0.90 GB for activations, about 7,800 tokens of 114,790 bytes
@@ -61,7 +62,7 @@ def test_a_second_pass_streams_the_experts_again(qwen_235b, machine):
 
 def test_the_card_that_holds_everything_pays_compute_only(qwen_235b, machine):
     card = machine(1, 141 * 10**9, link=55.0, memory=4800.0, tflops=600.0)
-    plan = make_plan(qwen_235b, card, make_workload(qwen_235b.architecture))
+    plan = make_plan(qwen_235b, card, make_workload(qwen_235b.spec))
     compute = (EXPERT_FLOPS + PADDING_FLOPS) / 0.5 + DENSE_FLOPS + ATTENTION_FLOPS / 0.8
     assert plan.prefill.total_s == pytest.approx(compute / 600e12, rel=1e-4)
     # start-up: dense and experts through a 55 GB/s link
@@ -74,13 +75,13 @@ def test_the_card_that_holds_everything_pays_compute_only(qwen_235b, machine):
 
 
 def test_exchange_between_three_gpus(qwen_235b, machine):
-    plan = make_plan(qwen_235b, machine(3), make_workload(qwen_235b.architecture))
+    plan = make_plan(qwen_235b, machine(3), make_workload(qwen_235b.spec))
     # hidden states out and in, 10,000 x 4096 x 2 bytes, two thirds from other ranks, each layer, 13 GB/s
     assert plan.prefill.exchange_s == pytest.approx(94 * 2 * 81_920_000 * (2 / 3) / 13e9, rel=1e-9)
 
 
 def test_cpu_decode_reads_dense_experts_and_kv_from_ram(qwen_235b, machine):
-    plan = make_plan(qwen_235b, machine(0), make_workload(qwen_235b.architecture))
+    plan = make_plan(qwen_235b, machine(0), make_workload(qwen_235b.spec))
     assert plan.decode.cpu_experts_bytes == 752 * 20_054_016
     assert plan.decode.cpu_experts_bytes / 34 * 32 == 14_193_524_736  # the design's 14.2e9 weights
     reads = 7_430_603_264 + 752 * 20_054_016 + 192_512 * 10_000
@@ -88,7 +89,7 @@ def test_cpu_decode_reads_dense_experts_and_kv_from_ram(qwen_235b, machine):
 
 
 def test_hybrid_decode_splits_by_memory(qwen_235b, machine):
-    plan = make_plan(qwen_235b, machine(1), make_workload(qwen_235b.architecture))
+    plan = make_plan(qwen_235b, machine(1), make_workload(qwen_235b.spec))
     gpu = (7_430_603_264 + 192_512 * 10_000) / (0.8 * 224e9)
     cold = 1 - plan.gpus[0].resident_experts / 12_032
     cpu = cold * 752 * 20_054_016 / (0.8 * 140e9)
@@ -97,7 +98,7 @@ def test_hybrid_decode_splits_by_memory(qwen_235b, machine):
 
 def test_cpu_prefill_is_bound_by_multiply_adds(qwen_235b, machine):
     # 20 full passes of 512: a shorter last one would be bound by reading its experts
-    plan = make_plan(qwen_235b, machine(0), make_workload(qwen_235b.architecture, prompt_tokens=10_240))
+    plan = make_plan(qwen_235b, machine(0), make_workload(qwen_235b.spec, prompt_tokens=10_240))
     assert plan.prefill.path == "cpu"
     assert plan.prefill.num_passes == 20
     pairs = 10_240 * 10_241 / 2
@@ -106,9 +107,9 @@ def test_cpu_prefill_is_bound_by_multiply_adds(qwen_235b, machine):
 
 
 def test_a_short_prompt_prefers_the_cpu_over_streaming(qwen_235b, machine):
-    work = make_workload(qwen_235b.architecture, prompt_tokens=4)
+    work = make_workload(qwen_235b.spec, prompt_tokens=4)
     plan = make_plan(qwen_235b, machine(1), work)
-    assert plan.prefill.path == "cpu-experts"
+    assert plan.prefill.path == "cpu"
     # four tokens touch at most 32 of 128 experts a layer, from RAM: 60.3 GB at 140 GB/s
     assert plan.prefill.expert_s < 94 * 32 * 20_054_016 / 140e9
     assert plan.prefill.total_s < 0.5
@@ -116,32 +117,30 @@ def test_a_short_prompt_prefers_the_cpu_over_streaming(qwen_235b, machine):
 
 def test_a_short_prompt_streams_only_the_experts_it_touches(qwen_235b, machine):
     slow_cpu = machine(1, ram_gbps=1.0, gmacs=1.0)
-    plan = make_plan(
-        qwen_235b, slow_cpu, make_workload(qwen_235b.architecture, prompt_tokens=1, context=12_048)
-    )
-    assert plan.prefill.path == "gpu-streamed"
+    plan = make_plan(qwen_235b, slow_cpu, make_workload(qwen_235b.spec, prompt_tokens=1, context=12_048))
+    assert plan.prefill.path == "streamed"
     assert plan.prefill.dma_s == pytest.approx(9.007 * 8 / 128, rel=0.15)  # less the resident ones
 
 
 def test_distinct_experts(qwen_235b):
-    arch = qwen_235b.architecture
-    assert distinct_experts(arch, 1) == pytest.approx(8)
-    assert distinct_experts(arch, 2) == pytest.approx(8 + 8 * (120 / 128))
-    assert distinct_experts(arch, 10_000) == pytest.approx(128)
-    dense = dataclasses.replace(arch, num_experts=8)
+    experts = qwen_235b.layers[0].experts
+    assert distinct_experts(experts, 1) == pytest.approx(8)
+    assert distinct_experts(experts, 2) == pytest.approx(8 + 8 * (120 / 128))
+    assert distinct_experts(experts, 10_000) == pytest.approx(128)
+    dense = dataclasses.replace(experts, count=8)
     assert distinct_experts(dense, 1) == 8
 
 
 def test_attention_in_pieces_is_attention_at_once(qwen_235b):
-    arch = qwen_235b.architecture
-    assert attention_macs(arch, 0, 1) == 2 * 8192
-    assert attention_macs(arch, 0, 300) + attention_macs(arch, 300, 700) == attention_macs(arch, 0, 1000)
+    mixer = qwen_235b.spec.layers[0].mixer
+    assert mixer_macs(mixer, 0, 1) == 2 * 8192
+    assert mixer_macs(mixer, 0, 300) + mixer_macs(mixer, 300, 700) == mixer_macs(mixer, 0, 1000)
 
 
 def test_small_groups_hide_little_dma_under_attention(qwen_235b, machine):
     """With 16 groups two buffers are an eighth of a layer: the rest of the DMA waits for attention."""
     slow_link = machine(1, 21 * 2**29, link=6.5)
-    plan = make_plan(qwen_235b, slow_link, make_workload(qwen_235b.architecture, context=10_000))
+    plan = make_plan(qwen_235b, slow_link, make_workload(qwen_235b.spec, context=10_000))
     assert plan.gpus[0].num_groups == 16
     # every pass: dense and attention exceed 24 ms a layer, an eighth of 191 ms of DMA; matmuls are shorter
     expected = plan.prefill.dense_s + plan.prefill.attention_s + plan.prefill.dma_s * 7 / 8

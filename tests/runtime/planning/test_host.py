@@ -9,6 +9,7 @@ import pytest
 from krasis.formats.errors import ResourceError
 from krasis.runtime.planning import make_plan, make_workload
 from krasis.runtime.planning.report import plan_to_text
+from tests.support.planning import with_experts
 
 GB = 10**9
 ARENA = 117_096_579_072
@@ -16,10 +17,10 @@ CPU_TIER = 241_289_920_512
 
 
 def test_an_arena_that_does_not_fit_becomes_a_ring(qwen_235b, machine):
-    work = make_workload(qwen_235b.architecture)
+    work = make_workload(qwen_235b.spec)
     plan = make_plan(qwen_235b, machine(1, ram_bytes=300 * GB), work)
     host = plan.host
-    assert host.expert_store == "mapped-with-ring"
+    assert host.expert_store == "ring"
     assert host.pinned_bytes == 2 * 128 * 9_732_096
     assert "117.1 GB" in host.reason
     # what CPU experts, 1.24 GB of embedding, reserve and ring leave caches a part of the 117 GB
@@ -32,16 +33,16 @@ def test_an_arena_that_does_not_fit_becomes_a_ring(qwen_235b, machine):
 
 
 def test_an_arena_that_just_fits_is_pinned(qwen_235b, machine):
-    work = make_workload(qwen_235b.architecture)
+    work = make_workload(qwen_235b.spec)
     roomy = make_plan(qwen_235b, machine(1), work).host
     exact = roomy.ram_bytes - roomy.spare_bytes
-    assert make_plan(qwen_235b, machine(1, ram_bytes=exact), work).host.expert_store == "pinned-arena"
-    assert make_plan(qwen_235b, machine(1, ram_bytes=exact - 1), work).host.expert_store == "mapped-with-ring"
+    assert make_plan(qwen_235b, machine(1, ram_bytes=exact), work).host.expert_store == "arena"
+    assert make_plan(qwen_235b, machine(1, ram_bytes=exact - 1), work).host.expert_store == "ring"
 
 
 def test_cpu_experts_beyond_the_ram_are_refused_with_the_numbers(qwen_235b, machine):
     with pytest.raises(ResourceError) as caught:
-        make_plan(qwen_235b, machine(0, ram_bytes=128 * GB), make_workload(qwen_235b.architecture))
+        make_plan(qwen_235b, machine(0, ram_bytes=128 * GB), make_workload(qwen_235b.spec))
     message = str(caught.value)
     # 241.3 experts + 8.68 dense and embedding + 2.32 KV + 0.18 workspace + 2 reserve
     assert "needs 254.5 GB" in message
@@ -50,14 +51,14 @@ def test_cpu_experts_beyond_the_ram_are_refused_with_the_numbers(qwen_235b, mach
 
 
 def test_the_hint_does_not_advise_what_was_done_already(qwen_235b, machine):
-    int4 = dataclasses.replace(qwen_235b, cpu_layout="cpu-i4-r32-b32", cpu_expert_bytes=10_616_832)
+    int4 = dataclasses.replace(with_experts(qwen_235b, cpu_bytes=10_616_832), cpu_layout="cpu-i4-r32-b32")
     with pytest.raises(ResourceError) as caught:
-        make_plan(int4, machine(0, ram_bytes=64 * GB), make_workload(int4.architecture))
+        make_plan(int4, machine(0, ram_bytes=64 * GB), make_workload(int4.spec))
     assert "INT4" not in str(caught.value)
 
 
 def test_without_gpu_the_dense_weights_and_the_kv_cache_are_in_ram(qwen_235b, machine):
-    host = make_plan(qwen_235b, machine(0), make_workload(qwen_235b.architecture)).host
+    host = make_plan(qwen_235b, machine(0), make_workload(qwen_235b.spec)).host
     assert host.expert_store == "none"
     assert host.dense_bytes == 7_430_603_264 + 1_244_659_712
     assert host.kv_bytes == 192_512 * 12_048
@@ -65,7 +66,7 @@ def test_without_gpu_the_dense_weights_and_the_kv_cache_are_in_ram(qwen_235b, ma
 
 def test_where_mapped_files_can_be_pinned_nothing_is_copied(qwen_235b, machine):
     here = dataclasses.replace(machine(1), pins_files=True)
-    work = make_workload(qwen_235b.architecture)
+    work = make_workload(qwen_235b.spec)
     plan, copied = make_plan(qwen_235b, here, work), make_plan(qwen_235b, machine(1), work)
     assert plan.host.expert_store == "in-place"
     assert plan.host.pinned_bytes == ARENA
@@ -74,13 +75,13 @@ def test_where_mapped_files_can_be_pinned_nothing_is_copied(qwen_235b, machine):
     assert copied.start_up.warm_s - plan.start_up.warm_s == pytest.approx(2 * ARENA / 140e9, rel=1e-6)
     assert "page cache pinned in place" in plan_to_text(plan)
     short = dataclasses.replace(machine(1, ram_bytes=300 * GB), pins_files=True)
-    assert make_plan(qwen_235b, short, work).host.expert_store == "mapped-with-ring"
+    assert make_plan(qwen_235b, short, work).host.expert_store == "ring"
 
 
 def test_without_cpu_experts_decode_streams_what_it_needs(qwen_235b, machine):
     """8 of 128 experts a layer over each of two links of 13 GB/s, less what lies in VRAM."""
-    half = dataclasses.replace(qwen_235b, cpu_expert_bytes=0)
-    plan = make_plan(half, machine(2), make_workload(half.architecture))
+    half = with_experts(qwen_235b, cpu_bytes=0)
+    plan = make_plan(half, machine(2), make_workload(half.spec))
     assert plan.host.cpu_experts_bytes == 0
     resident = plan.gpus[0].resident_experts / (94 * 64)
     expected = 94 * 4 * (1 - resident) * 9_732_096 / 13e9
@@ -89,8 +90,8 @@ def test_without_cpu_experts_decode_streams_what_it_needs(qwen_235b, machine):
     assert "expert DMA" in plan_to_text(plan).split("decode")[1]
 
 
-@pytest.mark.parametrize(("tier", "num_gpus"), [("gpu_expert_bytes", 1), ("cpu_expert_bytes", 0)])
+@pytest.mark.parametrize(("tier", "num_gpus"), [("gpu_bytes", 1), ("cpu_bytes", 0)])
 def test_a_missing_tier_is_refused(qwen_235b, machine, tier: str, num_gpus: int):
-    half = dataclasses.replace(qwen_235b, **{tier: 0})
+    half = with_experts(qwen_235b, **{tier: 0})
     with pytest.raises(ResourceError, match="this bundle has no"):
-        make_plan(half, machine(num_gpus), make_workload(half.architecture))
+        make_plan(half, machine(num_gpus), make_workload(half.spec))

@@ -15,7 +15,7 @@ ALL_EXPERTS = 94 * 128
 
 
 def workload_of(sizes: ModelSizes, **options: object):
-    return make_workload(sizes.architecture, **options)  # type: ignore[arg-type]
+    return make_workload(sizes.spec, **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_16_gib_cards_take_a_layer_in_one_group_and_the_prompt_in_one_pass(
         # 17.18 GB - 7.43 - 2.32 - 0.8 reserve - workspace - buffers is filled with whole experts
         assert gpu.spare_bytes < EXPERT
         assert gpu.resident_experts > 0
-    assert plan.host.expert_store == "pinned-arena"
+    assert plan.host.expert_store == "arena"
     assert plan.host.pinned_bytes == ALL_EXPERTS * EXPERT
     assert plan.host.cpu_experts_bytes == ALL_EXPERTS * 20_054_016
 
@@ -75,7 +75,7 @@ def test_a_141_gb_card_holds_every_expert(qwen_235b, machine):
     (gpu,) = plan.gpus
     assert (gpu.num_groups, gpu.group_experts, gpu.buffer_bytes) == (0, 0, 0)
     assert gpu.resident_experts == ALL_EXPERTS
-    assert plan.prefill.path == "gpu-resident"
+    assert plan.prefill.path == "resident"
     assert plan.prefill.dma_s == 0
     assert (plan.host.expert_store, plan.host.pinned_bytes, plan.host.cpu_experts_bytes) == ("none", 0, 0)
 

@@ -8,6 +8,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from krasis.formats.errors import ResourceError
+from krasis.formats.models.mixers import Attention
+from krasis.formats.models.mlps import Experts, Router
+from krasis.formats.models.rope import Rope
+from krasis.formats.models.spec import Layer, ModelSpec, Norm
 from krasis.runtime.planning import (
     Figure,
     HardwareSpec,
@@ -19,7 +23,7 @@ from krasis.runtime.planning import (
     make_plan,
 )
 from krasis.runtime.planning.planner import least_vram_bytes
-from krasis.runtime.planning.presets import shape
+from tests.support.planning import uniform_sizes
 
 EXAMPLES = settings(max_examples=80, deadline=None, derandomize=True)
 
@@ -28,29 +32,31 @@ EXAMPLES = settings(max_examples=80, deadline=None, derandomize=True)
 def models(draw: st.DrawFn) -> ModelSizes:
     hidden, intermediate = 64 * draw(st.integers(1, 64)), 64 * draw(st.integers(1, 24))
     num_experts = draw(st.integers(1, 160))
-    arch = dataclasses.replace(
-        shape("qwen3-30b-a3b"),
+    spec = model(
         num_layers=draw(st.integers(1, 96)),
-        hidden_size=hidden,
-        num_heads=4 * draw(st.integers(1, 16)),
-        head_dim=64,
+        hidden=hidden,
+        heads=4 * draw(st.integers(1, 16)),
         num_experts=num_experts,
-        num_experts_per_token=draw(st.integers(1, min(16, num_experts))),
-        expert_intermediate_size=intermediate,
-        vocab_size=4096,
-        max_positions=65536,
+        top_k=draw(st.integers(1, min(16, num_experts))),
+        intermediate=intermediate,
     )
     weights = 3 * hidden * intermediate
-    return ModelSizes(
-        architecture=arch,
+    return uniform_sizes(
+        spec,
         dense_bytes=draw(st.integers(10**6, 10**9)),
         embedding_bytes=2 * 4096 * hidden,
         gpu_expert_bytes=-(-weights * 33 // 64 // 4096) * 4096,
         cpu_expert_bytes=-(-weights * 17 // 16 // 4096) * 4096,
-        gpu_layout="marlin-u4b8-g128-bf16",
-        cpu_layout="cpu-q8-r32-b32",
-        source="shape",
     )
+
+
+def model(
+    *, num_layers: int, hidden: int, heads: int, num_experts: int, top_k: int, intermediate: int
+) -> ModelSpec:
+    """Equal layers with experts, like Qwen3's."""
+    mixer = Attention(heads, 4, 64, Rope(64, 1e6), 0.125, qk_norm="head")
+    layer = Layer(mixer, Experts(num_experts, intermediate, Router(top_k)))
+    return ModelSpec("qwen3_moe", hidden, 4096, 65536, Norm(1e-6), (layer,) * num_layers)
 
 
 workloads = st.builds(
@@ -74,7 +80,7 @@ def plan_or_none(sizes: ModelSizes, machine: HardwareSpec, work: Workload) -> Pl
 @EXAMPLES
 @given(models(), workloads, st.integers(1, 4), st.integers(2**20, 2**36), st.integers(0, 2**34))
 def test_more_vram_never_gives_more_groups_or_a_refusal(sizes, work, num_gpus, beyond, more):
-    assume(num_gpus <= sizes.architecture.num_experts)
+    assume(num_gpus <= sizes.most_experts)
     vram = least_vram_bytes(sizes, work) - 2**20 + beyond
     small = plan_or_none(sizes, hardware(num_gpus, vram, 13.0), work)
     large = plan_or_none(sizes, hardware(num_gpus, vram + more, 13.0), work)
@@ -90,7 +96,7 @@ def test_more_vram_never_gives_more_groups_or_a_refusal(sizes, work, num_gpus, b
 @EXAMPLES
 @given(models(), workloads, st.integers(1, 4), st.integers(2**20, 2**36), rates, rates, rates)
 def test_more_link_speed_never_gives_a_longer_prefill(sizes, work, num_gpus, beyond, link, more, tflops):
-    assume(num_gpus <= sizes.architecture.num_experts)
+    assume(num_gpus <= sizes.most_experts)
     vram = least_vram_bytes(sizes, work) + beyond
     slow = make_plan(sizes, hardware(num_gpus, vram, link, tflops=tflops), work)
     fast = make_plan(sizes, hardware(num_gpus, vram, link + more, tflops=tflops), work)
@@ -105,7 +111,7 @@ def test_more_link_speed_never_gives_a_longer_prefill(sizes, work, num_gpus, bey
     models(), workloads, st.integers(0, 4), st.integers(2**20, 2**36), st.integers(2**20, 2**40), st.data()
 )
 def test_the_plan_never_exceeds_the_hardware(sizes, work, num_gpus, beyond, ram, data):
-    assume(num_gpus <= sizes.architecture.num_experts)
+    assume(num_gpus <= sizes.most_experts)
     vram = least_vram_bytes(sizes, work) + beyond
     if data.draw(st.booleans()):
         ram += sizes.cpu_experts_bytes
@@ -133,7 +139,7 @@ def test_the_plan_never_exceeds_the_hardware(sizes, work, num_gpus, beyond, ram,
     ]
     assert min(parts) >= 0
     assert sum(parts) == plan.host.ram_bytes
-    if plan.host.expert_store == "mapped-with-ring":
+    if plan.host.expert_store == "ring":
         assert plan.host.page_cache_bytes + plan.host.from_disk_bytes <= sizes.gpu_experts_bytes
     assert 1 <= plan.batch_tokens <= work.prompt_tokens
     assert plan.prefill.total_s > 0
@@ -143,29 +149,24 @@ def test_the_plan_never_exceeds_the_hardware(sizes, work, num_gpus, beyond, ram,
 @EXAMPLES
 @given(models(), workloads, st.integers(1, 4), st.integers(2**20, 2**36))
 def test_every_expert_belongs_to_one_rank(sizes, work, num_gpus, beyond):
-    assume(num_gpus <= sizes.architecture.num_experts)
+    assume(num_gpus <= sizes.most_experts)
     plan = make_plan(sizes, hardware(num_gpus, least_vram_bytes(sizes, work) + beyond, 13.0), work)
     owned = [
         expert for gpu in plan.gpus for expert in range(gpu.first_expert, gpu.first_expert + gpu.num_experts)
     ]
-    assert owned == list(range(sizes.architecture.num_experts))
+    assert owned == list(range(sizes.most_experts))
 
 
 def test_groups_do_not_jump_with_the_batch():
     """Experts smaller than a token's activations: what one more token leaves must not change groups."""
-    arch = dataclasses.replace(
-        shape("qwen3-30b-a3b"),
-        num_layers=2,
-        hidden_size=64,
-        num_heads=64,
-        head_dim=64,
-        num_experts=160,
-        num_experts_per_token=1,
-        expert_intermediate_size=64,
-        vocab_size=4096,
-        max_positions=65536,
+    spec = model(num_layers=2, hidden=64, heads=64, num_experts=160, top_k=1, intermediate=64)
+    sizes = uniform_sizes(
+        spec,
+        dense_bytes=10**6,
+        embedding_bytes=2 * 4096 * 64,
+        gpu_expert_bytes=4096,
+        cpu_expert_bytes=16384,
     )
-    sizes = ModelSizes(arch, 10**6, 2 * 4096 * 64, 4096, 16384, "marlin", "cpu-q8", "shape")
     work = Workload(20_000, 20_000)
     least = least_vram_bytes(sizes, work)
     groups = [

@@ -25,9 +25,10 @@ def test_qwen3_30b_has_the_published_parameter_counts():
 
 
 def test_a_tied_head_is_counted_once():
-    arch = shape("qwen3-30b-a3b")
-    tied = count_parameters(dataclasses.replace(arch, tie_word_embeddings=True))
-    assert count_parameters(arch).total - tied.total == 151_936 * 2048
+    spec = shape("qwen3-30b-a3b")
+    tied = count_parameters(dataclasses.replace(spec, tied=True))
+    assert count_parameters(spec).total - tied.total == 151_936 * 2048
+    assert count_parameters(spec).active - tied.active == 151_936 * 2048
 
 
 def test_experts_of_qwen3_235b_weigh_what_the_design_says(qwen_235b: ModelSizes):

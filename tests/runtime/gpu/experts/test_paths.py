@@ -68,7 +68,7 @@ def test_the_choice_is_told_with_its_seconds() -> None:
 def test_a_long_prompt_takes_as_long_as_the_planner_says() -> None:
     paths = model()
     plan = make_plan(paths.sizes, paths.hardware, Workload(10_240, 10_000))
-    assert (plan.prefill.path, plan.prefill.num_passes) == ("gpu-streamed", 1)
+    assert (plan.prefill.path, plan.prefill.num_passes) == ("streamed", 1)
     resident = plan.gpus[0].resident_experts
     # The planner also sees the copies that have nothing to run under.
     assert paths.seconds("streamed", 10_000, 0, resident) == pytest.approx(plan.prefill.total_s, rel=0.02)
