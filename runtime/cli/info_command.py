@@ -298,8 +298,9 @@ def _add_plan(
 ) -> None:
     from krasis.formats.units import parse_bytes, parse_gpus
     from krasis.runtime.planning.planner import make_plan, make_workload
+    from krasis.runtime.planning.probes import HardwareFlags, hardware_from_flags
     from krasis.runtime.planning.report import plan_to_json, plan_to_text
-    from krasis.runtime.this_machine import HardwareFlags, hardware_from_flags
+    from krasis.runtime.this_machine import ThisMachine
 
     flags = HardwareFlags(
         gpu_vram_bytes=parse_gpus(request.gpus) if request.gpus is not None else None,
@@ -318,7 +319,7 @@ def _add_plan(
         prompt_tokens=request.prompt_tokens,
         kv_dtype=request.kv_dtype,
     )
-    hardware, notes = hardware_from_flags(flags, shard)
+    hardware, notes = hardware_from_flags(flags, ThisMachine(shard))
     plan = make_plan(sizes, hardware, workload)
     record["plan"] = plan_to_json(plan, notes)
     texts.append(plan_to_text(plan, notes))

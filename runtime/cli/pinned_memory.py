@@ -9,7 +9,7 @@ from krasis.formats.errors import KrasisError
 from krasis.runtime.host.environment import Environment
 
 if TYPE_CHECKING:
-    from krasis.runtime.planning.measure_gpu import GpuRates
+    from krasis.runtime.host.measure_gpu import GpuRates
 
 SURVEY_BYTES = 64 * 2**20
 _TITLE = "Pinned host memory"
@@ -23,9 +23,9 @@ def pinned_memory_report(found: Environment) -> tuple[dict[str, Any], str]:
     import torch
 
     from krasis.formats.units import format_bytes
+    from krasis.runtime.host.measure_gpu import measure_gpu
     from krasis.runtime.host_memory.survey import survey_to_text, survey_with
     from krasis.runtime.host_memory.this_driver import driver_registrar
-    from krasis.runtime.planning.measure_gpu import measure_gpu
 
     try:
         trials = survey_with(driver_registrar(0), torch.device("cuda", 0), num_bytes=SURVEY_BYTES)

@@ -15,8 +15,8 @@ from krasis.runtime.context_size import LEAST_TOKENS, tokens_in_vram
 from krasis.runtime.device.api import Device
 from krasis.runtime.gpu.parallel import Parallel
 from krasis.runtime.host import environment
+from krasis.runtime.host.measure_gpu import measured_spec
 from krasis.runtime.planning.hardware import Figure, GpuSpec, HardwareSpec, describe_gpu, describe_host
-from krasis.runtime.planning.measure_gpu import measured_spec
 from krasis.runtime.planning.planner import make_plan
 from krasis.runtime.planning.sizes import ModelSizes, sizes_of_bundle
 from krasis.runtime.planning.types import GpuPlacement, Workload

@@ -61,7 +61,7 @@ def synchronize(context: Context) -> Callable[[], object]:
 def host_read_gbps() -> float:
     """All cores reading memory; 0 if it cannot be measured here."""
     from krasis.runtime.host import environment
-    from krasis.runtime.this_machine import measure_read_bandwidth
+    from krasis.runtime.host.read_bandwidth import measure_read_bandwidth
 
     notes: list[str] = []
     cpu, memory = environment.probe_cpu(), environment.probe_memory()

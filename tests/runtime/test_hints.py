@@ -28,7 +28,7 @@ OWN_COMMAND = {
     "runtime/cli/importance_command.py": "importance_command",
     "runtime/planning/planner.py": "krasis-info",  # make_workload, which krasis-info alone calls
     "runtime/planning/presets.py": "krasis-info",
-    "runtime/this_machine.py": "krasis-info",
+    "runtime/planning/probes.py": "krasis-info",
     "convert": "krasis-convert",
     "formats": "krasis-convert",
     "runtime": "krasis-run",

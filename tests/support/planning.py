@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from krasis.formats.models.spec import ModelSpec
+from krasis.formats.models.mixers import Attention
+from krasis.formats.models.mlps import Experts, GatedMlp, Router
+from krasis.formats.models.rope import Rope
+from krasis.formats.models.spec import Layer, Mixer, ModelSpec, Norm
 from krasis.runtime.planning import ModelSizes, sizes_of_shape
 from krasis.runtime.planning.sizes import ExpertSizes
 
@@ -46,3 +49,14 @@ def with_experts(sizes: ModelSizes, **changes: object) -> ModelSizes:
 def with_layers(spec: ModelSpec, num_layers: int) -> ModelSpec:
     """The model with so many of its first layer."""
     return dataclasses.replace(spec, layers=spec.layers[:1] * num_layers)
+
+
+MIXER = Attention(8, 2, 64, Rope(64, 1e6), 0.125)
+WIDE, NARROW = Experts(32, 512, Router(4)), Experts(12, 256, Router(2), shared=GatedMlp(768))
+
+
+def mixed_spec(*mixers: Mixer) -> ModelSpec:
+    """Two layers of 32 experts, three of 12 smaller ones, one dense; and further mixers with a dense MLP."""
+    layers = [Layer(MIXER, WIDE)] * 2 + [Layer(MIXER, NARROW)] * 3 + [Layer(MIXER, GatedMlp(1024))]
+    layers += [Layer(mixer, GatedMlp(1024)) for mixer in mixers]
+    return ModelSpec("mixed", 512, 4096, 65_536, Norm(1e-6), tuple(layers))

@@ -7,16 +7,19 @@ import pytest
 import torch
 
 from krasis.formats.errors import OutOfDeviceMemoryError
+from krasis.formats.models.spec import ModelSpec
 from krasis.runtime.gpu.kernels.dtypes import numpy_dtype
 from krasis.runtime.gpu.kv_cache import GpuKvCache
 from krasis.runtime.planning.presets import shape
 from krasis.runtime.planning.sizes import sizes_of_shape
 
 
-def small(arch, num_layers: int = 3):
+def small(spec: ModelSpec, num_layers: int = 3):
     from dataclasses import replace
 
-    return spec_of(replace(arch, num_layers=num_layers, num_kv_heads=2, head_dim=16))
+    layer = spec.layers[0]
+    mixer = replace(layer.mixer, kv_heads=2, head_dim=16, rope=replace(layer.mixer.rope, dims=16))
+    return replace(spec, layers=(replace(layer, mixer=mixer),) * num_layers)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

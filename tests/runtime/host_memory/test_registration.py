@@ -19,7 +19,7 @@ import torch
 from krasis.formats.errors import ResourceError
 from krasis.runtime.cli import pinned_memory
 from krasis.runtime.cli.pinned_memory import pinned_memory_report
-from krasis.runtime.host import environment
+from krasis.runtime.host import environment, measure_gpu
 from krasis.runtime.host_memory import survey, survey_to_text, this_driver
 from krasis.runtime.host_memory.memory import anonymous, tensor_of
 from krasis.runtime.host_memory.registrar import (
@@ -29,7 +29,6 @@ from krasis.runtime.host_memory.registrar import (
     registrar_of,
 )
 from krasis.runtime.host_memory.survey import survey_with
-from krasis.runtime.planning import measure_gpu
 
 PAGE = 4096
 # The package's attribute of that name is the function.

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from krasis.formats.errors import ResourceError
 from krasis.formats.models.mixers import Attention
-from krasis.formats.models.mlps import Experts, Router
+from krasis.formats.models.mlps import Experts, GatedMlp, Router
 from krasis.formats.models.rope import Rope
 from krasis.formats.models.spec import Layer, ModelSpec, Norm
 from krasis.runtime.planning import (
@@ -23,6 +23,7 @@ from krasis.runtime.planning import (
     make_plan,
 )
 from krasis.runtime.planning.planner import least_vram_bytes
+from krasis.runtime.planning.sizes import LayerSizes
 from tests.support.planning import uniform_sizes
 
 EXAMPLES = settings(max_examples=80, deadline=None, derandomize=True)
@@ -59,6 +60,34 @@ def model(
     return ModelSpec("qwen3_moe", hidden, 4096, 65536, Norm(1e-6), (layer,) * num_layers)
 
 
+@st.composite
+def mixed_models(draw: st.DrawFn) -> ModelSizes:
+    """The same with dense layers, and layers of fewer and smaller experts beside a shared one."""
+    base = draw(models())
+    (kind,) = base.layers
+    experts = kind.experts
+    assert experts is not None
+    fewer = draw(st.integers(1, experts.count))
+    small = dataclasses.replace(
+        experts,
+        count=fewer,
+        top_k=min(experts.top_k, fewer),
+        gpu_bytes=4096 * draw(st.integers(1, experts.gpu_bytes // 4096)),
+    )
+    mlp = Experts(fewer, 64, Router(small.top_k), shared=GatedMlp(64 * draw(st.integers(1, 64))))
+    dense = GatedMlp(64 * draw(st.integers(1, 256)))
+    numbers = draw(st.tuples(st.integers(0, 4), st.integers(0, 4)))
+    others = [
+        LayerSizes(Layer(kind.layer.mixer, kind_mlp), count, kind.dense_bytes, kind.dense_macs, sizes)
+        for count, kind_mlp, sizes in zip(numbers, (dense, mlp), (None, small), strict=True)
+        if count
+    ]
+    layers = (kind, *others)
+    spec = dataclasses.replace(base.spec, layers=tuple(one.layer for one in layers for _ in range(one.count)))
+    return dataclasses.replace(base, spec=spec, layers=layers)
+
+
+any_models = st.one_of(models(), mixed_models())
 workloads = st.builds(
     lambda prompt, more: Workload(prompt + more, prompt), st.integers(1, 20_000), st.integers(0, 4096)
 )
@@ -70,6 +99,10 @@ def hardware(num_gpus: int, vram: int, link: float, ram: int = 2**42, tflops: fl
     return describe_host([gpu] * num_gpus, ram_bytes=Figure(ram, "given"), num_cores=Figure(8, "given"))
 
 
+def fewest_experts(sizes: ModelSizes) -> int:
+    return min(experts.count for _, experts in sizes.expert_layers)
+
+
 def plan_or_none(sizes: ModelSizes, machine: HardwareSpec, work: Workload) -> Plan | None:
     try:
         return make_plan(sizes, machine, work)
@@ -78,9 +111,9 @@ def plan_or_none(sizes: ModelSizes, machine: HardwareSpec, work: Workload) -> Pl
 
 
 @EXAMPLES
-@given(models(), workloads, st.integers(1, 4), st.integers(2**20, 2**36), st.integers(0, 2**34))
+@given(any_models, workloads, st.integers(1, 4), st.integers(2**20, 2**36), st.integers(0, 2**34))
 def test_more_vram_never_gives_more_groups_or_a_refusal(sizes, work, num_gpus, beyond, more):
-    assume(num_gpus <= sizes.most_experts)
+    assume(num_gpus <= fewest_experts(sizes))
     vram = least_vram_bytes(sizes, work) - 2**20 + beyond
     small = plan_or_none(sizes, hardware(num_gpus, vram, 13.0), work)
     large = plan_or_none(sizes, hardware(num_gpus, vram + more, 13.0), work)
@@ -94,9 +127,9 @@ def test_more_vram_never_gives_more_groups_or_a_refusal(sizes, work, num_gpus, b
 
 
 @EXAMPLES
-@given(models(), workloads, st.integers(1, 4), st.integers(2**20, 2**36), rates, rates, rates)
+@given(any_models, workloads, st.integers(1, 4), st.integers(2**20, 2**36), rates, rates, rates)
 def test_more_link_speed_never_gives_a_longer_prefill(sizes, work, num_gpus, beyond, link, more, tflops):
-    assume(num_gpus <= sizes.most_experts)
+    assume(num_gpus <= fewest_experts(sizes))
     vram = least_vram_bytes(sizes, work) + beyond
     slow = make_plan(sizes, hardware(num_gpus, vram, link, tflops=tflops), work)
     fast = make_plan(sizes, hardware(num_gpus, vram, link + more, tflops=tflops), work)
@@ -108,10 +141,10 @@ def test_more_link_speed_never_gives_a_longer_prefill(sizes, work, num_gpus, bey
 
 @EXAMPLES
 @given(
-    models(), workloads, st.integers(0, 4), st.integers(2**20, 2**36), st.integers(2**20, 2**40), st.data()
+    any_models, workloads, st.integers(0, 4), st.integers(2**20, 2**36), st.integers(2**20, 2**40), st.data()
 )
 def test_the_plan_never_exceeds_the_hardware(sizes, work, num_gpus, beyond, ram, data):
-    assume(num_gpus <= sizes.most_experts)
+    assume(num_gpus <= fewest_experts(sizes))
     vram = least_vram_bytes(sizes, work) + beyond
     if data.draw(st.booleans()):
         ram += sizes.cpu_experts_bytes
@@ -147,9 +180,9 @@ def test_the_plan_never_exceeds_the_hardware(sizes, work, num_gpus, beyond, ram,
 
 
 @EXAMPLES
-@given(models(), workloads, st.integers(1, 4), st.integers(2**20, 2**36))
+@given(any_models, workloads, st.integers(1, 4), st.integers(2**20, 2**36))
 def test_every_expert_belongs_to_one_rank(sizes, work, num_gpus, beyond):
-    assume(num_gpus <= sizes.most_experts)
+    assume(num_gpus <= fewest_experts(sizes))
     plan = make_plan(sizes, hardware(num_gpus, least_vram_bytes(sizes, work) + beyond, 13.0), work)
     owned = [
         expert for gpu in plan.gpus for expert in range(gpu.first_expert, gpu.first_expert + gpu.num_experts)
