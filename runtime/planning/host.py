@@ -56,7 +56,7 @@ def place_on_host(
     dense = sizes.embedding_bytes + (0 if gpus else sizes.dense_bytes)
     kv_bytes = 0 if gpus else sizes.kv_bytes(workload.context, workload.kv_dtype)
     cpu_experts = 0 if all_resident else sizes.cpu_experts_bytes
-    workspace = cpu_workspace_bytes(sizes.spec, 1 if gpus else batch_tokens)
+    workspace = cpu_workspace_bytes(sizes.largest, 1 if gpus else batch_tokens)
     # With GPUs decode can stream what it needs, slowly.
     if not gpus and cpu_experts == 0:
         raise ResourceError("this bundle has no CPU experts", hint="convert it with a CPU tier")

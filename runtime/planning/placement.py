@@ -153,7 +153,7 @@ def _buffer_bytes(sizes: ModelSizes, group_experts: int) -> int:
 
 
 def _fits_resident(sizes: ModelSizes, rank: _Rank, batch: int, num_ranks: int) -> bool:
-    workspace = gpu_workspace_bytes(sizes.spec, batch, num_ranks)
+    workspace = gpu_workspace_bytes(sizes.largest, batch, num_ranks)
     return rank.all_experts_bytes + workspace <= rank.free_bytes
 
 
@@ -171,17 +171,17 @@ def _batch_within(model: AnyModel, room_bytes: int, most_tokens: int, num_ranks:
 
 def _resident_batch(sizes: ModelSizes, rank: _Rank, prompt_tokens: int, num_ranks: int) -> int:
     room = rank.free_bytes - rank.all_experts_bytes
-    return _batch_within(sizes.spec, room, prompt_tokens, num_ranks)
+    return _batch_within(sizes.largest, room, prompt_tokens, num_ranks)
 
 
 def _streamed_batch(sizes: ModelSizes, rank: _Rank, prompt_tokens: int, num_ranks: int) -> int:
     least = min(prompt_tokens, assumed.MIN_PREFILL_BATCH)
     preferred = min(rank.num_experts, assumed.PREFERRED_GROUP_EXPERTS)
     room = rank.free_bytes - _buffer_bytes(sizes, preferred)
-    batch = _batch_within(sizes.spec, room, prompt_tokens, num_ranks)
+    batch = _batch_within(sizes.largest, room, prompt_tokens, num_ranks)
     if batch >= least:
         return batch
-    needed = _buffer_bytes(sizes, 1) + gpu_workspace_bytes(sizes.spec, least, num_ranks)
+    needed = _buffer_bytes(sizes, 1) + gpu_workspace_bytes(sizes.largest, least, num_ranks)
     if needed > rank.free_bytes:
         raise ResourceError(
             "no room for two expert buffers and a batch of activations",
@@ -194,7 +194,7 @@ def _streamed_batch(sizes: ModelSizes, rank: _Rank, prompt_tokens: int, num_rank
 
 
 def _place(sizes: ModelSizes, rank: _Rank, batch: int, prompt_tokens: int, num_ranks: int) -> GpuPlacement:
-    workspace = gpu_workspace_bytes(sizes.spec, batch, num_ranks)
+    workspace = gpu_workspace_bytes(sizes.largest, batch, num_ranks)
     room = rank.free_bytes - workspace
     if rank.all_experts_bytes <= room:
         groups, group_experts, resident = 0, 0, rank.all_experts

@@ -125,7 +125,7 @@ def least_vram_bytes(sizes: ModelSizes, workload: Workload) -> int:
     fixed = (
         assumed.GPU_RESERVE_BYTES + sizes.dense_bytes + sizes.kv_bytes(workload.context, workload.kv_dtype)
     )
-    return fixed + 2 * sizes.gpu_expert_bytes + gpu_workspace_bytes(sizes.spec, batch, 1)
+    return fixed + 2 * sizes.gpu_expert_bytes + gpu_workspace_bytes(sizes.largest, batch, 1)
 
 
 def whole_layer_vram_bytes(sizes: ModelSizes, workload: Workload) -> int:
@@ -134,11 +134,13 @@ def whole_layer_vram_bytes(sizes: ModelSizes, workload: Workload) -> int:
         assumed.GPU_RESERVE_BYTES + sizes.dense_bytes + sizes.kv_bytes(workload.context, workload.kv_dtype)
     )
     layer = sizes.most_experts * sizes.gpu_expert_bytes
-    return fixed + 2 * layer + gpu_workspace_bytes(sizes.spec, workload.prompt_tokens, 1)
+    return fixed + 2 * layer + gpu_workspace_bytes(sizes.largest, workload.prompt_tokens, 1)
 
 
 def cpu_ram_bytes(sizes: ModelSizes, workload: Workload) -> int:
     """RAM that a machine without a GPU needs, without the system's reserve."""
     batch = min(assumed.CPU_PREFILL_BATCH, workload.prompt_tokens)
     kept = sizes.dense_bytes + sizes.embedding_bytes + sizes.cpu_experts_bytes
-    return kept + sizes.kv_bytes(workload.context, workload.kv_dtype) + cpu_workspace_bytes(sizes.spec, batch)
+    return (
+        kept + sizes.kv_bytes(workload.context, workload.kv_dtype) + cpu_workspace_bytes(sizes.largest, batch)
+    )

@@ -14,9 +14,9 @@ from krasis.formats.errors import FormatError, UnsupportedModelError, UsageError
 from krasis.formats.models import tensors
 from krasis.formats.models.record import MAX_POSITIONS
 from krasis.formats.models.spec import Layer, ModelSpec
-from krasis.formats.models.state import sequence_bytes
+from krasis.formats.models.state import layer_state
 from krasis.formats.models.tensors import blobs, layer_tensors
-from krasis.runtime.planning.shape import ModelShape, shape_of, spec_of_bundle
+from krasis.runtime.planning.shape import ModelShape, largest_shape, shape_of, spec_of_bundle
 
 if TYPE_CHECKING:
     from krasis.formats.bundle.manifest import Manifest
@@ -97,6 +97,11 @@ class ModelSizes:
         return shape_of(self.spec)
 
     @property
+    def largest(self) -> ModelShape:
+        """The sizes that have room for every layer."""
+        return largest_shape(self.spec)
+
+    @property
     def num_layers(self) -> int:
         """Layers of all kinds."""
         return sum(kind.count for kind in self.layers)
@@ -161,7 +166,11 @@ class ModelSizes:
         """
         if kv_dtype not in KV_DTYPE_BYTES:
             raise UsageError("unknown KV dtype", got=kv_dtype, limit=", ".join(KV_DTYPE_BYTES))
-        return sequence_bytes(self.spec, num_tokens, KV_DTYPE_BYTES[kv_dtype])
+        item_bytes = KV_DTYPE_BYTES[kv_dtype]
+        return sum(
+            kind.count * layer_state(self.spec, kind.layer, item_bytes).bytes_for(num_tokens)
+            for kind in self.layers
+        )
 
     def tokens_within(self, room_bytes: float, kv_dtype: str) -> int:
         """The longest sequence that keeps no more than that, whatever the model's positions."""
