@@ -18,10 +18,10 @@ from krasis.formats.models.uniform import spec_of
 @dataclass(frozen=True, slots=True)
 class ModelShape:
     """expert_layers: numbers of the layers that have experts. num_experts, num_experts_per_token,
-    expert_intermediate_size: of these. qkv_rows, attention_size: features that a mixer's projections give, and those of its output.
-    mlp_intermediate: features between the products of an MLP that every token takes, a shared expert's or a
-    dense layer's, 0 without any; mlp_columns: what its first product gives. shared_gate: whether shared
-    experts are gated.
+    expert_intermediate_size: of these. qkv_rows, attention_size: features that a mixer's projections give,
+    and those of its result. mlp_intermediate: features between the products of an MLP that every token takes,
+    a shared expert's or a dense layer's, 0 without any; mlp_columns: what its first product gives.
+    shared_gate: whether shared experts are gated.
     """
 
     max_context: int
@@ -49,8 +49,8 @@ AnyModel = Architecture | ModelSpec | ModelShape
 
 @lru_cache(maxsize=64)
 def shape_of(model: AnyModel) -> ModelShape:
-    """The shape of a model of attention with MLPs or experts, all of these alike. Raises UnsupportedModelError
-    for another: buffers and tables of the runtime have one size for all layers.
+    """The shape of a model of attention with MLPs or experts, all of these alike. Raises
+    UnsupportedModelError for another: buffers and tables of the runtime have one size for all layers.
     """
     if isinstance(model, ModelShape):
         return model

@@ -16,7 +16,7 @@ from krasis.formats.models.record import MAX_POSITIONS
 from krasis.formats.models.spec import Layer, ModelSpec
 from krasis.formats.models.state import layer_state
 from krasis.formats.models.tensors import blobs, layer_tensors
-from krasis.runtime.planning.shape import ModelShape, largest_shape, shape_of, spec_of_bundle
+from krasis.runtime.planning.shape import ModelShape, largest_shape, shape_of
 
 if TYPE_CHECKING:
     from krasis.formats.bundle.manifest import Manifest
@@ -235,7 +235,7 @@ def sizes_of_bundle(manifest: Manifest) -> ModelSizes:
     """The sizes that a bundle has, from its blob table. Raises UnsupportedModelError for a model without
     experts.
     """
-    spec = spec_of_bundle(manifest)
+    spec = manifest.spec
     dense = _dense_bytes((blob.name, blob.num_bytes) for blob in manifest.blobs if blob.tier == "dense")
     tiers: dict[tuple[str, str], int] = defaultdict(int)
     for blob in manifest.blobs:

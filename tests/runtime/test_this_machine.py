@@ -8,10 +8,10 @@ import pytest
 
 from krasis.formats import native
 from krasis.formats.errors import NativeError, ResourceError, UsageError
-from krasis.runtime.this_machine import ThisMachine
 from krasis.runtime.host import environment, measure_gpu
 from krasis.runtime.host.read_bandwidth import measure_read_bandwidth
 from krasis.runtime.planning.probes import HardwareFlags, hardware_from_flags
+from krasis.runtime.this_machine import ThisMachine
 
 MIB = 2**20
 
