@@ -18,7 +18,7 @@ from krasis.convert.settings import ConvertSettings
 from krasis.formats.bundle.reader import Bundle
 from krasis.formats.errors import UsageError
 from krasis.formats.layouts import layout_from_id
-from krasis.runtime.cli.run.importance_command import main
+from krasis.runtime.cli.importance_command import main
 from krasis.runtime.importance import collect
 
 MODEL = Path(__file__).parent.parent / "assets" / "tiny-qwen3-moe"

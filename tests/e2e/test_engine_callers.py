@@ -187,14 +187,17 @@ def test_another_thread_ends_an_answer(engine: Engine, end: str, reason: str) ->
 
 def slow_layers(engine: Engine, seconds: float) -> None:
     """Makes every layer of a prompt take that long."""
-    backend = engine._backend
-    inner = backend._run_experts
 
-    def run(*arguments: Any) -> None:
-        inner(*arguments)
-        time.sleep(seconds)
+    class Slow:
+        def __init__(self, block: Any) -> None:
+            self._block = block
 
-    backend._run_experts = run
+        def run(self, *arguments: Any) -> None:
+            self._block.run(*arguments)
+            time.sleep(seconds)
+
+    for blocks in engine._backend._layers:
+        blocks[-1] = Slow(blocks[-1])
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import pytest
 
 from krasis.formats.errors import NativeError, UsageError
 from krasis.runtime import Answer, Engine, EngineSettings, SamplingSettings
+from krasis.runtime.batch import Batch
 
 PROMPT = "def main("
 SETTINGS = EngineSettings(context=256, threads=2, prefill_chunk=64, prefault=False)
@@ -74,26 +75,27 @@ def test_a_failure_inside_leaves_tokens_that_are_true(
     engine: Engine, fails_in: str, error: BaseException | type[BaseException]
 ) -> None:
     expected = alone(engine)
-    backend, inner = engine._backend, getattr(engine._backend, fails_in)
+    backend, inner = engine._backend, engine._backend.run
     calls = []
 
-    def fail(*arguments: Any) -> Any:
-        calls.append(arguments)
-        result = inner(*arguments)
-        if len(calls) == 2:
-            raise error
+    def fail(batch: Batch) -> Any:
+        result = inner(batch)
+        if (len(batch.tokens) == 1) == (fails_in == "decode"):
+            calls.append(batch)
+            if len(calls) == 2:
+                raise error
         return result
 
-    setattr(backend, fails_in, fail)
+    backend.run = fail
 
     def work() -> None:
         list(begin(engine))
-        engine.prefill([1])
+        engine.prefill([1, 2])
 
     with pytest.raises((KeyboardInterrupt, NativeError)):
         work()
     assert backend.layer_done is None
-    setattr(backend, fails_in, inner)
+    backend.run = inner
     held = engine.tokens
     assert text_of(begin(engine)) == expected
     engine.truncate(0)

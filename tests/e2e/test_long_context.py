@@ -20,6 +20,7 @@ from tiny_gguf import llama_logits, mean_kl, read_tensors, write_tiny_gguf
 from krasis.formats.architecture import Architecture, from_gguf_metadata, from_hf_config
 from krasis.formats.checkpoints.gguf import GgufCheckpoint
 from krasis.formats.errors import MismatchError
+from krasis.formats.models.uniform import spec_of
 from krasis.runtime import Engine, EngineSettings
 from krasis.runtime.open_backend import open_backend
 
@@ -150,7 +151,7 @@ def copy_checkpoint(folder: Path, changes: dict[str, Any]) -> Path:
 def our_logits(bundle: Path, tokens: list[int], architecture: Architecture | None = None) -> np.ndarray:
     def make(opened: Any, settings: EngineSettings) -> Any:
         if architecture is not None:
-            opened.run_as(architecture)
+            opened.run_as(spec_of(architecture))
         return open_backend(opened, settings)
 
     settings = EngineSettings(context=NUM_TOKENS, threads=1, prefault=False, device="cpu")
