@@ -198,13 +198,16 @@ class GpuBackend:
         decoder = self._live_parts().decoder
         if decoder is None or (self._parallel.num_ranks > 1 and not self.decodes_alone):
             return self._prefill(batch, alone)
-        is_decode = len(batch.tokens) == len(batch.spans) and len(batch.spans) <= decoder.max_rows
+        is_decode = len(batch.tokens) == len(batch.spans)
         if not is_decode or any(span.logits != "last" for span in batch.spans):
             return self._prefill(batch, alone)
-        tokens = batch.tokens.tolist()
-        return decoder.decode_rows(
-            [Next(token, span.start, span.slot) for token, span in zip(tokens, batch.spans, strict=True)]
-        )
+        tokens, most = batch.tokens.tolist(), decoder.max_rows
+        rows = [Next(token, span.start, span.slot) for token, span in zip(tokens, batch.spans, strict=True)]
+        if len(rows) <= most:
+            return decoder.decode_rows(rows)
+        # More than one call takes: a prefill pass instead would stream every expert.
+        groups = [rows[begin : begin + most] for begin in range(0, len(rows), most)]
+        return np.concatenate([decoder.decode_rows(group).copy() for group in groups])
 
     def _prefill(self, batch: Batch, alone: bool) -> Logits:
         """Passes over a batch, several where it is longer than the workspace."""

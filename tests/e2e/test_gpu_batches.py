@@ -86,6 +86,22 @@ def test_a_batch_longer_than_a_pass(
         backend.run(batch_of([(slots[1], 4, [1], "last")]))
 
 
+def test_more_sequences_than_a_decode_call_takes(
+    bundle: Path, open_gpu: Callable[..., Any], relative_error: RelativeError
+) -> None:
+    backend = open_gpu(bundle, seed=9, slots=10, context=16, gpu_dtype="f16")._backend
+    slots = [0, *(backend.state.open() for _ in range(9))]
+    backend.run(batch_of([(slot, 0, [5, 7 + slot], "none") for slot in slots]))
+    before = backend.last_prefill
+    found = backend.run(batch_of([(slot, 2, [40 + slot], "last") for slot in slots])).copy()
+    assert backend.last_prefill is before  # no pass
+    alone = open_gpu(bundle, seed=10, context=16, gpu_dtype="f16")._backend
+    for slot in (0, 7, 8, 9):
+        alone.run(one_sequence(np.array([5, 7 + slot]), 0, "none"))
+        expected = alone.run(one_sequence(np.array([40 + slot]), 2))[0]
+        assert relative_error(found[slot], expected) <= 1e-3
+
+
 def test_the_memory_of_all_slots_is_planned(bundle: Path, open_gpu: Callable[..., Any]) -> None:
     one = open_gpu(bundle, context=64)._backend
     four = open_gpu(bundle, context=64, slots=4)._backend
