@@ -59,7 +59,7 @@ class Request:
     of the context; 0 = none, the prompt alone is computed.
     stops: texts (or special tokens) that end the answer. is_plain: the prompt is a text to go on with and no
     turn of a chat: only named tokens end it and nothing is reasoning. split_thinking: reasoning comes as
-    deltas of its own kind. ignore_ends: end tokens are not looked for (load tests).
+    deltas of its own kind. ignore_ends: end tokens end nothing (load tests).
     logprobs: None = none; n = of each picked token, and of the n most likely beside it.
     prompt_logprobs: the same of the prompt's tokens, by one ``PromptScores``; then all of the prompt is
     computed. logit_bias: id -> what is added to its logit.

@@ -107,7 +107,7 @@ class Sequence:
         if self._picker is None:
             self._picker = Picker(self.request)
         token, score = self._picker.pick(logits, self._context, self._answer)
-        if not self.request.ignore_ends and (reason := self._reason_of(token)):
+        if reason := self._reason_of(token):
             self._num_ends = 1
             self._say(self._writer.finish(), None)
             self._finish(reason, self._stop_text(token) if reason == "stop" else "")
@@ -138,7 +138,7 @@ class Sequence:
         self.ticket.put(event)
 
     def _reason_of(self, token: int) -> Reason | None:
-        if token in self._ends.end_tokens:
+        if token in self._ends.end_tokens and not self.request.ignore_ends:
             return "end"
         return "stop" if token in self._ends.stops.ids else None
 

@@ -139,9 +139,12 @@ def test_identical_prompts_cost_one_pass_in_all(make_core: MakeCore, checkpoints
     assert [one[-1].usage.num_cached for one in events] == [0, 199, 199, 199]
 
 
-def test_the_second_turn_finds_the_first_and_a_title_in_between_takes_nothing(make_core: MakeCore) -> None:
-    backend = ScriptedBackend(num_slots=2)
-    core = make_core(backend, CoreSettings(num_slots=2))
+@pytest.mark.parametrize(("num_slots", "cache_bytes"), [(2, 0), (1, 10**6)])
+def test_the_second_turn_finds_the_first_and_a_title_in_between_takes_nothing(
+    make_core: MakeCore, num_slots: int, cache_bytes: int
+) -> None:
+    backend = ScriptedBackend(num_slots=num_slots)
+    core = make_core(backend, CoreSettings(num_slots=num_slots, cache_bytes=cache_bytes))
     first = prompt(1, 400)
     (events,) = finish(core, core.submit(ask(first, 20)))
     for seed in (2, 3):
@@ -151,6 +154,8 @@ def test_the_second_turn_finds_the_first_and_a_title_in_between_takes_nothing(ma
     assert tokens_of(events) == expected(second, 5)
     assert events[-1].usage.num_cached == 419  # the last token of an answer is shown, and never computed
     assert [sum(span.rows for span in batch.spans) for batch in backend.passes] == [400, 30, 30, 51]
+    counters = core.status().counters
+    assert (counters.num_prefix_queries, counters.num_prefix_hits) == (400 + 430 + 430 + 470, 400 + 400 + 419)
 
 
 def test_more_conversations_than_slots(make_core: MakeCore) -> None:

@@ -87,6 +87,24 @@ def test_log_probabilities_are_those_of_the_logits_alone(opened: OpenedCore, alo
     assert [token for token, _ in answer[0].top] == best.tolist()
 
 
+@pytest.mark.parametrize("ignore_ends", [False, True])
+def test_a_special_token_that_is_a_stop_is_named(opened: OpenedCore, ignore_ends: bool) -> None:
+    for stop, reason in (("<|im_start|>", "stop"), ("<|im_end|>", "stop" if ignore_ends else "end")):
+        number = opened.text.tokenizer.special_tokens()[stop]
+        stops, bias = (stop, "no such text"), {number: 1e6}
+        request = ask(opened, PROMPTS[0], stops=stops, logit_bias=bias, ignore_ends=ignore_ends)
+        *others, last = opened.core.submit(request).events(60)
+        assert text_of(others) == ""
+        assert (last.reason, last.usage.num_generated) == (reason, 1)
+        assert last.stop == (stop if reason == "stop" else "")
+
+
+def test_ends_can_be_ignored(opened: OpenedCore) -> None:
+    request = ask(opened, PROMPTS[0], 5, logit_bias={4095: 1e6}, ignore_ends=True)
+    *_, last = opened.core.submit(request).events(60)
+    assert (last.reason, last.usage.num_generated) == ("length", 5)
+
+
 def test_turns_in_more_conversations_than_slots_go_on_from_ram(opened: OpenedCore, alone: Engine) -> None:
     talks = [opened.text.tokenizer.encode(text * 12) for text in PROMPTS]
     for turn in range(3):
