@@ -1,0 +1,94 @@
+"""How the core picks tokens for each request: scores, bias, masks, seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from asking import ask, finish
+from letters import tokens_of
+from scripted_backend import ScriptedBackend, told
+
+from krasis.runtime.serving.api import (
+    Failed,
+    PromptScores,
+)
+from krasis.runtime.serving.core import EngineCore
+from krasis.runtime.serving.model_side import CoreSettings
+from krasis.runtime.serving.steps import Limits
+from krasis.runtime.settings import SamplingSettings
+
+MakeCore = Callable[..., EngineCore]
+
+
+def test_scores_of_the_prompt_and_of_the_answer(make_core: MakeCore) -> None:
+    core = make_core(ScriptedBackend(told({(1, 2, 3): [5, 6]})), CoreSettings(limits=Limits(pass_rows=2)))
+    finish(core, core.submit(ask([1, 2, 3])))
+    (events,) = finish(core, core.submit(ask([1, 2, 3], 2, logprobs=2, prompt_logprobs=1)))
+    # Every row of logits is -|id - script|: exp sums over 64 ids.
+    script = told({(1, 2, 3): [5, 6]})
+
+    def score(tokens: tuple[int, ...], token: int) -> float:
+        row = -np.abs(np.arange(64) - script(tokens)).astype(float)
+        return float(row[token] - np.log(np.exp(row).sum()))
+
+    (found,) = [event for event in events if isinstance(event, PromptScores)]
+    assert found.scores[0] is None
+    assert [one.token for one in found.scores[1:] if one] == [2, 3]
+    assert [one.logprob for one in found.scores[1:] if one] == pytest.approx(
+        [score((1,), 2), score((1, 2), 3)]
+    )
+    assert [one.rank for one in found.scores[1:] if one] == [3, 4]
+    answer = [one for event in events if (one := getattr(event, "scores", None)) and event is not found]
+    assert [(one.token, one.rank) for (one,) in answer] == [(5, 1), (6, 1)]
+    assert [one.logprob for (one,) in answer] == pytest.approx([score((1, 2, 3), 5), score((1, 2, 3, 5), 6)])
+    assert [[token for token, _ in one.top] for (one,) in answer] == [[5, 4], [6, 5]]
+    assert events[-1].usage.num_cached == 0
+
+
+def test_bias_and_mask(make_core: MakeCore) -> None:
+    class Even:
+        """Even tokens only; what was picked is told."""
+
+        def __init__(self) -> None:
+            self.picked: list[int] = []
+
+        def allowed(self) -> np.ndarray:
+            return np.arange(80) % 2 == 0
+
+        def accept(self, token: int) -> None:
+            self.picked.append(token)
+
+    core = make_core(ScriptedBackend(told({}, otherwise=7)))
+    mask = Even()
+    masked, biased = finish(
+        core,
+        core.submit(ask([1], 3, make_mask=lambda: mask)),
+        core.submit(ask([2], 3, logit_bias={7: -100.0, 9: 1.5})),
+    )
+    assert tokens_of(masked) == mask.picked == [6, 6, 6]
+    assert tokens_of(biased) == [9, 9, 9]
+
+
+def test_a_mask_that_allows_nothing_is_an_error_of_its_request(make_core: MakeCore) -> None:
+    class Nothing:
+        def allowed(self) -> np.ndarray:
+            return np.zeros(64, dtype=np.bool_)
+
+        def accept(self, token: int) -> None: ...
+
+    core = make_core(ScriptedBackend())
+    (events,) = finish(core, core.submit(ask([1], make_mask=Nothing)))
+    assert isinstance(events[-1], Failed)
+    assert "allows no token" in str(events[-1].error)
+
+
+def test_a_seed_gives_the_same_answer_in_any_company(make_core: MakeCore) -> None:
+    sampling = SamplingSettings(temperature=3.0, seed=5)
+    core = make_core(ScriptedBackend())
+    (alone,) = finish(core, core.submit(ask([1, 2], 20, sampling=sampling)))
+    many = finish(
+        core, *(core.submit(ask([1, 2], 20, sampling=sampling)) for _ in range(2)), core.submit(ask([3], 20))
+    )
+    assert [tokens_of(one) for one in many[:2]] == [tokens_of(alone)] * 2
