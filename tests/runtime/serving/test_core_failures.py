@@ -118,6 +118,29 @@ def test_a_backend_error_fails_its_batch_and_nothing_else(make_core: MakeCore) -
     assert core.status().counters.num_finished == {"length": 2, "failed": 1}
 
 
+def test_a_slot_in_doubt_is_closed_and_another_opened(make_core: MakeCore) -> None:
+    backend = ScriptedBackend(num_slots=1)
+    core = make_core(backend, CoreSettings(num_slots=1))
+    run, rewind = backend.run, backend.state.rewind
+
+    def fail(batch: Batch) -> np.ndarray:
+        run(batch)
+        raise RuntimeError("the device was lost")
+
+    def refuse(slot: int, position: int) -> None:
+        raise NativeError("the slot is damaged")
+
+    backend.run, backend.state.rewind = fail, refuse  # type: ignore[method-assign]
+    (events,) = finish(core, core.submit(ask(prompt(1, 50))))
+    assert isinstance(events[-1], Failed)
+    assert "RuntimeError: the device was lost" in str(events[-1].error)
+    assert core.status().slots[0].num_tokens == 0
+    backend.run, backend.state.rewind = run, rewind  # type: ignore[method-assign]
+    (events,) = finish(core, core.submit(ask(prompt(1, 50))))
+    assert (tokens_of(events), events[-1].usage.num_cached) == (expected(prompt(1, 50), 5), 0)
+    assert backend.state.num_opened == 2
+
+
 def test_an_error_that_nobody_foresaw_is_one_requests_alone(make_core: MakeCore) -> None:
     class Broken:
         def allowed(self) -> None:
