@@ -87,7 +87,7 @@ class ChatHead:
             "object": kind,
             "created": self.created,
             "model": self.model,
-            "system_fingerprint": f"krasis-{tool_version()}",
+            "system_fingerprint": f"build-krasis-{tool_version()}",
         }
 
     def no_op(self) -> bytes:

@@ -31,7 +31,8 @@ class ApiError(Exception):
     """A request's end. status: of HTTP, if nothing was sent yet. extra: further fields of OpenAI's object.
 
     message: one sentence. param: the field at fault. retry_after_s: when to come again.
-    anthropic_message: for that API's clients, who look for other words.
+    anthropic_message: for that API's clients, who look for other words. kind: OpenAI's ``type``, if it is not
+    the status' own.
     """
 
     status: int
@@ -40,6 +41,7 @@ class ApiError(Exception):
     param: str | None = None
     retry_after_s: int | None = None
     anthropic_message: str = ""
+    kind: str = ""
     extra: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -57,6 +59,7 @@ class ApiError(Exception):
         kind = _OPENAI_TYPES.get(self.status) or (
             "invalid_request_error" if self.status < 500 else "server_error"
         )
+        kind = self.kind or kind
         body = {"message": self.message, "type": kind, "param": self.param, "code": self.code, **self.extra}
         return {"error": body}
 
@@ -83,6 +86,7 @@ def too_long(num_prompt_tokens: int, context: int) -> ApiError:
         "context_length_exceeded",
         "messages",
         anthropic_message=f"prompt is too long: {num_prompt_tokens} tokens > {context} maximum",
+        kind="exceed_context_size_error",  # llama.cpp's, by which its clients know
         extra={"n_prompt_tokens": num_prompt_tokens, "n_ctx": context},
     )
 

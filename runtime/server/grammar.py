@@ -27,7 +27,8 @@ _BOUNDED = {"whitespace_pattern": r"[ \n\t]{0,20}"}  # or a model may write blan
 
 @dataclass(frozen=True, slots=True)
 class Grammar:
-    """kind: ``json_schema`` or ``lark``. text: the schema, or the grammar. param: the field it came in."""
+    """kind: ``json_schema``, ``lark`` or ``gbnf`` (llama.cpp's). text: the schema, or the grammar. param: the
+    field it came in."""
 
     kind: str
     text: str
@@ -114,14 +115,29 @@ def _library(param: str) -> Any:
 def _compiled(library: Any, grammar: Grammar) -> str:
     if grammar.kind == "lark":
         return str(library.LLMatcher.grammar_from_lark(grammar.text))
+    if grammar.kind == "gbnf":
+        return str(library.LLMatcher.grammar_from_lark(_converted(library, grammar)))
     try:
         return str(library.LLMatcher.grammar_from_json_schema(grammar.text, defaults=_BOUNDED))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise refused(f"'{grammar.param}' cannot be followed: {error}", grammar.param) from error
 
 
+def _converted(library: Any, grammar: Grammar) -> str:
+    try:
+        return str(library.gbnf_to_lark.gbnf_to_lark(grammar.text))
+    except Exception as error:
+        raise refused(f"'{grammar.param}' cannot be followed: {str(error)[:300]}", grammar.param) from error
+
+
 def read_response_format(fields: Fields, name: str = "response_format") -> Grammar | None:
-    """OpenAI's ``response_format`` (of responses: ``text.format``), and llama.cpp's ``json_schema``."""
+    """OpenAI's ``response_format`` (of responses: ``text.format``), and llama.cpp's ``json_schema`` and
+    ``grammar``."""
+    if fields.has("grammar"):
+        text = fields.text("grammar") or ""
+        if not 0 < len(text) <= MAX_GRAMMAR_CHARACTERS:
+            raise refused(f"'grammar' must have 1 to {MAX_GRAMMAR_CHARACTERS} characters.", "grammar")
+        return Grammar("gbnf", text, "grammar")
     if fields.has("json_schema"):
         return _schema(fields.any("json_schema"), "json_schema")
     form = fields.object(name)

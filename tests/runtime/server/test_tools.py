@@ -223,3 +223,12 @@ def test_questions_beside_a_conversation_are_told_apart(serve: Serve, qwen3_temp
     served.post(CHAT, {"messages": task})
     assert [one.side for one in served.core.requests] == [False, False, False, True, False, True]
     assert [one.conversation for one in served.core.requests] == ["", "a", "a", "a", "b", ""]
+
+
+def test_an_answer_by_a_grammar(serve: Serve) -> None:
+    body = ask(tools=None, grammar='root ::= "a" [0-9]+ | "no"')
+    served = serve(script=says("Well,\x1fa\x1f7\x1f!"))
+    assert served.post(CHAT, body).json["choices"][0]["message"]["content"] == "a7"
+    for grammar in ("root ::= other", "((((", "root ::= " + "(" * 5000, "", 5):
+        reply = served.post(CHAT, {**body, "grammar": grammar})
+        assert (reply.status, reply.json["error"]["param"]) == (400, "grammar"), grammar
