@@ -10,6 +10,7 @@ from krasis.formats.bundle.reader import Bundle
 from krasis.runtime.backend import Backend
 from krasis.runtime.context_size import tokens_in_ram
 from krasis.runtime.cpu.weights import ModelWeights, load_weights
+from krasis.runtime.host import visible_gpus
 from krasis.runtime.missing_kernels import GPU_RUNS, lacking, refuse_missing_kernels
 from krasis.runtime.settings import EngineSettings
 
@@ -51,6 +52,13 @@ def _on_gpu(bundle: Bundle, settings: EngineSettings) -> Backend | None:
         refuse_missing_kernels(bundle.spec, str(bundle.path), GPU_RUNS)
     if missing:
         logger.info("on the CPU: the GPU has no kernels yet for %s", missing[0])
+        return None
+    if settings.device == "cpu":
+        return None
+    is_for_gpu = settings.activations == "int8" and "gpu" in bundle.manifest.layouts
+    if settings.device == "auto" and is_for_gpu and not visible_gpus.driver_loaded():
+        # To look for more that is in the way takes 25 ms of imports, the planner's modules among them.
+        logger.info("running on the CPU: there is no GPU: no NVIDIA driver is loaded")
         return None
     from krasis.runtime.gpu.opening import open_gpu_backend
 

@@ -18,7 +18,7 @@ from krasis.formats import native
 from krasis.formats.errors import KrasisError
 from krasis.formats.process.machine_limits import MemoryLimits, meminfo, memory_limits, usable_cpus
 from krasis.runtime.device.library import cuda_candidates
-from krasis.runtime.host.visible_gpus import gpus_hidden
+from krasis.runtime.host.visible_gpus import driver_loaded, gpus_hidden
 
 CUDA_LIBRARY_NAME = "libkrasis_cuda.so"
 _CPU_FEATURES = (
@@ -289,7 +289,7 @@ def _why_no_device(root: Path) -> str:
 
 def nvidia_driver_loaded(root: Path = Path("/")) -> bool:
     """Whether the kernel has the NVIDIA driver (cheap; no CUDA call)."""
-    return (root / "proc/driver/nvidia/version").exists()
+    return driver_loaded(root)
 
 
 def _findings(cpu: Cpu, memory: Memory, libraries: NativeLibraries, torch: Torch | None) -> list[str]:

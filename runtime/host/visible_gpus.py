@@ -15,6 +15,11 @@ _NONE = frozenset({"", "none", "void", "nodevfiles"})
 _DEVICE_FILE = re.compile(r"nvidia\d+")
 
 
+def driver_loaded(root: Path = Path("/")) -> bool:
+    """Whether the kernel has the NVIDIA driver (cheap; no CUDA call)."""
+    return (root / "proc/driver/nvidia/version").exists()
+
+
 def gpus_hidden(environment: Mapping[str, str] = os.environ) -> str:
     """``CUDA_VISIBLE_DEVICES='-1' hides every GPU`` if it does; else empty. CUDA stops at the first number
     that is no device, so what begins with a negative one hides all.
@@ -28,7 +33,7 @@ def gpus_hidden(environment: Mapping[str, str] = os.environ) -> str:
 
 def has_gpu(root: Path = Path("/"), environment: Mapping[str, str] = os.environ) -> bool:
     """Whether an NVIDIA GPU is there for this process: a driver, a device file, nothing that hides it."""
-    if not (root / "proc/driver/nvidia/version").exists() or gpus_hidden(environment):
+    if not driver_loaded(root) or gpus_hidden(environment):
         return False
     try:
         return any(_DEVICE_FILE.fullmatch(entry.name) for entry in os.scandir(root / "dev"))
@@ -40,7 +45,7 @@ def why_no_gpu(device: str, root: Path = Path("/"), environment: Mapping[str, st
     """Why a model runs on the CPU, in a few words; device: what was asked for."""
     if device == "cpu":
         return "--device cpu was given"
-    if not (root / "proc/driver/nvidia/version").exists():
+    if not driver_loaded(root):
         return "no NVIDIA driver is loaded"
     return gpus_hidden(environment) or "-v says why"
 

@@ -17,6 +17,8 @@ from krasis.runtime import Engine, EngineSettings
 from krasis.runtime.gpu import opening
 from krasis.runtime.host import environment
 
+WHO_SAYS_WHY = ("krasis.runtime.open_backend", opening.__name__)
+
 
 @pytest.fixture(scope="module")
 def bundle(make_bundle: Callable[..., Path], make_config: Callable[..., Any]) -> Path:
@@ -27,11 +29,12 @@ def bundle(make_bundle: Callable[..., Path], make_config: Callable[..., Any]) ->
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also on a machine that has one."""
     monkeypatch.setattr(environment, "nvidia_driver_loaded", lambda *_: False)
+    monkeypatch.setattr("krasis.runtime.open_backend.visible_gpus.driver_loaded", lambda *_: False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
 def reason_of(caplog: pytest.LogCaptureFixture) -> str:
-    (record,) = [one for one in caplog.records if one.name == opening.__name__]
+    (record,) = [one for one in caplog.records if one.name in WHO_SAYS_WHY]
     return record.getMessage()
 
 
@@ -48,6 +51,7 @@ def test_auto_without_the_library_goes_to_the_cpu(
         raise NativeError("the native GPU library is not there", where="libkrasis_cuda.so")
 
     monkeypatch.setattr(environment, "nvidia_driver_loaded", lambda *_: True)
+    monkeypatch.setattr("krasis.runtime.open_backend.visible_gpus.driver_loaded", lambda *_: True)
     monkeypatch.setattr(opening, "open_device", missing)
     with caplog.at_level(logging.INFO), Engine.open(bundle, EngineSettings(prefault=False)) as engine:
         assert engine.description.startswith("CPU, ")
@@ -61,6 +65,7 @@ def test_a_gpu_without_the_library_is_worth_a_line(
     bundle: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, seen: bool
 ) -> None:
     monkeypatch.setattr(environment, "nvidia_driver_loaded", lambda *_: True)
+    monkeypatch.setattr("krasis.runtime.open_backend.visible_gpus.driver_loaded", lambda *_: True)
     monkeypatch.setattr(opening, "has_gpu", lambda: seen)
     monkeypatch.setenv("KRASIS_CUDA_LIB", "/nowhere/libkrasis_cuda.so")
     with caplog.at_level(logging.WARNING), Engine.open(bundle, EngineSettings(prefault=False)) as engine:
@@ -78,6 +83,7 @@ def test_hidden_gpus_are_told_apart_from_none(
     bundle: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(environment, "nvidia_driver_loaded", lambda *_: True)
+    monkeypatch.setattr("krasis.runtime.open_backend.visible_gpus.driver_loaded", lambda *_: True)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with pytest.raises(ResourceError, match=r"CUDA_VISIBLE_DEVICES='' hides every GPU.*unset"):
         Engine.open(bundle, EngineSettings(device="cuda"))
@@ -132,6 +138,7 @@ def test_a_gpu_too_small_leaves_it_to_the_cpu(
     from krasis.runtime.device.double import DeviceDouble
 
     monkeypatch.setattr(environment, "nvidia_driver_loaded", lambda *_: True)
+    monkeypatch.setattr("krasis.runtime.open_backend.visible_gpus.driver_loaded", lambda *_: True)
     monkeypatch.setattr(opening, "open_device", lambda *_: DeviceDouble(total_bytes=800_100_000))
     with caplog.at_level(logging.INFO), Engine.open(bundle, EngineSettings(prefault=False)) as engine:
         assert engine.description.startswith("CPU, ")
