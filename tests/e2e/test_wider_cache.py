@@ -101,8 +101,11 @@ def test_an_overflow_among_answers_is_mended(trained_bundle: Path, bundle: Path,
         expected = engine.decode(tokens[20]).copy()
     with opened(bundle) as engine:
         engine._tokens.extend(tokens[:20])  # as after loading a prefix whose cache overflowed
-        for keys in (engine._backend._cache.keys, engine._backend._cache.values):
-            keys[:, :, :20] = np.inf
+        state = engine._backend.state
+        for layer in range(len(engine.bundle.spec.layers)):
+            keys, _ = state.layer(0, layer)
+            infinite = np.full_like(keys[:, :20], np.inf)
+            state.import_(0, layer, infinite, infinite)
         np.testing.assert_array_equal(engine.decode(tokens[20]), expected)
         assert engine.tokens == tuple(tokens[:21])
         assert engine.settings.kv_dtype == "f32"
@@ -118,7 +121,7 @@ def test_without_memory_the_error_names_the_cache_first(
     bundle: Path, tokens: list[int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with opened(bundle) as engine:
-        monkeypatch.setattr("krasis.runtime.state.kv_cache.available_memory_bytes", lambda: 1000)
+        monkeypatch.setattr("krasis.runtime.state.kv_store.available_memory_bytes", lambda: 1000)
         with caplog.at_level(logging.WARNING), pytest.raises(NativeError, match="NaN or infinite") as caught:
             list(engine.generate(tokens, max_tokens=3))
     sentence = str(caught.value)

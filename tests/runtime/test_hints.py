@@ -14,6 +14,7 @@ from krasis.convert.cli import main as convert_main
 from krasis.runtime.cli.importance_command import main as importance_main
 from krasis.runtime.cli.info_command import main as info_main
 from krasis.runtime.cli.run import main as run_main
+from krasis.runtime.server.command import main as serve_main
 
 ROOT = Path(__file__).parents[2]
 COMMANDS: dict[str, click.Command] = {
@@ -21,6 +22,7 @@ COMMANDS: dict[str, click.Command] = {
     "krasis-info": info_main,
     "krasis-convert": convert_main,
     "importance_command": importance_main,
+    "krasis-serve": serve_main,
 }
 # Whose options a message means if it names no command.
 OWN_COMMAND = {
@@ -31,12 +33,14 @@ OWN_COMMAND = {
     "runtime/planning/probes.py": "krasis-info",
     "convert": "krasis-convert",
     "formats": "krasis-convert",
+    "runtime/server": "krasis-serve",
+    "runtime/serving": "krasis-serve",
     "runtime": "krasis-run",
 }
 # Of docker, torchrun, llama-gguf-split and hf download, which the messages name.
 FOREIGN = {"--ulimit", "--nproc-per-node", "--merge", "--local-dir"}
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*[a-z]\b")
-COMMAND = re.compile("krasis-(?:run|info|convert)")
+COMMAND = re.compile("krasis-(?:run|info|convert|serve)")
 
 
 def messages(path: Path) -> Iterator[tuple[int, str]]:
