@@ -108,7 +108,7 @@ def _gguf_notes(
     hf: WeightSource | None, gguf: WeightSource, metadata: Mapping[str, object]
 ) -> tuple[str, ...]:
     if hf is None:
-        return (*_draft_notes(gguf), *gguf_context_notes(metadata, gguf.spec))
+        return (*_left_out_notes(gguf), *gguf_context_notes(metadata, gguf.spec))
     ours, theirs = hf.spec.rope_scaling, gguf.spec.rope_scaling
     if (ours.kind, ours.factor) == (theirs.kind, theirs.factor):
         return ()
@@ -118,13 +118,11 @@ def _gguf_notes(
     )
 
 
-def _draft_notes(source: WeightSource) -> tuple[str, ...]:
-    """A sentence where tensors are left out."""
-    if not source.num_draft_tensors:
-        return ()
-    return (
-        f"{source.num_draft_tensors} tensors of layers that only draft (multi-token prediction) are left "
-        "out: the model is the same without them",
+def _left_out_notes(source: WeightSource) -> tuple[str, ...]:
+    """A sentence for every kind of tensors that are left out."""
+    return tuple(
+        f"{count} tensors of {what} are left out: the model makes the same of text without them"
+        for what, count in source.left_out.items()
     )
 
 
@@ -154,7 +152,7 @@ def _open_hf(
     except FormatError:
         refuse_side_files(folder)  # if one explains it
         raise
-    return source, assets_from_folder(folder), (*checkpoint.notes, *notes, *_draft_notes(source))
+    return source, assets_from_folder(folder), (*checkpoint.notes, *notes, *_left_out_notes(source))
 
 
 def _open_gguf(path: Path) -> tuple[WeightSource, Mapping[str, object]]:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from krasis.formats.errors import UnsupportedModelError
 from krasis.formats.layouts.expert_record import Part
-from krasis.formats.models.family import Family, Source
+from krasis.formats.models.family import DRAFTING, Family, Source
 from krasis.formats.models.spec import ModelSpec
 
 # Buffers that some exporters keep beside the weights; the runtime derives them from the config.
@@ -83,9 +83,13 @@ class SourceNames:
         tied_head = (*self._templates("lm_head"), *self._templates("embedding")) if self._spec.tied else ()
         return name.endswith(_NEEDLESS_SUFFIXES) or name in tied_head
 
-    def is_drafting(self, name: str) -> bool:
-        """Whether a tensor is of a layer that only drafts (multi-token prediction)."""
-        return name.startswith(self._drafting)
+    def left_out(self, name: str) -> str | None:
+        """What a tensor is of that the language model does without, None for others."""
+        if name.startswith(self._drafting):
+            return DRAFTING
+        if self._kind == "gguf":
+            return None
+        return next((what for prefix, what in self._family.left_out.items() if name.startswith(prefix)), None)
 
     def _drafting_prefixes(self) -> tuple[str, ...]:
         """Of the layers behind the last one, as many as the model says that it has for drafting."""

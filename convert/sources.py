@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,7 +100,7 @@ class WeightSource:
     """One input model.
 
     Construction checks that every tensor is there, of a usable type and the right shape, and that no other
-    tensor is. num_draft_tensors: those of drafting layers, which are left out.
+    tensor is. left_out: how many tensors are of what the language model does without, e.g. drafting layers.
     """
 
     def __init__(
@@ -119,7 +120,7 @@ class WeightSource:
         self._infos = table.infos()
         self._names = SourceNames(kind, family, spec, self._infos)
         self._expert_types: tuple[str, ...] | None = None
-        self.num_draft_tensors = 0
+        self.left_out: Counter[str] = Counter()
         self._check_complete()
 
     def dense(self, tensor: Tensor, layer: int | None = None) -> list[SourcePart]:
@@ -266,9 +267,9 @@ class WeightSource:
     def _check_no_others(self, expected: set[str]) -> None:
         others = sorted(name for name in self._infos if name not in expected)
         others = [name for name in others if not self._names.is_needless(name)]
-        drafting = [name for name in others if self._names.is_drafting(name)]
-        self.num_draft_tensors = len(drafting)
-        others = [name for name in others if name not in set(drafting)] if drafting else others
+        of = {name: self._names.left_out(name) for name in others}
+        self.left_out = Counter(what for what in of.values() if what)
+        others = [name for name in others if of[name] is None]
         if others:
             raise UnsupportedModelError(
                 f"tensor '{others[0]}' is not part of a {self.spec.family} model",

@@ -11,6 +11,8 @@ from krasis.formats.models.hf import Config
 from krasis.formats.models.spec import ModelSpec
 
 Transform = Literal["none", "add_one", "undo_rope_permutation"]
+DRAFTING = "layers that only draft (multi-token prediction)"
+VISION = "the vision tower"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +37,8 @@ class Family:
     ``text_config``. architectures: the classes whose checkpoints are language models. gguf: its architecture
     in GGUF files, which are read where there is a ``spec_from_gguf``. reference: transformers' class that
     tests compare with. names: sources by bundle tensor or part, empty while the converter does not take the
-    family.
+    family. left_out: what tensors of the hub whose names begin so are of, where the language model computes
+    the same without them.
     """
 
     name: str
@@ -47,3 +50,4 @@ class Family:
     spec_from_gguf: Callable[[Keys], ModelSpec] | None = None
     nested: tuple[str, ...] = ()
     names: Mapping[str, Source] = field(default_factory=dict)
+    left_out: Mapping[str, str] = field(default_factory=dict)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from krasis.formats.errors import UnsupportedModelError
 from krasis.formats.models.gguf import Keys
@@ -30,8 +30,11 @@ def refuse_gguf_features(keys: Keys, *names: str) -> None:
         keys.expect("expert_gating_func", SOFTMAX, 0)
 
 
-def gguf_attention(keys: Keys, *, partial: bool = False, **changes: Any) -> Attention:
-    """Attention by the usual keys. partial: fewer channels than a head has may be rotated."""
+def gguf_attention(
+    keys: Keys, *, partial: bool = False, style: Literal["half", "interleaved"] = "half", **changes: Any
+) -> Attention:
+    """Attention by the usual keys. partial: fewer channels than a head has may be rotated. style: of the
+    rotation, which the architecture implies."""
     heads = keys.size("attention.head_count")
     hidden = keys.size("embedding_length")
     head_dim = keys.size("attention.key_length", default=max(1, hidden // heads))
@@ -43,7 +46,7 @@ def gguf_attention(keys: Keys, *, partial: bool = False, **changes: Any) -> Atte
             )
     dims = keys.size("rope.dimension_count", default=head_dim)
     kv_heads = keys.size("attention.head_count_kv", default=heads)
-    return Attention(heads, kv_heads, head_dim, keys.rope(dims), head_dim**-0.5, **changes)
+    return Attention(heads, kv_heads, head_dim, keys.rope(dims, style), head_dim**-0.5, **changes)
 
 
 def gguf_experts(

@@ -27,7 +27,17 @@ from krasis.formats.errors import FormatError, MismatchError, ResourceError, Uns
 from krasis.formats.files.file_ops import FileOps
 from krasis.formats.layouts import Int8RowsLayout, bf16_to_float32, layout_from_id
 
-FAMILIES = ("mixtral", "olmoe", "glm4_moe", "qwen2_moe", "qwen3_moe")
+FAMILIES = (
+    "mixtral",
+    "olmoe",
+    "glm4_moe",
+    "qwen2_moe",
+    "qwen3_moe",
+    "dots1",
+    "ernie4_5_moe",
+    "hy_v3",
+    "minimax_m2",
+)
 SETTINGS: dict[str, Any] = {"gpu_group": 64}
 
 
@@ -41,45 +51,64 @@ def converted(checkpoint: Path, run: Callable[..., Any]) -> Path:
     return run([checkpoint], checkpoint.parent / "hf.krasis", **SETTINGS).path
 
 
+# What the hub calls them where it is not what most families say, below model.layers.N.mlp.
+BLOCKS = {"mixtral": "block_sparse_moe", "minimax_m2": "block_sparse_moe"}
+ROUTERS = {"hy_v3": "router.gate"}
+SHARED = {
+    "glm4_moe": "shared_experts",
+    "qwen2_moe": "shared_expert",
+    "dots1": "shared_experts",
+    "ernie4_5_moe": "shared_experts",
+    "hy_v3": "shared_mlp",
+}
+CORRECTIONS = {
+    "glm4_moe": "gate.e_score_correction_bias",
+    "dots1": "gate.e_score_correction_bias",
+    "ernie4_5_moe": "moe_statics.e_score_correction_bias",
+    "hy_v3": "expert_bias",
+    "minimax_m2": "e_score_correction_bias",
+}
+FIRST_DENSE = {"glm4_moe", "dots1", "ernie4_5_moe", "hy_v3"}
+
+
 def dense_of(family: str, layer: int, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """A layer's dense blobs, spelled out by hand from the hub's names. Codes and scales are one here."""
     i = layer
-    attention, mlp = f"model.layers.{i}.self_attn.", f"model.layers.{i}.mlp."
+    attention, block = (f"model.layers.{i}.{part}." for part in ("self_attn", BLOCKS.get(family, "mlp")))
     found = {
         "attention.qkv": np.concatenate([tensors[f"{attention}{part}_proj.weight"] for part in "qkv"]),
         "attention.output": tensors[f"{attention}o_proj.weight"],
         "attention.norm": tensors[f"model.layers.{i}.input_layernorm.weight"],
     }
-    if family != "mixtral" and family != "qwen2_moe":
+    if family not in ("mixtral", "qwen2_moe", "ernie4_5_moe"):
         found |= {f"attention.{x}_norm": tensors[f"{attention}{x}_norm.weight"] for x in "qk"}
     if family in ("glm4_moe", "qwen2_moe"):
         biases = [tensors[f"{attention}{part}_proj.bias"] for part in "qkv"]
         found["attention.qkv.bias"] = np.concatenate(biases)
     norm = tensors[f"model.layers.{i}.post_attention_layernorm.weight"]
-    if family == "glm4_moe" and i == 0:
-        both = [tensors[f"{mlp}{part}_proj.weight"] for part in ("gate", "up")]
+    if family in FIRST_DENSE and i == 0:
+        both = [tensors[f"{block}{part}_proj.weight"] for part in ("gate", "up")]
         return found | {
             "mlp.norm": norm,
             "mlp.w13": np.concatenate(both),
-            "mlp.w2": tensors[f"{mlp}down_proj.weight"],
+            "mlp.w2": tensors[f"{block}down_proj.weight"],
         }
-    block = f"model.layers.{i}.block_sparse_moe." if family == "mixtral" else mlp
-    found |= {"experts.norm": norm, "experts.router": tensors[f"{block}gate.weight"]}
-    if family == "glm4_moe":
-        found["experts.router.correction_bias"] = tensors[f"{mlp}gate.e_score_correction_bias"]
-    shared = {"glm4_moe": "shared_experts", "qwen2_moe": "shared_expert"}.get(family)
-    if shared:
-        parts = {part: tensors[f"{mlp}{shared}.{part}_proj.weight"] for part in ("gate", "up", "down")}
-        found["shared.w13"] = np.concatenate([parts["gate"], parts["up"]])
-        found["shared.w2"] = parts["down"]
+    router = tensors[f"{block}{ROUTERS.get(family, 'gate')}.weight"]
+    found |= {"experts.norm": norm, "experts.router": router}
+    if family in CORRECTIONS:
+        found["experts.router.correction_bias"] = tensors[f"{block}{CORRECTIONS[family]}"].reshape(-1)
+    if family in SHARED:
+        names = [f"{block}{SHARED[family]}.{part}_proj.weight" for part in ("gate", "up", "down")]
+        found["shared.w13"] = np.concatenate([tensors[name] for name in names[:2]])
+        found["shared.w2"] = tensors[names[2]]
     if family == "qwen2_moe":
-        found["shared.gate"] = tensors[f"{mlp}shared_expert_gate.weight"]
+        found["shared.gate"] = tensors[f"{block}shared_expert_gate.weight"]
     return found
 
 
 def expert_of(family: str, layer: int, expert: int, tensors: dict[str, np.ndarray]) -> list[np.ndarray]:
     """gate, up and down."""
-    if family == "mixtral":
+    if family in BLOCKS:
         root = f"model.layers.{layer}.block_sparse_moe.experts.{expert}."
         return [tensors[f"{root}{part}.weight"] for part in ("w1", "w3", "w2")]
     root = f"model.layers.{layer}.mlp.experts.{expert}."
@@ -121,7 +150,7 @@ def test_every_weight_is_the_checkpoints(checkpoint: Path, converted: Path) -> N
             is_plain = bundle.blob(name).layout == "plain"
             assert not name.endswith("bias") or bundle.blob(name).dtype == "F32"
             check_same(values_of(bundle, name), values, name, 0 if is_plain else 1e-4)
-        with_experts = [i for i in range(len(spec.layers)) if not (family == "glm4_moe" and i == 0)]
+        with_experts = [i for i in range(len(spec.layers)) if not (family in FIRST_DENSE and i == 0)]
         assert list(spec.expert_layers) == with_experts
         for i in with_experts:
             for tier, limit in (("gpu", 0.02), ("cpu", 1e-4)):
@@ -280,6 +309,21 @@ def test_drafting_layers_of_a_gguf_too(glm: Path, run: Callable[..., Any], tmp_p
     assert "blk.3.nextn.eh_proj.weight" in {one.name for one in gguf.GGUFReader(path).tensors}
     bundle = run([path], tmp_path / "out.krasis", **SETTINGS)
     assert "2 tensors of layers that only draft" in bundle.messages
+
+
+def test_what_ernie_drafts_with_is_left_out(run: Callable[..., Any], tmp_path: Path) -> None:
+    """It lies beside the layers, under names of its own."""
+    ernie = tiny("ernie4_5_moe", tmp_path / "plain")
+    extra = {
+        f"model.mtp_{name}.weight": np.ones((4, 4), np.float32)
+        for name in ("block.0.self_attn.q_proj", "emb_norm.0", "hidden_norm.0", "linear_proj.0")
+    }
+    bundle = run([with_extra(tmp_path / "hf", ernie, extra)], tmp_path / "out.krasis", tiers=("cpu",))
+    assert "4 tensors of layers that only draft (multi-token prediction) are left out" in bundle.messages
+    extra = {"model.mlp.weight": np.ones((4, 4), np.float32)}
+    source = with_extra(tmp_path / "other", tiny("ernie4_5_moe", tmp_path / "again"), extra)
+    with pytest.raises(UnsupportedModelError, match=r"'model.mlp.weight' is not part of a ernie4_5_moe"):
+        run([source], tmp_path / "other.krasis")
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,16 @@ from tests.support.random_weights import dequantised_state, transformers_logits,
 from tests.support.tiny_checkpoints import tiny
 from tests.support.tiny_ggufs import tiny_gguf
 
-FAMILIES = ("mixtral", "olmoe", "glm4_moe", "qwen2_moe")
+FAMILIES = (
+    "mixtral",
+    "olmoe",
+    "glm4_moe",
+    "qwen2_moe",
+    "dots1",
+    "ernie4_5_moe",
+    "hy_v3",
+    "minimax_m2",
+)
 TOKENS = np.random.default_rng(8).integers(0, 256, 45).tolist()
 RelativeError = Callable[[np.ndarray, np.ndarray], float]
 

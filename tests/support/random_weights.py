@@ -121,6 +121,8 @@ def _parts(tensor: Tensor, weight: Weight, names: Mapping[str, Source], index: i
         values = to_float32(weight.data, weight.dtype)
     else:
         values = weight
+    if tensor.name == "experts.router.correction_bias" and spec.family == "ernie4_5_moe":
+        values = values[None]
     parts = tensor.parts or (tensor.name,)
     ends = np.cumsum([_part_rows(part, tensor, spec, index) for part in parts])[:-1] if len(parts) > 1 else []
     return {

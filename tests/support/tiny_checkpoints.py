@@ -48,6 +48,28 @@ FIELDS: dict[str, dict[str, Any]] = {
         "rms_norm_eps": 1e-5,
     },
     "qwen2_moe": {"num_experts": 8, "shared_expert_intermediate_size": 128, "qkv_bias": True},
+    "dots1": {
+        "n_routed_experts": 8,
+        "n_shared_experts": 2,
+        "first_k_dense_replace": 1,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.5,
+    },
+    "ernie4_5_moe": {
+        "moe_num_experts": 8,
+        "moe_k": 2,
+        "moe_num_shared_experts": 2,
+        "moe_layer_start_index": 1,
+        "intermediate_size": 256,
+        "tie_word_embeddings": False,
+    },
+    "hy_v3": {"num_experts": 8, "num_shared_experts": 1},
+    "minimax_m2": {
+        "num_local_experts": 8,
+        "intermediate_size": 64,
+        "moe_intermediate_size": None,
+        "rotary_dim": 16,
+    },
 }
 
 

@@ -55,4 +55,31 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "shared_expert_intermediate_size": 96, "norm_topk_prob": False, "qkv_bias": True,
         "decoder_sparse_step": 2, "mlp_only_layers": [], "use_sliding_window": False,
     },
+    "dots1": {
+        **_COMMON, **_rope(),
+        "model_type": "dots1", "architectures": ["Dots1ForCausalLM"],
+        "head_dim": 32, "n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 64,
+        "intermediate_size": 192, "n_shared_experts": 2, "first_k_dense_replace": 1,
+        "norm_topk_prob": True, "routed_scaling_factor": 1.5, "attention_bias": False,
+    },
+    "ernie4_5_moe": {
+        **_COMMON, **_rope(500_000.0),
+        "model_type": "ernie4_5_moe", "architectures": ["Ernie4_5_MoeForCausalLM"],
+        "head_dim": 32, "moe_num_experts": 8, "moe_k": 3, "moe_intermediate_size": 64,
+        "intermediate_size": 192, "moe_num_shared_experts": 2, "moe_layer_start_index": 1,
+        "moe_layer_end_index": 2, "moe_layer_interval": 1, "moe_norm_min": 0.5, "use_bias": False,
+    },
+    "hy_v3": {
+        **_COMMON, **_rope(11_158_840.0),
+        "model_type": "hy_v3", "architectures": ["HYV3ForCausalLM"],
+        "head_dim": 32, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64,
+        "intermediate_size": 192, "num_shared_experts": 1, "router_scaling_factor": 1.75,
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
+    },
+    "minimax_m2": {
+        **_COMMON, **_rope(5e6, partial_rotary_factor=0.5),
+        "model_type": "minimax_m2", "architectures": ["MiniMaxM2ForCausalLM"],
+        "head_dim": 32, "num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 64,
+        "rotary_dim": 16, "use_qk_norm": True, "qk_norm_type": "per_layer", "use_routing_bias": True,
+    },
 }  # fmt: skip

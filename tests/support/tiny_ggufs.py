@@ -24,6 +24,10 @@ ARCHITECTURES = {
     "olmoe": gguf.MODEL_ARCH.OLMOE,
     "glm4_moe": gguf.MODEL_ARCH.GLM4_MOE,
     "qwen2_moe": gguf.MODEL_ARCH.QWEN2MOE,
+    "dots1": gguf.MODEL_ARCH.DOTS1,
+    "ernie4_5_moe": gguf.MODEL_ARCH.ERNIE4_5_MOE,
+    "minimax_m2": gguf.MODEL_ARCH.MINIMAXM2,
+    "hy_v3": gguf.MODEL_ARCH.DOTS1,  # whose names it has; the package does not know it yet
 }
 CONVERTER = "KRASIS_LLAMA_CPP"
 """The environment variable with the folder of llama.cpp's sources (convert_hf_to_gguf.py in it)."""
@@ -38,7 +42,7 @@ def tiny_gguf(source: Path, path: Path, *, experts: str = "F32", dense: str = "F
     config = json.loads((source / "config.json").read_text("utf-8"))
     family = config["model_type"]
     architecture = ARCHITECTURES[family]
-    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[architecture])
+    writer = gguf.GGUFWriter(path, "hy_v3" if family == "hy_v3" else gguf.MODEL_ARCH_NAMES[architecture])
     num_blocks = config["num_hidden_layers"] + (config.get("num_nextn_predict_layers") or 0)
     _add_metadata(writer, config, num_blocks)
     names = gguf.get_tensor_name_map(architecture, num_blocks)
@@ -46,7 +50,7 @@ def tiny_gguf(source: Path, path: Path, *, experts: str = "F32", dense: str = "F
         theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if theirs is None:
             raise ValueError(f"the gguf package has no name for {name}")
-        is_float = values.ndim == 1 or "ffn_gate_inp" in theirs
+        is_float = values.ndim == 1 or "ffn_gate_inp" in theirs or "exp_probs_b" in theirs
         kind = gguf.GGMLQuantizationType["F32" if is_float else experts if "_exps" in theirs else dense]
         if family == "mixtral" and re.search(r"attn_[qk]\.weight", theirs):
             heads = config["num_attention_heads" if "attn_q" in theirs else "num_key_value_heads"]
@@ -85,7 +89,7 @@ def _stacked(tensors: dict[str, Floats], family: str) -> dict[str, Floats]:
         else:
             root, number, part = found.groups()
             experts.setdefault(f"{root}.{_STACKED.get(part, part)}.weight", {})[int(number)] = values
-    if family == "mixtral":  # the same block under another name
+    if family in ("mixtral", "minimax_m2"):  # the same block under another name
         experts = {name.replace("block_sparse_moe", "mlp"): by_number for name, by_number in experts.items()}
     for name, by_number in experts.items():
         out[name] = np.stack([by_number[number] for number in sorted(by_number)])
@@ -105,28 +109,51 @@ def _add_metadata(writer: gguf.GGUFWriter, config: dict[str, Any], num_blocks: i
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_freq_base(rope["rope_theta"])
     writer.add_vocab_size(config["vocab_size"])
-    writer.add_expert_used_count(config["num_experts_per_tok"])
-    count = config.get("num_experts") or config.get("num_local_experts") or config.get("n_routed_experts")
+    writer.add_expert_used_count(_first(config, "num_experts_per_tok", "moe_k"))
+    count = _first(config, "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
     writer.add_expert_count(count)
     if config.get("head_dim"):
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)
-    if config["model_type"] in ("mixtral", "glm4_moe"):
+    if config["model_type"] in ("mixtral", "glm4_moe", "minimax_m2"):
         writer.add_rope_dimension_count(int(head_dim * rope.get("partial_rotary_factor", 1)))
     if config.get("moe_intermediate_size"):
         writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
     if config.get("shared_expert_intermediate_size"):
         writer.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])
-    if config["model_type"] == "glm4_moe":
+    if config.get("num_nextn_predict_layers"):
+        writer.add_nextn_predict_layers(config["num_nextn_predict_layers"])
+    _add_router(writer, config)
+
+
+def _add_router(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
+    family = config["model_type"]
+    if family in ("glm4_moe", "hy_v3"):  # of the others only where the config names it
+        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+    if family in ("glm4_moe", "dots1"):
         writer.add_expert_group_count(config["n_group"])
         writer.add_expert_group_used_count(config["topk_group"])
         writer.add_expert_shared_count(config["n_shared_experts"])
         writer.add_leading_dense_block_count(config["first_k_dense_replace"])
-        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
         writer.add_expert_weights_scale(config["routed_scaling_factor"])
         writer.add_expert_weights_norm(config["norm_topk_prob"])
-        if config.get("num_nextn_predict_layers"):
-            writer.add_nextn_predict_layers(config["num_nextn_predict_layers"])
+    elif family == "hy_v3":
+        shared = config["moe_intermediate_size"] * config["num_shared_experts"]
+        writer.add_expert_shared_feed_forward_length(shared)
+        writer.add_expert_weights_norm(True)
+        writer.add_expert_weights_scale(config["router_scaling_factor"])
+    elif family == "ernie4_5_moe":
+        writer.add_interleave_moe_layer_step(config["moe_layer_interval"])
+        writer.add_leading_dense_block_count(config["moe_layer_start_index"])
+        writer.add_expert_shared_count(config["moe_num_shared_experts"])
+        shared = config["intermediate_size"] // config["num_key_value_heads"]
+        writer.add_expert_shared_feed_forward_length(shared)
+    elif family == "minimax_m2":
+        writer.add_expert_feed_forward_length(config["intermediate_size"])
+
+
+def _first(config: dict[str, Any], *names: str) -> int:
+    return int(next(config[name] for name in names if config.get(name)))
 
 
 _RUN = """

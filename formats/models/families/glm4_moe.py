@@ -21,7 +21,7 @@ from krasis.formats.models.hf_blocks import (
     moe_layers,
     sigmoid_router,
 )
-from krasis.formats.models.names import decoder_names
+from krasis.formats.models.names import CORRECTION, decoder_names
 from krasis.formats.models.spec import ModelSpec, Norm
 
 NAME = "glm4_moe"
@@ -63,6 +63,10 @@ FAMILY = Family(
     gguf="glm4moe",
     spec_from_gguf=spec_from_gguf,
     names=decoder_names(
-        ffn_norm="post_attention_norm", biases=True, shared="shared_experts", dense=True, correction=True
+        ffn_norm="post_attention_norm",
+        biases=True,
+        shared="shared_experts",
+        dense=True,
+        correction=CORRECTION,
     ),
 )

@@ -65,4 +65,7 @@ def test_names_of_other_families():
     assert glm["experts.norm"].gguf == ("blk.{i}.post_attention_norm.weight",)
     assert glm["experts.router.correction_bias"].gguf == ("blk.{i}.exp_probs_b.bias",)
     assert glm["shared.down_proj"].gguf == ("blk.{i}.ffn_down_shexp.weight",)
+    assert by_name["minimax_m2"]["experts.router.correction_bias"].gguf == ("blk.{i}.exp_probs_b.bias",)
+    assert by_name["hy_v3"]["experts.router.correction_bias"].gguf == ("blk.{i}.exp_probs_b",)
+    assert by_name["hy_v3"]["experts.router"].hf == ("model.layers.{i}.mlp.router.gate.weight",)
     assert glm["attention.k.bias"].hf == ("model.layers.{i}.self_attn.k_proj.bias",)
