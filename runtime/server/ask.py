@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from krasis.runtime.server.continuing import read_goes_on
 from krasis.runtime.server.errors import refused
 from krasis.runtime.server.fields import Fields
 from krasis.runtime.server.grammar import Grammar, call_grammar, read_response_format
@@ -82,6 +83,7 @@ def read_chat_ask(service: Service, fields: Fields) -> Ask:
         choice=_choice(fields),
         think=read_effort(fields),
         variables=variables,
+        goes_on=read_goes_on(fields),
         sampling=read_sampling(fields, service.prompts.assets.sampling),
         max_tokens=read_max_tokens(fields),
         stops=read_stops(fields),
@@ -103,8 +105,9 @@ def make_ask(
     stops: tuple[str, ...],
     num_logprobs: int | None = None,
     grammar: Grammar | None = None,
+    goes_on: bool = False,
 ) -> Ask:
-    """A conversation's request, of whichever API. Raises ApiError."""
+    """A conversation's request, of whichever API. goes_on: see ``Prompts.text``. Raises ApiError."""
     model = service.model_name(fields.any("model"))
     bias = read_bias(fields, service.core.vocab_size)
     session = fields.any("prompt_cache_key")
@@ -112,7 +115,8 @@ def make_ask(
     if choice.must_call:
         grammar = call_grammar(prompts.call_format, choice.callable_tools)
     service.grammars.check(grammar)
-    ids = prompts.tokens(prompts.text(messages, choice.tools, think=think, variables=variables))
+    text = prompts.text(messages, choice.tools, think=think, variables=variables, goes_on=goes_on)
+    ids = prompts.tokens(text)
     opened = opened_by(ids, prompts.assets.thinking, prompts.assets.tokenizer)
     if choice.tools and not choice.may_call:
         bias = {**service.call_openers(), **bias}

@@ -11,6 +11,7 @@ from starlette.responses import Response
 
 from krasis.runtime.server import anthropic
 from krasis.runtime.server.ask import Ask, make_ask
+from krasis.runtime.server.continuing import is_begun
 from krasis.runtime.server.errors import ApiError, internal
 from krasis.runtime.server.fields import Fields
 from krasis.runtime.server.keepalive import EventStream, with_keepalive
@@ -46,10 +47,12 @@ async def count_tokens(request: Request) -> Response:
     fields = Fields(await service.read(request))
 
     def count() -> int:
+        rows = anthropic.read_conversation(fields)
         text = service.prompts.text(
-            anthropic.read_conversation(fields),
+            rows,
             anthropic.read_tools(fields),
             think=anthropic.read_think(fields),
+            goes_on=is_begun(rows),
         )
         return len(service.prompts.tokens(text))
 
@@ -59,10 +62,12 @@ async def count_tokens(request: Request) -> Response:
 def _read_ask(service: Service, fields: Fields) -> Ask:
     kind, name = anthropic.read_choice(fields)
     tools = anthropic.read_tools(fields)
+    rows = anthropic.read_conversation(fields)
     return make_ask(
         service,
         fields,
-        messages=anthropic.read_conversation(fields),
+        messages=rows,
+        goes_on=is_begun(rows),
         choice=ToolChoice.checked(tools, kind, name),
         think=anthropic.read_think(fields),
         variables=fields.mapping("chat_template_kwargs"),

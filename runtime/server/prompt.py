@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from krasis.formats.errors import FormatError, KrasisError, UsageError
+from krasis.runtime.server.continuing import check_begun, text_to_go_on
 from krasis.runtime.server.errors import ApiError, from_krasis, refused, too_long
 from krasis.runtime.server.tools.calls import CallFormat, NotJsonError, Tools, strict_json
 from krasis.runtime.server.tools.hermes import HERMES
@@ -62,8 +63,10 @@ class Prompts:
         think: bool | None = None,
         variables: Mapping[str, object] | None = None,
         add_generation_prompt: bool = True,
+        goes_on: bool = False,
     ) -> str:
         """The prompt of a conversation. think: asks for thinking, or for none, where the template can.
+        goes_on: the answer goes on with the last message, which is the assistant's, instead of a new one.
 
         Raises ApiError.
         """
@@ -77,9 +80,14 @@ class Prompts:
         try:
             given = self._given(think, variables)
             rows = read_messages([_filled(one) for one in messages])
+            if goes_on:
+                check_begun(rows)
             if not _reads_tools(self.source):
                 rows, tools = without_tools(rows, tools), ()
-            text = _render(template, rows, tools, given, add_generation_prompt)
+            if goes_on:
+                text = text_to_go_on(rows, lambda marked: _render(template, marked, tools, given, False))
+            else:
+                text = _render(template, rows, tools, given, add_generation_prompt)
         except KrasisError as error:
             raise from_krasis(error, "messages") from error
         return self._replay.restored(text, rows, self.call_format, tools)

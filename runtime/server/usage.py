@@ -53,8 +53,10 @@ def anthropic_usage(
 
 
 def timings(end: End) -> dict[str, Any]:
-    """llama.cpp's: its page and many scripts read them. Milliseconds."""
+    """llama.cpp's: its page and many scripts read them. Milliseconds. The pass over the prompt gives the
+    first token; the rate of the others is of their steps alone."""
     computed = end.num_prompt_tokens - end.num_cached_tokens
+    steps = max(end.num_generated_tokens - 1, 0)
     prompt_ms, predicted_ms = 1e3 * end.prefill_s, 1e3 * end.decode_s
     return {
         "cache_n": end.num_cached_tokens,
@@ -64,6 +66,6 @@ def timings(end: End) -> dict[str, Any]:
         "prompt_per_second": 1e3 * computed / prompt_ms if prompt_ms > 0 else 0.0,
         "predicted_n": end.num_generated_tokens,
         "predicted_ms": predicted_ms,
-        "predicted_per_token_ms": predicted_ms / max(end.num_generated_tokens, 1),
-        "predicted_per_second": 1e3 * end.num_generated_tokens / predicted_ms if predicted_ms > 0 else 0.0,
+        "predicted_per_token_ms": predicted_ms / max(steps, 1),
+        "predicted_per_second": 1e3 * steps / predicted_ms if predicted_ms > 0 else 0.0,
     }

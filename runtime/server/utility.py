@@ -11,6 +11,7 @@ from starlette.responses import Response
 from krasis.formats.errors import KrasisError
 from krasis.formats.process.tool import tool_version
 from krasis.runtime.server.ask import read_effort
+from krasis.runtime.server.continuing import read_goes_on
 from krasis.runtime.server.errors import ApiError, from_krasis, refused, shutting_down
 from krasis.runtime.server.fields import Fields
 from krasis.runtime.server.service import Service, service_of
@@ -186,6 +187,7 @@ def _rendered(service: Service, fields: Fields) -> str:
         think=read_effort(fields),
         variables=fields.mapping("chat_template_kwargs"),
         add_generation_prompt=fields.flag("add_generation_prompt", True),
+        goes_on=read_goes_on(fields),
     )
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from krasis.formats.errors import NativeError
+from krasis.runtime.server.turn import End
+from krasis.runtime.server.usage import timings
 from krasis.runtime.serving.api import QueueFullError
 from tests.support.scripted_core import wait_until
 
@@ -289,3 +291,14 @@ def test_a_failure_of_ours_is_told_without_its_insides(serve: Serve, monkeypatch
     reply = served.post(CHAT, ask())
     assert reply.status == 500
     assert "division" not in reply.text
+
+
+def test_the_rate_is_that_of_the_steps_after_the_first_token() -> None:
+    def times(num_generated_tokens: int, decode_s: float) -> dict[str, Any]:
+        return timings(End("length", None, 10, 4, num_generated_tokens, 0, 0.5, decode_s))
+
+    found = times(5, 2.0)
+    assert (found["predicted_per_second"], found["predicted_per_token_ms"]) == (2.0, 500.0)
+    assert (found["prompt_n"], found["prompt_per_second"]) == (6, 12.0)
+    for one in (times(1, 0.0), times(0, 0.0)):
+        assert (one["predicted_per_second"], one["predicted_per_token_ms"]) == (0.0, 0.0)

