@@ -18,14 +18,13 @@ import socket
 import subprocess
 import sys
 import tempfile
-import xml.etree.ElementTree as ElementTree
+import xml.etree.ElementTree as ET
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import click
 
-from krasis.formats.bundle.reader import Bundle
 from krasis.formats.errors import UsageError
 
 FILES = (
@@ -106,7 +105,7 @@ def as_server(given: Sequence[str]) -> None:
     """Becomes krasis-serve."""
     code = "from krasis.runtime.server.command import main; main(prog_name='krasis-serve')"
     options = krasis_options(given, int(os.environ[CONTEXT]))
-    os.execv(sys.executable, [sys.executable, "-c", code, os.environ[BUNDLE], *options])
+    os.execv(sys.executable, [sys.executable, "-c", code, os.environ[BUNDLE], *options])  # noqa: S606
 
 
 @click.command()
@@ -131,6 +130,7 @@ def main(bundle: Path, files: Sequence[str], log: Path | None, failed: bool, wor
         command += ["-k", words] if words else []
         done = subprocess.run(
             command,
+            check=False,  # its report says what failed
             cwd=tests,
             env=_environment(server, bundle),
             stdout=subprocess.PIPE,
@@ -170,6 +170,8 @@ def _environment(server: Path, bundle: Path) -> dict[str, str]:
 
 
 def _max_context(bundle: Path) -> int:
+    from krasis.formats.bundle.reader import Bundle  # not for each server that starts
+
     with Bundle.open(bundle) as opened:
         return opened.spec.max_context
 
@@ -179,10 +181,9 @@ def _paths() -> list[str]:
 
 
 def _say(report: Path, name_failed: bool) -> None:
-    # The report is pytest's own, of tests that the caller chose to run.
     counts: dict[str, Counter[str]] = {}
     failures = []
-    for case in ElementTree.parse(report).iter("testcase"):
+    for case in ET.parse(report).iter("testcase"):  # noqa: S314  pytest's own
         name = case.get("classname", "").split(".")[1:2] or [case.get("name", "")]
         kinds = {child.tag for child in case}
         kind = "failed" if kinds & {"failure", "error"} else "skipped" if "skipped" in kinds else "passed"

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from .conftest import Serve, Served, says
+from .conftest import Serve, says
 
 CHAT = "/v1/chat/completions"
 BEGUN = [
