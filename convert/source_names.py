@@ -78,6 +78,11 @@ class SourceNames:
         names = [template.format(i=layer, e=expert) for template in templates if "{e}" in template]
         return ExpertPlace(next((name for name in names if name in self._present), names[0]))
 
+    @property
+    def may_be_transposed(self) -> bool:
+        """Whether tensors of all experts may hold each matrix as [k, n]."""
+        return self._kind == "hf" and self.source("experts.down").transposed
+
     def is_needless(self, name: str) -> bool:
         """Whether a tensor says nothing that the configuration does not say, or is a tied head's copy."""
         tied_head = (*self._templates("lm_head"), *self._templates("embedding")) if self._spec.tied else ()

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
 
 from krasis.convert.slices import FLOAT_BYTES, Bytes, TensorSlice
-from krasis.convert.source_names import SourceNames
+from krasis.convert.source_names import ExpertPlace, SourceNames
 from krasis.convert.source_parts import SourcePart
 from krasis.convert.vocabulary import check_vocabulary
 from krasis.formats.checkpoints.ggml_blocks import SUPPORTED_TYPES, tensor_bytes
@@ -119,6 +119,7 @@ class WeightSource:
         self._table = table
         self._infos = table.infos()
         self._names = SourceNames(kind, family, spec, self._infos)
+        self._transposed = self._names.may_be_transposed and self._experts_are_transposed()
         self._expert_types: tuple[str, ...] | None = None
         self.left_out: Counter[str] = Counter()
         self._check_complete()
@@ -150,6 +151,8 @@ class WeightSource:
         """One matrix of one expert, ``[n, k]``."""
         rows, columns = self._expert_shape(layer, part)
         place = self._names.expert(layer, expert, part)
+        if self._transposed and place.holds_all:
+            return self._transposed_slice(place, rows, columns)
         return self._slice(place.tensor, (rows, columns), place.first_matrix * rows)
 
     def place(self, tensor: str) -> tuple[int, int]:
@@ -208,6 +211,25 @@ class WeightSource:
             total_bytes=view.nbytes,
         )
 
+    def _experts_are_transposed(self) -> bool:
+        """By the shapes of the first layer with experts; of a square matrix only the other one tells."""
+        layer = self.spec.expert_layers[0]
+        for part in ("down", "gate"):
+            place = self._names.expert(layer, 0, part)
+            rows, columns = self._expert_shape(layer, part)
+            rows *= place.matrices
+            if place.holds_all and rows != columns and place.tensor in self._infos:
+                return self._infos[place.tensor].shape[1:] == (columns, rows)
+        return False
+
+    def _transposed_slice(self, place: ExpertPlace, rows: int, columns: int) -> TensorSlice:
+        """A matrix [rows, columns] that the file holds as [columns, rows], as if its tensor held none so."""
+        whole = self._slice(place.tensor, (rows, columns), place.first_matrix * rows)
+        expert, number = divmod(place.first_matrix, place.matrices)
+        held = self._slice(place.tensor, (columns, place.matrices * rows), expert * columns)
+        matrix = held.floats()[:, number * rows : (number + 1) * rows]
+        return replace(whole, raw=np.ascontiguousarray(matrix.T).reshape(-1).view(np.uint8))
+
     # ---- checks -----------------------------------------------------------------------------------------
 
     def _check_complete(self) -> None:
@@ -227,7 +249,9 @@ class WeightSource:
         rows, columns = self._expert_shape(layer, part)
         first = self._names.expert(layer, 0, part)
         if first.holds_all:
-            self._check_tensor(first.tensor, (num_experts, first.matrices * rows, columns))
+            rows *= first.matrices
+            shape = (num_experts, columns, rows) if self._transposed else (num_experts, rows, columns)
+            self._check_tensor(first.tensor, shape)
             return {first.tensor}
         tensors = [self._names.expert(layer, expert, part).tensor for expert in range(num_experts)]
         for tensor in tensors:

@@ -20,13 +20,15 @@ class Source:
     """Where a bundle's tensor comes from: its names on the hub and in a GGUF, the first that is there counts.
 
     ``{i}`` stands for the layer, ``{e}`` for the expert. A name without ``{e}`` for an expert's matrix holds
-    all experts. transform: of the hub's tensor; gguf_transform: of the GGUF's.
+    all experts. transform: of the hub's tensor; gguf_transform: of the GGUF's. transposed: the hub's tensor
+    of all experts may hold each matrix as [k, n], which its shape tells.
     """
 
     hf: tuple[str, ...]
     gguf: tuple[str, ...]
     transform: Transform = "none"
     gguf_transform: Transform = "none"
+    transposed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

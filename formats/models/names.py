@@ -24,6 +24,7 @@ def decoder_names(
     shared_gate: str | None = None,
     dense: bool = False,
     correction: str | None = None,
+    transposed: bool = False,
 ) -> dict[str, Source]:
     """Sources by bundle tensor or part.
 
@@ -31,10 +32,13 @@ def decoder_names(
     expert_parts: its names of gate, up and down. ffn_norm: the GGUF's name of the norm before it. permuted:
     GGUF keeps the rows of q and k in another order. biases: of q, k, v. shared, shared_gate: the hub's names
     of the shared experts and of the projection that weighs them, in that block. dense: whether there are
-    layers without experts. correction: the hub's name of the correction bias, in that block.
+    layers without experts. correction: the hub's name of the correction bias, in that block. transposed: a
+    tensor of all experts may hold their matrices so.
     """
     layer = f"{root}layers.{{i}}."
-    block = f"{layer}{mlp}."
+    # transformers 5 calls the block mlp in memory, whatever the hub does.
+    blocks = tuple(f"{layer}{one}." for one in dict.fromkeys((mlp, "mlp")))
+    block = blocks[0]
     names = _model(root) | _attention(f"{layer}self_attn.", permuted, biases)
     if qk_norm:
         names |= {
@@ -42,14 +46,14 @@ def decoder_names(
         }
     names["attention.norm"] = _weight(f"{layer}input_layernorm", "attn_norm")
     names["experts.norm"] = _weight(f"{layer}post_attention_layernorm", ffn_norm)
-    # transformers 5 calls the block mlp in memory, whatever the hub does.
-    blocks = tuple(dict.fromkeys((block, f"{layer}mlp.")))
-    routers = tuple(f"{one}{router}.weight" for one in blocks)
+    routers = (f"{block}{router}.weight", *(f"{one}gate.weight" for one in blocks[1:]))
     names["experts.router"] = Source(routers, (f"{_GGUF}ffn_gate_inp.weight",))
     if correction:
         # llama.cpp knows one such name by its ending, of others it adds no suffix.
         gguf = f"{_GGUF}exp_probs_b" + (".bias" if correction.endswith("e_score_correction_bias") else "")
-        names["experts.router.correction_bias"] = Source((f"{block}{correction}",), (gguf,))
+        names["experts.router.correction_bias"] = Source(
+            tuple(f"{one}{correction}" for one in blocks), (gguf,)
+        )
     if dense:
         names["mlp.norm"] = names["experts.norm"]
         names |= {f"mlp.{part}_proj": _weight(f"{layer}mlp.{part}_proj", f"ffn_{part}") for part in PARTS}
@@ -60,7 +64,7 @@ def decoder_names(
         }
     if shared_gate:
         names["shared.gate"] = _weight(f"{block}{shared_gate}", "ffn_gate_inp_shexp")
-    return names | _experts(tuple(f"{one}experts." for one in blocks), expert_parts)
+    return names | _experts(tuple(f"{one}experts." for one in blocks), expert_parts, transposed)
 
 
 def _weight(hf: str, gguf: str) -> Source:
@@ -86,19 +90,22 @@ def _attention(block: str, permuted: bool, biases: bool) -> dict[str, Source]:
     return names | {"attention.output": _weight(f"{block}o_proj", "attn_output")}
 
 
-def _experts(roots: tuple[str, ...], parts: tuple[str, str, str]) -> dict[str, Source]:
+def _experts(roots: tuple[str, ...], parts: tuple[str, str, str], transposed: bool) -> dict[str, Source]:
     """Of each matrix alone, and of gate and up together where a checkpoint keeps them so (gate first).
-    roots: before the names, the hub's first.
+    roots: of the experts' names, the hub's first.
     """
+    root = roots[0]
     names = {
         f"experts.{ours}": Source(
-            (f"{roots[0]}{{e}}.{part}.weight",),
+            (f"{root}{{e}}.{part}.weight",),
             (f"{_GGUF}ffn_{ours}_exps.weight", f"{_GGUF}ffn_{ours}.{{e}}.weight"),
         )
         for ours, part in zip(PARTS, parts, strict=True)
     }
     down = names["experts.down"]
-    names["experts.down"] = Source((*down.hf, *(f"{root}down_proj" for root in roots)), down.gguf)
-    both = tuple(f"{root}gate_up_proj" for root in roots)
-    names["experts.gate_up"] = Source(both, (f"{_GGUF}ffn_gate_up_exps.weight",))
+    names["experts.down"] = Source(
+        (*down.hf, *(f"{one}down_proj" for one in roots)), down.gguf, transposed=transposed
+    )
+    both = tuple(f"{one}gate_up_proj" for one in roots), (f"{_GGUF}ffn_gate_up_exps.weight",)
+    names["experts.gate_up"] = Source(*both, transposed=transposed)
     return names

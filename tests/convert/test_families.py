@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from convert_model import write_safetensors
 from convert_runs import tree_digests
-from tiny_checkpoints import reference_model, tiny
+from tiny_checkpoints import reference_model, tiny, turn_experts
 from tiny_ggufs import convert_by_llama_cpp, llama_cpp, read_tensors, tiny_gguf
 
 from krasis.convert.conversion import convert, dry_run, prepare
@@ -37,6 +37,7 @@ FAMILIES = (
     "ernie4_5_moe",
     "hy_v3",
     "minimax_m2",
+    "qwen3_vl_moe",
 )
 SETTINGS: dict[str, Any] = {"gpu_group": 64}
 
@@ -52,6 +53,7 @@ def converted(checkpoint: Path, run: Callable[..., Any]) -> Path:
 
 
 # What the hub calls them where it is not what most families say, below model.layers.N.mlp.
+ROOTS = {"qwen3_vl_moe": "model.language_model."}
 BLOCKS = {"mixtral": "block_sparse_moe", "minimax_m2": "block_sparse_moe"}
 ROUTERS = {"hy_v3": "router.gate"}
 SHARED = {
@@ -74,18 +76,19 @@ FIRST_DENSE = {"glm4_moe", "dots1", "ernie4_5_moe", "hy_v3"}
 def dense_of(family: str, layer: int, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """A layer's dense blobs, spelled out by hand from the hub's names. Codes and scales are one here."""
     i = layer
-    attention, block = (f"model.layers.{i}.{part}." for part in ("self_attn", BLOCKS.get(family, "mlp")))
+    root = f"{ROOTS.get(family, 'model.')}layers.{i}."
+    attention, block = (f"{root}{part}." for part in ("self_attn", BLOCKS.get(family, "mlp")))
     found = {
         "attention.qkv": np.concatenate([tensors[f"{attention}{part}_proj.weight"] for part in "qkv"]),
         "attention.output": tensors[f"{attention}o_proj.weight"],
-        "attention.norm": tensors[f"model.layers.{i}.input_layernorm.weight"],
+        "attention.norm": tensors[f"{root}input_layernorm.weight"],
     }
     if family not in ("mixtral", "qwen2_moe", "ernie4_5_moe"):
         found |= {f"attention.{x}_norm": tensors[f"{attention}{x}_norm.weight"] for x in "qk"}
     if family in ("glm4_moe", "qwen2_moe"):
         biases = [tensors[f"{attention}{part}_proj.bias"] for part in "qkv"]
         found["attention.qkv.bias"] = np.concatenate(biases)
-    norm = tensors[f"model.layers.{i}.post_attention_layernorm.weight"]
+    norm = tensors[f"{root}post_attention_layernorm.weight"]
     if family in FIRST_DENSE and i == 0:
         both = [tensors[f"{block}{part}_proj.weight"] for part in ("gate", "up")]
         return found | {
@@ -108,6 +111,10 @@ def dense_of(family: str, layer: int, tensors: dict[str, np.ndarray]) -> dict[st
 
 def expert_of(family: str, layer: int, expert: int, tensors: dict[str, np.ndarray]) -> list[np.ndarray]:
     """gate, up and down."""
+    if family == "qwen3_vl_moe":
+        root = f"model.language_model.layers.{layer}.mlp.experts."
+        both = tensors[f"{root}gate_up_proj"][expert].T
+        return [*np.split(both, 2), tensors[f"{root}down_proj"][expert].T]
     if family in BLOCKS:
         root = f"model.layers.{layer}.block_sparse_moe.experts.{expert}."
         return [tensors[f"{root}{part}.weight"] for part in ("w1", "w3", "w2")]
@@ -136,9 +143,10 @@ def test_every_weight_is_the_checkpoints(checkpoint: Path, converted: Path) -> N
     with Bundle.open(converted) as bundle:
         check_blob_names(bundle.manifest, "bundle")
         family, spec = bundle.spec.family, bundle.spec
+        root = ROOTS.get(family, "model.")
         expected = {
-            "embedding": tensors["model.embed_tokens.weight"],
-            "final_norm": tensors["model.norm.weight"],
+            "embedding": tensors[f"{root}embed_tokens.weight"],
+            "final_norm": tensors[f"{root}norm.weight"],
             "lm_head": tensors["lm_head.weight"],
         }
         for i in range(len(spec.layers)):
@@ -157,7 +165,9 @@ def test_every_weight_is_the_checkpoints(checkpoint: Path, converted: Path) -> N
                 blob = bundle.blob(f"layers.{i}.experts.{tier}")
                 layout, records = layout_from_id(blob.layout), bundle.map(blob.name)
                 for expert in range(8):
-                    parts = layout.unpack_expert(records[expert], spec.hidden, 64)
+                    parts = layout.unpack_expert(
+                        records[expert], spec.hidden, spec.experts_of(i).intermediate
+                    )
                     for part, values in zip(parts, expert_of(family, i, expert, tensors), strict=True):
                         check_same(part, values, f"{blob.name}, {expert}", limit)
 
@@ -403,6 +413,25 @@ def test_a_dry_run_counts_experts_where_they_are(glm: Path, tmp_path: Path) -> N
     bundle = convert(prepared, Reporter(0))
     assert bundle.source_bytes == planned.source_bytes
     assert dict(bundle.tier_bytes) == dict(planned.tier_bytes)
+
+
+@pytest.mark.parametrize("size", [64, 128, 256])  # of hidden 128: either pair of matrices may be square
+def test_experts_turned_or_not_are_the_same(run: Callable[..., Any], tmp_path: Path, size: int) -> None:
+    """The hub has them turned, transformers saves them either way: both matrices' shapes together tell. The
+    vision tower is left out."""
+    source = tiny("qwen3_vl_moe", tmp_path / "turned", moe_intermediate_size=size)
+    turned = run([source], tmp_path / "turned.krasis", **SETTINGS)
+    assert "tensors of the vision tower are left out" in turned.messages
+    turn_experts(source)
+    assert run([source], tmp_path / "plain.krasis", **SETTINGS).files() == turned.files()
+    tensors = read_tensors(source)
+    with Bundle.open(turned.path) as bundle:
+        blob = bundle.blob("layers.2.experts.cpu")
+        record = bundle.map(blob.name)[5]
+        gate, up, down = layout_from_id(blob.layout).unpack_expert(record, 128, size)
+    root = "model.language_model.layers.2.mlp.experts."
+    check_same(np.concatenate([gate, up]), tensors[f"{root}gate_up_proj"][5], "gate, up", 1e-4)
+    check_same(down, tensors[f"{root}down_proj"][5], "down", 1e-4)
 
 
 def test_a_calibration_has_layers_with_experts_only(

@@ -31,6 +31,7 @@ FAMILIES = (
     "ernie4_5_moe",
     "hy_v3",
     "minimax_m2",
+    "qwen3_vl_moe",
 )
 TOKENS = np.random.default_rng(8).integers(0, 256, 45).tolist()
 RelativeError = Callable[[np.ndarray, np.ndarray], float]

@@ -146,10 +146,18 @@ def _experts(weights: ModelWeights, layer: LayerWeights, names: Mapping[str, Sou
     if mlp is None:
         return {}
     state: State = {}
+    fused: dict[str, list[Array]] = {"experts.gate_up": [], "experts.down": []}
     for number, record in enumerate(layer.records()):
         parts = weights.expert_layout.unpack_expert(record, weights.spec.hidden, mlp.intermediate)
         for part, values in zip(("gate", "up", "down"), parts, strict=True):
             state[names[f"experts.{part}"].hf[0].format(i=index, e=number)] = values
+        fused["experts.gate_up"].append(np.concatenate(parts[:2]).T)
+        fused["experts.down"].append(parts[2].T)
+    if names["experts.down"].transposed:  # the hub has no others
+        return {
+            names[name].hf[-1].format(i=index): np.ascontiguousarray(np.stack(values))
+            for name, values in fused.items()
+        }
     return state
 
 
@@ -172,11 +180,13 @@ def transformers_logits(folder: Path, tokens: list[int]) -> npt.NDArray[np.float
     """float32 logits [tokens, vocab] of transformers' model in a folder. Raises ValueError if a weight is
     missing or left over there."""
     import torch
-    from transformers import AutoModelForCausalLM
+    import transformers
 
-    model, info = AutoModelForCausalLM.from_pretrained(
+    (name,) = json.loads((folder / "config.json").read_text("utf-8"))["architectures"]
+    model, info = getattr(transformers, name).from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )
+    info["missing_keys"] = {key for key in info["missing_keys"] if not key.startswith("model.visual.")}
     wrong = {key: value for key, value in info.items() if value and key != "error_msgs"}
     if wrong:
         raise ValueError(f"the checkpoint is not the model's: {wrong}")

@@ -70,6 +70,32 @@ FIELDS: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": None,
         "rotary_dim": 16,
     },
+    # The fields of the language model, beside which the config has those of TOWERS.
+    "qwen3_vl_moe": {
+        "num_experts": 8,
+        "moe_intermediate_size": 192,  # no matrix is square: transformers would not turn those
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 5e6,
+            "mrope_section": [8, 4, 4],
+            "mrope_interleaved": True,
+        },
+    },
+}
+TOWERS: dict[str, dict[str, Any]] = {
+    "qwen3_vl_moe": {
+        "vision_config": {
+            "depth": 1,
+            "hidden_size": 32,
+            "num_heads": 2,
+            "intermediate_size": 32,
+            "out_hidden_size": 128,
+            "deepstack_visual_indexes": [0],
+            "num_position_embeddings": 16,
+            "patch_size": 4,
+        },
+        "tie_word_embeddings": False,
+    }
 }
 
 
@@ -82,8 +108,22 @@ def tiny(family: str, folder: Path, *, seed: int = 0, dtype: str = "bfloat16", *
     model = reference_model(family, seed=seed, **changes).to(getattr(torch, dtype))
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
+    if family == "qwen3_vl_moe":
+        turn_experts(folder)
     write_tokenizer(folder)
     return folder
+
+
+def turn_experts(folder: Path) -> None:
+    """Each matrix of an expert the other way round, as the hub has those of some families."""
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "model.safetensors"
+    tensors = {
+        name: one.transpose(1, 2).contiguous() if ".experts." in name else one
+        for name, one in load_file(path).items()
+    }
+    save_file(tensors, path, {"format": "pt"})
 
 
 def reference_model(family: str, *, seed: int = 0, **changes: Any) -> Any:
@@ -94,12 +134,15 @@ def reference_model(family: str, *, seed: int = 0, **changes: Any) -> Any:
     reference = next(one.reference for one in all_families() if one.name == family)
     fields = BASE | FIELDS.get(family, {}) | changes
     config_class = getattr(transformers, reference).config_class
-    config = config_class(**{name: value for name, value in fields.items() if value is not None})
+    fields = {name: value for name, value in fields.items() if value is not None}
+    if family in TOWERS:
+        fields = {"text_config": fields} | TOWERS[family]
+    config = config_class(**fields)
     config.architectures = [reference]
     generator = torch.Generator().manual_seed(seed)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        model = transformers.AutoModelForCausalLM.from_config(config).float()
+        model = getattr(transformers, reference)(config).float()
         for name, weight in model.state_dict().items():
             if not weight.is_floating_point():
                 continue

@@ -27,6 +27,7 @@ ARCHITECTURES = {
     "dots1": gguf.MODEL_ARCH.DOTS1,
     "ernie4_5_moe": gguf.MODEL_ARCH.ERNIE4_5_MOE,
     "minimax_m2": gguf.MODEL_ARCH.MINIMAXM2,
+    "qwen3_vl_moe": gguf.MODEL_ARCH.QWEN3VLMOE,
     "hy_v3": gguf.MODEL_ARCH.DOTS1,  # whose names it has; the package does not know it yet
 }
 CONVERTER = "KRASIS_LLAMA_CPP"
@@ -41,6 +42,7 @@ def tiny_gguf(source: Path, path: Path, *, experts: str = "F32", dense: str = "F
     """A GGUF of a checkpoint. experts, dense: types of the matrices; vectors and routers are F32."""
     config = json.loads((source / "config.json").read_text("utf-8"))
     family = config["model_type"]
+    config = config | config.get("text_config", {}) | {"model_type": family}
     architecture = ARCHITECTURES[family]
     writer = gguf.GGUFWriter(path, "hy_v3" if family == "hy_v3" else gguf.MODEL_ARCH_NAMES[architecture])
     num_blocks = config["num_hidden_layers"] + (config.get("num_nextn_predict_layers") or 0)
@@ -91,8 +93,28 @@ def _stacked(tensors: dict[str, Floats], family: str) -> dict[str, Floats]:
             experts.setdefault(f"{root}.{_STACKED.get(part, part)}.weight", {})[int(number)] = values
     if family in ("mixtral", "minimax_m2"):  # the same block under another name
         experts = {name.replace("block_sparse_moe", "mlp"): by_number for name, by_number in experts.items()}
+    if family == "qwen3_vl_moe":
+        out = _language_model(out)
     for name, by_number in experts.items():
         out[name] = np.stack([by_number[number] for number in sorted(by_number)])
+    return out
+
+
+def _language_model(tensors: dict[str, Floats]) -> dict[str, Floats]:
+    """That of a model of pictures and text, each expert's matrices turned and apart."""
+    out: dict[str, Floats] = {}
+    for name, values in tensors.items():
+        ours = name.replace("language_model.", "")
+        if name.endswith("experts.gate_up_proj"):
+            both = np.split(np.ascontiguousarray(values.swapaxes(1, 2)), 2, axis=1)
+            out |= {
+                ours.replace("gate_up_proj", f"{part}_proj.weight"): one
+                for part, one in zip(("gate", "up"), both, strict=True)
+            }
+        elif name.endswith("experts.down_proj"):
+            out[f"{ours}.weight"] = np.ascontiguousarray(values.swapaxes(1, 2))
+        elif not name.startswith("model.visual."):
+            out[ours] = values
     return out
 
 
@@ -148,6 +170,9 @@ def _add_router(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
         writer.add_expert_shared_count(config["moe_num_shared_experts"])
         shared = config["intermediate_size"] // config["num_key_value_heads"]
         writer.add_expert_shared_feed_forward_length(shared)
+    elif family == "qwen3_vl_moe":
+        writer.add_rope_dimension_sections([*config["rope_parameters"]["mrope_section"], 0])
+        writer.add_num_deepstack_layers(len(config["vision_config"]["deepstack_visual_indexes"]))
     elif family == "minimax_m2":
         writer.add_expert_feed_forward_length(config["intermediate_size"])
 

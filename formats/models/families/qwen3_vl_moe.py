@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from krasis.formats.models.families.qwen3_moe import refuse_features
-from krasis.formats.models.family import Family
+from dataclasses import replace
+
+from krasis.formats.models.families import qwen3_moe
+from krasis.formats.models.family import VISION, Family
+from krasis.formats.models.gguf import Keys
 from krasis.formats.models.hf import Config
 from krasis.formats.models.hf_blocks import attention, experts, model, moe_layers, softmax_router
 from krasis.formats.models.hf_rope import MROPE
+from krasis.formats.models.names import decoder_names
 from krasis.formats.models.spec import ModelSpec
 
 NAME = "qwen3_vl_moe"
@@ -14,10 +18,15 @@ NAME = "qwen3_vl_moe"
 
 def spec_from_hf(config: Config) -> ModelSpec:
     """The model of the language part of a ``config.json``."""
-    refuse_features(config)
+    qwen3_moe.refuse_features(config)
     mixer = attention(config, qk_norm="head", rope={"ignored": MROPE, "theta": 500_000.0})
     routed = experts(config, softmax_router(config, renormalise=True))
     return model(config, NAME, moe_layers(config, mixer, routed))
+
+
+def spec_from_gguf(keys: Keys) -> ModelSpec:
+    """The model of a GGUF's metadata. The vision tower is a file of its own."""
+    return replace(qwen3_moe.spec_from_gguf(keys), family=NAME)
 
 
 FAMILY = Family(
@@ -27,5 +36,8 @@ FAMILY = Family(
     reference="Qwen3VLMoeForConditionalGeneration",
     spec_from_hf=spec_from_hf,
     gguf="qwen3vlmoe",
+    spec_from_gguf=spec_from_gguf,
+    names=decoder_names(root="model.language_model.", transposed=True),
+    left_out={"model.visual.": VISION},
     nested=(NAME,),
 )
