@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Sets up and passes every check: lint, types, native tests under the sanitizers, the Python suite, the suite under -O,
-# and both ways of installing. This is what CI runs.
+# Sets up and passes every check: lint, types, native tests under the sanitizers, the Python suite, parts of it under
+# -O, and both ways of installing. This is what CI runs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -42,8 +42,9 @@ fi
 step "Python suite"
 "$bin/python" -m pytest -n 2 --dist worksteal -q --durations=15
 
-step "Python suite under -O (what is marked slow ran above)"
-"$bin/python" -O -m pytest -n 2 --dist worksteal -q -m "not slow"
+# Nothing of the product may rest on assert (ruff forbids it there): what reads strangers' files and what computes.
+step "Python suite under -O: files of strangers, the converter, the CPU's backends"
+"$bin/python" -O -m pytest -n 2 --dist worksteal -q -m "not slow" tests/formats tests/convert tests/hostile tests/runtime/cpu
 
 step "editable install"
 editable=$(mktemp -d)
