@@ -26,6 +26,7 @@ _MIXERS: dict[type, str] = {
 
 CPU_RUNS = frozenset(
     {
+        "factors on embedding, residual or logits",
         "layers without experts",
         "attention in windows",
         "attention sinks",

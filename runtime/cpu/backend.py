@@ -15,6 +15,7 @@ from krasis.runtime.backend import LayerProgress
 from krasis.runtime.batch import Batch, Logits
 from krasis.runtime.cpu.blocks import Block, CpuContext, Rows, cpu_block
 from krasis.runtime.cpu.buffers import Buffers
+from krasis.runtime.cpu.factors import without_factors
 from krasis.runtime.cpu.heads import Heads
 from krasis.runtime.cpu.kernels import Kernels
 from krasis.runtime.cpu.native_arrays import Array, aligned_empty
@@ -37,6 +38,7 @@ class CpuBackend:
     """
 
     def __init__(self, weights: ModelWeights, settings: EngineSettings) -> None:
+        weights = without_factors(weights)
         spec, layout = weights.spec, weights.expert_layout
         self.spec = spec
         self.layer_done: LayerProgress | None = None

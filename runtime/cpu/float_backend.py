@@ -16,6 +16,7 @@ from krasis.formats.errors import NativeError
 from krasis.runtime import reference
 from krasis.runtime.backend import LayerProgress
 from krasis.runtime.batch import Batch, Logits, Span, TokenIds
+from krasis.runtime.cpu.factors import without_factors
 from krasis.runtime.cpu.float_blocks import FloatBlock, FloatContext, FloatExperts, UnpackedCache, float_block
 from krasis.runtime.cpu.native_arrays import Array
 from krasis.runtime.cpu.rope import tables_of
@@ -34,6 +35,7 @@ class FloatBackend:
     """See ``backend.Backend``."""
 
     def __init__(self, weights: ModelWeights, settings: EngineSettings) -> None:
+        weights = without_factors(weights)
         self.spec = weights.spec
         self.layer_done: LayerProgress | None = None
         self.capacity = settings.context_for(self.spec.max_context)

@@ -12,6 +12,7 @@ import torch
 from krasis.formats.bundle.reader import Bundle
 from krasis.formats.native import Pool
 from krasis.formats.units import format_bytes
+from krasis.runtime.cpu.factors import without_factors
 from krasis.runtime.cpu.weights import load_weights
 from krasis.runtime.device.api import Device, Stream
 from krasis.runtime.gpu.blocks.table import Blocks, blocks_of
@@ -99,7 +100,7 @@ def _open_model(bundle: Bundle, settings: EngineSettings, device: Device, plan: 
     dtype, capacity = GPU_DTYPES[settings.gpu_dtype], plan.workload.context
     stream = device.stream("compute")
     kernels = GpuKernels(device)
-    mapped = load_weights(bundle, "gpu")
+    mapped = without_factors(load_weights(bundle, "gpu"))
     spec, weights = mapped.spec, load_gpu_weights(mapped, device, stream, capacity)
     return GpuModel(
         spec=spec,

@@ -38,6 +38,7 @@ FAMILIES = (
     "hy_v3",
     "minimax_m2",
     "qwen3_vl_moe",
+    "granitemoe",
 )
 SETTINGS: dict[str, Any] = {"gpu_group": 64}
 
@@ -54,8 +55,8 @@ def converted(checkpoint: Path, run: Callable[..., Any]) -> Path:
 
 # What the hub calls them where it is not what most families say, below model.layers.N.mlp.
 ROOTS = {"qwen3_vl_moe": "model.language_model."}
-BLOCKS = {"mixtral": "block_sparse_moe", "minimax_m2": "block_sparse_moe"}
-ROUTERS = {"hy_v3": "router.gate"}
+BLOCKS = {"mixtral": "block_sparse_moe", "minimax_m2": "block_sparse_moe", "granitemoe": "block_sparse_moe"}
+ROUTERS = {"hy_v3": "router.gate", "granitemoe": "router.layer"}
 SHARED = {
     "glm4_moe": "shared_experts",
     "qwen2_moe": "shared_expert",
@@ -83,7 +84,7 @@ def dense_of(family: str, layer: int, tensors: dict[str, np.ndarray]) -> dict[st
         "attention.output": tensors[f"{attention}o_proj.weight"],
         "attention.norm": tensors[f"{root}input_layernorm.weight"],
     }
-    if family not in ("mixtral", "qwen2_moe", "ernie4_5_moe"):
+    if family not in ("mixtral", "qwen2_moe", "ernie4_5_moe", "granitemoe"):
         found |= {f"attention.{x}_norm": tensors[f"{attention}{x}_norm.weight"] for x in "qk"}
     if family in ("glm4_moe", "qwen2_moe"):
         biases = [tensors[f"{attention}{part}_proj.bias"] for part in "qkv"]
@@ -115,6 +116,10 @@ def expert_of(family: str, layer: int, expert: int, tensors: dict[str, np.ndarra
         root = f"model.language_model.layers.{layer}.mlp.experts."
         both = tensors[f"{root}gate_up_proj"][expert].T
         return [*np.split(both, 2), tensors[f"{root}down_proj"][expert].T]
+    if family == "granitemoe":
+        root = f"model.layers.{layer}.block_sparse_moe."
+        both = tensors[f"{root}input_linear.weight"][expert]
+        return [*np.split(both, 2), tensors[f"{root}output_linear.weight"][expert]]
     if family in BLOCKS:
         root = f"model.layers.{layer}.block_sparse_moe.experts.{expert}."
         return [tensors[f"{root}{part}.weight"] for part in ("w1", "w3", "w2")]

@@ -1,5 +1,6 @@
 """A model that was understood but cannot run yet is refused in one sentence, before any work."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from krasis.convert.cli import main
 from krasis.convert.convertible import check_convertible, kernels_note
 from krasis.formats.checkpoints.hf_config import read_hf_config
 from krasis.formats.errors import UnsupportedModelError
+from krasis.formats.models.registry import family_of
 
 CONFIGS = Path(__file__).parents[1] / "formats" / "models" / "configs"
 
@@ -41,8 +43,11 @@ def config_of(name, **changes):
     return json.loads((CONFIGS / f"{name}.json").read_text("utf-8")) | changes
 
 
-def test_a_family_that_runs_but_whose_checkpoints_are_not_read():
+def test_a_family_that_runs_but_whose_checkpoints_are_not_read(monkeypatch: pytest.MonkeyPatch):
+    """None is left, so one is made."""
     spec = read_hf_config(config_of("dots.llm1"), "config.json")
+    nameless = dataclasses.replace(family_of(spec), names={})
+    monkeypatch.setattr("krasis.convert.convertible.family_of", lambda _: nameless)
     with pytest.raises(UnsupportedModelError, match=r"not read yet.*got dots1; limit .*mixtral") as caught:
         check_convertible(spec, "config.json")
     assert str(caught.value).startswith("config.json")

@@ -32,6 +32,7 @@ FAMILIES = (
     "hy_v3",
     "minimax_m2",
     "qwen3_vl_moe",
+    "granitemoe",
 )
 TOKENS = np.random.default_rng(8).integers(0, 256, 45).tolist()
 RelativeError = Callable[[np.ndarray, np.ndarray], float]

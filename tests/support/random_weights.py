@@ -29,6 +29,13 @@ from krasis.runtime.cpu.weights import (
 )
 
 Array = npt.NDArray[Any]
+FUSED = {
+    "granitemoe": {
+        "experts.gate_up": "model.layers.{i}.block_sparse_moe.input_linear.weight",
+        "experts.down": "model.layers.{i}.block_sparse_moe.output_linear.weight",
+    }
+}
+"""The hub's names of what holds all experts of a layer."""
 State = dict[str, npt.NDArray[np.float32]]
 
 
@@ -153,6 +160,11 @@ def _experts(weights: ModelWeights, layer: LayerWeights, names: Mapping[str, Sou
             state[names[f"experts.{part}"].hf[0].format(i=index, e=number)] = values
         fused["experts.gate_up"].append(np.concatenate(parts[:2]).T)
         fused["experts.down"].append(parts[2].T)
+    if spec_fused := FUSED.get(weights.spec.family):
+        return {
+            name.format(i=index): np.ascontiguousarray(np.stack([matrix.T for matrix in fused[ours]]))
+            for ours, name in spec_fused.items()
+        }
     if names["experts.down"].transposed:  # the hub has no others
         return {
             names[name].hf[-1].format(i=index): np.ascontiguousarray(np.stack(values))

@@ -70,6 +70,18 @@ FIELDS: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": None,
         "rotary_dim": 16,
     },
+    "granitemoe": {
+        "num_local_experts": 8,
+        "intermediate_size": 64,
+        "moe_intermediate_size": None,
+        "head_dim": None,
+        # Small, so that the eps of norms counts.
+        "embedding_multiplier": 0.5,
+        "residual_multiplier": 0.4,
+        "rms_norm_eps": 0.1,
+        "logits_scaling": 6.0,
+        "attention_multiplier": 0.05,
+    },
     # The fields of the language model, beside which the config has those of TOWERS.
     "qwen3_vl_moe": {
         "num_experts": 8,
@@ -153,7 +165,7 @@ def reference_model(family: str, *, seed: int = 0, **changes: Any) -> Any:
                 weight.copy_(0.1 * noise)
             elif name.endswith("embed_tokens.weight"):
                 weight.copy_(noise)  # what the blocks add is small beside it, as in trained models
-            elif name.endswith(("mlp.gate.weight", "block_sparse_moe.gate.weight")):
+            elif name.endswith(("mlp.gate.weight", "block_sparse_moe.gate.weight", "router.layer.weight")):
                 # Decided, as trained routers are: near-ties would turn on the rounding of an activation.
                 weight.copy_(2.25 * noise * weight.shape[-1] ** -0.5)
             else:

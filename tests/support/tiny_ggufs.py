@@ -27,6 +27,7 @@ ARCHITECTURES = {
     "dots1": gguf.MODEL_ARCH.DOTS1,
     "ernie4_5_moe": gguf.MODEL_ARCH.ERNIE4_5_MOE,
     "minimax_m2": gguf.MODEL_ARCH.MINIMAXM2,
+    "granitemoe": gguf.MODEL_ARCH.GRANITE_MOE,
     "qwen3_vl_moe": gguf.MODEL_ARCH.QWEN3VLMOE,
     "hy_v3": gguf.MODEL_ARCH.DOTS1,  # whose names it has; the package does not know it yet
 }
@@ -54,7 +55,7 @@ def tiny_gguf(source: Path, path: Path, *, experts: str = "F32", dense: str = "F
             raise ValueError(f"the gguf package has no name for {name}")
         is_float = values.ndim == 1 or "ffn_gate_inp" in theirs or "exp_probs_b" in theirs
         kind = gguf.GGMLQuantizationType["F32" if is_float else experts if "_exps" in theirs else dense]
-        if family == "mixtral" and re.search(r"attn_[qk]\.weight", theirs):
+        if family in ("mixtral", "granitemoe") and re.search(r"attn_[qk]\.weight", theirs):
             heads = config["num_attention_heads" if "attn_q" in theirs else "num_key_value_heads"]
             raw = gguf.quants.quantize(permuted(values, heads), kind)
         else:
@@ -95,8 +96,25 @@ def _stacked(tensors: dict[str, Floats], family: str) -> dict[str, Floats]:
         experts = {name.replace("block_sparse_moe", "mlp"): by_number for name, by_number in experts.items()}
     if family == "qwen3_vl_moe":
         out = _language_model(out)
+    if family == "granitemoe":
+        out = _experts_apart(out)
     for name, by_number in experts.items():
         out[name] = np.stack([by_number[number] for number in sorted(by_number)])
+    return out
+
+
+def _experts_apart(tensors: dict[str, Floats]) -> dict[str, Floats]:
+    """Gate and up in a tensor each."""
+    out: dict[str, Floats] = {}
+    for name, values in tensors.items():
+        root = name.partition("block_sparse_moe.")[0]
+        if name.endswith("input_linear.weight"):
+            for part, one in zip(("gate", "up"), np.split(values, 2, axis=1), strict=True):
+                out[f"{root}mlp.experts.{part}_proj.weight"] = np.ascontiguousarray(one)
+        elif name.endswith("output_linear.weight"):
+            out[f"{root}mlp.experts.down_proj.weight"] = values
+        else:
+            out[name] = values
     return out
 
 
@@ -137,7 +155,7 @@ def _add_metadata(writer: gguf.GGUFWriter, config: dict[str, Any], num_blocks: i
     if config.get("head_dim"):
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)
-    if config["model_type"] in ("mixtral", "glm4_moe", "minimax_m2"):
+    if config["model_type"] in ("mixtral", "granitemoe", "glm4_moe", "minimax_m2"):
         writer.add_rope_dimension_count(int(head_dim * rope.get("partial_rotary_factor", 1)))
     if config.get("moe_intermediate_size"):
         writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
@@ -170,6 +188,11 @@ def _add_router(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
         writer.add_expert_shared_count(config["moe_num_shared_experts"])
         shared = config["intermediate_size"] // config["num_key_value_heads"]
         writer.add_expert_shared_feed_forward_length(shared)
+    elif family == "granitemoe":
+        writer.add_attention_scale(config["attention_multiplier"])
+        writer.add_embedding_scale(config["embedding_multiplier"])
+        writer.add_residual_scale(config["residual_multiplier"])
+        writer.add_logit_scale(config["logits_scaling"])
     elif family == "qwen3_vl_moe":
         writer.add_rope_dimension_sections([*config["rope_parameters"]["mrope_section"], 0])
         writer.add_num_deepstack_layers(len(config["vision_config"]["deepstack_visual_indexes"]))

@@ -241,9 +241,9 @@ LACKS = {
     "lfm2.5-8b-a1b": "layers of short convolutions",
     "llama-4-scout": "attention in chunks",
     "hunyuan-a13b": "norms of q and k after the rotation",
-    "granite-3b-a800m": "factors on embedding, residual or logits",
 }
 ON_THE_CPU = {
+    "granitemoe",
     "dots1",
     "ernie4_5_moe",
     "glm4_moe",
