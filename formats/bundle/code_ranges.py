@@ -7,24 +7,23 @@ from dataclasses import dataclass
 import numpy as np
 
 from krasis.formats.bundle.manifest import BlobRecord, Manifest
-from krasis.formats.layouts import CpuTileLayout, Int8RowsLayout, layout_from_id
-from krasis.formats.layouts.cpu_tiles import TILE_BYTES
+from krasis.formats.layouts import find_expert_format, layout_from_id
+from krasis.formats.layouts.expert_format import Int8Tile
 from krasis.formats.models.mlps import Experts
 
 _LOWEST = 0x80  # -128
-_SCALES_BYTES = 64  # at the end of a tile
 
 
 @dataclass(slots=True)
 class CodeRange:
     """Looks for -128 in a blob's bytes as they are read in order.
 
-    sections: (first byte, end, bytes of a tile) of the record that repeats in the blob; None: all are codes.
+    sections: (first byte, end, tile) of the record that repeats in the blob; None: all are codes.
     first: where the first was, in bytes of the blob; None: nowhere so far.
     """
 
     record_bytes: int
-    sections: tuple[tuple[int, int, int], ...] | None
+    sections: tuple[tuple[int, int, Int8Tile], ...] | None
     first: int | None = None
     _position: int = 0
 
@@ -39,9 +38,9 @@ class CodeRange:
             return
         places = np.flatnonzero(np.frombuffer(chunk, np.uint8) == _LOWEST) + begin
         within = places % self.record_bytes
-        for start, end, tile_bytes in self.sections:
+        for start, end, tile in self.sections:
             inside = (within >= start) & (within < end)
-            codes = inside & ((within - start) % tile_bytes < tile_bytes - _SCALES_BYTES)
+            codes = inside & ((within - start) % tile.num_bytes < tile.num_bytes - tile.scales_bytes)
             if codes.any():
                 at = int(places[codes][0])
                 self.first = at if self.first is None else min(at, self.first)
@@ -59,16 +58,20 @@ def _experts(manifest: Manifest, blob: BlobRecord) -> Experts | None:
 def code_range(manifest: Manifest, blob: BlobRecord) -> CodeRange | None:
     """What looks for -128 in a blob; None for one that holds no int8 codes, or those of a GGUF unchanged."""
     layout = layout_from_id(blob.layout)
-    if isinstance(layout, Int8RowsLayout):
+    tile = None if layout is None else layout.int8_tile
+    if tile is None:
+        return None
+    packed = find_expert_format(blob.layout)
+    if packed is None:
         return CodeRange(blob.num_bytes, None)
-    lossless = str(manifest.recipe.get("cpu_experts_from", "")).startswith("gguf")
-    if not isinstance(layout, CpuTileLayout) or layout.tiles != "q8" or lossless:
+    from_gguf = str(manifest.recipe.get("cpu_experts_from", "")).startswith("gguf")
+    if from_gguf and packed.accepts("Q8_0") == "as is":
         return None
     experts = _experts(manifest, blob)
     if experts is None:
         return None
-    record = layout.expert_record(manifest.spec.hidden, experts.intermediate)
+    record = packed.expert_record(manifest.spec.hidden, experts.intermediate)
     if blob.shape != (experts.count, record.record_bytes):
         return None  # opening it for a run says what is wrong
-    sections = tuple((one.offset_bytes, one.end_bytes, TILE_BYTES["q8"]) for one in record.sections)
+    sections = tuple((one.offset_bytes, one.end_bytes, tile) for one in record.sections)
     return CodeRange(record.record_bytes, sections)

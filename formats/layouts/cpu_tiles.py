@@ -8,6 +8,8 @@ A tile of ``i4``: uint8 [8 k4][16][4 k], low nibble row j, high nibble row 16 + 
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +18,14 @@ import numpy.typing as npt
 
 from krasis.formats.errors import FormatError, UnsupportedModelError
 from krasis.formats.layouts import native_pack
+from krasis.formats.layouts.expert_format import (
+    Acceptance,
+    ExpertTier,
+    Int8Tile,
+    Strips,
+    accepts_floats,
+    rounding_error,
+)
 from krasis.formats.layouts.expert_record import (
     ExpertImportance,
     ExpertRecord,
@@ -31,7 +41,11 @@ from krasis.formats.native import Pool
 
 TILE_ROWS, BLOCK_K = 32, 32
 TILE_BYTES = {"q8": 1088, "i4": 576}
+SCALES_BYTES = 64  # at the end of a tile
 SECTION_ALIGNMENT_BYTES = 64
+GATE_UP_ROWS = 32  # of gate and of up: what one unit of w13 computes
+
+_LAYOUT_ID = re.compile(r"cpu-(q8|i4)-r32-b32")
 
 Array = npt.NDArray[Any]
 
@@ -67,7 +81,7 @@ def unpack_tiles(
         raise FormatError(
             "not tiles", got=f"{packed.dtype} {packed.shape}", limit=f"{TILE_BYTES[tiles]} bytes a tile"
         )
-    body, tail = packed[:, :, : tile_bytes - 64], packed[:, :, tile_bytes - 64 :]
+    body, tail = packed[:, :, : tile_bytes - SCALES_BYTES], packed[:, :, tile_bytes - SCALES_BYTES :]
     if tiles == "i4":
         pairs = body.reshape(strips, blocks, 8, 16, 4)
         biased = np.concatenate([pairs & np.uint8(15), pairs >> np.uint8(4)], axis=3)
@@ -106,6 +120,72 @@ class CpuTileLayout:
     def layout_id(self) -> str:
         """The name a bundle stores: ``cpu-q8-r32-b32`` or ``cpu-i4-r32-b32``."""
         return f"cpu-{self.tiles}-r32-b32"
+
+    @classmethod
+    def from_id(cls, layout_id: str) -> CpuTileLayout | None:
+        """The tiles of a layout id; None for an id of others."""
+        match = _LAYOUT_ID.fullmatch(layout_id)
+        return None if match is None else cls(match.group(1))
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+        return 8 if self.tiles == "q8" else 4
+
+    @property
+    def tier(self) -> ExpertTier:
+        """The CPU's copy."""
+        return "cpu"
+
+    @property
+    def backends(self) -> frozenset[ExpertTier]:
+        """The CPU."""
+        return frozenset({"cpu"})
+
+    @property
+    def scale_dtype(self) -> str:
+        """Always ``F16``."""
+        return "F16"
+
+    @property
+    def int8_tile(self) -> Int8Tile | None:
+        """A tile of ``q8``; None for ``i4``."""
+        return Int8Tile(TILE_BYTES["q8"], SCALES_BYTES) if self.tiles == "q8" else None
+
+    def group_of(self, k: int, where: str = "") -> int:
+        """Always a block. Raises UnsupportedModelError unless it divides k."""
+        if k % BLOCK_K:
+            raise UnsupportedModelError(
+                "the block of a tile does not divide the input features",
+                where=where or self.layout_id,
+                got=k,
+                limit=f"a multiple of {BLOCK_K}",
+            )
+        return BLOCK_K
+
+    def fitted(self, sizes: Iterable[int]) -> CpuTileLayout:
+        """These tiles: there are no others. Raises UnsupportedModelError for sizes they do not fit."""
+        for size in sizes:
+            self.group_of(size)
+        return self
+
+    def accepts(self, dtype: str) -> Acceptance:
+        """Tiles of ``q8`` keep codes and scales of Q8_0."""
+        return "as is" if self.tiles == "q8" and dtype == "Q8_0" else accepts_floats(dtype)
+
+    def explained_error(self, k: int) -> float:
+        """See ``Layout``."""
+        return rounding_error(self.bits, BLOCK_K)
+
+    def strips(
+        self, shape: tuple[int, ...], num_bytes: int, hidden: int, intermediate: int
+    ) -> Iterator[Strips]:
+        """Of each expert the rows of w13, and mirrored those of w2."""
+        record = self.expert_record(hidden, intermediate)
+        w13, w2 = record.w13_codes, record.w2_codes
+        for begin in range(0, num_bytes, record.record_bytes):
+            yield Strips(begin + w13.offset_bytes, w13.num_bytes, intermediate // GATE_UP_ROWS)
+            yield Strips(begin + w2.offset_bytes, w2.num_bytes, hidden // TILE_ROWS, mirrored=True)
 
     def weight_bytes(self, n: int, k: int) -> int:
         """Bytes of a tiled weight [n, k]."""

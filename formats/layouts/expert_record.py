@@ -68,11 +68,8 @@ class ExpertImportance:
         return self.intermediate if part == "down" else self.hidden
 
 
-class ExpertLayout(Protocol):
-    """What the converter needs of a layout of experts."""
-
-    @property
-    def layout_id(self) -> str: ...
+class PartPacker(Protocol):
+    """What ``pack_parts`` needs of an expert format."""
 
     def expert_record(self, hidden: int, intermediate: int) -> ExpertRecord: ...
 
@@ -149,7 +146,7 @@ def clear_padding(out: npt.NDArray[np.uint8], record: ExpertRecord) -> None:
 
 
 def pack_parts(
-    layout: ExpertLayout,
+    layout: PartPacker,
     pool: Pool,
     parts: Mapping[Part, MatrixView],
     out: npt.NDArray[np.uint8],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy.typing as npt
 
 from krasis.formats.errors import FormatError, UnsupportedModelError
 from krasis.formats.layouts import native_pack
+from krasis.formats.layouts.expert_format import Int8Tile, Strips, rounding_error
 from krasis.formats.layouts.matrix import MatrixView, PackStats
 from krasis.formats.native import Pool
 
@@ -49,6 +51,22 @@ class Int8RowsLayout:
     def layout_id(self) -> str:
         """The name a bundle stores."""
         return "int8-rows-r32k4"
+
+    @property
+    def int8_tile(self) -> Int8Tile:
+        """All bytes are codes: scales lie in a blob of their own."""
+        return Int8Tile(STRIP_ROWS * 4, 0)
+
+    def explained_error(self, k: int) -> float:
+        """See ``Layout``."""
+        return rounding_error(8, k)
+
+    def strips(
+        self, shape: tuple[int, ...], num_bytes: int, hidden: int, intermediate: int
+    ) -> Iterator[Strips]:
+        """The strips of codes; scales are read by all."""
+        if len(shape) == 4:
+            yield Strips(0, num_bytes, shape[0])
 
     def codes_shape(self, n: int, k: int) -> tuple[int, int, int, int]:
         """Shape of the codes of a weight [n, k]. Raises UnsupportedModelError unless 32 divides both."""

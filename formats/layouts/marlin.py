@@ -8,7 +8,9 @@ Weight (k, n) lies in row k/16; with r = k % 16, c = n % 16, j = (n%64)/16 and l
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,14 @@ import numpy.typing as npt
 
 from krasis.formats.errors import FormatError, UnsupportedModelError
 from krasis.formats.layouts import native_pack
+from krasis.formats.layouts.expert_format import (
+    Acceptance,
+    ExpertTier,
+    Int8Tile,
+    Strips,
+    accepts_floats,
+    rounding_error,
+)
 from krasis.formats.layouts.expert_record import (
     ExpertImportance,
     ExpertRecord,
@@ -34,6 +44,8 @@ GROUPS = (32, 64, 128)
 SCALE_DTYPES = ("BF16", "F16")
 SECTION_ALIGNMENT_BYTES = 256
 TILE_K, TILE_N = 16, 64
+
+_LAYOUT_ID = re.compile(r"marlin-(u4b8|u8b128)-g(32|64|128|channel)-(bf16|f16)")
 
 Array = npt.NDArray[Any]
 
@@ -119,6 +131,68 @@ class MarlinLayout:
         """The name a bundle stores, such as ``marlin-u4b8-g128-bf16``."""
         code = "u4b8" if self.bits == 4 else "u8b128"
         return f"marlin-{code}-g{self.group or 'channel'}-{self.scale_dtype.lower()}"
+
+    @classmethod
+    def from_id(cls, layout_id: str) -> MarlinLayout | None:
+        """The layout of a layout id; None for an id of others."""
+        match = _LAYOUT_ID.fullmatch(layout_id)
+        if match is None:
+            return None
+        code, group, dtype = match.groups()
+        return cls(4 if code == "u4b8" else 8, None if group == "channel" else int(group), dtype.upper())
+
+    @property
+    def tier(self) -> ExpertTier:
+        """The GPU's copy."""
+        return "gpu"
+
+    @property
+    def backends(self) -> frozenset[ExpertTier]:
+        """The GPU, for 4 bits; there are no kernels for 8."""
+        return frozenset({"gpu"}) if self.bits == 4 else frozenset()
+
+    @property
+    def tiles(self) -> None:
+        """No CPU kernel reads them."""
+        return None
+
+    @property
+    def int8_tile(self) -> Int8Tile | None:
+        """None: codes are biased, and any byte may be one."""
+        return None
+
+    def accepts(self, dtype: str) -> Acceptance:
+        """Plain floats are packed as they are."""
+        return accepts_floats(dtype)
+
+    def explained_error(self, k: int) -> float:
+        """See ``Layout``."""
+        return rounding_error(self.bits, self.group or k)
+
+    def strips(
+        self, shape: tuple[int, ...], num_bytes: int, hidden: int, intermediate: int
+    ) -> Iterator[Strips]:
+        """Nothing: no CPU kernel reads them."""
+        return iter(())
+
+    def fitted(self, sizes: Iterable[int]) -> MarlinLayout:
+        """The largest group, not above this one's, that divides all sizes.
+
+        Raises UnsupportedModelError, naming a size, if none does.
+        """
+        if self.group is None:
+            return self
+        sizes = tuple(sizes)
+        for group in sorted((one for one in GROUPS if one <= self.group), reverse=True):
+            if not any(size % group for size in sizes):
+                return replace(self, group=group)
+        raise UnsupportedModelError(
+            "no scale group divides the input features of the experts",
+            where=self.layout_id,
+            got=next(size for size in sizes if size % min(GROUPS)),
+            limit=f"a multiple of {min(GROUPS)}",
+            hint="one scale a channel (--gpu-group channel) needs none",
+        )
 
     def group_of(self, k: int, where: str = "") -> int:
         """Input features a scale, for k of them. Raises UnsupportedModelError unless the group divides k."""

@@ -7,7 +7,6 @@ from collections.abc import Callable
 import numpy as np
 
 from krasis.formats.errors import NativeError
-from krasis.formats.layouts import CpuTileLayout
 from krasis.formats.models.mixers import Attention
 from krasis.formats.models.spec import ModelSpec
 from krasis.formats.native import Pool
@@ -44,7 +43,8 @@ class CpuBackend:
         self.layer_done: LayerProgress | None = None
         self.capacity = settings.context_for(spec.max_context)
         self.prefill_chunk = settings.cpu_chunk_for(self.capacity)
-        if not isinstance(layout, CpuTileLayout):
+        tiles = layout.tiles
+        if tiles is None:
             raise NativeError("the CPU kernels run CPU tiles only", got=layout.layout_id)
         self.kv_dtype, self.placement = settings.kv_dtype, ("CPU", "CPU")
         # Refuses a context that RAM cannot hold.
@@ -55,7 +55,7 @@ class CpuBackend:
         self._ropes = tables_of(spec, self.capacity)
         context = CpuContext(
             spec=spec,
-            tiles=layout.tiles,
+            tiles=tiles,
             ropes=self._ropes,
             caches=_caches(self.state),
             buffers=self._buffers,

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from krasis.formats.errors import UnsupportedModelError
-from krasis.formats.layouts import CpuTileLayout, Int8RowsLayout, MarlinLayout
+from krasis.formats.layouts import ExpertFormat, Int8RowsLayout
 from krasis.formats.models.mixers import Attention
 from krasis.formats.models.mlps import Experts, GatedMlp
 from krasis.formats.models.rope import Rope
@@ -57,7 +57,7 @@ class FloatContext:
     """What the blocks of a model share. ropes: tables by the record of a rotation."""
 
     spec: ModelSpec
-    layout: CpuTileLayout | MarlinLayout
+    layout: ExpertFormat
     store: KvStore
     ropes: Mapping[Rope, RopeTables]
     unpacked: UnpackedCache

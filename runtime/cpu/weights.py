@@ -17,7 +17,7 @@ import numpy.typing as npt
 from krasis.formats.architecture_record import Architecture
 from krasis.formats.bundle.reader import Bundle
 from krasis.formats.errors import FormatError, MismatchError, NativeError
-from krasis.formats.layouts import CpuTileLayout, Int8RowsLayout, MarlinLayout, layout_from_id, padded_rows
+from krasis.formats.layouts import ExpertFormat, Int8RowsLayout, expert_format, padded_rows
 from krasis.formats.models.spec import Layer, ModelSpec
 from krasis.formats.models.tensor import Tensor
 from krasis.formats.models.tensors import layer_tensors, top_tensors
@@ -124,7 +124,7 @@ class ModelWeights:
     layers: tuple[LayerWeights, ...]
     final_norm: FloatArray
     lm_head: Int8Weight
-    expert_layout: CpuTileLayout | MarlinLayout
+    expert_layout: ExpertFormat
 
     @property
     def architecture(self) -> Architecture:
@@ -169,7 +169,7 @@ def load_weights(bundle: Bundle, tier: str) -> ModelWeights:
 
 
 def _records(
-    reader: _Reader, spec: ModelSpec, layer: Layer, layout: CpuTileLayout | MarlinLayout, blob: str
+    reader: _Reader, spec: ModelSpec, layer: Layer, layout: ExpertFormat, blob: str
 ) -> npt.NDArray[np.uint8] | None:
     experts = layer.experts
     if experts is None:
@@ -179,7 +179,7 @@ def _records(
     return reader.raw(blob, ("U8",), (experts.count, record_bytes), layout.layout_id)
 
 
-def _expert_layout(bundle: Bundle, tier: str) -> CpuTileLayout | MarlinLayout:
+def _expert_layout(bundle: Bundle, tier: str) -> ExpertFormat:
     layouts = bundle.manifest.layouts
     where = str(bundle.path)
     if tier not in layouts:
@@ -189,11 +189,7 @@ def _expert_layout(bundle: Bundle, tier: str) -> CpuTileLayout | MarlinLayout:
             got=", ".join(sorted(layouts)),
             hint="convert again without leaving that tier out",
         )
-    layout = layout_from_id(layouts[tier])
-    wanted = CpuTileLayout if tier == "cpu" else MarlinLayout
-    if not isinstance(layout, wanted):
-        raise FormatError(f"unexpected layout of the {tier} experts", where=where, got=layouts[tier])
-    return layout
+    return expert_format(layouts[tier], "cpu" if tier == "cpu" else "gpu", where)
 
 
 class _Reader:

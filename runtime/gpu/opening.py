@@ -15,7 +15,7 @@ from krasis.formats.errors import (
     UnsupportedModelError,
     UsageError,
 )
-from krasis.formats.layouts import MarlinLayout, layout_from_id
+from krasis.formats.layouts import expert_format
 from krasis.formats.models.mixers import Attention
 from krasis.formats.models.mlps import Experts, GatedMlp
 from krasis.formats.models.spec import ModelSpec
@@ -91,12 +91,12 @@ def _check_kernels(bundle: Bundle) -> None:
     spec, where = bundle.spec, str(bundle.path)
     refuse_missing_kernels(spec, where, GPU_RUNS)
     shape = shape_of(spec)
-    layout = layout_from_id(bundle.manifest.layouts["gpu"])
-    if not isinstance(layout, MarlinLayout) or layout.bits != 4:
+    layout = expert_format(bundle.manifest.layouts["gpu"], where=where)
+    if "gpu" not in layout.backends:
         raise UnsupportedModelError(
             "the GPU kernels run 4-bit Marlin experts only",
             where=where,
-            got=bundle.manifest.layouts["gpu"],
+            got=layout.layout_id,
             hint="convert with 4 bits for the GPU experts",
         )
     for name, size, limit in (

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from krasis.formats.errors import FormatError, NativeError
-from krasis.formats.layouts import ExpertRecord, MarlinLayout
+from krasis.formats.layouts import ExpertFormat, ExpertRecord
 from krasis.formats.models.mixers import Attention
 from krasis.formats.models.rope import Rope
 from krasis.formats.models.spec import ModelSpec
@@ -86,7 +86,7 @@ class GpuWeights:
     final_norm: torch.Tensor
     lm_head: GpuInt8
     ropes: Mapping[Rope, tuple[torch.Tensor, torch.Tensor]]
-    expert_layout: MarlinLayout
+    expert_layout: ExpertFormat
     record: ExpertRecord
     num_bytes: int
 
@@ -104,7 +104,7 @@ def load_gpu_weights(weights: ModelWeights, device: Device, stream: Stream, num_
     OutOfDeviceMemoryError, and FormatError if the experts are of another tier.
     """
     layout, spec = weights.expert_layout, weights.spec
-    if not isinstance(layout, MarlinLayout):
+    if layout.tier != "gpu":
         raise FormatError("the GPU streams Marlin experts only", got=layout.layout_id)
     block = _Block()
     layers = [

@@ -15,12 +15,10 @@ import numpy as np
 
 from krasis.formats.architecture_record import Architecture
 from krasis.formats.bundle.manifest_records import BlobRecord
-from krasis.formats.layouts import CpuTileLayout, Int8RowsLayout, layout_from_id
-from krasis.formats.layouts.int8_rows import STRIP_ROWS
+from krasis.formats.layouts import layout_from_id
+from krasis.formats.layouts.expert_format import Strips
 from krasis.formats.native import check
 from krasis.runtime.cpu.native import NumaCpu, prototype
-
-GATE_UP_ROWS = 32  # of gate and of up: what one unit of w13 computes
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,30 +59,21 @@ def first_unit(units: int, num_nodes: int, node: int) -> int:
 def owned_ranges(blob: BlobRecord, architecture: Architecture, num_nodes: int) -> Iterator[OwnedRange]:
     """The ranges of a blob, by offset in its file, that one node's threads read; none if all threads do."""
     layout = layout_from_id(blob.layout)
-    if isinstance(layout, Int8RowsLayout) and len(blob.shape) == 4:
-        yield from _split(blob.offset_bytes, blob.num_bytes, blob.shape[0], num_nodes)
-    elif isinstance(layout, CpuTileLayout):
-        hidden, intermediate = architecture.hidden_size, architecture.expert_intermediate_size
-        record = layout.expert_record(hidden, intermediate)
-        w13, w2 = record.w13_codes, record.w2_codes
-        for begin in range(blob.offset_bytes, blob.offset_bytes + blob.num_bytes, record.record_bytes):
-            yield from _split(
-                begin + w13.offset_bytes, w13.num_bytes, intermediate // GATE_UP_ROWS, num_nodes
-            )
-            yield from _split(
-                begin + w2.offset_bytes, w2.num_bytes, hidden // STRIP_ROWS, num_nodes, mirrored=True
-            )
+    if layout is None:
+        return
+    hidden, intermediate = architecture.hidden_size, architecture.expert_intermediate_size
+    for strips in layout.strips(blob.shape, blob.num_bytes, hidden, intermediate):
+        yield from _split(blob.offset_bytes, strips, num_nodes)
 
 
-def _split(
-    begin: int, num_bytes: int, units: int, num_nodes: int, *, mirrored: bool = False
-) -> Iterator[OwnedRange]:
-    unit_bytes = num_bytes // units
+def _split(begin: int, strips: Strips, num_nodes: int) -> Iterator[OwnedRange]:
+    strip_bytes = strips.num_bytes // strips.count
+    begin += strips.offset_bytes
     for share in range(num_nodes):
-        first, end = first_unit(units, num_nodes, share), first_unit(units, num_nodes, share + 1)
+        first, end = (first_unit(strips.count, num_nodes, share + i) for i in (0, 1))
         if first < end:
-            node = num_nodes - 1 - share if mirrored else share
-            yield OwnedRange(begin + first * unit_bytes, (end - first) * unit_bytes, node)
+            node = num_nodes - 1 - share if strips.mirrored else share
+            yield OwnedRange(begin + first * strip_bytes, (end - first) * strip_bytes, node)
 
 
 def piece_owners(ranges: Iterable[OwnedRange], num_bytes: int, piece_bytes: int, num_nodes: int) -> list[int]:

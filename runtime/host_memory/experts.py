@@ -13,7 +13,7 @@ import xxhash
 from krasis.formats.bundle.reader import Bundle
 from krasis.formats.errors import FormatError, MismatchError, UsageError
 from krasis.formats.files.regular_file import open_regular, read_range
-from krasis.formats.layouts import MarlinLayout, layout_from_id
+from krasis.formats.layouts import expert_format
 from krasis.formats.limits import PAGE_BYTES
 from krasis.runtime.planning.shape import shape_of
 
@@ -73,9 +73,7 @@ def find_experts(bundle: Bundle, first_expert: int = 0, num_experts: int | None 
     layout_id = bundle.manifest.layouts.get("gpu")
     if layout_id is None:
         raise MismatchError("the bundle has no gpu experts", where=where, hint="convert it with a GPU tier")
-    layout = layout_from_id(layout_id)
-    if not isinstance(layout, MarlinLayout):
-        raise FormatError("unexpected layout of the gpu experts", where=where, got=layout_id)
+    layout = expert_format(layout_id, "gpu", where)
     shape = shape_of(bundle.spec)
     count = shape.num_experts - first_expert if num_experts is None else num_experts
     if first_expert < 0 or count < 1 or first_expert + count > shape.num_experts:

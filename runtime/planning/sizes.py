@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from krasis.formats.errors import FormatError, UnsupportedModelError, UsageError
+from krasis.formats.errors import UnsupportedModelError, UsageError
 from krasis.formats.models import tensors
 from krasis.formats.models.record import MAX_POSITIONS
 from krasis.formats.models.spec import Layer, ModelSpec
@@ -223,12 +223,9 @@ def sizes_of_shape(
 
 
 def _record_bytes(layout_id: str, width: int, intermediate: int) -> int:
-    from krasis.formats.layouts import CpuTileLayout, MarlinLayout, layout_from_id
+    from krasis.formats.layouts import expert_format
 
-    layout = layout_from_id(layout_id)
-    if not isinstance(layout, MarlinLayout | CpuTileLayout):
-        raise FormatError("not a layout of experts", got=layout_id)
-    return layout.expert_record(width, intermediate).record_bytes
+    return expert_format(layout_id).expert_record(width, intermediate).record_bytes
 
 
 def sizes_of_bundle(manifest: Manifest) -> ModelSizes:

@@ -11,7 +11,6 @@ import numpy.typing as npt
 import torch
 
 from krasis.formats.errors import NativeError
-from krasis.formats.layouts import CpuTileLayout
 from krasis.formats.native import Pool, check
 from krasis.runtime.cpu.kernels import Acts, Kernels, moe_workspace_bytes, workspace
 from krasis.runtime.cpu.native import prototype
@@ -37,9 +36,10 @@ class CpuTier:
     def tiles(self) -> str:
         """``q8`` or ``i4``. Raises NativeError for experts of another tier."""
         layout = self.weights.expert_layout
-        if not isinstance(layout, CpuTileLayout):
+        tiles = layout.tiles
+        if tiles is None:
             raise NativeError("the CPU kernels run CPU tiles only", got=layout.layout_id)
-        return layout.tiles
+        return tiles
 
     def records(self) -> list[npt.NDArray[np.uint8]]:
         """The experts of each layer that has some, uint8 [experts, record_bytes]."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from krasis.formats.layouts import ExpertRecord, MarlinLayout
+from krasis.formats.layouts import ExpertFormat, ExpertRecord
 from krasis.runtime.device.api import Stream
 from krasis.runtime.gpu.experts.stage import Step
 from krasis.runtime.gpu.kernels.gpu_kernels import ExpertMatrix, GpuKernels, Routing
@@ -20,7 +20,7 @@ class ExpertProduct:
         self,
         kernels: GpuKernels,
         model: AnyModel,
-        layout: MarlinLayout,
+        layout: ExpertFormat,
         record: ExpertRecord,
     ) -> None:
         a = shape_of(model)
