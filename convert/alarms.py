@@ -13,8 +13,6 @@ from krasis.convert.progress import Reporter
 from krasis.convert.slices import TensorSlice
 from krasis.formats.checkpoints.ggml_blocks import block_size
 from krasis.formats.errors import FormatError
-from krasis.formats.layouts import CpuTileLayout, Int8RowsLayout, MarlinLayout
-from krasis.formats.layouts.cpu_tiles import BLOCK_K
 from krasis.formats.layouts.matrix import PackStats
 
 # Rows of zeros are padding of a vocabulary or of an expert, or were pruned, as long as they are few.
@@ -27,24 +25,6 @@ _FORCE = "--force-weights converts the weights as they are"
 DAMAGED = f"get the file again and compare its checksum; {_FORCE}"
 TOO_SMALL = f"multiply these matrices by a power of two and divide those before them by it; {_FORCE}"
 
-Layout = CpuTileLayout | Int8RowsLayout | MarlinLayout
-
-
-def explained_error(layout: Layout, k: int) -> float:
-    """The squared error, relative to the squared weights, that rounding to a layout can leave of k columns;
-    for 4 bits, of weights that models have: the bound would explain anything.
-    """
-    if isinstance(layout, CpuTileLayout):
-        bits, group = (8, BLOCK_K) if layout.tiles == "q8" else (4, BLOCK_K)
-    elif isinstance(layout, MarlinLayout):
-        bits, group = layout.bits, layout.group or k
-    else:
-        bits, group = 8, k
-    if bits == 4:
-        return 0.25 if group <= 128 else 0.5
-    # Each weight is off by half a step of largest / 127 at most. A tenth and more for the scale's rounding.
-    return 1.1 * group / 254**2 + 5e-4
-
 
 @dataclass(frozen=True, slots=True)
 class Finding:
@@ -56,7 +36,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class PackedPart:
-    """What is known of one matrix of an expert after packing. limit: its ``explained_error``."""
+    """What is known of one matrix of an expert after packing. limit: its layout's ``explained_error``."""
 
     piece: TensorSlice
     runs: Sequence[ConstantRun]

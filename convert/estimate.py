@@ -39,10 +39,9 @@ def estimate(plan: ConversionPlan) -> Estimate:
         for tier in settings.tiers:
             layout = settings.layout(tier)
             out = np.zeros(expert_record(spec, first, settings, tier).record_bytes, np.uint8)
-            keep_q8_0 = settings.keeps_q8_0(tier)
             source = plan.expert_source(tier)
             begin, times = time.perf_counter(), list[float]()
-            for expert in reader.experts(source, first, keep_q8_0=keep_q8_0):
+            for expert in reader.experts(source, first, layout):
                 for part, view, piece in zip(PARTS, expert.views, expert.pieces, strict=True):
                     layout.pack_part(
                         pool,

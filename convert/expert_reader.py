@@ -13,6 +13,7 @@ from krasis.convert.constant_runs import ConstantRun, constant_runs
 from krasis.convert.digests import ContentDigests
 from krasis.convert.slices import TensorSlice
 from krasis.convert.sources import WeightSource
+from krasis.formats.layouts import ExpertFormat
 from krasis.formats.layouts.expert_record import PARTS
 from krasis.formats.layouts.matrix import MatrixView
 from krasis.formats.process.machine_limits import usable_cpus
@@ -56,8 +57,8 @@ class ExpertReader:
         self._reader.shutdown(wait=True, cancel_futures=True)
         self._decoders.shutdown(wait=True, cancel_futures=True)
 
-    def experts(self, source: WeightSource, layer: int, *, keep_q8_0: bool) -> Iterator[ExpertWeights]:
-        """All experts of a layer. keep_q8_0: hand over Q8_0 matrices as raw blocks."""
+    def experts(self, source: WeightSource, layer: int, layout: ExpertFormat) -> Iterator[ExpertWeights]:
+        """All experts of a layer: matrices that the layout accepts as they lie, all others dequantised."""
         num_experts = source.spec.experts_of(layer).count
         ahead = max(1, min(READ_AHEAD_EXPERTS, num_experts))
         reads: deque[Future[_Read]] = deque()
@@ -68,7 +69,7 @@ class ExpertReader:
                 reads.append(self._reader.submit(self._read, source, layer, next_read))
                 next_read += 1
             while reads and len(decodes) < max(1, self._decode_slots):
-                decodes.append(_Decode(reads.popleft().result(), self._decoders, keep_q8_0=keep_q8_0))
+                decodes.append(_Decode(reads.popleft().result(), self._decoders, layout))
             yield decodes.popleft().result()
 
     def _read(self, source: WeightSource, layer: int, expert: int) -> _Read:
@@ -88,16 +89,14 @@ class _Read:
 class _Decode:
     """An expert on its way to MatrixViews; quantised parts are dequantised in row blocks on all threads."""
 
-    def __init__(self, read: _Read, pool: ThreadPoolExecutor, *, keep_q8_0: bool) -> None:
+    def __init__(self, read: _Read, pool: ThreadPoolExecutor, layout: ExpertFormat) -> None:
         self._read = read
         self._futures: list[Future[None]] = []
-        self._views = [self._start(piece, pool, keep_q8_0) for piece in read.pieces]
+        self._views = [self._start(piece, pool, layout) for piece in read.pieces]
 
-    def _start(self, piece: TensorSlice, pool: ThreadPoolExecutor, keep_q8_0: bool) -> MatrixView:
-        if keep_q8_0 and piece.dtype == "Q8_0":
-            return piece.blocks()
-        if piece.is_float:
-            return piece.matrix()
+    def _start(self, piece: TensorSlice, pool: ThreadPoolExecutor, layout: ExpertFormat) -> MatrixView:
+        if layout.accepts(piece.dtype) == "as is":
+            return piece.matrix() if piece.is_float else piece.blocks()
         out = np.empty(piece.shape, np.float32)
 
         def decode(start: int) -> None:

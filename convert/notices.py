@@ -13,7 +13,7 @@ from krasis.convert.sources import dense_types, quantised_types
 def notices(plan: ConversionPlan, inputs: OpenInputs) -> Iterator[str]:
     """One sentence each."""
     yield from inputs.notes
-    settings = plan.settings
+    settings, cpu = plan.settings, plan.settings.cpu_layout
     if (note := kernels_note(plan.spec, settings.tiers)) is not None:
         yield note
     gguf_types = plan.cpu_source.expert_types() if plan.cpu_source.kind == "gguf" else ()
@@ -30,16 +30,15 @@ def notices(plan: ConversionPlan, inputs: OpenInputs) -> Iterator[str]:
             "weights and rounded again, to 8 bits"
         )
     if inputs.gguf is None and "cpu" in settings.tiers:
-        what = "8-bit blocks (as good as a Q8_0 GGUF)" if settings.cpu_format == "q8" else "4 bits"
+        what = "8-bit blocks (as good as a Q8_0 GGUF)" if cpu.bits == 8 else f"{cpu.bits} bits"
         yield f"without a GGUF the CPU experts are made from the checkpoint, rounded to {what}"
     if "cpu" in settings.tiers and gguf_types:
-        lossless = {"Q8_0"} if settings.cpu_format == "q8" else set()
-        again = sorted(set(quantised_types(gguf_types)) - lossless)
+        again = sorted(one for one in set(quantised_types(gguf_types)) if cpu.accepts(one) == "decoded")
         if again:
-            to = "8-bit blocks" if settings.cpu_format == "q8" else "4 bits"
+            to = "8-bit blocks" if cpu.bits == 8 else f"{cpu.bits} bits"
             yield f"the GGUF's {', '.join(again)} experts are dequantised and rounded again, to {to}"
-        elif settings.cpu_format == "q8" and rounded:
-            yield "the GGUF's Q8_0 experts are kept as they are, without loss"
+        elif rounded:
+            yield f"the GGUF's {rounded} experts are kept as they are, without loss"
     if "tokenizer.json" not in inputs.assets:
         yield (
             "there is no tokenizer among the inputs: the bundle will take token ids only, until "

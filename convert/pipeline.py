@@ -6,7 +6,7 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from krasis.convert.alarms import Alarms, PackedPart, explained_error, tell
+from krasis.convert.alarms import Alarms, PackedPart, tell
 from krasis.convert.dense import DensePacker
 from krasis.convert.digests import ContentDigests
 from krasis.convert.expert_reader import ExpertReader, ExpertWeights
@@ -119,11 +119,11 @@ class _Worker:
         plan, tier = self._plan, unit.kind
         source = plan.expert_source(tier)
         record_bytes = expert_record(plan.spec, unit.layer, plan.settings, tier).record_bytes
-        keep_q8_0 = plan.settings.keeps_q8_0(tier)
+        layout = plan.settings.layout(tier)
         quality = UnitQuality(unit.layer)
         (name,) = unit.blobs
         with self._writer.open_blob(name) as sink:
-            experts = self._reader.experts(source, unit.layer, keep_q8_0=keep_q8_0)
+            experts = self._reader.experts(source, unit.layer, layout)
             slab, filled = self._ring.take(self._thread), 0
             for number, expert in enumerate(experts):
                 if filled + record_bytes > slab.nbytes:
@@ -161,7 +161,7 @@ class _Worker:
                 importance=None if importance is None else importance.of(part),
                 where=piece.where,
             )
-            limit = explained_error(layout, view.k)
+            limit = layout.explained_error(view.k)
             packed.append(PackedPart(piece, runs, stats, limit, layout.layout_id))
             if part == "down":
                 quality.add_expert(f"experts.{tier}.w2", stats)

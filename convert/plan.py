@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from krasis.convert.settings import ConvertSettings
-from krasis.convert.slices import FLOAT_BYTES
 from krasis.convert.source_parts import stacked_dtype
 from krasis.convert.sources import WeightSource
 from krasis.formats.bundle.blob_names import expert_blob
@@ -206,8 +205,8 @@ def _decodes(settings: ConvertSettings, dense_source: WeightSource, cpu_source: 
     """Whether any expert is dequantised to float32 on the way."""
     sources = {"gpu": dense_source, "cpu": cpu_source}
     for tier in settings.tiers:
-        kept = {*FLOAT_BYTES, "Q8_0"} if settings.keeps_q8_0(tier) else {*FLOAT_BYTES}
-        if set(sources[tier].expert_types()) - kept:
+        layout = settings.layout(tier)
+        if any(layout.accepts(dtype) == "decoded" for dtype in sources[tier].expert_types()):
             return True
     return False
 

@@ -68,10 +68,6 @@ class ConvertSettings:
         """How CPU experts are packed."""
         return CpuTileLayout(CPU_FORMATS[self.cpu_format])
 
-    def keeps_q8_0(self, tier: str) -> bool:
-        """Whether a tier's experts take the blocks of a Q8_0 source as they are."""
-        return tier == "cpu" and self.cpu_format == "q8"
-
     def layout(self, tier: str) -> MarlinLayout | CpuTileLayout:
         """How a tier's experts are packed."""
         return self.gpu_layout if tier == "gpu" else self.cpu_layout

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from krasis.convert.alarms import explained_error
 from krasis.convert.cli import main
 from krasis.formats.errors import FormatError
 from krasis.formats.layouts import CpuTileLayout, Int8RowsLayout, MarlinLayout
@@ -185,4 +184,4 @@ def test_no_distribution_of_weights_is_refused_for_its_error(layout: Any) -> Non
             else:
                 record = np.zeros(layout.expert_record(k, n).record_bytes, np.uint8)
                 stats = layout.pack_part(pool, "gate", view, record, hidden=k, intermediate=n)
-            assert stats.relative_mse < explained_error(layout, k)
+            assert stats.relative_mse < layout.explained_error(k)
