@@ -23,6 +23,7 @@ from krasis.formats.bundle.shard_output import OUTPUT_IO
 from krasis.formats.errors import KrasisError, ResourceError, UsageError
 from krasis.formats.files import mapping_guard
 from krasis.formats.files.file_ops import refusal
+from krasis.formats.layouts import CPU_FORMATS, GPU_FORMATS
 from krasis.formats.printable import printable_lines
 from krasis.formats.process.command_line import StreamsCommand, version_option
 from krasis.formats.process.last_resort import last_resort
@@ -46,16 +47,16 @@ _WHEN_CUT = "get this file again; what is finished so far is kept, and the same 
     help="Put the tokenizer, chat template and defaults of SOURCE (a folder, a GGUF or one file) into a "
     "finished bundle: krasis-convert --refresh-text SOURCE model.krasis.",
 )
+@click.option("--gpu-format", type=click.Choice(list(GPU_FORMATS)), default="marlin", show_default=True)
 @click.option("--gpu-bits", type=click.Choice(["4", "8"]), default="4", show_default=True)
 @click.option(
     "--gpu-group",
     type=click.Choice(list(GPU_GROUPS)),
-    default="128",
-    show_default=True,
-    help="Input features that share a scale.",
+    default=None,
+    help="Input features that share a scale [default: 128, or the most below that divide the model's sizes].",
 )
 @click.option("--gpu-scales", type=click.Choice(["bf16", "f16"]), default="bf16", show_default=True)
-@click.option("--cpu-format", type=click.Choice(["q8", "int4"]), default="q8", show_default=True)
+@click.option("--cpu-format", type=click.Choice(list(CPU_FORMATS)), default="q8", show_default=True)
 @click.option(
     "--tiers", default="gpu,cpu", show_default=True, help="Copies of the experts to write: gpu, cpu or both."
 )
@@ -143,7 +144,8 @@ def _settings(options: dict[str, Any]) -> ConvertSettings:
     return ConvertSettings(
         tiers=parse_tiers(options["tiers"]),
         gpu_bits=8 if options["gpu_bits"] == "8" else 4,
-        gpu_group=GPU_GROUPS[options["gpu_group"]],
+        gpu_format=options["gpu_format"],
+        gpu_group="auto" if options["gpu_group"] is None else GPU_GROUPS[options["gpu_group"]],
         gpu_scales=options["gpu_scales"],
         cpu_format=options["cpu_format"],
         shard_bytes=parse_bytes(options["shard_size"], "--shard-size"),

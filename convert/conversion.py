@@ -132,7 +132,7 @@ def prepare(paths: Sequence[Path], out: Path, settings: ConvertSettings, reporte
     for source in inputs.sources():
         look_into_holes(source, alarms)
     tell(alarms, reporter, force=settings.force_weights)
-    return Prepared(inputs, settings, plan, cross_check, calibration, out)
+    return Prepared(inputs, plan.settings, plan, cross_check, calibration, out)
 
 
 def _sound_text(inputs: OpenInputs, settings: ConvertSettings, reporter: Reporter) -> dict[str, bytes]:

@@ -120,7 +120,7 @@ def plan_conversion(
 
     Dense tensors and GPU experts come from the Hugging Face checkpoint when there is one, CPU experts from
     the GGUF. usable_bytes: memory that buffers shall be made shallower for. Raises UsageError without a
-    source or for a group that does not divide the model's sizes, ResourceError when the buffers exceed
+    source or for a given group that does not divide the model's sizes, ResourceError when the buffers exceed
     ``settings.memory_limit_bytes``.
     """
     dense_source = hf or gguf
@@ -128,6 +128,8 @@ def plan_conversion(
     if dense_source is None or cpu_source is None:
         raise UsageError("no input model")
     spec = dense_source.spec
+    inputs = (spec.hidden, *(one.intermediate for one in kinds_of_experts(spec)))
+    settings = settings.fitted(inputs)
     check_groups(spec, settings)
     blobs = (*_dense_blobs(spec, dense_source), *_expert_blobs(spec, settings))
     units = tuple(_units(spec, settings, dense_source, {"gpu": dense_source, "cpu": cpu_source}))
@@ -147,7 +149,7 @@ def plan_conversion(
 def check_groups(spec: ModelSpec, settings: ConvertSettings) -> None:
     """Raises UsageError when a scale group does not divide the experts' input features."""
     group = settings.gpu_group
-    if "gpu" not in settings.tiers or group is None:
+    if "gpu" not in settings.tiers or group is None or group == "auto":
         return
     experts = [("expert size", one.intermediate) for one in kinds_of_experts(spec)]
     sizes = [("hidden size", spec.hidden), *experts]

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from krasis.formats.bundle.shard_output import OUTPUT_IO, OutputIo
 from krasis.formats.errors import UsageError
-from krasis.formats.layouts import CpuTileLayout, Int8RowsLayout, MarlinLayout
+from krasis.formats.layouts import CPU_FORMATS, GPU_FORMATS, ExpertFormat, Int8RowsLayout
 
 Tier = Literal["gpu", "cpu"]
 TIERS: tuple[Tier, ...] = ("gpu", "cpu")
 GPU_GROUPS: dict[str, int | None] = {"32": 32, "64": 64, "128": 128, "channel": None}
 GPU_SCALES = {"bf16": "BF16", "f16": "F16"}
-CPU_FORMATS = {"q8": "q8", "int4": "i4"}
+DEFAULT_GPU_GROUP = 128
 MIN_SHARD_BYTES = 1 << 20
 
 
@@ -22,17 +23,19 @@ MIN_SHARD_BYTES = 1 << 20
 class ConvertSettings:
     """Everything that is not an input. The first block decides the bundle's bytes; the second does not.
 
-    gpu_group: input features a scale covers, None = all of them. num_threads: 0 = every CPU of this process.
-    memory_limit_bytes: bound on memory beyond the page cache, None = what the machine has available.
-    output_io: whether shards are written past the page cache. force_text: go on without text files that
-    cannot be used. force_weights: weights that look damaged are told, and converted as they are.
+    gpu_format, cpu_format: names of ``formats.layouts``. gpu_group: input features a scale covers, None = all
+    of them, ``auto`` = 128, or the most below that divide the model's sizes. num_threads: 0 = every CPU of
+    this process. memory_limit_bytes: bound on memory beyond the page cache, None = what the machine has
+    available. output_io: whether shards are written past the page cache. force_text: go on without text files
+    that cannot be used. force_weights: weights that look damaged are told, and converted as they are.
     """
 
     tiers: tuple[Tier, ...] = TIERS
     gpu_bits: Literal[4, 8] = 4
-    gpu_group: int | None = 128
+    gpu_format: str = "marlin"
+    gpu_group: int | Literal["auto"] | None = "auto"
     gpu_scales: Literal["bf16", "f16"] = "bf16"
-    cpu_format: Literal["q8", "int4"] = "q8"
+    cpu_format: str = "q8"
     shard_bytes: int = 32 << 30
     calibration: Path | None = None
 
@@ -49,6 +52,12 @@ class ConvertSettings:
         """Raises UsageError for settings that contradict each other."""
         if not self.tiers or any(tier not in TIERS for tier in self.tiers):
             raise UsageError("--tiers names gpu, cpu or both", got=",".join(self.tiers) or "nothing")
+        for option, name, known in (
+            ("--gpu-format", self.gpu_format, GPU_FORMATS),
+            ("--cpu-format", self.cpu_format, CPU_FORMATS),
+        ):
+            if name not in known:
+                raise UsageError(f"unknown {option}", got=name, limit=", ".join(known))
         if self.shard_bytes < MIN_SHARD_BYTES:
             raise UsageError(
                 "--shard-size is too small", got=f"{self.shard_bytes} bytes", limit="1 MiB or more"
@@ -59,16 +68,26 @@ class ConvertSettings:
             raise UsageError("--threads must not be negative", got=self.num_threads)
 
     @property
-    def gpu_layout(self) -> MarlinLayout:
-        """How GPU experts are packed."""
-        return MarlinLayout(self.gpu_bits, self.gpu_group, GPU_SCALES[self.gpu_scales])
+    def gpu_layout(self) -> ExpertFormat:
+        """How GPU experts are packed; before ``fitted``, with the largest group that ``auto`` may be."""
+        group = DEFAULT_GPU_GROUP if self.gpu_group == "auto" else self.gpu_group
+        return GPU_FORMATS[self.gpu_format](self.gpu_bits, group, GPU_SCALES[self.gpu_scales])
 
     @property
-    def cpu_layout(self) -> CpuTileLayout:
+    def cpu_layout(self) -> ExpertFormat:
         """How CPU experts are packed."""
-        return CpuTileLayout(CPU_FORMATS[self.cpu_format])
+        return CPU_FORMATS[self.cpu_format]
 
-    def layout(self, tier: str) -> MarlinLayout | CpuTileLayout:
+    def fitted(self, sizes: Iterable[int]) -> ConvertSettings:
+        """These settings with a group for ``auto``. sizes: input features of the model's experts.
+
+        Raises UnsupportedModelError if no group divides them.
+        """
+        if self.gpu_group != "auto" or "gpu" not in self.tiers:
+            return self
+        return replace(self, gpu_group=self.gpu_layout.fitted(sizes).group_of(DEFAULT_GPU_GROUP))
+
+    def layout(self, tier: str) -> ExpertFormat:
         """How a tier's experts are packed."""
         return self.gpu_layout if tier == "gpu" else self.cpu_layout
 
@@ -89,6 +108,8 @@ class ConvertSettings:
             "shard_bytes": self.shard_bytes,
         }
         if "gpu" in self.tiers:
+            if self.gpu_format != "marlin":  # which recipes of before do not name
+                recipe["gpu_format"] = self.gpu_format
             recipe["gpu_bits"] = self.gpu_bits
             recipe["gpu_group"] = "channel" if self.gpu_group is None else self.gpu_group
             recipe["gpu_scales"] = self.gpu_scales

@@ -191,7 +191,6 @@ class MarlinLayout:
             where=self.layout_id,
             got=next(size for size in sizes if size % min(GROUPS)),
             limit=f"a multiple of {min(GROUPS)}",
-            hint="one scale a channel (--gpu-group channel) needs none",
         )
 
     def group_of(self, k: int, where: str = "") -> int:

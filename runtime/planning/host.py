@@ -108,11 +108,14 @@ def _expert_store(
 def _too_little_ram(
     needed: int, ring: int, ram_bytes: int, cpu_experts: int, sizes: ModelSizes
 ) -> ResourceError:
+    from krasis.formats.layouts import find_expert_format
+
     detail = f"CPU experts {format_bytes(cpu_experts)}"
     if ring:
         detail += f", pinned ring {format_bytes(ring)}"
     hint = "a machine with more RAM"
-    if not sizes.cpu_layout.startswith("cpu-i4"):
+    held = find_expert_format(sizes.cpu_layout)
+    if held is None or held.bits > 4:
         hint = "convert with INT4 CPU experts (about half the bytes), or " + hint
     return ResourceError(
         "the model does not fit in RAM",

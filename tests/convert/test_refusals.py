@@ -130,7 +130,17 @@ class TestModels:
 
     def test_group_that_does_not_divide(self, run, model_class, shape_class, out, tmp_path):
         hf = model_class(shape_class(intermediate=192)).write_hf(tmp_path / "hf")
-        refuse(run, [hf], out, UsageError, "--gpu-group 128 does not divide.*use --gpu-group 64")
+        says = "--gpu-group 128 does not divide.*use --gpu-group 64"
+        refuse(run, [hf], out, UsageError, says, gpu_group=128)
+
+    def test_without_a_given_group_one_that_divides_is_chosen(
+        self, run, model_class, shape_class, out, tmp_path
+    ):
+        hf = model_class(shape_class(intermediate=192)).write_hf(tmp_path / "hf")
+        run([hf], out)
+        manifest = json.loads((out / "manifest.json").read_text())
+        assert manifest["layouts"]["gpu"] == "marlin-u4b8-g64-bf16"
+        assert manifest["recipe"]["gpu_group"] == 64
 
     def test_wrong_dtype(self, run, copy, out):
         path = copy / "model-00001-of-00002.safetensors"
