@@ -22,6 +22,7 @@ import xml.etree.ElementTree as ET
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -76,8 +77,8 @@ FLAGS = frozenset(
 
 def krasis_options(given: Sequence[str], max_context: int) -> list[str]:
     """krasis-serve's options for llama-server's; what it does not have is left out. llama-server lets every
-    page ask unless it has tools, has no /metrics unless asked, and divides the context by the answers at a
-    time."""
+    page ask unless it has tools, has no /metrics unless asked, divides the context by the answers at a time,
+    and tells templates to think where it is told ``auto``."""
     pairs = dict(_pairs(given))
     origins = pairs.get("--cors-origins", "localhost" if "--tools" in pairs else "*")
     options = [] if origins == "localhost" else ["--cors-origins", origins]
@@ -90,8 +91,8 @@ def krasis_options(given: Sequence[str], max_context: int) -> list[str]:
         elif name == "--ctx-size":
             context = int(value) // int(pairs.get("--parallel", "1"))
             options += ["--ctx", str(min(context, max_context))]
-        elif name == "--reasoning" and value != "auto":
-            options += ["--chat-template-kwargs", json.dumps({"enable_thinking": value == "on"})]
+        elif name == "--reasoning":
+            options += ["--chat-template-kwargs", json.dumps({"enable_thinking": value != "off"})]
     return options
 
 
@@ -106,6 +107,22 @@ def as_server(given: Sequence[str]) -> None:
     code = "from krasis.runtime.server.command import main; main(prog_name='krasis-serve')"
     options = krasis_options(given, int(os.environ[CONTEXT]))
     os.execv(sys.executable, [sys.executable, "-c", code, os.environ[BUNDLE], *options])  # noqa: S606
+
+
+def pytest_configure() -> None:
+    """In the tests' process: names of headers as llama-server writes them. They mean the same in any case,
+    but the tests put them into a plain dictionary."""
+    import requests
+
+    build = requests.adapters.HTTPAdapter.build_response
+
+    def build_response(self: Any, *given: Any) -> Any:
+        response = build(self, *given)
+        named = {name.title(): value for name, value in response.headers.items()}
+        response.headers = requests.structures.CaseInsensitiveDict(named)
+        return response
+
+    requests.adapters.HTTPAdapter.build_response = build_response
 
 
 @click.command()
@@ -126,6 +143,7 @@ def main(bundle: Path, files: Sequence[str], log: Path | None, failed: bool, wor
         )
         server.chmod(0o700)
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow"]
+        command += ["-p", "scripts.outside.llama_server_tests"]
         command += ["--junitxml", str(report), *(f"unit/{name}.py" for name in files or FILES)]
         command += ["-k", words] if words else []
         done = subprocess.run(
