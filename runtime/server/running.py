@@ -84,11 +84,7 @@ class _Server(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Once is enough: a second signal does not keep prefixes from being saved."""
-        before = {number: signal.getsignal(number) for number in _SIGNALS}
-        for number, handler in before.items():
-            if handler is not signal.SIG_IGN:
-                signal.signal(number, self.handle_exit)
+        """Nothing: ``_signals_end`` does it, for longer than uvicorn would."""
         yield
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -103,6 +99,21 @@ class _Server(uvicorn.Server):
         self.should_exit = True
         if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._on_end)
+
+
+@contextmanager
+def _signals_end(server: _Server) -> Iterator[None]:
+    """Inside, a signal ends the server. Once is enough: a second one does not keep prefixes from being saved."""
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, server.handle_exit)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if handler is not None:
+                signal.signal(number, handler)
 
 
 def run(
@@ -150,11 +161,12 @@ def run(
     loader.start()
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-4)  # a token must not wait for JSON
-    try:
-        server.run(sockets=[listener])
-    finally:
-        sys.setswitchinterval(interval)
-        loader.join()
-        unload()
+    with _signals_end(server):
+        try:
+            server.run(sockets=[listener])
+        finally:
+            sys.setswitchinterval(interval)
+            loader.join()
+            unload()
     if failure:
         raise failure[0]
