@@ -194,9 +194,15 @@ def transformers_logits(folder: Path, tokens: list[int]) -> npt.NDArray[np.float
     import torch
     import transformers
 
-    (name,) = json.loads((folder / "config.json").read_text("utf-8"))["architectures"]
-    model, info = getattr(transformers, name).from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    model_type = json.loads((folder / "config.json").read_text("utf-8"))["model_type"]
+    family = family_of_model_type(model_type)
+    if family is None:
+        raise ValueError(f"no such family: {model_type}")
+    reference = getattr(transformers, family.reference)
+    config = reference.config_class.from_pretrained(folder)
+    config.model_type = reference.config_class.model_type  # by which tensors are found; another family's
+    model, info = reference.from_pretrained(
+        folder, config=config, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )
     info["missing_keys"] = {key for key in info["missing_keys"] if not key.startswith("model.visual.")}
     wrong = {key: value for key, value in info.items() if value and key != "error_msgs"}

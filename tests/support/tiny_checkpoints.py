@@ -120,6 +120,12 @@ def tiny(family: str, folder: Path, *, seed: int = 0, dtype: str = "bfloat16", *
     model = reference_model(family, seed=seed, **changes).to(getattr(torch, dtype))
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
+    own = next(one for one in all_families() if one.name == family)
+    if model.config_class.model_type not in own.model_types:  # the reference is another family's
+        path = folder / "config.json"
+        config = json.loads(path.read_text("utf-8"))
+        config |= {"model_type": own.model_types[0], "architectures": [own.architectures[0]]}
+        path.write_text(json.dumps(config), "utf-8")
     if family == "qwen3_vl_moe":
         turn_experts(folder)
     write_tokenizer(folder)

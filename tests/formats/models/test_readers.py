@@ -13,6 +13,7 @@ from krasis.formats.models.registry import all_families, spec_from_gguf, spec_fr
 from krasis.formats.models.spec import ModelSpec
 from krasis.formats.models.tensors import blobs, count_parameters
 from krasis.runtime.missing_kernels import CPU_RUNS, needed_kernels, refuse_missing_kernels
+from tests.support.tiny_checkpoints import FIELDS
 
 CONFIGS = {path.stem: json.loads(path.read_text()) for path in (Path(__file__).parent / "configs").iterdir()}
 
@@ -242,19 +243,6 @@ LACKS = {
     "llama-4-scout": "attention in chunks",
     "hunyuan-a13b": "norms of q and k after the rotation",
 }
-ON_THE_CPU = {
-    "granitemoe",
-    "dots1",
-    "ernie4_5_moe",
-    "glm4_moe",
-    "hy_v3",
-    "minimax_m2",
-    "mixtral",
-    "olmoe",
-    "qwen2_moe",
-    "qwen3_moe",
-    "qwen3_vl_moe",
-}
 
 
 @pytest.mark.parametrize("name", LACKS)
@@ -264,12 +252,32 @@ def test_what_cannot_run_yet_is_named(name):
         refuse_missing_kernels(spec, "config.json")
 
 
-def test_only_what_runs_today_has_all_kernels():
+def test_what_has_all_kernels_has_a_tiny_checkpoint():
+    """Which converts and is run by ``tests/e2e/test_families.py``."""
     able = {spec_from_hf(config, name).family for name, config in CONFIGS.items()}
     lacking = {
         spec.family
         for name, config in CONFIGS.items()
         if set(needed_kernels(spec := spec_from_hf(config, name))) - CPU_RUNS
     }
-    assert able - lacking == ON_THE_CPU
+    assert able - lacking == set(FIELDS)
     assert len(able) == len(all_families())
+
+
+# What a config that lacks a field means. Tiny configs write every field out, so only this sees it.
+DEFAULTS = {
+    ("olmoe-1b-7b", "norm_topk_prob"): False,
+    ("qwen3-30b-a3b", "norm_topk_prob"): False,
+    ("glm-4.5-air", "norm_topk_prob"): True,
+}
+
+
+@pytest.mark.parametrize(("name", "field"), DEFAULTS)
+def test_an_absent_field_has_the_familys_default(name, field):
+    config = {key: value for key, value in CONFIGS[name].items() if key != field}
+    absent, default, other = (
+        spec_from_hf(config | fields, name)
+        for fields in ({}, {field: DEFAULTS[name, field]}, {field: not DEFAULTS[name, field]})
+    )
+    assert absent == default
+    assert absent != other
