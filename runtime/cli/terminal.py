@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -201,9 +201,9 @@ class Terminal:
             self._stats = _on_or_off(name, value.strip())
         elif text and not set_text_option(self, name.replace("-", "_"), value.strip()):
             set_option(self.conversation, name.replace("-", "_"), value.strip())
-        sampling = self.conversation.sampling
-        shown = [f"{field.name} {getattr(sampling, field.name)}" for field in fields(sampling)]
-        shown += [f"max_tokens {self.conversation.max_tokens}", f"stats {'on' if self._stats else 'off'}"]
+        values = asdict(self.conversation.sampling) | {"max_tokens": self.conversation.max_tokens}
+        shown = [f"{name} {'none' if value is None else value}" for name, value in values.items()]
+        shown.append(f"stats {'on' if self._stats else 'off'}")
         note(", ".join([*shown, *text_settings(self)]))
 
     def show_help(self, _: str) -> None:

@@ -103,7 +103,7 @@ class _Server(uvicorn.Server):
 
 @contextmanager
 def _signals_end(server: _Server) -> Iterator[None]:
-    """Inside, a signal ends the server. Once is enough: a second one does not keep prefixes from being saved."""
+    """Inside, a signal ends the server. A second one does not keep prefixes from being saved."""
     before = {number: signal.getsignal(number) for number in _SIGNALS}
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:

@@ -344,7 +344,7 @@ def test_suspended_and_resumed(start: Start, tmp_path: Path) -> None:
     session.type("tion\n")
     session.until(r"half a question\n")
     session.until(NEXT)
-    session.command("/set max_tokens none", "max_tokens None")
+    session.command("/set max_tokens none", "max_tokens none")
     session.type("hello\n")
     session.until(r"hello\n[^\n]{20}")
     session.type(CTRL_Z)

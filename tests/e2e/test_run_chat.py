@@ -123,7 +123,7 @@ def test_an_unfinished_text_is_forgotten(session: Session, tmp_path: Path) -> No
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(session: Session, tmp_path: Path) -> None:
-    session.command("/set max_tokens none", "max_tokens None")
+    session.command("/set max_tokens none", "max_tokens none")
     session.type("hello\n")
     session.until("hello\n")
     session.until(r"[^\n]{20}")  # the answer has begun
