@@ -307,7 +307,8 @@ typedef struct krasis_span {
 typedef enum krasis_qk_norm {
     KRASIS_QK_NORM_NONE = 0,
     KRASIS_QK_NORM_HEAD = 1, /* RMS over each head, weights [head_dim] */
-    KRASIS_QK_NORM_FLAT = 2 /* RMS over all of q, and of k: weights [num_heads * head_dim], [num_kv_heads * head_dim] */
+    KRASIS_QK_NORM_FLAT = 2, /* RMS over all of q and of k: weights [num_heads * head_dim], [num_kv_heads * head_dim] */
+    KRASIS_QK_NORM_HEAD_AFTER = 3 /* as HEAD, of the rotated heads */
 } krasis_qk_norm;
 
 typedef enum krasis_rope_style {

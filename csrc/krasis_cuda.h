@@ -129,9 +129,10 @@ typedef struct krasis_cuda_row {
 } krasis_cuda_row;
 
 enum {
-    KRASIS_CUDA_NORM_HEAD = 0, /* each head has its own mean square; weights [head_dim] */
-    KRASIS_CUDA_NORM_FLAT = 1  /* one mean square over q and one over k; weights [num_heads * head_dim] and
-                                  [num_kv_heads * head_dim] */
+    KRASIS_CUDA_NORM_HEAD = 0,      /* each head has its own mean square; weights [head_dim] */
+    KRASIS_CUDA_NORM_FLAT = 1,      /* one mean square over q and one over k; weights [num_heads * head_dim] and
+                                       [num_kv_heads * head_dim] */
+    KRASIS_CUDA_NORM_HEAD_AFTER = 2 /* as HEAD, of the rotated heads */
 };
 
 /* For each row of qkv, in place for q, into the caches for k and v, in this order: adds the bias; norms q and k (NULL

@@ -22,7 +22,12 @@ _MIXERS: dict[type, str] = {
     Mamba2: "Mamba-2 layers",
     ShortConv: "layers of short convolutions",
 }
-
+_QK_NORMS = {
+    "none": "attention without norms of q and k",
+    "flat": "norms over the whole q and k",
+    "head_after_rope": "norms of q and k after the rotation",
+    "unweighted_after_rope": "norms of q and k without weights",
+}
 
 CPU_RUNS = frozenset(
     {
@@ -33,6 +38,7 @@ CPU_RUNS = frozenset(
         "attention with biases",
         "attention without norms of q and k",
         "norms over the whole q and k",
+        "norms of q and k after the rotation",
         "clipped q, k and v",
         "attention with a scale of its own",
         "attention without rotation",
@@ -142,8 +148,7 @@ def _of_attention(mixer: Attention) -> Iterator[str]:
     if mixer.bias or mixer.output_bias:
         yield "attention with biases"
     if mixer.qk_norm != "head":
-        names = {"none": "attention without norms of q and k", "flat": "norms over the whole q and k"}
-        yield names.get(mixer.qk_norm, "norms of q and k after the rotation")
+        yield _QK_NORMS[mixer.qk_norm]
     if mixer.clip is not None:
         yield "clipped q, k and v"
     if mixer.head_dim > MAX_HEAD_DIM or mixer.head_dim % _HEAD_MULTIPLE:

@@ -94,7 +94,7 @@ class QkvVectors:
 def projected_heads(
     qkv: Array, mixer: Attention, vectors: QkvVectors, eps: float
 ) -> tuple[Array, Array, Array]:
-    """(q [T, heads, D], k, v [T, kv_heads, D]) of qkv [T, rows]: bias, norms, clip; before the rotation."""
+    """(q [T, heads, D], k, v [T, kv_heads, D]) of qkv [T, rows]: bias, norms before the rotation, clip."""
     if vectors.bias is not None:
         qkv = qkv + vectors.bias.astype(qkv.dtype)
     rows, dim = len(qkv), mixer.head_dim
@@ -103,11 +103,16 @@ def projected_heads(
         q, k = _normed(q, vectors.q_norm, eps), _normed(k, vectors.k_norm, eps)
     q, k = q.reshape(rows, mixer.heads, dim), k.reshape(rows, mixer.kv_heads, dim)
     if mixer.qk_norm == "head":
-        q, k = _normed(q, vectors.q_norm, eps), _normed(k, vectors.k_norm, eps)
+        q, k = normed_heads(q, k, vectors, eps)
     v = v.reshape(rows, mixer.kv_heads, dim)
     if mixer.clip is not None:
         q, k, v = (np.clip(x, -mixer.clip, mixer.clip) for x in (q, k, v))
     return q, k, v
+
+
+def normed_heads(q: Array, k: Array, vectors: QkvVectors, eps: float) -> tuple[Array, Array]:
+    """Each head of q and k [T, heads, D] after its norm, if there is one."""
+    return _normed(q, vectors.q_norm, eps), _normed(k, vectors.k_norm, eps)
 
 
 def _normed(x: Array, weight: Array | None, eps: float) -> Array:

@@ -8,7 +8,7 @@ namespace {
 
 int32_t check(const krasis_qkv_args &args) {
     if (args.tokens < 0 || args.num_heads <= 0 || args.num_kv_heads <= 0 || args.head_dim <= 0 ||
-        args.rotary_dims < 0 || args.norm < KRASIS_QK_NORM_NONE || args.norm > KRASIS_QK_NORM_FLAT ||
+        args.rotary_dims < 0 || args.norm < KRASIS_QK_NORM_NONE || args.norm > KRASIS_QK_NORM_HEAD_AFTER ||
         (args.rope_style != KRASIS_ROPE_HALF && args.rope_style != KRASIS_ROPE_INTERLEAVED) || !(args.clip >= 0.0f)) {
         return KRASIS_ERR_ARGUMENT;
     }

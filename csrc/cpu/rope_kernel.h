@@ -68,6 +68,17 @@ KRASIS_INLINE void turn_head(const In &head, const krasis_qkv_args &args, const 
     copy_head(head, args.rotary_dims, args.head_dim, out);
 }
 
+// The same with the norm of what was turned, whose length the tables' factor may have changed.
+template <class In, class Out>
+void turn_head_then_norm(const In &head, const float *weight, const krasis_qkv_args &args, const float *cos,
+                         const float *sin, Out *out) {
+    alignas(64) float y[kMaxHeadDim];
+    turn_head(head, args, cos, sin, y);
+    const V8 inverse = V8::set1(inverse_rms(y, args.head_dim, args.eps));
+    for (int64_t i = 0; i < args.head_dim; i += 8)
+        put(mul(mul(V8::load(y + i), inverse), V8::load(weight + i)), out + i);
+}
+
 // num_heads heads of q or k; out_of(head) says where a head goes.
 template <bool kNorm, bool kClip, class F>
 KRASIS_INLINE void turn_heads(const krasis_qkv_args &args, const float *x, int64_t num_heads, const float *weight,
@@ -76,6 +87,13 @@ KRASIS_INLINE void turn_heads(const krasis_qkv_args &args, const float *x, int64
     const float *cos = args.cos + offset, *sin = args.sin + offset;
     const bool flat = args.norm == KRASIS_QK_NORM_FLAT;
     const float of_all = kNorm && flat ? inverse_rms(x, num_heads * dim, args.eps) : 1.0f;
+    if (args.norm == KRASIS_QK_NORM_HEAD_AFTER) {
+        for (int64_t i = 0; i < num_heads; ++i, x += dim) {
+            const Head<false, kClip> head{x, nullptr, V8::zero(), args.clip};
+            turn_head_then_norm(head, weight, args, cos, sin, out_of(i));
+        }
+        return;
+    }
     for (int64_t i = 0; i < num_heads; ++i, x += dim) {
         Head<kNorm, kClip> head{x, weight, V8::set1(of_all), args.clip};
         if (kNorm && flat) weight += dim;

@@ -106,7 +106,31 @@ struct Head {
         return square;
     }
 
+    // Cuts and turns q or k before its norm. Returns this lane's part of the sum of squares then.
+    KRASIS_DEVICE float turn_first(const Place &place) {
+        float square = 0;
+        KRASIS_UNROLL
+        for (int m = 0; m < kMaxPairs; ++m) {
+            low[m] = cut(low[m]);
+            high[m] = cut(high[m]);
+            turn(place, lane + 32 * m, low[m], high[m]);
+            square = simt::fused_multiply_add(low[m], low[m], simt::fused_multiply_add(high[m], high[m], square));
+        }
+        return square;
+    }
+
+    KRASIS_DEVICE void turn(const Place &place, int i, float &x, float &y) const {
+        if (i >= num_rotated) return;
+        const int64_t table = place.position * num_rotated + i;
+        const float c = p.cos[table], s = p.sin[table], turned = x * c - y * s;
+        y = y * c + x * s;
+        x = turned;
+    }
+
     KRASIS_DEVICE const void *norm() const { return is_q ? p.q_norm : is_k ? p.k_norm : nullptr; }
+
+    // Whether this head is normed after the rotation.
+    KRASIS_DEVICE bool norms_after() const { return p.norm_kind == KRASIS_CUDA_NORM_HEAD_AFTER && norm(); }
 
     KRASIS_DEVICE float cut(float x) const {
         if (!(p.clip > 0)) return x;
@@ -118,6 +142,7 @@ struct Head {
         const void *weights = norm();
         const int64_t own = is_q ? head : head - p.num_heads - (is_k ? 0 : p.num_kv_heads);
         const int64_t weights_at = p.norm_kind == KRASIS_CUDA_NORM_FLAT ? own * p.head_dim : 0;
+        const bool is_turned = norms_after();
         void *to = is_q ? p.qkv : is_k ? place.keys : place.values;
         const int64_t to_at = is_q ? at : (own * p.capacity + place.position) * p.head_dim;
         KRASIS_UNROLL
@@ -129,13 +154,10 @@ struct Head {
                 x *= scale * load1(weights, weights_at + first(i), p.norm_dtype);
                 y *= scale * load1(weights, weights_at + second(i), p.norm_dtype);
             }
-            x = cut(x);
-            y = cut(y);
-            if ((is_q || is_k) && i < num_rotated) {
-                const int64_t table = place.position * num_rotated + i;
-                const float c = p.cos[table], s = p.sin[table], turned = x * c - y * s;
-                y = y * c + x * s;
-                x = turned;
+            if (!is_turned) {
+                x = cut(x);
+                y = cut(y);
+                if (is_q || is_k) turn(place, i, x, y);
             }
             store1(to, to_at + first(i), p.dtype, x);
             store1(to, to_at + second(i), p.dtype, y);
@@ -152,7 +174,8 @@ qk_norm_rope_kernel(const krasis_cuda_qkv_args p) {
     const Place place = place_of(p, item / heads);
     if (!fits(p, place.position)) return;
     Head head(p, item / heads, item % heads);
-    const float square = head.load();
+    float square = head.load();
+    if (head.norms_after()) square = head.turn_first(place);
     const float scale = simt::reciprocal_sqrt(warp_sum(square) / static_cast<float>(p.head_dim) + p.eps);
     head.finish(place, scale);
 }
@@ -191,7 +214,8 @@ int32_t check_qkv(const krasis_cuda_qkv_args &a) {
     const bool caches = a.rows || (a.k_cache && a.v_cache);
     const int64_t start = a.start_device || a.rows ? 0 : a.start;
     const bool counts = a.tokens >= 0 && start >= 0 && a.num_heads > 0 && a.num_kv_heads > 0 && a.head_dim > 0;
-    const bool kinds = a.norm_kind == KRASIS_CUDA_NORM_HEAD || a.norm_kind == KRASIS_CUDA_NORM_FLAT;
+    const bool kinds = a.norm_kind == KRASIS_CUDA_NORM_HEAD || a.norm_kind == KRASIS_CUDA_NORM_FLAT ||
+                       a.norm_kind == KRASIS_CUDA_NORM_HEAD_AFTER;
     if (!a.qkv || !tables || !caches || !counts || !kinds || !is_16_bit(a.dtype) || !is_dtype(a.norm_dtype))
         return KRASIS_ERR_ARGUMENT;
     if (a.head_dim % 16 || a.head_dim > kMaxHeadDim || a.num_heads + a.num_kv_heads > kMaxNormedHeads)

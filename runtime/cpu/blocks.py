@@ -242,7 +242,7 @@ def _add_product(kernels: Kernels, acts: Acts, weight: Int8Weight, out: FloatArr
 def _qk_norms(spec: ModelSpec, mixer: Attention, weights: LayerWeights) -> QkNorms | None:
     if mixer.qk_norm == "none":
         return None
-    if mixer.qk_norm not in ("head", "flat"):
+    if mixer.qk_norm == "unweighted_after_rope":
         raise UnsupportedModelError("the CPU has no such norms of q and k", got=mixer.qk_norm)
     q, k = weights.vector("attention.q_norm"), weights.vector("attention.k_norm")
     return QkNorms(q, k, spec.norm.eps, mixer.qk_norm)

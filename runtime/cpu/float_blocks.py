@@ -107,6 +107,8 @@ class FloatAttention:
             tables.ensure(span.end)
             cos, sin = tables.cos[span.start : span.end], tables.sin[span.start : span.end]
             q, k = (reference.rotate(x, cos, sin, mixer.rope) for x in (q, k))
+        if mixer.qk_norm == "head_after_rope":
+            q, k = reference.normed_heads(q, k, vectors, context.spec.norm.eps)
         keys, values = context.store.layer(span.slot, self._index)
         keys[:, span.start : span.end], values[:, span.start : span.end] = (
             k.transpose(1, 0, 2),

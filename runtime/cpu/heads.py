@@ -29,14 +29,14 @@ class Heads:
 
 @dataclass(frozen=True, slots=True)
 class QkNorms:
-    """RMS norms of q and k before the rotation: float32 weights [head_dim] (``head``), or of the whole
-    projection (``flat``): [num_heads * head_dim] and [num_kv_heads * head_dim].
+    """RMS norms of q and k: float32 weights [head_dim] of each head (``head``, ``head_after_rope``), or of
+    the whole projection (``flat``): [num_heads * head_dim] and [num_kv_heads * head_dim].
     """
 
     q: Array
     k: Array
     eps: float
-    kind: Literal["head", "flat"] = "head"
+    kind: Literal["head", "flat", "head_after_rope"] = "head"
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ ACTIVATION_CODES = {
     "relu_squared": 5,
 }
 KV_CODES = {"f32": 0, "f16": 2}
-NORM_CODES = {"head": 1, "flat": 2}
+NORM_CODES = {"head": 1, "flat": 2, "head_after_rope": 3}
 STYLE_CODES = {"half": 0, "interleaved": 1}
 
 

@@ -64,6 +64,16 @@ FIELDS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
     "hy_v3": {"num_experts": 8, "num_shared_experts": 1},
+    "hunyuan_v1_moe": {
+        "num_experts": 8,
+        "num_local_experts": 8,
+        "moe_topk": [2, 2, 2],
+        "moe_intermediate_size": [128, 128, 128],  # the reference reads the other one
+        "num_shared_expert": [1, 1, 1],
+        "use_qk_norm": True,
+        "use_mixed_mlp_moe": True,
+        "use_cla": False,
+    },
     "minimax_m2": {
         "num_local_experts": 8,
         "intermediate_size": 64,

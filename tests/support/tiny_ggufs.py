@@ -27,6 +27,7 @@ ARCHITECTURES = {
     "dots1": gguf.MODEL_ARCH.DOTS1,
     "ernie4_5_moe": gguf.MODEL_ARCH.ERNIE4_5_MOE,
     "minimax_m2": gguf.MODEL_ARCH.MINIMAXM2,
+    "hunyuan_v1_moe": gguf.MODEL_ARCH.HUNYUAN_MOE,
     "granitemoe": gguf.MODEL_ARCH.GRANITE_MOE,
     "qwen3_vl_moe": gguf.MODEL_ARCH.QWEN3VLMOE,
     "hy_v3": gguf.MODEL_ARCH.DOTS1,  # whose names it has; the package does not know it yet
@@ -149,7 +150,7 @@ def _add_metadata(writer: gguf.GGUFWriter, config: dict[str, Any], num_blocks: i
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_freq_base(rope["rope_theta"])
     writer.add_vocab_size(config["vocab_size"])
-    writer.add_expert_used_count(_first(config, "num_experts_per_tok", "moe_k"))
+    writer.add_expert_used_count(_first(config, "num_experts_per_tok", "moe_k", "moe_topk"))
     count = _first(config, "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
     writer.add_expert_count(count)
     if config.get("head_dim"):
@@ -158,11 +159,14 @@ def _add_metadata(writer: gguf.GGUFWriter, config: dict[str, Any], num_blocks: i
     if config["model_type"] in ("mixtral", "granitemoe", "glm4_moe", "minimax_m2"):
         writer.add_rope_dimension_count(int(head_dim * rope.get("partial_rotary_factor", 1)))
     if config.get("moe_intermediate_size"):
-        writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+        writer.add_expert_feed_forward_length(_first(config, "moe_intermediate_size"))
     if config.get("shared_expert_intermediate_size"):
         writer.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])
     if config.get("num_nextn_predict_layers"):
         writer.add_nextn_predict_layers(config["num_nextn_predict_layers"])
+    if config["model_type"] == "hunyuan_v1_moe":
+        writer.add_expert_shared_feed_forward_length(config["intermediate_size"])
+        writer.add_expert_shared_count(_first(config, "num_shared_expert"))
     _add_router(writer, config)
 
 
@@ -201,7 +205,8 @@ def _add_router(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
 
 
 def _first(config: dict[str, Any], *names: str) -> int:
-    return int(next(config[name] for name in names if config.get(name)))
+    found = next(config[name] for name in names if config.get(name))
+    return int(found[0] if isinstance(found, list) else found)
 
 
 _RUN = """

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from krasis.formats.models.family import Family
+from krasis.formats.models.family import Family, Source
+from krasis.formats.models.gguf import Keys
+from krasis.formats.models.gguf_blocks import gguf_attention, gguf_experts, gguf_model, refuse_gguf_features
 from krasis.formats.models.hf import Config
 from krasis.formats.models.hf_blocks import attention, model, num_layers
 from krasis.formats.models.hf_rope import read_rope, rope_table
 from krasis.formats.models.mixers import Attention
 from krasis.formats.models.mlps import Experts, GatedMlp, Router
+from krasis.formats.models.names import decoder_names
 from krasis.formats.models.rope import Rope
 from krasis.formats.models.spec import Layer, ModelSpec, Norm
 
@@ -54,6 +57,27 @@ def _rope(config: Config) -> Rope:
     return Rope(head_dim, theta * alpha ** (head_dim / (head_dim - 2)))
 
 
+def spec_from_gguf(keys: Keys) -> ModelSpec:
+    """The model of a GGUF's metadata, whose frequency base has the scaling in it."""
+    refuse_gguf_features(keys, "expert_weights_scale", "leading_dense_block_count")
+    count = keys.size("expert_shared_count", default=1)
+    shared = GatedMlp(keys.size("expert_shared_feed_forward_length") * count)
+    mixer = gguf_attention(keys, qk_norm="head_after_rope")
+    return gguf_model(
+        keys, NAME, [Layer(mixer, gguf_experts(keys, shared=shared))] * keys.size("block_count")
+    )
+
+
+def _names() -> dict[str, Source]:
+    names = decoder_names(biases=True, router="gate.wg", shared="shared_mlp")
+    layer = "model.layers.{i}.self_attn."
+    for ours, hf in (("q", "query"), ("k", "key")):
+        name = f"attention.{ours}_norm"
+        names[name] = Source((f"{layer}{hf}_layernorm.weight",), names[name].gguf)
+    names["attention.output.bias"] = Source((f"{layer}o_proj.bias",), ("blk.{i}.attn_output.bias",))
+    return names
+
+
 FAMILY = Family(
     name=NAME,
     model_types=(NAME, "hunyuan"),
@@ -61,4 +85,6 @@ FAMILY = Family(
     reference="HunYuanMoEV1ForCausalLM",
     spec_from_hf=spec_from_hf,
     gguf="hunyuan-moe",
+    spec_from_gguf=spec_from_gguf,
+    names=_names(),
 )

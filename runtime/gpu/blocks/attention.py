@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
+from krasis.formats.errors import UnsupportedModelError
 from krasis.formats.models.mixers import Attention
 from krasis.runtime.cpu.kernels import Heads
 from krasis.runtime.gpu.blocks.rows import PassRows, packed
@@ -31,7 +32,7 @@ class GpuAttention:
             sin,
             weights.optional("attention.q_norm"),
             weights.optional("attention.k_norm"),
-            flat=mixer.qk_norm == "flat",
+            norm=_norm_kind(mixer),
             bias=weights.optional("attention.qkv.bias"),
             clip=mixer.clip or 0.0,
             interleaved=mixer.rope is not None and mixer.rope.style == "interleaved",
@@ -48,3 +49,10 @@ class GpuAttention:
         rows.product(attended, self._output, b.hidden, residual=b.hidden)
         if self._output_bias is not None:
             self._kernels.add_rows(rows.stream, b.hidden, None, bias=self._output_bias)
+
+
+def _norm_kind(mixer: Attention) -> Literal["head", "flat", "head_after_rope"]:
+    """Of q and k; any where there are none."""
+    if mixer.qk_norm == "unweighted_after_rope":
+        raise UnsupportedModelError("the GPU has no such norms of q and k", got=mixer.qk_norm)
+    return "head" if mixer.qk_norm == "none" else mixer.qk_norm

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ctypes import byref
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -29,17 +30,18 @@ from krasis.runtime.gpu.kernels.launcher import Launcher, Tensors, present
 from krasis.runtime.gpu.kernels.native import AttentionArgs, QkvArgs
 
 _WORD = (1,)
+NORM_CODES = {"head": 0, "flat": 1, "head_after_rope": 2}
 ROW_WORDS = 3
 """Of ``krasis_cuda_row``: the position, the addresses of the slot's keys and values."""
 
 
 @dataclass(frozen=True, slots=True)
 class QkvForm:
-    """What a layer does to q, k and v: bias, norm, clip, rotation, in this order.
+    """What a layer does to q, k and v: bias, norm, clip, rotation, in this order; the norm may be last.
 
     cos, sin float32 [positions, rotary dims / 2], of the first channels of each head. q_norm, k_norm
-    [head_dim], or, if flat, [num_heads * head_dim] and [num_kv_heads * head_dim]; None: no norm. bias float32
-    [qkv_size] or None. clip: to +-clip, 0 for none. interleaved: pairs are neighbours, not halves.
+    [head_dim], or, if ``flat``, [num_heads * head_dim] and [num_kv_heads * head_dim]; None: no norm. bias
+    float32 [qkv_size] or None. clip: to +-clip, 0 for none. interleaved: pairs are neighbours, not halves.
     """
 
     eps: float
@@ -47,7 +49,7 @@ class QkvForm:
     sin: torch.Tensor
     q_norm: torch.Tensor | None = None
     k_norm: torch.Tensor | None = None
-    flat: bool = False
+    norm: Literal["head", "flat", "head_after_rope"] = "head"
     bias: torch.Tensor | None = None
     clip: float = 0.0
     interleaved: bool = False
@@ -197,13 +199,15 @@ def _set_form(args: QkvArgs, form: QkvForm, heads: Heads, where: str) -> list[to
     """What the kernel reads besides the tables."""
     q_size, k_size = heads.attention_size, heads.num_kv_heads * heads.head_dim
     norm = form.k_norm if form.q_norm is None else form.q_norm
-    q_shape, k_shape = ((q_size,), (k_size,)) if form.flat else ((heads.head_dim,), (heads.head_dim,))
+    q_shape, k_shape = (
+        ((q_size,), (k_size,)) if form.norm == "flat" else ((heads.head_dim,), (heads.head_dim,))
+    )
     positions, pairs = matrix(form.cos, f"{where}.cos")
     kinds = FLOATS if norm is None else (norm.dtype,)
     args.q_norm = optional_pointer(form.q_norm, q_shape, FLOATS, f"{where}.q_norm")
     args.k_norm = optional_pointer(form.k_norm, k_shape, kinds, f"{where}.k_norm")
     args.norm_dtype = 0 if norm is None else CODES[norm.dtype]
-    args.norm_kind = 1 if form.flat else 0
+    args.norm_kind = NORM_CODES[form.norm]
     args.eps, args.clip = form.eps, form.clip
     args.cos = pointer(form.cos, (positions, pairs), F32, f"{where}.cos")
     args.sin = pointer(form.sin, (positions, pairs), F32, f"{where}.sin")

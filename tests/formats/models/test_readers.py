@@ -241,7 +241,6 @@ LACKS = {
     "nemotron-3-nano-30b": "Mamba-2",
     "lfm2.5-8b-a1b": "layers of short convolutions",
     "llama-4-scout": "attention in chunks",
-    "hunyuan-a13b": "norms of q and k after the rotation",
 }
 
 

@@ -32,6 +32,8 @@ VARIANTS = {
     "flat with bias": Variant(norm="flat", has_bias=True),
     "interleaved and partial": Variant(norm="head", rotary_dims=12, style="interleaved"),
     "odd halves": Variant(norm="head", rotary_dims=20, shape=(2, 1, 48)),
+    "hunyuan": Variant(norm="head_after_rope"),
+    "partial, neighbours, norms after": Variant(norm="head_after_rope", rotary_dims=12, style="interleaved"),
     "two channels": Variant(rotary_dims=2, clip=0.5),
     "no rotation": Variant(norm="head", has_bias=True, clip=1.0, rotary_dims=0),
 }
@@ -69,12 +71,16 @@ class Case:
         split = np.cumsum([num_heads * dim, num_kv_heads * dim])
         assert split[1] + num_kv_heads * dim == heads.qkv_size
         q, k, v = np.split(x, split, axis=1)
-        if self.norms is not None:
+        after = self.variant.norm == "head_after_rope"
+        if self.norms is not None and not after:
             q, k = self.normed(q, self.norms.q), self.normed(k, self.norms.k)
         if self.variant.clip is not None:
             q, k, v = (np.clip(part, -self.variant.clip, self.variant.clip) for part in (q, k, v))
         q, k, v = (part.reshape(ROWS, -1, dim) for part in (q, k, v))
-        return self.rotated(q), self.rotated(k), v
+        q, k = self.rotated(q), self.rotated(k)
+        if after:
+            q, k = self.normed(q, self.norms.q), self.normed(k, self.norms.k)
+        return q, k, v
 
     def normed(self, x, weight):
         parts = x if self.variant.norm == "flat" else x.reshape(ROWS, -1, self.variant.shape[2])

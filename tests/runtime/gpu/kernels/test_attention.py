@@ -32,7 +32,7 @@ def form_of(bench: Any, kind: str) -> QkvForm:
         angles.cos(),
         angles.sin(),
         *norms,
-        flat=kind == "flat",
+        norm={"flat": "flat", "after": "head_after_rope"}.get(kind, "head"),
         bias=bench.random(HEADS.qkv_size, seed=8) if kind == "partial" else None,
         clip=1.0 if kind == "flat" else 0.0,
         interleaved=kind == "interleaved",
@@ -45,7 +45,7 @@ def placed(bench: Any, form: QkvForm) -> QkvForm:
 
     return QkvForm(
         form.eps, bench.put(form.cos), bench.put(form.sin), put(form.q_norm), put(form.k_norm),
-        form.flat, put(form.bias), form.clip, form.interleaved,
+        form.norm, put(form.bias), form.clip, form.interleaved,
     )  # fmt: skip
 
 
@@ -58,10 +58,7 @@ def reference(qkv: torch.Tensor, positions: list[int], form: QkvForm) -> list[to
     c, s = (table.double()[positions, None] for table in (form.cos, form.sin))
     turned = []
     for part, norm in zip((q, k), (form.q_norm, form.k_norm), strict=True):
-        x = part.flatten(1) if form.flat else part
-        if norm is not None:
-            x = x * (x.square().mean(-1, keepdim=True) + form.eps).rsqrt() * norm.double()
-        x = x.view(part.shape)
+        x = part if norm is None or form.norm == "head_after_rope" else normed(part, norm, form)
         if form.clip:
             x = x.clamp(-form.clip, form.clip)
         rotated, rest = x[..., : 2 * c.shape[-1]], x[..., 2 * c.shape[-1] :]
@@ -71,13 +68,21 @@ def reference(qkv: torch.Tensor, positions: list[int], form: QkvForm) -> list[to
         else:
             first, second = rotated.chunk(2, -1)
             pairs = torch.cat([first * c - second * s, second * c + first * s], -1)
-        turned.append(torch.cat([pairs, rest], -1))
+        x = torch.cat([pairs, rest], -1)
+        turned.append(normed(x, norm, form) if norm is not None and form.norm == "head_after_rope" else x)
     return [*turned, v.clamp(-form.clip, form.clip) if form.clip else v]
+
+
+def normed(part: torch.Tensor, weight: torch.Tensor, form: QkvForm) -> torch.Tensor:
+    """[T, heads, dim], each head or all of a token's together."""
+    x = part.flatten(1) if form.norm == "flat" else part
+    x = x * (x.square().mean(-1, keepdim=True) + form.eps).rsqrt() * weight.double()
+    return x.view(part.shape)
 
 
 @pytest.mark.parametrize("start", [0, 7])
 @pytest.mark.parametrize("is_on_device", [False, True])
-@pytest.mark.parametrize("kind", ["head", "bare", "flat", "partial", "interleaved"])
+@pytest.mark.parametrize("kind", ["head", "bare", "flat", "partial", "interleaved", "after"])
 def test_qk_norm_rope_store(bench: Any, start: int, is_on_device: bool, kind: str) -> None:
     tokens = 5
     qkv, form = bench.random(tokens, HEADS.qkv_size, dtype=BF16), form_of(bench, kind)
