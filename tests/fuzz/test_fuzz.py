@@ -8,17 +8,18 @@ import pytest
 
 from krasis.formats.errors import FormatError
 
+SECONDS = float(os.environ.get("KRASIS_FUZZ_SECONDS", "0"))
 SEED = 20261123
 NUM_INPUTS = {"manifest": 6000, "safetensors": 20_000, "gguf": 10_000, "config": 10_000}
 # Fewer kinds of refusal than this mean that the damage no longer reaches the parser's depths.
 MIN_SENTENCES = {"manifest": 30, "safetensors": 22, "gguf": 35, "config": 12}
 
 
+@pytest.mark.timeout(SECONDS + 300)
 @pytest.mark.parametrize("name", fuzzing.TARGETS)
 def test_only_our_errors_escape(name):
-    seconds = os.environ.get("KRASIS_FUZZ_SECONDS")
-    limits = {"seconds": float(seconds)} if seconds else {"num_inputs": NUM_INPUTS[name]}
-    seed = random.SystemRandom().randrange(1 << 32) if seconds else SEED
+    limits = {"seconds": SECONDS} if SECONDS else {"num_inputs": NUM_INPUTS[name]}
+    seed = random.SystemRandom().randrange(1 << 32) if SECONDS else SEED
     result = fuzzing.run(fuzzing.TARGETS[name], seed=seed, **limits)
     assert [complaint for _, complaint in result.crashes] == [], (
         f"seed {seed}; tests/fuzz/run.py keeps such inputs"
