@@ -16,12 +16,12 @@ from krasis.runtime.server.sampling import (
     MAX_TOP_LOGPROBS,
     read_bias,
     read_max_tokens,
-    read_one,
     read_sampling,
     read_stops,
 )
 from krasis.runtime.server.service import Service
 from krasis.runtime.server.sessions import is_task
+from krasis.runtime.server.thought_form import APART, read_form
 from krasis.runtime.server.tools.calls import CallFormat
 from krasis.runtime.server.tools.choice import ToolChoice, read_tools
 from krasis.runtime.settings import SamplingSettings
@@ -36,7 +36,8 @@ class Ask:
     written, None: none are looked for. num_logprobs: alternatives of each token; None: no log probabilities
     at all. grammar: what the answer must be; it begins after the thinking. thinking: what the prompt has
     opened. is_plain: a text to go on with, no turn of a chat. is_task: it asks about a conversation. session:
-    the client's name for the conversation.
+    the client's name for the conversation. thought_form: see ``ThoughtForm``. num_answers: to this
+    prompt.
     """
 
     prompt: list[int]
@@ -55,6 +56,8 @@ class Ask:
     ignore_ends: bool = False
     is_task: bool = False
     session: str = ""
+    thought_form: str = APART
+    num_answers: int = 1
 
     @property
     def closes(self) -> tuple[str, ...]:
@@ -73,8 +76,6 @@ class Ask:
 
 def read_chat_ask(service: Service, fields: Fields) -> Ask:
     """Chat's request. Raises ApiError."""
-    read_one(fields, "n")
-    read_one(fields, "best_of")
     variables = dict(fields.mapping("chat_template_kwargs") or {})
     return make_ask(
         service,
@@ -89,6 +90,7 @@ def read_chat_ask(service: Service, fields: Fields) -> Ask:
         stops=read_stops(fields),
         num_logprobs=_num_logprobs(fields),
         grammar=read_response_format(fields),
+        thought_form=read_form(fields, service.settings.thought_form),
     )
 
 
@@ -106,6 +108,7 @@ def make_ask(
     num_logprobs: int | None = None,
     grammar: Grammar | None = None,
     goes_on: bool = False,
+    thought_form: str = APART,
 ) -> Ask:
     """A conversation's request, of whichever API. goes_on: see ``Prompts.text``. Raises ApiError."""
     model = service.model_name(fields.any("model"))
@@ -135,6 +138,7 @@ def make_ask(
         ignore_ends=fields.flag("ignore_eos"),
         session=session if isinstance(session, str) else "",
         is_task=is_task(messages),
+        thought_form=thought_form,
     )
 
 

@@ -17,6 +17,7 @@ from krasis.runtime.server.errors import ApiError, internal, refused
 from krasis.runtime.server.fields import Fields
 from krasis.runtime.server.keepalive import EventStream, with_keepalive
 from krasis.runtime.server.service import service_of
+from krasis.runtime.server.several import joined, merged, read_num_answers, repeated
 from krasis.runtime.server.tools.calls import Call, Text
 from krasis.runtime.server.turn import End, Making, Scores, Step, Turn
 from krasis.runtime.server.usage import openai_usage, timings
@@ -50,13 +51,15 @@ async def chat_completions(request: Request) -> Response:
     body = await service.read(request)
     fields = Fields(body)
     options = ChatOptions.read(fields)
+    count = read_num_answers(fields)
     ask = await service.in_thread(read_chat_ask, service, fields)
     head = ChatHead(ask.number("chatcmpl-"), ask.model)
-    turn = service.begin(ask, request)
+    turns = service.begin_all(repeated(ask, count), request)
     if options.stream:
-        frames = ChatStream(head, options, turn).frames()
-        return EventStream(with_keepalive(frames, service.settings.ping_interval_s, head.no_op), turn.close)
-    return json_response(await service.whole(request, turn, whole_answer(head, options, turn)))
+        answer = ChatStream(head, options, turns)
+        stream = with_keepalive(answer.frames(), service.settings.ping_interval_s, head.no_op)
+        return EventStream(stream, answer.close)
+    return json_response(await service.whole(request, turns, whole_answer(head, options, turns)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +70,14 @@ class ChatHead:
     model: str
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def chunk(self, delta: dict[str, Any] | None, finish: str | None = None, **more: Any) -> bytes:
-        """One chunk; delta None: one without choices."""
+    def chunk(
+        self, delta: dict[str, Any] | None, finish: str | None = None, index: int = 0, **more: Any
+    ) -> bytes:
+        """One chunk of the answer with that index; delta None: one without choices."""
         choices: list[dict[str, Any]] = []
         if delta is not None:
             choice = {
-                "index": 0,
+                "index": index,
                 "delta": delta,
                 "logprobs": more.pop("logprobs", None),
                 "finish_reason": finish,
@@ -96,32 +101,54 @@ class ChatHead:
 
 
 class ChatStream:
-    """An answer in chunks."""
+    """Answers in chunks, each as its tokens come."""
 
-    def __init__(self, head: ChatHead, options: ChatOptions, turn: Turn) -> None:
-        self._head, self._options, self._turn = head, options, turn
+    def __init__(self, head: ChatHead, options: ChatOptions, turns: Sequence[Turn]) -> None:
+        self._head, self._options, self._turns = head, options, turns
+        self._more: dict[str, Any] = {"usage": None} if options.include_usage else {}
+        self._choices = [ChoiceChunks(head, options, turn, index) for index, turn in enumerate(turns)]
+
+    async def frames(self) -> AsyncIterator[bytes]:
+        """The events. An error after the first is an event too."""
+        for index in range(len(self._turns)):
+            yield self._head.chunk({"role": "assistant", "content": ""}, index=index, **self._more)
+        ends: list[End] = []
+        try:
+            async with aclosing(merged(self._turns)) as steps:
+                async for index, step in steps:
+                    for frame in self._choices[index].step(step):
+                        yield frame
+                    if isinstance(step, End):
+                        ends.append(step)
+            if self._options.include_usage:
+                end = joined(ends)
+                yield self._head.chunk(None, usage=openai_usage(end), timings=timings(end))
+        except ApiError as error:
+            yield data_event(error.openai())
+        except Exception:  # noqa: BLE001  whatever it is, the client gets an end and the log the reason
+            self._turns[0].log_failure()
+            yield data_event(internal().openai())
+        finally:
+            self.close()
+        yield DONE
+
+    def close(self) -> None:
+        """Lets go of all answers."""
+        for turn in self._turns:
+            turn.close()
+
+
+class ChoiceChunks:
+    """The chunks of one answer."""
+
+    def __init__(self, head: ChatHead, options: ChatOptions, turn: Turn, index: int) -> None:
+        self._head, self._options, self._turn, self._index = head, options, turn, index
         self._more: dict[str, Any] = {"usage": None} if options.include_usage else {}
         self._num_calls = 0
         self._scores: list[dict[str, Any]] = []
 
-    async def frames(self) -> AsyncIterator[bytes]:
-        """The events. An error after the first is an event too."""
-        yield self._head.chunk({"role": "assistant", "content": ""}, **self._more)
-        try:
-            async with aclosing(self._turn.steps()) as steps:
-                async for step in steps:
-                    for frame in self._step(step):
-                        yield frame
-        except ApiError as error:
-            yield data_event(error.openai())
-        except Exception:  # noqa: BLE001  whatever it is, the client gets an end and the log the reason
-            self._turn.log_failure()
-            yield data_event(internal().openai())
-        finally:
-            self._turn.close()
-        yield DONE
-
-    def _step(self, step: Step) -> Sequence[bytes]:
+    def step(self, step: Step) -> Sequence[bytes]:
+        """What one step adds."""
         if isinstance(step, Text):
             key = "content" if step.kind == ANSWER else "reasoning_content"
             return [self._chunk({key: step.text})]
@@ -131,22 +158,20 @@ class ChatStream:
             self._scores += chat_scores(step)
             return []
         if isinstance(step, Making):
-            return (
-                [self._head.chunk({}, prompt_progress=step.llama_cpp())]
-                if self._options.return_progress
-                else []
-            )
+            return self._progress(step)
         return self._ending(step) if isinstance(step, End) else []
+
+    def _progress(self, step: Making) -> Sequence[bytes]:
+        if not self._options.return_progress:
+            return []
+        return [self._head.chunk({}, index=self._index, prompt_progress=step.llama_cpp())]
 
     def _ending(self, step: End) -> Sequence[bytes]:
         frames = []
         if self._scores and self._options.logprobs:
             frames.append(self._chunk({"content": ""}))
-        frames.append(
-            self._head.chunk({}, finish_reason(step, self._num_calls), timings=timings(step), **self._more)
-        )
-        if self._options.include_usage:
-            frames.append(self._head.chunk(None, usage=openai_usage(step), timings=timings(step)))
+        reason = finish_reason(step, self._num_calls)
+        frames.append(self._head.chunk({}, reason, self._index, timings=timings(step), **self._more))
         return frames
 
     def _call(self, call: Call) -> Sequence[bytes]:
@@ -162,46 +187,61 @@ class ChatStream:
         if self._options.logprobs and self._scores:
             scores = {"logprobs": {"content": self._scores, "refusal": None}}
             self._scores = []
-        return self._head.chunk(delta, **scores, **self._more)
+        return self._head.chunk(delta, index=self._index, **scores, **self._more)
 
 
-async def whole_answer(head: ChatHead, options: ChatOptions, turn: Turn) -> dict[str, Any]:
-    """An answer in one piece."""
-    texts = {"answer": "", "reasoning": ""}
+async def whole_answer(head: ChatHead, options: ChatOptions, turns: Sequence[Turn]) -> dict[str, Any]:
+    """Answers in one piece."""
+    steps: list[list[Step]] = [[] for _ in turns]
+    async with aclosing(merged(turns)) as coming:
+        async for index, step in coming:
+            steps[index].append(step)
+    ends, choices = [], []
+    for index, (turn, own) in enumerate(zip(turns, steps, strict=True)):
+        choice, end = _choice(options, turn, own, index)
+        ends.append(end)
+        choices.append(choice)
+    end, shared = joined(ends), head.shared("chat.completion")
+    return {**shared, "choices": choices, "usage": openai_usage(end), "timings": timings(end)}
+
+
+def _choice(
+    options: ChatOptions, turn: Turn, steps: Sequence[Step], index: int
+) -> tuple[dict[str, Any], End]:
+    texts: dict[str, list[str]] = {"answer": [], "reasoning": []}
     calls: list[dict[str, Any]] = []
     scores: list[dict[str, Any]] = []
     end: End | None = None
-    async with aclosing(turn.steps()) as steps:
-        async for step in steps:
-            if isinstance(step, Text):
-                texts[step.kind] += step.text
-            elif isinstance(step, Call):
-                function = {"name": step.name, "arguments": step.arguments}
-                calls.append({"id": turn.remember(step), "type": "function", "function": function})
-            elif isinstance(step, Scores):
-                scores += chat_scores(step)
-            elif isinstance(step, End):
-                end = step
+    for step in steps:
+        if isinstance(step, Text):
+            texts[step.kind].append(step.text)
+        elif isinstance(step, Call):
+            function = {"name": step.name, "arguments": step.arguments}
+            calls.append({"id": turn.remember(step), "type": "function", "function": function})
+        elif isinstance(step, Scores):
+            scores += chat_scores(step)
+        elif isinstance(step, End):
+            end = step
     if end is None:
         raise internal()
+    answer, thoughts = "".join(texts["answer"]), "".join(texts["reasoning"])
     message: dict[str, Any] = {
         "role": "assistant",
-        "content": texts["answer"] if texts["answer"] or not calls else None,
+        "content": answer if answer or not calls else None,
         "refusal": None,
         "annotations": [],
     }
-    if texts["reasoning"]:
-        message["reasoning_content"] = texts["reasoning"]
+    if thoughts:
+        message["reasoning_content"] = thoughts
     if calls:
         message["tool_calls"] = calls
     choice = {
-        "index": 0,
+        "index": index,
         "message": message,
         "logprobs": {"content": scores, "refusal": None} if options.logprobs else None,
         "finish_reason": finish_reason(end, len(calls)),
     }
-    shared = head.shared("chat.completion")
-    return {**shared, "choices": [choice], "usage": openai_usage(end), "timings": timings(end)}
+    return choice, end
 
 
 def finish_reason(end: End, num_calls: int) -> str:

@@ -126,6 +126,12 @@ class CommandError(click.ClickException):
     "--chat-template", metavar="FILE", type=click.Path(path_type=Path), help="Use this chat template."
 )
 @click.option("--chat-template-kwargs", metavar="JSON", default="{}", help="Variables for the chat template.")
+@click.option(
+    "--reasoning-format",
+    type=click.Choice(["auto", "deepseek", "none", "deepseek-legacy"]),
+    default="auto",
+    help="Where thoughts go in chat: apart (auto, deepseek), into the answer's text (none), or both.",
+)
 @click.option("--rope-scaling", metavar="SPEC", help="Stretch the context, as krasis-run does.")
 @click.option("--threads", metavar="N", type=int, default=0, help="CPU threads. [default: all]")
 @click.option(
@@ -257,6 +263,7 @@ def _settings(bundle: Path, options: dict[str, Any]) -> ServeSettings:
         metrics=options["metrics"],
         is_strict=options["strict"],
         bundle=bundle.name,
+        thought_form=options["reasoning_format"],
         template_vars=variables,
     )
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request
@@ -22,11 +22,11 @@ from krasis.runtime.server.sampling import (
     MAX_TOP_LOGPROBS,
     read_bias,
     read_max_tokens,
-    read_one,
     read_sampling,
     read_stops,
 )
 from krasis.runtime.server.service import Service, service_of
+from krasis.runtime.server.several import joined, merged, read_num_answers, repeated
 from krasis.runtime.server.tools.calls import Call, Text
 from krasis.runtime.server.turn import End, PromptScored, Scores, Step, TokenScore, Turn
 from krasis.runtime.server.usage import openai_usage, timings
@@ -61,33 +61,18 @@ async def completions(request: Request) -> Response:
     fields = Fields(await service.read(request))
     asks = await service.in_thread(_read_asks, service, fields)
     options = _options(fields, asks[0])
-    if options.stream and len(asks) > 1:
-        raise refused("Only one prompt can be streamed.", "prompt")
-    turns: list[Turn] = []
-    try:
-        turns += [service.begin(ask, request) for ask in asks]
-    except ApiError:
-        for turn in turns:
-            turn.close()
-        raise
+    turns = service.begin_all(asks, request)
     if options.stream:
-        frames = CompletionStream(options, turns[0], service).frames()
-        stream = with_keepalive(
-            frames, service.settings.ping_interval_s, lambda: data_event(_chunk(options, ""))
+        answer = CompletionStream(options, turns, service)
+        no_op = partial(_no_op, options)
+        return EventStream(
+            with_keepalive(answer.frames(), service.settings.ping_interval_s, no_op), answer.close
         )
-        return EventStream(stream, on_end=turns[0].close)
-    try:
-        work = asyncio.gather(*(_whole(options, turn, service, index) for index, turn in enumerate(turns)))
-        found = await service.whole(request, turns[0], _all(work))
-    finally:
-        for turn in turns:
-            turn.close()
-    choices = [choice for choice, _ in found]
-    return json_response({**options.shared(), "choices": choices, "usage": _sum([end for _, end in found])})
+    return json_response(await service.whole(request, turns, _whole(options, turns, service)))
 
 
-async def _all(work: Any) -> list[tuple[dict[str, Any], End]]:
-    return list(await work)
+def _no_op(options: Options) -> bytes:
+    return data_event(_chunk(options, ""))
 
 
 def _options(fields: Fields, ask: Ask) -> Options:
@@ -101,8 +86,7 @@ def _options(fields: Fields, ask: Ask) -> Options:
 
 
 def _read_asks(service: Service, fields: Fields) -> list[Ask]:
-    read_one(fields, "n")
-    read_one(fields, "best_of")
+    count = read_num_answers(fields)
     if fields.any("suffix"):
         raise refused("'suffix' is not supported.", "suffix")
     prompts = _read_prompts(service, fields.any("prompt"))
@@ -125,7 +109,10 @@ def _read_asks(service: Service, fields: Fields) -> list[Ask]:
         "is_plain": True,
         "ignore_ends": fields.flag("ignore_eos"),
     }
-    return [Ask(prompt=service.prompts.checked(prompt), **shared) for prompt in prompts]
+    if len(prompts) * count > MAX_PROMPTS:
+        raise refused(f"'n' answers to each prompt are more than {MAX_PROMPTS} in all.", "n")
+    asks = [Ask(prompt=service.prompts.checked(prompt), num_answers=count, **shared) for prompt in prompts]
+    return [one for ask in asks for one in repeated(ask, count)]
 
 
 def _num_logprobs(fields: Fields) -> int | None:
@@ -160,45 +147,63 @@ def _ids(service: Service, prompt: Any) -> list[int]:
 
 
 class CompletionStream:
-    """A text in chunks."""
+    """Texts in chunks, each as its tokens come."""
 
-    def __init__(self, options: Options, turn: Turn, service: Service) -> None:
-        self._options, self._turn, self._service = options, turn, service
-        self._table = Table()
+    def __init__(self, options: Options, turns: Sequence[Turn], service: Service) -> None:
+        self._options, self._turns, self._service = options, turns, service
+        self._choices = [ChoiceChunks(options, turn, service, index) for index, turn in enumerate(turns)]
 
     async def frames(self) -> AsyncIterator[bytes]:
         """The events."""
         more = {"usage": None} if self._options.include_usage else {}
+        ends: list[tuple[int, End]] = []
         try:
             if self._options.echo:
-                yield data_event(_chunk(self._options, _echo(self._service, self._turn)) | more)
-            async with aclosing(self._turn.steps()) as steps:
-                async for step in steps:
-                    for value in self._step(step):
+                for index, turn in enumerate(self._turns):
+                    yield data_event(_chunk(self._options, _echo(self._service, turn), index=index) | more)
+            async with aclosing(merged(self._turns)) as steps:
+                async for index, step in steps:
+                    for value in self._choices[index].step(step):
                         yield data_event(value | more)
-                    if isinstance(step, End) and self._options.include_usage:
-                        usage = {"usage": openai_usage(step), "timings": timings(step)}
-                        yield data_event({**self._options.shared(), "choices": [], **usage})
+                    if isinstance(step, End):
+                        ends.append((index, step))
+            if self._options.include_usage:
+                end = _sum([end for _, end in sorted(ends, key=lambda one: one[0])], self._turns)
+                usage = {"usage": openai_usage(end), "timings": timings(end)}
+                yield data_event({**self._options.shared(), "choices": [], **usage})
         except ApiError as error:
             yield data_event(error.openai())
         except Exception:  # noqa: BLE001  whatever it is, the client gets an end and the log the reason
-            self._turn.log_failure()
+            self._turns[0].log_failure()
             yield data_event(internal().openai())
         finally:
-            self._turn.close()
+            self.close()
         yield DONE
 
-    def _step(self, step: Step) -> Sequence[dict[str, Any]]:
+    def close(self) -> None:
+        """Lets go of all answers."""
+        for turn in self._turns:
+            turn.close()
+
+
+class ChoiceChunks:
+    """The chunks of one text."""
+
+    def __init__(self, options: Options, turn: Turn, service: Service, index: int) -> None:
+        self._options, self._turn, self._service, self._index = options, turn, service, index
+        self._table = Table()
+
+    def step(self, step: Step) -> Sequence[dict[str, Any]]:
+        """What one step adds."""
         if isinstance(step, Text):
-            return [_chunk(self._options, step.text, self._scores())]
+            return [_chunk(self._options, step.text, self._scores(), index=self._index)]
         if isinstance(step, PromptScored):
             self._table.add_prompt(step, self._service, self._turn.ask)
         elif isinstance(step, Scores):
             self._table.add(step.tokens)
         elif isinstance(step, End):
-            return [
-                _chunk(self._options, "", self._scores(), finish_reason(step)) | {"timings": timings(step)}
-            ]
+            last = _chunk(self._options, "", self._scores(), finish_reason(step), self._index)
+            return [last | {"timings": timings(step)}]
         return []
 
     def _scores(self) -> dict[str, Any] | None:
@@ -209,9 +214,13 @@ class CompletionStream:
 
 
 def _chunk(
-    options: Options, text: str, scores: dict[str, Any] | None = None, finish: str | None = None
+    options: Options,
+    text: str,
+    scores: dict[str, Any] | None = None,
+    finish: str | None = None,
+    index: int = 0,
 ) -> dict[str, Any]:
-    choice = {"index": 0, "text": text, "logprobs": scores, "finish_reason": finish}
+    choice = {"index": index, "text": text, "logprobs": scores, "finish_reason": finish}
     return {**options.shared(), "choices": [choice]}
 
 
@@ -254,27 +263,34 @@ def _top(score: TokenScore) -> dict[str, float]:
     return found
 
 
-async def _whole(options: Options, turn: Turn, service: Service, index: int) -> tuple[dict[str, Any], End]:
-    text = _echo(service, turn) if options.echo else ""
-    table = Table()
-    async with aclosing(turn.steps()) as steps:
-        async for step in steps:
+async def _whole(options: Options, turns: Sequence[Turn], service: Service) -> dict[str, Any]:
+    texts = [[_echo(service, turn)] if options.echo else [] for turn in turns]
+    tables = [Table() for _ in turns]
+    ends: dict[int, End] = {}
+    async with aclosing(merged(turns)) as steps:
+        async for index, step in steps:
             if isinstance(step, Text):
-                text += step.text
+                texts[index].append(step.text)
             elif isinstance(step, PromptScored):
-                table.add_prompt(step, service, turn.ask)
+                tables[index].add_prompt(step, service, turns[index].ask)
             elif isinstance(step, Scores):
-                table.add(step.tokens)
+                tables[index].add(step.tokens)
             elif isinstance(step, End):
-                scores = table.shown() if options.logprobs else None
-                choice = {
-                    "index": index,
-                    "text": text,
-                    "logprobs": scores,
-                    "finish_reason": finish_reason(step),
-                }
-                return choice, step
-    raise internal()
+                ends[index] = step
+    if len(ends) < len(turns):
+        raise internal()
+    in_order = [ends[index] for index in range(len(turns))]
+    choices = [
+        {
+            "index": index,
+            "text": "".join(texts[index]),
+            "logprobs": tables[index].shown() if options.logprobs else None,
+            "finish_reason": finish_reason(end),
+        }
+        for index, end in enumerate(in_order)
+    ]
+    end = _sum(in_order, turns)
+    return {**options.shared(), "choices": choices, "usage": openai_usage(end), "timings": timings(end)}
 
 
 def _echo(service: Service, turn: Turn) -> str:
@@ -286,13 +302,15 @@ def finish_reason(end: End) -> str:
     return "length" if end.reason == "length" else "stop"
 
 
-def _sum(ends: Sequence[End]) -> dict[str, Any]:
-    usages = [openai_usage(end) for end in ends]
-    total = dict(usages[0])
-    for name in ("prompt_tokens", "completion_tokens", "total_tokens"):
-        total[name] = sum(one[name] for one in usages)
-    cached = sum(end.num_cached_tokens for end in ends)
-    return {**total, "prompt_tokens_details": {"cached_tokens": cached, "audio_tokens": 0}}
+def _sum(ends: Sequence[End], turns: Sequence[Turn]) -> End:
+    """The end of all answers: each prompt counts once."""
+    count = turns[0].ask.num_answers
+    each = [joined(ends[at : at + count]) for at in range(0, len(ends), count)]
+    return replace(
+        joined(each),
+        num_prompt_tokens=sum(one.num_prompt_tokens for one in each),
+        num_cached_tokens=sum(one.num_cached_tokens for one in each),
+    )
 
 
 __all__ = ["Call", "completions"]

@@ -38,7 +38,7 @@ async def messages(request: Request) -> Response:
         return EventStream(
             with_keepalive(writer.frames(), service.settings.ping_interval_s, writer.no_op), turn.close
         )
-    return json_response(await service.whole(request, turn, whole_message(number, ask, turn)))
+    return json_response(await service.whole(request, [turn], whole_message(number, ask, turn)))
 
 
 async def count_tokens(request: Request) -> Response:

@@ -43,7 +43,7 @@ async def responses(request: Request) -> Response:
         return EventStream(
             with_keepalive(writer.frames(), service.settings.ping_interval_s, writer.no_op), turn.close
         )
-    return json_response(await service.whole(request, turn, _whole(answer, turn)))
+    return json_response(await service.whole(request, [turn], _whole(answer, turn)))
 
 
 async def input_tokens(request: Request) -> Response:

@@ -104,12 +104,3 @@ def read_bias(fields: Fields, vocab_size: int) -> dict[int, float]:
         else:
             found[int(str(key))] = float(bias)
     return found
-
-
-def read_one(fields: Fields, name: str) -> None:
-    """Refuses more than one answer: n and best_of."""
-    number = fields.integer(name)
-    if number is not None and number != 1:
-        raise refused(
-            f"Only one answer for each request is supported: '{name}' must be 1 (got {number}).", name
-        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -41,8 +41,8 @@ class ClientLeft(Exception):  # noqa: N818  no error of anybody's
 class ServeSettings:
     """aliases: names of the model, the first is the one that is listed. ping_interval_s: the longest silence
     of a stream. max_requests: at a time, waiting ones among them. body_timeout_s: for a request to arrive.
-    template_vars: what every conversation's template is told. metrics: whether /metrics is served. is_strict:
-    requests must say which model they want.
+    template_vars: what every conversation's template is told. thought_form: see ``thought_form``. metrics:
+    whether /metrics is served. is_strict: requests must say which model they want.
     """
 
     aliases: tuple[str, ...] = ("krasis",)
@@ -56,6 +56,7 @@ class ServeSettings:
     is_strict: bool = False
     max_context: int | None = None
     bundle: str = ""
+    thought_form: str = "auto"
     template_vars: Mapping[str, object] = field(default_factory=dict)
 
 
@@ -126,12 +127,24 @@ class Service:
             on_close=self._one_less,
         )
 
-    async def whole(self, http: HttpRequest, turn: Turn, work: Coroutine[Any, Any, T]) -> T:
+    def begin_all(self, asks: Sequence[Ask], http: HttpRequest) -> list[Turn]:
+        """Submits all or none. Raises ApiError."""
+        turns: list[Turn] = []
+        try:
+            turns += (self.begin(ask, http) for ask in asks)
+        except ApiError:
+            for turn in turns:
+                turn.close()
+            raise
+        return turns
+
+    async def whole(self, http: HttpRequest, turns: Sequence[Turn], work: Coroutine[Any, Any, T]) -> T:
         """An answer in one piece; its work ends when the client leaves. Raises ClientLeft."""
         try:
             found = await until_disconnected(http.receive, work)
         finally:
-            turn.close()
+            for turn in turns:
+                turn.close()
         if found is None:
             raise ClientLeft
         return found

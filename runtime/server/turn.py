@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from krasis.runtime.server.errors import ApiError, from_krasis, shutting_down, too_long
+from krasis.runtime.server.thought_form import ThoughtForm
 from krasis.runtime.server.tools.calls import Call, Text
 from krasis.runtime.server.tools.replay import Replay
 from krasis.runtime.server.tools.splitter import CallSplitter, Part
@@ -116,6 +117,7 @@ class Turn:
         self._ticket, self._replay, self._closing, self._metrics = ticket, replay, closing, metrics
         self._token_text, self._on_close = token_text, on_close
         self._calls = CallSplitter(ask.call_format, ask.choice.tools)
+        self._thoughts = ThoughtForm(ask.thought_form)
         self._begun = time.perf_counter()
         self._last = 0.0
         self._ended = self._closed = False
@@ -131,7 +133,8 @@ class Turn:
             if isinstance(event, Delta):
                 self._note_delta(event)
                 for part in self._calls.push(event.kind, event.text):
-                    yield part
+                    for one in self._thoughts.push(part):
+                        yield one
                 if event.scores and event.kind == "answer":
                     yield Scores(tuple(self._scored(one) for one in event.scores))
             elif isinstance(event, Progress):
@@ -140,7 +143,8 @@ class Turn:
                 yield PromptScored(tuple(None if one is None else self._scored(one) for one in event.scores))
             elif isinstance(event, Finished):
                 for part in self._finish(event):
-                    yield part
+                    for one in self._thoughts.push(part):
+                        yield one
                 yield self._end(event)
                 return
             else:
