@@ -18,6 +18,7 @@ from krasis.runtime.server.chat import chat_completions
 from krasis.runtime.server.completions import completions
 from krasis.runtime.server.errors import ApiError, internal
 from krasis.runtime.server.messages import count_tokens, messages
+from krasis.runtime.server.native import native_completion
 from krasis.runtime.server.responses import input_tokens, responses
 from krasis.runtime.server.service import ClientLeft, Service
 from krasis.runtime.server.wire import json_response
@@ -53,6 +54,7 @@ _NOT_OFFERED = (
 def make_app(service: Service) -> ASGIApp:
     """The application of one service."""
     routes: list[Route] = []
+    routes += [_route(path, native_completion, "POST") for path in ("/completion", "/completions")]
     for prefix in ("/v1/", "/"):
         routes += [_route(prefix + path, endpoint, "POST") for path, endpoint in _POST.items()]
         routes += [_route(prefix + path, endpoint, "GET") for path, endpoint in _GET.items()]

@@ -37,7 +37,7 @@ class Ask:
     at all. grammar: what the answer must be; it begins after the thinking. thinking: what the prompt has
     opened. is_plain: a text to go on with, no turn of a chat. is_task: it asks about a conversation. session:
     the client's name for the conversation. thought_form: see ``ThoughtForm``. num_answers: to this
-    prompt.
+    prompt. use_cache: see ``serving.api.Request``. wants_tokens: whether ``Picked`` steps are wanted.
     """
 
     prompt: list[int]
@@ -58,6 +58,8 @@ class Ask:
     session: str = ""
     thought_form: str = APART
     num_answers: int = 1
+    use_cache: bool = True
+    wants_tokens: bool = False
 
     @property
     def closes(self) -> tuple[str, ...]:
@@ -84,7 +86,7 @@ def read_chat_ask(service: Service, fields: Fields) -> Ask:
         choice=_choice(fields),
         think=read_effort(fields),
         variables=variables,
-        goes_on=read_goes_on(fields),
+        goes_on=read_goes_on(fields, fields.any("messages")),
         sampling=read_sampling(fields, service.prompts.assets.sampling),
         max_tokens=read_max_tokens(fields),
         stops=read_stops(fields),

@@ -15,7 +15,7 @@ from krasis.runtime.server.wire import json_response
 PUBLIC = frozenset(["/", "/health", "/v1/health", "/models"])
 _LOOPBACK = frozenset(["localhost", "127.0.0.1", "::1"])
 _ALLOWED = {
-    "Access-Control-Allow-Methods": "GET, POST, OPTIONS, HEAD",
+    "Access-Control-Allow-Methods": "GET, POST, DELETE, OPTIONS",
     "Access-Control-Max-Age": "600",
 }
 
@@ -54,6 +54,9 @@ class Gate:
         if request_id and request_id.isprintable() and request_id.isascii():
             extra["x-request-id"] = request_id
         if origin is not None:
+            if not self._may_ask(origin) and scope["method"] == "OPTIONS":
+                await json_response({})(scope, receive, send)  # without what would let its scripts ask
+                return
             if not self._may_ask(origin):
                 await self._refuse(
                     ApiError(403, f"Scripts of {origin[:200]!r} may not ask this server."),

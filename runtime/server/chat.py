@@ -16,7 +16,8 @@ from krasis.runtime.server.ask import Ask, read_chat_ask
 from krasis.runtime.server.errors import ApiError, internal, refused
 from krasis.runtime.server.fields import Fields
 from krasis.runtime.server.keepalive import EventStream, with_keepalive
-from krasis.runtime.server.service import service_of
+from krasis.runtime.server.native_settings import generation_settings
+from krasis.runtime.server.service import Service, service_of
 from krasis.runtime.server.several import joined, merged, read_num_answers, repeated
 from krasis.runtime.server.tools.calls import Call, Text
 from krasis.runtime.server.turn import End, Making, Scores, Step, Turn
@@ -33,16 +34,25 @@ class ChatOptions:
     include_usage: bool
     return_progress: bool
     logprobs: bool
+    timings_per_token: bool
+    is_verbose: bool
 
     @classmethod
-    def read(cls, fields: Fields) -> ChatOptions:
-        """Raises ApiError."""
+    def read(cls, fields: Fields, is_verbose: bool) -> ChatOptions:
+        """is_verbose: unless the request says otherwise. Raises ApiError."""
         stream = fields.flag("stream")
         options = fields.object("stream_options")
         if options is not None and not stream:
             raise refused("'stream_options' needs 'stream': true.", "stream_options")
         usage = options is not None and options.flag("include_usage")
-        return cls(stream, usage, fields.flag("return_progress"), fields.flag("logprobs"))
+        return cls(
+            stream,
+            usage,
+            fields.flag("return_progress"),
+            fields.flag("logprobs"),
+            fields.flag("timings_per_token"),
+            fields.flag("verbose", is_verbose),
+        )
 
 
 async def chat_completions(request: Request) -> Response:
@@ -50,16 +60,26 @@ async def chat_completions(request: Request) -> Response:
     service = service_of(request)
     body = await service.read(request)
     fields = Fields(body)
-    options = ChatOptions.read(fields)
+    options = ChatOptions.read(fields, service.settings.is_verbose)
     count = read_num_answers(fields)
     ask = await service.in_thread(read_chat_ask, service, fields)
     head = ChatHead(ask.number("chatcmpl-"), ask.model)
+    more = {"__verbose": _verbose(service, ask)} if options.is_verbose else {}
     turns = service.begin_all(repeated(ask, count), request)
     if options.stream:
         answer = ChatStream(head, options, turns)
         stream = with_keepalive(answer.frames(), service.settings.ping_interval_s, head.no_op)
         return EventStream(stream, answer.close)
-    return json_response(await service.whole(request, turns, whole_answer(head, options, turns)))
+    found = await service.whole(request, turns, whole_answer(head, options, turns))
+    return json_response({**found, **more})
+
+
+def _verbose(service: Service, ask: Ask) -> dict[str, Any]:
+    """What the model is really asked: for those who look for a fault in a template."""
+    assets = service.prompts.assets
+    settings = generation_settings(ask.sampling, ask, assets.end_tokens.ids)
+    prompt = assets.tokenizer.decode(ask.prompt, skip_special=False)
+    return {"prompt": prompt, "generation_settings": settings}
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +131,7 @@ class ChatStream:
     async def frames(self) -> AsyncIterator[bytes]:
         """The events. An error after the first is an event too."""
         for index in range(len(self._turns)):
-            yield self._head.chunk({"role": "assistant", "content": ""}, index=index, **self._more)
+            yield self._head.chunk({"role": "assistant", "content": None}, index=index, **self._more)
         ends: list[End] = []
         try:
             async with aclosing(merged(self._turns)) as steps:
@@ -183,11 +203,13 @@ class ChoiceChunks:
         return [self._chunk({"tool_calls": [first]}), self._chunk({"tool_calls": [rest]})]
 
     def _chunk(self, delta: dict[str, Any]) -> bytes:
-        scores: dict[str, Any] = {}
+        more: dict[str, Any] = dict(self._more)
         if self._options.logprobs and self._scores:
-            scores = {"logprobs": {"content": self._scores, "refusal": None}}
+            more["logprobs"] = {"content": self._scores, "refusal": None}
             self._scores = []
-        return self._head.chunk(delta, index=self._index, **scores, **self._more)
+        if self._options.timings_per_token:
+            more["timings"] = timings(self._turn.so_far())
+        return self._head.chunk(delta, index=self._index, **more)
 
 
 async def whole_answer(head: ChatHead, options: ChatOptions, turns: Sequence[Turn]) -> dict[str, Any]:

@@ -46,7 +46,13 @@ class CommandError(click.ClickException):
     cls=StreamsCommand, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
 )
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--host", metavar="ADDRESS", default="127.0.0.1", show_default=True, help="Where to listen.")
+@click.option(
+    "--host",
+    metavar="ADDRESS",
+    default="127.0.0.1",
+    show_default=True,
+    help="Addresses to listen on.",
+)
 @click.option(
     "--port", metavar="N", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 = any."
 )
@@ -105,6 +111,7 @@ class CommandError(click.ClickException):
 )
 @click.option("--strict", is_flag=True, help="Refuse requests that do not name a model.")
 @click.option("--metrics/--no-metrics", default=True, help="Serve /metrics for Prometheus. [default: on]")
+@click.option("--slots/--no-slots", default=True, help="Serve /slots. [default: on]")
 @click.option(
     "--timeout",
     metavar="S",
@@ -157,7 +164,7 @@ def main(bundle: Path, verbose: int, quiet: bool, **options: Any) -> None:
     """
     _configure_logging(verbose, quiet)
     try:
-        _serve(bundle, options)
+        _serve(bundle, {**options, "is_verbose": verbose > 1})
     except KrasisError as error:
         raise CommandError(error) from error
 
@@ -187,13 +194,14 @@ def _serve(bundle: Path, options: dict[str, Any]) -> None:
     if not bundle.exists():
         raise UsageError("there is no such bundle", got=str(bundle))
     from krasis.runtime.server.opening import make_service
-    from krasis.runtime.server.running import listen, run
+    from krasis.runtime.server.running import listen_all, run
     from krasis.runtime.serving.opening import open_core
 
     mapping_guard.install(PROGRAM)
     _make_folder(options["prefix_dir"])
-    listener = listen(options["host"], options["port"])
-    address = listener.getsockname()
+    hosts = [one.strip() for one in options["host"].split(",") if one.strip()]
+    listeners = listen_all(hosts, options["port"])
+    addresses = [one.getsockname() for one in listeners]
     opened: list[OpenedCore] = []
 
     def load() -> Service:
@@ -210,16 +218,13 @@ def _serve(bundle: Path, options: dict[str, Any]) -> None:
         for one in opened:
             one.close(save_prefixes=True)
 
-    if options["host"] not in LOOPBACK and not settings.api_keys:
-        click.echo(
-            f"{PROGRAM}: note: anybody who reaches {options['host']} may ask; --api-key asks for a key",
-            err=True,
-        )
+    for one in [] if settings.api_keys else set(hosts) - set(LOOPBACK):
+        click.echo(f"{PROGRAM}: note: anybody who reaches {one} may ask; --api-key asks for a key", err=True)
 
     def on_ready(service: Service) -> None:
-        _say_ready(address, service, time.perf_counter() - begin)
+        _say_ready(addresses, service, time.perf_counter() - begin)
 
-    run(listener, load, unload, on_ready)
+    run(listeners, load, unload, on_ready)
 
 
 def _make_folder(folder: Path | None) -> None:
@@ -231,10 +236,11 @@ def _make_folder(folder: Path | None) -> None:
             raise UsageError("the folder cannot be made", where=str(folder), got=error.strerror) from error
 
 
-def _say_ready(address: Any, service: Service, seconds: float) -> None:
-    host = f"[{address[0]}]" if ":" in address[0] else address[0]
+def _say_ready(addresses: list[Any], service: Service, seconds: float) -> None:
+    hosts = [f"[{one[0]}]" if ":" in one[0] else one[0] for one in addresses]
+    places = " and ".join(f"http://{host}:{addresses[0][1]}/v1" for host in hosts)
     click.echo(
-        f"{PROGRAM}: {service.settings.aliases[0]} on http://{host}:{address[1]}/v1, {service.core.context} "
+        f"{PROGRAM}: {service.settings.aliases[0]} on {places}, {service.core.context} "
         f"tokens of context ({service.core.description}; {seconds:.2f} s)",
         err=True,
     )
@@ -264,6 +270,8 @@ def _settings(bundle: Path, options: dict[str, Any]) -> ServeSettings:
         is_strict=options["strict"],
         bundle=bundle.name,
         thought_form=options["reasoning_format"],
+        slots=options["slots"],
+        is_verbose=options["is_verbose"],
         template_vars=variables,
     )
 

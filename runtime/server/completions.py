@@ -129,10 +129,11 @@ def _read_prompts(service: Service, prompt: Any) -> list[list[int]]:
     many = prompt if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else [prompt]
     if len(many) > MAX_PROMPTS:
         raise refused(f"There are more than {MAX_PROMPTS} prompts.", "prompt")
-    return [_ids(service, one) for one in many]
+    return [ids_of(service, one) for one in many]
 
 
-def _ids(service: Service, prompt: Any) -> list[int]:
+def ids_of(service: Service, prompt: Any) -> list[int]:
+    """The ids of one text, or of a list of ids. Raises ApiError."""
     if isinstance(prompt, str):
         return service.prompts.tokens(prompt, special=True)
     ids = token_ids(prompt)

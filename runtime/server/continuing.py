@@ -16,8 +16,11 @@ Row = dict[str, Any]
 _MARK = "\ue0f1krasis-goes-on\ue0f2"
 
 
-def read_goes_on(fields: Fields) -> bool:
-    """vLLM's and llama.cpp's ``continue_final_message``. Raises ApiError if a new message is wanted too."""
+def read_goes_on(fields: Fields, messages: object) -> bool:
+    """vLLM's and llama.cpp's ``continue_final_message``; where neither it nor its opposite is said, whether
+    the last message is the beginning of an answer. Raises ApiError if a new message is wanted too."""
+    if not fields.has("continue_final_message") and not fields.has("add_generation_prompt"):
+        return isinstance(messages, list) and is_begun(messages)
     if not fields.flag("continue_final_message"):
         return False
     if fields.flag("add_generation_prompt"):
@@ -28,9 +31,9 @@ def read_goes_on(fields: Fields) -> bool:
     return True
 
 
-def is_begun(rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether the last message is text of the assistant: Anthropic's clients begin an answer so."""
-    last = rows[-1] if rows else {}
+def is_begun(rows: Sequence[Any]) -> bool:
+    """Whether the last message is text of the assistant: clients begin an answer so."""
+    last = rows[-1] if rows and isinstance(rows[-1], Mapping) else {}
     content = last.get("content")
     return last.get("role") == "assistant" and not last.get("tool_calls") and bool(content)
 

@@ -11,8 +11,8 @@ from krasis.runtime.server.errors import ApiError
 from krasis.runtime.server.fields import Fields
 from krasis.runtime.server.response_items import hidden_thoughts
 from krasis.runtime.server.tools.calls import Call, Text
-from krasis.runtime.server.turn import End, Step, Turn
-from krasis.runtime.server.usage import responses_usage
+from krasis.runtime.server.turn import End, Making, Step, Turn
+from krasis.runtime.server.usage import responses_usage, timings, timings_while
 from krasis.runtime.text.thinking import REASONING
 
 Item = dict[str, Any]
@@ -98,8 +98,12 @@ class ResponseObject:
 class Writer:
     """Adds steps to a response, and gives the events."""
 
-    def __init__(self, answer: ResponseObject, turn: Turn) -> None:
+    def __init__(
+        self, answer: ResponseObject, turn: Turn, *, progress: bool = False, has_timings: bool = False
+    ) -> None:
+        """progress, has_timings: llama.cpp's ``return_progress`` and ``timings_per_token``."""
         self._answer, self._turn = answer, turn
+        self._progress, self._timings = progress, has_timings
         self._item: Item | None = None
 
     def step(self, step: Step) -> Iterator[dict[str, Any]]:
@@ -110,12 +114,17 @@ class Writer:
         elif isinstance(step, Call):
             yield from self._end_item("completed")
             yield from self._call(step)
+        elif isinstance(step, Making) and self._progress:
+            shown = {"type": "response.in_progress", "response": self._answer.shown()}
+            more = {"timings": timings_while(step)} if self._timings else {}
+            yield {**shown, "prompt_progress": step.llama_cpp(), **more}
         elif isinstance(step, End):
             if self._item is None and not self._answer.output:
                 yield from self._begin("message")
             yield from self._end_item("incomplete" if step.reason == "length" else "completed")
             name = self._answer.ended(step)
-            yield {"type": name, "response": self._answer.shown()}
+            more = {"timings": timings(step)} if self._timings else {}
+            yield {"type": name, "response": self._answer.shown(), **more}
 
     @property
     def _index(self) -> int:
@@ -150,7 +159,9 @@ class Writer:
         if item["type"] == "reasoning":
             yield {"type": "response.reasoning_text.delta", **self._place(), "delta": text}
         else:
-            yield {"type": "response.output_text.delta", **self._place(), "delta": text, "logprobs": []}
+            more = {"timings": timings(self._turn.so_far())} if self._timings else {}
+            delta = {"type": "response.output_text.delta", **self._place(), "delta": text, "logprobs": []}
+            yield {**delta, **more}
 
     def _end_item(self, status: str) -> Iterator[dict[str, Any]]:
         item = self._item

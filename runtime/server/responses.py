@@ -35,13 +35,14 @@ async def responses(request: Request) -> Response:
     if fields.flag("background"):
         raise refused("'background' is not supported.", "background")
     stream = fields.flag("stream")
+    extras = {"progress": fields.flag("return_progress"), "has_timings": fields.flag("timings_per_token")}
     ask = await service.in_thread(_read_ask, service, fields)
     turn = service.begin(ask, request)
     answer = ResponseObject(fields, ask)
     if stream:
-        writer = ResponseStream(answer, turn)
+        answering = ResponseStream(turn, Writer(answer, turn, **extras), answer)
         return EventStream(
-            with_keepalive(writer.frames(), service.settings.ping_interval_s, writer.no_op), turn.close
+            with_keepalive(answering.frames(), service.settings.ping_interval_s, answering.no_op), turn.close
         )
     return json_response(await service.whole(request, [turn], _whole(answer, turn)))
 
@@ -77,9 +78,8 @@ def _read_ask(service: Service, fields: Fields) -> Ask:
 class ResponseStream:
     """An answer in the events of responses."""
 
-    def __init__(self, answer: ResponseObject, turn: Turn) -> None:
-        self._answer, self._turn = answer, turn
-        self._writer = Writer(answer, turn)
+    def __init__(self, turn: Turn, writer: Writer, answer: ResponseObject) -> None:
+        self._turn, self._writer, self._answer = turn, writer, answer
         self._number = 0
 
     async def frames(self) -> AsyncIterator[bytes]:

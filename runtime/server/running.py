@@ -7,7 +7,7 @@ import logging
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from threading import Thread
 from types import FrameType
@@ -27,6 +27,20 @@ logger = logging.getLogger(__name__)
 BACKLOG = 1024
 GRACE_S = 5  # in which streams that were told the end may be read to it
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def listen_all(hosts: Sequence[str], port: int) -> list[socket.socket]:
+    """A socket for each address, all on one port. Raises ResourceError."""
+    found: list[socket.socket] = []
+    try:
+        for host in hosts:
+            found.append(listen(host, port))
+            port = found[0].getsockname()[1]
+    except BaseException:
+        for one in found:
+            one.close()
+        raise
+    return found
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -117,7 +131,7 @@ def _signals_end(server: _Server) -> Iterator[None]:
 
 
 def run(
-    listener: socket.socket,
+    listeners: Sequence[socket.socket],
     load: Callable[[], Service],
     unload: Callable[[], None],
     on_ready: Callable[[Service], None] = lambda _: None,
@@ -163,7 +177,7 @@ def run(
     sys.setswitchinterval(1e-4)  # a token must not wait for JSON
     with _signals_end(server):
         try:
-            server.run(sockets=[listener])
+            server.run(sockets=list(listeners))
         finally:
             sys.setswitchinterval(interval)
             loader.join()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 from krasis.formats.errors import UsageError
 from krasis.runtime.server.errors import refused
@@ -78,8 +79,11 @@ def read_stops(fields: Fields, name: str = "stop") -> tuple[str, ...]:
     return tuple(one for one in texts if one)
 
 
-def read_bias(fields: Fields, vocab_size: int) -> dict[int, float]:
-    """Id -> what is added to its logit. OpenAI's object, or llama.cpp's list of pairs; false is never."""
+def read_bias(
+    fields: Fields, vocab_size: int, tokens_of: Callable[[str], list[int]] | None = None
+) -> dict[int, float]:
+    """Id -> what is added to its logit. OpenAI's object, or llama.cpp's list of pairs; false is never.
+    tokens_of: gives the ids of a text, where texts may stand for them."""
     value = fields.any("logit_bias")
     if value is None:
         return {}
@@ -95,12 +99,18 @@ def read_bias(fields: Fields, vocab_size: int) -> dict[int, float]:
         )
     found: dict[int, float] = {}
     for key, bias in pairs:
+        if tokens_of is not None and isinstance(key, str) and not key.isdecimal():
+            found |= dict.fromkeys(tokens_of(key[:MAX_STOP_CHARACTERS]), _bias(bias))
+            continue
         if not str(key).isdecimal() or not 0 <= int(str(key)) < vocab_size or len(str(key)) > 10:
             raise refused("'logit_bias' names a token that is not in the vocabulary.", "logit_bias")
-        if bias is False:
-            found[int(str(key))] = _NEVER
-        elif isinstance(bias, bool) or not isinstance(bias, int | float) or not -1e9 <= bias <= 1e9:
-            raise refused("'logit_bias' must hold numbers.", "logit_bias")
-        else:
-            found[int(str(key))] = float(bias)
+        found[int(str(key))] = _bias(bias)
     return found
+
+
+def _bias(value: Any) -> float:
+    if value is False:
+        return _NEVER
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -1e9 <= value <= 1e9:
+        raise refused("'logit_bias' must hold numbers.", "logit_bias")
+    return float(value)

@@ -42,7 +42,8 @@ class ServeSettings:
     """aliases: names of the model, the first is the one that is listed. ping_interval_s: the longest silence
     of a stream. max_requests: at a time, waiting ones among them. body_timeout_s: for a request to arrive.
     template_vars: what every conversation's template is told. thought_form: see ``thought_form``. metrics:
-    whether /metrics is served. is_strict: requests must say which model they want.
+    whether /metrics is served; slots: /slots. is_strict: requests must say which model they want. is_verbose:
+    answers of chat say what the model was asked.
     """
 
     aliases: tuple[str, ...] = ("krasis",)
@@ -57,6 +58,8 @@ class ServeSettings:
     max_context: int | None = None
     bundle: str = ""
     thought_form: str = "auto"
+    slots: bool = True
+    is_verbose: bool = False
     template_vars: Mapping[str, object] = field(default_factory=dict)
 
 
@@ -109,6 +112,7 @@ class Service:
             prompt_logprobs=ask.num_prompt_logprobs,
             logit_bias=ask.bias,
             make_mask=self._make_mask(ask),
+            use_cache=ask.use_cache,
             side=self._sessions.is_side(session, has_tools=bool(ask.choice.tools), is_task=ask.is_task),
             conversation=session,
         )

@@ -40,12 +40,15 @@ LEAST_LOGPROB = -9999.0  # JSON has no infinity
 
 @dataclass(frozen=True, slots=True)
 class TokenScore:
-    """A token's text, its bytes and log probability, and those of the likeliest tokens in its place."""
+    """A token's text, its bytes and log probability, and those of the likeliest tokens in its place; the ids
+    of all."""
 
     text: str
     data: bytes
     logprob: float
     top: tuple[tuple[str, bytes, float], ...] = ()
+    token: int = -1
+    top_tokens: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,13 @@ class Scores:
     """Of tokens of the answer."""
 
     tokens: tuple[TokenScore, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Picked:
+    """Ids of tokens of the answer. Only for those who ask for them."""
+
+    tokens: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +91,8 @@ class Making:
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """The answer's end. reason: ``end``, ``stop`` or ``length``. stop_text: the stop text that was met."""
+    """The answer's end. reason: ``end``, ``stop`` or ``length``. stop_text: the stop text that was met.
+    is_full: it ended because the context is full."""
 
     reason: str
     stop_text: str | None
@@ -91,9 +102,10 @@ class End:
     num_reasoning_tokens: int
     prefill_s: float
     decode_s: float
+    is_full: bool = False
 
 
-Step = Text | Call | Scores | PromptScored | Making | End
+Step = Picked | Text | Call | Scores | PromptScored | Making | End
 
 
 class Turn:
@@ -119,7 +131,8 @@ class Turn:
         self._calls = CallSplitter(ask.call_format, ask.choice.tools)
         self._thoughts = ThoughtForm(ask.thought_form)
         self._begun = time.perf_counter()
-        self._last = 0.0
+        self._first = self._last = 0.0
+        self._num_cached = self._num_generated = 0
         self._ended = self._closed = False
 
     async def steps(self) -> AsyncGenerator[Step]:
@@ -132,12 +145,15 @@ class Turn:
         async for event in events:
             if isinstance(event, Delta):
                 self._note_delta(event)
+                if self.ask.wants_tokens and event.tokens:
+                    yield Picked(event.tokens)
+                if event.scores and event.kind == "answer":
+                    yield Scores(tuple(self._scored(one) for one in event.scores))
                 for part in self._calls.push(event.kind, event.text):
                     for one in self._thoughts.push(part):
                         yield one
-                if event.scores and event.kind == "answer":
-                    yield Scores(tuple(self._scored(one) for one in event.scores))
             elif isinstance(event, Progress):
+                self._num_cached = event.num_cached
                 yield Making(event)
             elif isinstance(event, PromptScores):
                 yield PromptScored(tuple(None if one is None else self._scored(one) for one in event.scores))
@@ -195,6 +211,7 @@ class Turn:
             num_reasoning_tokens=usage.num_reasoning,
             prefill_s=times.prefill_s,
             decode_s=times.decode_s,
+            is_full=event.reason == "context",
         )
 
     def _failure(self, event: Failed) -> ApiError:
@@ -211,14 +228,30 @@ class Turn:
             self._metrics.between_tokens(now - self._last)
         else:
             self._metrics.first_token(now - self._begun)
+            self._first = now
         self._last = now
+        self._num_generated += len(event.tokens)
+
+    def so_far(self) -> End:
+        """The figures that the answer would have if it ended now."""
+        return End(
+            reason="length",
+            stop_text=None,
+            num_prompt_tokens=len(self.ask.prompt),
+            num_cached_tokens=self._num_cached,
+            num_generated_tokens=self._num_generated,
+            num_reasoning_tokens=0,
+            prefill_s=max(self._first - self._begun, 0.0),
+            decode_s=self._last - self._first,
+        )
 
     def _scored(self, score: Score) -> TokenScore:
         text = self._token_text(score.token)
         top = tuple(
             (word := self._token_text(one), word.encode(), _finite(value)) for one, value in score.top
         )
-        return TokenScore(text, text.encode(), _finite(score.logprob), top)
+        ids = tuple(one for one, _ in score.top)
+        return TokenScore(text, text.encode(), _finite(score.logprob), top, score.token, ids)
 
     def remember(self, call: Call, prefix: str = "call_") -> str:
         """The call's id, by which the client's next request can name it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from krasis.runtime.server.turn import End
+from krasis.runtime.server.turn import End, Making
 
 
 def openai_usage(end: End) -> dict[str, Any]:
@@ -56,15 +56,28 @@ def timings(end: End) -> dict[str, Any]:
     """llama.cpp's: its page and many scripts read them. Milliseconds. The pass over the prompt gives the
     first token; the rate of the others is of their steps alone."""
     computed = end.num_prompt_tokens - end.num_cached_tokens
-    steps = max(end.num_generated_tokens - 1, 0)
-    prompt_ms, predicted_ms = 1e3 * end.prefill_s, 1e3 * end.decode_s
+    return _timings(end.num_cached_tokens, computed, end.prefill_s, end.num_generated_tokens, end.decode_s)
+
+
+def timings_while(making: Making) -> dict[str, Any]:
+    """The same while the prompt is being computed."""
+    one = making.progress
+    computed = one.num_processed - one.num_cached
+    return _timings(one.num_cached, computed, one.elapsed_s if computed else 0.0, 0, 0.0)
+
+
+def _timings(
+    num_cached: int, computed: int, prefill_s: float, num_generated: int, decode_s: float
+) -> dict[str, Any]:
+    steps = max(num_generated - 1, 0)
+    prompt_ms, predicted_ms = 1e3 * prefill_s, 1e3 * decode_s
     return {
-        "cache_n": end.num_cached_tokens,
+        "cache_n": num_cached,
         "prompt_n": computed,
         "prompt_ms": prompt_ms,
         "prompt_per_token_ms": prompt_ms / max(computed, 1),
         "prompt_per_second": 1e3 * computed / prompt_ms if prompt_ms > 0 else 0.0,
-        "predicted_n": end.num_generated_tokens,
+        "predicted_n": num_generated,
         "predicted_ms": predicted_ms,
         "predicted_per_token_ms": predicted_ms / max(steps, 1),
         "predicted_per_second": 1e3 * steps / predicted_ms if predicted_ms > 0 else 0.0,

@@ -14,6 +14,8 @@ from krasis.runtime.server.ask import read_effort
 from krasis.runtime.server.continuing import read_goes_on
 from krasis.runtime.server.errors import ApiError, from_krasis, refused, shutting_down
 from krasis.runtime.server.fields import Fields
+from krasis.runtime.server.llama_metrics import llama_metrics
+from krasis.runtime.server.native_settings import sampling_settings
 from krasis.runtime.server.service import Service, service_of
 from krasis.runtime.server.tools.choice import read_tools
 from krasis.runtime.server.wire import json_response
@@ -74,18 +76,7 @@ async def properties(request: Request) -> Response:
     """GET /props: what llama.cpp's page and clients look for."""
     service = service_of(request)
     assets, context = service.prompts.assets, service.core.context
-    sampling = assets.sampling
-    params = {
-        "temperature": sampling.temperature,
-        "top_k": sampling.top_k,
-        "top_p": sampling.top_p,
-        "min_p": sampling.min_p,
-        "repeat_penalty": sampling.repetition_penalty,
-        "presence_penalty": sampling.presence_penalty,
-        "frequency_penalty": sampling.frequency_penalty,
-        "n_predict": -1,
-        "stream": True,
-    }
+    params = {**sampling_settings(assets.sampling), "n_predict": -1, "stream": True}
     return json_response(
         {
             "default_generation_settings": {"id": 0, "n_ctx": context, "params": params},
@@ -104,6 +95,8 @@ async def properties(request: Request) -> Response:
 async def slots(request: Request) -> Response:
     """GET /slots: who uses what."""
     service = service_of(request)
+    if not service.settings.slots:
+        raise ApiError(501, "The server was started with --no-slots.")
     status = service.core.status()
     return json_response(
         [
@@ -125,7 +118,8 @@ async def metrics(request: Request) -> Response:
     if not service.settings.metrics:
         raise ApiError(501, "The server was started with --no-metrics.")
     data, kind = service.metrics.text()
-    return Response(data, 200, {"Content-Type": kind})
+    data += llama_metrics(service.core.status()).encode()
+    return Response(data, 200, {"Content-Type": kind, "Process-Start-Time-Unix": str(STARTED)})
 
 
 async def tokenize(request: Request) -> Response:
@@ -187,7 +181,7 @@ def _rendered(service: Service, fields: Fields) -> str:
         think=read_effort(fields),
         variables=fields.mapping("chat_template_kwargs"),
         add_generation_prompt=fields.flag("add_generation_prompt", True),
-        goes_on=read_goes_on(fields),
+        goes_on=read_goes_on(fields, fields.any("messages")),
     )
 
 

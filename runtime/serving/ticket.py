@@ -30,12 +30,14 @@ class QueuedTicket:
         return self._is_cancelled
 
     def put(self, event: Event) -> None:
-        """One more event, unless the last one has been. Unread progress is overtaken by newer progress."""
+        """One more event, unless the last one has been. Unread progress, but for the first, is overtaken by
+        newer progress."""
         with self._changed:
             if self._is_over:
                 return
             self._is_over = isinstance(event, Finished | Failed)
-            if isinstance(event, Progress) and self._events and isinstance(self._events[-1], Progress):
+            last = self._events[-1] if self._events else None
+            if isinstance(event, Progress) and isinstance(last, Progress) and not _is_first(last):
                 self._events[-1] = event
                 return
             self._events.append(event)
@@ -86,3 +88,8 @@ class QueuedTicket:
             yield event
             if isinstance(event, Finished | Failed):
                 return
+
+
+def _is_first(progress: Progress) -> bool:
+    """Whether it says what was found before anything was computed."""
+    return progress.num_processed == progress.num_cached

@@ -38,6 +38,9 @@ FILES = (
     "test_tool_call",
     "test_compat_oai_responses",
     "test_metrics",
+    "test_completion",
+    "test_ignore_eos",
+    "test_ctx_shift",
 )
 BUNDLE = "KRASIS_LLAMA_TESTS_BUNDLE"
 CONTEXT = "KRASIS_LLAMA_TESTS_CONTEXT"
@@ -83,6 +86,8 @@ def krasis_options(given: Sequence[str], max_context: int) -> list[str]:
     origins = pairs.get("--cors-origins", "localhost" if "--tools" in pairs else "*")
     options = [] if origins == "localhost" else ["--cors-origins", origins]
     options += [] if "--metrics" in pairs else ["--no-metrics"]
+    options += ["--no-slots"] if "--no-slots" in pairs else []
+    options += ["-vv"] if "--verbose" in pairs else []
     for name, value in pairs.items():
         if name in SAME:
             options += [SAME[name], value]

@@ -46,7 +46,7 @@ def test_a_stream_begins_at_once_and_ends_in_order(serve: Serve) -> None:
     assert reply.headers["content-type"].startswith("text/event-stream")
     assert reply.headers["cache-control"] == "no-cache"
     first, *middle, last, usage, done = reply.events
-    assert first["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert first["choices"][0]["delta"] == {"role": "assistant", "content": None}
     assert "".join(one["choices"][0]["delta"]["content"] for one in middle) == "Good day."
     assert (last["choices"][0]["delta"], last["choices"][0]["finish_reason"]) == ({}, "stop")
     assert usage["choices"] == []
@@ -67,7 +67,7 @@ def test_reasoning_comes_apart(serve: Serve, qwen3_template: str) -> None:
     assert (message["content"], message["reasoning_content"]) == ("Yes.", "Let me see.")
     deltas = [one["choices"][0]["delta"] for one in served.post(CHAT, {**body, "stream": True}).events[:-1]]
     assert "".join(one.get("reasoning_content", "") for one in deltas) == "Let me see."
-    assert "".join(one.get("content", "") for one in deltas) == "Yes."
+    assert "".join(one.get("content") or "" for one in deltas) == "Yes."
 
 
 def test_effort_none_switches_thinking_off(serve: Serve, qwen3_template: str) -> None:

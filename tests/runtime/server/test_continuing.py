@@ -36,10 +36,23 @@ def test_parts_and_blanks_stay_as_they_are(serve: Serve, qwen3_template: str) ->
     assert shown.endswith("The colour\n")
 
 
-def test_without_the_field_a_new_message_begins(serve: Serve) -> None:
-    shown = serve().post("/apply-template", ask(BEGUN)).json["prompt"]
-    assert shown.rstrip().endswith("<|im_start|>assistant")
-    assert "The colour is" in shown
+def test_a_begun_answer_is_gone_on_with_unless_a_new_one_is_wanted(serve: Serve) -> None:
+    served = serve()
+    plain, gone_on = (served.post("/apply-template", ask(BEGUN, **more)).json for more in ({}, ON))
+    assert plain == gone_on
+    for wanted in ({"continue_final_message": False}, {"add_generation_prompt": True}):
+        shown = served.post("/apply-template", ask(BEGUN, **wanted)).json["prompt"]
+        assert "The colour is" in shown
+        assert shown.rstrip().endswith("<|im_start|>assistant")
+
+
+def test_an_assistant_that_has_called_or_said_nothing_is_not_gone_on_with(serve: Serve) -> None:
+    call = {"id": "x", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    served = serve()
+    calling = {"role": "assistant", "content": "Hm.", "tool_calls": [call]}
+    for last in (calling, {"role": "assistant", "content": ""}):
+        shown = served.post("/apply-template", ask([BEGUN[0], last])).json["prompt"]
+        assert shown.rstrip().endswith("<|im_start|>assistant")
 
 
 @pytest.mark.parametrize(
