@@ -21,6 +21,7 @@ from krasis.runtime.server.messages import count_tokens, messages
 from krasis.runtime.server.native import native_completion
 from krasis.runtime.server.responses import input_tokens, responses
 from krasis.runtime.server.service import ClientLeft, Service
+from krasis.runtime.server.slot_endpoint import act_on_slot
 from krasis.runtime.server.wire import json_response
 
 logger = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ def make_app(service: Service) -> ASGIApp:
         routes += [_route(prefix + path, endpoint, "GET") for path, endpoint in _GET.items()]
         routes += [_route(prefix + path, utility.not_offered, "POST") for path in _NOT_OFFERED]
     routes += [_route("/" + path, endpoint, "GET") for path, endpoint in _ALONE.items()]
+    routes.append(_route("/slots/{number}", act_on_slot, "POST"))
     routes.append(_route("/v1/models/{name:path}", utility.one_model, "GET"))
     app = Starlette(routes=routes, exception_handlers={HTTPException: _on_http_error})
     app.state.service = service

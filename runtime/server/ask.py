@@ -37,7 +37,7 @@ class Ask:
     at all. grammar: what the answer must be; it begins after the thinking. thinking: what the prompt has
     opened. is_plain: a text to go on with, no turn of a chat. is_task: it asks about a conversation. session:
     the client's name for the conversation. thought_form: see ``ThoughtForm``. num_answers: to this
-    prompt. use_cache: see ``serving.api.Request``. wants_tokens: whether ``Picked`` steps are wanted.
+    prompt. use_cache, slot: see ``serving.api.Request``. wants_tokens: whether ``Picked`` steps are wanted.
     """
 
     prompt: list[int]
@@ -60,6 +60,7 @@ class Ask:
     num_answers: int = 1
     use_cache: bool = True
     wants_tokens: bool = False
+    slot: int | None = None
 
     @property
     def closes(self) -> tuple[str, ...]:
@@ -141,6 +142,7 @@ def make_ask(
         session=session if isinstance(session, str) else "",
         is_task=is_task(messages),
         thought_form=thought_form,
+        slot=read_slot(fields),
     )
 
 
@@ -155,6 +157,12 @@ def read_effort(fields: Fields) -> bool | None:
     if not isinstance(effort, str):
         raise fields.wrong("reasoning_effort", "a string")
     return effort not in ("none", "off")
+
+
+def read_slot(fields: Fields) -> int | None:
+    """llama.cpp's ``id_slot``: the slot that the answer must have; None: whichever serves it best."""
+    number = fields.integer("id_slot", -1, 2**31 - 1)
+    return None if number == -1 else number
 
 
 def _choice(fields: Fields) -> ToolChoice:

@@ -111,6 +111,12 @@ class CommandError(click.ClickException):
 )
 @click.option("--strict", is_flag=True, help="Refuse requests that do not name a model.")
 @click.option("--metrics/--no-metrics", default=True, help="Serve /metrics for Prometheus. [default: on]")
+@click.option(
+    "--slot-save-path",
+    metavar="FOLDER",
+    type=click.Path(path_type=Path),
+    help="Slots may be saved there, and restored from there, by POST /slots/N?action=save.",
+)
 @click.option("--slots/--no-slots", default=True, help="Serve /slots. [default: on]")
 @click.option(
     "--timeout",
@@ -198,7 +204,8 @@ def _serve(bundle: Path, options: dict[str, Any]) -> None:
     from krasis.runtime.serving.opening import open_core
 
     mapping_guard.install(PROGRAM)
-    _make_folder(options["prefix_dir"])
+    for name in ("prefix_dir", "slot_save_path"):
+        _make_folder(options[name])
     hosts = [one.strip() for one in options["host"].split(",") if one.strip()]
     listeners = listen_all(hosts, options["port"])
     addresses = [one.getsockname() for one in listeners]
@@ -207,7 +214,12 @@ def _serve(bundle: Path, options: dict[str, Any]) -> None:
     def load() -> Service:
         service, core = make_service(
             lambda: open_core(
-                bundle, engine, core_settings, prefix_dir=options["prefix_dir"], prefix_dir_bytes=room
+                bundle,
+                engine,
+                core_settings,
+                prefix_dir=options["prefix_dir"],
+                prefix_dir_bytes=room,
+                slot_dir=options["slot_save_path"],
             ),
             settings,
         )

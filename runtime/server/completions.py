@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from krasis.formats.errors import KrasisError
-from krasis.runtime.server.ask import Ask
+from krasis.runtime.server.ask import Ask, read_slot
 from krasis.runtime.server.errors import ApiError, from_krasis, internal, refused
 from krasis.runtime.server.fields import Fields
 from krasis.runtime.server.grammar import read_response_format
@@ -107,6 +107,7 @@ def _read_asks(service: Service, fields: Fields) -> list[Ask]:
         "num_prompt_logprobs": logprobs if echo else None,
         "grammar": grammar,
         "is_plain": True,
+        "slot": read_slot(fields),
         "ignore_ends": fields.flag("ignore_eos"),
     }
     if len(prompts) * count > MAX_PROMPTS:

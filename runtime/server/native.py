@@ -10,7 +10,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from krasis.runtime.server.ask import Ask
+from krasis.runtime.server.ask import Ask, read_slot
 from krasis.runtime.server.completions import MAX_PROMPTS, ids_of
 from krasis.runtime.server.errors import ApiError, internal, refused
 from krasis.runtime.server.fields import Fields
@@ -106,6 +106,7 @@ def _read_asks(service: Service, fields: Fields) -> list[Ask]:
         "ignore_ends": fields.flag("ignore_eos"),
         "use_cache": fields.flag("cache_prompt", True),
         "wants_tokens": True,
+        "slot": read_slot(fields),
     }
     asks = [Ask(prompt=prompt, num_answers=count, **shared) for prompt in prompts]
     return [one for ask in asks for one in repeated(ask, count)]
@@ -136,6 +137,7 @@ class NativeAnswer:
 
     def __init__(self, service: Service, turn: Turn, index: int, options: NativeOptions) -> None:
         self._service, self._turn, self._index, self._options = service, turn, index, options
+        self._slot = -1 if turn.ask.slot is None else turn.ask.slot
         self._texts: list[str] = []
         self._tokens: list[int] = []
         self._scores: list[dict[str, Any]] = []
@@ -159,7 +161,12 @@ class NativeAnswer:
 
     def no_op(self) -> bytes:
         """What keeps a stream alive."""
-        return data_event({"index": self._index, "content": "", "tokens": [], "stop": False, "id_slot": -1})
+        return data_event(
+            {"index": self._index, "content": "", "tokens": [], "stop": False, "id_slot": self._slot}
+        )
+
+    def _empty(self) -> dict[str, Any]:
+        return {"index": self._index, "content": "", "tokens": [], "stop": False, "id_slot": self._slot}
 
     def _part(self, text: str) -> dict[str, Any]:
         tokens, self._sent = self._tokens[self._sent :], len(self._tokens)
@@ -168,7 +175,7 @@ class NativeAnswer:
             "content": text,
             "tokens": tokens,
             "stop": False,
-            "id_slot": -1,
+            "id_slot": self._slot,
             "tokens_predicted": len(self._tokens),
             "tokens_evaluated": len(self._turn.ask.prompt),
         }
@@ -182,8 +189,7 @@ class NativeAnswer:
         if not self._options.return_progress:
             return []
         more = {"timings": timings_while(step)} if self._options.timings_per_token else {}
-        part = {"index": self._index, "content": "", "tokens": [], "stop": False, "id_slot": -1}
-        return [{**part, "prompt_progress": step.llama_cpp(), **more}]
+        return [{**self._empty(), "prompt_progress": step.llama_cpp(), **more}]
 
     def whole(self, end: End, content: str | None = None) -> dict[str, Any]:
         """The object at the end. content: None: the whole text."""
@@ -193,7 +199,7 @@ class NativeAnswer:
             "index": self._index,
             "content": text if content is None else content,
             "tokens": self._tokens if self._options.return_tokens and content is None else [],
-            "id_slot": -1,
+            "id_slot": self._slot,
             "stop": True,
             "model": ask.model,
             "tokens_predicted": end.num_generated_tokens,

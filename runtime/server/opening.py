@@ -25,7 +25,7 @@ def make_service(open_core: Callable[[], OpenedCore], settings: ServeSettings) -
         _ = (text.template, text.named_ends, text.end_tokens, text.defaults, text.thinking_markers)
         text.note_sampling()
         settings = replace(settings, max_context=opened.bundle.spec.max_context)
-        service = Service(opened.core, text, settings, lambda: data)
+        service = Service(opened.core, text, settings, lambda: data, opened.slots)
         opened.core.start()
     except BaseException:
         opened.close(save_prefixes=False)

@@ -26,6 +26,7 @@ from krasis.runtime.text.assets import TOKENIZER, TextAssets
 
 if TYPE_CHECKING:
     from krasis.runtime.server.ask import Ask
+    from krasis.runtime.serving.slot_actions import SlotActions
 
 T = TypeVar("T")
 
@@ -64,11 +65,18 @@ class ServeSettings:
 
 
 class Service:
-    """One model, served. tokenizer_json: reads the bundle's tokenizer.json, for grammars."""
+    """One model, served. tokenizer_json: reads the bundle's tokenizer.json, for grammars. slots: what an
+    operator may do with the core's."""
 
     def __init__(
-        self, core: Core, assets: TextAssets, settings: ServeSettings, tokenizer_json: Callable[[], bytes]
+        self,
+        core: Core,
+        assets: TextAssets,
+        settings: ServeSettings,
+        tokenizer_json: Callable[[], bytes],
+        slots: SlotActions | None = None,
     ) -> None:
+        self.slots = slots
         self.core, self.settings = core, settings
         self.replay = Replay()
         self.prompts = Prompts(assets, core.context, self.replay, settings.template_vars)
@@ -113,6 +121,7 @@ class Service:
             logit_bias=ask.bias,
             make_mask=self._make_mask(ask),
             use_cache=ask.use_cache,
+            slot=ask.slot,
             side=self._sessions.is_side(session, has_tools=bool(ask.choice.tools), is_task=ask.is_task),
             conversation=session,
         )

@@ -68,7 +68,8 @@ class Request:
     side: a question beside the main conversation (a title, tags): its state never takes the place of a main
     one's. conversation: a name that the requests of one conversation share, if the client gives one.
     use_cache: False = the prompt is computed anew, and not kept.
-    progress: whether ``Progress`` events are wanted.
+    progress: whether ``Progress`` events are wanted. slot: the one it must have, by its place in
+    ``CoreStatus.slots``, busy or not; None = whichever serves it best.
     """
 
     id: str
@@ -88,6 +89,7 @@ class Request:
     conversation: str = ""
     use_cache: bool = True
     progress: bool = True
+    slot: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,9 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import replace
+from pathlib import Path
 from threading import Condition, Event, Thread, get_ident
+from typing import TypeVar
 
+from krasis.formats.bundle.reader import Bundle
 from krasis.formats.errors import KrasisError, NativeError, ResourceError, UsageError
 from krasis.runtime.backend import LayerProgress
 from krasis.runtime.batch import Logits, batch_of
@@ -19,10 +23,12 @@ from krasis.runtime.serving.api import (
     Request,
 )
 from krasis.runtime.serving.model_side import BatchBackend, CoreSettings, ModelSide
+from krasis.runtime.serving.orders import Orders
 from krasis.runtime.serving.prefix_folder import PrefixFolder
 from krasis.runtime.serving.prefix_store import PrefixStore
 from krasis.runtime.serving.scheduler import Scheduler
 from krasis.runtime.serving.sequence import Sequence
+from krasis.runtime.serving.slot_actions import SlotActions
 from krasis.runtime.serving.slot_work import SlotWork
 from krasis.runtime.serving.spiller import Spiller
 from krasis.runtime.serving.steps import Keep, Limits, Part, Place, Run, Sleep
@@ -32,6 +38,8 @@ from krasis.runtime.text.ends import TextEnds
 from krasis.runtime.wider_cache import is_number, nonfinite_logits
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 MAX_RETRY_AFTER_S = 120.0
 PROGRESS_PAUSE_S = 0.25
@@ -70,6 +78,7 @@ class EngineCore:
         self._running: dict[str, Sequence] = {}  # of the core's thread: what it knows of, by the job's id
         self._changed = Condition()  # guards what follows
         self._inbox: list[Sequence] = []
+        self._orders = Orders()
         self._open: dict[str, Sequence] = {}
         self._num_submitted = 0
         self._has_cancelled = self._is_closing = self._saves = False
@@ -100,6 +109,20 @@ class EngineCore:
             raise
         self._tally.submitted()
         return ticket
+
+    def in_turn(self, work: Callable[[], T]) -> Future[T]:
+        """Does work in the core's thread, between batches. Any thread may call. Raises CoreClosedError."""
+        with self._changed:
+            if self._is_closing:
+                raise CoreClosedError("the engine is closing")
+            found = self._orders.add(work)
+            self._changed.notify_all()
+        return found
+
+    def slot_actions(self, bundle: Bundle, folder: Path | None) -> SlotActions:
+        """What an operator may do with the slots. folder: of their files; None = there are none."""
+        slots, work = self._scheduler.slots, self._slots
+        return SlotActions(self, slots, work, bundle, self._backend, folder)
 
     def status(self) -> CoreStatus:
         """See ``api.Core``."""
@@ -172,6 +195,8 @@ class EngineCore:
             raise UsageError("a token id is outside the vocabulary", got=worst, limit=self.vocab_size)
         if request.max_tokens is not None and request.max_tokens < 0:
             raise UsageError("max_tokens must not be negative", got=request.max_tokens)
+        if request.slot is not None and not 0 <= request.slot < self.settings.num_slots:
+            raise UsageError("there is no such slot", got=request.slot, limit=self.settings.num_slots - 1)
         return self._model.ends(request)
 
     def _refuse_if_full(self) -> None:
@@ -198,6 +223,7 @@ class EngineCore:
         with self._changed:
             new, self._inbox = self._inbox, []
             has_cancelled, self._has_cancelled = self._has_cancelled, False
+        self._orders.do_all()
         for sequence in new:
             self._running[sequence.job.id] = sequence
             self._scheduler.add(sequence.job)
@@ -208,7 +234,7 @@ class EngineCore:
 
     def _sleep(self, until_s: float | None) -> bool:
         with self._changed:
-            if not self._inbox and not self._has_cancelled and not self._is_closing:
+            if not (self._inbox or self._orders or self._has_cancelled or self._is_closing):
                 self._changed.wait(None if until_s is None else max(until_s - self._clock(), 0.0))
         return False
 
@@ -332,6 +358,7 @@ class EngineCore:
     def _end_all(self, error: KrasisError) -> None:
         with self._changed:
             new, self._inbox = self._inbox, []
+        self._orders.do_all()
         self._running |= {one.job.id: one for one in new}
         for sequence in list(self._running.values()):
             sequence.fail(error)

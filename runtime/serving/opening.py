@@ -16,6 +16,7 @@ from krasis.runtime.serving.api import Request
 from krasis.runtime.serving.core import EngineCore
 from krasis.runtime.serving.model_side import BatchBackend, CoreSettings, ModelSide
 from krasis.runtime.serving.prefix_folder import PrefixFolder
+from krasis.runtime.serving.slot_actions import SlotActions
 from krasis.runtime.settings import EngineSettings
 from krasis.runtime.text.assets import TextAssets
 from krasis.runtime.text.ends import TextEnds, ends_of_text
@@ -25,12 +26,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class OpenedCore:
-    """core: not started. text: the bundle's text side, for rendering and tokenizing. Close it, or use
+    """core: not started. text: the bundle's text side, for rendering and tokenizing. slots: what an operator
+    may do with the core's. Close it, or use
     ``with``."""
 
     core: EngineCore
     bundle: Bundle
     text: TextAssets
+    slots: SlotActions
     _resources: ExitStack
 
     def close(self, save_prefixes: bool = True) -> None:
@@ -54,8 +57,10 @@ def open_core(
     *,
     prefix_dir: Path | None = None,
     prefix_dir_bytes: int = 2**40,
+    slot_dir: Path | None = None,
 ) -> OpenedCore:
     """Opens a bundle for many requests. engine: its slots are set by settings. prefix_dir: see ``make_core``.
+    slot_dir: an existing folder for slots that an operator saves.
 
     Raises what ``Engine.open`` raises, and ResourceError if the slots or prefix_dir cannot be had.
     """
@@ -77,7 +82,7 @@ def open_core(
         prefault = start_prefault(bundle, tiers) if engine.prefault else None
         if prefault is not None:
             undo.callback(prefault.stop)
-        opened = OpenedCore(core, bundle, text, undo.pop_all())
+        opened = OpenedCore(core, bundle, text, core.slot_actions(bundle, slot_dir), undo.pop_all())
     logger.info("opened %s in %.3f s: %s", path, time.perf_counter() - begin, backend.description)
     return opened
 

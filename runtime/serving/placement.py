@@ -25,17 +25,24 @@ def place(
     """What to do so that the job has a slot: ``Keep`` first, if something would be lost. None: all slots are
     busy. wanted: slots that other waiting jobs would best go on from.
     """
-    idle = [slot for slot in slots if slot.is_idle]
+    idle = [slot for slot in _allowed(job, slots) if slot.is_idle]
     if not idle:
         return None
     source = best_source(job, slots, index)
     here = source.slot
-    if here is not None and here.is_idle and _may_take_over(job, here, source.length):
+    if here in idle and here is not None and _may_take_over(job, here, source.length):
         return Place(job, here, source)
     slot = min(idle, key=lambda one: _worth(one, wanted))
     if must_be_kept(slot, slots, index):
         return Keep(slot)
     return Place(job, slot, source)
+
+
+def _allowed(job: Job, slots: Sequence[Slot]) -> Sequence[Slot]:
+    """The slots that the job may have."""
+    if job.pinned is None or not 0 <= job.pinned < len(slots):
+        return slots
+    return [slots[job.pinned]]
 
 
 def best_source(job: Job, slots: Iterable[Slot], index: PrefixIndex) -> Source:

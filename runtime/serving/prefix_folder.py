@@ -143,11 +143,15 @@ class PrefixFolder:
         return f"{self._identity}-{xxhash.xxh3_64(ids).hexdigest()}{SUFFIX}"
 
     def _rows(self, export: Export | None = None) -> _Rows:
-        backend = self._backend
-        return _Rows(backend.description, backend.kv_dtype, backend.capacity, export)
+        return rows_of(self._backend, export)
 
     def _file(self, path: Path) -> FileOfPrefix:
         return FileOfPrefix(path, _num_bytes(path), self._rows, self._bundle)
+
+
+def rows_of(backend: Any, export: Export | None = None) -> _Rows:
+    """What saving and restoring take in a backend's place: state that export gives, or that is to come."""
+    return _Rows(backend.description, backend.kv_dtype, backend.capacity, export)
 
 
 def export_of(layers: Layers) -> Export:

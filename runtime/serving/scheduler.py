@@ -132,8 +132,9 @@ class Scheduler:
         if not self._waiting or not any(slot.is_idle for slot in self.slots):
             return None
         for job in self._in_order(self._waiting, now_s):
-            if not self._joins(job):
-                return place(job, self.slots, self._index, self._wanted(job))
+            step = None if self._joins(job) else place(job, self.slots, self._index, self._wanted(job))
+            if step is not None:
+                return step
         return None
 
     def _wanted(self, job: Job) -> set[Slot]:

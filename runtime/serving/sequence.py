@@ -175,4 +175,5 @@ def _job(request: Request, name: str, now_s: float) -> Job:
         reads_cache=request.use_cache and not scores_prompt,
         keeps=request.use_cache,
         wants_all=scores_prompt,
+        pinned=request.slot,
     )

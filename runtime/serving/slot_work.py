@@ -6,12 +6,13 @@ import logging
 from collections.abc import Iterable, Sequence
 from functools import partial
 
-from krasis.formats.errors import KrasisError
+from krasis.formats.errors import KrasisError, UnsupportedModelError
 from krasis.runtime.batch import StateStore
 from krasis.runtime.serving.api import SlotStatus
+from krasis.runtime.serving.ids import Ids
 from krasis.runtime.serving.placement import must_be_kept
-from krasis.runtime.serving.prefix_folder import PrefixFolder, export_of
-from krasis.runtime.serving.prefix_store import PrefixStore
+from krasis.runtime.serving.prefix_folder import Export, PrefixFolder, export_of
+from krasis.runtime.serving.prefix_store import Layers, PrefixStore
 from krasis.runtime.serving.slots import Slot
 from krasis.runtime.serving.state_copy import StateCopier
 from krasis.runtime.serving.steps import Source
@@ -98,6 +99,33 @@ class SlotWork:
             self._state.close(number)
         except (KrasisError, MemoryError) as error:
             logger.warning("a slot cannot be closed: %s", error)
+
+    def export_of(self, slot: Slot) -> Export:
+        """What gives a slot's rows. Raises UnsupportedModelError for state that cannot be gone on from
+        everywhere: it has no form in a file."""
+        if not self._copier.can_be_cut(slot.number):
+            raise UnsupportedModelError("the state of this model's slots cannot be saved")
+        return partial(self._state.export, slot.number)
+
+    def refill(self, slot: Slot, slots: Sequence[Slot], ids: Ids, layers: Layers) -> None:
+        """Gives an idle slot another content; what it held is offered to the prefix store."""
+        self.open(slot)
+        if must_be_kept(slot, slots, self._store):
+            self.keep(slot)
+        slot.forget()
+        try:
+            self._copier.import_(slot.number, layers, len(ids), can_be_cut=True)
+        except (KrasisError, MemoryError):
+            self.close(slot)
+            raise
+        slot.ids, slot.length, slot.num_prompt = ids, len(ids), len(ids)
+        self.num_restored += 1
+
+    def empty(self, slot: Slot) -> None:
+        """Makes an idle slot hold nothing."""
+        if slot.number >= 0:
+            self._copier.cut(slot.number, 0)
+        slot.forget()
 
     def save_all(self, slots: Sequence[Slot], folder: PrefixFolder) -> None:
         """Writes every prefix worth it to the folder, those used last at last."""

@@ -41,8 +41,8 @@ class Job:
 
     ids: the prompt's, of which there are num_prompt, then the answer's. done: of these, computed or found.
     arrived_s: in the caller's time. reads_cache: whether a prefix may be taken over. keeps: whether its state
-    may be of use to others. wants_all: logits of the whole prompt are wanted. slot: None while it waits for
-    one. has_begun: a pass with it was begun.
+    may be of use to others. wants_all: logits of the whole prompt are wanted. pinned: the place of the slot
+    that it must have. slot: None while it waits for one. has_begun: a pass with it was begun.
     """
 
     id: str
@@ -54,6 +54,7 @@ class Job:
     reads_cache: bool = True
     keeps: bool = True
     wants_all: bool = False
+    pinned: int | None = None
     slot: Slot | None = None
     done: int = 0
     num_prompt: int = 0

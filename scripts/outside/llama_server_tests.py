@@ -41,6 +41,7 @@ FILES = (
     "test_completion",
     "test_ignore_eos",
     "test_ctx_shift",
+    "test_slot_save",
 )
 BUNDLE = "KRASIS_LLAMA_TESTS_BUNDLE"
 CONTEXT = "KRASIS_LLAMA_TESTS_CONTEXT"
@@ -50,6 +51,7 @@ SAME = {
     "--port": "--port",
     "--parallel": "--parallel",
     "--threads": "--threads",
+    "--slot-save-path": "--slot-save-path",
     "--chat-template-file": "--chat-template",
 }
 SPLIT = {"--alias": "--alias", "--api-key": "--api-key"}  # llama-server takes a list of them
