@@ -266,8 +266,11 @@ def test_closing_ends_streams_with_an_error(serve: Serve) -> None:
     served = serve(script=says("word " * 200), token_s=0.02)
 
     async def close_soon() -> Any:
-        asyncio.get_running_loop().call_later(0.2, served.service.close)
-        return await served.ask_async("POST", CHAT, ask(stream=True))
+        answer = asyncio.ensure_future(served.ask_async("POST", CHAT, ask(stream=True)))
+        while not served.core.tickets:
+            await asyncio.sleep(0.01)
+        served.service.close()
+        return await answer
 
     events = served.run(close_soon()).events
     assert events[-2]["error"]["code"] == "shutting_down"
