@@ -340,8 +340,9 @@ KRASIS_API int32_t krasis_qk_norm_rope_store(krasis_pool *pool, const krasis_qkv
 /* Causal grouped-query attention of every row over the keys j of its slot with 0 <= position - j, and < window if there
  * is one. q: f32 [T, ldq] (head h at h*head_dim), out: f32 [T, num_heads*head_dim]. Softmax in f32 of scale * q k, with
  * sinks one more logit a head in its denominator; in fixed blocks of keys, so that the result does not depend on the
- * call's other rows or the threads. head_dim % 16 == 0, <= 256. workspace: krasis_attention_workspace_bytes of the
- * call's rows and the longest of its spans' ends (start + rows) suffices; more lets more sequences run at once. */
+ * call's other rows or the threads. head_dim % 16 == 0, <= 576. With value_dim (% 16 == 0, <= head_dim) the spans'
+ * values are not read and out is [T, num_heads*value_dim]. workspace: krasis_attention_workspace_bytes of the call's
+ * rows and the longest of its spans' ends (start + rows) suffices; more lets more sequences run at once. */
 typedef struct krasis_attention_args {
     const float *q;
     int64_t ldq, tokens, num_heads, num_kv_heads, head_dim;
@@ -354,10 +355,46 @@ typedef struct krasis_attention_args {
     float *out;
     void *workspace;
     int64_t workspace_bytes;
+    int64_t value_dim; /* > 0: a value is the first value_dim channels of its key; 0: values are apart */
 } krasis_attention_args;
 KRASIS_API int64_t krasis_attention_workspace_bytes(int64_t num_rows, int64_t longest_end, int64_t num_heads,
                                                     int64_t head_dim);
 KRASIS_API int32_t krasis_attention(krasis_pool *pool, const krasis_attention_args *args);
+
+/* What latent attention (MLA) keeps and asks of a row. kv: a latent of kv_rank channels, then rope_dim channels that
+ * all heads share as the rest of their keys: the latent is normed (RMS) and the rest rotated, and both together go to
+ * the spans' keys, one head of kv_rank + rope_dim. q: a head's nope_dim channels, then rope_dim that are rotated; both
+ * times 1 + temperature_scale ln(1 + floor((position + temperature_shift) / temperature_period)). The first become
+ * acts, token-major rows of a head each; the others the last rope_dim channels of each head of queries, whose first
+ * kv_rank are left alone (krasis_gemm_int8_heads fills them). nope_dim % 32 == 0, kv_rank and rope_dim % 16 == 0;
+ * rotary_dims: rope_dim, or 0 for no rotation. */
+typedef struct krasis_latent_args {
+    const float *q;  /* [T, ldq]: num_heads x (nope_dim + rope_dim) */
+    const float *kv; /* [T, ldkv] */
+    int64_t ldq, ldkv, tokens, num_heads, nope_dim, rope_dim, kv_rank;
+    const float *norm; /* [kv_rank] */
+    float eps;
+    int32_t rope_style;
+    const float *cos, *sin; /* [max_positions, rotary_dims / 2] */
+    int64_t max_positions, rotary_dims;
+    float temperature_scale; /* 0: queries are as they are */
+    int32_t temperature_shift;
+    int64_t temperature_period;
+    const krasis_span *spans;
+    int64_t num_spans, keys_offset_bytes, values_offset_bytes, capacity;
+    int32_t kv_dtype;
+    int32_t reserved;
+    const krasis_acts *acts; /* [T * num_heads, nope_dim] */
+    float *queries;          /* [T, num_heads * (kv_rank + rope_dim)] */
+} krasis_latent_args;
+KRASIS_API int32_t krasis_latent_store(krasis_pool *pool, const krasis_latent_args *args);
+
+/* A product a head: out[t * ldo + h * ldh + i] = acts row t * num_heads + h x row h * n + i of the weight, i < n.
+ * weight, scales: int8 rows as krasis_gemm_int8_rows reads them, num_heads * n rows; acts: T * num_heads rows of k.
+ * n % 32 == 0, n <= ldh, num_heads * ldh - (ldh - n) <= ldo. */
+KRASIS_API int32_t krasis_gemm_int8_heads(krasis_pool *pool, const krasis_acts *acts, const int8_t *weight,
+                                          const float *scales, int64_t num_heads, int64_t n, float *out, int64_t ldh,
+                                          int64_t ldo);
 
 /* ---- flags ------------------------------------------------------------------------------------------------
  * The CPU's side of handing work to and fro with a GPU: words in memory both can address, which only ever grow. wait

@@ -32,9 +32,10 @@ struct Grid {
     Grid() = default;  // its content is set later
     Grid(const krasis_attention_args &args, int64_t num_tokens)
         : group(args.num_heads / args.num_kv_heads), tokens(num_tokens) {
-        chunk_heads = smaller(group, kMaxRows);
+        const int64_t most_rows = is_wide(args) ? kMaxWideRows : kMaxRows;
+        chunk_heads = smaller(group, most_rows);
         head_chunks = (group + chunk_heads - 1) / chunk_heads;
-        chunk_tokens = kMaxRows / chunk_heads;
+        chunk_tokens = most_rows / chunk_heads;
         token_chunks = (tokens + chunk_tokens - 1) / chunk_tokens;
         count = args.num_kv_heads * head_chunks * token_chunks;
     }
@@ -53,7 +54,7 @@ AttentionSpan view_of(const krasis_attention_args &args, const krasis_span &span
     AttentionSpan view{};
     view.args = &args;
     view.q = args.q + span.first_row * args.ldq;
-    view.out = args.out + span.first_row * args.num_heads * args.head_dim;
+    view.out = args.out + span.first_row * args.num_heads * value_width(args);
     view.keys = layer_keys(args, span);
     view.values = layer_values(args, span);
     view.start = span.start;
@@ -68,16 +69,17 @@ bool is_split(const AttentionSpan &span) { return span.tokens <= kSplitTokens &&
 // Bytes of its partial results.
 int64_t partial_bytes(const AttentionSpan &span) {
     if (!is_split(span)) return 0;
-    return span.tokens * span.args->num_heads * span.splits * (span.args->head_dim + kPartialTail) *
+    return span.tokens * span.args->num_heads * span.splits * (value_width(*span.args) + kPartialTail) *
            static_cast<int64_t>(sizeof(float));
 }
 
 int32_t check(const krasis_attention_args &args) {
     if (args.tokens < 0 || args.num_heads <= 0 || args.num_kv_heads <= 0 || args.head_dim <= 0 || args.window < 0 ||
-        args.workspace_bytes < 0) {
+        args.workspace_bytes < 0 || args.value_dim < 0) {
         return KRASIS_ERR_ARGUMENT;
     }
-    if (args.head_dim % 16 != 0 || args.head_dim > kMaxHeadDim || args.num_heads % args.num_kv_heads != 0 ||
+    if (args.head_dim % 16 != 0 || args.head_dim > kMaxAttentionDim || args.value_dim % 16 != 0 ||
+        args.value_dim > args.head_dim || args.num_heads % args.num_kv_heads != 0 ||
         args.ldq < args.num_heads * args.head_dim) {
         return KRASIS_ERR_SHAPE;
     }
@@ -117,14 +119,15 @@ class Round {
             tasks_ += piece.grid.count * (piece.split ? piece.span.splits : 1);
             rows_ += piece.split ? piece.span.tokens * args.num_heads : 0;
             row_splits_ = piece.split && piece.span.splits > row_splits_ ? piece.span.splits : row_splits_;
-            work_ += piece.span.tokens * args.num_heads * (piece.span.start + piece.span.tokens) * args.head_dim * 2;
+            work_ += piece.span.tokens * args.num_heads * (piece.span.start + piece.span.tokens) *
+                     (args.head_dim + value_width(args));
             piece.end_task = tasks_;
             piece.end_row = rows_;
             pieces_[count_++] = piece;
         }
         return index;
     }
-    void run(krasis_pool *pool, const Parts &parts, int64_t head_dim) const {
+    void run(krasis_pool *pool, const Parts &parts, int64_t width) const {
         const auto attend = [&](int64_t begin, int64_t end, int32_t) {
             for (int64_t i = begin; i < end; ++i) run_task(parts, i);
         };
@@ -133,7 +136,7 @@ class Round {
         } else {
             parallel_for(pool, tasks_, 1, attend);
         }
-        parallel_rows(pool, rows_, row_splits_ * head_dim, [&](int64_t begin, int64_t end) {
+        parallel_rows(pool, rows_, row_splits_ * width, [&](int64_t begin, int64_t end) {
             for (int64_t i = begin; i < end; ++i) merge_row(parts, i);
         });
     }
@@ -161,7 +164,7 @@ class Round {
 
 int64_t krasis_attention_workspace_bytes(int64_t num_rows, int64_t longest_end, int64_t num_heads, int64_t head_dim) {
     if (num_rows < 0 || longest_end < 0 || num_rows > kMostPositions || longest_end > kMostPositions ||
-        num_heads <= 0 || num_heads > kMostHeads || head_dim <= 0 || head_dim > kMaxHeadDim) {
+        num_heads <= 0 || num_heads > kMostHeads || head_dim <= 0 || head_dim > kMaxAttentionDim) {
         return -1;
     }
     const int64_t splits = num_splits(longest_end);
@@ -177,7 +180,7 @@ int32_t krasis_attention(krasis_pool *pool, const krasis_attention_args *args) {
     for (int64_t next = 0; next < args->num_spans;) {
         Round round;
         next = round.take(*args, next);
-        round.run(pool, parts, args->head_dim);
+        round.run(pool, parts, value_width(*args));
     }
     return KRASIS_OK;
 }

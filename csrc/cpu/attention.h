@@ -10,22 +10,28 @@
 #include <cstdint>
 
 #include "../krasis.h"
-#include "rope.h"
 
 namespace krasis {
 
 constexpr int64_t kBlockKeys = 64;
 constexpr int64_t kSplitKeys = 256;
-constexpr int64_t kMaxRows = 64;
+constexpr int64_t kMaxRows = 64, kMaxWideRows = 32;  // of a task; wide: of heads of more than kNarrowDim channels
+constexpr int64_t kNarrowDim = 256, kMaxAttentionDim = 576;
 // A span of at most this many tokens (decode) has its splits computed in parallel, with partial results in the
 // workspace.
 constexpr int64_t kSplitTokens = 4;
-constexpr int64_t kPartialTail = 16;  // floats after the head_dim values of a partial: maximum, sum, padding
+constexpr int64_t kPartialTail = 16;  // floats after the values of a partial: maximum, sum, padding
 
 // Rows of one task: tokens [first_token, +num_tokens) of a span x query heads [first_head, +num_heads), token-major.
 struct AttentionTask {
     int64_t kv_head, first_head, num_heads, first_token, num_tokens;
 };
+
+// Channels of a value, and so of a head's output.
+inline int64_t value_width(const krasis_attention_args &args) {
+    return args.value_dim > 0 ? args.value_dim : args.head_dim;
+}
+inline bool is_wide(const krasis_attention_args &args) { return args.head_dim > kNarrowDim; }
 
 inline int64_t num_splits(int64_t num_keys) { return (num_keys + kSplitKeys - 1) / kSplitKeys; }
 
@@ -34,7 +40,8 @@ inline int64_t first_key(int64_t window, int64_t position) {
     return window > 0 && position >= window ? position - window + 1 : 0;
 }
 
-// One span of a call. partials: [tokens * num_heads, splits, head_dim + kPartialTail], splits counted from first_split.
+// One span of a call. partials: [tokens * num_heads, splits, value width + kPartialTail], splits counted from
+// first_split.
 struct AttentionSpan {
     const krasis_attention_args *args;
     const float *q;

@@ -9,15 +9,21 @@ namespace {
 
 constexpr float kNone = -__builtin_inff();
 
-// Everything a task needs besides its inputs: 280 KiB of the thread's stack, of which head_dim 128 touches half.
+// Everything a task of up to kTaskRows rows of up to kMaxDim channels needs besides its inputs: 280 KiB of the thread's
+// stack, of which head_dim 128 touches half; for wide heads 460 KiB, of which latent attention leaves 150 alone.
+template <int kMaxDim, int kTaskRows>
 struct Scratch {
-    alignas(64) float queries[kMaxRows * kMaxHeadDim];   // panels of [dim][rows of the panel], scaled
-    alignas(64) float out[kMaxRows * kMaxHeadDim];       // [rows][dim], not yet divided by sum
-    alignas(64) float scores[kMaxRows * kBlockKeys];     // [rows][kBlockKeys]
-    alignas(64) float keys[kBlockKeys * kKeyStride];     // [kBlockKeys][kKeyStride]
-    alignas(64) float values[kBlockKeys * kMaxHeadDim];  // F16 caches: [kBlockKeys][dim]
-    float max[kMaxRows], sum[kMaxRows];
+    static constexpr int kStride =
+        kMaxDim + 16;  // floats between keys: an odd number of lines, so that sets do not clash
+    alignas(64) float queries[kTaskRows * kMaxDim];    // panels of [dim][rows of the panel], scaled
+    alignas(64) float out[kTaskRows * kMaxDim];        // [rows][value width], not yet divided by sum
+    alignas(64) float scores[kTaskRows * kBlockKeys];  // [rows][kBlockKeys]
+    alignas(64) float keys[kBlockKeys * kStride];      // [kBlockKeys][kStride]
+    alignas(64) float values[kBlockKeys * kMaxDim];    // F16 caches: [kBlockKeys][dim]
+    float max[kTaskRows], sum[kTaskRows];
 };
+using NarrowScratch = Scratch<kNarrowDim, kMaxRows>;
+using WideScratch = Scratch<kMaxAttentionDim, kMaxWideRows>;
 
 KRASIS_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -48,8 +54,8 @@ void load_queries(const AttentionSpan &span, const AttentionTask &task, float *p
     }
 }
 
-void score_block(const Scratch &scratch, int64_t rows, int64_t num_keys, int64_t dim, const Ahead &ahead,
-                 float *scores) {
+template <class S>
+void score_block(const S &scratch, int64_t rows, int64_t num_keys, int64_t dim, const Ahead &ahead, float *scores) {
     const Ahead nothing;
     for (int64_t first = 0; first < rows;) {
         const int64_t width = panel_width(rows - first);
@@ -57,11 +63,11 @@ void score_block(const Scratch &scratch, int64_t rows, int64_t num_keys, int64_t
         float *to = scores + first * kBlockKeys;
         const Ahead &now = first == 0 ? ahead : nothing;
         if (width == kPanelRows) {
-            score_panel<V, 2>(queries, scratch.keys, num_keys, dim, now, to);
+            score_panel<V, 2, S::kStride>(queries, scratch.keys, num_keys, dim, now, to);
         } else if (width == kLanes) {
-            score_panel<V, 1>(queries, scratch.keys, num_keys, dim, now, to);
+            score_panel<V, 1, S::kStride>(queries, scratch.keys, num_keys, dim, now, to);
         } else {
-            score_panel<V8, 1>(queries, scratch.keys, num_keys, dim, now, to);
+            score_panel<V8, 1, S::kStride>(queries, scratch.keys, num_keys, dim, now, to);
         }
         first += width;
     }
@@ -93,17 +99,17 @@ void softmax_scores(float *scores, int64_t first, int64_t num_keys, int64_t dim,
 }
 
 template <class Cache>
-void load_keys(const Cache *keys, int64_t num_keys, int64_t dim, float *to) {
+void load_keys(const Cache *keys, int64_t num_keys, int64_t dim, int64_t stride, float *to) {
     for (int64_t key = 0; key < num_keys; ++key) {
-        for (int64_t d = 0; d < dim; d += 8) load8(keys + key * dim + d).store(to + key * kKeyStride + d);
+        for (int64_t d = 0; d < dim; d += 8) load8(keys + key * dim + d).store(to + key * stride + d);
     }
 }
 
-const float *load_values(const float *values, int64_t, int64_t, float *) { return values; }
+Values load_values(const float *values, int64_t, int64_t dim, float *) { return {values, dim}; }
 
-const float *load_values(const uint16_t *values, int64_t num_keys, int64_t dim, float *buffer) {
+Values load_values(const uint16_t *values, int64_t num_keys, int64_t dim, float *buffer) {
     for (int64_t i = 0; i < num_keys * dim; i += 16) V16::load_f16(values + i).store(buffer + i);
-    return buffer;
+    return {buffer, dim};
 }
 
 // Keys [first, end) of a block that a query sees; none if first >= end.
@@ -116,47 +122,52 @@ struct Visible {
 
 // The block of keys at begin (none at or beyond end) for all rows of the task; a row uses those that it sees. A weight
 // before the window is 0, and multiplied all the same, so that a row's sums are alike in every call.
-template <class Cache>
-void attend_block(const AttentionSpan &span, const AttentionTask &task, int64_t begin, int64_t end, Scratch &scratch) {
+template <class Cache, class S>
+void attend_block(const AttentionSpan &span, const AttentionTask &task, int64_t begin, int64_t end, S &scratch) {
     const krasis_attention_args &args = *span.args;
     const int64_t num_keys = smaller(end - begin, kBlockKeys);
     const int64_t dim = args.head_dim, heads = task.num_heads, rows = task.num_tokens * heads;
+    const int64_t width = value_width(args);
+    const bool latent = args.value_dim > 0;  // a value is the beginning of its key
     const int64_t offset = (task.kv_head * args.capacity + begin) * dim;
     const Cache *k_cache = static_cast<const Cache *>(span.keys) + offset;
     const Cache *v_cache = static_cast<const Cache *>(span.values) + offset;
     const int64_t row_bytes = dim * static_cast<int64_t>(sizeof(Cache));
-    load_keys(k_cache, num_keys, dim, scratch.keys);
-    score_block(scratch, rows, num_keys, dim, {v_cache, num_keys, row_bytes}, scratch.scores);
+    load_keys(k_cache, num_keys, dim, S::kStride, scratch.keys);
+    const Ahead wanted = latent ? Ahead{} : Ahead{v_cache, num_keys, row_bytes};
+    score_block(scratch, rows, num_keys, dim, wanted, scratch.scores);
     const int64_t position = span.start + task.first_token, last = position + task.num_tokens - 1;
     for (int64_t row = 0; row < rows; ++row) {
         const Visible visible(args.window, position + row / heads, begin, num_keys);
         if (visible.none()) continue;
-        softmax_scores(scratch.scores + row * kBlockKeys, visible.first, visible.end, dim, scratch.max[row],
-                       scratch.sum[row], scratch.out + row * dim);
+        softmax_scores(scratch.scores + row * kBlockKeys, visible.first, visible.end, width, scratch.max[row],
+                       scratch.sum[row], scratch.out + row * width);
     }
-    const float *values = load_values(v_cache, num_keys, dim, scratch.values);
+    const Values values =
+        latent ? Values{scratch.keys, S::kStride} : load_values(v_cache, num_keys, dim, scratch.values);
     if (position + 1 - begin >= num_keys && !Visible(args.window, last, begin, num_keys).none()) {
         const Ahead next{k_cache + num_keys * dim, smaller(end - begin - num_keys, kBlockKeys), row_bytes};
-        return add_values(rows, scratch.scores, values, num_keys, dim, next, scratch.out);
+        return add_values(rows, scratch.scores, values, num_keys, width, next, scratch.out);
     }
     for (int64_t token = 0; token < task.num_tokens; ++token) {  // every token sees another number of keys
         const Visible visible(args.window, position + token, begin, num_keys);
         if (visible.none()) continue;
         const int64_t row = token * heads;
-        add_values(heads, scratch.scores + row * kBlockKeys, values, visible.end, dim, Ahead{},
-                   scratch.out + row * dim);
+        add_values(heads, scratch.scores + row * kBlockKeys, values, visible.end, width, Ahead{},
+                   scratch.out + row * width);
     }
 }
 
 // Keys of one split, from nothing, into scratch.out, max and sum.
-void run_split(const AttentionSpan &span, const AttentionTask &task, int64_t split, Scratch &scratch) {
+template <class S>
+void run_split(const AttentionSpan &span, const AttentionTask &task, int64_t split, S &scratch) {
     const krasis_attention_args &args = *span.args;
     const int64_t rows = task.num_tokens * task.num_heads;
     for (int64_t row = 0; row < rows; ++row) {
         scratch.max[row] = kNone;
         scratch.sum[row] = 0.0f;
     }
-    for (int64_t i = 0; i < rows * args.head_dim; i += kLanes) V::zero().store(scratch.out + i);
+    for (int64_t i = 0; i < rows * value_width(args); i += kLanes) V::zero().store(scratch.out + i);
     const int64_t position = span.start + task.first_token;
     const int64_t end = smaller(position + task.num_tokens, (split + 1) * kSplitKeys);
     const int64_t seen = first_key(args.window, position) / kBlockKeys * kBlockKeys;  // by the first token, or later
@@ -202,16 +213,15 @@ void finish_row(const krasis_attention_args &args, int64_t head, float *total, f
         factor = keep / (sum * keep + exp_of(sink - largest));
     }
     const V inverse = V::set1(factor);
-    for (int64_t d = 0; d < args.head_dim; d += kLanes) mul(V::load(total + d), inverse).store(total + d);
+    for (int64_t d = 0; d < value_width(args); d += kLanes) mul(V::load(total + d), inverse).store(total + d);
 }
 
-}  // namespace
-
-void attend_task(const AttentionSpan &span, const AttentionTask &task) {
-    Scratch scratch;
+template <class S>
+void run_task(const AttentionSpan &span, const AttentionTask &task) {
+    S scratch;
     float max[kMaxRows], sum[kMaxRows];
     const krasis_attention_args &args = *span.args;
-    const int64_t dim = args.head_dim, rows = task.num_tokens * task.num_heads;
+    const int64_t dim = value_width(args), rows = task.num_tokens * task.num_heads;
     const auto head_of = [&](int64_t row) { return task.first_head + row % task.num_heads; };
     const auto total = [&](int64_t row) {
         const int64_t token = task.first_token + row / task.num_heads;
@@ -236,9 +246,10 @@ void attend_task(const AttentionSpan &span, const AttentionTask &task) {
     for (int64_t row = 0; row < rows; ++row) finish_row(args, head_of(row), total(row), max[row], sum[row]);
 }
 
-void attend_split(const AttentionSpan &span, const AttentionTask &task, int64_t split) {
-    Scratch scratch;
-    const int64_t dim = span.args->head_dim;
+template <class S>
+void run_lone_split(const AttentionSpan &span, const AttentionTask &task, int64_t split) {
+    S scratch;
+    const int64_t dim = value_width(*span.args);
     load_queries(span, task, scratch.queries);
     run_split(span, task, split, scratch);
     for (int64_t row = 0; row < task.num_tokens * task.num_heads; ++row) {
@@ -251,9 +262,20 @@ void attend_split(const AttentionSpan &span, const AttentionTask &task, int64_t 
     }
 }
 
+}  // namespace
+
+void attend_task(const AttentionSpan &span, const AttentionTask &task) {
+    return is_wide(*span.args) ? run_task<WideScratch>(span, task) : run_task<NarrowScratch>(span, task);
+}
+
+void attend_split(const AttentionSpan &span, const AttentionTask &task, int64_t split) {
+    if (is_wide(*span.args)) return run_lone_split<WideScratch>(span, task, split);
+    run_lone_split<NarrowScratch>(span, task, split);
+}
+
 void merge_splits(const AttentionSpan &span, int64_t row) {
     const krasis_attention_args &args = *span.args;
-    const int64_t dim = args.head_dim;
+    const int64_t dim = value_width(args);
     const Splits own(args.window, span.start + row / args.num_heads);
     float *total = span.out + row * dim;
     float max = kNone, sum = 0.0f;

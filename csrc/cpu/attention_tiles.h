@@ -13,7 +13,6 @@
 
 namespace krasis::KRASIS_ISA_NAMESPACE {
 
-constexpr int64_t kKeyStride = kMaxHeadDim + 16;  // floats between keys in scratch: 17 lines, so that sets do not clash
 constexpr int kTileSize = kLanes == 16 ? 12 : 6;  // with 2 registers each, the others hold operands
 constexpr int kSlimTileSize = 12;                 // with 1 register each
 constexpr int64_t kPanelRows = 2 * kLanes;        // rows of the widest panel of queries
@@ -78,8 +77,8 @@ KRASIS_INLINE void for_tiles(int64_t count, F &&f) {
     }
 }
 
-// scores [kKeys][kVectors * lanes] = keys [kKeys][kKeyStride] x queries [dim][kVectors * lanes].
-template <class T, int kVectors, int kKeys>
+// scores [kKeys][kVectors * lanes] = keys [kKeys][kStride] x queries [dim][kVectors * lanes].
+template <class T, int kVectors, int kKeys, int kStride>
 void score_tile(const float *queries, const float *keys, int64_t dim, float *scores) {
     constexpr int kWidth = kVectors * T::kSize;
     T sums[kKeys][kVectors];
@@ -94,7 +93,7 @@ void score_tile(const float *queries, const float *keys, int64_t dim, float *sco
         for (int v = 0; v < kVectors; ++v) q[v] = T::load(queries + d * kWidth + v * T::kSize);
 #pragma GCC unroll 16
         for (int key = 0; key < kKeys; ++key) {
-            const T x = T::set1(keys[key * kKeyStride + d]);
+            const T x = T::set1(keys[key * kStride + d]);
 #pragma GCC unroll 2
             for (int v = 0; v < kVectors; ++v) sums[key][v] = fma(x, q[v], sums[key][v]);
         }
@@ -107,7 +106,7 @@ void score_tile(const float *queries, const float *keys, int64_t dim, float *sco
 }
 
 // Scores of one panel of kVectors * lanes rows with all keys, written to scores [rows][kBlockKeys].
-template <class T, int kVectors>
+template <class T, int kVectors, int kStride>
 void score_panel(const float *queries, const float *keys, int64_t num_keys, int64_t dim, const Ahead &ahead,
                  float *scores) {
     constexpr int kWidth = kVectors * T::kSize;
@@ -115,8 +114,8 @@ void score_panel(const float *queries, const float *keys, int64_t num_keys, int6
     alignas(64) float by_key[kBlockKeys * kWidth];
     for_tiles<kMax>(num_keys, [&](int64_t first, int64_t size) {
         with_height<kMax>(size, [&](auto height) {
-            score_tile<T, kVectors, decltype(height)::value>(queries, keys + first * kKeyStride, dim,
-                                                             by_key + first * kWidth);
+            score_tile<T, kVectors, decltype(height)::value, kStride>(queries, keys + first * kStride, dim,
+                                                                      by_key + first * kWidth);
         });
         ahead.fetch(first, size);
     });
@@ -136,16 +135,16 @@ KRASIS_INLINE int64_t panel_width(int64_t rows) {
     return rows > kLanes - 8 ? kLanes : 8;
 }
 
-// out [kRows][dim], kVectors registers wide, += p [kRows][kBlockKeys] x values [num_keys][dim].
+// out [kRows][dim], kVectors registers wide, += p [kRows][kBlockKeys] x values [num_keys][stride].
 template <int kRows, int kVectors>
-void value_tile(const float *p, const float *values, int64_t num_keys, int64_t dim, float *out) {
+void value_tile(const float *p, const float *values, int64_t stride, int64_t num_keys, int64_t dim, float *out) {
     V sums[kRows][kVectors];
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 2
         for (int v = 0; v < kVectors; ++v) sums[r][v] = V::load(out + r * dim + v * kLanes);
     }
-    for (int64_t key = 0; key < num_keys; ++key, values += dim) {
+    for (int64_t key = 0; key < num_keys; ++key, values += stride) {
         V x[kVectors];
 #pragma GCC unroll 2
         for (int v = 0; v < kVectors; ++v) x[v] = V::load(values + v * kLanes);
@@ -163,8 +162,14 @@ void value_tile(const float *p, const float *values, int64_t num_keys, int64_t d
     }
 }
 
+// Values of a block of keys: the first of [num_keys][stride] floats.
+struct Values {
+    const float *data;
+    int64_t stride;
+};
+
 // out [rows][dim] += p [rows][kBlockKeys] x values [num_keys][dim].
-KRASIS_INLINE void add_values(int64_t rows, const float *p, const float *values, int64_t num_keys, int64_t dim,
+KRASIS_INLINE void add_values(int64_t rows, const float *p, Values values, int64_t num_keys, int64_t dim,
                               const Ahead &ahead, float *out) {
     for_tiles<kTileSize>(rows, [&](int64_t first, int64_t size) {
         const float *weights = p + first * kBlockKeys;
@@ -173,10 +178,10 @@ KRASIS_INLINE void add_values(int64_t rows, const float *p, const float *values,
             constexpr int kRows = decltype(height)::value;
             int64_t d = 0;
             for (; d + 2 * kLanes <= dim; d += 2 * kLanes) {
-                value_tile<kRows, 2>(weights, values + d, num_keys, dim, to + d);
+                value_tile<kRows, 2>(weights, values.data + d, values.stride, num_keys, dim, to + d);
                 if (first == 0) ahead.fetch(ahead.count * d / dim, (ahead.count * 2 * kLanes + dim - 1) / dim);
             }
-            if (d < dim) value_tile<kRows, 1>(weights, values + d, num_keys, dim, to + d);
+            if (d < dim) value_tile<kRows, 1>(weights, values.data + d, values.stride, num_keys, dim, to + d);
         });
     });
 }

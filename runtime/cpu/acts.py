@@ -40,6 +40,15 @@ class Acts:
         blocks = (max_tokens, k // BLOCK_K)
         return cls(aligned_empty((max_tokens, k), I8), aligned_empty(blocks, F32), aligned_empty(blocks, I32))
 
+    def by_head(self, num_heads: int) -> Acts:
+        """The same with a row for each of num_heads equal parts of a row (the same object each time)."""
+        found = self._views.get(-num_heads)
+        if found is None:
+            rows, k = self.tokens * num_heads, self.k // num_heads
+            scale, sums = (one.reshape(rows, k // BLOCK_K) for one in (self.scale, self.sum))
+            found = self._views[-num_heads] = Acts(self.q.reshape(rows, k), scale, sums)
+        return found
+
     def view(self, tokens: int) -> Acts:
         """The first ``tokens`` rows of the same buffers (the same object when asked again)."""
         if tokens == self.tokens:

@@ -10,11 +10,13 @@ from krasis.runtime.cpu.native_arrays import Array
 
 @dataclass(frozen=True, slots=True)
 class Heads:
-    """Attention heads of a layer: query heads, key/value heads (a divisor), elements of a head."""
+    """Attention heads of a layer: query heads, key/value heads (a divisor), elements of a head.
+    latent_values: values are so many elements at the beginning of the keys, and nothing besides is kept."""
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    latent_values: int | None = None
 
     @property
     def qkv_size(self) -> int:
@@ -23,8 +25,13 @@ class Heads:
 
     @property
     def attention_size(self) -> int:
-        """Columns of the attention's output."""
+        """Columns of the queries."""
         return self.num_heads * self.head_dim
+
+    @property
+    def output_size(self) -> int:
+        """Columns of the attention's output."""
+        return self.num_heads * (self.latent_values or self.head_dim)
 
 
 @dataclass(frozen=True, slots=True)

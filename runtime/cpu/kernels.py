@@ -226,7 +226,7 @@ class Kernels:
         window: int | None = None,
         sinks: Array | None = None,
     ) -> None:
-        """out float32 [T, attention_size] = causal attention of each row over its slot's keys so far.
+        """out float32 [T, output_size] = causal attention of each row over its slot's keys so far.
 
         q float32 [T, ldq >= attention_size], queries first (the fused qkv will do); scratch: ``workspace`` of
         ``attention_workspace_bytes`` or more; window: most keys that are seen; sinks: float32 [num_heads].
@@ -234,7 +234,7 @@ class Kernels:
         tokens, ldq = shape_2d(q, "attention.q")
         if ldq < heads.attention_size:
             raise NativeError("too few columns", where="attention.q", got=ldq, limit=heads.attention_size)
-        spans.check_cache(cache, heads.num_kv_heads, heads.head_dim, "attention")
+        spans.check_cache(cache, heads.num_kv_heads, heads.head_dim, "attention", heads.latent_values is None)
         args = AttentionArgs(
             q=pointer(q, (tokens, ldq), F32, "attention.q"),
             ldq=ldq,
@@ -242,9 +242,10 @@ class Kernels:
             scale=scale,
             window=window or 0,
             sinks=_optional(sinks, (heads.num_heads,), "attention.sinks"),
-            out=out_pointer(out, (tokens, heads.attention_size), F32, "attention.out"),
+            out=out_pointer(out, (tokens, heads.output_size), F32, "attention.out"),
             workspace=out_pointer(scratch, scratch.shape, U8, "attention.scratch"),
             workspace_bytes=scratch.nbytes,
+            value_dim=heads.latent_values or 0,
         )
         _place(args, heads, spans, cache)
         self._make("krasis_attention", (ctypes.byref(args),), q, spans, out, scratch, sinks)
@@ -334,6 +335,10 @@ class Kernels:
         keeps = (blob, acts, ids, weights, out, scratch)
         self._make("krasis_moe", (ctypes.byref(args),), *keeps, num_pairs=ids.size)
         return ids.size if self._program is not None else program.num_executed
+
+    def call(self, name: str, arguments: tuple[object, ...], *keeps: object) -> None:
+        """A function that has its wrapper elsewhere, with checked arguments behind the pool."""
+        self._make(name, arguments, *keeps)
 
     def _make(self, name: str, arguments: tuple[object, ...], *keeps: object, num_pairs: int = 0) -> None:
         """Runs a call of the named function with the pool and these arguments, or adds it to the program."""

@@ -95,6 +95,42 @@ class AttentionArgs(ctypes.Structure):
         ("out", _PTR),
         ("workspace", _PTR),
         ("workspace_bytes", _I64),
+        ("value_dim", _I64),
+    )
+
+
+class LatentArgs(ctypes.Structure):
+    """``krasis_latent_args``."""
+
+    _fields_ = (
+        ("q", _PTR),
+        ("kv", _PTR),
+        ("ldq", _I64),
+        ("ldkv", _I64),
+        ("tokens", _I64),
+        ("num_heads", _I64),
+        ("nope_dim", _I64),
+        ("rope_dim", _I64),
+        ("kv_rank", _I64),
+        ("norm", _PTR),
+        ("eps", _F32),
+        ("rope_style", _I32),
+        ("cos", _PTR),
+        ("sin", _PTR),
+        ("max_positions", _I64),
+        ("rotary_dims", _I64),
+        ("temperature_scale", _F32),
+        ("temperature_shift", _I32),
+        ("temperature_period", _I64),
+        ("spans", _PTR),
+        ("num_spans", _I64),
+        ("keys_offset_bytes", _I64),
+        ("values_offset_bytes", _I64),
+        ("capacity", _I64),
+        ("kv_dtype", _I32),
+        ("reserved", _I32),
+        ("acts", _PTR),
+        ("queries", _PTR),
     )
 
 
@@ -206,6 +242,8 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "krasis_qk_norm_rope_store": (_I32, (_PTR, _PTR)),
     "krasis_attention_workspace_bytes": (_I64, (_I64, _I64, _I64, _I64)),
     "krasis_attention": (_I32, (_PTR, _PTR)),
+    "krasis_latent_store": (_I32, (_PTR, _PTR)),
+    "krasis_gemm_int8_heads": (_I32, (_PTR, _PTR, _PTR, _PTR, _I64, _I64, _PTR, _I64, _I64)),
     "krasis_wait_flag": (_I32, (_PTR, ctypes.c_uint64, _I64)),
     "krasis_store_flag": (_I32, (_PTR, ctypes.c_uint64)),
 }

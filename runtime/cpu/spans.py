@@ -77,13 +77,15 @@ class Spans:
         if memories != self._slots:
             self._point_to(memories)
 
-    def check_cache(self, cache: LayerCache, num_kv_heads: int, head_dim: int, where: str) -> None:
-        """Raises NativeError if a layer's keys or values end outside of the slots' memory."""
+    def check_cache(
+        self, cache: LayerCache, num_kv_heads: int, head_dim: int, where: str, has_values: bool = True
+    ) -> None:
+        """Raises NativeError if a layer's keys, or values as large, end outside of the slots' memory."""
+        sides = [("keys", cache.keys_offset_bytes, self.keys_bytes)]
+        if has_values:
+            sides.append(("values", cache.values_offset_bytes, self.values_bytes))
         size_bytes = cache.size_bytes(num_kv_heads, head_dim)
-        for name, begin, limit in (
-            ("keys", cache.keys_offset_bytes, self.keys_bytes),
-            ("values", cache.values_offset_bytes, self.values_bytes),
-        ):
+        for name, begin, limit in sides:
             if begin < 0 or size_bytes < 0 or begin + size_bytes > limit:
                 raise NativeError(
                     f"the layer's {name} end outside of the slot's memory",

@@ -29,6 +29,7 @@ STRUCTURES: dict[str, type[ctypes.Structure]] = {
     "moe_args": native.MoeArgs,
     "qkv_args": native.QkvArgs,
     "attention_args": native.AttentionArgs,
+    "latent_args": native.LatentArgs,
     "span": native.SpanStruct,
     "route_args": native.RouteArgs,
     "activation_args": native.ActivationArgs,

@@ -78,7 +78,19 @@ def test_equals_torch(kernels, rng, tokens, start, shape, kv_dtype):
     )
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 16), (70, 1, 32), (24, 2, 256), (12, 1, 48), (16, 1, 112)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 1, 16),
+        (70, 1, 32),
+        (24, 2, 256),
+        (12, 1, 48),
+        (16, 1, 112),
+        (9, 1, 272),
+        (40, 1, 512),
+        (2, 2, 576),
+    ],
+)
 def test_odd_heads(kernels, rng, shape):
     case = Case.make(rng, 90, shape)
     np.testing.assert_allclose(case.run(kernels, 10, 80), case.expected(10, 80), rtol=1e-4, atol=1e-5)
@@ -170,7 +182,7 @@ def test_refuses_a_short_workspace(kernels, rng):
 
 @pytest.mark.parametrize(
     ("shape", "start"),
-    [((2, 1, 24), 0), ((2, 1, 272), 0), ((3, 2, 32), 0), ((2, 1, 32), 10)],
+    [((2, 1, 24), 0), ((2, 1, 592), 0), ((3, 2, 32), 0), ((2, 1, 32), 10)],
 )
 def test_refuses(kernels, rng, shape, start):
     case = Case.make(rng, 1, shape)

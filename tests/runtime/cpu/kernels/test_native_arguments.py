@@ -12,6 +12,7 @@ from krasis.runtime.cpu.native import (
     ActsStruct,
     AddRowsArgs,
     AttentionArgs,
+    LatentArgs,
     QkvArgs,
     RouteArgs,
     SpanStruct,
@@ -261,3 +262,66 @@ def test_prefault_and_unmap():
     assert prototype("krasis_unmap_file")(4096, 0) == ARGUMENT
     assert prototype("krasis_map_file")(-1, 4096, 4096, ctypes.byref(ctypes.c_void_p())) == ARGUMENT
     assert prototype("krasis_map_file")(0, 4096, 4096, None) == ARGUMENT
+
+
+@pytest.mark.parametrize(
+    ("changes", "status"),
+    [
+        ({"q": None}, ARGUMENT),
+        ({"kv": None}, ARGUMENT),
+        ({"norm": None}, ARGUMENT),
+        ({"queries": None}, ARGUMENT),
+        ({"acts": None}, ARGUMENT),
+        ({"cos": None}, ARGUMENT),
+        ({"spans": None}, ARGUMENT),
+        ({"tokens": -1}, ARGUMENT),
+        ({"num_heads": 0}, ARGUMENT),
+        ({"kv_rank": 2**40}, ARGUMENT),
+        ({"rope_style": 2}, ARGUMENT),
+        ({"temperature_scale": -1.0}, ARGUMENT),
+        ({"temperature_scale": float("nan")}, ARGUMENT),
+        ({"temperature_scale": 1.0, "temperature_period": 0}, ARGUMENT),
+        ({"kv_dtype": 1}, ARGUMENT),
+        ({"nope_dim": 48}, SHAPE),
+        ({"nope_dim": 64}, SHAPE),
+        ({"kv_rank": 40}, SHAPE),
+        ({"rotary_dims": 8}, SHAPE),
+        ({"ldq": 47}, SHAPE),
+        ({"ldkv": 79}, SHAPE),
+        ({"num_heads": 2, "ldq": 96}, SHAPE),
+        ({"max_positions": 0}, RANGE),
+        ({"capacity": 0}, RANGE),
+    ],
+)
+def test_latent_store(pool, memory, changes, status):
+    own = ActsStruct(q=memory, scale=memory, sum=memory, tokens=1, k=32)
+    span = SpanStruct(first_row=0, rows=1, start=0, keys=memory, values=memory)
+    values = {
+        "tokens": 1,
+        "num_heads": 1,
+        "nope_dim": 32,
+        "rope_dim": 16,
+        "kv_rank": 64,
+        "ldq": 48,
+        "ldkv": 80,
+    }
+    values |= {"rotary_dims": 16, "max_positions": 1, "num_spans": 1, "capacity": 1}
+    values |= dict.fromkeys(("q", "kv", "norm", "cos", "sin", "queries"), memory)
+    values |= {"acts": ctypes.addressof(own), "spans": ctypes.addressof(span)}
+    refused("krasis_latent_store", pool, LatentArgs(**(values | changes)), status)
+
+
+def test_gemm_int8_heads(pool, memory):
+    gemm = prototype("krasis_gemm_int8_heads")
+    two = acts(memory, tokens=2)
+    assert gemm(None, two, memory, memory, 2, 32, memory, 32, 64) == ARGUMENT
+    assert gemm(pool, None, memory, memory, 2, 32, memory, 32, 64) == ARGUMENT
+    for missing in range(3):
+        pointers = [None if i == missing else memory for i in range(3)]
+        assert gemm(pool, two, *pointers[:2], 2, 32, pointers[2], 32, 64) == ARGUMENT
+    assert gemm(pool, two, memory, memory, 0, 32, memory, 32, 64) == ARGUMENT
+    assert gemm(pool, two, memory, memory, 2, -32, memory, 32, 64) == ARGUMENT
+    assert gemm(pool, two, memory, memory, 2, 32, memory, 31, 64) == ARGUMENT
+    assert gemm(pool, two, memory, memory, 2, 32, memory, 32, 63) == ARGUMENT
+    assert gemm(pool, two, memory, memory, 2, 48, memory, 48, 96) == SHAPE
+    assert gemm(pool, acts(memory, tokens=3), memory, memory, 2, 32, memory, 32, 64) == SHAPE

@@ -275,7 +275,7 @@ def test_acts_buffers():
 
 
 def test_impossible_sizes_are_refused():
-    for rows, end, dim in ((-1, 0, 16), (0, -1, 16), (2**41, 0, 16), (1, 2**62, 16), (1, 1, 272)):
+    for rows, end, dim in ((-1, 0, 16), (0, -1, 16), (2**41, 0, 16), (1, 2**62, 16), (1, 1, 592)):
         with pytest.raises(NativeError, match="krasis_attention_workspace_bytes"):
             attention_workspace_bytes(rows, end, Heads(1, 1, dim))
     with pytest.raises(NativeError, match="krasis_moe_workspace_bytes"):

@@ -32,9 +32,9 @@ def attention64(
     sinks: Array | None = None,
 ) -> Array:
     """q [T, heads, D] at positions start.. over caches [kv_heads, capacity, D]: float64 [T, heads * D]."""
-    tokens, heads, dim = q.shape
+    tokens, heads, _ = q.shape
     group = heads // len(k_cache)
-    out = np.empty((tokens, heads, dim))
+    out = np.empty((tokens, heads, v_cache.shape[2]))
     for row in range(tokens):
         end = start + row + 1
         begin = 0 if window is None else max(0, end - window)
