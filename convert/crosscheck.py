@@ -54,7 +54,7 @@ _LOOSEST_LIMIT = 0.9  # types of fewer than 2 bits
 
 # What a GGUF's metadata cannot say or says in another way; the checkpoint's word counts.
 _NOT_COMPARED = frozenset(
-    {"draft_layers", "max_positions", "renormalise", "scaling", "sum_epsilon", "sum_floor", "tied"}
+    {"draft_layers", "family", "max_positions", "renormalise", "scaling", "sum_epsilon", "sum_floor", "tied"}
 )
 
 
@@ -171,7 +171,7 @@ def _compare(ours: SourcePart, theirs: SourcePart) -> PackStats:
     stats = PackStats(0.0, 0.0, 0.0, 0)
     if len(ours.piece.shape) == 1:
         return _difference(ours.restored(ours.piece), theirs.restored(theirs.piece))
-    for row in spread(ours.piece.shape[0], NUM_SAMPLED_ROWS):
+    for row in spread(ours.num_rows, NUM_SAMPLED_ROWS):
         stats = stats + _difference(ours.row(row), theirs.row(row))
     return stats
 

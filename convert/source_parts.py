@@ -25,6 +25,11 @@ class SourcePart:
     head_rows: int = 1
 
     @property
+    def num_rows(self) -> int:
+        """Rows of the model's matrix, or elements of a vector."""
+        return self.piece.shape[0]
+
+    @property
     def dtype(self) -> str:
         """The type that keeps it as it is: its own float type, else F32."""
         return "F32" if self.transform == "add_one" else plain_dtype(self.piece.dtype)

@@ -10,6 +10,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
+from krasis.convert.latent_parts import LatentPart, held_shape
 from krasis.convert.slices import FLOAT_BYTES, Bytes, TensorSlice
 from krasis.convert.source_names import ExpertPlace, SourceNames
 from krasis.convert.source_parts import SourcePart
@@ -18,8 +19,9 @@ from krasis.formats.checkpoints.ggml_blocks import SUPPORTED_TYPES, tensor_bytes
 from krasis.formats.checkpoints.quantised_checkpoint import type_hint
 from krasis.formats.errors import FormatError, MismatchError, UnsupportedModelError
 from krasis.formats.layouts.expert_record import PARTS, Part
-from krasis.formats.models.family import Family, Source
-from krasis.formats.models.mixers import Attention
+from krasis.formats.models.family import Family, Source, Transform
+from krasis.formats.models.latent_names import TOGETHER
+from krasis.formats.models.mixers import Attention, LatentAttention
 from krasis.formats.models.spec import ModelSpec
 from krasis.formats.models.tensors import Tensor, dense_tensors
 
@@ -131,15 +133,27 @@ class WeightSource:
         return [self._part(ours, shape, layer) for ours, shape in tensor.sources()]
 
     def _part(self, ours: str, shape: tuple[int, ...], layer: int | None) -> SourcePart:
-        source = self._names.source(ours)
-        piece = self._slice(self._names.tensor(ours, layer), shape, 0)
-        transform = source.transform if self.kind == "hf" else source.gguf_transform
+        name, transform = self._names.tensor(ours, layer), self._transform(ours)
+        if (mixer := self._latent(transform, layer)) is not None and TOGETHER in name:
+            piece = self._slice(name, held_shape(mixer, transform, together=True), 0)
+            return LatentPart(piece, transform, mixer.nope_dim + mixer.value_dim, mixer.nope_dim)
+        piece = self._slice(name, shape, 0)
         if transform != "undo_rope_permutation":
-            return SourcePart(piece, transform)
-        mixer = None if layer is None else self.spec.layers[layer].mixer
-        if not isinstance(mixer, Attention):
+            return SourcePart(piece, "none" if mixer is not None else transform)
+        heads = None if layer is None else self.spec.layers[layer].mixer
+        if not isinstance(heads, Attention):
             raise FormatError("only rows of attention heads can be in another order", where=piece.where)
-        return SourcePart(piece, transform, mixer.head_dim)
+        return SourcePart(piece, transform, heads.head_dim)
+
+    def _transform(self, ours: str) -> Transform:
+        source = self._names.source(ours)
+        return source.transform if self.kind == "hf" else source.gguf_transform
+
+    def _latent(self, transform: Transform, layer: int | None) -> LatentAttention | None:
+        """The mixer whose keys or values of latents a tensor holds, None for other tensors."""
+        mixer = None if layer is None else self.spec.layers[layer].mixer
+        of_latents = transform in ("latent_keys", "latent_values")
+        return mixer if of_latents and isinstance(mixer, LatentAttention) else None
 
     def all_dense(self) -> Iterable[tuple[Tensor, int | None, list[SourcePart]]]:
         """Every dense tensor of the bundle with its layer and sources; of a tied head nothing."""
@@ -236,8 +250,10 @@ class WeightSource:
         expected: set[str] = set()
         for layer, tensor in dense_tensors(self.spec):
             for ours, shape in tensor.sources():
-                name = self._names.tensor(ours, layer)
-                self._check_tensor(name, shape, ours)
+                name, transform, held = self._names.tensor(ours, layer), self._transform(ours), shape
+                if (mixer := self._latent(transform, layer)) is not None:
+                    held = held_shape(mixer, transform, together=TOGETHER in name)
+                self._check_tensor(name, held, ours)
                 expected.add(name)
         for layer in self.spec.expert_layers:
             for part in PARTS:

@@ -14,6 +14,7 @@ from krasis.formats.models.recurrent import ChannelDelta, GatedDelta, Mamba2, Sh
 from krasis.formats.models.spec import Layer, ModelSpec
 
 _HEAD_MULTIPLE = 16  # channels
+_MAX_LATENT_WIDTH = 576  # of a latent and the keys' common part
 _MIXERS: dict[type, str] = {
     LatentAttention: "latent attention (MLA)",
     CompressedAttention: "compressed attention (CSA, HCA)",
@@ -31,6 +32,7 @@ _QK_NORMS = {
 
 CPU_RUNS = frozenset(
     {
+        "latent attention (MLA)",
         "factors on embedding, residual or logits",
         "layers without experts",
         "attention in windows",
@@ -58,6 +60,7 @@ CPU_RUNS = frozenset(
     }
 )
 GPU_RUNS = CPU_RUNS - {
+    "latent attention (MLA)",
     "attention in windows",
     "attention sinks",
     "attention without rotation",
@@ -116,6 +119,8 @@ def _of_model(spec: ModelSpec) -> Iterator[str]:
 def _of_layer(layer: Layer) -> Iterator[str]:
     if isinstance(layer.mixer, Attention):
         yield from _of_attention(layer.mixer)
+    if isinstance(layer.mixer, LatentAttention):
+        yield from _of_latent(layer.mixer)
     if layer.mixer is None or layer.mlp is None:
         yield "layers of one block"
     if layer.parallel:
@@ -160,6 +165,21 @@ def _of_attention(mixer: Attention) -> Iterator[str]:
     if mixer.scale != mixer.head_dim**-0.5:
         yield "attention with a scale of its own"
     yield from _of_rope(mixer)
+
+
+def _of_latent(mixer: LatentAttention) -> Iterator[str]:
+    if mixer.selection is not None:
+        yield "sparse attention by an index"
+    if mixer.head_gate:
+        yield "gated attention"
+    width = mixer.kv_rank + mixer.rope_dim
+    if width > _MAX_LATENT_WIDTH or mixer.rope_dim % _HEAD_MULTIPLE:
+        yield f"latents of {mixer.kv_rank} and {mixer.rope_dim} channels"
+    for channels in (mixer.kv_rank, mixer.nope_dim, mixer.value_dim):
+        if channels % STRIP_ROWS:
+            yield f"latent attention of {channels} channels (a multiple of {STRIP_ROWS} is needed)"
+    if mixer.rope is not None and mixer.rope.scaling.kind in ("llama3", "proportional"):
+        yield f"{mixer.rope.scaling.kind} rope scaling"
 
 
 def _of_rope(mixer: Attention) -> Iterator[str]:

@@ -17,7 +17,7 @@ from krasis.formats.errors import UnsupportedModelError
 from krasis.formats.layouts.cpu_tiles import BLOCK_K
 from krasis.formats.models.mixers import Attention
 from krasis.formats.models.mlps import Activation, Router, Score
-from krasis.formats.models.rope import Rope
+from krasis.formats.models.rope import QueryTemperature, Rope
 
 Array = npt.NDArray[Any]
 
@@ -81,6 +81,12 @@ def rotate(x: Array, cos: Array, sin: Array, rope: Rope) -> Array:
     return np.concatenate([x1 * c - x2 * s, x2 * c + x1 * s, x[..., rope.dims :]], axis=-1)
 
 
+def temperatures(temperature: QueryTemperature, start: int, end: int) -> Array:
+    """float32 [end - start]: what queries at these positions are multiplied by."""
+    periods = (np.arange(start, end) + temperature.shift) // temperature.period
+    return (1 + temperature.scale * np.log1p(periods.astype(np.float64))).astype(np.float32)
+
+
 @dataclass(frozen=True, slots=True)
 class QkvVectors:
     """What is added to and multiplied with projected q, k and v. bias: [all rows]. q_norm, k_norm:
@@ -137,13 +143,13 @@ def attention(
 ) -> Array:
     """Causal grouped-query attention: q [T, heads, D] at positions start.., caches [kv_heads, capacity, D].
 
-    window: keys j with 0 <= i - j < window are seen. sinks: [heads], one more logit in each softmax. Returns
-    [T, heads, D].
+    window: keys j with 0 <= i - j < window are seen. sinks: [heads], one more logit in each softmax. Values
+    may be of another width than keys. Returns [T, heads, width of a value].
     """
     tokens, num_heads, dim = q.shape
-    num_kv_heads = len(k_cache)
+    num_kv_heads, width = len(k_cache), v_cache.shape[2]
     group = num_heads // num_kv_heads
-    out = np.empty_like(q)
+    out = np.empty((tokens, num_heads, width), q.dtype)
     for first in range(0, tokens, _QUERY_CHUNK):
         last = min(first + _QUERY_CHUNK, tokens)
         num_keys = start + last
@@ -160,8 +166,8 @@ def attention(
         else:
             by_row = np.tile(sinks.astype(q.dtype).reshape(num_kv_heads, group), (1, last - first))[..., None]
             shares = softmax(np.concatenate([scores, by_row], axis=-1))[..., :-1]
-        mixed = (shares @ values).reshape(num_kv_heads, last - first, group, dim)
-        out[first:last] = mixed.transpose(1, 0, 2, 3).reshape(last - first, num_heads, dim)
+        mixed = (shares @ values).reshape(num_kv_heads, last - first, group, width)
+        out[first:last] = mixed.transpose(1, 0, 2, 3).reshape(last - first, num_heads, width)
     return out
 
 

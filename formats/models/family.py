@@ -10,7 +10,7 @@ from krasis.formats.models.gguf import Keys
 from krasis.formats.models.hf import Config
 from krasis.formats.models.spec import ModelSpec
 
-Transform = Literal["none", "add_one", "undo_rope_permutation"]
+Transform = Literal["none", "add_one", "undo_rope_permutation", "latent_keys", "latent_values"]
 DRAFTING = "layers that only draft (multi-token prediction)"
 VISION = "the vision tower"
 

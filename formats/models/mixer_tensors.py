@@ -65,14 +65,16 @@ def _latent(mixer: LatentAttention, hidden: int) -> Iterator[Tensor]:
         yield Tensor("attention.q_b", (query, mixer.q_rank), "int8_rows")
         yield Tensor("attention.q_a_norm", (mixer.q_rank,), "plain")
     yield Tensor("attention.kv_a", (mixer.kv_rank + mixer.rope_dim, hidden), "int8_rows")
-    expanded = mixer.heads * (mixer.nope_dim + mixer.value_dim)
-    yield Tensor("attention.kv_b", (expanded, mixer.kv_rank), "int8_rows")
+    # What makes keys and values of a latent. Keys the other way round: queries are taken to the latent.
+    yield Tensor("attention.k_b", (mixer.heads * mixer.kv_rank, mixer.nope_dim), "int8_rows")
+    yield Tensor("attention.v_b", (mixer.heads * mixer.value_dim, mixer.kv_rank), "int8_rows")
     yield Tensor("attention.kv_a_norm", (mixer.kv_rank,), "plain")
     yield Tensor("attention.output", (hidden, mixer.heads * mixer.value_dim), "int8_rows")
     if mixer.head_gate:
         yield Tensor("attention.gate", (mixer.heads, hidden), "plain")
     if mixer.bias:
-        yield Tensor("attention.q_a.bias", (mixer.q_rank or query,), "f32")
+        if mixer.q_rank is not None:
+            yield Tensor("attention.q_a.bias", (mixer.q_rank,), "f32")
         yield Tensor("attention.kv_a.bias", (mixer.kv_rank + mixer.rope_dim,), "f32")
         yield Tensor("attention.output.bias", (hidden,), "f32")
     if mixer.selection is not None and mixer.q_rank is not None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from krasis.formats.errors import NativeError
-from krasis.formats.models.mixers import Attention
+from krasis.formats.models.mixers import Attention, LatentAttention
 from krasis.formats.models.spec import ModelSpec
 from krasis.formats.native import Pool
 from krasis.runtime.backend import LayerProgress
@@ -134,8 +134,7 @@ class CpuBackend:
         return found
 
     def _new_spans(self, max_spans: int) -> Spans:
-        side_bytes = self.state.slot_bytes // 2
-        return Spans(max_spans, side_bytes, side_bytes)
+        return Spans(max_spans, self.state.keys_bytes, self.state.values_bytes)
 
     def _slot_memory(self, slot: int) -> SlotMemory:
         found = self._memory.get(slot)
@@ -177,7 +176,7 @@ def _caches(store: KvStore) -> tuple[LayerCache | None, ...]:
     """Where the kernels find each layer's keys and values in a slot."""
     item = 4 if store.dtype == "f32" else 2
     return tuple(
-        None if p is None else LayerCache(p.offset * item, p.offset * item, store.capacity, store.dtype)
+        None if p is None else LayerCache(p.offset * item, p.value_offset * item, store.capacity, store.dtype)
         for p in store.places
     )
 
@@ -189,6 +188,9 @@ def _workspace_bytes(spec: ModelSpec, num_rows: int, capacity: int) -> int:
         mixer, experts = layer.mixer, layer.experts
         if isinstance(mixer, Attention):
             heads = Heads(mixer.heads, mixer.kv_heads, mixer.head_dim)
+            needs.append(attention_workspace_bytes(num_rows, capacity, heads))
+        elif isinstance(mixer, LatentAttention):
+            heads = Heads(mixer.heads, 1, mixer.kv_rank + mixer.rope_dim)
             needs.append(attention_workspace_bytes(num_rows, capacity, heads))
         if experts is not None:
             sizes = (spec.hidden, experts.intermediate, experts.count, experts.router.top_k)

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from krasis.formats.errors import NativeError, UnsupportedModelError
-from krasis.formats.models.mixers import Attention
+from krasis.formats.models.mixers import Attention, LatentAttention
 from krasis.formats.models.mlps import Experts, GatedMlp
 from krasis.formats.models.rope import Rope
 from krasis.formats.models.spec import Mixer, Mlp, ModelSpec
@@ -22,6 +22,7 @@ from krasis.runtime.cpu.acts import Acts
 from krasis.runtime.cpu.buffers import Buffers
 from krasis.runtime.cpu.heads import Heads, QkNorms, Rotation
 from krasis.runtime.cpu.kernels import Kernels
+from krasis.runtime.cpu.latent import CpuLatentAttention
 from krasis.runtime.cpu.native_arrays import Array
 from krasis.runtime.cpu.rope import RopeTables
 from krasis.runtime.cpu.spans import LayerCache, Spans
@@ -222,6 +223,7 @@ class CpuExperts:
 
 BLOCKS: dict[type, Callable[..., Block]] = {
     Attention: CpuAttention,
+    LatentAttention: CpuLatentAttention,
     GatedMlp: CpuMlp,
     Experts: CpuExperts,
 }

@@ -12,12 +12,13 @@ import numpy.typing as npt
 
 from krasis.formats.errors import UnsupportedModelError
 from krasis.formats.layouts import ExpertFormat, Int8RowsLayout
-from krasis.formats.models.mixers import Attention
+from krasis.formats.models.mixers import Attention, LatentAttention
 from krasis.formats.models.mlps import Experts, GatedMlp
 from krasis.formats.models.rope import Rope
 from krasis.formats.models.spec import Mixer, Mlp, ModelSpec
 from krasis.runtime import reference
 from krasis.runtime.batch import Span
+from krasis.runtime.cpu.float_latent import FloatLatentAttention
 from krasis.runtime.cpu.native_arrays import Array
 from krasis.runtime.cpu.rope import RopeTables
 from krasis.runtime.cpu.weights import Int8Weight, LayerWeights, to_float32
@@ -188,9 +189,10 @@ def gated_mlp(
     return out if bias is None else out + bias
 
 
-FloatBlock = FloatAttention | FloatMlp | FloatExperts
+FloatBlock = FloatAttention | FloatLatentAttention | FloatMlp | FloatExperts
 BLOCKS: dict[type, Callable[..., FloatBlock]] = {
     Attention: FloatAttention,
+    LatentAttention: FloatLatentAttention,
     GatedMlp: FloatMlp,
     Experts: FloatExperts,
 }

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from krasis.formats.errors import UnsupportedModelError
-from krasis.formats.models.mixers import Attention
+from krasis.formats.models.mixers import Attention, LatentAttention
 from krasis.formats.models.rope import Rope, RopeScaling
 from krasis.formats.models.spec import ModelSpec
 
@@ -50,7 +50,8 @@ class RopeTables:
 
 def tables_of(spec: ModelSpec, num_positions: int) -> dict[Rope, RopeTables]:
     """Tables for each rotation that the model's layers have."""
-    ropes = {layer.mixer.rope for layer in spec.layers if isinstance(layer.mixer, Attention)}
+    rotating = (layer.mixer for layer in spec.layers if isinstance(layer.mixer, Attention | LatentAttention))
+    ropes = {mixer.rope for mixer in rotating}
     return {rope: RopeTables(rope, num_positions) for rope in ropes if rope is not None}
 
 

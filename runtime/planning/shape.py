@@ -9,7 +9,7 @@ from typing import Any
 from krasis.formats.architecture_record import Architecture
 from krasis.formats.errors import UnsupportedModelError
 from krasis.formats.models.mixer_tensors import mixer_tensors
-from krasis.formats.models.mixers import Attention
+from krasis.formats.models.mixers import Attention, LatentAttention
 from krasis.formats.models.mlps import Experts, GatedMlp, MlpBesideExperts
 from krasis.formats.models.spec import Layer, ModelSpec
 from krasis.formats.models.uniform import spec_of
@@ -56,7 +56,7 @@ def shape_of(model: AnyModel) -> ModelShape:
         return model
     spec = _spec(model)
     known = (
-        isinstance(layer.mixer, Attention) and isinstance(layer.mlp, GatedMlp | Experts)
+        isinstance(layer.mixer, Attention | LatentAttention) and isinstance(layer.mlp, GatedMlp | Experts)
         for layer in dict.fromkeys(spec.layers)
     )
     if not all(known):

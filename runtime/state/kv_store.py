@@ -9,8 +9,8 @@ import numpy as np
 
 from krasis.formats.errors import NativeError, ResourceError
 from krasis.formats.limits import align_up
-from krasis.formats.models.mixers import Attention
-from krasis.formats.models.spec import ModelSpec
+from krasis.formats.models.mixers import Attention, LatentAttention
+from krasis.formats.models.spec import Mixer, ModelSpec
 from krasis.formats.process.machine_limits import available_memory_bytes
 from krasis.runtime.batch import Batch, Span, StateRows
 
@@ -21,15 +21,22 @@ _ALIGN_BYTES = 64
 @dataclass(frozen=True, slots=True)
 class LayerPlace:
     """Where a layer's keys and values lie in the arrays of a slot: [kv_heads, capacity, head_dim] elements
-    from element ``offset`` on."""
+    from element ``offset`` on, [kv_heads, capacity, value_dim] from ``value_offset`` on. value_dim: 0 where
+    keys hold the values."""
 
     offset: int
     kv_heads: int
     head_dim: int
+    value_offset: int
+    value_dim: int
 
     def elements(self, capacity: int) -> int:
-        """Of keys, and of values."""
+        """Of keys."""
         return self.kv_heads * capacity * self.head_dim
+
+    def value_elements(self, capacity: int) -> int:
+        """Of values."""
+        return self.kv_heads * capacity * self.value_dim
 
 
 @dataclass(slots=True)
@@ -52,14 +59,26 @@ class KvStore:
         self.capacity, self.dtype, self.num_slots = capacity, dtype, num_slots
         self.places = layer_places(spec, capacity, KV_NUMPY[dtype])
         self._numpy = np.dtype(KV_NUMPY[dtype])
-        self._elements = max((p.offset + p.elements(capacity) for p in self.places if p), default=0)
+        held = [place for place in self.places if place is not None]
+        self._elements = max((p.offset + p.elements(capacity) for p in held), default=0)
+        self._value_elements = max((p.value_offset + p.value_elements(capacity) for p in held), default=0)
         self._slots: list[_Slot] = []
         self._check_room(num_slots)
 
     @property
     def slot_bytes(self) -> int:
         """Keys and values of one slot at full length."""
-        return 2 * self._elements * self._numpy.itemsize
+        return self.keys_bytes + self.values_bytes
+
+    @property
+    def keys_bytes(self) -> int:
+        """Keys of one slot at full length."""
+        return self._elements * self._numpy.itemsize
+
+    @property
+    def values_bytes(self) -> int:
+        """Values of one slot at full length."""
+        return self._value_elements * self._numpy.itemsize
 
     def open(self) -> int:
         """See ``StateStore``."""
@@ -71,7 +90,7 @@ class KvStore:
             raise ResourceError("every slot is taken", got=self.num_slots, hint="open with more slots")
         try:
             # zeros, not empty: large ones come from fresh pages, which cost nothing until they are written.
-            made = _Slot(np.zeros(self._elements, self._numpy), np.zeros(self._elements, self._numpy))
+            made = _Slot(np.zeros(self._elements, self._numpy), np.zeros(self._value_elements, self._numpy))
         except MemoryError as error:
             raise self._no_room(f"{self.slot_bytes} bytes") from error
         self._slots.append(made)
@@ -116,16 +135,18 @@ class KvStore:
     # ---- for backends ------------------------------------------------------------------------------------
 
     def layer(self, slot: int, layer: int) -> tuple[StateRows, StateRows]:
-        """Views of a layer's keys and values, each [kv_heads, capacity, head_dim]."""
+        """Views of a layer's keys and values, each [kv_heads, capacity, channels of one]."""
         place, live = self.places[layer], self._live(slot)
         if place is None:
             raise NativeError("the layer keeps no keys and values", where="state", got=layer)
-        shape = (place.kv_heads, self.capacity, place.head_dim)
         end = place.offset + place.elements(self.capacity)
-        return live.keys[place.offset : end].reshape(shape), live.values[place.offset : end].reshape(shape)
+        keys = live.keys[place.offset : end].reshape(place.kv_heads, self.capacity, place.head_dim)
+        end = place.value_offset + place.value_elements(self.capacity)
+        values = live.values[place.value_offset : end]
+        return keys, values.reshape(place.kv_heads, self.capacity, place.value_dim)
 
     def memory(self, slot: int) -> tuple[StateRows, StateRows]:
-        """All keys and all values of a slot, flat; a layer's begin at its place's offset."""
+        """All keys and all values of a slot, flat; a layer's begin at its place's offsets."""
         live = self._live(slot)
         return live.keys, live.values
 
@@ -168,19 +189,31 @@ def layer_places(spec: ModelSpec, capacity: int, kind: type[np.generic]) -> tupl
     """Where each layer's keys and values lie in a slot, one after the other, aligned for the kernels."""
     step = _ALIGN_BYTES // np.dtype(kind).itemsize
     places: list[LayerPlace | None] = []
-    offset = 0
+    offset = value_offset = 0
     for layer in spec.layers:
-        mixer = layer.mixer
-        if not isinstance(mixer, Attention):
+        sizes = _sizes(layer.mixer)
+        if sizes is None:
             places.append(None)
             continue
-        place = LayerPlace(offset, mixer.kv_heads, mixer.head_dim)
+        kv_heads, head_dim, value_dim = sizes
+        place = LayerPlace(offset, kv_heads, head_dim, value_offset, value_dim)
         places.append(place)
         offset = align_up(offset + place.elements(capacity), step)
+        value_offset = align_up(value_offset + place.value_elements(capacity), step)
     return tuple(places)
+
+
+def _sizes(mixer: Mixer | None) -> tuple[int, int, int] | None:
+    """(heads, channels of a key, channels of a value) that a mixer keeps of a token."""
+    if isinstance(mixer, Attention):
+        return mixer.kv_heads, mixer.head_dim, mixer.head_dim
+    if isinstance(mixer, LatentAttention):
+        return 1, mixer.kv_rank + mixer.rope_dim, 0
+    return None
 
 
 def kv_bytes_per_token(spec: ModelSpec, dtype: str) -> int:
     """Bytes of keys and values of one position in all layers."""
-    elements = sum(2 * p.kv_heads * p.head_dim for p in layer_places(spec, 1, np.uint8) if p)
+    places = layer_places(spec, 1, np.uint8)
+    elements = sum(p.kv_heads * (p.head_dim + p.value_dim) for p in places if p)
     return elements * np.dtype(KV_NUMPY[dtype]).itemsize

@@ -19,7 +19,7 @@ CONFIGS = Path(__file__).parents[1] / "formats" / "models" / "configs"
 @pytest.mark.parametrize(
     ("name", "lacking"),
     [
-        ("deepseek-v3", "latent attention (MLA)"),  # quantised too, but that would be the smaller trouble
+        ("deepseek-v4-flash", "compressed attention (CSA, HCA)"),  # quantised too: the smaller trouble
         ("gpt-oss-20b", "experts with biases"),
         ("llama-4-scout", "attention in chunks"),
         ("qwen3.5-35b-a3b", "linear attention (Gated DeltaNet)"),

@@ -5,6 +5,7 @@ float, and on the GPU's double: transformers computes them in float32 on the bun
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ from click.testing import CliRunner
 
 from krasis.convert.cli import main as convert
 from krasis.formats.bundle.reader import Bundle
+from krasis.formats.errors import UnsupportedModelError
 from krasis.formats.models.registry import family_of_model_type
 from krasis.runtime import Engine, EngineSettings
 from krasis.runtime.cli.run import main as krasis_run
 from krasis.runtime.cpu.weights import load_weights
+from krasis.runtime.missing_kernels import GPU_RUNS, lacking
 from tests.support.random_weights import dequantised_state, transformers_logits, write_checkpoint
 from tests.support.tiny_checkpoints import FIELDS, tiny
 from tests.support.tiny_ggufs import tiny_gguf
@@ -72,11 +75,21 @@ SETTINGS: dict[str, tuple[dict[str, Any], str, float]] = {
 }
 
 
+def _lacks_on_gpu(bundle: Path) -> str | None:
+    """What the GPU has no kernels for, of families that run on the CPU alone."""
+    with Bundle.open(bundle) as opened:
+        return next((re.escape(one) for one in lacking(opened.spec, GPU_RUNS)), None)
+
+
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_logits_equal_transformers(
     bundle: Path, expected: Callable[[str], np.ndarray], relative_error: RelativeError, settings: str
 ) -> None:
     changes, tier, limit = SETTINGS[settings]
+    if settings == "double" and (lack := _lacks_on_gpu(bundle)) is not None:
+        with pytest.raises(UnsupportedModelError, match=lack):
+            Engine.open(bundle, EngineSettings(context=64, threads=1, prefault=False, **changes))
+        return
     with Engine.open(bundle, EngineSettings(context=64, threads=1, prefault=False, **changes)) as engine:
         whole = engine.prefill(TOKENS, all_logits=True)
         assert relative_error(whole, expected(tier)) <= limit

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from krasis.formats.layouts import CpuTileLayout, Int8RowsLayout, MarlinLayout
 from krasis.formats.layouts.matrix import MatrixView
 from krasis.formats.models.family import Source
+from krasis.formats.models.mixers import LatentAttention
 from krasis.formats.models.registry import family_of_model_type
 from krasis.formats.models.spec import Layer, ModelSpec
 from krasis.formats.models.tensor import Tensor
@@ -33,7 +34,11 @@ FUSED = {
     "granitemoe": {
         "experts.gate_up": "model.layers.{i}.block_sparse_moe.input_linear.weight",
         "experts.down": "model.layers.{i}.block_sparse_moe.output_linear.weight",
-    }
+    },
+    "mistral4": {
+        "experts.gate_up": "model.layers.{i}.mlp.experts.gate_up_proj",
+        "experts.down": "model.layers.{i}.mlp.experts.down_proj",
+    },
 }
 """The hub's names of what holds all experts of a layer."""
 State = dict[str, npt.NDArray[np.float32]]
@@ -117,6 +122,7 @@ def dequantised_state(weights: ModelWeights) -> State:
         for tensor in layer_tensors(spec, layer.layer):
             if tensor.store != "experts":
                 state |= _parts(tensor, layer.tensors[tensor.name], names, index, spec)
+        state |= _latent(layer, names, index)
         state |= _experts(weights, layer, names, index)
     return state
 
@@ -130,12 +136,27 @@ def _parts(tensor: Tensor, weight: Weight, names: Mapping[str, Source], index: i
         values = weight
     if tensor.name == "experts.router.correction_bias" and spec.family == "ernie4_5_moe":
         values = values[None]
+    if tensor.name in ("attention.k_b", "attention.v_b"):
+        return {}  # see _latent
     parts = tensor.parts or (tensor.name,)
     ends = np.cumsum([_part_rows(part, tensor, spec, index) for part in parts])[:-1] if len(parts) > 1 else []
     return {
         names[part].hf[0].format(i=index): np.ascontiguousarray(rows)
         for part, rows in zip(parts, np.split(values, ends), strict=True)
     }
+
+
+def _latent(layer: LayerWeights, names: Mapping[str, Source], index: int) -> State:
+    """Keys and values of latents by head in one matrix, as the hub has them."""
+    mixer = layer.layer.mixer
+    if not isinstance(mixer, LatentAttention):
+        return {}
+    keys = _rows(layer.int8("attention.k_b"))[: mixer.heads * mixer.kv_rank]
+    values = _rows(layer.int8("attention.v_b"))[: mixer.heads * mixer.value_dim]
+    by_head = keys.reshape(mixer.heads, mixer.kv_rank, -1).swapaxes(1, 2)
+    both = np.concatenate([by_head, values.reshape(mixer.heads, -1, mixer.kv_rank)], axis=1)
+    name = names["attention.v_b"].hf[0].format(i=index)
+    return {name: np.ascontiguousarray(both.reshape(-1, mixer.kv_rank))}
 
 
 def _part_rows(part: str, tensor: Tensor, spec: ModelSpec, index: int) -> int:

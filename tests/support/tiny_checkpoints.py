@@ -26,6 +26,28 @@ BASE: dict[str, Any] = {
     "moe_intermediate_size": 64,
     "num_experts_per_tok": 2,
 }
+MLA: dict[str, Any] = {
+    "head_dim": None,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 64,
+    "kv_lora_rank": 96,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 32,
+    "v_head_dim": 64,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
+YARN: dict[str, Any] = {
+    "rope_type": "yarn",
+    "rope_theta": 10_000.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+}
 # What a family's config has beside BASE; None leaves a field out.
 FIELDS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"num_experts": 8, "norm_topk_prob": True},
@@ -91,6 +113,30 @@ FIELDS: dict[str, dict[str, Any]] = {
         "rms_norm_eps": 0.1,
         "logits_scaling": 6.0,
         "attention_multiplier": 0.05,
+    },
+    "deepseek_v2": {
+        **MLA,
+        "q_lora_rank": None,
+        "topk_method": "group_limited_greedy",
+        "n_group": 4,
+        "topk_group": 2,
+        "routed_scaling_factor": 4.0,
+        "rope_parameters": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
+    },
+    "deepseek_v3": {
+        **MLA,
+        "n_group": 4,
+        "topk_group": 2,
+        "num_nextn_predict_layers": 0,
+        "scoring_func": "sigmoid",  # as the hub has it; transformers writes none
+        "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},
+    },
+    "glm4_moe_lite": {**MLA, "v_head_dim": 96, "rms_norm_eps": 1e-5},
+    "mistral4": {
+        **MLA,
+        "first_k_dense_replace": 0,
+        "rope_parameters": YARN
+        | {"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1, "partial_rotary_factor": 0.5},
     },
     # The fields of the language model, beside which the config has those of TOWERS.
     "qwen3_vl_moe": {
@@ -162,7 +208,8 @@ def reference_model(family: str, *, seed: int = 0, **changes: Any) -> Any:
     reference = next(one.reference for one in all_families() if one.name == family)
     fields = BASE | FIELDS.get(family, {}) | changes
     config_class = getattr(transformers, reference).config_class
-    fields = {name: value for name, value in fields.items() if value is not None}
+    # Only a null says that queries have no latent.
+    fields = {name: value for name, value in fields.items() if value is not None or name == "q_lora_rank"}
     if family in TOWERS:
         fields = {"text_config": fields} | TOWERS[family]
     config = config_class(**fields)

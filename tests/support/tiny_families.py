@@ -21,6 +21,22 @@ def _rope(theta: float = 10_000.0, **more: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": "default", "rope_theta": theta, **more}}
 
 
+def _yarn(**more: Any) -> dict[str, Any]:
+    return {
+        "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 10_000.0, "factor": 8.0,
+            "original_max_position_embeddings": 16, "beta_fast": 32.0, "beta_slow": 1.0, **more,
+        }
+    }  # fmt: skip
+
+
+_MLA: dict[str, Any] = {
+    "num_key_value_heads": 4, "q_lora_rank": 64, "kv_lora_rank": 96, "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 32, "v_head_dim": 64, "n_routed_experts": 8, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64, "intermediate_size": 192, "n_shared_experts": 1, "first_k_dense_replace": 1,
+}  # fmt: skip
+
+
 CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {
         **_COMMON, **_rope(),
@@ -81,5 +97,33 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "model_type": "minimax_m2", "architectures": ["MiniMaxM2ForCausalLM"],
         "head_dim": 32, "num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 64,
         "rotary_dim": 16, "use_qk_norm": True, "qk_norm_type": "per_layer", "use_routing_bias": True,
+    },
+    "deepseek_v2": {
+        **_COMMON, **_MLA,
+        "model_type": "deepseek_v2", "architectures": ["DeepseekV2ForCausalLM"],
+        "q_lora_rank": None, "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2,
+        "norm_topk_prob": False, "routed_scaling_factor": 4.0, "scoring_func": "softmax",
+        **_yarn(mscale=0.707, mscale_all_dim=0.707),
+    },
+    "deepseek_v3": {
+        **_COMMON, **_MLA,
+        "model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"],
+        "n_group": 4, "topk_group": 2, "norm_topk_prob": True, "routed_scaling_factor": 2.5,
+        "scoring_func": "sigmoid", "topk_method": "noaux_tc", **_yarn(mscale=1.0, mscale_all_dim=0.5),
+    },
+    "glm4_moe_lite": {
+        **_COMMON, **_MLA, **_rope(1e6),
+        "model_type": "glm4_moe_lite", "architectures": ["Glm4MoeLiteForCausalLM"],
+        "v_head_dim": 96, "n_group": 1, "topk_group": 1, "norm_topk_prob": True,
+        "routed_scaling_factor": 1.8, "attention_bias": True,
+    },
+    "mistral4": {
+        **_COMMON, **_MLA,
+        "model_type": "mistral4", "architectures": ["Mistral4ForCausalLM"],
+        "rope_parameters": {
+            **_yarn(mscale=1.0, mscale_all_dim=1.0)["rope_parameters"],
+            "llama_4_scaling_beta": 0.1, "partial_rotary_factor": 0.5,
+        },
+        "first_k_dense_replace": 0, "n_group": 1, "topk_group": 1, "norm_topk_prob": True,
     },
 }  # fmt: skip

@@ -30,6 +30,8 @@ ARCHITECTURES = {
     "hunyuan_v1_moe": gguf.MODEL_ARCH.HUNYUAN_MOE,
     "granitemoe": gguf.MODEL_ARCH.GRANITE_MOE,
     "qwen3_vl_moe": gguf.MODEL_ARCH.QWEN3VLMOE,
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "glm4_moe_lite"), gguf.MODEL_ARCH.DEEPSEEK2),
+    "mistral4": gguf.MODEL_ARCH.MISTRAL4,
     "hy_v3": gguf.MODEL_ARCH.DOTS1,  # whose names it has; the package does not know it yet
 }
 CONVERTER = "KRASIS_LLAMA_CPP"
@@ -40,17 +42,27 @@ _EXPERT = re.compile(r"(model\.layers\.\d+\..*\.experts)\.(\d+)\.(\w+)\.weight")
 _STACKED = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
 
-def tiny_gguf(source: Path, path: Path, *, experts: str = "F32", dense: str = "F32") -> Path:
-    """A GGUF of a checkpoint. experts, dense: types of the matrices; vectors and routers are F32."""
+def tiny_gguf(
+    source: Path, path: Path, *, experts: str = "F32", dense: str = "F32", together: bool = False
+) -> Path:
+    """A GGUF of a checkpoint. experts, dense: types of the matrices; vectors and routers are F32. together:
+    latent attention as old files have it.
+    """
     config = json.loads((source / "config.json").read_text("utf-8"))
     family = config["model_type"]
     config = config | config.get("text_config", {}) | {"model_type": family}
     architecture = ARCHITECTURES[family]
     writer = gguf.GGUFWriter(path, "hy_v3" if family == "hy_v3" else gguf.MODEL_ARCH_NAMES[architecture])
     num_blocks = config["num_hidden_layers"] + (config.get("num_nextn_predict_layers") or 0)
+    if "kv_lora_rank" in config:
+        config = config | {"head_dim": None, "num_key_value_heads": 1}
+        _add_latent(writer, config, together)
     _add_metadata(writer, config, num_blocks)
     names = gguf.get_tensor_name_map(architecture, num_blocks)
-    for name, values in _stacked(read_tensors(source), family).items():
+    tensors = _stacked(read_tensors(source), family)
+    if "kv_lora_rank" in config and not together:
+        tensors = _latents_apart(tensors, config)
+    for name, values in tensors.items():
         theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if theirs is None:
             raise ValueError(f"the gguf package has no name for {name}")
@@ -88,7 +100,9 @@ def _stacked(tensors: dict[str, Floats], family: str) -> dict[str, Floats]:
     out: dict[str, Floats] = {}
     experts: dict[str, dict[int, Floats]] = {}
     for name, values in tensors.items():
-        if (found := _EXPERT.fullmatch(name)) is None:
+        if family == "mistral4" and name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            out[f"{name}.weight"] = values
+        elif (found := _EXPERT.fullmatch(name)) is None:
             out[name.replace("e_score_correction_bias", "e_score_correction.bias")] = values
         else:
             root, number, part = found.groups()
@@ -102,6 +116,53 @@ def _stacked(tensors: dict[str, Floats], family: str) -> dict[str, Floats]:
     for name, by_number in experts.items():
         out[name] = np.stack([by_number[number] for number in sorted(by_number)])
     return out
+
+
+def _latents_apart(tensors: dict[str, Floats], config: dict[str, Any]) -> dict[str, Floats]:
+    """Keys, the other way round, and values in a tensor each, heads first."""
+    out: dict[str, Floats] = {}
+    nope, value, rank = (config[key] for key in ("qk_nope_head_dim", "v_head_dim", "kv_lora_rank"))
+    for name, values in tensors.items():
+        if not name.endswith("kv_b_proj.weight"):
+            out[name] = values
+            continue
+        keys, held = np.split(values.reshape(-1, nope + value, rank), [nope], axis=1)
+        out[name.replace("kv_b_proj", "k_b_proj")] = np.ascontiguousarray(keys.swapaxes(1, 2))
+        out[name.replace("kv_b_proj", "v_b_proj")] = np.ascontiguousarray(held)
+    return out
+
+
+def _add_latent(writer: gguf.GGUFWriter, config: dict[str, Any], together: bool) -> None:
+    nope, rope_dim, rank = (config[key] for key in ("qk_nope_head_dim", "qk_rope_head_dim", "kv_lora_rank"))
+    writer.add_kv_lora_rank(rank)
+    if config["q_lora_rank"]:
+        writer.add_q_lora_rank(config["q_lora_rank"])
+    writer.add_rope_dimension_count(rope_dim)
+    writer.add_key_length(nope + rope_dim if together else rank + rope_dim)
+    writer.add_value_length(config["v_head_dim"] if together else rank)
+    if not together:
+        writer.add_key_length_mla(nope + rope_dim)
+        writer.add_value_length_mla(config["v_head_dim"])
+    rope = config["rope_parameters"]
+    if rope["rope_type"] == "yarn":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rope["factor"])
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+        writer.add_rope_scaling_yarn_log_mul(0.1 * rope["mscale_all_dim"])
+    if rope.get("llama_4_scaling_beta"):
+        writer.add_attn_temperature_scale(rope["llama_4_scaling_beta"])
+        writer.add_attn_temperature_length(rope["original_max_position_embeddings"])
+    is_softmax = config["model_type"] in ("deepseek_v2", "mistral4")
+    if config.get("scoring_func") or config["model_type"] == "mistral4":
+        kind = gguf.ExpertGatingFuncType.SOFTMAX if is_softmax else gguf.ExpertGatingFuncType.SIGMOID
+        writer.add_expert_gating_func(kind)
+    writer.add_expert_group_count(config["n_group"])
+    writer.add_expert_group_used_count(config["topk_group"])
+    writer.add_expert_shared_count(config["n_shared_experts"])
+    writer.add_leading_dense_block_count(config["first_k_dense_replace"])
+    writer.add_expert_weights_scale(config["routed_scaling_factor"])
+    if config.get("norm_topk_prob"):
+        writer.add_expert_weights_norm(True)
 
 
 def _experts_apart(tensors: dict[str, Floats]) -> dict[str, Floats]:

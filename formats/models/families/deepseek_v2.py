@@ -5,6 +5,7 @@ from __future__ import annotations
 from krasis.formats.models.family import Family
 from krasis.formats.models.hf import Config
 from krasis.formats.models.hf_blocks import dense_layers, experts, latent, model, moe_layers, softmax_router
+from krasis.formats.models.latent_names import latent_decoder_names
 from krasis.formats.models.spec import ModelSpec
 
 NAME = "deepseek_v2"
@@ -36,4 +37,5 @@ FAMILY = Family(
     reference="DeepseekV2ForCausalLM",
     spec_from_hf=spec_from_hf,
     gguf="deepseek2",
+    names=latent_decoder_names(correction=False),
 )

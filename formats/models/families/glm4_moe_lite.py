@@ -5,6 +5,7 @@ from __future__ import annotations
 from krasis.formats.models.family import Family
 from krasis.formats.models.hf import Config
 from krasis.formats.models.hf_blocks import dense_layers, experts, latent, model, moe_layers, sigmoid_router
+from krasis.formats.models.latent_names import latent_decoder_names
 from krasis.formats.models.spec import ModelSpec, Norm
 
 NAME = "glm4_moe_lite"
@@ -25,4 +26,5 @@ FAMILY = Family(
     reference="Glm4MoeLiteForCausalLM",
     spec_from_hf=spec_from_hf,
     gguf="deepseek2",
+    names=latent_decoder_names(),
 )

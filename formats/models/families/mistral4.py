@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from krasis.formats.models.family import Family
+from krasis.formats.models.family import VISION, Family
+from krasis.formats.models.gguf import Keys
+from krasis.formats.models.gguf_latent import gguf_latent_model, gguf_latent_router
 from krasis.formats.models.hf import Config
 from krasis.formats.models.hf_blocks import dense_layers, experts, latent, model, moe_layers, softmax_router
 from krasis.formats.models.hf_rope import rope_table
+from krasis.formats.models.latent_names import latent_decoder_names
 from krasis.formats.models.mixers import LatentAttention
 from krasis.formats.models.rope import QueryTemperature
 from krasis.formats.models.spec import ModelSpec
@@ -44,6 +47,11 @@ def _attention(config: Config) -> LatentAttention:
     return replace(mixer, temperature=QueryTemperature(beta, period))
 
 
+def spec_from_gguf(keys: Keys) -> ModelSpec:
+    """The model of a GGUF's metadata."""
+    return gguf_latent_model(keys, NAME, gguf_latent_router(keys, by_best_two=True))
+
+
 FAMILY = Family(
     name=NAME,
     model_types=(NAME, "mistral3"),
@@ -51,5 +59,8 @@ FAMILY = Family(
     reference="Mistral4ForCausalLM",
     spec_from_hf=spec_from_hf,
     gguf="mistral4",
+    spec_from_gguf=spec_from_gguf,
     nested=("mistral3",),
+    names=latent_decoder_names(correction=False, nested="language_model."),
+    left_out=dict.fromkeys(("vision_tower.", "multi_modal_projector.", "model.vision_tower."), VISION),
 )

@@ -44,6 +44,16 @@ def gguf(name, arch, **keys):
     return metadata | {"general.architecture": arch}, tensors | {"output.weight": Shape(())}
 
 
+LATENT = {
+    "attention__head_count_kv": 1,
+    "attention__key_length": 576,
+    "attention__value_length": 512,
+    "attention__kv_lora_rank": 512,
+    "rope__dimension_count": 64,
+    "leading_dense_block_count": 1,
+    "expert_group_count": 1,
+    "expert_group_used_count": 1,
+}
 GGUFS = {
     "qwen3-30b-a3b": ("qwen3moe", {"expert_count": 128, "expert_feed_forward_length": 768}, ()),
     "mixtral-8x7b": (
@@ -79,6 +89,41 @@ GGUFS = {
         },
         ("blk.0.attn_q.bias",),
     ),
+    "glm-4.7-flash": (
+        "deepseek2",
+        LATENT
+        | {
+            "expert_count": 64,
+            "expert_feed_forward_length": 1536,
+            "feed_forward_length": 10240,
+            "expert_shared_count": 1,
+            "expert_weights_norm": True,
+            "expert_weights_scale": 1.8,
+            "attention__q_lora_rank": 768,
+            "attention__key_length_mla": 256,
+            "attention__value_length_mla": 256,
+        },
+        ("blk.1.exp_probs_b.bias",),  # what tells that its router scores by sigmoids
+    ),
+    "deepseek-v2-lite": (
+        "deepseek2",
+        LATENT
+        | {
+            "expert_count": 64,
+            "expert_feed_forward_length": 1408,
+            "feed_forward_length": 10944,
+            "expert_shared_count": 2,
+            "expert_weights_scale": 1.0,
+            "expert_gating_func": 1,
+            "attention__key_length_mla": 192,
+            "attention__value_length_mla": 128,
+            "rope__scaling__type": "yarn",
+            "rope__scaling__factor": 40.0,
+            "rope__scaling__original_context_length": 4096,
+            "rope__scaling__yarn_log_multiplier": 0.1 * 0.707,
+        },
+        (),
+    ),
 }
 
 
@@ -108,6 +153,25 @@ def test_a_gguf_describes_the_model_of_the_checkpoint(name):
 )
 def test_unsound_metadata_of_a_mixtral(changes, error, complaint):
     metadata, tensors = gguf("mixtral-8x7b", *GGUFS["mixtral-8x7b"][:1], **GGUFS["mixtral-8x7b"][1] | changes)
+    with pytest.raises(error, match=complaint):
+        spec_from_gguf(metadata, tensors)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "complaint"),
+    [
+        ({"rope__dimension_count": 256}, FormatError, "dimension_count.*got 256"),
+        ({"attention__kv_lora_rank": None}, FormatError, "kv_lora_rank"),
+        ({"attention__key_length_mla": 10**6}, FormatError, "nope_dim.*1..4096"),
+        ({"expert_gating_func": 4}, UnsupportedModelError, "expert_gating_func"),
+        ({"expert_group_count": 7}, FormatError, "do not divide into groups"),
+        ({"attention__temperature_scale": 0.1}, FormatError, "temperature_length"),
+        ({"attention__q_lora_rank": 0}, FormatError, "q_lora_rank"),
+        ({"attention__sliding_window": 4096}, UnsupportedModelError, "sliding_window"),
+    ],
+)
+def test_unsound_metadata_of_latent_attention(changes, error, complaint):
+    metadata, tensors = gguf("glm-4.7-flash", "deepseek2", **GGUFS["glm-4.7-flash"][1] | changes)
     with pytest.raises(error, match=complaint):
         spec_from_gguf(metadata, tensors)
 
@@ -233,7 +297,8 @@ def test_a_description_is_read_strictly(change, complaint):
 # ---- what the backends lack --------------------------------------------------------------------------------
 
 LACKS = {
-    "deepseek-v3": r"latent attention \(MLA\)",
+    "deepseek-v3.2": "sparse attention by an index",
+    "ling-3-flash": "linear attention",
     "qwen3.5-35b-a3b": r"linear attention \(Gated DeltaNet\)",
     "gpt-oss-120b": "experts with biases",
     "gemma-4-26b-a4b": "a soft cap on the logits",

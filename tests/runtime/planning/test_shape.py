@@ -70,6 +70,6 @@ def test_regions_of_mlps_lie_apart_from_what_lives_with_them() -> None:
 
 
 def test_the_runtime_has_no_buffers_for_blocks_it_does_not_know() -> None:
-    spec = spec_of_file("deepseek-v3")
+    spec = spec_of_file("deepseek-v4-flash")
     with pytest.raises(UnsupportedModelError, match="does not know all of the model's blocks"):
         shape_of(spec)
