@@ -297,6 +297,7 @@ def _add_plan(
     shard: Path | None = None,
 ) -> None:
     from krasis.formats.units import parse_bytes, parse_gpus
+    from krasis.runtime.missing_kernels import GPU_RUNS, lacking
     from krasis.runtime.planning.planner import make_plan, make_workload
     from krasis.runtime.planning.probes import HardwareFlags, hardware_from_flags
     from krasis.runtime.planning.report import plan_to_json, plan_to_text
@@ -320,6 +321,8 @@ def _add_plan(
         kv_dtype=request.kv_dtype,
     )
     hardware, notes = hardware_from_flags(flags, ThisMachine(shard))
+    if hardware.gpus and (missing := lacking(sizes.spec, GPU_RUNS)):
+        notes = [*notes, f"the GPU has no kernels yet for {missing[0]}: the plan is what they would give"]
     plan = make_plan(sizes, hardware, workload)
     record["plan"] = plan_to_json(plan, notes)
     texts.append(plan_to_text(plan, notes))

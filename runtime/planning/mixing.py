@@ -62,7 +62,7 @@ def _attention(mixer: Attention, start: int, num_tokens: int) -> int:
 
 def _latent(mixer: LatentAttention, start: int, num_tokens: int) -> int:
     most = mixer.selection.budget if mixer.selection is not None else None
-    pair = mixer.heads * (mixer.nope_dim + mixer.rope_dim + mixer.value_dim)
+    pair = mixer.heads * (2 * mixer.kv_rank + mixer.rope_dim)  # of the latents, which are keys and values
     return pair * _pairs(start, num_tokens, most) + _index(mixer.selection, start, num_tokens)
 
 

@@ -98,6 +98,38 @@ def _glm4_moe(layers: int, hidden: int, positions: int, **others: Any) -> Mappin
     )
 
 
+def _latent(
+    model_type: str, layers: int, hidden: int, heads: int, vocab: int, positions: int, **others: Any
+) -> Mapping[str, Any]:
+    """Of latent attention with DeepSeek-V3's sizes of a head, unless others says otherwise."""
+    usual = {
+        "q_lora_rank": 1536,
+        "kv_lora_rank": 512,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+        "n_shared_experts": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "norm_topk_prob": True,
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+    }
+    return _config(model_type, layers, hidden, heads, heads, vocab, positions, **usual | others)
+
+
+def _yarn(factor: float, mscale: float) -> Mapping[str, Any]:
+    return {
+        "type": "yarn",
+        "factor": factor,
+        "original_max_position_embeddings": 4096,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "mscale": mscale,
+        "mscale_all_dim": mscale,
+    }
+
+
 SHAPES: Mapping[str, Mapping[str, Any]] = {
     "qwen3-235b-a22b": _qwen3_moe(94, 4096, 64, 1536),
     "qwen3-30b-a3b": _qwen3_moe(48, 2048, 32, 768),
@@ -160,6 +192,80 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
         first_k_dense_replace=3,
         routed_scaling_factor=2.5,
         use_qk_norm=True,
+    ),
+    "deepseek-v3": _latent(
+        "deepseek_v3",
+        61,
+        7168,
+        128,
+        129280,
+        131072,
+        n_routed_experts=256,
+        num_experts_per_tok=8,
+        moe_intermediate_size=2048,
+        intermediate_size=18432,
+        first_k_dense_replace=3,
+        n_group=8,
+        topk_group=4,
+        routed_scaling_factor=2.5,
+        num_nextn_predict_layers=1,
+        rope_theta=1e4,
+        rope_scaling=_yarn(40, 1.0),
+    ),
+    "kimi-k2.5": _latent(
+        "kimi_k2",
+        61,
+        7168,
+        64,
+        163840,
+        131072,
+        n_routed_experts=384,
+        num_experts_per_tok=8,
+        moe_intermediate_size=2048,
+        intermediate_size=18432,
+        first_k_dense_replace=1,
+        routed_scaling_factor=2.827,
+        rms_norm_eps=1e-5,
+        rope_theta=5e4,
+        rope_scaling=_yarn(64, 1.0),
+    ),
+    "deepseek-v2-lite": _latent(
+        "deepseek_v2",
+        27,
+        2048,
+        16,
+        102400,
+        131072,
+        q_lora_rank=None,
+        n_routed_experts=64,
+        num_experts_per_tok=6,
+        moe_intermediate_size=1408,
+        intermediate_size=10944,
+        first_k_dense_replace=1,
+        n_shared_experts=2,
+        scoring_func="softmax",
+        topk_method="greedy",
+        norm_topk_prob=False,
+        rope_theta=1e4,
+        rope_scaling=_yarn(40, 0.707),
+    ),
+    "glm-4.7-flash": _latent(
+        "glm4_moe_lite",
+        47,
+        2048,
+        20,
+        154880,
+        131072,
+        q_lora_rank=768,
+        qk_nope_head_dim=192,
+        v_head_dim=256,
+        n_routed_experts=64,
+        num_experts_per_tok=4,
+        moe_intermediate_size=1536,
+        intermediate_size=10240,
+        first_k_dense_replace=1,
+        routed_scaling_factor=1.8,
+        rms_norm_eps=1e-5,
     ),
 }
 """By name, what decides the shape in each model's ``config.json``."""

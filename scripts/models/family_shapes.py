@@ -8,13 +8,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from krasis.convert.latent_parts import held_shape
 from krasis.formats.checkpoints.hf_config import read_hf_config
+from krasis.formats.models.mixers import LatentAttention
 from krasis.formats.models.registry import family_of
 from krasis.formats.models.spec import ModelSpec
 from krasis.formats.models.tensors import dense_tensors
 
 CONFIGS = Path(__file__).resolve().parents[2] / "tests" / "formats" / "models" / "configs"
-NAMES = ("glm-4.5-air", "mixtral-8x7b", "olmoe-1b-7b", "qwen2-57b-a14b")
+NAMES = (
+    "glm-4.5-air",
+    "mixtral-8x7b",
+    "olmoe-1b-7b",
+    "qwen2-57b-a14b",
+    "deepseek-v3",
+    "deepseek-v2-lite",
+    "glm-4.7-flash",
+)
 # What options of the scripts are called in the configs of families, where it differs.
 _FIELDS = {
     "num_experts": ("num_experts", "num_local_experts", "n_routed_experts"),
@@ -64,6 +74,11 @@ def hub_tensors(spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield from _expert_tensors(spec, written)
             written = done
         if tensor.name == "lm_head" and spec.tied:
+            continue
+        mixer = spec.layers[layer].mixer if layer is not None else None
+        if isinstance(mixer, LatentAttention) and tensor.name in ("attention.k_b", "attention.v_b"):
+            if tensor.name == "attention.v_b":  # keys and values are in one tensor
+                yield names[tensor.name].hf[0].format(i=layer), held_shape(mixer, "", together=True)
             continue
         for ours, shape in tensor.sources():
             yield names[ours].hf[0].format(i=layer), shape

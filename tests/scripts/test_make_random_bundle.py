@@ -129,7 +129,7 @@ SMALLER = {"num_hidden_layers": 2, "num_experts": 4, "hidden_size": 256, "moe_in
 SMALLER |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 320, "num_experts_per_tok": 2}
 
 
-@pytest.mark.parametrize("name", ["glm-4.5-air", "mixtral-8x7b", "olmoe-1b-7b"])
+@pytest.mark.parametrize("name", ["glm-4.5-air", "mixtral-8x7b", "olmoe-1b-7b", "glm-4.7-flash"])
 def test_shapes_of_other_families_run(tmp_path: Path, name: str) -> None:
     shape = apply_overrides(SHAPES[name], SMALLER, None)
     make_bundle(BundleRequest(shape, gpu_group=64, pool_bytes=1 << 20), tmp_path / "a.krasis")
@@ -139,7 +139,9 @@ def test_shapes_of_other_families_run(tmp_path: Path, name: str) -> None:
         assert 0.5 < np.std(engine.prefill(list(range(20)))) < 2
 
 
-@pytest.mark.parametrize("name", ["glm-4.5-air", "mixtral-8x7b", "olmoe-1b-7b", "qwen3-30b-a3b"])
+@pytest.mark.parametrize(
+    "name", ["glm-4.5-air", "mixtral-8x7b", "olmoe-1b-7b", "qwen3-30b-a3b", "glm-4.7-flash"]
+)
 def test_checkpoints_of_families_convert(tmp_path: Path, name: str) -> None:
     shape = apply_overrides(SHAPES[name], SMALLER, None)
     make_model(shape, tmp_path / "hf", 1, 1 << 30, pool_values=1 << 16)

@@ -30,6 +30,7 @@ from krasis.runtime.planning.placement import gpu_workspace_bytes
 from krasis.runtime.planning.presets import SHAPES, shape
 from krasis.runtime.planning.report import plan_to_json, plan_to_text
 from krasis.runtime.planning.shape import shape_of
+from krasis.runtime.state.kv_store import KvStore, kv_bytes_per_token
 from tests.support.planning import MIXER, mixed_spec
 
 CONFIGS = Path(__file__).parents[2] / "formats" / "models" / "configs"
@@ -291,9 +292,34 @@ def test_a_plan_is_json_and_text_for_every_preset(machine) -> None:
         assert shape(name).family in plan_to_text(plan)
 
 
+@pytest.mark.parametrize(
+    ("name", "layers", "channels"),
+    [
+        ("deepseek-v3", 61, 512 + 64),
+        ("kimi-k2.5", 61, 512 + 64),
+        ("glm-4.7-flash", 47, 512 + 64),
+        ("deepseek-v2-lite", 27, 512 + 64),
+    ],
+)
+def test_a_latent_is_all_that_a_token_keeps(name: str, layers: int, channels: int) -> None:
+    """In the plan and in the cache."""
+    spec = shape(name)
+    assert sizes_of_shape(spec).kv_bytes(1000, "f16") == 1000 * layers * channels * 2
+    assert kv_bytes_per_token(spec, "f16") == layers * channels * 2
+    store = KvStore(spec, 128, "f16")
+    assert (store.keys_bytes, store.values_bytes) == (128 * layers * channels * 2, 0)
+    assert store.export(store.open(), 3, 7)[1].shape == (1, 7, 0)
+
+
+def test_deepseek_v3_has_the_published_parameters() -> None:
+    counted = count_parameters(shape("deepseek-v3"))
+    assert counted.total == 671_026_419_200  # the checkpoint's 61 layers
+    assert counted.active == pytest.approx(37e9, rel=0.02)
+
+
 def plan_of(name: str, machine) -> Plan:
     sizes = sizes_of_shape(shape(name))
-    return make_plan(sizes, machine(2, 48 * GIB), make_workload(sizes.spec, context=4096))
+    return make_plan(sizes, machine(2, 48 * GIB, ram_bytes=2**41), make_workload(sizes.spec, context=4096))
 
 
 def test_a_model_without_experts_is_refused() -> None:

@@ -37,7 +37,7 @@ def test_attention_sees_what_its_window_lets_it(start: int, count: int) -> None:
 
 def test_work_of_other_mixers() -> None:
     latent = LatentAttention(4, None, 64, 32, 16, 24, Rope(16, 1e4), 0.1)
-    assert mixer_macs(latent, 0, 10) == 4 * (32 + 16 + 24) * 55
+    assert mixer_macs(latent, 0, 10) == 4 * (2 * 64 + 16) * 55  # scores and sums of latents
     delta = GatedDelta(2, 4, 16, 32, 4)
     assert mixer_macs(delta, 0, 10) == mixer_macs(delta, 1000, 10) == 10 * 3 * 4 * 16 * 32
     assert mixer_macs(None, 0, 10) == 0
