@@ -42,6 +42,11 @@ def kernels_note(spec: ModelSpec, tiers: Collection[str]) -> str | None:
     """A sentence for a model that can be converted but not be run by this version, or not everywhere."""
     if missing := lacking(spec, CPU_RUNS):
         return f"this version can make the bundle but not run it yet: there are no kernels for {missing[0]}"
+    if (longest := spec.densest_context) is not None:
+        return (
+            f"this version runs the model on the CPU, in contexts of up to {longest} tokens: "
+            "there are no kernels yet for the index that chooses among more"
+        )
     if "gpu" in tiers and (missing := lacking(spec, GPU_RUNS)):
         return (
             f"this version runs the model on the CPU only: the GPU has no kernels yet for {missing[0]} "

@@ -85,6 +85,18 @@ def refuse_missing_kernels(spec: ModelSpec, where: str, runs: frozenset[str] = C
         )
 
 
+def refuse_long_context(spec: ModelSpec, context: int | None) -> None:
+    """Raises UnsupportedModelError for a context in which an index would have to choose."""
+    longest = spec.densest_context
+    if longest is not None and context is not None and context > longest:
+        raise UnsupportedModelError(
+            "no kernels yet for sparse attention by an index, which chooses beyond that many tokens",
+            where="--ctx",
+            got=context,
+            limit=longest,
+        )
+
+
 def lacking(spec: ModelSpec, runs: frozenset[str]) -> list[str]:
     """What the model needs and a backend does not run, the largest first."""
     return [need for need in dict.fromkeys(needed_kernels(spec)) if need not in runs]
@@ -168,7 +180,7 @@ def _of_attention(mixer: Attention) -> Iterator[str]:
 
 
 def _of_latent(mixer: LatentAttention) -> Iterator[str]:
-    if mixer.selection is not None:
+    if mixer.selection is not None and mixer.selection.kind != "tokens":  # up to its budget it picks all
         yield "sparse attention by an index"
     if mixer.head_gate:
         yield "gated attention"

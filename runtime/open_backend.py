@@ -11,7 +11,7 @@ from krasis.runtime.backend import Backend
 from krasis.runtime.context_size import tokens_in_ram
 from krasis.runtime.cpu.weights import ModelWeights, load_weights
 from krasis.runtime.host import visible_gpus
-from krasis.runtime.missing_kernels import GPU_RUNS, lacking, refuse_missing_kernels
+from krasis.runtime.missing_kernels import GPU_RUNS, lacking, refuse_long_context, refuse_missing_kernels
 from krasis.runtime.settings import EngineSettings
 
 logger = logging.getLogger(__name__)
@@ -25,6 +25,7 @@ def open_backend(bundle: Bundle, settings: EngineSettings) -> Backend:
     """
     where = str(bundle.path)
     refuse_missing_kernels(bundle.spec, where)
+    refuse_long_context(bundle.spec, settings.context)
     on_gpu = _on_gpu(bundle, settings)
     if on_gpu is not None:
         return on_gpu

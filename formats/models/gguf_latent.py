@@ -22,7 +22,18 @@ from krasis.formats.models.rope import QueryTemperature, Rope
 from krasis.formats.models.spec import ModelSpec
 
 _LOG_MULTIPLIER = "rope.scaling.yarn_log_multiplier"
+_GLM_VOCAB = 154_880
 _CORRECTION = "exp_probs_b.bias"
+
+
+def deepseek2_from_gguf(keys: Keys) -> ModelSpec:
+    """The model of metadata of ``deepseek2``, llama.cpp's one architecture for DeepSeek-V2, V3, Kimi-K2 and
+    GLM-4.7-Flash: a softmax is V2's, and GLM is known by its vocabulary.
+    """
+    spec = gguf_latent_model(keys, "deepseek_v3", gguf_latent_router(keys, by_best_two=False))
+    if not is_sigmoid(keys):
+        return replace(spec, family="deepseek_v2")
+    return replace(spec, family="glm4_moe_lite") if spec.vocab == _GLM_VOCAB else spec
 
 
 def gguf_latent_model(keys: Keys, family: str, router: Router) -> ModelSpec:

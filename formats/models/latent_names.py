@@ -18,6 +18,13 @@ _PARTS = {
     "kv_a_norm": ("kv_a_layernorm", "attn_kv_a_norm"),
     "output": ("o_proj", "attn_output"),
 }
+_INDEX = {
+    "index.q": "wq_b.weight",
+    "index.k": "wk.weight",
+    "index.k_norm": "k_norm.weight",
+    "index.k_norm.bias": "k_norm.bias",
+    "index.weights": "weights_proj.weight",
+}
 TOGETHER = "kv_b"
 """In the names of tensors that hold keys and values of a head together, as the hub does and old GGUFs do."""
 
@@ -47,6 +54,8 @@ def latent_decoder_names(*, correction: bool = True, nested: str | None = None) 
             transform=transform,  # type: ignore[arg-type]
             gguf_transform=transform,  # type: ignore[arg-type]
         )
+    for ours, hf in _INDEX.items():
+        names[ours] = Source((f"{layer}indexer.{hf}",), ())
     if nested is None:
         return names
     return {

@@ -184,7 +184,16 @@ class ModelSpec(Record):
                     scaling.kind, 0
                 )
                 longest = max(longest, int(reach * scaling.factor))
-        return min(longest, MAX_POSITIONS)
+        return min(longest, self.densest_context or longest, MAX_POSITIONS)
+
+    @property
+    def densest_context(self) -> int | None:
+        """Tokens up to which an index over tokens picks all of them, so that attention needs none; None for
+        models without. Contexts end there, until there are kernels for the index.
+        """
+        selections = [getattr(layer.mixer, "selection", None) for layer in dict.fromkeys(self.layers)]
+        budgets = [one.budget for one in selections if one is not None and one.kind == "tokens"]
+        return min(budgets, default=None)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types: the distinct layers, and by ``pattern`` which of them each layer is."""

@@ -322,7 +322,7 @@ def _add_plan(
     )
     hardware, notes = hardware_from_flags(flags, ThisMachine(shard))
     if hardware.gpus and (missing := lacking(sizes.spec, GPU_RUNS)):
-        notes = [*notes, f"the GPU has no kernels yet for {missing[0]}: the plan is what they would give"]
+        notes = (*notes, f"the GPU has no kernels yet for {missing[0]}: the plan is what they would give")
     plan = make_plan(sizes, hardware, workload)
     record["plan"] = plan_to_json(plan, notes)
     texts.append(plan_to_text(plan, notes))

@@ -101,6 +101,16 @@ def test_logits_equal_transformers(
     assert relative_error(found, expected(tier)) <= max(limit, 2e-2 if settings == "double" else 0)
 
 
+@pytest.mark.parametrize("checkpoint", ["glm_moe_dsa"], indirect=True)
+@pytest.mark.parametrize("bundle", ["hf"], indirect=True)
+def test_contexts_end_where_an_index_would_choose(bundle: Path) -> None:
+    """Up to its budget of 80 tokens it picks all of them, and attention computes what it would."""
+    with Engine.open(bundle, EngineSettings(device="cpu", threads=1, prefault=False)) as engine:
+        assert engine.context == 80
+    with pytest.raises(UnsupportedModelError, match=r"--ctx.*sparse attention by an index.*got 81; limit 80"):
+        Engine.open(bundle, EngineSettings(device="cpu", context=81))
+
+
 @pytest.mark.parametrize("bundle", ["hf"], indirect=True)  # the GGUFs are written without a tokenizer
 def test_the_command_answers(bundle: Path) -> None:
     options = {"--prompt": "abc", "--max-tokens": "4", "--device": "cpu", "--ctx": "64"}

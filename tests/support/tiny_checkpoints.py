@@ -40,6 +40,12 @@ MLA: dict[str, Any] = {
     "topk_group": 1,
     "first_k_dense_replace": 1,
 }
+INDEX: dict[str, Any] = {
+    "index_n_heads": 4,
+    "index_head_dim": 64,
+    "index_topk": 80,
+    "num_nextn_predict_layers": 0,
+}
 YARN: dict[str, Any] = {
     "rope_type": "yarn",
     "rope_theta": 10_000.0,
@@ -131,6 +137,8 @@ FIELDS: dict[str, dict[str, Any]] = {
         "scoring_func": "sigmoid",  # as the hub has it; transformers writes none
         "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},
     },
+    "deepseek_v32": {**MLA, **INDEX},
+    "glm_moe_dsa": {**MLA, **INDEX, "indexer_types": ["full", "shared", "full"]},
     "glm4_moe_lite": {**MLA, "v_head_dim": 96, "rms_norm_eps": 1e-5},
     "mistral4": {
         **MLA,

@@ -117,6 +117,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "v_head_dim": 96, "n_group": 1, "topk_group": 1, "norm_topk_prob": True,
         "routed_scaling_factor": 1.8, "attention_bias": True,
     },
+    "glm_moe_dsa": {
+        **_COMMON, **_MLA, **_rope(1e6),
+        "model_type": "glm_moe_dsa", "architectures": ["GlmMoeDsaForCausalLM"],
+        "index_n_heads": 4, "index_head_dim": 64, "index_topk": 128,
+        "indexer_types": ["full", "shared", "full"],
+        "n_group": 1, "topk_group": 1, "norm_topk_prob": True, "routed_scaling_factor": 2.5,
+    },
     "mistral4": {
         **_COMMON, **_MLA,
         "model_type": "mistral4", "architectures": ["Mistral4ForCausalLM"],

@@ -9,6 +9,7 @@ from krasis.formats.models.family import Family
 from krasis.formats.models.hf import Config
 from krasis.formats.models.hf_blocks import dense_layers, experts, latent, model, moe_layers, sigmoid_router
 from krasis.formats.models.hf_rope import read_rope
+from krasis.formats.models.latent_names import latent_decoder_names
 from krasis.formats.models.selection import Selection
 from krasis.formats.models.spec import ModelSpec
 
@@ -44,4 +45,5 @@ FAMILY = Family(
     reference="DeepseekV32ForCausalLM",
     spec_from_hf=spec_from_hf,
     gguf="deepseek32",
+    names=latent_decoder_names(),
 )

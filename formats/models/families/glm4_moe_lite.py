@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from krasis.formats.models.family import Family
+from krasis.formats.models.gguf_latent import deepseek2_from_gguf
 from krasis.formats.models.hf import Config
 from krasis.formats.models.hf_blocks import dense_layers, experts, latent, model, moe_layers, sigmoid_router
 from krasis.formats.models.latent_names import latent_decoder_names
@@ -26,5 +27,6 @@ FAMILY = Family(
     reference="Glm4MoeLiteForCausalLM",
     spec_from_hf=spec_from_hf,
     gguf="deepseek2",
+    spec_from_gguf=deepseek2_from_gguf,
     names=latent_decoder_names(),
 )

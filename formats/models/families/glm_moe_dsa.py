@@ -18,6 +18,7 @@ from krasis.formats.models.hf_blocks import (
     num_layers,
     sigmoid_router,
 )
+from krasis.formats.models.latent_names import latent_decoder_names
 from krasis.formats.models.spec import Mixer, ModelSpec, Norm
 
 NAME = "glm_moe_dsa"
@@ -62,4 +63,5 @@ FAMILY = Family(
     reference="GlmMoeDsaForCausalLM",
     spec_from_hf=spec_from_hf,
     gguf="glm-dsa",
+    names=latent_decoder_names(),
 )

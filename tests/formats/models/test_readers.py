@@ -297,7 +297,6 @@ def test_a_description_is_read_strictly(change, complaint):
 # ---- what the backends lack --------------------------------------------------------------------------------
 
 LACKS = {
-    "deepseek-v3.2": "sparse attention by an index",
     "ling-3-flash": "linear attention",
     "qwen3.5-35b-a3b": r"linear attention \(Gated DeltaNet\)",
     "gpt-oss-120b": "experts with biases",
