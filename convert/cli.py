@@ -10,7 +10,16 @@ from typing import Any
 
 import click
 
-from krasis.convert.conversion import Summary, check_room, convert, describe_plan, dry_run, prepare
+from krasis.convert.conversion import (
+    Summary,
+    check_output,
+    check_room,
+    convert,
+    describe_plan,
+    dry_run,
+    prepare,
+)
+from krasis.convert.hub.inputs import local_inputs, parse_inputs
 from krasis.convert.partial import partial_path
 from krasis.convert.progress import Reporter
 from krasis.convert.refresh_cli import run_refresh
@@ -36,9 +45,7 @@ _WHEN_CUT = "get this file again; what is finished so far is kept, and the same 
 
 
 @click.command(cls=StreamsCommand, context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument(
-    "inputs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="[BF16_DIR] [GGUF]"
-)
+@click.argument("inputs", nargs=-1, required=True, metavar="[MODEL] [GGUF]")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The bundle to write.")
 @click.option(
     "--refresh-text",
@@ -104,7 +111,7 @@ _WHEN_CUT = "get this file again; what is finished so far is kept, and the same 
 @last_resort("krasis-convert")
 @ends_in_order("")
 def main(
-    inputs: tuple[Path, ...],
+    inputs: tuple[str, ...],
     output: Path | None,
     refresh_text: Path | None,
     *,
@@ -112,16 +119,18 @@ def main(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Convert a Qwen3-MoE checkpoint into a bundle that krasis-run starts from at once.
+    """Convert a mixture-of-experts checkpoint into a bundle that krasis-run starts from at once.
 
-    Give a Hugging Face folder (BF16), a GGUF, or both in any order. With both, GPU experts and everything
-    else come from the checkpoint and CPU experts from the GGUF (Q8_0 without loss). The same command
-    continues an interrupted run.
+    Give a Hugging Face folder (BF16), a GGUF, or both in any order, or their names on the hub: org/model,
+    org/model@revision, org/model-GGUF:Q8_0. With both, GPU experts and everything else come from the
+    checkpoint and CPU experts from the GGUF (Q8_0 without loss). The same command continues an interrupted
+    run.
     """
     try:
         reporter = Reporter(0 if options["quiet"] else 2 if options["verbose"] else 1)
         if refresh_text is not None:
-            run_refresh(refresh_text, inputs, output, options, reporter, plan_only=dry_run, as_json=as_json)
+            paths = [Path(one) for one in inputs]
+            run_refresh(refresh_text, paths, output, options, reporter, plan_only=dry_run, as_json=as_json)
             return
         if output is None:
             raise UsageError("the bundle to write is missing", hint="name it by -o model.krasis")
@@ -162,7 +171,7 @@ def _settings(options: dict[str, Any]) -> ConvertSettings:
 
 
 def _run(
-    inputs: tuple[Path, ...],
+    inputs: tuple[str, ...],
     output: Path,
     settings: ConvertSettings,
     reporter: Reporter,
@@ -171,7 +180,10 @@ def _run(
     as_json: bool,
 ) -> None:
     mapping_guard.install("krasis-convert", hint=_WHEN_CUT)
-    prepared = prepare(inputs, output, settings, reporter)
+    named = parse_inputs(inputs)
+    if not all(isinstance(one, Path) for one in named):
+        check_output(output, (), settings)  # before any download
+    prepared = prepare(local_inputs(named, reporter), output, settings, reporter)
     if plan_only:
         plan = dry_run(prepared)
         if as_json:

@@ -11,12 +11,10 @@ from krasis.formats.errors import FormatError, UsageError
 from krasis.formats.files.file_kinds import PICKLE_HINT
 from krasis.formats.files.pieces import pieces_among, pieces_error
 from krasis.formats.files.regular_file import list_names
+from krasis.formats.hub.gguf_files import BESIDE, SPLIT_NAME
 from krasis.formats.names import shown
 
-_SPLIT_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
-# Beside a model, by the names that its publishers use; each is told apart by its metadata if it is given
-# itself.
-_BESIDE_GGUF = re.compile(r"mmproj|imatrix|(^|[-_.])lora([-_.]|$)", re.IGNORECASE)
+# BESIDE: each is told apart by its metadata if it is given itself.
 _PICKLES = re.compile(r"(pytorch_model.*\.bin|.*\.(pth|pt|ckpt|pkl|bin))(\.index\.json)?", re.IGNORECASE)
 _OTHERS = {
     ".h5": "TensorFlow",
@@ -66,9 +64,9 @@ def _choose_gguf(folder: Path, names: Sequence[str]) -> tuple[str, tuple[str, ..
     """The GGUF to open of a folder's: the only model, what lies beside it set aside."""
     models: dict[tuple[str, str], str] = {}
     for name in names:
-        match = _SPLIT_NAME.fullmatch(name)
+        match = SPLIT_NAME.fullmatch(name)
         models.setdefault((match["stem"], match["count"]) if match else (name, ""), name)
-    chosen = [name for name in models.values() if not _BESIDE_GGUF.search(name)] or list(models.values())
+    chosen = [name for name in models.values() if not BESIDE.search(name)] or list(models.values())
     if len(chosen) > 1:
         more = f" and {len(chosen) - _MOST_SHOWN} more" if len(chosen) > _MOST_SHOWN else ""
         raise UsageError(
@@ -197,12 +195,7 @@ def _snapshot(path: Path, snapshots: Path) -> Path:
 
 
 def missing_path_hint(path: Path) -> str:
-    """What to say of an input that does not exist: a model's name on the hub, an address, or nothing."""
-    text = str(path)
-    if re.match(r"(https?|hf|s3|gs):/", text):
-        return "krasis-convert reads local files: download the model first, for example with 'hf download'"
-    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text) and not path.parent.exists():
-        return (
-            f"if it is a model's name on the hub: hf download {text} --local-dir {path.name}, and give that"
-        )
+    """What to say of an input that does not exist: how to say that a name on the hub is meant, or nothing."""
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.@:-]*", str(path)):
+        return f"if it is a model's name on the hub, give hf://{path}"
     return ""

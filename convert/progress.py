@@ -24,6 +24,11 @@ class Reporter:
         self._total = self._done = self._first = 0
         self._started_s = self._last_line_s = 0.0
 
+    @property
+    def is_terminal(self) -> bool:
+        """Whether somebody may be watching."""
+        return self._stream.isatty()
+
     def say(self, text: str) -> None:
         """A line for everybody."""
         if self.verbosity >= 1:

@@ -1,0 +1,1 @@
+"""Inputs that are named on the hub: downloaded first, or piece by piece while they are converted."""
