@@ -11,16 +11,17 @@ from typing import Any
 import click
 
 from krasis.convert.conversion import (
+    Prepared,
     Summary,
     check_output,
     check_room,
     convert,
-    describe_plan,
     dry_run,
     prepare,
 )
-from krasis.convert.hub.inputs import local_inputs, parse_inputs
+from krasis.convert.hub.inputs import opened_inputs, parse_inputs
 from krasis.convert.partial import partial_path
+from krasis.convert.plan_text import describe_plan
 from krasis.convert.progress import Reporter
 from krasis.convert.refresh_cli import run_refresh
 from krasis.convert.settings import (
@@ -81,6 +82,11 @@ _WHEN_CUT = "get this file again; what is finished so far is kept, and the same 
 @click.option(
     "--calibration", type=click.Path(path_type=Path), default=None, help="HDF5 file of importance weights."
 )
+@click.option(
+    "--drop-sources",
+    is_flag=True,
+    help="Download models named on the hub piece by piece while they are converted, and keep no source.",
+)
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle (at the very end, atomically).")
 @click.option(
@@ -134,7 +140,8 @@ def main(
             return
         if output is None:
             raise UsageError("the bundle to write is missing", hint="name it by -o model.krasis")
-        _run(inputs, output, _settings(options), reporter, plan_only=dry_run, as_json=as_json)
+        settings, drop = _settings(options), options["drop_sources"]
+        _run(inputs, output, settings, reporter, plan_only=dry_run, as_json=as_json, drop_sources=drop)
     except KeyboardInterrupt:
         held = output is not None and partial_path(output).exists() and not dry_run
         text = "run the same command to continue" if held else "nothing was written"
@@ -178,12 +185,20 @@ def _run(
     *,
     plan_only: bool,
     as_json: bool,
+    drop_sources: bool,
 ) -> None:
     mapping_guard.install("krasis-convert", hint=_WHEN_CUT)
     named = parse_inputs(inputs)
     if not all(isinstance(one, Path) for one in named):
         check_output(output, (), settings)  # before any download
-    prepared = prepare(local_inputs(named, reporter), output, settings, reporter)
+    with opened_inputs(
+        named, output, reporter, restart=settings.restart, plan_only=plan_only, drop=drop_sources
+    ) as (paths, streamed):
+        prepared = prepare(paths, output, settings, reporter, streamed)
+        _carry_out(prepared, reporter, plan_only=plan_only, as_json=as_json)
+
+
+def _carry_out(prepared: Prepared, reporter: Reporter, *, plan_only: bool, as_json: bool) -> None:
     if plan_only:
         plan = dry_run(prepared)
         if as_json:
@@ -195,8 +210,8 @@ def _run(
     try:
         summary = convert(prepared, reporter)
     except KrasisError:
-        if partial_path(output).exists():
-            reporter.warn(f"what is finished so far is kept in {partial_path(output)}")
+        if partial_path(prepared.out).exists():
+            reporter.warn(f"what is finished so far is kept in {partial_path(prepared.out)}")
         raise
     for line in _describe(summary):
         reporter.say(line)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import xxhash
 
 from krasis.convert.alarms import Alarms, tell
-from krasis.convert.crosscheck import CrossCheck, check_same_model
+from krasis.convert.crosscheck import CrossCheck, check_once
 from krasis.convert.estimate import Estimate, estimate
 from krasis.convert.finished import finish_earlier_run, same_bundle
 from krasis.convert.holes import look_into_holes
@@ -46,7 +47,10 @@ from krasis.formats.errors import UsageError
 from krasis.formats.files.file_ops import FileOps
 from krasis.formats.process import stop_signals
 from krasis.formats.process.tool import tool_version
-from krasis.formats.units import format_bytes, format_seconds
+from krasis.formats.units import format_bytes
+
+if TYPE_CHECKING:
+    from krasis.convert.hub.streamed import StreamedSources
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,36 +107,50 @@ class Prepared:
     cross_check: CrossCheck | None
     calibration: Calibration | None
     out: Path
+    streamed: StreamedSources | None = None
 
 
-def prepare(paths: Sequence[Path], out: Path, settings: ConvertSettings, reporter: Reporter) -> Prepared:
-    """Everything that can be refused without long reading: headers, shapes, output, cross-check, plan."""
+def prepare(
+    paths: Sequence[Path],
+    out: Path,
+    settings: ConvertSettings,
+    reporter: Reporter,
+    streamed: StreamedSources | None = None,
+) -> Prepared:
+    """Everything that can be refused without long reading: headers, shapes, output, cross-check, plan.
+
+    streamed: gets what of the sources is not on the disk.
+    """
     if not out.name or out.name == "..":
         out = Path(os.path.abspath(out))  # noqa: PTH100 -- resolve would follow links
     recognised = recognise(paths)
     check_output(out, recognised.paths(), settings)
-    inputs = open_inputs(recognised)
+    inputs = open_inputs(recognised, streamed)
     for source in inputs.sources():
         reporter.detail(f"{source.kind}: {source.path}, {len(source.files)} files")
     inputs = replace(inputs, assets=_sound_text(inputs, settings, reporter), unreadable={})
     cross_check = None
     if inputs.hf is not None and inputs.gguf is not None:
-        cross_check = check_same_model(inputs.hf, inputs.gguf)
+        cross_check = check_once(inputs.hf, inputs.gguf, streamed)
         reporter.say(
             f"both inputs hold the same model: {cross_check.num_tensors} tensors sampled, largest relative "
             f"error {cross_check.worst_relative_error:.2g} ({cross_check.worst_tensor})"
         )
-    plan = plan_conversion(inputs.hf, inputs.gguf, settings, usable_memory_bytes())
+    with nullcontext() if streamed is None else streamed.sizes_only():
+        plan = plan_conversion(inputs.hf, inputs.gguf, settings, usable_memory_bytes())
+        told = list(notices(plan, inputs))
+    if streamed is not None:
+        streamed.schedule(plan)
     calibration = None
     if settings.calibration is not None:
         calibration = load_calibration(settings.calibration, plan.spec)
-    for notice in notices(plan, inputs):
+    for notice in told:
         reporter.warn(notice)
     alarms = Alarms()
     for source in inputs.sources():
         look_into_holes(source, alarms)
     tell(alarms, reporter, force=settings.force_weights)
-    return Prepared(inputs, plan.settings, plan, cross_check, calibration, out)
+    return Prepared(inputs, plan.settings, plan, cross_check, calibration, out, streamed)
 
 
 def _sound_text(inputs: OpenInputs, settings: ConvertSettings, reporter: Reporter) -> dict[str, bytes]:
@@ -177,7 +195,7 @@ def dry_run(prepared: Prepared) -> DryRun:
             plan.shards.total_bytes, allocated_bytes(partial_path(prepared.out))
         ),
         memory_bytes=plan.memory.total_bytes,
-        estimate=estimate(plan),
+        estimate=Estimate(0.0, 0.0) if prepared.streamed is not None else estimate(plan),
         layouts=prepared.settings.layouts(),
         resumable=is_resumable(prepared.out),
     )
@@ -193,7 +211,10 @@ def check_room(prepared: Prepared) -> None:
     largest = max((file.num_bytes for file in plan.shards.files), default=0)
     check_file_size(out, largest, max((blob.num_bytes for blob in plan.blobs), default=0))
     # What an earlier run holds is used again, or freed first.
-    check_disk(out, plan.shards.total_bytes, allocated_bytes(partial_path(out)))
+    need, held = plan.shards.total_bytes, allocated_bytes(partial_path(out))
+    if prepared.streamed is not None:
+        need, held = need + prepared.streamed.allowed_bytes, held + prepared.streamed.held_bytes()
+    check_disk(out, need, held)
 
 
 def fingerprint(prepared: Prepared) -> dict[str, Any]:
@@ -280,7 +301,7 @@ def _complete(prepared: Prepared, reporter: Reporter, io: FileOps) -> Manifest |
     manifest = None if settings.restart else finish_earlier_run(out, fingerprint(prepared), io)
     if manifest is None and settings.replace:
         return None
-    if manifest is None:
+    if manifest is None and prepared.streamed is None:  # else all would have to be downloaded again
         manifest = same_bundle(out, plan, prepared.inputs, recipe(prepared), tool_version(), reporter)
     if manifest is None:
         raise _exists(out)
@@ -306,7 +327,15 @@ def _earlier_summary(prepared: Prepared, manifest: Manifest, elapsed_s: float) -
 
 def _write(prepared: Prepared, partial: Partial, reporter: Reporter) -> PipelineResult:
     plan, settings, writer = prepared.plan, prepared.settings, partial.writer
-    result = run_units(plan, writer, partial.journal, partial.finished, prepared.calibration, reporter)
+    result = run_units(
+        plan,
+        writer,
+        partial.journal,
+        partial.finished,
+        prepared.calibration,
+        reporter,
+        prepared.streamed,
+    )
     for source in prepared.inputs.sources():
         for file in source.files:
             file.check_unchanged()
@@ -351,29 +380,3 @@ def _manifest(prepared: Prepared, result: PipelineResult, assets: Sequence[Asset
         recipe=recipe(prepared),
         quality=_quality(prepared, result),
     )
-
-
-def describe_plan(plan: DryRun) -> list[str]:
-    """Lines for a person."""
-    lines = [
-        f"  {tier:6s} {format_bytes(size):>10s}  {plan.layouts[tier]}"
-        for tier, size in plan.tier_bytes.items()
-    ]
-    time_s = plan.estimate.pack_s
-    fits = plan.free_disk_bytes >= plan.needed_disk_bytes
-    lack = "" if fits else f", which is NOT enough: {format_bytes(plan.needed_disk_bytes)} are needed"
-    return [
-        "would write:",
-        *lines,
-        f"  total  {format_bytes(plan.output_bytes):>10s}  in {plan.num_files} files",
-        f"disk:    {format_bytes(plan.free_disk_bytes)} free{lack}",
-        f"memory:  {format_bytes(plan.memory_bytes)} beyond the page cache",
-        f"reads:   {format_bytes(plan.source_bytes)} of source",
-        f"time:    about {format_seconds(time_s)} ({plan.estimate.gb_per_s:.2f} GB/s of source, measured by "
-        "packing a few experts here), if the disks keep up",
-        *(
-            ["an unfinished conversion is there: it would be continued if nothing has changed"]
-            if plan.resumable
-            else []
-        ),
-    ]

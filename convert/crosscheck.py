@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import xxhash
 
 from krasis.convert.slices import TensorSlice
 from krasis.convert.source_parts import SourcePart
@@ -17,6 +19,9 @@ from krasis.formats.layouts.expert_record import PARTS
 from krasis.formats.layouts.matrix import PackStats
 from krasis.formats.models.record import Record
 from krasis.formats.models.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from krasis.convert.hub.streamed import StreamedSources
 
 NUM_SAMPLED_LAYERS = 6
 NUM_SAMPLED_EXPERTS = 3
@@ -100,6 +105,19 @@ def check_same_model(hf: WeightSource, gguf: WeightSource) -> CrossCheck:
         if is_expert:
             experts = experts + stats
     return CrossCheck(num_tensors, worst[0], worst[1], experts)
+
+
+def check_once(hf: WeightSource, gguf: WeightSource, streamed: StreamedSources | None) -> CrossCheck:
+    """As ``check_same_model``; where samples are downloaded, a run that goes on recalls what was found."""
+    if streamed is None:
+        return check_same_model(hf, gguf)
+    files = [file.fingerprint() for source in (hf, gguf) for file in source.files]
+    memo = f"cross-check {xxhash.xxh3_128_hexdigest(json.dumps(files).encode())}"
+    if (known := streamed.recall(memo)) is not None:
+        return CrossCheck(**{**known, "experts": PackStats(**known["experts"])})
+    found = check_same_model(hf, gguf)
+    streamed.remember(memo, asdict(found))
+    return found
 
 
 def _check_specs(hf: ModelSpec, gguf: ModelSpec, where: str) -> None:

@@ -58,6 +58,8 @@ def look_into_holes(source: WeightSource, alarms: Alarms) -> None:
 
 def _tensors_in_holes(source: WeightSource) -> Iterator[str]:
     for file in source.files:
+        if file.version is not None:  # parts of it come when they are needed
+            continue
         holes = list(file_holes(file.path))
         for tensor in file.tensors if holes else ():
             begin, end = source.place(tensor)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import xxhash
 
@@ -26,6 +27,9 @@ from krasis.formats.limits import MAX_CONFIG_BYTES
 from krasis.formats.models.long_context import gguf_context_notes, hf_context_notes
 from krasis.formats.models.registry import family_of, spec_from_gguf
 from krasis.formats.strict_json import parse_json_object
+
+if TYPE_CHECKING:
+    from krasis.convert.hub.streamed import StreamedSources
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +53,10 @@ class OpenInputs:
 class _Table:
     """A checkpoint of either kind as a TensorTable."""
 
-    def __init__(self, checkpoint: ShardedCheckpoint | GgufCheckpoint) -> None:
-        self._checkpoint = checkpoint
+    def __init__(
+        self, checkpoint: ShardedCheckpoint | GgufCheckpoint, streamed: StreamedSources | None
+    ) -> None:
+        self._checkpoint, self._streamed = checkpoint, streamed
         self._infos: dict[str, TensorInfo] = {}
         if isinstance(checkpoint, GgufCheckpoint):
             for name, gguf in checkpoint.tensors.items():
@@ -62,8 +68,8 @@ class _Table:
     def infos(self) -> Mapping[str, TensorInfo]:
         return self._infos
 
-    def view(self, name: str) -> Bytes:
-        return self._checkpoint.view(name)
+    def view(self, name: str, begin: int = 0, end: int | None = None) -> Bytes:
+        return self._checkpoint.view(name, begin, end)
 
     def where(self, name: str) -> str:
         return f"{self._checkpoint.file_of(name).path}: '{name}'"
@@ -82,16 +88,20 @@ class _Table:
         header = "".join(f"{name} {self._infos[name]}\n" for name in names)
         status = path.stat()
         digest = xxhash.xxh3_128_hexdigest(header.encode())
-        return SourceFile(path, path.name, status.st_size, status.st_mtime_ns, digest, tuple(names))
+        version = None if self._streamed is None else self._streamed.version(path)
+        return SourceFile(path, path.name, status.st_size, status.st_mtime_ns, digest, tuple(names), version)
 
 
-def open_inputs(inputs: Inputs) -> OpenInputs:
-    """Opens and checks every header, shape and type; reads no weights. Raises KrasisError."""
+def open_inputs(inputs: Inputs, streamed: StreamedSources | None = None) -> OpenInputs:
+    """Opens and checks every header, shape and type; reads no weights. Raises KrasisError.
+
+    streamed: gets what is not on the disk.
+    """
     hf, (hf_assets, unreadable), notes = (
-        _open_hf(inputs.hf) if inputs.hf is not None else (None, ({}, {}), ())
+        _open_hf(inputs.hf, streamed) if inputs.hf is not None else (None, ({}, {}), ())
     )
     notes = (*inputs.notes, *notes)
-    gguf, metadata = _open_gguf(inputs.gguf) if inputs.gguf is not None else (None, {})
+    gguf, metadata = _open_gguf(inputs.gguf, streamed) if inputs.gguf is not None else (None, {})
     if gguf is not None:
         notes = (*notes, *_gguf_notes(hf, gguf, metadata))
     if "tokenizer.json" in (*hf_assets, *unreadable) or gguf is None:
@@ -127,7 +137,7 @@ def _left_out_notes(source: WeightSource) -> tuple[str, ...]:
 
 
 def _open_hf(
-    path: Path,
+    path: Path, streamed: StreamedSources | None
 ) -> tuple[WeightSource, tuple[dict[str, bytes], dict[str, KrasisError]], tuple[str, ...]]:
     folder = path if path.is_dir() else path.parent
     config_path = folder / "config.json"
@@ -138,8 +148,8 @@ def _open_hf(
     check_convertible(spec, str(config_path))
     refuse_quantised(config, str(config_path))
     family, notes = family_of(spec), list(hf_context_notes(config, spec))
-    checkpoint = ShardedCheckpoint.open(path)
-    table = _Table(checkpoint)
+    checkpoint = ShardedCheckpoint.open(path, None if streamed is None else streamed.need)
+    table = _Table(checkpoint, streamed)
     if spec.tied and has_own_head(table, family):
         # As transformers loads it: two matrices that differ are not tied, whatever config.json says.
         spec = replace(spec, tied=False)
@@ -155,13 +165,13 @@ def _open_hf(
     return source, assets_from_folder(folder), (*checkpoint.notes, *notes, *_left_out_notes(source))
 
 
-def _open_gguf(path: Path) -> tuple[WeightSource, Mapping[str, object]]:
-    checkpoint = GgufCheckpoint.open(path)
+def _open_gguf(path: Path, streamed: StreamedSources | None) -> tuple[WeightSource, Mapping[str, object]]:
+    checkpoint = GgufCheckpoint.open(path, None if streamed is None else streamed.need)
     check_is_model(checkpoint.metadata, checkpoint.tensors, str(path))
     spec = spec_from_gguf(checkpoint.metadata, checkpoint.tensors, str(path))
     check_convertible(spec, str(path))
     check_gguf_tokens(checkpoint.metadata, spec.vocab, str(path))
-    table = _Table(checkpoint)
+    table = _Table(checkpoint, streamed)
     source = WeightSource("gguf", path, spec, family_of(spec), _as_table(table), table.files())
     return source, checkpoint.metadata
 

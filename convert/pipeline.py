@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from krasis.convert.alarms import Alarms, PackedPart, tell
 from krasis.convert.dense import DensePacker
@@ -23,6 +24,9 @@ from krasis.formats.errors import FormatError
 from krasis.formats.layouts.expert_record import PARTS, ExpertImportance, clear_padding
 from krasis.formats.layouts.matrix import PackStats
 from krasis.formats.native import Pool
+
+if TYPE_CHECKING:
+    from krasis.convert.hub.streamed import StreamedSources
 
 
 @dataclass(slots=True)
@@ -46,10 +50,16 @@ def run_units(
     finished: Mapping[str, UnitRecord],
     calibration: Calibration | None,
     reporter: Reporter,
+    streamed: StreamedSources | None = None,
 ) -> PipelineResult:
-    """Does what ``finished`` lacks, in the plan's order. Interrupted at any point, the journal stays true."""
+    """Does what ``finished`` lacks, in the plan's order. Interrupted at any point, the journal stays true.
+
+    streamed: is told what is needed next, and what no more.
+    """
     result = PipelineResult(ContentDigests())
     check_finished(plan, finished)
+    if streamed is not None:
+        streamed.go_on(finished)
     for earlier in finished.values():
         result.digests.restore(earlier.tensors)
     done_bytes = sum(unit.source_bytes for unit in plan.units if unit.name in finished)
@@ -67,6 +77,8 @@ def run_units(
             for unit in plan.units:
                 record = finished.get(unit.name)
                 if record is None:
+                    if streamed is not None:
+                        streamed.begin(unit.name)
                     blobs, quality = worker.pack(unit)
                     tell(worker.alarms, reporter, force=settings.force_weights)
                     for blob in {files[blob]: blob for blob in unit.blobs}.values():
@@ -75,6 +87,8 @@ def run_units(
                     known.update(tensors)
                     record = UnitRecord(unit.name, blobs, tensors, quality.to_json())
                     journal.append(record)
+                    if streamed is not None:
+                        streamed.end(unit.name)
                     result.source_bytes += unit.new_bytes
                 result.blobs.update(record.blobs)
                 result.quality[unit.name] = UnitQuality.from_json(record.quality)

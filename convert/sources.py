@@ -23,7 +23,7 @@ from krasis.formats.models.family import Family, Source, Transform
 from krasis.formats.models.latent_names import TOGETHER
 from krasis.formats.models.mixers import Attention, LatentAttention
 from krasis.formats.models.spec import ModelSpec
-from krasis.formats.models.tensors import Tensor, dense_tensors
+from krasis.formats.models.tensors import Tensor, dense_tensors, dense_tensors_of
 
 SourceKind = Literal["hf", "gguf"]
 _COMPARED_BYTES = 16 << 20
@@ -45,8 +45,8 @@ class TensorTable(Protocol):
     def infos(self) -> Mapping[str, TensorInfo]:
         """All tensors by name."""
 
-    def view(self, name: str) -> Bytes:
-        """The tensor's bytes, mapped."""
+    def view(self, name: str, begin: int = 0, end: int | None = None) -> Bytes:
+        """The tensor's bytes, mapped; or those from begin to end."""
 
     def where(self, name: str) -> str:
         """File and tensor, for messages."""
@@ -59,7 +59,8 @@ class TensorTable(Protocol):
 class SourceFile:
     """A file of a source, for the record and for noticing changes.
 
-    header_digest covers names, types, shapes, offsets.
+    header_digest covers names, types, shapes, offsets. version: of a file on the hub, of which only parts are
+    here, so that its time stamp says nothing; None for others.
     """
 
     path: Path
@@ -68,6 +69,7 @@ class SourceFile:
     mtime_ns: int
     header_digest: str
     tensors: tuple[str, ...]
+    version: str | None = None
 
     def check_unchanged(self) -> None:
         """Raises MismatchError if the file is not as it was when it was opened."""
@@ -77,7 +79,7 @@ class SourceFile:
             raise self._changed(error.strerror or str(error)) from error
         if status.st_size != self.num_bytes:
             raise self._changed(f"{status.st_size} bytes, were {self.num_bytes}")
-        if status.st_mtime_ns != self.mtime_ns:
+        if self.version is None and status.st_mtime_ns != self.mtime_ns:
             raise self._changed("another time stamp")
 
     def _changed(self, got: str) -> MismatchError:
@@ -93,7 +95,7 @@ class SourceFile:
         return {
             "name": self.name,
             "num_bytes": self.num_bytes,
-            "mtime_ns": self.mtime_ns,
+            **({"mtime_ns": self.mtime_ns} if self.version is None else {"version": self.version}),
             "header_digest": self.header_digest,
         }
 
@@ -169,6 +171,15 @@ class WeightSource:
             return self._transposed_slice(place, rows, columns)
         return self._slice(place.tensor, (rows, columns), place.first_matrix * rows)
 
+    def tensors_of(self, layer: int | None, *, experts: bool) -> set[str]:
+        """The names of what the experts of a layer are made of, or the rest of it (None: of the model)."""
+        if experts and layer is not None:
+            count = self.spec.experts_of(layer).count
+            places = (self._names.expert(layer, one, part) for part in PARTS for one in range(count))
+            return {place.tensor for place in places}
+        tensors = dense_tensors_of(self.spec, layer)
+        return {self._names.tensor(ours, layer) for one in tensors for ours, _ in one.sources()}
+
     def place(self, tensor: str) -> tuple[int, int]:
         """(begin, end) of a tensor in its file, in bytes."""
         info = self._infos[tensor]
@@ -213,16 +224,16 @@ class WeightSource:
     def _slice(self, tensor: str, shape: tuple[int, ...], first_row: int) -> TensorSlice:
         dtype = self._infos[tensor].dtype
         per_row = tensor_bytes(dtype, shape[1:] or (1,))
-        view = self._table.view(tensor)
         begin = first_row * per_row
+        info = self._infos[tensor]
         return TensorSlice(
             tensor=tensor,
             where=self._table.where(tensor),
             dtype=dtype,
             shape=shape,
-            raw=view[begin : begin + shape[0] * per_row],
+            raw=self._table.view(tensor, begin, begin + shape[0] * per_row),
             offset_bytes=begin,
-            total_bytes=view.nbytes,
+            total_bytes=info.num_bytes,
         )
 
     def _experts_are_transposed(self) -> bool:

@@ -76,7 +76,7 @@ def check_cache_room(repository: Repository, num_bytes: int) -> None:
             where=f"{repository.name} into {constants.HF_HUB_CACHE}",
             got=f"{format_bytes(free)} free",
             limit=f"{format_bytes(num_bytes)} needed",
-            hint="free some of it, or set HF_HOME to a folder on another disk",
+            hint="--drop-sources converts while it downloads and keeps none; or set HF_HOME to another disk",
         )
 
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from krasis.formats.checkpoints.gguf_header import MAGIC, VERSIONS, GgufTensor, GgufValue, parse_gguf_header
-from krasis.formats.checkpoints.tensor_file import TensorFile, TensorFiles
+from krasis.formats.checkpoints.tensor_file import Fetch, TensorFile, TensorFiles
 from krasis.formats.errors import FormatError
 from krasis.formats.files.file_kinds import read_head, refuse_other
 from krasis.formats.files.regular_file import MappedFile, list_names, open_regular
@@ -36,12 +36,12 @@ class GgufFile(TensorFile[GgufTensor]):
     metadata: Mapping[str, GgufValue]
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> GgufFile:
+    def open(cls, path: str | os.PathLike[str], fetch: Fetch | None = None) -> GgufFile:
         """Maps the file and checks its header. FormatError if it is not sound, ResourceError if the system
-        refuses.
+        refuses. fetch: brings what of the data is not there.
         """
         self = cls()
-        self.path = Path(path)
+        self.path, self._fetch = Path(path), fetch
         fd = open_regular(self.path, follow_links=True)
         try:
             self.file_bytes = os.fstat(fd).st_size
@@ -94,7 +94,7 @@ class GgufCheckpoint(TensorFiles[GgufFile]):
     tensors: Mapping[str, GgufTensor]
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> GgufCheckpoint:
+    def open(cls, path: str | os.PathLike[str], fetch: Fetch | None = None) -> GgufCheckpoint:
         """path: a GGUF file, any part of a split one, or a directory that holds exactly one of these.
 
         Raises FormatError for damage, a missing part (named), or parts that do not belong together.
@@ -102,7 +102,7 @@ class GgufCheckpoint(TensorFiles[GgufFile]):
         self = cls()
         self.path = Path(path)
         paths = _part_paths(_find_file(self.path) if self.path.is_dir() else self.path)
-        self.files = tuple(GgufFile.open(part) for part in paths)
+        self.files = tuple(GgufFile.open(part, fetch) for part in paths)
         _check_parts(self.files)
         self._owner = {}
         for file in self.files:

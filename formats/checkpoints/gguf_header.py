@@ -79,6 +79,18 @@ def parse_gguf_header(data: memoryview, where: str) -> tuple[dict[str, GgufValue
     return metadata, _place_tensors(records, data_start, alignment, len(data), where)
 
 
+def gguf_header_bytes(data: memoryview, where: str) -> int:
+    """Where the tensors' records end. FormatError if ``data`` ends before that, or is unsound."""
+    cursor = _Cursor(data, where)
+    num_tensors, num_pairs = _read_counts(cursor)
+    for _ in range(num_pairs):
+        cursor.string("metadata key", _MAX_KEY_BYTES)
+        _read_value(cursor, cursor.scalar(_U32), depth=0)
+    for _ in range(num_tensors):
+        _read_record(cursor)
+    return cursor.position
+
+
 class _Cursor:
     """A position in the header; every read checks the bytes that are left."""
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from krasis.formats.checkpoints.tensor_file import TensorFile, TensorFiles
+from krasis.formats.checkpoints.tensor_file import Fetch, TensorFile, TensorFiles
 from krasis.formats.dtypes import ITEM_BYTES, NUMPY_DTYPES
 from krasis.formats.errors import FormatError
 from krasis.formats.files.file_kinds import read_head, refuse_other
@@ -196,12 +196,12 @@ class SafetensorsFile(TensorFile[TensorInfo]):
     header_bytes: int
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> SafetensorsFile:
+    def open(cls, path: str | os.PathLike[str], fetch: Fetch | None = None) -> SafetensorsFile:
         """Reads and checks the header and maps the file. FormatError if it is not sound, ResourceError if
-        refused.
+        refused. fetch: brings what of the data is not there.
         """
         self = cls()
-        self.path = Path(path)
+        self.path, self._fetch = Path(path), fetch
         fd = open_regular(self.path, follow_links=True)
         try:
             self.file_bytes = os.fstat(fd).st_size
@@ -243,7 +243,7 @@ class ShardedCheckpoint(TensorFiles[SafetensorsFile]):
     tensors: Mapping[str, TensorInfo]
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> ShardedCheckpoint:
+    def open(cls, path: str | os.PathLike[str], fetch: Fetch | None = None) -> ShardedCheckpoint:
         """path: a ``.safetensors`` file, an index (``*.safetensors.index.json``), or a directory with either.
 
         Raises FormatError for a missing or truncated shard (named), an index that contradicts its shards, or
@@ -260,10 +260,10 @@ class ShardedCheckpoint(TensorFiles[SafetensorsFile]):
             weight_map = read_index(entry.index)
             names = sorted(set(weight_map.values()))
             check_present(entry.index.parent, names, f"that {entry.index.name} names")
-            self.files = tuple(SafetensorsFile.open(entry.index.with_name(name)) for name in names)
+            self.files = tuple(SafetensorsFile.open(entry.index.with_name(name), fetch) for name in names)
             self._owner = _match_index(weight_map, self.files, entry.index)
         else:
-            self.files = tuple(SafetensorsFile.open(file) for file in entry.files)
+            self.files = tuple(SafetensorsFile.open(file, fetch) for file in entry.files)
             self._owner = _add_unlisted({}, self.files)
         self.tensors = {name: file.tensors[name] for name, file in self._owner.items()}
         self.metadata = self.files[0].metadata

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 from krasis.formats.errors import FormatError
 from krasis.formats.files.regular_file import Bytes, MappedFile
 from krasis.formats.names import shown
+
+# Called with a file's path and a stretch of it (begin, end) before its bytes are read: files of which only
+# parts are on the disk get them then.
+Fetch = Callable[[Path, int, int], None]
 
 
 class Placed(Protocol):
@@ -30,12 +34,13 @@ class TensorFile(Generic[InfoT]):
     close.
     """
 
-    __slots__ = ("_mapping", "file_bytes", "path", "tensors")
+    __slots__ = ("_fetch", "_mapping", "file_bytes", "path", "tensors")
 
     path: Path
     tensors: Mapping[str, InfoT]
     file_bytes: int
     _mapping: MappedFile
+    _fetch: Fetch | None
 
     def info(self, name: str) -> InfoT:
         """A tensor's record. FormatError if there is none of that name."""
@@ -44,10 +49,14 @@ class TensorFile(Generic[InfoT]):
             raise FormatError("tensor is missing", where=f"{self.path}: {shown(name)}")
         return info
 
-    def view(self, name: str) -> Bytes:
-        """uint8 [num_bytes], read-only, a view of the mapped file."""
+    def view(self, name: str, begin: int = 0, end: int | None = None) -> Bytes:
+        """uint8 [num_bytes], read-only, a view of the mapped file; or of the bytes from begin to end."""
         info = self.info(name)
-        return self._mapping.bytes[info.offset_bytes : info.offset_bytes + info.num_bytes]
+        last = info.offset_bytes + (info.num_bytes if end is None else min(end, info.num_bytes))
+        first = min(info.offset_bytes + begin, last)
+        if self._fetch is not None:
+            self._fetch(self.path, first, last)
+        return self._mapping.bytes[first:last]
 
     def release(self, name: str) -> None:
         """Tells the system that the tensor's pages are not needed now; they are read again if touched."""
@@ -71,9 +80,9 @@ class TensorFiles(Generic[FileT]):
             raise FormatError("tensor is missing", where=f"{self.path}: {shown(name)}")
         return file
 
-    def view(self, name: str) -> Bytes:
-        """uint8 [num_bytes], read-only, a view of the mapped file."""
-        return self.file_of(name).view(name)
+    def view(self, name: str, begin: int = 0, end: int | None = None) -> Bytes:
+        """uint8 [num_bytes], read-only, a view of the mapped file; or of the bytes from begin to end."""
+        return self.file_of(name).view(name, begin, end)
 
     def release(self, name: str) -> None:
         """The tensor's pages are not needed now; see ``TensorFile.release``."""

@@ -123,7 +123,7 @@ def test_a_disk_too_small(hub, cache, monkeypatch):
     found = os.statvfs("/")
     full = os.statvfs_result((*found[:4], 1, *found[5:10]))
     monkeypatch.setattr(module.os, "statvfs", lambda _: full)
-    with pytest.raises(ResourceError, match=r"not enough disk space for the download.*HF_HOME"):
+    with pytest.raises(ResourceError, match=r"not enough disk space for the download.*--drop-sources"):
         fetch("org/tiny")
 
 
