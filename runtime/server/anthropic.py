@@ -65,7 +65,7 @@ def read_choice(fields: Fields) -> tuple[str, str]:
     if kind == "tool" and isinstance(choice.get("name"), str):
         return "required", str(choice["name"])
     words = {"auto": "auto", "any": "required", "none": "none"}
-    if kind not in words:
+    if not isinstance(kind, str) or kind not in words:
         raise refused(
             f"tool_choice.type: must be auto, any, tool or none (got {shown(kind)}).", "tool_choice"
         )

@@ -19,6 +19,7 @@ from krasis.runtime.server.completions import completions
 from krasis.runtime.server.errors import ApiError, internal
 from krasis.runtime.server.messages import count_tokens, messages
 from krasis.runtime.server.native import native_completion
+from krasis.runtime.server.openapi import openapi
 from krasis.runtime.server.responses import input_tokens, responses
 from krasis.runtime.server.service import ClientLeft, Service
 from krasis.runtime.server.slot_endpoint import act_on_slot
@@ -42,6 +43,7 @@ _POST = {
 }
 _GET = {"models": utility.models, "health": utility.health}
 _ALONE = {"props": utility.properties, "slots": utility.slots, "metrics": utility.metrics, "": utility.root}
+_ALONE["openapi.json"] = openapi
 _NOT_OFFERED = (
     "embeddings",
     "rerank",

@@ -236,7 +236,7 @@ def _serve(bundle: Path, options: dict[str, Any]) -> None:
     def on_ready(service: Service) -> None:
         _say_ready(addresses, service, time.perf_counter() - begin)
 
-    run(listeners, load, unload, on_ready)
+    run(listeners, load, unload, on_ready, header_timeout_s=options["timeout"])
 
 
 def _make_folder(folder: Path | None) -> None:

@@ -19,6 +19,7 @@ from krasis.formats.errors import ResourceError
 from krasis.runtime.server.app import make_app
 from krasis.runtime.server.auth import error_response_body
 from krasis.runtime.server.errors import ApiError
+from krasis.runtime.server.patience import patient_protocol
 from krasis.runtime.server.service import Service
 from krasis.runtime.server.wire import json_response
 
@@ -135,9 +136,11 @@ def run(
     load: Callable[[], Service],
     unload: Callable[[], None],
     on_ready: Callable[[Service], None] = lambda _: None,
+    *,
+    header_timeout_s: float = 60.0,
 ) -> None:
     """Serves until a signal comes. load: makes the service, in a thread, while requests are told to wait.
-    unload: saves and frees it, at the very end.
+    unload: saves and frees it, at the very end. header_timeout_s: for the headers of a request to arrive.
 
     Raises what load raises.
     """
@@ -157,7 +160,7 @@ def run(
         server_header=False,
         timeout_graceful_shutdown=GRACE_S,
         loop="asyncio",
-        http="h11",
+        http=patient_protocol(header_timeout_s),
     )
     server = _Server(config, close)
 

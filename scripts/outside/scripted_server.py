@@ -1,4 +1,4 @@
-"""krasis-serve without a model, for outside programs: it thinks, calls tools if asked to, and answers.
+"""krasis-serve without a model, for outside programs: it thinks, calls tools when asked to, and answers.
 
     python -m scripts.outside.scripted_server --port 8080
 

@@ -66,7 +66,7 @@ def read_tools(fields: Fields) -> ToolChoice:
         if not isinstance(tool, Mapping):
             raise refused(f"'{where}' must be an object.", where)
         if tool.get("type", "function") == "namespace":
-            tools += [_function(one, where) for one in tool.get("tools") or () if isinstance(one, Mapping)]
+            tools += [_function(one, where) for one in _objects(tool.get("tools"))]
         elif tool.get("type", "function") == "function":
             tools.append(_function(tool, where))
     return _with_choice(fields, tools)
@@ -87,16 +87,20 @@ def _function(tool: Mapping[str, Any], where: str) -> dict[str, Any]:
     return {"type": "function", "function": kept}
 
 
+def _objects(value: Any) -> list[Mapping[str, Any]]:
+    """The objects in a list; nothing in what is no list."""
+    return [one for one in value if isinstance(one, Mapping)] if isinstance(value, list) else []
+
+
 def _with_choice(fields: Fields, tools: list[dict[str, Any]]) -> ToolChoice:
     choice = fields.any("tool_choice")
     if choice is None or choice in ("auto", "none", "required"):
         return ToolChoice.checked(tools, choice or "auto")
     if isinstance(choice, Mapping):
         if choice.get("type") == "allowed_tools":
-            allowed = choice.get("allowed_tools", choice)
-            names = {
-                function_of(one).get("name") for one in allowed.get("tools") or () if isinstance(one, Mapping)
-            }
+            inner = choice.get("allowed_tools")
+            allowed = inner if isinstance(inner, Mapping) else choice
+            names = [function_of(one).get("name") for one in _objects(allowed.get("tools"))]
             few = [tool for tool in tools if function_of(tool).get("name") in names]
             return ToolChoice.checked(few, "required" if allowed.get("mode") == "required" else "auto")
         name = function_of(choice).get("name")

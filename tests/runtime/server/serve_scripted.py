@@ -36,7 +36,7 @@ def main() -> None:
         settings = ServeSettings(ping_interval_s=0.2, body_timeout_s=0.5)
         return Service(core, core.assets, settings, lambda: files["tokenizer.json"])
 
-    run([listener], load, core.close)
+    run([listener], load, core.close, header_timeout_s=0.5)
     print("saved" if core.saved else "not saved", flush=True)
 
 

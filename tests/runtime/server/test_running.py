@@ -126,3 +126,23 @@ def test_an_address_that_is_taken_is_told() -> None:
         listen("127.0.0.1", first.getsockname()[1])
     with pytest.raises(ResourceError, match="cannot be listened on"):
         listen("no.such.host.invalid", 80)
+
+
+def test_senders_of_slow_headers_are_let_go_and_others_are_not() -> None:
+    with served(0.0, 0.05) as (_, port):
+        wait_until_ready(port)
+        begun: list[socket.socket] = []
+        for sent in (b"", b"POST /v1/cha", b"GET /health HTTP/1.1\r\nHost: x\r\nX-Slow: "):
+            begun.append(socket.create_connection(("127.0.0.1", port), timeout=10))
+            begun[-1].sendall(sent)
+        again = socket.create_connection(("127.0.0.1", port), timeout=10)
+        again.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert again.recv(4096).startswith(b"HTTP/1.1 200")
+        again.sendall(b"GET /hea")
+        connection = HTTPConnection("127.0.0.1", port, timeout=20)
+        connection.request("POST", CHAT, json.dumps({**ASK, "max_tokens": 24}))
+        reply = connection.getresponse()
+        assert reply.read().endswith(b"data: [DONE]\n\n")  # 24 tokens take longer than headers may
+        for one in [*begun, again]:
+            assert one.recv(1) == b""
+            one.close()
