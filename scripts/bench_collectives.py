@@ -26,6 +26,7 @@ from krasis.runtime.distributed.control import Control
 from krasis.runtime.distributed.devices import open_rank_device
 from krasis.runtime.distributed.place import Place, host_store
 from krasis.runtime.distributed.torch_parallel import TorchParallel, abort_group, join_group, leave_group
+from krasis.runtime.gpu.parallel import KvPart
 from krasis.runtime.settings import EngineSettings
 
 NUM_EXPERTS, TOP_K, KV_HEADS, HEAD_DIM, START, WARM_UP = 128, 8, 4, 128, 96, 3
@@ -56,14 +57,14 @@ class Exchange:
         self.begin_kv()
 
     def own_rows(self, tensor: torch.Tensor) -> torch.Tensor:
-        segments = self.parallel.own_segments(self.num_tokens)
+        segments = self.parallel.own_segments((self.num_tokens,))
         return torch.cat([tensor[begin:end] for begin, end in segments] or [tensor[:0]])
 
     def by_rank(self, tensor: torch.Tensor) -> torch.Tensor:
         rows = torch.zeros(
             (self.parallel.gathered_rows(self.num_tokens), tensor.shape[1]), dtype=tensor.dtype
         )
-        for begin, end, row in self.parallel.partition.blocks(self.num_tokens):
+        for begin, end, row in self.parallel.partition.blocks((self.num_tokens,)):
             rows[row : row + end - begin] = tensor[begin:end]
         return rows
 
@@ -79,7 +80,7 @@ class Exchange:
     def begin_kv(self) -> None:
         """The cache as a layer leaves it: own positions, and on rank 0 those before the chunk."""
         for cache, full in zip(self.cache, (self.keys, self.values), strict=True):
-            for begin, end in self.parallel.own_segments(self.num_tokens):
+            for begin, end in self.parallel.own_segments((self.num_tokens,)):
                 self.write(cache[:, START + begin : START + end], full[:, START + begin : START + end])
             if self.parallel.rank == 0:
                 self.write(cache[:, :START], full[:, :START])
@@ -96,8 +97,11 @@ class Exchange:
                 lambda: p.scatter_sum(s, self.partial, self.hidden, n, self.scratch),
                 others * row_bytes,
             ),
-            "share_kv": (lambda: p.share_kv(s, *self.cache, START, n), others * kv_bytes),
-            "send_kv": (lambda: p.send_kv(s, *self.cache, 0, START), START * kv_bytes if p.rank else 0),
+            "share_kv": (lambda: p.share_kv(s, [KvPart(*self.cache, START, START + n)]), others * kv_bytes),
+            "send_kv": (
+                lambda: p.send_kv(s, [KvPart(*self.cache, 0, START)]),
+                START * kv_bytes if p.rank else 0,
+            ),
         }
 
     def wrong(self) -> list[str]:

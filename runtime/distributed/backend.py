@@ -1,8 +1,9 @@
 """A backend on several ranks that looks like one: rank 0 commands, the others follow (``serve``).
 
-Prefill is done by all in step. Decode is rank 0's alone, so its keys and values are missing elsewhere; they
-are sent before the next joint prefill, and so is whatever else rank 0 wrote alone (a prefix read from a file,
-a short prompt).
+Prefill is done by all in step, whatever sequences a batch has. Decode is rank 0's alone, so its keys and
+values are missing elsewhere; they are sent before the next joint prefill of that sequence, and so is whatever
+else rank 0 wrote alone (a prefix read from a file or another slot, a short prompt). Which slots are open and
+how long they are only rank 0 needs to know: a command says where each of its sequences begins.
 """
 
 from __future__ import annotations
@@ -10,24 +11,26 @@ from __future__ import annotations
 import logging
 import signal
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 import numpy as np
 
-from krasis.runtime.backend import KvRows, LayerProgress, Logits, TokenIds
+from krasis.runtime.backend import LayerProgress, Logits
+from krasis.runtime.batch import Batch, Span
 from krasis.runtime.distributed.control import Control
 from krasis.runtime.distributed.ranked import RankedBackend
-from krasis.runtime.gpu.parallel import Parallel
-from krasis.runtime.one_sequence import OneSequence
+from krasis.runtime.distributed.state import FirstRanksState
+from krasis.runtime.gpu.parallel import KvPart, Parallel
 
 logger = logging.getLogger(__name__)
 
 
-class DistributedBackend(OneSequence):
-    """Rank 0's side of a job: see ``model.backend.Backend``. close: frees inner and all else, after the other
-    ranks were told to leave."""
+class DistributedBackend:
+    """Rank 0's side of a job: see ``runtime.backend.Backend``. close: frees inner and all else, after the
+    other ranks were told to leave."""
 
     def __init__(
         self, inner: RankedBackend, parallel: Parallel, control: Control, close: Callable[[], None]
@@ -37,7 +40,7 @@ class DistributedBackend(OneSequence):
         self.capacity, self.prefill_chunk = inner.capacity, inner.prefill_chunk
         self.description = f"{parallel.num_ranks} ranks; rank 0: {inner.description}"
         self.kv_dtype, self.spec = inner.kv_dtype, inner.spec
-        self._num_shared = 0  # positions whose keys and values all ranks have
+        self.state = FirstRanksState(inner.state)
         self._layer_done: LayerProgress | None = None
         self._raised: BaseException | None = None  # by layer_done, in a joint pass
 
@@ -71,46 +74,27 @@ class DistributedBackend(OneSequence):
         """What rank 0 did in the last prefill, if its backend says; for benchmarks."""
         return getattr(self._inner, "last_prefill", None)
 
-    def prefill(self, tokens: TokenIds, start: int, want_all: bool) -> Logits:
-        """See ``model.backend.Backend``. Raises RankError if a rank fails; nothing works any more after
+    def run(self, batch: Batch) -> Logits:
+        """See ``runtime.backend.Backend``. Raises RankError if a rank fails; nothing works any more after
         it."""
-        if self._inner.prefers_alone(len(tokens), start):
-            self._num_shared = min(self._num_shared, start)
-            return self._inner.prefill(tokens, start, want_all, alone=True)
-        shared = min(self._num_shared, start)
+        self._inner.state.begin(batch)  # an error here is no other rank's business
+        shared = self.state.begin(batch)
+        if self._inner.runs_alone(batch):
+            return self._inner.run(batch, alone=True)
         self._raised = None
         self._inner.layer_done = None if self._layer_done is None else self._tell
         try:
             with _interrupts_deferred():
-                self._control.send(
-                    "prefill", tokens=tokens.tolist(), start=start, want_all=want_all, shared=shared
-                )
+                self._control.send("run", **written(batch), shared=shared)
                 with self._control.joint("prefill"):
-                    logits = prefill_in_step(self._inner, self._parallel, tokens, start, want_all, shared)
+                    logits = run_in_step(self._inner, self._parallel, batch, shared)
         finally:
             self._inner.layer_done = self._layer_done
-        self._num_shared = start + len(tokens)
+        self.state.advance(batch)
         raised, self._raised = self._raised, None
         if raised is not None:
             raise raised
         return logits
-
-    def decode(self, token: int, position: int) -> Logits:
-        """See ``model.backend.Backend``."""
-        if not self._inner.decodes_alone:
-            logits: Logits = self.prefill(np.array([token], dtype=np.int64), position, False)[-1]
-            return logits
-        self._num_shared = min(self._num_shared, position)
-        return self._inner.decode(token, position)
-
-    def export_kv(self, layer: int, num_tokens: int) -> tuple[KvRows, KvRows]:
-        """See ``model.backend.Backend``."""
-        return self._inner.export_kv(layer, num_tokens)
-
-    def import_kv(self, layer: int, keys: KvRows, values: KvRows) -> None:
-        """See ``model.backend.Backend``."""
-        self._num_shared = 0
-        self._inner.import_kv(layer, keys, values)
 
     def close(self) -> None:
         """See ``model.backend.Backend``."""
@@ -132,23 +116,39 @@ def serve(backend: RankedBackend, parallel: Parallel, control: Control) -> None:
         logger.debug("rank %d: %s", parallel.rank, name)
         if name == "close":
             return
-        tokens = np.asarray(command.pop("tokens"), dtype=np.int64)
-        with control.joint(name):
-            prefill_in_step(backend, parallel, tokens, **command)
+        with control.joint("prefill"):
+            batch, shared = read_batch(command), command["shared"]
+            for span in batch.spans:
+                backend.state.continue_at(span.slot, span.start)
+            run_in_step(backend, parallel, batch, shared)
 
 
-def prefill_in_step(
-    backend: RankedBackend, parallel: Parallel, tokens: TokenIds, start: int, want_all: bool, shared: int
-) -> Logits:
-    """One rank's part of a joint prefill. shared: positions that all ranks' caches hold; rank 0 sends the
-    rest."""
+def run_in_step(backend: RankedBackend, parallel: Parallel, batch: Batch, shared: Sequence[int]) -> Logits:
+    """One rank's part of a joint batch. shared: positions of each sequence that all ranks' caches hold; rank
+    0 sends those from there to where the sequence goes on."""
     stream = backend.compute_stream
-    if shared < start:
-        for keys, values in backend.kv_layers():
-            parallel.send_kv(stream, keys, values, shared, start)
-    logits = backend.prefill(tokens, start, want_all)
+    lacking = [
+        (backend.kv_layers(span.slot), begin, span.start)
+        for span, begin in zip(batch.spans, shared, strict=True)
+        if begin < span.start
+    ]
+    for parts in zip(*([(*kv, begin, end) for kv in layers] for layers, begin, end in lacking), strict=True):
+        parallel.send_kv(stream, [KvPart(*part) for part in parts])
+    logits = backend.run(batch)
     stream.synchronize()
     return logits
+
+
+def written(batch: Batch) -> dict[str, Any]:
+    """A batch as JSON has it."""
+    spans = [(span.slot, span.first_row, span.rows, span.start, span.logits) for span in batch.spans]
+    return {"tokens": batch.tokens.tolist(), "spans": spans}
+
+
+def read_batch(command: Mapping[str, Any]) -> Batch:
+    """What ``written`` wrote."""
+    tokens = np.asarray(command["tokens"], dtype=np.int64)
+    return Batch(tokens, tuple(Span(*words) for words in command["spans"]))
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What ranks need of the backend they run in step, beyond ``model.backend.Backend``."""
+"""What ranks need of the backend they run in step, beyond ``runtime.backend.Backend``."""
 
 from __future__ import annotations
 
@@ -7,41 +7,42 @@ from typing import Protocol
 
 import torch
 
-from krasis.runtime.backend import Backend, KvRows, Logits, TokenIds
+from krasis.runtime.backend import Backend
+from krasis.runtime.batch import Batch, Logits, StateStore
 from krasis.runtime.device.api import Stream
 
 
-class RankedBackend(Backend, Protocol):
-    """A backend that was opened with a ``Parallel`` of several ranks.
+class RankedState(StateStore, Protocol):
+    """The state of a backend that other ranks follow, or that follows rank 0."""
 
-    compute_stream: of prefill. decodes_alone: decode needs no other rank (else it is a one-token prefill).
-    """
+    def begin(self, batch: Batch) -> None:
+        """What lies beyond the spans' starts is no longer held. Raises NativeError, and changes nothing, for
+        spans that do not begin where their slots have been computed."""
+        ...
+
+    def continue_at(self, slot: int, position: int) -> None:
+        """Rank 0 says so: the slot is open and ends there."""
+        ...
+
+
+class RankedBackend(Backend, Protocol):
+    """A backend that was opened with a ``Parallel`` of several ranks. compute_stream: of prefill."""
 
     compute_stream: Stream
-    decodes_alone: bool
 
-    def prefers_alone(self, num_tokens: int, start: int) -> bool:
-        """Whether rank 0 had better compute so few tokens without the others."""
+    @property
+    def state(self) -> RankedState:
+        """See ``Backend``."""
         ...
 
-    def decode(self, token: int, position: int) -> Logits:
-        """Logits [vocab] of one token."""
+    def runs_alone(self, batch: Batch) -> bool:
+        """Whether rank 0 had better compute the batch without the others."""
         ...
 
-    def export_kv(self, layer: int, num_tokens: int) -> tuple[KvRows, KvRows]:
-        """See ``StateStore.export``."""
+    def run(self, batch: Batch, alone: bool = False) -> Logits:
+        """See ``Backend``. alone: without any collective. Other ranks than 0 give no logits, [0, vocab]."""
         ...
 
-    def import_kv(self, layer: int, keys: KvRows, values: KvRows) -> None:
-        """See ``StateStore.import_``."""
-        ...
-
-    def prefill(self, tokens: TokenIds, start: int, want_all: bool, alone: bool = False) -> Logits:
-        """Logits [T or 1, vocab] of tokens at positions start.., of all or of the last; alone: without any
-        collective. Other ranks than 0 give no logits, [0,
-        vocab]."""
-        ...
-
-    def kv_layers(self) -> Sequence[tuple[torch.Tensor, torch.Tensor]]:
-        """Keys and values [num_kv_heads, capacity, head_dim] of every layer, on the device."""
+    def kv_layers(self, slot: int) -> Sequence[tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values [num_kv_heads, capacity, head_dim] of every layer of a slot, on the device."""
         ...

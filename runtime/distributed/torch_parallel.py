@@ -7,7 +7,8 @@ the transport.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, cast
 
@@ -19,10 +20,12 @@ from krasis.runtime.device.api import Stream
 from krasis.runtime.distributed.control import Control
 from krasis.runtime.distributed.place import Place
 from krasis.runtime.distributed.store import prefixed
+from krasis.runtime.gpu.parallel import KvPart
 from krasis.runtime.gpu.partition import Partition, Segment
 
 # Ranks wait in a collective for the slowest; death is noticed otherwise (``watch``), so this may be long.
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+_Rows = tuple[int, tuple[torch.Tensor, torch.Tensor]]
 SUM_BYTES = 4 << 20  # of hidden rows summed at once, so that they stay in the L2 cache meanwhile
 
 
@@ -69,9 +72,9 @@ class TorchParallel:
         self.sum_dtype = sum_dtype
         self._control = control
 
-    def own_segments(self, num_tokens: int) -> tuple[Segment, ...]:
+    def own_segments(self, lengths: Sequence[int]) -> tuple[Segment, ...]:
         """See ``Parallel``."""
-        return self.partition.segments(num_tokens, self.rank)
+        return self.partition.segments(lengths, self.rank)
 
     def own_tokens(self, num_tokens: int) -> int:
         """See ``Parallel``."""
@@ -149,60 +152,64 @@ class TorchParallel:
         written = [hidden] if scratch is None else [hidden, scratch]
         stream.launch("scatter_sum", action, reads=_some(partial, hidden[:own]), writes=written)
 
-    def share_kv(
-        self, stream: Stream, keys: torch.Tensor, values: torch.Tensor, start: int, num_tokens: int
-    ) -> None:
+    def share_kv(self, stream: Stream, parts: Sequence[KvPart]) -> None:
         """See ``Parallel``."""
-        rows = self.rows_per_rank(num_tokens)
-        blocks = [(start + begin, start + end, row) for begin, end, row in self.partition.blocks(num_tokens)]
+        lengths = [part.num_tokens for part in parts]
+        rows = self.rows_per_rank(sum(lengths))
         mine = range(self.rank * rows, (self.rank + 1) * rows)
-        own = [(begin, end, row - mine.start) for begin, end, row in blocks if row in mine]
-        others = [block for block in blocks if block[2] not in mine]
-        kv_heads, _, head_dim = keys.shape
+        own: list[_Rows] = []
+        others: list[_Rows] = []
+        for row, block in _rows_of(parts, self.partition.blocks(lengths)):
+            (own if row in mine else others).append((row, block))
+        cache = parts[0].keys
+        kv_heads, _, head_dim = cache.shape
 
         def action(_: int) -> None:
             self._control.raise_if_failed()
-            packed = keys.new_empty((rows, 2, kv_heads, head_dim))
-            for begin, end, row in own:
-                packed[row : row + end - begin, 0] = keys[:, begin:end].transpose(0, 1)
-                packed[row : row + end - begin, 1] = values[:, begin:end].transpose(0, 1)
-            packed[sum(end - begin for begin, end, _ in own) :].zero_()
-            gathered = keys.new_empty((rows * self.num_ranks, 2, kv_heads, head_dim))
+            packed = cache.new_empty((rows, 2, kv_heads, head_dim))
+            end = 0
+            for row, block in own:
+                begin, end = row - mine.start, row - mine.start + block[0].shape[1]
+                for index, tensor in enumerate(block):
+                    packed[begin:end, index] = tensor.transpose(0, 1)
+            packed[end:].zero_()
+            gathered = cache.new_empty((rows * self.num_ranks, 2, kv_heads, head_dim))
             _all_gather(gathered, packed)
-            for begin, end, row in others:
-                keys[:, begin:end] = gathered[row : row + end - begin, 0].transpose(0, 1)
-                values[:, begin:end] = gathered[row : row + end - begin, 1].transpose(0, 1)
+            for row, block in others:
+                for index, tensor in enumerate(block):
+                    tensor.copy_(gathered[row : row + tensor.shape[1], index].transpose(0, 1))
 
         stream.launch(
             "share_kv",
             action,
-            reads=[cache[:, begin:end] for begin, end, _ in own for cache in (keys, values)],
-            writes=[cache[:, begin:end] for begin, end, _ in others for cache in (keys, values)],
+            reads=[tensor for _, block in own for tensor in block],
+            writes=[tensor for _, block in others for tensor in block],
         )
 
-    def send_kv(self, stream: Stream, keys: torch.Tensor, values: torch.Tensor, begin: int, end: int) -> None:
+    def send_kv(self, stream: Stream, parts: Sequence[KvPart]) -> None:
         """See ``Parallel``."""
-        sent = [keys[:, begin:end], values[:, begin:end]]
+        sent = [tensor for part in parts for tensor in part.rows(0, part.num_tokens)]
 
         def action(_: int) -> None:
             self._control.raise_if_failed()
-            packed = torch.stack(sent) if self.rank == 0 else keys.new_empty((2, *sent[0].shape))
+            packed = torch.cat(sent, 1) if self.rank == 0 else sent[0].new_empty(_side_by_side(sent))
             dist.broadcast(packed, 0)
-            if self.rank:
-                sent[0].copy_(packed[0])
-                sent[1].copy_(packed[1])
+            end = 0
+            for tensor in sent if self.rank else ():
+                begin, end = end, end + tensor.shape[1]
+                tensor.copy_(packed[:, begin:end])
 
         first = self.rank == 0
         stream.launch("send_kv", action, reads=sent if first else [], writes=[] if first else sent)
 
     def restore_order(
-        self, stream: Stream, gathered: torch.Tensor, ordered: torch.Tensor, num_tokens: int
+        self, stream: Stream, gathered: torch.Tensor, ordered: torch.Tensor, lengths: Sequence[int]
     ) -> None:
         """See ``Parallel``."""
-        columns = gathered.shape[1]
+        columns, num_tokens = gathered.shape[1], sum(lengths)
         _check_rows("restore_order", gathered, self.gathered_rows(num_tokens), columns, gathered.dtype)
         _check_rows("restore_order", ordered, num_tokens, columns, gathered.dtype)
-        blocks = self.partition.blocks(num_tokens)
+        blocks = self.partition.blocks(lengths)
 
         def action(_: int) -> None:
             for begin, end, row in blocks:
@@ -220,6 +227,22 @@ def _all_gather(full: torch.Tensor, local: torch.Tensor) -> None:
     name."""
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     cast("Callable[[torch.Tensor, torch.Tensor], object]", gather)(full, local)
+
+
+def _rows_of(parts: Sequence[KvPart], blocks: Sequence[tuple[int, int, int]]) -> list[_Rows]:
+    """(first gathered row, keys and values) of each block of tokens; a block lies in one part."""
+    begins = [sum(part.num_tokens for part in parts[:index]) for index in range(len(parts))]
+    found = []
+    for begin, end, row in blocks:
+        index = bisect_right(begins, begin) - 1
+        found.append((row, parts[index].rows(begin - begins[index], end - begins[index])))
+    return found
+
+
+def _side_by_side(tensors: Sequence[torch.Tensor]) -> tuple[int, int, int]:
+    """The shape of all [kv_heads, n, head_dim] together."""
+    kv_heads, _, head_dim = tensors[0].shape
+    return kv_heads, sum(tensor.shape[1] for tensor in tensors), head_dim
 
 
 def _add_parts(hidden: torch.Tensor, parts: torch.Tensor) -> None:

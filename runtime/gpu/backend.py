@@ -13,8 +13,8 @@ import torch
 
 from krasis.formats.bundle.reader import Bundle
 from krasis.formats.errors import KrasisError, NativeError
-from krasis.runtime.backend import KvRows, LayerProgress, Logits, TokenIds
-from krasis.runtime.batch import Batch, one_sequence
+from krasis.runtime.backend import LayerProgress, Logits
+from krasis.runtime.batch import Batch
 from krasis.runtime.device.api import Device, Stream
 from krasis.runtime.gpu.chunk import part_of
 from krasis.runtime.gpu.decode import Next
@@ -63,7 +63,7 @@ class GpuBackend:
     """See ``backend.Backend`` and ``distributed.ranked.RankedBackend``.
 
     closes_device: with itself. compute_stream: everything but expert copies runs there. last_prefill: what
-    the last prefill did. decodes_alone: whether decode needs no other rank.
+    the last prefill did.
     """
 
     def __init__(
@@ -102,7 +102,6 @@ class GpuBackend:
         self._paths = PathModel(plan.sizes, plan.hardware, parallel.num_ranks, parallel.num_experts)
         self.last_prefill: LastPrefill | None = None
         self.state = GpuState(model.cache, model.stream, self.kv_dtype)
-        self.decodes_alone = parts.decoder is not None
         decodes = parts.decoder.description if parts.decoder else "GPU, a prefill a token"
         self.placement = (PATH_WORDS["streamed"], decodes)
         self.description = (
@@ -114,47 +113,21 @@ class GpuBackend:
 
     # ---- Backend ---------------------------------------------------------------------------------------
 
-    def run(self, batch: Batch) -> Logits:
+    def run(self, batch: Batch, alone: bool = False) -> Logits:
         """See ``backend.Backend``. One token of each of a few sequences is decoded; anything else is a
-        prefill pass, with several ranks of one sequence.
+        prefill pass. With several ranks all of them must be told the same batch, except alone: then only
+        this one computes (tokens to decode; short prompts, on the CPU's experts). Where memory runs out, it
+        goes on from there with half the batch; with several ranks the error is raised instead
+        (ResourceError, torch.OutOfMemoryError).
         """
         self.state.begin(batch)
-        logits = self._run_batch(batch, alone=False)
+        alone = alone and self._parallel.num_ranks > 1
+        if (alone or self._parallel.num_ranks == 1) and self._decodes(batch):
+            logits = self._decode(batch)
+        else:
+            logits = self._prefill(batch, alone)
         self.state.advance(batch.spans)
         return logits
-
-    def prefill(self, tokens: TokenIds, start: int, want_all: bool, alone: bool = False) -> Logits:
-        """The old interface, over slot 0. Where memory runs out, it goes on from there with half the batch;
-        with several ranks the error is raised instead (ResourceError, torch.OutOfMemoryError).
-
-        alone: of several ranks, only this one computes (short prompts, on the CPU's experts).
-        """
-        self.state.continue_at(0, start)
-        batch = one_sequence(tokens, start, "all" if want_all else "last")
-        logits = self._prefill(batch, alone)
-        self.state.advance(batch.spans)
-        return logits
-
-    def decode(self, token: int, position: int) -> Logits:
-        """The old interface, over slot 0."""
-        if self._live_parts().decoder is None:
-            logits: Logits = self.prefill(np.array([token], np.int64), position, False)[0]
-            return logits
-        self.state.continue_at(0, position)
-        batch = one_sequence(np.array([token], np.int64), position)
-        found: Logits = self._run_batch(batch, alone=False)[0]
-        self.state.advance(batch.spans)
-        return found
-
-    def export_kv(self, layer: int, num_tokens: int) -> tuple[KvRows, KvRows]:
-        """The old interface, over slot 0."""
-        return self._live_parts().model.cache.read(self.compute_stream, 0, layer, num_tokens)
-
-    def import_kv(self, layer: int, keys: KvRows, values: KvRows) -> None:
-        """The old interface, over slot 0."""
-        self._live_parts()
-        self.state.continue_at(0, 0)
-        self.state.import_(0, layer, keys, values)
 
     @property
     def last_decode_split(self) -> dict[str, float] | None:
@@ -180,27 +153,33 @@ class GpuBackend:
 
     # ---- for DistributedBackend ------------------------------------------------------------------------
 
-    def kv_layers(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """(keys, values) [num_kv_heads, capacity, head_dim] of each layer."""
-        return self._live_parts().model.cache.layers()
+    def kv_layers(self, slot: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """(keys, values) [num_kv_heads, capacity, head_dim] of each layer of a slot."""
+        return self._live_parts().model.cache.layers(slot)
 
-    def prefers_alone(self, num_tokens: int, start: int) -> bool:
-        """Whether this rank alone, on the CPU's experts, computes so few tokens faster than all ranks do."""
-        parts = self._live_parts()
+    def runs_alone(self, batch: Batch) -> bool:
+        """Whether this rank decodes the batch, or computes so few tokens on the CPU's experts faster than
+        all ranks do."""
+        if self._decodes(batch):
+            return True
+        parts, num_tokens = self._live_parts(), len(batch.tokens)
         if not self._takes_cpu(parts, num_tokens, alone=True):
             return False
-        resident = self._num_resident(parts)
-        return self._paths.choose(num_tokens, start, resident, ("streamed", "routed", "cpu")).path == "cpu"
+        resident, longest = self._num_resident(parts), max(span.start for span in batch.spans)
+        choice = self._paths.choose(num_tokens, longest, resident, ("streamed", "routed", "cpu"))
+        return choice.path == "cpu"
 
     # ---- one batch -------------------------------------------------------------------------------------
 
-    def _run_batch(self, batch: Batch, alone: bool) -> Logits:
+    def _decodes(self, batch: Batch) -> bool:
+        """Whether it is one token of each sequence, and this rank has a decoder."""
+        is_decode = all(span.rows == 1 and span.logits == "last" for span in batch.spans)
+        return is_decode and self._live_parts().decoder is not None
+
+    def _decode(self, batch: Batch) -> Logits:
         decoder = self._live_parts().decoder
-        if decoder is None or (self._parallel.num_ranks > 1 and not self.decodes_alone):
-            return self._prefill(batch, alone)
-        is_decode = len(batch.tokens) == len(batch.spans)
-        if not is_decode or any(span.logits != "last" for span in batch.spans):
-            return self._prefill(batch, alone)
+        if decoder is None:
+            raise NativeError("this rank does not decode", where="decode")
         tokens, most = batch.tokens.tolist(), decoder.max_rows
         rows = [Next(token, span.start, span.slot) for token, span in zip(tokens, batch.spans, strict=True)]
         if len(rows) <= most:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from krasis.formats.errors import NativeError
 from krasis.runtime.batch import Batch, Span
 from krasis.runtime.gpu.parallel import Parallel
 
@@ -21,36 +20,34 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """num_tokens tokens of all ranks; of these this rank computes ``own``, in the ranges ``segments`` of the
-    tokens (ascending), which are ``pieces`` of its rows. start: of the only sequence that several ranks
-    share, whose slot is ``slot``.
+    """num_tokens tokens of all ranks, of the sequences that ``spans`` names; of these this rank computes
+    ``own``, in the ranges ``segments`` of the tokens (ascending), which are ``pieces`` of its rows.
     """
 
     num_tokens: int
     own: int
     segments: tuple[tuple[int, int], ...]
     pieces: tuple[Piece, ...]
-    start: int
-    slot: int
+    spans: tuple[Span, ...]
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each sequence."""
+        return tuple(span.rows for span in self.spans)
 
 
 def chunk_of(batch: Batch, parallel: Parallel) -> Chunk:
-    """The chunk of a batch on this rank. Raises NativeError for several sequences on several ranks."""
-    count, first = len(batch.tokens), batch.spans[0]
-    if parallel.num_ranks == 1:
-        pieces = tuple(Piece(s.first_row, s.end_row, s.start, s.slot) for s in batch.spans)
-        return Chunk(count, count, ((0, count),), pieces, first.start, first.slot)
-    if len(batch.spans) > 1:
-        raise NativeError(
-            "several ranks compute one sequence at a time", where="prefill", got=len(batch.spans)
-        )
-    segments = parallel.own_segments(count)
-    rows: list[Piece] = []
-    row = 0
+    """The chunk of a batch on this rank."""
+    segments = parallel.own_segments([span.rows for span in batch.spans])
+    pieces: list[Piece] = []
+    spans = iter(batch.spans)
+    span, row = next(spans), 0
     for begin, end in segments:
-        rows.append(Piece(row, row + end - begin, first.start + begin, first.slot))
+        while begin >= span.end_row:
+            span = next(spans)
+        pieces.append(Piece(row, row + end - begin, span.start + begin - span.first_row, span.slot))
         row += end - begin
-    return Chunk(count, row, segments, tuple(rows), first.start, first.slot)
+    return Chunk(len(batch.tokens), row, segments, tuple(pieces), batch.spans)
 
 
 def part_of(batch: Batch, begin: int, end: int) -> Batch:

@@ -4,7 +4,8 @@ Each rank has all dense weights and the KV cache of all tokens, some of the chun
 and some of each layer's experts. One layer of a chunk of T tokens, with P = rows_per_rank(T):
 
 1. norm, qkv, rotary embedding and the KV store of the own tokens, segment by segment; ``share_kv``: now the
-   cache holds the whole chunk on every rank; attention and output projection of the own tokens
+   slots of all sequences hold the whole chunk on every rank; attention and output projection of the own
+   tokens
 2. norm, router and top-k of the own tokens; ``gather_tokens`` of the 16-bit activations and of the weights,
    and ``gather_ids``, which leaves -1 where another rank has the expert
 3. the own experts over all gathered rows; their weighted sum into ``partial``, of ``sum_dtype``
@@ -12,8 +13,8 @@ and some of each layer's experts. One layer of a chunk of T tokens, with P = row
 
 Local buffers have P rows: the own tokens in rising order, then at most one row of padding, which need not be
 initialised (a rank may have no token at all: T < R). Gathered buffers have R * P rows, rank 0's block first,
-which is not the order of the tokens: nothing between 2 and 4 minds. The last token is always rank 0's, at its
-last own row.
+which is not the order of the tokens: nothing between 2 and 4 minds. The last token of a chunk of one sequence
+is always rank 0's, at its last own row.
 
 Every call is one launch on the given stream. All ranks must make the same calls in the same order.
 
@@ -27,6 +28,8 @@ a ring adds an error. Hence 16-bit sums by default.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -34,6 +37,27 @@ import torch
 from krasis.formats.errors import NativeError
 from krasis.runtime.device.api import Stream
 from krasis.runtime.gpu.partition import Partition, Segment
+
+
+@dataclass(frozen=True, slots=True)
+class KvPart:
+    """Positions [begin, end) of one layer's keys and values [num_kv_heads, capacity, head_dim] of a
+    sequence."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    begin: int
+    end: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Positions."""
+        return self.end - self.begin
+
+    def rows(self, begin: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [num_kv_heads, end - begin, head_dim] of its tokens [begin, end)."""
+        first, last = self.begin + begin, self.begin + end
+        return self.keys[:, first:last], self.values[:, first:last]
 
 
 class Parallel(Protocol):
@@ -52,8 +76,9 @@ class Parallel(Protocol):
     num_experts: int
     sum_dtype: torch.dtype
 
-    def own_segments(self, num_tokens: int) -> tuple[Segment, ...]:
-        """[begin, end) of this rank's tokens of a chunk, in rising order: two, one or no ranges."""
+    def own_segments(self, lengths: Sequence[int]) -> tuple[Segment, ...]:
+        """[begin, end) of this rank's tokens of a chunk whose sequences have so many, in rising order, each
+        in one sequence: maybe none."""
         ...
 
     def own_tokens(self, num_tokens: int) -> int:
@@ -96,23 +121,22 @@ class Parallel(Protocol):
         """
         ...
 
-    def share_kv(
-        self, stream: Stream, keys: torch.Tensor, values: torch.Tensor, start: int, num_tokens: int
-    ) -> None:
-        """One layer's keys and values [num_kv_heads, capacity, head_dim] of the chunk's tokens, at positions
-        start..: each rank wrote those of its own tokens and gets the others."""
+    def share_kv(self, stream: Stream, parts: Sequence[KvPart]) -> None:
+        """One layer's keys and values of the chunk's tokens, a part for each of its sequences, in order:
+        each rank wrote those of its own tokens and gets the others."""
         ...
 
-    def send_kv(self, stream: Stream, keys: torch.Tensor, values: torch.Tensor, begin: int, end: int) -> None:
-        """Copies positions [begin, end) of one layer's cache from rank 0 to all: what decode wrote there
-        alone."""
+    def send_kv(self, stream: Stream, parts: Sequence[KvPart]) -> None:
+        """Copies one layer's parts, of one shape but for the positions, from rank 0 to all: what decode
+        wrote there alone."""
         ...
 
     def restore_order(
-        self, stream: Stream, gathered: torch.Tensor, ordered: torch.Tensor, num_tokens: int
+        self, stream: Stream, gathered: torch.Tensor, ordered: torch.Tensor, lengths: Sequence[int]
     ) -> None:
-        """ordered [T, k] = gathered [R * P, k] in the order of the tokens, without padding. With one rank the
-        two must be the same memory. Local: no rank waits for another."""
+        """ordered [T, k] = gathered [R * P, k] in the order of the tokens, without padding, of a chunk whose
+        sequences have so many. With one rank the two must be the same memory. Local: no rank waits for
+        another."""
         ...
 
     def agree(self, value: int) -> int:
@@ -129,9 +153,9 @@ class SingleRank:
         self.first_expert, self.num_experts = 0, num_experts
         self.sum_dtype = torch.float32
 
-    def own_segments(self, num_tokens: int) -> tuple[Segment, ...]:
+    def own_segments(self, lengths: Sequence[int]) -> tuple[Segment, ...]:
         """See ``Parallel``."""
-        return ((0, num_tokens),)
+        return self.partition.segments(lengths, 0)
 
     def own_tokens(self, num_tokens: int) -> int:
         """See ``Parallel``."""
@@ -164,16 +188,14 @@ class SingleRank:
         """See ``Parallel``."""
         raise NativeError("one rank has no partial sums", where="scatter_sum", hint="add to hidden directly")
 
-    def share_kv(
-        self, stream: Stream, keys: torch.Tensor, values: torch.Tensor, start: int, num_tokens: int
-    ) -> None:
+    def share_kv(self, stream: Stream, parts: Sequence[KvPart]) -> None:
         """See ``Parallel``."""
 
-    def send_kv(self, stream: Stream, keys: torch.Tensor, values: torch.Tensor, begin: int, end: int) -> None:
+    def send_kv(self, stream: Stream, parts: Sequence[KvPart]) -> None:
         """See ``Parallel``."""
 
     def restore_order(
-        self, stream: Stream, gathered: torch.Tensor, ordered: torch.Tensor, num_tokens: int
+        self, stream: Stream, gathered: torch.Tensor, ordered: torch.Tensor, lengths: Sequence[int]
     ) -> None:
         """See ``Parallel``."""
         _same_memory("restore_order", gathered, ordered)

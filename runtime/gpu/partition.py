@@ -6,6 +6,10 @@ the early and cheap one makes up for the late and dear one. Lengths differ by at
 last; so the tokens of two ranks differ by at most one, and **the last token is always rank 0's**, also of a
 chunk of one token.
 
+A chunk of several sequences is cut as if all first segments of its sequences stood before all second ones,
+and so on: so every rank has early and late tokens of each, and the counts still differ by at most one. Whose
+the last tokens are is then not said.
+
 Ranks exchange rows in blocks of ``rows_per_rank`` = ceil(T / R) rows, rank 0's first. A rank with one token
 fewer fills its last row with padding; so every collective has equal parts and no rank's rows are moved to
 other places.
@@ -13,6 +17,7 @@ other places.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from krasis.formats.errors import UsageError
@@ -31,16 +36,34 @@ class Partition:
         if self.num_ranks < 1:
             raise UsageError("at least one rank is needed", got=self.num_ranks)
 
-    def segments(self, num_tokens: int, rank: int) -> tuple[Segment, ...]:
-        """Tokens of a rank, in rising order: at most two ranges, none of them empty."""
-        count = 2 * self.num_ranks
-        pair = (rank, count - 1 - rank)
-        cuts = [(_cut(num_tokens, count, index), _cut(num_tokens, count, index + 1)) for index in pair]
-        return tuple((begin, end) for begin, end in cuts if begin < end)
+    def segments(self, lengths: Sequence[int], rank: int) -> tuple[Segment, ...]:
+        """Tokens of a rank of a chunk whose sequences have so many, in rising order: ranges that are not
+        empty and lie in one sequence each; at most two of one sequence alone.
+        """
+        count, num_tokens = 2 * self.num_ranks, sum(lengths)
+        found: list[Segment] = []
+        row = 0
+        for begin, end in self._dealt(lengths):
+            for index in (rank, count - 1 - rank):
+                first = max(row, _cut(num_tokens, count, index))
+                last = min(row + end - begin, _cut(num_tokens, count, index + 1))
+                if first < last:
+                    found.append((begin + first - row, begin + last - row))
+            row += end - begin
+        return _joined(found, lengths)
+
+    def _dealt(self, lengths: Sequence[int]) -> list[Segment]:
+        """The segments of all sequences: all first ones, then all second ones, and so on."""
+        count, begins = 2 * self.num_ranks, [sum(lengths[:index]) for index in range(len(lengths))]
+        cuts = [
+            [begin + _cut(length, count, i) for i in range(count + 1)]
+            for begin, length in zip(begins, lengths, strict=True)
+        ]
+        return [(cut[i], cut[i + 1]) for i in range(count) for cut in cuts if cut[i] < cut[i + 1]]
 
     def own_tokens(self, num_tokens: int, rank: int) -> int:
         """How many tokens a rank has."""
-        return sum(end - begin for begin, end in self.segments(num_tokens, rank))
+        return sum(end - begin for begin, end in self.segments((num_tokens,), rank))
 
     def rows_per_rank(self, num_tokens: int) -> int:
         """Rows of one rank's block: its tokens, then at most one row of padding."""
@@ -50,12 +73,12 @@ class Partition:
         """Rows of all ranks' blocks."""
         return self.rows_per_rank(num_tokens) * self.num_ranks
 
-    def blocks(self, num_tokens: int) -> tuple[tuple[int, int, int], ...]:
+    def blocks(self, lengths: Sequence[int]) -> tuple[tuple[int, int, int], ...]:
         """Where all tokens lie among the gathered rows: (begin, end, first row), rank after rank."""
         found = []
         for rank in range(self.num_ranks):
-            row = rank * self.rows_per_rank(num_tokens)
-            for begin, end in self.segments(num_tokens, rank):
+            row = rank * self.rows_per_rank(sum(lengths))
+            for begin, end in self.segments(lengths, rank):
                 found.append((begin, end, row))
                 row += end - begin
         return tuple(found)
@@ -71,3 +94,15 @@ def _cut(num_tokens: int, count: int, index: int) -> int:
     """Where segment ``index`` of ``count`` begins; the last num_tokens % count segments are one longer."""
     base, extra = divmod(num_tokens, count)
     return index * base + max(0, index - (count - extra))
+
+
+def _joined(ranges: Sequence[Segment], lengths: Sequence[int]) -> tuple[Segment, ...]:
+    """The ranges in rising order; those that follow each other in a sequence are one."""
+    borders = {sum(lengths[:index]) for index in range(len(lengths))}
+    found: list[Segment] = []
+    for begin, end in sorted(ranges):
+        if found and found[-1][1] == begin and begin not in borders:
+            found[-1] = (found[-1][0], end)
+        else:
+            found.append((begin, end))
+    return tuple(found)

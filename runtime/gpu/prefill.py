@@ -27,7 +27,7 @@ from krasis.runtime.gpu.kernels.attention import attend
 from krasis.runtime.gpu.kernels.attention_rows import CachePlace
 from krasis.runtime.gpu.kernels.embedding import Embedding
 from krasis.runtime.gpu.model import GpuModel
-from krasis.runtime.gpu.parallel import Parallel
+from krasis.runtime.gpu.parallel import KvPart, Parallel
 from krasis.runtime.gpu.weights import GpuInt8
 
 
@@ -101,8 +101,8 @@ class PrefillRows:
             rows = qkv[piece.first : piece.last]
             m.kernels.qk_norm_rope_store(self.stream, rows, block.heads, block.form, place)
         if self.parallel.num_ranks > 1:
-            keys, values = cache.layer(chunk.slot, block.layer)
-            self.parallel.share_kv(self.stream, keys, values, chunk.start, chunk.num_tokens)
+            parts = [KvPart(*cache.layer(s.slot, block.layer), s.start, s.end) for s in chunk.spans]
+            self.parallel.share_kv(self.stream, parts)
         for piece in chunk.pieces:
             keys, values = cache.layer(piece.slot, block.layer)
             rows, out = qkv[piece.first : piece.last], attended[piece.first : piece.last]

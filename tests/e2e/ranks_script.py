@@ -1,8 +1,9 @@
-"""Run by test_ranks.py.
+"""Run by test_ranks.py and test_rank_batches.py.
 
-python ranks_script.py FOLDER JSON      ranks as torchrun starts them, but forks of this process;
-                                        JSON: [[bundle, [[number of ranks, bytes of VRAM], ...]], ...]
-python ranks_script.py session BUNDLE   ranks as --gpus 3 starts them; obeys lines of standard input
+python ranks_script.py ranks FOLDER JSON     ranks as torchrun starts them, but forks of this process;
+                                             JSON: [[bundle, [[number of ranks, bytes of VRAM], ...]], ...]
+python ranks_script.py batches FOLDER JSON   the same, with several sequences
+python ranks_script.py session BUNDLE        ranks as --gpus 3 starts them; obeys lines of standard input
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent / "support"))
+import rank_batches
 
 from krasis.formats.errors import KrasisError
 from krasis.runtime.distributed.launch import open_engine
@@ -70,10 +74,17 @@ def check(engine: Engine, folder: Path) -> dict[str, np.ndarray]:
     return found
 
 
+def results(job: str, engine: Engine, folder: Path, num_ranks: int) -> dict[str, np.ndarray]:
+    if job == "batches":
+        return rank_batches.compute(engine._backend)
+    return check(engine, folder) if num_ranks == CHECK else compute(engine, folder, num_ranks)
+
+
 def rank_main(
-    bundle: Path, folder: Path, rank: int, num_ranks: int, port: int, vram_bytes: int | None
+    job: str, bundle: Path, folder: Path, rank: int, num_ranks: int, port: int, vram_bytes: int | None
 ) -> None:
-    settings = replace(SETTINGS, vram_bytes=vram_bytes)
+    slots = rank_batches.SLOTS if job == "batches" else 1
+    settings = replace(SETTINGS, vram_bytes=vram_bytes, slots=slots)
     os.environ |= {
         "KRASIS_JOIN": "1",
         "RANK": str(rank),
@@ -90,11 +101,10 @@ def rank_main(
         engine = open_engine(bundle, settings)
     if engine is not None:
         with engine:
-            found = check(engine, folder) if num_ranks == CHECK else compute(engine, folder, num_ranks)
-            np.savez(folder / f"{num_ranks}.npz", **found)
+            np.savez(folder / f"{num_ranks}.npz", **results(job, engine, folder, num_ranks))
 
 
-def fork_ranks(bundle: Path, folder: Path, num_ranks: int, vram_bytes: int | None) -> int:
+def fork_ranks(job: str, bundle: Path, folder: Path, num_ranks: int, vram_bytes: int | None) -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -104,7 +114,7 @@ def fork_ranks(bundle: Path, folder: Path, num_ranks: int, vram_bytes: int | Non
         if not pid:
             code = 1
             try:
-                rank_main(bundle, folder, rank, num_ranks, port, vram_bytes)
+                rank_main(job, bundle, folder, rank, num_ranks, port, vram_bytes)
                 code = 0
             except BaseException:  # noqa: BLE001  # the child of a fork must end here, whatever happened
                 traceback.print_exc()
@@ -142,9 +152,9 @@ def session(bundle: Path) -> int:
 if __name__ == "__main__":
     if sys.argv[1] == "session":
         sys.exit(session(Path(sys.argv[2])))
-    failed = 0
-    for index, (bundle, sizes) in enumerate(json.loads(sys.argv[2])):
-        own = Path(sys.argv[1]) / str(index)
+    job, failed = sys.argv[1], 0
+    for index, (bundle, sizes) in enumerate(json.loads(sys.argv[3])):
+        own = Path(sys.argv[2]) / str(index)
         own.mkdir()
-        failed += sum(fork_ranks(Path(bundle), own, num_ranks, vram) for num_ranks, vram in sizes)
+        failed += sum(fork_ranks(job, Path(bundle), own, num_ranks, vram) for num_ranks, vram in sizes)
     sys.exit(failed)

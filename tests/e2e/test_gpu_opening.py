@@ -14,6 +14,7 @@ import pytest
 
 from krasis.formats.errors import MismatchError, NativeError, ResourceError, UnsupportedModelError, UsageError
 from krasis.runtime import Engine, EngineSettings
+from krasis.runtime.batch import one_sequence
 from krasis.runtime.gpu import opening
 from krasis.runtime.host import environment
 
@@ -155,7 +156,7 @@ def test_a_double_through_the_registry(gpu_kind: str, bundle: Path) -> None:
         assert first.shape == second.shape == (300,)
         assert np.isfinite(second).all()
     with pytest.raises(NativeError, match="closed"):
-        engine._backend.decode(1, 3)
+        engine._backend.run(one_sequence(np.array([1]), 3))
 
 
 def test_the_cpu_does_not_import_torch(bundle: Path) -> None:

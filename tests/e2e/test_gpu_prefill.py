@@ -210,7 +210,7 @@ def test_without_cpu_experts_a_token_is_decoded_by_a_prefill(
     engine.prefill(tokens[:9])
     found = np.stack([engine.decode(token).copy() for token in tokens[9:]])
     assert relative_error(found, reference_logits(weights, tokens)[9:]) <= LIMITS["f16"]
-    assert not engine._backend.decodes_alone
+    assert engine._backend._parts.decoder is None
     assert engine._backend.last_prefill.path == "routed"
 
 

@@ -7,8 +7,6 @@ rounded to 16 bits once more than on one rank, so logits agree to TOLERANCE of t
 
 from __future__ import annotations
 
-import fcntl
-import json
 import os
 import signal
 import subprocess
@@ -19,18 +17,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from rank_runs import computed_once, needs_double, vram_bytes
 
 from krasis.runtime.cli.run import main
 
 pytest.importorskip("torch.distributed")
 
 HERE = Path(__file__).parent
-DOUBLE = os.environ.get("KRASIS_CUDA_DOUBLE", "")
-BUILT = Path(__file__).parents[2] / "build/cuda/csrc/cuda/tests/libkrasis_cuda_double.so"
-pytestmark = pytest.mark.skipif(
-    not Path(DOUBLE).is_file() and not BUILT.is_file(),
-    reason="no libkrasis_cuda_double.so: build the target krasis_cuda_double, or set KRASIS_CUDA_DOUBLE",
-)
+pytestmark = needs_double
 TOLERANCE = 2e-3
 # The CPU's experts quantise activations to int8, which a rounding before it moves by a whole step.
 DECODE_TOLERANCE = 1e-2
@@ -43,7 +37,6 @@ SHAPES = {
     "5 experts": {"num_experts": 5, "moe_intermediate_size": 64, "num_hidden_layers": 3},
 }
 STREAMED = {"128 experts": True, "5 experts": False}
-CONTEXT, GROUP = 64, 8
 TIERS = {"128 experts": ("gpu", "cpu"), "5 experts": ("gpu",)}
 
 
@@ -59,26 +52,7 @@ def bundles(make_bundle, make_config) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def outcomes(bundles, tmp_path_factory):
     """What ``ranks_script.py`` computed, by shape and number of ranks."""
-    folder, sizes = once_for_all_workers(tmp_path_factory) / "ranks", (*SIZES, CHECK)
-    with folder.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "done").exists():
-            compute_outcomes(bundles, folder, sizes)
-    return {
-        (name, size): dict(np.load(folder / str(index) / f"{size}.npz"))
-        for index, name in enumerate(bundles)
-        for size in sizes
-    }
-
-
-def once_for_all_workers(tmp_path_factory) -> Path:
-    """A folder of this run; pytest-xdist's workers, which may each run some of these tests, share it."""
-    base = tmp_path_factory.getbasetemp()
-    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-
-
-def compute_outcomes(bundles: dict[str, Path], folder: Path, sizes: tuple[int, ...]) -> None:
-    folder.mkdir()
+    sizes = (*SIZES, CHECK)
     plan = [
         (
             str(bundle),
@@ -86,28 +60,12 @@ def compute_outcomes(bundles: dict[str, Path], folder: Path, sizes: tuple[int, .
         )
         for name, bundle in bundles.items()
     ]
-    done = run_script(folder, json.dumps(plan))
-    assert done.returncode == 0, done.stdout + done.stderr
-    (folder / "done").touch()
-
-
-def vram_bytes(bundle: Path, num_ranks: int) -> int:
-    """So much that a layer's experts come in groups of GROUP."""
-    from krasis.formats.bundle.reader import Bundle
-    from krasis.runtime.planning import assumptions, sizes_of_bundle
-    from krasis.runtime.planning.placement import gpu_workspace_bytes
-
-    with Bundle.open(bundle) as opened:
-        sizes = sizes_of_bundle(opened.manifest)
-    fixed = assumptions.GPU_RESERVE_BYTES + sizes.dense_bytes + sizes.kv_bytes(CONTEXT, "f16")
-    workspace = gpu_workspace_bytes(sizes.spec, CONTEXT, num_ranks)
-    return fixed + workspace + 2 * GROUP * sizes.gpu_expert_bytes
-
-
-def run_script(*arguments: object) -> subprocess.CompletedProcess[str]:
-    flags = ["-O"] if sys.flags.optimize else []
-    command = [sys.executable, *flags, HERE / "ranks_script.py", *map(str, arguments)]
-    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
+    folder = computed_once(tmp_path_factory, "ranks", plan)
+    return {
+        (name, size): dict(np.load(folder / str(index) / f"{size}.npz"))
+        for index, name in enumerate(bundles)
+        for size in sizes
+    }
 
 
 @pytest.mark.parametrize("num_ranks", SIZES[1:])

@@ -1,4 +1,4 @@
-"""The output head: logits of the last row, or of all, on rank 0."""
+"""The output head: logits of the rows that a batch wants, on rank 0."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from krasis.formats.layouts import padded_rows
 from krasis.runtime.backend import Logits
 from krasis.runtime.batch import Batch
+from krasis.runtime.device.api import Stream
 from krasis.runtime.gpu.buffers import Buffers
 from krasis.runtime.gpu.chunk import Chunk
 from krasis.runtime.gpu.model import GpuModel
@@ -18,9 +19,8 @@ from krasis.runtime.planning.workspace import LOGIT_ROWS
 
 
 class Head:
-    """Final norm and output projection. The results are views of a pinned buffer that the next call
-    overwrites, unless all rows are asked for.
-    """
+    """Final norm and output projection. One row is a view of a pinned buffer that the next call
+    overwrites."""
 
     def __init__(self, model: GpuModel, parallel: Parallel) -> None:
         self._model, self._parallel = model, parallel
@@ -29,45 +29,58 @@ class Head:
         self._host = model.device.pinned(shape, torch.float32)
 
     def of(self, batch: Batch, chunk: Chunk, buffers: Buffers) -> Logits:
-        """The logits that a batch wants, [0, vocab] on ranks above 0; see ``rows`` and ``all``."""
-        if len(batch.spans) == 1 and batch.spans[0].logits == "all":
-            return self.all(chunk, buffers)
-        if self._parallel.num_ranks > 1:
-            return self.rows([chunk.own - 1] if batch.num_logits else [], buffers)
-        return self.rows(batch.wanted_rows(), buffers)
-
-    def rows(self, rows: Sequence[int], buffers: Buffers) -> Logits:
-        """[rows, vocab] of so many own rows, ascending: a view for one, else a new array; [0, vocab] on ranks
-        above 0, which have not the last token of a chunk.
+        """The logits that a batch wants, [wanted, vocab]; [0, vocab] on ranks above 0. A view if it is one
+        row, else a new array.
         """
-        if self._parallel.rank or not rows:
+        rows = batch.wanted_rows()
+        if not rows:
             self._model.stream.synchronize()
-            return np.empty((0, self._vocab), np.float32)
-        for index, row in enumerate(rows):  # ascending: no row of x is wanted that is overwritten here
-            self._norm(buffers.hidden[row : row + 1], buffers.x[index : index + 1])
-        if len(rows) == 1:
-            return self._project(buffers.x[:1], buffers)
-        result = np.empty((len(rows), self._vocab), np.float32)
-        for begin in range(0, len(rows), len(buffers.logits)):
-            part = buffers.x[begin : min(begin + len(buffers.logits), len(rows))]
-            result[begin : begin + len(part)] = self._project(part, buffers)
-        return result
+            return self._none()
+        if self._parallel.num_ranks == 1:
+            return self._own_rows(rows, buffers)
+        if rows == [chunk.num_tokens - 1] and len(chunk.spans) == 1:  # rank 0 has it
+            return self._own_rows([chunk.own - 1], buffers)
+        return self._gathered_rows(rows, chunk, buffers)
 
-    def all(self, chunk: Chunk, buffers: Buffers) -> Logits:
-        """[T, vocab] of all tokens, a new array; [0, vocab] on other ranks."""
+    def _own_rows(self, rows: Sequence[int], buffers: Buffers) -> Logits:
+        """Of so many own rows, ascending."""
+        if self._parallel.rank:
+            self._model.stream.synchronize()
+            return self._none()
+        if len(rows) == len(buffers.hidden):
+            self._norm(buffers.hidden, buffers.x)
+        else:
+            for index, row in enumerate(rows):  # ascending: no row of x is wanted that is overwritten here
+                self._norm(buffers.hidden[row : row + 1], buffers.x[index : index + 1])
+        return self._project_all(buffers.x[: len(rows)], buffers)
+
+    def _gathered_rows(self, rows: Sequence[int], chunk: Chunk, buffers: Buffers) -> Logits:
+        """Of so many rows of all ranks, ascending."""
         stream = self._model.stream
         if chunk.own:
             self._norm(buffers.hidden[: chunk.own], buffers.x[: chunk.own])
         self._parallel.gather_tokens(stream, buffers.x, buffers.gathered_x, chunk.num_tokens)
-        self._parallel.restore_order(stream, buffers.gathered_x, buffers.ordered_x, chunk.num_tokens)
         if self._parallel.rank:
             stream.synchronize()
-            return np.empty((0, self._vocab), np.float32)
-        result = np.empty((chunk.num_tokens, self._vocab), np.float32)
-        for begin in range(0, chunk.num_tokens, len(buffers.logits)):
-            rows = buffers.ordered_x[begin : begin + len(buffers.logits)]
-            result[begin : begin + len(rows)] = self._project(rows, buffers)
+            return self._none()
+        ordered = buffers.ordered_x
+        self._parallel.restore_order(stream, buffers.gathered_x, ordered, chunk.lengths)
+        if len(rows) < chunk.num_tokens:
+            ordered = _pick(stream, ordered, rows)
+        return self._project_all(ordered, buffers)
+
+    def _project_all(self, x: torch.Tensor, buffers: Buffers) -> Logits:
+        """Of many rows of x, a part at a time."""
+        if len(x) == 1:
+            return self._project(x, buffers)
+        result = np.empty((len(x), self._vocab), np.float32)
+        for begin in range(0, len(x), len(buffers.logits)):
+            part = x[begin : begin + len(buffers.logits)]
+            result[begin : begin + len(part)] = self._project(part, buffers)
         return result
+
+    def _none(self) -> Logits:
+        return np.empty((0, self._vocab), np.float32)
 
     def _norm(self, hidden: torch.Tensor, x: torch.Tensor) -> None:
         m = self._model
@@ -83,3 +96,14 @@ class Head:
         m.stream.synchronize()
         m.device.host_reads(host)
         return host.numpy()[:, : self._vocab]
+
+
+def _pick(stream: Stream, x: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+    """The rows of x, ascending, moved to its beginning."""
+    picked = x[: len(rows)]
+
+    def action(_: int) -> None:
+        picked.copy_(x[torch.tensor(rows, device=x.device)])
+
+    stream.launch("pick rows", action, reads=(x,), writes=(picked,))
+    return picked

@@ -16,18 +16,43 @@ from krasis.formats.errors import KrasisError, ResourceError
 from krasis.runtime.device.double import DeviceDouble
 from krasis.runtime.distributed.control import Control
 from krasis.runtime.distributed.torch_parallel import TorchParallel, abort_group, join_group, leave_group
+from krasis.runtime.gpu.parallel import KvPart
 
-TOKEN_COUNTS = (1, 2, 3, 4, 5, 7, 8, 13)
+# The sequences of a chunk by their numbers of tokens.
+CHUNKS = (
+    (1,),
+    (2,),
+    (3,),
+    (4,),
+    (5,),
+    (7,),
+    (8,),
+    (13,),
+    (1, 1, 1),
+    (5, 1, 2),
+    (3, 9),
+    (1,) * 9,
+    (2, 14, 1, 6),
+)
 NUM_EXPERTS, TOP_K, HIDDEN, KV_HEADS, HEAD_DIM, CAPACITY = 7, 3, 8, 2, 4, 24
-START = 6  # positions in the cache before the chunk
 LINGER_S = 20.0
 
 torch.set_num_threads(1)
 
 
-def problem(num_tokens: int) -> dict[str, np.ndarray]:
-    """A layer's inputs, the same on every rank and in the test."""
-    r = np.random.default_rng(num_tokens)
+def start_of(sequence: int) -> int:
+    """Positions in its cache before the chunk."""
+    return (6, 0, 9)[sequence % 3]
+
+
+def name_of(lengths: tuple[int, ...]) -> str:
+    return "-".join(map(str, lengths))
+
+
+def problem(lengths: tuple[int, ...]) -> dict[str, np.ndarray]:
+    """A layer's inputs, the same on every rank and in the test. keys, values: by sequence."""
+    num_tokens = sum(lengths)
+    r = np.random.default_rng(lengths)
     ids = np.stack([r.permutation(NUM_EXPERTS)[:TOP_K] for _ in range(num_tokens)])
     return {
         "x": r.standard_normal((num_tokens, HIDDEN)).astype(np.float32),
@@ -35,8 +60,8 @@ def problem(num_tokens: int) -> dict[str, np.ndarray]:
         "ids": ids.astype(np.int32),
         "weights": r.random((num_tokens, TOP_K)).astype(np.float32),
         "experts": r.standard_normal((NUM_EXPERTS, HIDDEN, HIDDEN)).astype(np.float32),
-        "keys": r.standard_normal((KV_HEADS, CAPACITY, HEAD_DIM)).astype(np.float32),
-        "values": r.standard_normal((KV_HEADS, CAPACITY, HEAD_DIM)).astype(np.float32),
+        "keys": r.standard_normal((len(lengths), KV_HEADS, CAPACITY, HEAD_DIM)).astype(np.float32),
+        "values": r.standard_normal((len(lengths), KV_HEADS, CAPACITY, HEAD_DIM)).astype(np.float32),
     }
 
 
@@ -62,18 +87,22 @@ def layer(place, folder: Path) -> None:
     for sum_dtype in (torch.float32, torch.bfloat16):
         with joined(place, sum_dtype) as (parallel, _):
             found = {}
-            for num_tokens in TOKEN_COUNTS:
-                outcome = run_layer(parallel, num_tokens, DeviceDouble(seed=place.rank + num_tokens))
-                found |= {f"{num_tokens}_{name}": tensor.float().numpy() for name, tensor in outcome.items()}
+            for lengths in CHUNKS:
+                outcome = run_layer(parallel, lengths, DeviceDouble(seed=place.rank + sum(lengths)))
+                found |= {
+                    f"{name_of(lengths)}_{name}": tensor.float().numpy() for name, tensor in outcome.items()
+                }
             np.savez(folder / f"{place.rank}_{str(sum_dtype).removeprefix('torch.')}.npz", **found)
         place = type(place)(**{**{n: getattr(place, n) for n in place.__slots__}, "prefix": "krasis/again"})
 
 
-def run_layer(parallel: TorchParallel, num_tokens: int, device: DeviceDouble) -> dict[str, torch.Tensor]:
-    p = {name: torch.from_numpy(array) for name, array in problem(num_tokens).items()}
-    stream = device.stream("compute")
+def run_layer(
+    parallel: TorchParallel, lengths: tuple[int, ...], device: DeviceDouble
+) -> dict[str, torch.Tensor]:
+    p = {name: torch.from_numpy(array) for name, array in problem(lengths).items()}
+    stream, num_tokens = device.stream("compute"), sum(lengths)
     rows, gathered = parallel.rows_per_rank(num_tokens), parallel.gathered_rows(num_tokens)
-    segments, own = parallel.own_segments(num_tokens), parallel.own_tokens(num_tokens)
+    segments, own = parallel.own_segments(lengths), parallel.own_tokens(num_tokens)
 
     def local(name: str, dtype: torch.dtype) -> torch.Tensor:
         tensor = device.empty((rows, p[name].shape[1]), dtype)
@@ -107,29 +136,42 @@ def run_layer(parallel: TorchParallel, num_tokens: int, device: DeviceDouble) ->
     parallel.scatter_sum(stream, partial, hidden, num_tokens, scratch)
     all_hidden, ordered = full(hidden), device.empty((num_tokens, HIDDEN), torch.float32)
     parallel.gather_tokens(stream, hidden, all_hidden, num_tokens)
-    parallel.restore_order(stream, all_hidden, ordered, num_tokens)
-    keys, values = exchange_kv(parallel, num_tokens, device, stream, p)
+    parallel.restore_order(stream, all_hidden, ordered, lengths)
+    caches = exchange_kv(parallel, lengths, device, stream, p)
     stream.synchronize()
-    return {"hidden": ordered, "keys": keys, "values": values, "ids": all_ids}
+    return {"hidden": ordered, "ids": all_ids, **caches}
 
 
-def exchange_kv(parallel, num_tokens, device, stream, p):
-    """Rank 0 has positions 0..START, each rank those of its tokens; in the end all have all."""
-    caches = []
-    for name in ("keys", "values"):
-        cache = device.empty((KV_HEADS, CAPACITY, HEAD_DIM), torch.float32)
-        pieces = [(START + begin, START + end) for begin, end in parallel.own_segments(num_tokens)]
-        for begin, end in pieces + ([(0, START)] if parallel.rank == 0 else []):
-            stream.launch(
-                "store",
-                lambda _, c=cache, b=begin, e=end, n=name: c[:, b:e].copy_(p[n][:, b:e]),
-                reads=[],
-                writes=[cache[:, begin:end]],
-            )
-        caches.append(cache)
-    parallel.send_kv(stream, *caches, 0, START)
-    parallel.share_kv(stream, *caches, START, num_tokens)
-    return [cache[:, : START + num_tokens] for cache in caches]
+def exchange_kv(parallel, lengths, device, stream, p) -> dict[str, torch.Tensor]:
+    """Rank 0 has what is before the chunk, each rank what its tokens are; in the end all have all."""
+    caches: list[list[torch.Tensor]] = []
+    owned = parallel.own_segments(lengths)
+    begin_row = 0
+    for index, length in enumerate(lengths):
+        start = start_of(index)
+        inside = [(max(b, begin_row), min(e, begin_row + length)) for b, e in owned]
+        pieces = [(start + b - begin_row, start + e - begin_row) for b, e in inside if b < e]
+        begin_row += length
+        caches.append([])
+        for name in ("keys", "values"):
+            cache = device.empty((KV_HEADS, CAPACITY, HEAD_DIM), torch.float32)
+            for begin, end in pieces + ([(0, start)] if parallel.rank == 0 and start else []):
+                stream.launch(
+                    "store",
+                    lambda _, c=cache, b=begin, e=end, full=p[name][index]: c[:, b:e].copy_(full[:, b:e]),
+                    reads=[],
+                    writes=[cache[:, begin:end]],
+                )
+            caches[-1].append(cache)
+    before = [KvPart(*cache, 0, start_of(index)) for index, cache in enumerate(caches) if start_of(index)]
+    parallel.send_kv(stream, before)
+    ends = [start_of(index) + length for index, length in enumerate(lengths)]
+    parallel.share_kv(stream, [KvPart(*cache, start_of(i), ends[i]) for i, cache in enumerate(caches)])
+    return {
+        f"{name}_{index}": cache[number][:, : ends[index]]
+        for index, cache in enumerate(caches)
+        for number, name in enumerate(("keys", "values"))
+    }
 
 
 def note(folder: Path, place, text: str) -> None:

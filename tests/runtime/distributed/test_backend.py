@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from contextlib import contextmanager
@@ -11,56 +12,60 @@ from typing import Any
 import numpy as np
 import pytest
 
-from krasis.runtime.distributed.backend import DistributedBackend
+from krasis.formats.errors import NativeError
+from krasis.runtime.batch import Batch, WantedLogits, batch_of
+from krasis.runtime.distributed.backend import DistributedBackend, serve
+from krasis.runtime.gpu.state import GpuState
 
-LAYERS = 2
+LAYERS, SLOTS = 2, 4
 
 
 class FakeInner:
-    """Notes calls."""
+    """Notes calls. alone_up_to: the most tokens of a pass that rank 0 computes without the others."""
 
-    def __init__(self, *, decodes_alone: bool = True, alone_up_to: int = 0, interrupt: bool = False) -> None:
+    def __init__(self, *, decodes: bool = True, alone_up_to: int = 0, interrupt: bool = False) -> None:
         self.capacity, self.prefill_chunk, self.kv_dtype = 100, 50, "f16"
         self.description, self.placement = "fake", ("GPU", "CPU")
-        self.spec = None
-        self.decodes_alone = decodes_alone
+        self.spec, self.layer_done = None, None
         self.compute_stream = SimpleNamespace(synchronize=lambda: None)
-        self.calls: list[tuple[Any, ...]] = []
-        self._alone_up_to, self._interrupt = alone_up_to, interrupt
+        cache = SimpleNamespace(num_slots=SLOTS, capacity=100, write=lambda *_: None)
+        self.state = GpuState(cache, self.compute_stream, "f16")
+        self.calls: list[tuple[Batch, bool]] = []
+        self._decodes, self._alone_up_to, self._interrupt = decodes, alone_up_to, interrupt
 
-    def prefers_alone(self, num_tokens: int, start: int) -> bool:
-        return num_tokens <= self._alone_up_to
+    def runs_alone(self, batch: Batch) -> bool:
+        is_decode = len(batch.tokens) == len(batch.spans)
+        return (is_decode and self._decodes) or len(batch.tokens) <= self._alone_up_to
 
-    def prefill(self, tokens, start: int, want_all: bool, alone: bool = False) -> np.ndarray:
+    def run(self, batch: Batch, alone: bool = False) -> np.ndarray:
         if self._interrupt:
             os.kill(os.getpid(), signal.SIGINT)
-        self.calls.append(("prefill", tokens.tolist(), start, want_all, alone))
-        return np.zeros((1, 4), np.float32)
+        self.state.begin(batch)
+        self.calls.append((batch, alone))
+        self.state.advance(batch.spans)
+        return np.zeros((batch.num_logits, 4), np.float32)
 
-    def decode(self, token: int, position: int) -> np.ndarray:
-        self.calls.append(("decode", token, position))
-        return np.zeros(4, np.float32)
-
-    def import_kv(self, layer: int, keys, values) -> None:
-        self.calls.append(("import", layer))
-
-    def kv_layers(self):
-        return [(f"keys {layer}", f"values {layer}") for layer in range(LAYERS)]
+    def kv_layers(self, slot: int):
+        return [(f"keys {slot} {layer}", f"values {slot} {layer}") for layer in range(LAYERS)]
 
 
 class FakeJob:
-    """A Parallel and a Control that note what is sent."""
+    """A Parallel and a Control that note what is sent, and obey what is told."""
 
-    def __init__(self) -> None:
-        self.num_ranks, self.failure = 3, None
-        self.sent: list[tuple[int, int]] = []
+    def __init__(self, commands: list[str] | None = None) -> None:
+        self.rank, self.num_ranks, self.failure = 0, 3, None
+        self.sent: list[list[tuple[str, int, int]]] = []
         self.commands: list[dict[str, Any]] = []
+        self._told = list(commands or [])
 
-    def send_kv(self, stream, keys, values, begin: int, end: int) -> None:
-        self.sent.append((begin, end))
+    def send_kv(self, stream, parts) -> None:
+        self.sent.append([(part.keys, part.begin, part.end) for part in parts])
 
     def send(self, name: str, **arguments: Any) -> None:
-        self.commands.append({"name": name, **arguments})
+        self.commands.append(json.loads(json.dumps({"name": name, **arguments})))
+
+    def receive(self) -> dict[str, Any]:
+        return json.loads(self._told.pop(0))
 
     @contextmanager
     def joint(self, what: str):
@@ -69,70 +74,135 @@ class FakeJob:
 
 def make(**options: Any) -> tuple[DistributedBackend, FakeInner, FakeJob]:
     inner, job = FakeInner(**options), FakeJob()
-    return DistributedBackend(inner, job, job, lambda: job.commands.append({"name": "closed"})), inner, job
+    backend = DistributedBackend(inner, job, job, lambda: job.commands.append({"name": "closed"}))
+    for _ in range(SLOTS):
+        backend.state.open()
+    return backend, inner, job
 
 
-def tokens(count: int) -> np.ndarray:
-    return np.arange(count, dtype=np.int64)
+def run(
+    backend: DistributedBackend, *parts: tuple[int, int, int], logits: WantedLogits = "last"
+) -> np.ndarray:
+    """(slot, start, number of tokens)."""
+    return backend.run(batch_of([(slot, start, np.arange(count), logits) for slot, start, count in parts]))
 
 
 def test_a_first_prompt_sends_no_keys() -> None:
     backend, inner, job = make()
-    backend.prefill(tokens(5), 0, True)
+    run(backend, (0, 0, 5), logits="all")
     assert job.commands == [
-        {"name": "prefill", "tokens": [0, 1, 2, 3, 4], "start": 0, "want_all": True, "shared": 0}
+        {"name": "run", "tokens": [0, 1, 2, 3, 4], "spans": [[0, 0, 5, 0, "all"]], "shared": [0]}
     ]
     assert job.sent == []
-    assert inner.calls == [("prefill", [0, 1, 2, 3, 4], 0, True, False)]
+    assert [alone for _, alone in inner.calls] == [False]
 
 
 def test_decoded_positions_are_sent_before_the_next_prompt() -> None:
-    backend, _, job = make()
-    backend.prefill(tokens(5), 0, False)
+    backend, inner, job = make()
+    run(backend, (0, 0, 5))
     for position in (5, 6, 7):
-        backend.decode(1, position)
-    backend.prefill(tokens(2), 8, False)
-    assert job.commands[-1]["shared"] == 5
-    assert job.sent == [(5, 8)] * LAYERS
-    backend.prefill(tokens(2), 10, False)
-    assert job.commands[-1]["shared"] == 10
+        run(backend, (0, position, 1))
+    assert [alone for _, alone in inner.calls] == [False, True, True, True]
+    run(backend, (0, 8, 2))
+    assert job.commands[-1]["shared"] == [5]
+    assert job.sent == [[(f"keys 0 {layer}", 5, 8)] for layer in range(LAYERS)]
+    run(backend, (0, 10, 2))
+    assert job.commands[-1]["shared"] == [10]
+    assert len(job.sent) == LAYERS
+
+
+def test_each_sequence_is_counted_for_itself() -> None:
+    """Three prompts, tokens of two of them, then a turn of each and a new prompt: what is missing of the two
+    is sent together, a layer at a time."""
+    backend, _, job = make()
+    run(backend, (0, 0, 5), (2, 0, 7), (1, 0, 6))
+    run(backend, (0, 5, 1), (2, 7, 1))
+    run(backend, (2, 8, 1))
+    run(backend, (1, 6, 2), (0, 6, 2), (3, 0, 3), (2, 9, 2))
+    assert job.commands[-1]["shared"] == [6, 5, 0, 7]
+    assert job.sent == [[(f"keys 0 {layer}", 5, 6), (f"keys 2 {layer}", 7, 9)] for layer in range(LAYERS)]
+    run(backend, (1, 8, 2), (0, 8, 2), (3, 3, 2), (2, 11, 2))
+    assert job.commands[-1]["shared"] == [8, 8, 3, 11]
+
+
+def test_a_slots_next_sequence_begins_with_nothing() -> None:
+    backend, _, job = make()
+    run(backend, (1, 0, 20), (2, 0, 20))
+    backend.state.close(1)
+    assert backend.state.open() == 1
+    run(backend, (1, 0, 3), logits="none")
+    assert job.commands[-1]["shared"] == [0]
+    backend.state.rewind(2, 4)
+    run(backend, (2, 4, 3))
+    assert job.commands[-1]["shared"] == [4]
+    assert job.sent == []
+
+
+def test_other_ranks_obey_batches() -> None:
+    """Whatever their slots held before."""
+    backend, inner, job = make()
+    run(backend, (0, 0, 5), (2, 0, 7))
+    run(backend, (2, 7, 1))
+    run(backend, (2, 8, 3), (1, 0, 2), logits="all")
+    backend.close()
+    told = [json.dumps(command) for command in job.commands]
+    other, line = FakeInner(), FakeJob(told)
+    serve(other, line, line)
+    assert line.sent == job.sent != []
+    joint = [batch for batch, alone in inner.calls if not alone]
+    assert [batch.spans for batch, _ in other.calls] == [batch.spans for batch in joint]
+    for (found, _), expected in zip(other.calls, joint, strict=True):
+        np.testing.assert_array_equal(found.tokens, expected.tokens)
+    assert other.state.length(2) == 11
+
+
+def test_an_impossible_batch_is_rank_0s_error_alone() -> None:
+    backend, _, job = make()
+    with pytest.raises(NativeError, match="computed in order"):
+        run(backend, (0, 0, 5), (1, 3, 2))
+    assert job.commands == []
+    run(backend, (0, 0, 5))
+    assert len(job.commands) == 1
 
 
 def test_what_was_decoded_over_an_old_position_is_sent_again() -> None:
     """A truncated conversation: positions that all ranks had are rank 0's alone again."""
     backend, _, job = make()
-    backend.prefill(tokens(20), 0, False)
-    backend.decode(1, 10)
-    backend.prefill(tokens(2), 12, False)
-    assert job.commands[-1]["shared"] == 10
+    run(backend, (0, 0, 20))
+    run(backend, (0, 10, 1))
+    run(backend, (0, 11, 1))
+    run(backend, (0, 12, 2))
+    assert job.commands[-1]["shared"] == [10]
 
 
 def test_an_edited_turn_sends_nothing() -> None:
     backend, _, job = make()
-    backend.prefill(tokens(20), 0, False)
-    backend.prefill(tokens(2), 7, False)
+    run(backend, (0, 0, 20))
+    run(backend, (0, 7, 2))
     assert job.sent == []
-    assert job.commands[-1]["shared"] == 7
-    backend.prefill(tokens(2), 9, False)
+    assert job.commands[-1]["shared"] == [7]
+    run(backend, (0, 9, 2))
     assert job.sent == []
 
 
 def test_a_short_prompt_is_rank_0s_alone_and_sent_later() -> None:
     backend, inner, job = make(alone_up_to=3)
-    backend.prefill(tokens(3), 0, False)
+    run(backend, (0, 0, 2), (1, 0, 1))
     assert job.commands == []
-    assert inner.calls == [("prefill", [0, 1, 2], 0, False, True)]
-    backend.prefill(tokens(4), 3, False)
-    assert job.commands[-1]["shared"] == 0
-    assert job.sent == [(0, 3)] * LAYERS
+    assert [alone for _, alone in inner.calls] == [True]
+    run(backend, (0, 2, 4), (1, 1, 4))
+    assert job.commands[-1]["shared"] == [0, 0]
+    assert job.sent == [[(f"keys 0 {layer}", 0, 2), (f"keys 1 {layer}", 0, 1)] for layer in range(LAYERS)]
 
 
 def test_loaded_keys_are_sent() -> None:
     backend, _, job = make()
-    backend.prefill(tokens(20), 0, False)
-    backend.import_kv(0, None, None)
-    backend.prefill(tokens(2), 6, False)
-    assert job.sent == [(0, 6)] * LAYERS
+    run(backend, (0, 0, 20), (1, 0, 20))
+    rows = np.zeros((1, 6, 4), np.float16)
+    for layer in range(LAYERS):
+        backend.state.import_(1, layer, rows, rows)
+    run(backend, (0, 20, 1), (1, 6, 2))
+    assert job.sent == [[(f"keys 1 {layer}", 0, 6)] for layer in range(LAYERS)]
 
 
 def test_a_callbacks_error_waits_until_all_ranks_have_ended_the_pass() -> None:
@@ -144,43 +214,44 @@ def test_a_callbacks_error_waits_until_all_ranks_have_ended_the_pass() -> None:
         told.append(done)
         raise ValueError(done)
 
-    prefill = inner.prefill
+    compute = inner.run
 
     def two_layers(*arguments: Any) -> np.ndarray:
         inner.layer_done(1, 2)
         inner.layer_done(2, 2)
-        return prefill(*arguments)
+        return compute(*arguments)
 
-    inner.prefill = two_layers
+    inner.run = two_layers
     backend.layer_done = fail
     assert backend.layer_done is fail
     with pytest.raises(ValueError, match="1"):
-        backend.prefill(tokens(5), 0, False)
+        run(backend, (0, 0, 5), (1, 0, 3))
     assert told == [1]
     assert len(inner.calls) == 1
     backend.layer_done = None
     assert inner.layer_done is None
-    inner.prefill = prefill
-    backend.prefill(tokens(2), 3, False)
+    inner.run = compute
+    run(backend, (0, 3, 2))
     assert job.sent == []  # positions up to 5 are known to all
 
 
 def test_decode_without_cpu_experts_is_a_prefill_on_all_ranks() -> None:
-    backend, inner, job = make(decodes_alone=False)
-    backend.prefill(tokens(5), 0, False)
-    assert backend.decode(9, 5).shape == (4,)
-    assert job.commands[-1] == {"name": "prefill", "tokens": [9], "start": 5, "want_all": False, "shared": 5}
-    assert inner.calls[-1] == ("prefill", [9], 5, False, False)
+    backend, inner, job = make(decodes=False)
+    run(backend, (0, 0, 5), (1, 0, 4))
+    assert run(backend, (0, 5, 1), (1, 4, 1)).shape == (2, 4)
+    assert job.commands[-1]["spans"] == [[0, 0, 1, 5, "last"], [1, 1, 1, 4, "last"]]
+    assert job.commands[-1]["shared"] == [5, 4]
+    assert not inner.calls[-1][1]
 
 
 def test_ctrl_c_waits_for_the_pass() -> None:
     backend, inner, job = make(interrupt=True)
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
-        backend.prefill(tokens(5), 0, False)
+        run(backend, (0, 0, 5), (1, 0, 3))
     assert len(inner.calls) == 1
     assert signal.getsignal(signal.SIGINT) is handler
-    assert job.commands[-1]["shared"] == 0
+    assert job.commands[-1]["shared"] == [0, 0]
 
 
 def test_close_tells_the_others_once() -> None:

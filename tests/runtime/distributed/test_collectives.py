@@ -25,23 +25,23 @@ def outcomes(fork_ranks):
     return of
 
 
-def expected_layer(num_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+def expected_layer(lengths: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     """hidden + the weighted sum of the experts' products, and the sum of their absolute values."""
-    p = {name: array.astype(np.float64) for name, array in cases.problem(num_tokens).items()}
+    p = {name: array.astype(np.float64) for name, array in cases.problem(lengths).items()}
     ids = p["ids"].astype(int)
     products = np.einsum("tk,th,tkhn->tkn", p["weights"], p["x"], p["experts"][ids])
     return p["hidden"] + products.sum(1), np.abs(products).sum(1)
 
 
-@pytest.mark.parametrize("num_tokens", cases.TOKEN_COUNTS)
+@pytest.mark.parametrize("lengths", cases.CHUNKS, ids=cases.name_of)
 @pytest.mark.parametrize("num_ranks", SIZES)
-def test_a_mixture_layer(outcomes, num_ranks: int, num_tokens: int) -> None:
+def test_a_mixture_layer(outcomes, num_ranks: int, lengths: tuple[int, ...]) -> None:
     """16-bit sums: every rank's part is rounded once, so the error is at most 2**-9 of the parts' absolute
     sum."""
-    expected, size = expected_layer(num_tokens)
+    expected, size = expected_layer(lengths)
     for dtype, relative in (("float32", 2**-20), ("bfloat16", 2**-8)):
         for rank in range(num_ranks):
-            found = outcomes(num_ranks, rank, dtype)[f"{num_tokens}_hidden"]
+            found = outcomes(num_ranks, rank, dtype)[f"{cases.name_of(lengths)}_hidden"]
             assert (np.abs(found - expected) <= relative * size + 1e-5).all()
 
 
@@ -56,22 +56,26 @@ def test_all_ranks_have_the_same_bits(outcomes, num_ranks: int) -> None:
                     np.testing.assert_array_equal(other[name], first[name], err_msg=name)
 
 
-@pytest.mark.parametrize("num_tokens", cases.TOKEN_COUNTS)
+@pytest.mark.parametrize("lengths", cases.CHUNKS, ids=cases.name_of)
 @pytest.mark.parametrize("num_ranks", SIZES)
-def test_each_expert_of_a_token_is_one_ranks(outcomes, num_ranks: int, num_tokens: int) -> None:
-    ids = cases.problem(num_tokens)["ids"]
-    found = np.stack([outcomes(num_ranks, rank, "float32")[f"{num_tokens}_ids"] for rank in range(num_ranks)])
+def test_each_expert_of_a_token_is_one_ranks(outcomes, num_ranks: int, lengths: tuple[int, ...]) -> None:
+    ids = cases.problem(lengths)["ids"]
+    found = np.stack(
+        [outcomes(num_ranks, rank, "float32")[f"{cases.name_of(lengths)}_ids"] for rank in range(num_ranks)]
+    )
     assert ((found >= 0).sum(0) <= 1).all()
     routed = found.max(0)
     assert sorted(map(tuple, routed[(routed >= 0).all(1)])) == sorted(map(tuple, ids))
-    assert (routed < 0).all(1).sum() == len(routed) - num_tokens
+    assert (routed < 0).all(1).sum() == len(routed) - sum(lengths)
 
 
-@pytest.mark.parametrize("num_tokens", cases.TOKEN_COUNTS)
+@pytest.mark.parametrize("lengths", cases.CHUNKS, ids=cases.name_of)
 @pytest.mark.parametrize("num_ranks", SIZES)
-def test_every_rank_gets_all_keys_and_values(outcomes, num_ranks: int, num_tokens: int) -> None:
-    p, end = cases.problem(num_tokens), cases.START + num_tokens
+def test_every_rank_gets_all_keys_and_values(outcomes, num_ranks: int, lengths: tuple[int, ...]) -> None:
+    p, label = cases.problem(lengths), cases.name_of(lengths)
     for rank in range(num_ranks):
         found = outcomes(num_ranks, rank, "float32")
-        for name in ("keys", "values"):
-            np.testing.assert_array_equal(found[f"{num_tokens}_{name}"], p[name][:, :end])
+        for index, length in enumerate(lengths):
+            end = cases.start_of(index) + length
+            for name in ("keys", "values"):
+                np.testing.assert_array_equal(found[f"{label}_{name}_{index}"], p[name][index, :, :end])

@@ -181,9 +181,9 @@ def test_attention_reads_values_out_of_the_keys(make_kernels, isa, rng, heads, k
 
 def test_what_does_not_fit_is_refused(kernels, rng):
     which = mixer()
+    acts = Acts.allocate(3, which.nope_dim)
+    q = np.zeros((3, which.heads * 96), np.float32)
     with pytest.raises(NativeError, match="acts do not fit"):
-        acts = Acts.allocate(3, which.nope_dim)
-        q = np.zeros((3, which.heads * 96), np.float32)
         latent_store(
             kernels, q, q, which, q[0, :96], None, spans_of([q[None]], ((3, 0),)), cache_of(q[None]), acts, q
         )
