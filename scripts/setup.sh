@@ -13,8 +13,8 @@ torch_requirement=${KRASIS_TORCH:-torch==2.13.0}
 
 case $level in
     run) extras="" ;;
-    test) extras="[test,serve]" ;;
-    lint) extras="[test,serve,lint]" ;;
+    test) extras="[test,serve,clients]" ;;
+    lint) extras="[test,serve,clients,lint]" ;;
     *) echo "setup.sh: unknown level '$level' (run, test or lint)" >&2; exit 2 ;;
 esac
 

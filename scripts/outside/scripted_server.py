@@ -3,8 +3,9 @@
     python -m scripts.outside.scripted_server --port 8080
 
 A question with the number 4711 gets a call of the first shell among the tools, ``echo 4711``; one about
-weather a call of a weather tool; a tool's result is answered with it; all else with a greeting. Its tokenizer
-is the trained tiny model's, its template is in Qwen3's form.
+weather a call of a weather tool; a tool's result is answered with it; all else with a greeting. The number
+4712 makes it refuse a question with 429 when it comes first. Its tokenizer is the trained tiny model's, its
+template is in Qwen3's form.
 """
 
 from __future__ import annotations
@@ -14,16 +15,16 @@ import logging
 import re
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import click
 
 from krasis.runtime.server.running import listen, run
 from krasis.runtime.server.service import ServeSettings, Service
-from krasis.runtime.serving.api import Request
+from krasis.runtime.serving.api import QueueFullError, Request
 from krasis.runtime.text.assets import TextAssets
 from tests.runtime.server.conftest import QWEN3, tiny_files
-from tests.support.scripted_core import ScriptedCore
+from tests.support.scripted_core import ScriptedCore, ScriptedTicket
 
 SHELLS: dict[str, dict[str, Any]] = {  # agents' tools and what they want
     "Bash": {"command": "echo 4711", "description": "say 4711"},
@@ -65,6 +66,20 @@ def _said(prompt: str) -> str:
     return "Hello there."
 
 
+class Busy(ScriptedCore):
+    """A core that is busy when certain questions come first."""
+
+    refused: ClassVar[set[str]] = set()
+
+    def submit(self, request: Request) -> ScriptedTicket:
+        """As a core's."""
+        prompt = self.assets.tokenizer.decode(list(request.prompt), skip_special=False)
+        if "4712" in prompt and prompt not in self.refused:
+            self.refused.add(prompt)
+            raise QueueFullError("too many requests wait already", retry_after_s=1)
+        return super().submit(request)
+
+
 def serve(
     port: int,
     *,
@@ -76,7 +91,7 @@ def serve(
     """Serves until a signal comes. on_ready: called with the port."""
     files = tiny_files(QWEN3)
     assets = TextAssets.of_files(files, "scripted", 4096)
-    core = ScriptedCore(assets, script(assets), context=context, prefill_s=prefill_s)
+    core = Busy(assets, script(assets), context=context, prefill_s=prefill_s)
     listener = listen("127.0.0.1", port)
 
     def load() -> Service:
