@@ -161,10 +161,8 @@ def main(names: Sequence[str], folder: Path | None, timeout_s: float) -> None:
                 begin = log.stat().st_size
                 said = ask(agent, programs, url, timeout_s)
                 lines = log.read_bytes()[begin:].decode(errors="replace")
-                requests = [
-                    (int(prompt), int(cached), int(count))
-                    for prompt, cached, count in _REQUEST.findall(lines)
-                ]
+                found = _REQUEST.findall(lines)
+                requests = [(int(prompt), int(cached), int(count)) for prompt, cached, count in found]
                 wrong = verdict(said, requests)
                 has_failed |= bool(wrong)
                 shown = ", ".join(f"{prompt} ({cached} found)" for prompt, cached, _ in requests)
