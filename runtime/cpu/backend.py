@@ -33,14 +33,18 @@ PROGRAM_ROWS = 32  # most sequences whose next tokens are computed by a program 
 class CpuBackend:
     """See ``backend.Backend``. Opening maps weights and reserves buffers; nothing of the weights is read.
 
-    n sequences in one batch get each the bits of a batch of its own.
+    n sequences in one batch get each the bits of a batch of its own. While a batch of several rows a sequence
+    is computed, ``layer_done`` may run one of single rows of other sequences.
     """
+
+    decodes_between_layers = True
 
     def __init__(self, weights: ModelWeights, settings: EngineSettings) -> None:
         weights = without_factors(weights)
         spec, layout = weights.spec, weights.expert_layout
         self.spec = spec
         self.layer_done: LayerProgress | None = None
+        self._is_passing = False
         self.capacity = settings.context_for(spec.max_context)
         self.prefill_chunk = settings.cpu_chunk_for(self.capacity)
         tiles = layout.tiles
@@ -92,6 +96,8 @@ class CpuBackend:
             tables.ensure(max(span.end for span in batch.spans))
         num_rows = len(batch.tokens)
         hidden = self._buffers.rows("hidden", num_rows, self.spec.hidden)
+        # All that a pass has in the buffers from one layer to the next.
+        kept = hidden.copy() if self._is_passing else None
         weights.embedding.rows_into(batch.tokens, hidden)
         slots = {span.slot: self._slot_memory(span.slot) for span in batch.spans}
         if num_rows == len(batch.spans) <= PROGRAM_ROWS:
@@ -99,10 +105,12 @@ class CpuBackend:
             spans.set(batch.spans, slots)
             program.run()
         else:
-            self._spans.set(batch.spans, slots)
-            self._run_layers(self._kernels, Rows(num_rows, self._spans, hidden), self.layer_done)
+            self._pass(batch, slots, hidden)
         self.state.advance(batch.spans)
-        return self._logits_of(hidden, batch)
+        logits = self._logits_of(hidden, batch)
+        if kept is not None:
+            hidden[:] = kept
+        return logits
 
     def watch(self, wrap: Callable[[str, NativeFunction], NativeFunction]) -> None:
         """Every native call goes through wrap(name, function): for profiles."""
@@ -114,6 +122,17 @@ class CpuBackend:
         """See ``backend.Backend``."""
         self._weights = None
         self._pool.close()
+
+    def _pass(self, batch: Batch, slots: dict[int, SlotMemory], hidden: Array) -> None:
+        """The layers of a batch that no program is kept for."""
+        if self._is_passing:
+            raise NativeError("only single rows of sequences can be computed between the layers of a batch")
+        self._spans.set(batch.spans, slots)
+        self._is_passing = True
+        try:
+            self._run_layers(self._kernels, Rows(len(batch.tokens), self._spans, hidden), self.layer_done)
+        finally:
+            self._is_passing = False
 
     def _run_layers(self, kernels: Kernels, rows: Rows, layer_done: LayerProgress | None = None) -> None:
         """From the embedding to the last layer's output, both in rows.hidden."""

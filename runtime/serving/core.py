@@ -12,7 +12,7 @@ from threading import Condition, Event, Thread, get_ident
 from typing import TypeVar
 
 from krasis.formats.bundle.reader import Bundle
-from krasis.formats.errors import KrasisError, NativeError, ResourceError, UsageError
+from krasis.formats.errors import KrasisError, NativeError, UsageError
 from krasis.runtime.backend import LayerProgress
 from krasis.runtime.batch import Logits, batch_of
 from krasis.runtime.serving.api import (
@@ -22,6 +22,8 @@ from krasis.runtime.serving.api import (
     QueueFullError,
     Request,
 )
+from krasis.runtime.serving.between import Between
+from krasis.runtime.serving.failures import as_krasis
 from krasis.runtime.serving.model_side import BatchBackend, CoreSettings, ModelSide
 from krasis.runtime.serving.orders import Orders
 from krasis.runtime.serving.prefix_folder import PrefixFolder
@@ -75,6 +77,7 @@ class EngineCore:
         )
         self._slots = SlotWork(backend.state, model.num_layers, self._store)
         self._tally = Tally()
+        self._between = Between(limits.between_s, getattr(backend, "decodes_between_layers", False))
         self._running: dict[str, Sequence] = {}  # of the core's thread: what it knows of, by the job's id
         self._changed = Condition()  # guards what follows
         self._inbox: list[Sequence] = []
@@ -163,7 +166,7 @@ class EngineCore:
             logger.exception("the engine's thread ends by an error")
             with self._changed:
                 self._is_closing = True
-            self._end_all(_as_krasis(error))
+            self._end_all(as_krasis(error))
             raise
         finally:
             self._shut()
@@ -271,6 +274,8 @@ class EngineCore:
             self._fail(run, error)
             return
         now_s = self._clock()
+        if run.is_pass:
+            begin_s += self._between.take_s()  # those seconds were the answers'
         self._scheduler.ran(run, begin_s, now_s)
         self._tally.ran(run, now_s - begin_s)
         if run.is_pass:
@@ -289,18 +294,22 @@ class EngineCore:
             if job.slot is None:
                 raise NativeError("a batch has a sequence without a slot", got=job.id)
             parts.append((job.slot.number, part.start, job.ids.between(part.start, end), part.logits))
+        outer = self._backend.layer_done  # of the pass between whose layers this is, if there is one
         self._backend.layer_done = self._progress_of(run) if run.is_pass else None
         try:
             return self._backend.run(batch_of(parts))
         finally:
-            self._backend.layer_done = None
+            self._backend.layer_done = outer
 
     def _progress_of(self, run: Run) -> LayerProgress:
-        """What is called after each layer of a pass: the place for a step of the answers under way."""
+        """What is called after each layer of a pass: steps of the answers under way, and news."""
         said_s = self._clock()
+        self._between.begin(said_s)
 
         def layer_done(num_done: int, num_layers: int) -> None:
             nonlocal said_s
+            if num_done < num_layers and self._between.is_due(self._clock()):
+                self._step_between()
             now_s = self._clock()
             if now_s - said_s < PROGRESS_PAUSE_S:
                 return
@@ -309,6 +318,13 @@ class EngineCore:
                 self._running[part.job.id].progress(part.start + part.rows * num_done // num_layers, now_s)
 
         return layer_done
+
+    def _step_between(self) -> None:
+        """A token for each answer under way, between two layers of a pass."""
+        run, begin_s = self._scheduler.between(), self._clock()
+        if run is not None:
+            self._run(run)
+        self._between.stepped(begin_s, self._clock())
 
     def _take(self, part: Part, logits: Logits, now_s: float) -> None:
         """What one request makes of its rows. An error ends this request alone."""
@@ -328,7 +344,7 @@ class EngineCore:
                     job.ids.append(token)
         except Exception as error:
             logger.info("request %s failed", sequence.ticket.id, exc_info=True)
-            sequence.fail(_as_krasis(error))
+            sequence.fail(as_krasis(error))
         if sequence.is_over:
             self._over(sequence)
 
@@ -342,7 +358,7 @@ class EngineCore:
             self._end_by(self._running[part.job.id], error, length)
 
     def _end_by(self, sequence: Sequence, error: Exception, length: int | None = None) -> None:
-        sequence.fail(_as_krasis(error))
+        sequence.fail(as_krasis(error))
         self._over(sequence, length)
 
     def _over(self, sequence: Sequence, length: int | None = None) -> None:
@@ -382,11 +398,3 @@ class EngineCore:
         finally:
             self._backend.close()
             self._closed.set()
-
-
-def _as_krasis(error: BaseException) -> KrasisError:
-    if isinstance(error, KrasisError):
-        return error
-    if isinstance(error, MemoryError):
-        return ResourceError("there is not enough memory for this request")
-    return NativeError("the engine failed on this request", got=f"{type(error).__name__}: {error}")

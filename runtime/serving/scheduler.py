@@ -66,6 +66,11 @@ class Scheduler:
             return Sleep(None)
         return Run([_part(job, 1) for job in answers], is_pass=False)
 
+    def between(self) -> Run | None:
+        """A step of the answers under way, while a pass is being computed."""
+        answers = [job for job in self._placed if job.remaining == 1]
+        return Run([_part(job, 1) for job in answers], is_pass=False) if answers else None
+
     def put(self, job: Job, slot: Slot, num_cached: int) -> None:
         """``Place`` was done: the slot is the job's and holds its first num_cached tokens."""
         self._waiting.remove(job)

@@ -21,6 +21,8 @@ class Limits:
     stream_rows: a pass costs as much as computing so many rows, however few it has: a prompt waits for
     another's state only if that saves more. decode_share: after a pass, the answers under way get this share
     of the time before the next one begins. patience_s: who waited longer goes first, whatever the priorities.
+    between_s: during a pass, so long after their last step the answers under way get another, between two of
+    its layers; steps that take long come less often.
     """
 
     pass_rows: int
@@ -29,6 +31,7 @@ class Limits:
     stream_rows: int = 4096
     decode_share: float = 0.2
     patience_s: float = 60.0
+    between_s: float = 0.25
 
     def __post_init__(self) -> None:
         if self.pass_rows < 1 or not 0 <= self.decode_share < 1:
