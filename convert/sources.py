@@ -22,6 +22,7 @@ from krasis.formats.layouts.expert_record import PARTS, Part
 from krasis.formats.models.family import Family, Source, Transform
 from krasis.formats.models.latent_names import TOGETHER
 from krasis.formats.models.mixers import Attention, LatentAttention
+from krasis.formats.models.picks import Pick
 from krasis.formats.models.spec import ModelSpec
 from krasis.formats.models.tensors import Tensor, dense_tensors, dense_tensors_of
 
@@ -138,10 +139,11 @@ class WeightSource:
         name, transform = self._names.tensor(ours, layer), self._transform(ours)
         if (mixer := self._latent(transform, layer)) is not None and TOGETHER in name:
             piece = self._slice(name, held_shape(mixer, transform, together=True), 0)
-            return LatentPart(piece, transform, mixer.nope_dim + mixer.value_dim, mixer.nope_dim)
-        piece = self._slice(name, shape, 0)
+            return LatentPart(piece, transform, mixer.nope_dim + mixer.value_dim, nope_dim=mixer.nope_dim)
+        pick = self._pick(ours, layer)
+        piece = self._slice(name, _shape_there(shape, pick), 0)
         if transform != "undo_rope_permutation":
-            return SourcePart(piece, "none" if mixer is not None else transform)
+            return SourcePart(piece, "none" if mixer is not None else transform, pick=pick)
         heads = None if layer is None else self.spec.layers[layer].mixer
         if not isinstance(heads, Attention):
             raise FormatError("only rows of attention heads can be in another order", where=piece.where)
@@ -156,6 +158,16 @@ class WeightSource:
         mixer = None if layer is None else self.spec.layers[layer].mixer
         of_latents = transform in ("latent_keys", "latent_values")
         return mixer if of_latents and isinstance(mixer, LatentAttention) else None
+
+    def _pick(self, ours: str, layer: int | None) -> Pick | None:
+        """Which rows or columns of the source's tensor are the model's."""
+        source = self._names.source(ours)
+        of = source.pick if self.kind == "hf" else source.gguf_pick
+        # Attention without gates has the same names, and whole projections of q.
+        mixer = None if layer is None else self.spec.layers[layer].mixer
+        if of is None or (isinstance(mixer, Attention) and mixer.output_gate == "none"):
+            return None
+        return of(mixer)
 
     def all_dense(self) -> Iterable[tuple[Tensor, int | None, list[SourcePart]]]:
         """Every dense tensor of the bundle with its layer and sources; of a tied head nothing."""
@@ -261,7 +273,8 @@ class WeightSource:
         expected: set[str] = set()
         for layer, tensor in dense_tensors(self.spec):
             for ours, shape in tensor.sources():
-                name, transform, held = self._names.tensor(ours, layer), self._transform(ours), shape
+                name, transform = self._names.tensor(ours, layer), self._transform(ours)
+                held = _shape_there(shape, self._pick(ours, layer))
                 if (mixer := self._latent(transform, layer)) is not None:
                     held = held_shape(mixer, transform, together=TOGETHER in name)
                 self._check_tensor(name, held, ours)
@@ -350,6 +363,11 @@ def has_own_head(table: TensorTable, family: Family) -> bool:
 
 def _first_there(source: Source, infos: Mapping[str, TensorInfo]) -> str | None:
     return next((name for name in source.hf if name in infos), None)
+
+
+def _shape_there(shape: tuple[int, ...], pick: Pick | None) -> tuple[int, ...]:
+    """The shape of the source's tensor that a model's of this one is picked from."""
+    return shape if pick is None or pick.axis else (pick.of, *shape[1:])
 
 
 def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -396,6 +396,38 @@ KRASIS_API int32_t krasis_gemm_int8_heads(krasis_pool *pool, const krasis_acts *
                                           const float *scales, int64_t num_heads, int64_t n, float *out, int64_t ldh,
                                           int64_t ldo);
 
+/* A gate on what a mixer gives. */
+typedef enum krasis_gate { KRASIS_GATE_SILU = 0, KRASIS_GATE_SIGMOID = 1 } krasis_gate;
+
+/* The gated delta rule with one decay a head, between its projections. x: f32 [T, ldx], a row is q and k of each key
+ * head, v and z of each value head; overwritten. gates: f32 [T, 2 * value_heads], b and a; overwritten. Then:
+ * q, k and v are convolved by channel over the last conv_width tokens, and silu; q and k are brought to length 1 (1e-6
+ * is added in the root), q times key_dim^-1/2. Of each value head, with q and k of key head h / (value_heads /
+ * key_heads) and a matrix S [key_dim, value_dim]: S *= exp(-rate softplus(a + dt_bias)); S += k (sigmoid(b) (v - S^T
+ * k))^T; o = S^T q. out: f32 [T, value_heads * value_dim] = o / rms(o) * gate_norm * gate(z).
+ * A sequence's state lies in its span's keys: S at matrices_offset_bytes as [value_heads, value_dim/16, key_dim, 16],
+ * the conv_width - 1 last tokens' q, k, v before the convolution at columns_offset_bytes, the oldest first, all f32; at
+ * start 0 it is zero, whatever is there. key_dim and value_dim % 16 == 0, <= 256; conv_width <= 8. A sequence gets the
+ * same bits however it is cut into calls. */
+typedef struct krasis_gated_delta_args {
+    float *x;
+    int64_t ldx, tokens, key_heads, value_heads, key_dim, value_dim, conv_width;
+    float *gates;
+    const float *conv;            /* [conv_width, channels of q, k, v], the oldest token's weights first */
+    const float *rates, *dt_bias; /* [value_heads] */
+    const float *gate_norm;       /* [value_dim] */
+    float eps;                    /* of the norm */
+    int32_t gate;                 /* krasis_gate */
+    const krasis_span *spans;
+    int64_t num_spans, matrices_offset_bytes, columns_offset_bytes;
+    float *out;
+} krasis_gated_delta_args;
+KRASIS_API int32_t krasis_gated_delta(krasis_pool *pool, const krasis_gated_delta_args *args);
+
+/* x[t] *= gate(g[t]), both f32 [T, k]. k % 16 == 0. */
+KRASIS_API int32_t krasis_gate_rows(krasis_pool *pool, float *x, const float *g, int64_t tokens, int64_t k,
+                                    int32_t gate);
+
 /* ---- flags ------------------------------------------------------------------------------------------------
  * The CPU's side of handing work to and fro with a GPU: words in memory both can address, which only ever grow. wait
  * spins until *flag >= value (an acquire: what was written before the flag can be read), after a while giving other

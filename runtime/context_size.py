@@ -6,6 +6,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from krasis.formats.bundle.reader import Bundle
+from krasis.formats.models.state import SNAPSHOTS, fixed_bytes
 from krasis.formats.process.machine_limits import available_memory_bytes
 from krasis.runtime.host.filesystem import weights_to_hold_bytes
 from krasis.runtime.state.kv_store import kv_bytes_per_token
@@ -33,6 +34,7 @@ def tokens_in_ram(bundle: Bundle, tiers: tuple[str, ...], kv_dtype: str) -> int:
         return LEAST_TOKENS
     spare = available - weights_to_hold_bytes(bundle, tiers)
     room = max(SHARE_OF_SPARE_RAM * spare, SHARE_OF_RAM * available)
+    room -= (1 + SNAPSHOTS) * fixed_bytes(bundle.spec)
     return _tokens(room, bundle.spec.max_context, kv_bytes_per_token(bundle.spec, kv_dtype), "RAM")
 
 

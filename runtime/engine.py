@@ -17,6 +17,7 @@ import numpy.typing as npt
 from krasis.formats.architecture_record import Architecture
 from krasis.formats.bundle.reader import Bundle
 from krasis.formats.errors import UsageError
+from krasis.formats.models.state import fixed_bytes
 from krasis.runtime.backend import Backend
 from krasis.runtime.batch import one_sequence
 from krasis.runtime.bundle_opening import open_bundle
@@ -28,6 +29,7 @@ from krasis.runtime.layer_progress import layer_progress
 from krasis.runtime.open_backend import open_backend
 from krasis.runtime.sampler import Sampler
 from krasis.runtime.settings import EngineSettings, SamplingSettings
+from krasis.runtime.state.borders import pieces
 from krasis.runtime.state.kv_file import PrefixFile, save_prefix
 from krasis.runtime.stops import stop_texts
 from krasis.runtime.template_values import Variables, merged_variables, refuse_variables
@@ -70,6 +72,7 @@ class Engine:
         backend.state.open()  # slot 0, the only one that an engine uses
         self._reopen: Callable[[EngineSettings], Backend] | None = None
         self._tokens: list[int] = []
+        self._snapshots = fixed_bytes(bundle.spec) > 0  # of what tokens overwrite
         self._gate = Exclusive()
         self._prefault: Prefault | None = None
 
@@ -167,16 +170,20 @@ class Engine:
         chunks: list[Logits] = []
         last: Logits | None = None
         most = self._backend.prefill_chunk
+        if self._snapshots and self._tokens:
+            self._backend.state.checkpoint(0)
         try:
-            for begin in range(0, len(ids), most):
+            for begin, end in pieces(len(ids), most, snapshots=self._snapshots):
                 cancellation.check()
-                chunk = ids[begin : begin + most]
+                chunk = ids[begin:end]
                 self._backend.layer_done = layer_progress(cancellation, progress, begin, len(chunk), len(ids))
                 last = self._run(chunk, all_logits)
                 if not is_number(last[-1]) and self._widen():
                     last = self._run(chunk, all_logits)
                 self._gate.num_changes += 1
                 self._tokens.extend(chunk.tolist())
+                if self._snapshots and end < len(ids):
+                    self._backend.state.checkpoint(0)
                 if all_logits:
                     chunks.append(last.copy())
                 if progress is not None:
@@ -206,7 +213,13 @@ class Engine:
         return logits
 
     def _run(self, tokens: npt.NDArray[np.int64], all_logits: bool = False) -> Logits:
-        """Computes tokens after those held."""
+        """Computes tokens after those held; of these again, what a pass that broke off has spoilt."""
+        held, state = len(self._tokens), self._backend.state
+        if (kept := state.restorable(0, held)) < held:
+            state.rewind(0, kept)
+            for begin in range(kept, held, self._backend.prefill_chunk):
+                again = np.array(self._tokens[begin : begin + self._backend.prefill_chunk], np.int64)
+                self._backend.run(one_sequence(again, begin, "none"))
         return self._backend.run(one_sequence(tokens, len(self._tokens), "all" if all_logits else "last"))
 
     def cancel(self) -> None:

@@ -15,6 +15,7 @@ from krasis.formats.models.spec import Layer, ModelSpec
 
 _HEAD_MULTIPLE = 16  # channels
 _MAX_LATENT_WIDTH = 576  # of a latent and the keys' common part
+_MOST_TAPS = 8  # of a convolution
 _MIXERS: dict[type, str] = {
     LatentAttention: "latent attention (MLA)",
     CompressedAttention: "compressed attention (CSA, HCA)",
@@ -48,6 +49,8 @@ CPU_RUNS = frozenset(
         "rotation of neighbouring channels",
         "llama3 rope scaling",
         "shared experts",
+        "gated attention",
+        "linear attention (Gated DeltaNet)",
         "the activation swiglu_offset",
         "the activation silu_clamped_before",
         "the activation silu_clamped_after",
@@ -63,6 +66,8 @@ GPU_RUNS = CPU_RUNS - {
     "latent attention (MLA)",
     "attention in windows",
     "attention sinks",
+    "gated attention",
+    "linear attention (Gated DeltaNet)",
     "attention without rotation",
     "the activation swiglu_offset",
     "the activation silu_clamped_before",
@@ -133,6 +138,8 @@ def _of_layer(layer: Layer) -> Iterator[str]:
         yield from _of_attention(layer.mixer)
     if isinstance(layer.mixer, LatentAttention):
         yield from _of_latent(layer.mixer)
+    if isinstance(layer.mixer, GatedDelta):
+        yield from _of_delta(layer.mixer)
     if layer.mixer is None or layer.mlp is None:
         yield "layers of one block"
     if layer.parallel:
@@ -159,7 +166,9 @@ def _of_attention(mixer: Attention) -> Iterator[str]:
     if mixer.sinks:
         yield "attention sinks"
     if mixer.output_gate != "none":
-        yield "gated attention"
+        yield "gated attention" if mixer.output_gate == "channel" else "attention with gates of another kind"
+        if mixer.bias:
+            yield "gated attention with biases"
     if mixer.shared_kv or mixer.value_norm or mixer.value_width != mixer.head_dim or mixer.value_scale != 1.0:
         yield "values unlike keys in size or norm"
     if mixer.bias or mixer.output_bias:
@@ -192,6 +201,14 @@ def _of_latent(mixer: LatentAttention) -> Iterator[str]:
             yield f"latent attention of {channels} channels (a multiple of {STRIP_ROWS} is needed)"
     if mixer.rope is not None and mixer.rope.scaling.kind in ("llama3", "proportional"):
         yield f"{mixer.rope.scaling.kind} rope scaling"
+
+
+def _of_delta(mixer: GatedDelta) -> Iterator[str]:
+    for dim in (mixer.key_dim, mixer.value_dim):
+        if dim > MAX_HEAD_DIM or dim % _HEAD_MULTIPLE:
+            yield f"linear attention with heads of {dim} channels"
+    if mixer.conv_width > _MOST_TAPS:
+        yield f"convolutions of {mixer.conv_width} tokens"
 
 
 def _of_rope(mixer: Attention) -> Iterator[str]:

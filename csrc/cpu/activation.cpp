@@ -1,4 +1,4 @@
-// activation.cpp: krasis_gated_activation and krasis_add_rows.
+// activation.cpp: krasis_gated_activation, krasis_add_rows and krasis_gate_rows.
 #include "activation.h"
 
 #include "acts.h"
@@ -39,5 +39,19 @@ int32_t krasis_add_rows(krasis_pool *pool, const krasis_add_rows_args *args) {
     if (!args->out) return KRASIS_ERR_ARGUMENT;
     const auto rows = is_wide(pool) ? krasis::avx512::add_rows : krasis::avx2::add_rows;
     krasis::parallel_rows(pool, args->tokens, args->k, [&](int64_t begin, int64_t end) { rows(*args, begin, end); });
+    return KRASIS_OK;
+}
+
+int32_t krasis_gate_rows(krasis_pool *pool, float *x, const float *g, int64_t tokens, int64_t k, int32_t gate) {
+    if (!pool || tokens < 0 || k <= 0 || (gate != KRASIS_GATE_SILU && gate != KRASIS_GATE_SIGMOID)) {
+        return KRASIS_ERR_ARGUMENT;
+    }
+    if (k % 16 != 0) return KRASIS_ERR_SHAPE;
+    if (tokens == 0) return KRASIS_OK;
+    if (!x || !g) return KRASIS_ERR_ARGUMENT;
+    const auto rows = is_wide(pool) ? krasis::avx512::gate_rows : krasis::avx2::gate_rows;
+    krasis::parallel_rows(pool, tokens, 4 * k, [&](int64_t begin, int64_t end) {
+        rows(x + begin * k, g + begin * k, (end - begin) * k, gate);
+    });
     return KRASIS_OK;
 }

@@ -23,6 +23,7 @@ inline int32_t check_activation(int32_t kind, float limit, float alpha) {
     namespace isa {                                                                       \
     void activation_rows(const krasis_activation_args &args, int64_t begin, int64_t end); \
     void add_rows(const krasis_add_rows_args &args, int64_t begin, int64_t end);          \
+    void gate_rows(float *x, const float *gates, int64_t count, int32_t gate);            \
     }
 KRASIS_DECLARE_ACTIVATION(avx2)
 KRASIS_DECLARE_ACTIVATION(avx512)

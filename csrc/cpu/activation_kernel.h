@@ -64,4 +64,11 @@ void add_rows(const krasis_add_rows_args &args, int64_t begin, int64_t end) {
     }
 }
 
+void gate_rows(float *x, const float *gates, int64_t count, int32_t gate) {
+    for (int64_t i = 0; i < count; i += 16) {
+        const V16 g = V16::load(gates + i);
+        mul(V16::load(x + i), gate == KRASIS_GATE_SILU ? silu(g) : sigmoid(g)).store(x + i);
+    }
+}
+
 }  // namespace krasis::KRASIS_ISA_NAMESPACE

@@ -8,9 +8,12 @@ from typing import Literal
 
 from krasis.formats.models.gguf import Keys
 from krasis.formats.models.hf import Config
+from krasis.formats.models.picks import PickOf
 from krasis.formats.models.spec import ModelSpec
 
-Transform = Literal["none", "add_one", "undo_rope_permutation", "latent_keys", "latent_values"]
+Transform = Literal[
+    "none", "add_one", "undo_rope_permutation", "latent_keys", "latent_values", "log_of_negative"
+]
 DRAFTING = "layers that only draft (multi-token prediction)"
 VISION = "the vision tower"
 
@@ -21,7 +24,8 @@ class Source:
 
     ``{i}`` stands for the layer, ``{e}`` for the expert. A name without ``{e}`` for an expert's matrix holds
     all experts. transform: of the hub's tensor; gguf_transform: of the GGUF's. transposed: the hub's tensor
-    of all experts may hold each matrix as [k, n], which its shape tells.
+    of all experts may hold each matrix as [k, n], which its shape tells. pick, gguf_pick: where the tensor
+    lies in the hub's, and in the GGUF's, if it is not the whole as it is.
     """
 
     hf: tuple[str, ...]
@@ -29,6 +33,8 @@ class Source:
     transform: Transform = "none"
     gguf_transform: Transform = "none"
     transposed: bool = False
+    pick: PickOf | None = None
+    gguf_pick: PickOf | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,8 +22,6 @@ def mixer_tensors(mixer: Mixer, spec: ModelSpec, normed: bool) -> Iterator[Tenso
 def _attention(mixer: Attention, hidden: int) -> Iterator[Tensor]:
     q, k, v = mixer.query_rows, mixer.key_rows, mixer.kv_heads * mixer.value_width
     parts = {"attention.q": q, "attention.k": k} | ({} if mixer.shared_kv else {"attention.v": v})
-    if mixer.output_gate in ("channel", "channel_softplus"):
-        parts["attention.q"] += mixer.heads * mixer.value_width  # by head: its query, then its gate
     rows = sum(parts.values())
     part_rows = tuple(parts.values())
     yield Tensor("attention.qkv", (rows, hidden), "int8_rows", tuple(parts), part_rows)
@@ -35,6 +33,8 @@ def _attention(mixer: Attention, hidden: int) -> Iterator[Tensor]:
         yield Tensor("attention.output.bias", (hidden,), "f32")
     if mixer.output_gate in ("head", "head_softplus"):
         yield Tensor("attention.gate", (mixer.heads, hidden), "plain")
+    elif mixer.output_gate != "none":
+        yield Tensor("attention.gate", (mixer.heads * mixer.value_width, hidden), "int8_rows")
     if mixer.qk_norm in ("head", "head_after_rope", "flat"):
         flat = mixer.qk_norm == "flat"
         yield Tensor("attention.q_norm", (q if flat else mixer.head_dim,), "plain")

@@ -30,10 +30,10 @@ class Attention(Record):
     qk_norm: RMS norms of q and k, of each head or of the flat projection, before the rotation unless named
     otherwise. bias: of q, k and v; output_bias: of the output. window: keys j with 0 <= i - j < window are
     seen; chunk: only keys of the query's own chunk. sinks: one more logit a head in the softmax. output_gate:
-    sigmoid or softplus of a projection, times the output of each channel (``channel``: interleaved with q by
-    head) or head. value_dim: of v where it differs from head_dim. shared_kv: v is k's projection, without
-    rotation. value_norm: v's heads are normed without weight. value_scale: times v. clip: q, k and v are cut
-    to +-clip. temperature: of queries by position.
+    sigmoid or softplus of a projection, times the output of each channel or head. value_dim: of v where it
+    differs from head_dim. shared_kv: v is k's projection, without rotation. value_norm: v's heads are
+    normed without weight. value_scale: times v. clip: q, k and v are cut to +-clip. temperature: of queries
+    by position.
     """
 
     KIND: ClassVar[str] = "attention"

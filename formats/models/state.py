@@ -11,6 +11,8 @@ from krasis.formats.models.recurrent import ChannelDelta, GatedDelta, Mamba2, Sh
 from krasis.formats.models.spec import Layer, Mixer, ModelSpec
 
 _F32_BYTES = 4
+SNAPSHOTS = 4
+"""Copies of what each token overwrites that a sequence may keep, to go back to their positions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +79,11 @@ def sequence_bytes(spec: ModelSpec, positions: int, item_bytes: int = 2) -> int:
     return sum(layer_state(spec, layer, item_bytes).bytes_for(positions) for layer in spec.layers)
 
 
+def fixed_bytes(spec: ModelSpec) -> int:
+    """Bytes of a sequence that each token overwrites, in all layers; a snapshot is as large."""
+    return sum(layer_state(spec, layer).fixed_bytes for layer in spec.layers)
+
+
 def _attention(mixer: Attention, item_bytes: int) -> State:
     per_token = mixer.kv_heads * (mixer.head_dim + mixer.value_width) * item_bytes
     kept = [Kept(per_token, window=mixer.window or mixer.chunk)]
@@ -108,8 +115,8 @@ def _compressed(mixer: CompressedAttention, item_bytes: int) -> State:
 
 
 def _gated_delta(mixer: GatedDelta, item_bytes: int) -> State:
-    matrix = mixer.value_heads * mixer.key_dim * mixer.value_dim * _F32_BYTES
-    return State(fixed_bytes=matrix + mixer.conv_channels * (mixer.conv_width - 1) * item_bytes)
+    numbers = mixer.value_heads * mixer.key_dim * mixer.value_dim
+    return State(fixed_bytes=(numbers + mixer.conv_channels * (mixer.conv_width - 1)) * _F32_BYTES)
 
 
 def _channel_delta(mixer: ChannelDelta, item_bytes: int) -> State:

@@ -14,6 +14,7 @@ from krasis.runtime.backend import LayerProgress
 from krasis.runtime.batch import Batch, Logits
 from krasis.runtime.cpu.blocks import Block, CpuContext, Rows, cpu_block
 from krasis.runtime.cpu.buffers import Buffers
+from krasis.runtime.cpu.delta_kernels import DeltaPlace
 from krasis.runtime.cpu.factors import without_factors
 from krasis.runtime.cpu.heads import Heads
 from krasis.runtime.cpu.kernels import Kernels
@@ -24,6 +25,7 @@ from krasis.runtime.cpu.spans import LayerCache, SlotMemory, Spans
 from krasis.runtime.cpu.weights import ModelWeights
 from krasis.runtime.cpu.workspaces import attention_workspace_bytes, moe_workspace_bytes, workspace
 from krasis.runtime.settings import EngineSettings
+from krasis.runtime.state.hybrid_store import HybridStore, state_store
 from krasis.runtime.state.kv_store import KvStore
 
 LOGIT_ROWS = 64  # tokens whose logits are computed at once when more are wanted
@@ -52,7 +54,7 @@ class CpuBackend:
             raise NativeError("the CPU kernels run CPU tiles only", got=layout.layout_id)
         self.kv_dtype, self.placement = settings.kv_dtype, ("CPU", "CPU")
         # Refuses a context that RAM cannot hold.
-        self.state = KvStore(spec, self.capacity, settings.kv_dtype, settings.slots)
+        self.state = state_store(spec, self.capacity, settings.kv_dtype, settings.slots)
         self._weights: ModelWeights | None = weights
         self._memory: dict[int, SlotMemory] = {}
         self._buffers = Buffers(max(self.prefill_chunk, min(settings.slots, PROGRAM_ROWS)))
@@ -63,6 +65,7 @@ class CpuBackend:
             ropes=self._ropes,
             caches=_caches(self.state),
             buffers=self._buffers,
+            fixed=_fixed(self.state),
             scratch=workspace(_workspace_bytes(spec, self._buffers.max_rows, self.capacity)),
         )
         self._buffers.reserve("hidden", spec.hidden)
@@ -197,6 +200,23 @@ def _caches(store: KvStore) -> tuple[LayerCache | None, ...]:
     return tuple(
         None if p is None else LayerCache(p.offset * item, p.value_offset * item, store.capacity, store.dtype)
         for p in store.places
+    )
+
+
+def _fixed(store: KvStore) -> tuple[DeltaPlace | None, ...]:
+    """Where the kernels find each layer's matrices in a slot."""
+    if not isinstance(store, HybridStore):
+        return (None,) * len(store.places)
+    begin = store.fixed_offset_bytes
+    return tuple(
+        None
+        if place is None
+        else DeltaPlace(
+            begin + place.offset_bytes,
+            begin + place.offset_bytes + place.columns_bytes,
+            begin + place.offset_bytes + place.num_bytes,
+        )
+        for place in store.recurrent
     )
 
 

@@ -16,10 +16,12 @@ import numpy.typing as npt
 from krasis.formats.errors import NativeError, UnsupportedModelError
 from krasis.formats.models.mixers import Attention, LatentAttention
 from krasis.formats.models.mlps import Experts, GatedMlp
+from krasis.formats.models.recurrent import GatedDelta
 from krasis.formats.models.rope import Rope
 from krasis.formats.models.spec import Mixer, Mlp, ModelSpec
 from krasis.runtime.cpu.acts import Acts
 from krasis.runtime.cpu.buffers import Buffers
+from krasis.runtime.cpu.delta_kernels import DeltaPlace, DeltaWeights, gate_rows, gated_delta
 from krasis.runtime.cpu.heads import Heads, QkNorms, Rotation
 from krasis.runtime.cpu.kernels import Kernels
 from krasis.runtime.cpu.latent import CpuLatentAttention
@@ -34,7 +36,8 @@ FloatArray = npt.NDArray[np.float32]
 @dataclass(frozen=True, slots=True)
 class CpuContext:
     """What the blocks of a model share. tiles: of the experts. ropes: tables by the record of a rotation.
-    caches: where each layer's keys and values lie in a slot. scratch: the kernels' workspace.
+    caches: where each layer's keys and values lie in a slot, fixed: where its matrices. scratch: the kernels'
+    workspace.
     """
 
     spec: ModelSpec
@@ -43,6 +46,7 @@ class CpuContext:
     caches: tuple[LayerCache | None, ...]
     buffers: Buffers
     scratch: Array
+    fixed: tuple[DeltaPlace | None, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +88,9 @@ class CpuAttention:
         context.buffers.reserve("wide", self._heads.qkv_size)
         context.buffers.reserve("attended", self._heads.attention_size)
         context.buffers.reserve_acts(self._heads.attention_size)
+        self._gate = weights.int8("attention.gate") if mixer.output_gate == "channel" else None
+        if self._gate is not None:
+            context.buffers.reserve("output_gate", self._gate.num_rows)
 
     def run(self, kernels: Kernels, rows: Rows) -> None:
         """See ``Block``."""
@@ -94,6 +101,9 @@ class CpuAttention:
         attended_acts = buffers.acts(rows.num, heads.attention_size)
         kernels.rms_norm(rows.hidden, self._norm, context.spec.norm.eps, acts=acts)
         kernels.gemm_int8_rows(acts, self._qkv.codes, self._qkv.scales, qkv)
+        if self._gate is not None:
+            gate = buffers.rows("output_gate", rows.num, heads.attention_size)
+            kernels.gemm_int8_rows(acts, self._gate.codes, self._gate.scales, gate)
         kernels.qk_norm_rope_store(
             qkv, heads, rows.spans, self._cache, self._rotation, self._qk_norms, self._qkv_bias, mixer.clip
         )
@@ -108,10 +118,54 @@ class CpuAttention:
             mixer.window,
             self._sinks,
         )
+        if self._gate is not None:
+            gate_rows(kernels, attended, gate)
         kernels.quantize(attended, attended_acts)
         _add_product(kernels, attended_acts, self._output, rows.hidden)
         if self._output_bias is not None:
             kernels.add_rows(rows.hidden, bias=self._output_bias)
+
+
+class CpuGatedDelta:
+    """hidden += output(gated delta rule(norm(hidden)))."""
+
+    def __init__(self, context: CpuContext, index: int, mixer: GatedDelta, weights: LayerWeights) -> None:
+        place = context.fixed[index]
+        if place is None:
+            raise NativeError("the state has no place for this layer", where="gated delta", got=index)
+        self._context, self._mixer, self._place = context, mixer, place
+        self._norm = weights.vector("attention.norm")
+        self._qkvz, self._output = weights.int8("delta.qkvz"), weights.int8("delta.output")
+        self._ba = weights.matrix("delta.ba").data
+        self._weights = DeltaWeights(
+            conv=np.ascontiguousarray(weights.vector("delta.conv").T),
+            rates=np.exp(weights.vector("delta.a_log")),
+            dt_bias=weights.vector("delta.dt_bias"),
+            gate_norm=weights.vector("delta.gate_norm"),
+            eps=context.spec.norm.eps,
+        )
+        self._size = mixer.value_heads * mixer.value_dim
+        buffers = context.buffers
+        buffers.reserve("normed", context.spec.hidden)
+        buffers.reserve("wide", self._qkvz.num_rows)
+        buffers.reserve("delta_gates", 2 * mixer.value_heads)
+        buffers.reserve("attended", self._size)
+        buffers.reserve_acts(self._size)
+
+    def run(self, kernels: Kernels, rows: Rows) -> None:
+        """See ``Block``."""
+        context, buffers = self._context, self._context.buffers
+        acts = buffers.acts(rows.num, context.spec.hidden)
+        normed = buffers.rows("normed", rows.num, context.spec.hidden)
+        projected = buffers.rows("wide", rows.num, self._qkvz.num_rows)
+        gates = buffers.rows("delta_gates", rows.num, 2 * self._mixer.value_heads)
+        out, out_acts = buffers.rows("attended", rows.num, self._size), buffers.acts(rows.num, self._size)
+        kernels.rms_norm(rows.hidden, self._norm, context.spec.norm.eps, normed, acts)
+        kernels.gemm_int8_rows(acts, self._qkvz.codes, self._qkvz.scales, projected)
+        kernels.gemm_float(normed, self._ba, gates)
+        gated_delta(kernels, projected, gates, self._mixer, self._weights, rows.spans, self._place, out)
+        kernels.quantize(out, out_acts)
+        _add_product(kernels, out_acts, self._output, rows.hidden)
 
 
 class GatedProducts:
@@ -224,6 +278,7 @@ class CpuExperts:
 BLOCKS: dict[type, Callable[..., Block]] = {
     Attention: CpuAttention,
     LatentAttention: CpuLatentAttention,
+    GatedDelta: CpuGatedDelta,
     GatedMlp: CpuMlp,
     Experts: CpuExperts,
 }

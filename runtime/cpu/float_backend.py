@@ -22,7 +22,7 @@ from krasis.runtime.cpu.native_arrays import Array
 from krasis.runtime.cpu.rope import tables_of
 from krasis.runtime.cpu.weights import ModelWeights
 from krasis.runtime.settings import EngineSettings
-from krasis.runtime.state.kv_store import KvStore
+from krasis.runtime.state.hybrid_store import state_store
 
 FloatArray = npt.NDArray[np.float32]
 # Called with layer, expert, what gate and up multiply [tokens, hidden], what down multiplies [tokens, I].
@@ -41,7 +41,7 @@ class FloatBackend:
         self.capacity = settings.context_for(self.spec.max_context)
         self.prefill_chunk = settings.cpu_chunk_for(self.capacity)
         self.kv_dtype, self.placement = settings.kv_dtype, ("NumPy", "NumPy")
-        self.state = KvStore(self.spec, self.capacity, settings.kv_dtype, settings.slots)
+        self.state = state_store(self.spec, self.capacity, settings.kv_dtype, settings.slots)
         self._weights: ModelWeights | None = weights
         context = FloatContext(
             spec=self.spec,

@@ -10,18 +10,21 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from krasis.formats.errors import UnsupportedModelError
+from krasis.formats.errors import NativeError, UnsupportedModelError
 from krasis.formats.layouts import ExpertFormat, Int8RowsLayout
 from krasis.formats.models.mixers import Attention, LatentAttention
 from krasis.formats.models.mlps import Experts, GatedMlp
+from krasis.formats.models.recurrent import GatedDelta
 from krasis.formats.models.rope import Rope
 from krasis.formats.models.spec import Mixer, Mlp, ModelSpec
 from krasis.runtime import reference
 from krasis.runtime.batch import Span
+from krasis.runtime.cpu import delta_reference as delta
 from krasis.runtime.cpu.float_latent import FloatLatentAttention
 from krasis.runtime.cpu.native_arrays import Array
 from krasis.runtime.cpu.rope import RopeTables
 from krasis.runtime.cpu.weights import Int8Weight, LayerWeights, to_float32
+from krasis.runtime.state.hybrid_store import HybridStore
 from krasis.runtime.state.kv_store import KvStore
 
 FloatArray = npt.NDArray[np.float32]
@@ -89,6 +92,9 @@ class FloatAttention:
         rows = mixer.query_rows + 2 * mixer.key_rows
         qkv = reference.gemm(normed, context.dense(self._index, weights, "attention.qkv"))[:, :rows]
         attended = np.concatenate([self._attend(qkv[s.first_row : s.end_row], s) for s in spans])
+        if mixer.output_gate == "channel":
+            gate = context.dense(self._index, weights, "attention.gate")[: mixer.query_rows]
+            attended = attended * reference.sigmoid(reference.gemm(normed, gate))
         output = context.dense(self._index, weights, "attention.output")[: context.spec.hidden]
         added = reference.gemm(attended, output)
         bias = weights.optional_vector("attention.output.bias")
@@ -189,10 +195,50 @@ def gated_mlp(
     return out if bias is None else out + bias
 
 
-FloatBlock = FloatAttention | FloatLatentAttention | FloatMlp | FloatExperts
+class FloatGatedDelta:
+    """output(gated delta rule(norm(hidden)))."""
+
+    def __init__(self, context: FloatContext, index: int, mixer: GatedDelta, weights: LayerWeights) -> None:
+        if not isinstance(context.store, HybridStore):
+            raise NativeError("the state has no place for this layer", where="gated delta", got=index)
+        self._context, self._index, self._mixer, self._weights = context, index, mixer, weights
+        self._store = context.store
+
+    def run(self, hidden: FloatArray, spans: tuple[Span, ...]) -> FloatArray:
+        """What the block adds to hidden [T, hidden]."""
+        context, mixer, weights = self._context, self._mixer, self._weights
+        normed = context.norm(hidden, weights.vector("attention.norm"))
+        rows = mixer.conv_channels + mixer.value_heads * mixer.value_dim
+        projected = reference.gemm(normed, context.dense(self._index, weights, "delta.qkvz")[:rows])
+        ba = weights.matrix("delta.ba")
+        gates = reference.gemm(normed, to_float32(ba.data, ba.dtype))
+        vectors = delta.DeltaVectors(
+            conv=weights.vector("delta.conv"),
+            a_log=weights.vector("delta.a_log"),
+            dt_bias=weights.vector("delta.dt_bias"),
+            gate_norm=weights.vector("delta.gate_norm"),
+            eps=context.spec.norm.eps,
+        )
+        mixed = [
+            delta.gated_delta(
+                projected[s.first_row : s.end_row],
+                gates[s.first_row : s.end_row],
+                mixer,
+                vectors,
+                *self._store.fixed(s.slot, self._index),
+                is_first=s.start == 0,
+            )
+            for s in spans
+        ]
+        output = context.dense(self._index, weights, "delta.output")[: context.spec.hidden]
+        return reference.gemm(np.concatenate(mixed), output)
+
+
+FloatBlock = FloatAttention | FloatLatentAttention | FloatGatedDelta | FloatMlp | FloatExperts
 BLOCKS: dict[type, Callable[..., FloatBlock]] = {
     Attention: FloatAttention,
     LatentAttention: FloatLatentAttention,
+    GatedDelta: FloatGatedDelta,
     GatedMlp: FloatMlp,
     Experts: FloatExperts,
 }

@@ -28,6 +28,7 @@ ACTIVATION_CODES = {
 }
 KV_CODES = {"f32": 0, "f16": 2}
 NORM_CODES = {"head": 1, "flat": 2, "head_after_rope": 3}
+GATE_CODES = {"silu": 0, "sigmoid": 1}
 STYLE_CODES = {"half": 0, "interleaved": 1}
 
 
@@ -213,6 +214,33 @@ class MoeArgs(ctypes.Structure):
     )
 
 
+class GatedDeltaArgs(ctypes.Structure):
+    """``krasis_gated_delta_args``."""
+
+    _fields_ = (
+        ("x", _PTR),
+        ("ldx", _I64),
+        ("tokens", _I64),
+        ("key_heads", _I64),
+        ("value_heads", _I64),
+        ("key_dim", _I64),
+        ("value_dim", _I64),
+        ("conv_width", _I64),
+        ("gates", _PTR),
+        ("conv", _PTR),
+        ("rates", _PTR),
+        ("dt_bias", _PTR),
+        ("gate_norm", _PTR),
+        ("eps", _F32),
+        ("gate", _I32),
+        ("spans", _PTR),
+        ("num_spans", _I64),
+        ("matrices_offset_bytes", _I64),
+        ("columns_offset_bytes", _I64),
+        ("out", _PTR),
+    )
+
+
 class NumaCpu(ctypes.Structure):
     """``krasis_numa_cpu``: a CPU, its node counted from 0, and the kernel's number of that node."""
 
@@ -244,6 +272,8 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "krasis_attention": (_I32, (_PTR, _PTR)),
     "krasis_latent_store": (_I32, (_PTR, _PTR)),
     "krasis_gemm_int8_heads": (_I32, (_PTR, _PTR, _PTR, _PTR, _I64, _I64, _PTR, _I64, _I64)),
+    "krasis_gated_delta": (_I32, (_PTR, _PTR)),
+    "krasis_gate_rows": (_I32, (_PTR, _PTR, _PTR, _I64, _I64, _I32)),
     "krasis_wait_flag": (_I32, (_PTR, ctypes.c_uint64, _I64)),
     "krasis_store_flag": (_I32, (_PTR, ctypes.c_uint64)),
 }

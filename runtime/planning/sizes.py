@@ -14,7 +14,7 @@ from krasis.formats.errors import UnsupportedModelError, UsageError
 from krasis.formats.models import tensors
 from krasis.formats.models.record import MAX_POSITIONS
 from krasis.formats.models.spec import Layer, ModelSpec
-from krasis.formats.models.state import layer_state
+from krasis.formats.models.state import SNAPSHOTS, fixed_bytes, layer_state
 from krasis.formats.models.tensors import blobs, layer_tensors
 from krasis.runtime.planning.shape import ModelShape, largest_shape, shape_of
 
@@ -171,6 +171,11 @@ class ModelSizes:
             kind.count * layer_state(self.spec, kind.layer, item_bytes).bytes_for(num_tokens)
             for kind in self.layers
         )
+
+    @property
+    def snapshot_bytes(self) -> int:
+        """The copies that a sequence keeps of what its tokens overwrite."""
+        return SNAPSHOTS * fixed_bytes(self.spec)
 
     def tokens_within(self, room_bytes: float, kv_dtype: str) -> int:
         """The longest sequence that keeps no more than that, whatever the model's positions."""

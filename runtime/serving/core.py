@@ -76,6 +76,7 @@ class EngineCore:
             replace(limits, pass_rows=min(limits.pass_rows, backend.prefill_chunk)), num_slots, self._store
         )
         self._slots = SlotWork(backend.state, model.num_layers, self._store)
+        self._scheduler.cuts_anywhere = self._slots.cuts_anywhere
         self._tally = Tally()
         self._between = Between(limits.between_s, getattr(backend, "decodes_between_layers", False))
         self._running: dict[str, Sequence] = {}  # of the core's thread: what it knows of, by the job's id

@@ -13,6 +13,7 @@ from krasis.runtime.serving.ids import shared_length
 from krasis.runtime.serving.placement import best_source, place
 from krasis.runtime.serving.slots import Slot
 from krasis.runtime.serving.steps import Job, Keep, Limits, Part, Place, PrefixIndex, Run, Sleep, Step
+from krasis.runtime.state.borders import TAIL_TOKENS
 
 
 class Scheduler:
@@ -77,7 +78,9 @@ class Scheduler:
         self._placed.append(job)
         self._index.release(job.id)
         job.slot, job.done, job.num_cached = slot, num_cached, num_cached
+        marks = slot.marks  # where it can go back to in what it goes on from
         slot.forget()
+        slot.marks = None if marks is None else {mark for mark in marks if mark <= num_cached}
         slot.user, slot.is_side, slot.conversation = job.id, job.is_side, job.conversation
         if job.keeps:
             slot.ids, slot.length, slot.num_prompt = job.ids, num_cached, job.num_prompt
@@ -199,15 +202,21 @@ class Scheduler:
         """As many as fit, in order. Only what is longer than a whole pass is cut, and has a pass to
         itself."""
         room, parts = self.limits.pass_rows, []
-        # Who asks the same again needs all but the last token. Where slots cannot go back to every position,
-        # the pass ends there, and the last token joins the answers.
-        left = 0 if self.cuts_anywhere else 1
         for job in prompts:
-            rows = min(job.remaining - left, self.limits.pass_rows)
+            rows = min(job.remaining - self._left(job), self.limits.pass_rows)
             if rows <= room:
                 parts.append(_part(job, rows))
                 room -= rows
         return Run(parts, is_pass=True)
+
+    def _left(self, job: Job) -> int:
+        """Tokens that a pass leaves, where slots cannot go back to every position. The next turn may write
+        the end of a prompt in another way, and who asks the same again needs all but the last token: passes
+        end before both, and the last token joins the answers.
+        """
+        if self.cuts_anywhere:
+            return 0
+        return TAIL_TOKENS if job.remaining > 2 * TAIL_TOKENS else 1
 
 
 def _part(job: Job, rows: int) -> Part:

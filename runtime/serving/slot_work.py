@@ -48,6 +48,7 @@ class SlotWork:
     def _filled(self, slot: Slot, source: Source) -> int:
         if source.slot is slot:
             return self._copier.cut(slot.number, source.length)
+        slot.marks = None  # of what it held
         if source.slot is not None:
             self.num_restored += 1
             return self._copier.copy(source.slot.number, slot.number, source.length)

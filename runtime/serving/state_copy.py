@@ -6,6 +6,7 @@ import numpy as np
 
 from krasis.runtime.batch import StateStore
 from krasis.runtime.serving.prefix_store import Layers
+from krasis.runtime.state.hybrid_store import HybridStore
 
 
 class StateCopier:
@@ -13,7 +14,7 @@ class StateCopier:
 
     def __init__(self, state: StateStore, num_layers: int) -> None:
         self._state, self._num_layers = state, num_layers
-        self.cuts_anywhere = True  # till something else is seen
+        self.cuts_anywhere = not isinstance(state, HybridStore)  # till something else is seen
 
     def can_be_cut(self, slot: int) -> bool:
         """Whether what a slot holds can be gone on from at every position, as keys and values can. Once seen
@@ -24,9 +25,13 @@ class StateCopier:
         return self.cuts_anywhere
 
     def num_bytes(self, slot: int, num_tokens: int) -> int:
-        """What ``export`` will give: all layers are as large as the first."""
-        keys, values = self._state.export(slot, 0, num_tokens)
-        return self._num_layers * (keys.nbytes + values.nbytes)
+        """What ``export`` will give: all layers are as large as the first, where all are alike."""
+        alike = self.cuts_anywhere
+        counted = [
+            self._state.export(slot, layer, num_tokens) for layer in range(1 if alike else self._num_layers)
+        ]
+        total = sum(keys.nbytes + values.nbytes for keys, values in counted)
+        return total * self._num_layers if alike else total
 
     def export(self, slot: int, num_tokens: int) -> Layers:
         """Copies of the first positions of every layer."""

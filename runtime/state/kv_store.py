@@ -40,7 +40,9 @@ class LayerPlace:
 
 
 @dataclass(slots=True)
-class _Slot:
+class Slot:
+    """One sequence. keys, values: flat."""
+
     keys: StateRows
     values: StateRows
     length: int = 0
@@ -62,7 +64,7 @@ class KvStore:
         held = [place for place in self.places if place is not None]
         self._elements = max((p.offset + p.elements(capacity) for p in held), default=0)
         self._value_elements = max((p.value_offset + p.value_elements(capacity) for p in held), default=0)
-        self._slots: list[_Slot] = []
+        self._slots: list[Slot] = []
         self._check_room(num_slots)
 
     @property
@@ -89,12 +91,15 @@ class KvStore:
         if len(self._slots) == self.num_slots:
             raise ResourceError("every slot is taken", got=self.num_slots, hint="open with more slots")
         try:
-            # zeros, not empty: large ones come from fresh pages, which cost nothing until they are written.
-            made = _Slot(np.zeros(self._elements, self._numpy), np.zeros(self._value_elements, self._numpy))
+            made = self._new_slot()
         except MemoryError as error:
             raise self._no_room(f"{self.slot_bytes} bytes") from error
         self._slots.append(made)
         return len(self._slots) - 1
+
+    def _new_slot(self) -> Slot:
+        # zeros, not empty: large ones come from fresh pages, which cost nothing until they are written.
+        return Slot(np.zeros(self._elements, self._numpy), np.zeros(self._value_elements, self._numpy))
 
     def close(self, slot: int) -> None:
         """See ``StateStore``."""
@@ -170,7 +175,7 @@ class KvStore:
         for span in spans:
             self._live(span.slot).length = span.end
 
-    def _live(self, slot: int) -> _Slot:
+    def _live(self, slot: int) -> Slot:
         if not 0 <= slot < len(self._slots) or not self._slots[slot].is_open:
             raise NativeError("the slot is not open", where="state", got=slot, limit=self.num_slots)
         return self._slots[slot]

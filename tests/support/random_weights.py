@@ -73,6 +73,8 @@ class Packer:
     def weight(self, tensor: Tensor) -> Weight:
         if tensor.store == "int8_rows":
             return self.int8(*tensor.shape)
+        if tensor.store == "f32" and len(tensor.shape) > 1:
+            return to_float32(self.bf16(*tensor.shape, scale=0.5), "BF16")
         if len(tensor.shape) > 1:
             return FloatWeight(self.bf16(*tensor.shape, scale=0.2), "BF16")
         is_norm = tensor.name.endswith("norm")
@@ -115,19 +117,26 @@ def dequantised_state(weights: ModelWeights) -> State:
     names, spec = family.names, weights.spec
     state = {
         names["embedding"].hf[0]: to_float32(weights.embedding.data, weights.embedding.dtype),
-        names["final_norm"].hf[0]: weights.final_norm,
+        names["final_norm"].hf[0]: weights.final_norm - (names["final_norm"].transform == "add_one"),
         names["lm_head"].hf[0]: _rows(weights.lm_head)[: spec.vocab],
     }
     for index, layer in enumerate(weights.layers):
         for tensor in layer_tensors(spec, layer.layer):
             if tensor.store != "experts":
-                state |= _parts(tensor, layer.tensors[tensor.name], names, index, spec)
+                _parts(state, tensor, layer.tensors[tensor.name], names, index, spec)
         state |= _latent(layer, names, index)
         state |= _experts(weights, layer, names, index)
     return state
 
 
-def _parts(tensor: Tensor, weight: Weight, names: Mapping[str, Source], index: int, spec: ModelSpec) -> State:
+def _parts(
+    state: State,
+    tensor: Tensor,
+    weight: Weight,
+    names: Mapping[str, Source],
+    index: int,
+    spec: ModelSpec,
+) -> None:
     if isinstance(weight, Int8Weight):
         values = _rows(weight)[: tensor.shape[0]]
     elif isinstance(weight, FloatWeight):
@@ -137,13 +146,27 @@ def _parts(tensor: Tensor, weight: Weight, names: Mapping[str, Source], index: i
     if tensor.name == "experts.router.correction_bias" and spec.family == "ernie4_5_moe":
         values = values[None]
     if tensor.name in ("attention.k_b", "attention.v_b"):
-        return {}  # see _latent
-    parts = tensor.parts or (tensor.name,)
-    ends = np.cumsum([_part_rows(part, tensor, spec, index) for part in parts])[:-1] if len(parts) > 1 else []
-    return {
-        names[part].hf[0].format(i=index): np.ascontiguousarray(rows)
-        for part, rows in zip(parts, np.split(values, ends), strict=True)
-    }
+        return  # see _latent
+    row = 0
+    for part, shape in tensor.sources():
+        rows, row = values[row : row + shape[0]], row + shape[0]
+        _put(state, names[part], names[part].hf[0].format(i=index), rows, spec.layers[index].mixer)
+
+
+def _put(state: State, source: Source, name: str, rows: Array, mixer: object) -> None:
+    """Rows of the model into the hub's tensor, of which they may be a part."""
+    if source.transform == "add_one":
+        rows = rows - np.float32(1)
+    if name.endswith("conv1d.weight"):
+        rows = rows[:, None]
+    pick = source.pick if getattr(mixer, "output_gate", "") != "none" else None
+    if pick is None:
+        state[name] = np.ascontiguousarray(rows)
+        return
+    found = pick(mixer)
+    if name not in state:
+        state[name] = np.zeros((found.of, *rows.shape[1:]), np.float32)
+    state[name][found.places] = rows
 
 
 def _latent(layer: LayerWeights, names: Mapping[str, Source], index: int) -> State:
@@ -157,16 +180,6 @@ def _latent(layer: LayerWeights, names: Mapping[str, Source], index: int) -> Sta
     both = np.concatenate([by_head, values.reshape(mixer.heads, -1, mixer.kv_rank)], axis=1)
     name = names["attention.v_b"].hf[0].format(i=index)
     return {name: np.ascontiguousarray(both.reshape(-1, mixer.kv_rank))}
-
-
-def _part_rows(part: str, tensor: Tensor, spec: ModelSpec, index: int) -> int:
-    mixer = spec.layers[index].mixer
-    name = part.removesuffix(".bias")
-    if name == "attention.q":
-        return mixer.query_rows  # type: ignore[union-attr]
-    if name in ("attention.k", "attention.v"):
-        return mixer.key_rows  # type: ignore[union-attr]
-    return tensor.shape[0] // len(tensor.parts)
 
 
 def _experts(weights: ModelWeights, layer: LayerWeights, names: Mapping[str, Source], index: int) -> State:

@@ -158,6 +158,17 @@ FIELDS: dict[str, dict[str, Any]] = {
         },
     },
 }
+DELTA: dict[str, Any] = {
+    "num_experts": 8,
+    "num_hidden_layers": 4,  # three of Gated DeltaNet, one of attention
+    "shared_expert_intermediate_size": 128,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 16,
+}
+FIELDS_ABOUT_0 = ("qwen3_next", "qwen3_5_moe")  # whose norms have weights about 0
+FIELDS |= {"qwen3_next": DELTA, "qwen3_5_moe": DELTA}
 TOWERS: dict[str, dict[str, Any]] = {
     "qwen3_vl_moe": {
         "vision_config": {
@@ -231,7 +242,14 @@ def reference_model(family: str, *, seed: int = 0, **changes: Any) -> Any:
                 continue
             noise = torch.randn(weight.shape, generator=generator)
             if name.endswith("norm.weight"):
-                weight.copy_(1 + 0.1 * noise)
+                is_about_0 = family in FIELDS_ABOUT_0 and not name.endswith("linear_attn.norm.weight")
+                weight.copy_((0 if is_about_0 else 1) + 0.1 * noise)
+            elif name.endswith("A_log"):
+                weight.copy_(
+                    0.7 * noise - 1
+                )  # decays of 0.4 to 0.95 a token: neither nothing nor all is kept
+            elif name.endswith("conv1d.weight"):
+                weight.copy_(noise * weight.shape[-1] ** -0.5)
             elif name.endswith("bias"):
                 weight.copy_(0.1 * noise)
             elif name.endswith("embed_tokens.weight"):

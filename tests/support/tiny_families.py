@@ -133,4 +133,22 @@ CONFIGS: dict[str, dict[str, Any]] = {
         },
         "first_k_dense_replace": 0, "n_group": 1, "topk_group": 1, "norm_topk_prob": True,
     },
+    "qwen3_next": {
+        **_COMMON, **_rope(1e6, partial_rotary_factor=0.25), "num_hidden_layers": 4,
+        "model_type": "qwen3_next", "architectures": ["Qwen3NextForCausalLM"],
+        "head_dim": 64, "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 64,
+        "intermediate_size": 96, "shared_expert_intermediate_size": 64, "norm_topk_prob": True,
+        "linear_num_key_heads": 2, "linear_num_value_heads": 6, "linear_key_head_dim": 32,
+        "linear_value_head_dim": 48, "linear_conv_kernel_dim": 4, "mlp_only_layers": [1],
+        "layer_types": ["linear_attention", "full_attention", "linear_attention", "linear_attention"],
+    },
+    "qwen3_5_moe": {
+        **_COMMON, **_rope(1e6, partial_rotary_factor=0.25),
+        "model_type": "qwen3_5_moe_text", "architectures": ["Qwen3_5MoeForCausalLM"],
+        "head_dim": 32, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64,
+        "shared_expert_intermediate_size": 32,
+        "linear_num_key_heads": 4, "linear_num_value_heads": 4, "linear_key_head_dim": 16,
+        "linear_value_head_dim": 32, "linear_conv_kernel_dim": 3,
+        "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+    },
 }  # fmt: skip

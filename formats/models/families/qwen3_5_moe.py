@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from krasis.formats.models.delta_names import delta_names, hybrid_names
 from krasis.formats.models.families.qwen3_next import gated_shared_experts, hybrid_mixers
-from krasis.formats.models.family import Family
+from krasis.formats.models.family import DRAFTING, VISION, Family
 from krasis.formats.models.hf import Config
-from krasis.formats.models.hf_blocks import layers_of, model, one_plus
+from krasis.formats.models.hf_blocks import layers_of, model
 from krasis.formats.models.spec import ModelSpec
 
 NAME = "qwen3_5_moe"
+ROOTS = ("model.language_model.", "model.")  # beside a vision tower, or alone
 
 
 def spec_from_hf(config: Config) -> ModelSpec:
@@ -18,7 +20,7 @@ def spec_from_hf(config: Config) -> ModelSpec:
     config.expect("mlp_only_layers", [])
     mixers = hybrid_mixers(config)
     layers = layers_of(mixers, [False] * len(mixers), None, gated_shared_experts(config))
-    return model(config, NAME, layers, norm=one_plus(config))
+    return model(config, NAME, layers)
 
 
 FAMILY = Family(
@@ -28,5 +30,7 @@ FAMILY = Family(
     reference="Qwen3_5MoeForCausalLM",
     spec_from_hf=spec_from_hf,
     gguf="qwen35moe",
+    names=hybrid_names(*ROOTS) | delta_names(ROOTS, fused=False),
+    left_out={"mtp.": DRAFTING, "model.visual.": VISION},
     nested=(NAME,),
 )

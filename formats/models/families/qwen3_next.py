@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from krasis.formats.models.family import Family
+from krasis.formats.models.delta_names import delta_names, hybrid_names
+from krasis.formats.models.family import DRAFTING, Family
 from krasis.formats.models.hf import Config
 from krasis.formats.models.hf_blocks import (
     attention,
@@ -11,7 +12,6 @@ from krasis.formats.models.hf_blocks import (
     layers_of,
     model,
     num_layers,
-    one_plus,
     qwen_dense_layers,
     softmax_router,
 )
@@ -29,7 +29,7 @@ def spec_from_hf(config: Config) -> ModelSpec:
     dense = qwen_dense_layers(config)
     mlp = dense_mlp(config) if any(dense) else None
     routed = gated_shared_experts(config, renormalise=config.flag("norm_topk_prob", default=True))
-    return model(config, NAME, layers_of(hybrid_mixers(config), dense, mlp, routed), norm=one_plus(config))
+    return model(config, NAME, layers_of(hybrid_mixers(config), dense, mlp, routed))
 
 
 def gated_shared_experts(config: Config, renormalise: bool = True) -> Experts:
@@ -74,4 +74,6 @@ FAMILY = Family(
     reference="Qwen3NextForCausalLM",
     spec_from_hf=spec_from_hf,
     gguf="qwen3next",
+    names=hybrid_names("model.", dense=True) | delta_names(("model.",), fused=True),
+    left_out={"mtp.": DRAFTING},
 )

@@ -156,7 +156,7 @@ def test_states_are_as_large_as_they_are_said_to_be(name):
     grown = sequence_bytes(spec, 3 * 65536) - sequence_bytes(spec, 65536)
     assert grown / (2 * 65536) == pytest.approx(1000 * thousands, rel=0.03)
     if fixed is not None:  # convolutions add a little
-        assert 1e6 * fixed <= sequence_bytes(spec, 0) <= 1e6 * fixed * 1.04 + 5e5
+        assert 1e6 * fixed <= sequence_bytes(spec, 0) <= 1e6 * fixed * 1.05 + 5e5
     recurrent = any(layer_state(spec, layer).fixed_bytes for layer in spec.layers)
     assert recurrent == (fixed != 0)
 

@@ -298,7 +298,6 @@ def test_a_description_is_read_strictly(change, complaint):
 
 LACKS = {
     "ling-3-flash": "linear attention",
-    "qwen3.5-35b-a3b": r"linear attention \(Gated DeltaNet\)",
     "gpt-oss-120b": "experts with biases",
     "gemma-4-26b-a4b": "a soft cap on the logits",
     "deepseek-v4-flash": "compressed attention",

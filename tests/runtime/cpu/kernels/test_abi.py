@@ -34,6 +34,7 @@ STRUCTURES: dict[str, type[ctypes.Structure]] = {
     "route_args": native.RouteArgs,
     "activation_args": native.ActivationArgs,
     "add_rows_args": native.AddRowsArgs,
+    "gated_delta_args": native.GatedDeltaArgs,
 }
 
 

@@ -1,0 +1,26 @@
+"""Where a prompt is cut so that a state which each token overwrites can be gone back to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+STEP_TOKENS = 2048
+"""Tokens of a long prompt between two copies of the state."""
+TAIL_TOKENS = 16
+"""The end of a prompt that the next turn may write in another way: the header of an answer, an empty
+thought. The state before it is copied."""
+
+
+def pieces(count: int, most: int, *, snapshots: bool) -> Iterator[tuple[int, int]]:
+    """(begin, end) of the passes that compute count tokens, each of at most ``most``. snapshots: whether
+    the state is copied after each but the last.
+    """
+    if not snapshots:
+        yield from ((begin, min(begin + most, count)) for begin in range(0, count, most))
+        return
+    step, begin = min(most, STEP_TOKENS), 0
+    before_tail = max(count - TAIL_TOKENS, 0)
+    while begin < count:
+        end = min(begin + step, before_tail if begin < before_tail else count)
+        yield begin, end
+        begin = end

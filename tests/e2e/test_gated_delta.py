@@ -1,0 +1,179 @@
+"""Qwen3-Next and Qwen3.5 from a checkpoint through the converter to logits on the CPU, in int8 and float;
+going back to a copy of the state, passes that break off, and the server's slots.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from krasis.convert.cli import main as convert
+from krasis.formats.bundle.reader import Bundle
+from krasis.formats.errors import KrasisError
+from krasis.runtime import Engine, EngineSettings
+from krasis.runtime.batch import batch_of
+from krasis.runtime.cpu.weights import load_weights
+from krasis.runtime.exclusive import CallCancelledError
+from krasis.runtime.serving.api import Delta, Finished, Request
+from krasis.runtime.serving.model_side import CoreSettings
+from krasis.runtime.serving.opening import open_core
+from krasis.runtime.state.borders import STEP_TOKENS, TAIL_TOKENS, pieces
+from tests.support.random_weights import dequantised_state, transformers_logits, write_checkpoint
+from tests.support.tiny_checkpoints import tiny
+
+FAMILIES = ("qwen3_next", "qwen3_5_moe")
+TOKENS = np.random.default_rng(8).integers(0, 256, 90).tolist()
+LONG = np.random.default_rng(9).integers(0, 256, 230).tolist()
+RelativeError = Callable[[np.ndarray, np.ndarray], float]
+SETTINGS: dict[str, tuple[dict[str, Any], float]] = {
+    "int8": ({}, 2e-2),
+    "float": ({"activations": "float32", "kv_dtype": "f32"}, 1e-3),
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny(request.param, tmp_path_factory.mktemp(request.param) / "hf")
+
+
+@pytest.fixture(scope="module")
+def bundle(checkpoint: Path) -> Path:
+    out = checkpoint.parent / "b.krasis"
+    arguments = [str(checkpoint), "-o", str(out), "--tiers", "cpu", "--quiet", "--force-text"]
+    done = CliRunner().invoke(convert, arguments, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return out
+
+
+@pytest.fixture(scope="module")
+def expected(bundle: Path, checkpoint: Path) -> np.ndarray:
+    """transformers' logits of TOKENS on the dequantised weights."""
+    config = json.loads((checkpoint / "config.json").read_text("utf-8"))
+    with Bundle.open(bundle) as opened:
+        state = dequantised_state(load_weights(opened, "cpu"))
+    return transformers_logits(write_checkpoint(state, config, bundle.parent / "dequantised"), TOKENS)
+
+
+def open_engine(bundle: Path, **changes: Any) -> Engine:
+    return Engine.open(
+        bundle, EngineSettings(context=256, threads=1, prefault=False, device="cpu", **changes)
+    )
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_logits_equal_transformers(
+    bundle: Path, expected: np.ndarray, relative_error: RelativeError, settings: str
+) -> None:
+    changes, limit = SETTINGS[settings]
+    with open_engine(bundle, **changes) as engine:
+        whole = engine.prefill(TOKENS, all_logits=True)
+        assert relative_error(whole, expected) <= limit
+        engine.reset()
+        parts = [engine.prefill(TOKENS[begin:end], all_logits=True) for begin, end in ((0, 7), (7, 70))]
+        parts += [engine.decode(token)[None] for token in TOKENS[70:]]
+    assert relative_error(np.concatenate(parts), expected) <= limit
+    if settings == "int8":
+        np.testing.assert_array_equal(np.concatenate(parts), whole)
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_goes_back_to_the_nearest_copy_and_computes_the_rest(bundle: Path, settings: str) -> None:
+    with open_engine(bundle, **SETTINGS[settings][0]) as engine:
+        engine.prefill(TOKENS[:60])
+        for token in TOKENS[60:64]:
+            engine.decode(token)
+        border = 60 - TAIL_TOKENS
+        other = [*TOKENS[:58], 3, 4, 5]
+        assert engine.keep_prefix(other) == border
+        found = engine.prefill(other[border:])
+        assert engine.keep_prefix([*TOKENS[: border - 1], 9]) == 0
+        again = engine.prefill(other)
+    if settings == "int8":
+        np.testing.assert_array_equal(found, again)
+    else:  # products of NumPy depend on the number of rows
+        np.testing.assert_allclose(found, again, atol=1e-5 * np.abs(again).max())
+
+
+def test_what_a_cancelled_pass_spoilt_is_computed_again(bundle: Path) -> None:
+    with open_engine(bundle) as engine:
+        engine.prefill(TOKENS[:10])
+        held = engine.tokens
+
+        def cancel(_done: int, _of: int) -> None:
+            engine.cancel()
+
+        with pytest.raises(CallCancelledError):
+            engine.prefill(TOKENS[10:26], progress=cancel)
+        assert engine.tokens == held
+        found = engine.prefill(TOKENS[10:40])
+        engine.reset()
+        np.testing.assert_array_equal(found, engine.prefill(TOKENS[:40]))
+
+
+def test_prompts_are_cut_where_the_state_is_copied() -> None:
+    assert list(pieces(10, 4, snapshots=False)) == [(0, 4), (4, 8), (8, 10)]
+    assert list(pieces(TAIL_TOKENS, 512, snapshots=True)) == [(0, TAIL_TOKENS)]
+    long = STEP_TOKENS + 100
+    ends = [end for _, end in pieces(long, 10**6, snapshots=True)]
+    assert ends == [STEP_TOKENS, long - TAIL_TOKENS, long]
+    assert list(pieces(40, 10, snapshots=True)) == [(0, 10), (10, 20), (20, 24), (24, 34), (34, 40)]
+
+
+@pytest.fixture(scope="module")
+def alone(bundle: Path) -> Iterator[Engine]:
+    with open_engine(bundle) as engine:
+        yield engine
+
+
+def greedy(engine: Engine, prompt: list[int], count: int) -> list[int]:
+    engine.reset()
+    logits, out = engine.prefill(prompt), []
+    for _ in range(count):
+        out.append(int(np.argmax(logits)))
+        logits = engine.decode(out[-1])
+    return out
+
+
+def test_conversations_on_a_server_get_what_each_gets_alone(bundle: Path, alone: Engine) -> None:
+    """A turn with other last tokens, a branch, and a conversation that had to make room."""
+    settings = EngineSettings(context=256, threads=1, prefault=False, device="cpu")
+    with open_core(bundle, settings, CoreSettings(num_slots=2, cache_bytes=10**8)) as opened:
+        opened.core.start()
+
+        def ask(prompt: list[int], name: str) -> tuple[list[int], int]:
+            request = Request(
+                id=name, prompt=tuple(prompt), max_tokens=6, ignore_ends=True, conversation=name
+            )
+            events = list(opened.core.submit(request).events(60))
+            assert isinstance(events[-1], Finished), events[-1]
+            ids = [token for event in events if isinstance(event, Delta) for token in event.tokens]
+            assert ids == greedy(alone, prompt, 6)
+            return ids, events[-1].usage.num_cached
+
+        first = LONG[:100]
+        _, cached = ask(first, "a")
+        assert cached == 0
+        second = [*first[:98], *LONG[150:200]]  # the end of the prompt written in another way
+        _, cached = ask(second, "a")
+        assert cached == 100 - TAIL_TOKENS
+        answer, cached = ask(second, "a")
+        assert cached == 147
+        _, cached = ask([*first[:90], *LONG[200:230]], "b")  # a branch, copied
+        assert cached == 100 - TAIL_TOKENS
+        for number in range(3):
+            ask(LONG[number + 1 : number + 81], f"other {number}")
+        _, cached = ask([*second, *answer, 11, 12], "a")  # from the store
+        assert cached == 148 + 5
+
+
+def test_a_batch_must_begin_where_the_state_is(bundle: Path) -> None:
+    with open_engine(bundle) as engine:
+        engine.prefill(TOKENS[:8])
+        with pytest.raises(KrasisError, match="gone back"):
+            engine._backend.run(batch_of([(0, 5, TOKENS[5:8], "last")]))
