@@ -104,6 +104,16 @@ class Keys:
             raise FormatError("metadata must be true or false", where=self.path(key), got=shown(value))
         return value
 
+    def flags(self, key: str, count: int) -> tuple[bool, ...] | None:
+        """One truth value for each of count blocks; None where the key is absent."""
+        if not self.has(key):
+            return None
+        values = self._metadata[self._prefix + key]
+        if not isinstance(values, list) or len(values) != count or not all(type(v) is bool for v in values):
+            limit = f"{count} values, true or false"
+            raise FormatError("metadata must say it for each block", where=self.path(key), limit=limit)
+        return tuple(values)
+
     def text(self, key: str, default: str) -> str:
         """A text."""
         value = self._value(key, default)

@@ -32,8 +32,12 @@ ARCHITECTURES = {
     "qwen3_vl_moe": gguf.MODEL_ARCH.QWEN3VLMOE,
     **dict.fromkeys(("deepseek_v2", "deepseek_v3", "glm4_moe_lite"), gguf.MODEL_ARCH.DEEPSEEK2),
     "mistral4": gguf.MODEL_ARCH.MISTRAL4,
+    "qwen3_next": gguf.MODEL_ARCH.QWEN3NEXT,
+    "qwen3_5_moe": gguf.MODEL_ARCH.QWEN35MOE,
+    "qwen3_5_moe_text": gguf.MODEL_ARCH.QWEN35MOE,
     "hy_v3": gguf.MODEL_ARCH.DOTS1,  # whose names it has; the package does not know it yet
 }
+FLOAT = ("ffn_gate_inp", "exp_probs_b", "ssm_conv1d")  # whatever the type of the others
 CONVERTER = "KRASIS_LLAMA_CPP"
 """The environment variable with the folder of llama.cpp's sources (convert_hf_to_gguf.py in it)."""
 
@@ -59,14 +63,17 @@ def tiny_gguf(
         _add_latent(writer, config, together)
     _add_metadata(writer, config, num_blocks)
     names = gguf.get_tensor_name_map(architecture, num_blocks)
-    tensors = _stacked(read_tensors(source), family)
+    tensors = read_tensors(source)
+    if "linear_num_key_heads" in config:
+        tensors = _delta_tensors(tensors, config)
+    tensors = _stacked(tensors, family)
     if "kv_lora_rank" in config and not together:
         tensors = _latents_apart(tensors, config)
     for name, values in tensors.items():
         theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if theirs is None:
             raise ValueError(f"the gguf package has no name for {name}")
-        is_float = values.ndim == 1 or "ffn_gate_inp" in theirs or "exp_probs_b" in theirs
+        is_float = values.ndim == 1 or any(part in theirs for part in FLOAT)
         kind = gguf.GGMLQuantizationType["F32" if is_float else experts if "_exps" in theirs else dense]
         if family in ("mixtral", "granitemoe") and re.search(r"attn_[qk]\.weight", theirs):
             heads = config["num_attention_heads" if "attn_q" in theirs else "num_key_value_heads"]
@@ -165,6 +172,46 @@ def _add_latent(writer: gguf.GGUFWriter, config: dict[str, Any], together: bool)
         writer.add_expert_weights_norm(True)
 
 
+def _delta_tensors(tensors: dict[str, Floats], config: dict[str, Any]) -> dict[str, Floats]:
+    """One added to norms about 0, decay rates, projections of q, k and v apart from z; the value heads of
+    Qwen3.5 tiled."""
+    keys, heads = config["linear_num_key_heads"], config["linear_num_value_heads"]
+    key_dim, dim = config["linear_key_head_dim"], config["linear_value_head_dim"]
+    is_fused, channels = config["model_type"] == "qwen3_next", 2 * keys * key_dim
+
+    def tiled(values: Floats, width: int, axis: int = 0) -> Floats:
+        if is_fused:
+            return values
+        by_key_head = (keys, heads // keys, width)
+        shape = (*values.shape[:axis], *by_key_head, *values.shape[axis + 1 :])
+        return np.ascontiguousarray(values.reshape(shape).swapaxes(axis, axis + 1).reshape(values.shape))
+
+    out: dict[str, Floats] = {}
+    for name, values in tensors.items():
+        root, _, part = name.partition("linear_attn.")
+        if not part:
+            out[name] = values + np.float32(1) if name.endswith("norm.weight") else values
+        elif part == "in_proj_qkvz.weight":
+            groups = values.reshape(keys, -1, values.shape[1])
+            ends = np.cumsum([key_dim, key_dim, heads // keys * dim])
+            q, k, v, z = (one.reshape(-1, values.shape[1]) for one in np.split(groups, ends, axis=1))
+            out[f"{root}linear_attn.in_proj_qkv.weight"] = np.concatenate([q, k, v])
+            out[f"{root}linear_attn.in_proj_z.weight"] = np.ascontiguousarray(z)
+        elif part in ("in_proj_qkv.weight", "conv1d.weight"):
+            rows = values.reshape(values.shape[0], -1)
+            out[name] = np.concatenate([rows[:channels], tiled(rows[channels:], dim)])
+        elif part == "A_log":
+            out[name] = tiled(-np.exp(values), 1)
+        elif part == "dt_bias":
+            out[f"{root}linear_attn.dt_proj.bias"] = tiled(values, 1)
+        elif part == "out_proj.weight":
+            out[name] = tiled(values, dim, 1)
+        else:
+            width = {"in_proj_z.weight": dim, "in_proj_a.weight": 1, "in_proj_b.weight": 1}.get(part)
+            out[name] = values if width is None else tiled(values, width)
+    return out
+
+
 def _experts_apart(tensors: dict[str, Floats]) -> dict[str, Floats]:
     """Gate and up in a tensor each."""
     out: dict[str, Floats] = {}
@@ -228,6 +275,14 @@ def _add_metadata(writer: gguf.GGUFWriter, config: dict[str, Any], num_blocks: i
     if config["model_type"] == "hunyuan_v1_moe":
         writer.add_expert_shared_feed_forward_length(config["intermediate_size"])
         writer.add_expert_shared_count(_first(config, "num_shared_expert"))
+    if "linear_num_key_heads" in config:
+        writer.add_rope_dimension_count(int(head_dim * rope.get("partial_rotary_factor", 0.25)))
+        writer.add_ssm_conv_kernel(config["linear_conv_kernel_dim"])
+        writer.add_ssm_state_size(config["linear_key_head_dim"])
+        writer.add_ssm_group_count(config["linear_num_key_heads"])
+        writer.add_ssm_time_step_rank(config["linear_num_value_heads"])
+        writer.add_ssm_inner_size(config["linear_num_value_heads"] * config["linear_value_head_dim"])
+        writer.add_full_attention_interval(config.get("full_attention_interval", 4))
     _add_router(writer, config)
 
 
@@ -279,7 +334,7 @@ TextModel.get_vocab_base_pre = lambda self, tokenizer: "qwen2"
 for name in ("_set_vocab_glm", "_set_vocab_sentencepiece"):
     setattr(TextModel, name, TextModel._set_vocab_gpt2)
 import convert_hf_to_gguf
-sys.argv = ["convert_hf_to_gguf.py", sys.argv[2], "--outfile", sys.argv[3], "--outtype", sys.argv[4]]
+sys.argv = ["convert_hf_to_gguf.py", sys.argv[2], "--outfile", sys.argv[3], "--outtype", *sys.argv[4:]]
 convert_hf_to_gguf.main()
 """
 
@@ -290,9 +345,9 @@ def llama_cpp() -> Path | None:
     return Path(folder) if folder else None
 
 
-def convert_by_llama_cpp(source: Path, path: Path, dtype: str = "f32") -> Path:
+def convert_by_llama_cpp(source: Path, path: Path, dtype: str = "f32", *options: str) -> Path:
     """llama.cpp's own GGUF of a checkpoint. dtype: f32, f16, bf16 or q8_0."""
-    command = [sys.executable, "-c", _RUN, str(llama_cpp()), str(source), str(path), dtype]
+    command = [sys.executable, "-c", _RUN, str(llama_cpp()), str(source), str(path), dtype, *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(done.stderr[-3000:])

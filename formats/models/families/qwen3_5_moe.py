@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from krasis.formats.models.delta_names import delta_names, hybrid_names
-from krasis.formats.models.families.qwen3_next import gated_shared_experts, hybrid_mixers
+from krasis.formats.models.families.qwen3_next import (
+    gated_shared_experts,
+    hybrid_from_gguf,
+    hybrid_mixers,
+)
 from krasis.formats.models.family import DRAFTING, VISION, Family
+from krasis.formats.models.gguf import Keys
 from krasis.formats.models.hf import Config
 from krasis.formats.models.hf_blocks import layers_of, model
 from krasis.formats.models.spec import ModelSpec
@@ -23,6 +28,11 @@ def spec_from_hf(config: Config) -> ModelSpec:
     return model(config, NAME, layers)
 
 
+def spec_from_gguf(keys: Keys) -> ModelSpec:
+    """The model of a GGUF's metadata. The vision tower is a file of its own."""
+    return hybrid_from_gguf(keys, NAME)
+
+
 FAMILY = Family(
     name=NAME,
     model_types=(NAME, "qwen3_5_moe_text"),
@@ -30,6 +40,7 @@ FAMILY = Family(
     reference="Qwen3_5MoeForCausalLM",
     spec_from_hf=spec_from_hf,
     gguf="qwen35moe",
+    spec_from_gguf=spec_from_gguf,
     names=hybrid_names(*ROOTS) | delta_names(ROOTS, fused=False),
     left_out={"mtp.": DRAFTING, "model.visual.": VISION},
     nested=(NAME,),
