@@ -213,14 +213,21 @@ class Engine:
         return logits
 
     def _run(self, tokens: npt.NDArray[np.int64], all_logits: bool = False) -> Logits:
-        """Computes tokens after those held; of these again, what a pass that broke off has spoilt."""
+        """Computes tokens after those held."""
+        self._mend()
+        logits: Logits = self._backend.run(
+            one_sequence(tokens, len(self._tokens), "all" if all_logits else "last")
+        )
+        return logits
+
+    def _mend(self) -> None:
+        """Computes again, of the tokens held, what a pass that broke off has spoilt."""
         held, state = len(self._tokens), self._backend.state
         if (kept := state.restorable(0, held)) < held:
             state.rewind(0, kept)
             for begin in range(kept, held, self._backend.prefill_chunk):
                 again = np.array(self._tokens[begin : begin + self._backend.prefill_chunk], np.int64)
                 self._backend.run(one_sequence(again, begin, "none"))
-        return self._backend.run(one_sequence(tokens, len(self._tokens), "all" if all_logits else "last"))
 
     def cancel(self) -> None:
         """Ends the answer or the prefill in progress, soon (a prompt: after a layer); does not wait for it.
@@ -275,6 +282,7 @@ class Engine:
         self._gate.run(None, self._save_prefix, path, conversation)
 
     def _save_prefix(self, path: str | Path, conversation: bytes) -> None:
+        self._mend()
         save_prefix(path, self.bundle, self._backend, self._tokens, conversation=conversation)
 
     def load_prefix(self, path: str | Path) -> bytes:
@@ -290,7 +298,7 @@ class Engine:
         with PrefixFile(path) as file:
             file.check(self.bundle, self._backend)
             file.verify()
-            tokens, conversation = file.tokens(self.architecture), file.conversation()
+            tokens, conversation = file.tokens(self.bundle.spec), file.conversation()
             # From here on the cache is being overwritten: a failure to read must not leave old ids on new
             # keys.
             self._gate.num_changes += 1

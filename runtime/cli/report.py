@@ -39,13 +39,14 @@ def speed_line(stats: Generation, engine: Engine) -> str:
 
 def banner(engine: Engine) -> str:
     """``tiny: qwen3_moe, 4 layers of 8 experts; context 2,048 tokens; runs on CPU``."""
-    shape = engine.architecture
+    spec = engine.bundle.spec
+    count = max(spec.experts_of(layer).count for layer in spec.expert_layers)
     prefills_on, decodes_on = engine.placement
     where = prefills_on if prefills_on == decodes_on else f"{prefills_on} (prompts), {decodes_on} (answers)"
     name = engine.bundle.path.resolve().name.removesuffix(".krasis")
     return (
-        f"{name}: {shape.model_type}, {shape.num_layers} layers of "
-        f"{shape.num_experts} experts; context {engine.context:,} tokens; runs on {where}"
+        f"{name}: {spec.family}, {len(spec.layers)} layers of "
+        f"{count} experts; context {engine.context:,} tokens; runs on {where}"
     )
 
 

@@ -98,7 +98,7 @@ class PrefixFolder:
             try:
                 with PrefixFile(path) as file:
                     file.check(self._bundle, self._rows().backend)
-                    tokens = np.array(file.tokens(self._bundle.architecture), dtype=np.int64)
+                    tokens = np.array(file.tokens(self._bundle.spec), dtype=np.int64)
             except (FormatError, MismatchError) as error:
                 if path.name.startswith(self._identity):
                     _delete(path, error)

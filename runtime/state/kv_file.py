@@ -1,8 +1,10 @@
 """A prefix on disk: token ids with the keys and values computed for them, to go on from without a prefill.
 
 The file is a safetensors file. ``keys`` and ``values`` [num_layers, num_kv_heads, n, head_dim] in the cache's
-own dtype, ``tokens`` I32 [n], and, if a chat was saved, ``conversation`` U8: the JSON of ``/save``. The
-metadata names the format, the bundle (digest of its manifest), what computed the cache, and an XXH3-128
+own dtype, ``tokens`` I32 [n], and, if a chat was saved, ``conversation`` U8: the JSON of ``/save``. Layers
+that overwrite a matrix with each token have it in ``matrices`` [num_layers, heads, rows, 16] and their last
+inputs in ``columns`` [num_layers, 1, n, channels], both F32, in place of keys and values.
+The metadata names the format, the bundle (digest of its manifest), what computed the cache, and an XXH3-128
 digest of each tensor. Both ways the file passes through memory one layer at a time.
 
 A prefix goes back only into the bundle it came from and only into a cache of the same dtype: going on from it
@@ -12,18 +14,14 @@ then gives the same bits as never having stopped. Nothing is ever converted on t
 from __future__ import annotations
 
 import logging
-import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import xxhash
 
 from krasis.formats.architecture_record import Architecture
-from krasis.formats.bundle.manifest import canonical_json
 from krasis.formats.bundle.reader import Bundle
 from krasis.formats.checkpoints.safetensors import (
     LENGTH_BYTES,
@@ -32,7 +30,6 @@ from krasis.formats.checkpoints.safetensors import (
     parse_header,
     read_header_bytes,
 )
-from krasis.formats.dtypes import NUMPY_DTYPES
 from krasis.formats.errors import (
     ChecksumError,
     FormatError,
@@ -44,32 +41,42 @@ from krasis.formats.errors import (
 from krasis.formats.files.atomic_file import AtomicFile
 from krasis.formats.files.file_ops import PARTIAL_SUFFIX, FileOps
 from krasis.formats.files.regular_file import open_regular, read_into, read_range
-from krasis.formats.limits import MAX_FILE_NAME_BYTES, MIB, PAGE_BYTES
+from krasis.formats.limits import MAX_FILE_NAME_BYTES, MIB
+from krasis.formats.models.spec import ModelSpec
 from krasis.formats.names import shown
 from krasis.runtime.backend import Backend
+from krasis.runtime.batch import StateRows
+from krasis.runtime.state.prefix_parts import (
+    DIGEST_PREFIX,
+    FIXED_NAMES,
+    FORMAT_NAME,
+    FORMAT_VERSION,
+    KV_NAMES,
+    KV_TENSORS,
+    Group,
+    bundle_identity,
+    groups_of,
+)
+from krasis.runtime.state.prefix_writer import PrefixWriter
 
-FORMAT_NAME = "krasis-prefix"
-FORMAT_VERSION = "1"
+__all__ = [
+    "FORMAT_NAME",
+    "FORMAT_VERSION",
+    "KV_TENSORS",
+    "PrefixFile",
+    "bundle_identity",
+    "check_target",
+    "is_prefix_file",
+    "looks_like_prefix",
+    "save_prefix",
+]
+
 MAX_CONVERSATION_BYTES = 64 * MIB
-KV_TENSORS = {"f16": "F16", "bf16": "BF16", "f32": "F32"}
-_KV_NAMES = {tensor: name for name, tensor in KV_TENSORS.items()}
-_NAMES = ("keys", "values", "tokens", "conversation")
-_DIGEST_PREFIX = "xxh3_128."
-_EMPTY_DIGEST = "0" * 32
+_KV_DTYPES = {tensor: name for name, tensor in KV_TENSORS.items()}
+_NEEDED = (*KV_NAMES, "tokens")
+_NAMES = (*_NEEDED, "conversation", *FIXED_NAMES)
 
 logger = logging.getLogger(__name__)
-
-
-def bundle_identity(bundle: Bundle) -> str:
-    """What tells a bundle from every other: the XXH3-128 digest of its manifest, which holds those of all its
-    data, and of the architecture where it is run with another.
-    """
-    digest = xxhash.xxh3_128(bundle.manifest.to_bytes())
-    if bundle.spec != bundle.manifest.spec:
-        is_flat = bundle.manifest.format_minor == 0  # prefixes saved before the manifest knew more stay good
-        record = bundle.architecture.to_json() if is_flat else bundle.spec.to_json()
-        digest.update(canonical_json(record))
-    return str(digest.hexdigest())
 
 
 def is_prefix_file(path: Path) -> bool:
@@ -130,80 +137,11 @@ def save_prefix(
     if len(conversation) > MAX_CONVERSATION_BYTES:
         raise UsageError("the conversation is too long to be saved", where=str(path), got=len(conversation))
     check_target(path, bundle.path)
-    writer = _Writer(path, bundle, backend, tokens, conversation)
+    writer = PrefixWriter(path, bundle, backend, tokens, conversation)
     with AtomicFile(path, io=io) as file:
         writer.write(file)
         file.commit()
     logger.info("saved %d tokens, %.2f GB, to %s", len(tokens), writer.num_bytes / 1e9, path)
-
-
-class _Writer:
-    """Lays the file out before anything is written; digests join the header, of known size, at the end."""
-
-    def __init__(
-        self, path: Path, bundle: Bundle, backend: Backend, tokens: Sequence[int], conversation: bytes
-    ) -> None:
-        self._path, self._backend = path, backend
-        arch = bundle.architecture
-        self._num_tokens, self._num_layers = len(tokens), arch.num_layers
-        self._texts = {
-            "tokens": np.asarray(tokens, dtype="<i4").tobytes(),
-            **({"conversation": conversation} if conversation else {}),
-        }
-        shape = (arch.num_layers, arch.num_kv_heads, self._num_tokens, arch.head_dim)
-        dtype = KV_TENSORS[backend.kv_dtype]
-        self._layer_shape = shape[1:]
-        self._kv_dtype = NUMPY_DTYPES[dtype]
-        self._layer_bytes = math.prod(shape[1:]) * self._kv_dtype.itemsize
-        tensors: list[tuple[str, str, tuple[int, ...], int]] = [
-            (name, dtype, shape, arch.num_layers * self._layer_bytes) for name in ("keys", "values")
-        ]
-        tensors.append(("tokens", "I32", (self._num_tokens,), len(self._texts["tokens"])))
-        if conversation:
-            tensors.append(("conversation", "U8", (len(conversation),), len(conversation)))
-        self._entries: dict[str, object] = {}
-        self._begin: dict[str, int] = {}
-        end = 0
-        for name, kind, dims, num_bytes in tensors:
-            self._begin[name] = end
-            self._entries[name] = {"dtype": kind, "shape": list(dims), "data_offsets": [end, end + num_bytes]}
-            end += num_bytes
-        self._metadata = {
-            "format": FORMAT_NAME,
-            "version": FORMAT_VERSION,
-            "bundle": bundle_identity(bundle),
-            "computed_by": backend.description,
-        }
-        self._header_bytes = len(self._header(dict.fromkeys(self._begin, _EMPTY_DIGEST)))
-        self.num_bytes = self._header_bytes + end
-
-    def _header(self, digests: dict[str, str]) -> bytes:
-        marked = {_DIGEST_PREFIX + name: digest for name, digest in digests.items()}
-        from krasis.formats.bundle.shard_plan import encode_header  # 3 ms, which only a saved prefix needs
-
-        return encode_header({"__metadata__": {**self._metadata, **marked}, **self._entries}, PAGE_BYTES)
-
-    def write(self, file: AtomicFile) -> None:
-        """Everything, the header last."""
-        file.reserve(self.num_bytes)
-        hashes = {name: xxhash.xxh3_128() for name in self._begin}
-        for layer in range(self._num_layers):
-            pair = self._backend.state.export(0, layer, self._num_tokens)
-            for name, rows in zip(("keys", "values"), pair, strict=True):
-                if rows.shape != self._layer_shape or rows.dtype != self._kv_dtype:
-                    raise FormatError(
-                        "the backend gave other keys and values than its cache has",
-                        where=str(self._path),
-                        got=f"{rows.dtype} {rows.shape}",
-                        limit=f"{self._kv_dtype} {self._layer_shape}",
-                    )
-                data = np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data
-                hashes[name].update(data)
-                file.write(data, self._header_bytes + self._begin[name] + layer * self._layer_bytes)
-        for name, text in self._texts.items():
-            hashes[name].update(text)
-            file.write(text, self._header_bytes + self._begin[name])
-        file.write(self._header({name: str(one.hexdigest()) for name, one in hashes.items()}), 0)
 
 
 class PrefixFile:
@@ -218,6 +156,8 @@ class PrefixFile:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self._where = str(path)
+        self._groups: tuple[Group, ...] = ()
+        self._buffers: dict[tuple[str, str], tuple[StateRows, StateRows]] = {}
         self._fd = open_regular(self.path, follow_links=True)
         try:
             file_bytes = os.fstat(self._fd).st_size
@@ -245,25 +185,25 @@ class PrefixFile:
             )
         self._tensors = header.tensors
         names = set(self._tensors)
-        if not set(_NAMES[:3]) <= names <= set(_NAMES):
+        if not set(_NEEDED) <= names <= set(_NAMES):
             raise FormatError(
                 "a saved prefix has other tensors",
                 where=self._where,
                 got=shown(sorted(names)),
-                limit=", ".join(_NAMES),
+                limit=", ".join(_NAMES[:4]),
             )
-        self._digests = {name: known.get(_DIGEST_PREFIX + name, "") for name in names}
+        self._digests = {name: known.get(DIGEST_PREFIX + name, "") for name in names}
         self.bundle, self.computed_by = known.get("bundle", ""), known.get("computed_by", "")
         self._check_shapes()
 
     def _check_shapes(self) -> None:
-        keys, values, tokens = (self._tensors[name] for name in _NAMES[:3])
+        keys, values, tokens = (self._tensors[name] for name in _NEEDED)
         if tokens.dtype != "I32" or len(tokens.shape) != 1 or not tokens.num_bytes:
             raise self._misfit(tokens, "I32 [n]")
         self.num_tokens = tokens.shape[0]
-        if keys.dtype not in _KV_NAMES or len(keys.shape) != 4 or keys.shape[2] != self.num_tokens:
+        if keys.dtype not in _KV_DTYPES or len(keys.shape) != 4 or keys.shape[2] != self.num_tokens:
             raise self._misfit(keys, f"F16, BF16 or F32 [layers, heads, {self.num_tokens}, head_dim]")
-        self.kv_dtype = _KV_NAMES[keys.dtype]
+        self.kv_dtype = _KV_DTYPES[keys.dtype]
         if (values.dtype, values.shape) != (keys.dtype, keys.shape):
             raise self._misfit(values, f"{keys.dtype} {list(keys.shape)}, as the keys")
         text = self._tensors.get("conversation")
@@ -298,10 +238,20 @@ class PrefixFile:
                 limit=backend.kv_dtype,
                 hint=f"open with a KV cache of {self.kv_dtype} (--kv-dtype on the CPU, --gpu-dtype on a GPU)",
             )
-        arch = bundle.architecture
-        shape = (arch.num_layers, arch.num_kv_heads, self.num_tokens, arch.head_dim)
-        if self._tensors["keys"].shape != shape:
-            raise self._misfit(self._tensors["keys"], str(list(shape)))
+        self._groups = groups_of(bundle.spec, backend.kv_dtype, self.num_tokens)
+        held = {name for group in self._groups for name in group.names}
+        if others := set(self._tensors) & {*KV_NAMES, *FIXED_NAMES} ^ held:
+            raise FormatError(
+                "a saved prefix has other tensors",
+                where=self._where,
+                got=", ".join(sorted(others)),
+                limit=f"{', '.join(sorted(held))} of this model",
+            )
+        for group in self._groups:
+            for name, shape in zip(group.names, group.shapes, strict=True):
+                info, wanted = self._tensors[name], (len(group.layers), *shape)
+                if (info.dtype, info.shape) != (group.dtype, wanted):
+                    raise self._misfit(info, f"{group.dtype} {list(wanted)}")
         if self.num_tokens > backend.capacity:
             raise UsageError(
                 "the saved prefix is longer than the context",
@@ -329,15 +279,16 @@ class PrefixFile:
                     hint="the file is damaged: compute the prompt anew",
                 )
 
-    def tokens(self, architecture: Architecture) -> list[int]:
+    def tokens(self, model: Architecture | ModelSpec) -> list[int]:
         """The ids. FormatError if one is outside the vocabulary."""
+        vocab = model.vocab if isinstance(model, ModelSpec) else model.vocab_size
         ids = np.frombuffer(self._bytes("tokens"), dtype="<i4")
-        if ids.min() < 0 or ids.max() >= architecture.vocab_size:
+        if ids.min() < 0 or ids.max() >= vocab:
             raise FormatError(
                 "a token id is outside the vocabulary",
                 where=f"{self._where}: tokens",
                 got=int(ids.min() if ids.min() < 0 else ids.max()),
-                limit=architecture.vocab_size,
+                limit=vocab,
             )
         return [int(one) for one in ids]
 
@@ -346,19 +297,23 @@ class PrefixFile:
         return self._bytes("conversation") if "conversation" in self._tensors else b""
 
     def restore(self, backend: Backend) -> None:
-        """Copies keys and values into the cache, which must have passed ``check``."""
-        for layer, (keys, values) in enumerate(self._layers()):
-            backend.state.import_(0, layer, keys, values)
+        """Copies the state into the cache, which must have passed ``check``, in the order of the layers."""
+        places = sorted(
+            (layer, number, group) for group in self._groups for number, layer in enumerate(group.layers)
+        )
+        for layer, number, group in places:
+            backend.state.import_(0, layer, *self._rows(group, number))
 
-    def _layers(self) -> Iterator[tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
-        """[num_kv_heads, n, head_dim] each, layer by layer, in buffers that the next step overwrites."""
-        keys = self._tensors["keys"]
-        buffers = [np.empty(keys.shape[1:], dtype=NUMPY_DTYPES[keys.dtype]) for _ in range(2)]
-        for layer in range(keys.shape[0]):
-            for name, rows in zip(("keys", "values"), buffers, strict=True):
-                offset = self._tensors[name].offset_bytes + layer * rows.nbytes
-                read_into(self._fd, offset, rows.reshape(-1).view(np.uint8), self._where)
-            yield buffers[0], buffers[1]
+    def _rows(self, group: Group, number: int) -> tuple[StateRows, StateRows]:
+        """Of the layer of that number in the group, in buffers that the next call overwrites."""
+        buffers = self._buffers.get(group.names)
+        if buffers is None:
+            first, second = (np.empty(shape, dtype=group.numpy) for shape in group.shapes)
+            buffers = self._buffers[group.names] = first, second
+        for name, rows in zip(group.names, buffers, strict=True):
+            offset = self._tensors[name].offset_bytes + number * rows.nbytes
+            read_into(self._fd, offset, rows.reshape(-1).view(np.uint8), self._where)
+        return buffers
 
     def _layer_bytes(self) -> int:
         keys = self._tensors["keys"]

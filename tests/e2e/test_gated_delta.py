@@ -12,12 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
 from krasis.convert.cli import main as convert
 from krasis.formats.bundle.reader import Bundle
-from krasis.formats.errors import KrasisError
+from krasis.formats.errors import FormatError, KrasisError
 from krasis.runtime import Engine, EngineSettings
 from krasis.runtime.batch import batch_of
+from krasis.runtime.cli.run import main as krasis_run
 from krasis.runtime.cpu.weights import load_weights
 from krasis.runtime.exclusive import CallCancelledError
 from krasis.runtime.serving.api import Delta, Finished, Request
@@ -114,6 +117,52 @@ def test_what_a_cancelled_pass_spoilt_is_computed_again(bundle: Path) -> None:
         found = engine.prefill(TOKENS[10:40])
         engine.reset()
         np.testing.assert_array_equal(found, engine.prefill(TOKENS[:40]))
+
+
+def test_a_saved_prefix_carries_the_state(bundle: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a.kv"
+    with open_engine(bundle) as engine:
+        engine.prefill(TOKENS[:30])
+
+        def cancel(_done: int, _of: int) -> None:
+            engine.cancel()
+
+        with pytest.raises(CallCancelledError):
+            engine.prefill(TOKENS[30:50], progress=cancel)
+        engine.save_prefix(path, conversation=b"{}")
+        expected = engine.prefill(TOKENS[30:60], all_logits=True)
+    with open_engine(bundle) as engine:
+        engine.prefill(TOKENS[40:50])
+        assert engine.load_prefix(path) == b"{}"
+        assert list(engine.tokens) == TOKENS[:30]
+        np.testing.assert_array_equal(engine.prefill(TOKENS[30:60], all_logits=True), expected)
+        assert engine.keep_prefix([*TOKENS[:29], 1, 2]) == 0
+
+
+def test_a_saved_prefix_without_its_state_is_refused(bundle: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a.kv"
+    with open_engine(bundle) as engine:
+        engine.prefill(TOKENS[:30])
+        engine.save_prefix(path)
+        known = load_file(path)
+        with safe_open(path, "numpy") as file:
+            metadata = file.metadata()
+        assert known.keys() == {"keys", "values", "matrices", "columns", "tokens"}
+        for change in ({"columns": None}, {"matrices": known["matrices"][:, :1]}):
+            tensors = {name: one for name, one in (known | change).items() if one is not None}
+            save_file(tensors, path, metadata)
+            with pytest.raises(FormatError, match=r"other tensors.*columns|wrong shape.*"):
+                engine.load_prefix(path)
+            assert list(engine.tokens) == TOKENS[:30]
+
+
+def test_the_command_answers_and_saves(bundle: Path, tmp_path: Path) -> None:
+    options = {"--prompt": "abc", "--max-tokens": "4", "--device": "cpu", "--ctx": "64"}
+    arguments = [str(bundle), "--raw", *(part for option in options.items() for part in option)]
+    done = CliRunner().invoke(krasis_run, [*arguments, "--save-kv", str(tmp_path / "a.kv")])
+    assert done.exit_code == 0, done.output
+    again = CliRunner().invoke(krasis_run, [*arguments, "--load-kv", str(tmp_path / "a.kv")])
+    assert again.exit_code == 0, again.output
 
 
 def test_prompts_are_cut_where_the_state_is_copied() -> None:

@@ -1,0 +1,83 @@
+"""What a saved prefix holds of a model's state, and of which bundle it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from krasis.formats.bundle.manifest import canonical_json
+from krasis.formats.bundle.reader import Bundle
+from krasis.formats.dtypes import NUMPY_DTYPES
+from krasis.formats.errors import UnsupportedModelError
+from krasis.formats.models.mixers import Attention
+from krasis.formats.models.recurrent import GatedDelta
+from krasis.formats.models.spec import ModelSpec
+from krasis.runtime.state.hybrid_store import TILE_COLUMNS
+
+FORMAT_NAME = "krasis-prefix"
+FORMAT_VERSION = "1"
+KV_TENSORS = {"f16": "F16", "bf16": "BF16", "f32": "F32"}
+KV_NAMES, FIXED_NAMES = ("keys", "values"), ("matrices", "columns")
+DIGEST_PREFIX = "xxh3_128."
+
+
+def bundle_identity(bundle: Bundle) -> str:
+    """What tells a bundle from every other: the XXH3-128 digest of its manifest, which holds those of all its
+    data, and of the architecture where it is run with another.
+    """
+    digest = xxhash.xxh3_128(bundle.manifest.to_bytes())
+    if bundle.spec != bundle.manifest.spec:
+        is_flat = bundle.manifest.format_minor == 0  # prefixes saved before the manifest knew more stay good
+        record = bundle.architecture.to_json() if is_flat else bundle.spec.to_json()
+        digest.update(canonical_json(record))
+    return str(digest.hexdigest())
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Layers that keep something of one shape, in two tensors. dtype: of the tensors. shapes: of one
+    layer's part of each.
+    """
+
+    names: tuple[str, str]
+    dtype: str
+    layers: tuple[int, ...]
+    shapes: tuple[tuple[int, ...], tuple[int, ...]]
+
+    @property
+    def numpy(self) -> np.dtype[Any]:
+        """The dtype in memory."""
+        return NUMPY_DTYPES[self.dtype]
+
+
+def groups_of(spec: ModelSpec, kv_dtype: str, num_tokens: int) -> tuple[Group, ...]:
+    """What the layers keep after so many tokens: keys and values; of those that overwrite a matrix, it and
+    the last columns of the convolution. Raises UnsupportedModelError where layers of a kind are not alike.
+    """
+    found: dict[tuple[str, str], Group] = {}
+    for index, layer in enumerate(spec.layers):
+        group = _group(layer.mixer, index, kv_dtype, num_tokens, spec)
+        known = found.get(group.names)
+        if known is None:
+            found[group.names] = group
+            continue
+        if known.shapes != group.shapes:
+            raise UnsupportedModelError(
+                "prefixes are not saved of models whose layers keep keys of several sizes", where=spec.family
+            )
+        found[group.names] = Group(group.names, group.dtype, (*known.layers, index), group.shapes)
+    return tuple(found[names] for names in (KV_NAMES, FIXED_NAMES) if names in found)
+
+
+def _group(mixer: object, index: int, kv_dtype: str, num_tokens: int, spec: ModelSpec) -> Group:
+    if isinstance(mixer, Attention):
+        shape = (mixer.kv_heads, num_tokens, mixer.head_dim)
+        return Group(KV_NAMES, KV_TENSORS[kv_dtype], (index,), (shape, shape))
+    if isinstance(mixer, GatedDelta):
+        rows = mixer.key_dim * -(-mixer.value_dim // TILE_COLUMNS)
+        matrices = (mixer.value_heads, rows, TILE_COLUMNS)
+        return Group(FIXED_NAMES, "F32", (index,), (matrices, (1, mixer.conv_width - 1, mixer.conv_channels)))
+    raise UnsupportedModelError("prefixes are not saved of models of this kind", where=spec.family)
