@@ -130,9 +130,45 @@ def _yarn(factor: float, mscale: float) -> Mapping[str, Any]:
     }
 
 
+def _delta(
+    layers: int, hidden: int, heads: int, experts: tuple[int, int, int], value_heads: int, **others: Any
+) -> Mapping[str, Any]:
+    """Gated DeltaNet. experts: how many, of these a token's, and their width, as the shared one's."""
+    count, top, width = experts
+    fields = {
+        "model_type": "qwen3_5_moe_text",
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_key_value_heads": 2,
+        "vocab_size": 248320,
+        "max_position_embeddings": 262144,
+        "tie_word_embeddings": False,
+        "rope_theta": 1e7,
+        "partial_rotary_factor": 0.25,
+        "head_dim": 256,
+        "num_experts": count,
+        "num_experts_per_tok": top,
+        "moe_intermediate_size": width,
+        "shared_expert_intermediate_size": width,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": value_heads,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+        "linear_conv_kernel_dim": 4,
+    }
+    return fields | others
+
+
 SHAPES: Mapping[str, Mapping[str, Any]] = {
     "qwen3-235b-a22b": _qwen3_moe(94, 4096, 64, 1536),
     "qwen3-30b-a3b": _qwen3_moe(48, 2048, 32, 768),
+    "qwen3-next-80b-a3b": _delta(
+        48, 2048, 16, (512, 10, 512), 32, model_type="qwen3_next", vocab_size=151936
+    ),
+    "qwen3.5-35b-a3b": _delta(40, 2048, 16, (256, 8, 512), 32),
+    "qwen3.5-122b-a10b": _delta(48, 3072, 32, (256, 8, 1024), 64),
+    "qwen3.5-397b-a17b": _delta(60, 4096, 32, (512, 10, 1024), 64),
     "qwen2-57b-a14b": _qwen2_moe(
         28,
         3584,

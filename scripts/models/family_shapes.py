@@ -24,6 +24,8 @@ NAMES = (
     "deepseek-v3",
     "deepseek-v2-lite",
     "glm-4.7-flash",
+    "qwen3-next-80b-a3b",
+    "qwen3.5-35b-a3b",
 )
 # What options of the scripts are called in the configs of families, where it differs.
 _FIELDS = {
@@ -40,8 +42,11 @@ class FamilyShape:
 
     @classmethod
     def named(cls, name: str) -> Self:
-        """One of ``NAMES``, without the layers that only draft."""
+        """One of ``NAMES``, without the layers that only draft and without towers."""
         config = json.loads((CONFIGS / f"{name}.json").read_text("utf-8"))
+        if "text_config" in config:
+            family = family_of(read_hf_config(config, name))
+            config = config["text_config"] | {"architectures": [family.reference]}
         return cls(config | {"num_nextn_predict_layers": 0})
 
     @property
@@ -81,7 +86,11 @@ def hub_tensors(spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
                 yield names[tensor.name].hf[0].format(i=layer), held_shape(mixer, "", together=True)
             continue
         for ours, shape in tensor.sources():
-            yield names[ours].hf[0].format(i=layer), shape
+            source = names[ours]
+            pick = source.pick if getattr(mixer, "output_gate", "") != "none" else None
+            there = shape if pick is None else (pick(mixer).of, *shape[1:])
+            alone = (name for name in source.hf if "language_model" not in name)  # no tower beside it
+            yield next(alone, source.hf[0]).format(i=layer), there
 
 
 def _expert_tensors(spec: ModelSpec, layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:

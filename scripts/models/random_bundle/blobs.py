@@ -47,11 +47,13 @@ def blob_pieces(
         yield from pools.codes8().run(blob.name, blob.num_bytes)
     elif part == "scale":
         yield from pools.scales("F32", RMS_8, _std(blob.name, spec)).run(blob.name, blob.num_bytes)
-    elif part in ("norm", "q_norm", "k_norm", "final_norm"):
+    elif part in ("norm", "q_norm", "k_norm", "final_norm", "gate_norm"):
         yield norm_values(blob, request.seed)
-    elif part in ("bias", "correction_bias"):
+    elif part in ("bias", "correction_bias", "dt_bias"):
         yield bias_values(blob, request.seed)
-    elif part in ("router", "gate"):
+    elif part in ("conv", "a_log"):
+        yield delta_values(blob, request.seed)
+    elif part in ("router", "gate", "ba"):
         yield router_values(blob, request.seed)
     else:  # the embedding: values of order one
         yield from pools.get(
@@ -64,7 +66,7 @@ def blob_pieces(
 def _std(name: str, spec: ModelSpec) -> float:
     """Of the weights that a blob of scales belongs to: those whose product goes to the residual are small."""
     tensor = name.removesuffix(".scale")
-    if not tensor.endswith(("attention.output", ".w2")):
+    if not tensor.endswith((".output", ".w2")):
         return input_std(spec.hidden)
     layer = int(tensor.split(".")[1])
     (columns,) = (one.shape[1] for one in dense_tensors_of(spec, layer) if tensor.endswith(f".{one.name}"))
@@ -103,6 +105,14 @@ def bias_values(spec: BlobSpec, seed: int) -> bytes:
     """Around zero, small beside what they are added to."""
     noise = own_random(spec.name, seed).standard_normal(spec.shape, dtype=np.float32)
     return as_bytes(np.float32(NORM_NOISE) * noise, "F32").tobytes()
+
+
+def delta_values(spec: BlobSpec, seed: int) -> bytes:
+    """Of a convolution, whose sums are of order one; logarithms of decay rates, of which most of the state
+    stays."""
+    noise = own_random(spec.name, seed).standard_normal(spec.shape, dtype=np.float32)
+    values = noise - 2 if len(spec.shape) == 1 else noise * np.float32(spec.shape[-1] ** -0.5)
+    return as_bytes(values.reshape(-1), "F32").tobytes()
 
 
 def router_values(spec: BlobSpec, seed: int) -> bytes:

@@ -10,8 +10,10 @@ from krasis.formats.models.mixers import LatentAttention
 from krasis.formats.models.recurrent import GatedDelta
 from krasis.formats.models.rope import Rope
 from krasis.formats.models.selection import Selection
-from krasis.runtime.planning import Workload, make_plan, sizes_of_shape
+from krasis.formats.models.state import SNAPSHOTS, fixed_bytes
+from krasis.runtime.planning import Workload, make_plan, make_workload, sizes_of_shape
 from krasis.runtime.planning.mixing import mixer_macs
+from krasis.runtime.planning.presets import shape
 from tests.support.planning import MIXER, mixed_spec
 
 
@@ -47,7 +49,7 @@ def test_state_that_does_not_grow_is_counted_once() -> None:
     window = dataclasses.replace(MIXER, window=100)
     sizes = sizes_of_shape(mixed_spec(GatedDelta(2, 4, 16, 32, 4), window))
     token = 2 * 2 * 64 * 2
-    fixed = 4 * 16 * 32 * 4 + (2 * 2 * 16 + 4 * 32) * 3 * 2
+    fixed = 4 * 16 * 32 * 4 + (2 * 2 * 16 + 4 * 32) * 3 * 4
     assert sizes.kv_bytes(50, "bf16") == 7 * 50 * token + fixed
     assert sizes.kv_bytes(5000, "bf16") == (6 * 5000 + 100) * token + fixed
     room = (6 * 5000 + 100) * token + fixed
@@ -64,3 +66,12 @@ def test_a_window_is_read_and_computed_less(machine) -> None:
     assert less.prefill.attention_s < whole.prefill.attention_s
     assert less.decode.kv_s < whole.decode.kv_s
     assert less.host.kv_bytes < whole.host.kv_bytes
+
+
+def test_copies_of_a_state_take_ram_beside_it(machine) -> None:
+    sizes = sizes_of_shape(shape("qwen3.5-35b-a3b"))
+    fixed = 30 * (32 * 128 * 128 + 3 * (2 * 16 + 32) * 128) * 4
+    assert fixed_bytes(sizes.spec) == fixed
+    plan = make_plan(sizes, machine(0), make_workload(sizes.spec, context=8192))
+    keys = 10 * 2 * 2 * 256 * 2 * 8192
+    assert plan.host.kv_bytes == keys + (1 + SNAPSHOTS) * fixed
