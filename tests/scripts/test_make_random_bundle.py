@@ -147,7 +147,9 @@ def test_shapes_of_other_families_run(tmp_path: Path, name: str) -> None:
         assert 0.5 < np.std(engine.prefill(list(range(20)))) < 2
 
 
-@pytest.mark.parametrize("name", ["glm-4.5-air", "mixtral-8x7b", "olmoe-1b-7b", "qwen3-30b-a3b", *DELTA])
+@pytest.mark.parametrize(
+    "name", ["glm-4.5-air", "mixtral-8x7b", "olmoe-1b-7b", "qwen3-30b-a3b", "glm-4.7-flash", *DELTA]
+)
 def test_checkpoints_of_families_convert(tmp_path: Path, name: str) -> None:
     shape = smaller(name)
     make_model(shape, tmp_path / "hf", 1, 1 << 30, pool_values=1 << 16)
