@@ -68,8 +68,6 @@ class EngineCore:
         self._backend, self._model, self._folder, self._clock = backend, model, folder, clock
         self._spiller = None if folder is None else Spiller(folder)
         self._store = PrefixStore(settings.cache_bytes, self._spiller.spill if self._spiller else None)
-        for tokens, file in [] if folder is None else folder.prefixes():
-            self._store.add_file(tokens, file)
         limits = settings.limits or Limits(pass_rows=backend.prefill_chunk)
         num_slots = min(settings.num_slots, backend.state.num_slots, limits.pass_rows, backend.prefill_chunk)
         self._scheduler = Scheduler(
@@ -77,6 +75,8 @@ class EngineCore:
         )
         self._slots = SlotWork(backend.state, model.num_layers, self._store)
         self._scheduler.cuts_anywhere = self._slots.cuts_anywhere
+        for tokens, file in [] if folder is None else folder.prefixes():
+            self._store.add_file(tokens, file, can_be_cut=self._slots.cuts_anywhere)
         self._tally = Tally()
         self._between = Between(limits.between_s, getattr(backend, "decodes_between_layers", False))
         self._running: dict[str, Sequence] = {}  # of the core's thread: what it knows of, by the job's id

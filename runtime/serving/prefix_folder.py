@@ -123,13 +123,13 @@ class PrefixFolder:
             return None
         return self._file(path)
 
-    def prune(self) -> int:
-        """Deletes this bundle's files that longer ones begin with, and the oldest beyond max_bytes. Gives how
-        many."""
+    def prune(self, *, can_be_cut: bool = True) -> int:
+        """Deletes this bundle's files that longer ones begin with, if those can be cut anywhere, and
+        the oldest beyond max_bytes. Gives how many."""
         kept: list[TokenIds] = []
         total = num_deleted = 0
         for tokens, file in reversed(self.prefixes()):
-            is_part = any(shared_length(tokens, longer) == len(tokens) for longer in kept)
+            is_part = can_be_cut and any(shared_length(tokens, longer) == len(tokens) for longer in kept)
             if is_part or total + file.num_bytes > self.max_bytes:
                 num_deleted += _gone(file.path)
                 continue
@@ -155,11 +155,10 @@ def rows_of(backend: Any, export: Export | None = None) -> _Rows:
 
 
 def export_of(layers: Layers) -> Export:
-    """What gives the rows of state in RAM."""
+    """What gives the state in RAM, which is that of all its tokens."""
 
-    def export(layer: int, num_tokens: int) -> tuple[StateRows, StateRows]:
-        keys, values = layers[layer]
-        return keys[:, :num_tokens], values[:, :num_tokens]
+    def export(layer: int, _num_tokens: int) -> tuple[StateRows, StateRows]:
+        return layers[layer]
 
     return export
 

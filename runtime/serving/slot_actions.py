@@ -93,7 +93,7 @@ class SlotActions:
         with PrefixFile(path) as file:
             file.check(self._bundle, rows.backend)
             file.verify()
-            tokens = file.tokens(self._bundle.architecture)
+            tokens = file.tokens(self._bundle.spec)
             file.restore(rows.backend)
         layers: Layers = rows.layers
         self._work.refill(slot, self._slots, Ids(np.asarray(tokens, np.int64)), layers)

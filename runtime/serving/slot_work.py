@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from functools import partial
 
-from krasis.formats.errors import KrasisError, UnsupportedModelError
+from krasis.formats.errors import KrasisError
 from krasis.runtime.batch import StateStore
 from krasis.runtime.serving.api import SlotStatus
 from krasis.runtime.serving.ids import Ids
@@ -102,10 +102,7 @@ class SlotWork:
             logger.warning("a slot cannot be closed: %s", error)
 
     def export_of(self, slot: Slot) -> Export:
-        """What gives a slot's rows. Raises UnsupportedModelError for state that cannot be gone on from
-        everywhere: it has no form in a file."""
-        if not self._copier.can_be_cut(slot.number):
-            raise UnsupportedModelError("the state of this model's slots cannot be saved")
+        """What gives a slot's rows."""
         return partial(self._state.export, slot.number)
 
     def refill(self, slot: Slot, slots: Sequence[Slot], ids: Ids, layers: Layers) -> None:
@@ -115,11 +112,12 @@ class SlotWork:
             self.keep(slot)
         slot.forget()
         try:
-            self._copier.import_(slot.number, layers, len(ids), can_be_cut=True)
+            self._copier.import_(slot.number, layers, len(ids), can_be_cut=self.cuts_anywhere)
         except (KrasisError, MemoryError):
             self.close(slot)
             raise
         slot.ids, slot.length, slot.num_prompt = ids, len(ids), len(ids)
+        slot.marks = None if self.cuts_anywhere else {len(ids)}
         self.num_restored += 1
 
     def empty(self, slot: Slot) -> None:
@@ -131,16 +129,13 @@ class SlotWork:
     def save_all(self, slots: Sequence[Slot], folder: PrefixFolder) -> None:
         """Writes every prefix worth it to the folder, those used last at last."""
         for prefix in self._store:
-            if prefix.is_side or not prefix.can_be_cut:
-                continue
-            if prefix.file is None and prefix.layers is not None:
+            if not prefix.is_side and prefix.file is None and prefix.layers is not None:
                 folder.save(prefix.tokens, export_of(prefix.layers))
         for slot in sorted(slots, key=lambda one: one.used_s):
             slot.num_saved = 0
-            if not must_be_kept(slot, slots, self._store) or not self._copier.can_be_cut(slot.number):
-                continue
-            folder.save(slot.held, partial(self._state.export, slot.number))
-        folder.prune()
+            if must_be_kept(slot, slots, self._store):
+                folder.save(slot.held, self.export_of(slot))
+        folder.prune(can_be_cut=self.cuts_anywhere)
 
     def status(self, slots: Sequence[Slot]) -> tuple[SlotStatus, ...]:
         """A view of the slots; any thread may ask for it. A job's id is a number and its request's id."""

@@ -38,7 +38,7 @@ class Spiller:
 
     def spill(self, prefix: Prefix) -> SpilledFile | None:
         """Begins to write a prefix that is in RAM; None for one that cannot be written."""
-        if prefix.layers is None or not prefix.can_be_cut:
+        if prefix.layers is None:
             return None
         if self._last is not None:
             self._last.wait()

@@ -24,6 +24,7 @@ from krasis.runtime.cli.run import main as krasis_run
 from krasis.runtime.cpu.weights import load_weights
 from krasis.runtime.exclusive import CallCancelledError
 from krasis.runtime.serving.api import Delta, Finished, Request
+from krasis.runtime.serving.core import EngineCore
 from krasis.runtime.serving.model_side import CoreSettings
 from krasis.runtime.serving.opening import open_core
 from krasis.runtime.state.borders import STEP_TOKENS, TAIL_TOKENS, pieces
@@ -219,6 +220,37 @@ def test_conversations_on_a_server_get_what_each_gets_alone(bundle: Path, alone:
             ask(LONG[number + 1 : number + 81], f"other {number}")
         _, cached = ask([*second, *answer, 11, 12], "a")  # from the store
         assert cached == 148 + 5
+
+
+def test_a_server_goes_on_from_what_an_earlier_one_saved(bundle: Path, alone: Engine, tmp_path: Path) -> None:
+    """By itself from its folder, and from a slot's file that an operator had written."""
+    settings = EngineSettings(context=256, threads=1, prefault=False, device="cpu")
+    prompt = LONG[:60]
+
+    def ask(core: EngineCore, ids: list[int]) -> tuple[list[int], int]:
+        request = Request(id="a", prompt=tuple(ids), max_tokens=4, ignore_ends=True)
+        events = list(core.submit(request).events(60))
+        assert isinstance(events[-1], Finished), events[-1]
+        found = [token for event in events if isinstance(event, Delta) for token in event.tokens]
+        return found, events[-1].usage.num_cached
+
+    with open_core(bundle, settings, CoreSettings(num_slots=1), prefix_dir=tmp_path) as opened:
+        opened.core.start()
+        answer, _ = ask(opened.core, prompt)
+        saved = opened.core.slot_actions(opened.bundle, tmp_path).save(0, "slot.bin").result(60)
+        assert saved.num_tokens == 63
+    follow = [*prompt, *answer, 5]
+    expected = greedy(alone, follow, 4)
+    with open_core(bundle, settings, CoreSettings(num_slots=1), prefix_dir=tmp_path) as opened:
+        opened.core.start()
+        assert ask(opened.core, follow) == (expected, 63)
+    for path in tmp_path.glob("*.kv"):
+        path.unlink()
+    with open_core(bundle, settings, CoreSettings(num_slots=1)) as opened:
+        opened.core.start()
+        opened.core.slot_actions(opened.bundle, tmp_path).restore(0, "slot.bin").result(60)
+        assert ask(opened.core, follow) == (expected, 63)
+        assert ask(opened.core, [*prompt[:50], 1])[1] == 0
 
 
 def test_a_batch_must_begin_where_the_state_is(bundle: Path) -> None:

@@ -177,7 +177,9 @@ def test_who_asks_the_same_during_a_pass_waits_for_it_even_if_its_client_is_gone
     assert list(first.events(5))[-1].reason == ("cancelled" if is_killed else "length")
     events = list(again.events(5))
     assert tokens_of(events) == expected(same, 5)
-    assert (len(backend.passes), events[-1].usage.num_cached) == (1 + checkpoints, 499)
+    # With checkpoints, the first pass ends before the prompt's last tokens; a killed client asks for no more.
+    num_cached = 484 if checkpoints and is_killed else 499
+    assert (len(backend.passes), events[-1].usage.num_cached) == (1 + checkpoints, num_cached)
 
 
 def test_events_for_a_loop_and_a_cancel_from_it(make_core: MakeCore) -> None:
