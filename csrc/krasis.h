@@ -264,6 +264,8 @@ typedef struct krasis_add_rows_args {
     const float *bias;   /* [k] */
     const float *x;      /* [T, k] */
     const float *logits; /* [T] */
+    float scale;         /* of the sum; 0: 1 */
+    int32_t reserved;
 } krasis_add_rows_args;
 KRASIS_API int32_t krasis_add_rows(krasis_pool *pool, const krasis_add_rows_args *args);
 
@@ -318,7 +320,7 @@ typedef enum krasis_rope_style {
 
 /* qkv: f32 [T, (num_heads + 2*num_kv_heads) * head_dim], in this order: += bias (in place); RMS norm of q and k; q, k
  * and v cut to +-clip; q and k rotated in their first rotary_dims channels. q is left in qkv; k and v go to the spans'
- * memory. head_dim % 16 == 0, <= 256; rotary_dims even, <= head_dim, 0: no rotation. */
+ * memory. head_dim % 16 == 0, <= 512; rotary_dims even, <= head_dim, 0: no rotation. */
 typedef struct krasis_qkv_args {
     float *qkv;
     int64_t tokens, num_heads, num_kv_heads, head_dim;
@@ -334,6 +336,8 @@ typedef struct krasis_qkv_args {
     int64_t num_spans, keys_offset_bytes, values_offset_bytes, capacity;
     int32_t kv_dtype;
     int32_t reserved;
+    int32_t shared_kv;  /* not 0: qkv has no v, which is k before norm and rotation */
+    int32_t value_norm; /* not 0: v's heads are divided by their RMS */
 } krasis_qkv_args;
 KRASIS_API int32_t krasis_qk_norm_rope_store(krasis_pool *pool, const krasis_qkv_args *args);
 

@@ -14,6 +14,7 @@ from krasis.formats.models.recurrent import ChannelDelta, GatedDelta, Mamba2, Sh
 from krasis.formats.models.spec import Layer, ModelSpec
 
 _HEAD_MULTIPLE = 16  # channels
+_MAX_WIDE_HEAD = 512
 _MAX_LATENT_WIDTH = 576  # of a latent and the keys' common part
 _MOST_TAPS = 8  # of a convolution
 _MIXERS: dict[type, str] = {
@@ -34,6 +35,12 @@ _QK_NORMS = {
 CPU_RUNS = frozenset(
     {
         "latent attention (MLA)",
+        "a soft cap on the logits",
+        "an MLP beside the experts",
+        "values that are keys, or normed",
+        "attention heads of more than 256 channels",
+        "routers that norm their input",
+        "proportional rope scaling",
         "factors on embedding, residual or logits",
         "layers without experts",
         "attention in windows",
@@ -63,6 +70,12 @@ CPU_RUNS = frozenset(
     }
 )
 GPU_RUNS = CPU_RUNS - {
+    "a soft cap on the logits",
+    "an MLP beside the experts",
+    "values that are keys, or normed",
+    "attention heads of more than 256 channels",
+    "routers that norm their input",
+    "proportional rope scaling",
     "latent attention (MLA)",
     "attention in windows",
     "attention sinks",
@@ -144,13 +157,14 @@ def _of_layer(layer: Layer) -> Iterator[str]:
         yield "layers of one block"
     if layer.parallel:
         yield "attention and experts side by side"
-    if layer.post_norms or layer.output_scale:
+    if (layer.post_norms or layer.output_scale) and not isinstance(layer.mlp, MlpBesideExperts):
         yield "norms after blocks"
     if isinstance(layer.mlp, GatedMlp):
         yield "layers without experts"
         yield from _of_activation(layer.mlp)
     elif isinstance(layer.mlp, MlpBesideExperts):
         yield "an MLP beside the experts"
+        yield from _of_activation(layer.mlp.mlp)
         yield from _of_experts(layer.mlp.experts)
     elif layer.mlp is not None:
         yield from _of_experts(layer.mlp)
@@ -169,15 +183,19 @@ def _of_attention(mixer: Attention) -> Iterator[str]:
         yield "gated attention" if mixer.output_gate == "channel" else "attention with gates of another kind"
         if mixer.bias:
             yield "gated attention with biases"
-    if mixer.shared_kv or mixer.value_norm or mixer.value_width != mixer.head_dim or mixer.value_scale != 1.0:
-        yield "values unlike keys in size or norm"
+    if mixer.value_width != mixer.head_dim or mixer.value_scale != 1.0:
+        yield "values unlike keys in size or scale"
+    if mixer.shared_kv or mixer.value_norm:
+        yield "values that are keys, or normed"
     if mixer.bias or mixer.output_bias:
         yield "attention with biases"
     if mixer.qk_norm != "head":
         yield _QK_NORMS[mixer.qk_norm]
     if mixer.clip is not None:
         yield "clipped q, k and v"
-    if mixer.head_dim > MAX_HEAD_DIM or mixer.head_dim % _HEAD_MULTIPLE:
+    if MAX_HEAD_DIM < mixer.head_dim <= _MAX_WIDE_HEAD:
+        yield f"attention heads of more than {MAX_HEAD_DIM} channels"
+    if mixer.head_dim > _MAX_WIDE_HEAD or mixer.head_dim % _HEAD_MULTIPLE:
         yield f"attention heads of {mixer.head_dim} channels"
     if mixer.key_rows % STRIP_ROWS:
         yield f"keys of {mixer.key_rows} channels (a multiple of {STRIP_ROWS} is needed)"

@@ -67,18 +67,19 @@ def gemm(x: Array, weight: Array) -> Array:
 
 
 def rotate(x: Array, cos: Array, sin: Array, rope: Rope) -> Array:
-    """Rotary embedding of the first ``rope.dims`` channels: x [T, heads, D]; cos, sin [T, dims/2] of the
-    tokens' positions.
+    """Rotary embedding of the first channels, as many as the tables have: x [T, heads, D]; cos, sin
+    [T, dims/2] of the tokens' positions.
     """
     c, s = cos[:, None, :].astype(x.dtype), sin[:, None, :].astype(x.dtype)
-    turned = x[..., : rope.dims]
+    dims = 2 * cos.shape[-1]
+    turned = x[..., :dims]
     if rope.style == "interleaved":
         x1, x2 = turned[..., 0::2], turned[..., 1::2]
         pairs = np.stack([x1 * c - x2 * s, x2 * c + x1 * s], axis=-1)
-        return np.concatenate([pairs.reshape(turned.shape), x[..., rope.dims :]], axis=-1)
-    half = rope.dims // 2
+        return np.concatenate([pairs.reshape(turned.shape), x[..., dims:]], axis=-1)
+    half = dims // 2
     x1, x2 = turned[..., :half], turned[..., half:]
-    return np.concatenate([x1 * c - x2 * s, x2 * c + x1 * s, x[..., rope.dims :]], axis=-1)
+    return np.concatenate([x1 * c - x2 * s, x2 * c + x1 * s, x[..., dims:]], axis=-1)
 
 
 def temperatures(temperature: QueryTemperature, start: int, end: int) -> Array:
@@ -105,12 +106,15 @@ def projected_heads(
         qkv = qkv + vectors.bias.astype(qkv.dtype)
     rows, dim = len(qkv), mixer.head_dim
     q, k, v = np.split(qkv, [mixer.query_rows, mixer.query_rows + mixer.key_rows], axis=1)
+    v = k if mixer.shared_kv else v
     if mixer.qk_norm == "flat":
         q, k = _normed(q, vectors.q_norm, eps), _normed(k, vectors.k_norm, eps)
     q, k = q.reshape(rows, mixer.heads, dim), k.reshape(rows, mixer.kv_heads, dim)
     if mixer.qk_norm == "head":
         q, k = normed_heads(q, k, vectors, eps)
     v = v.reshape(rows, mixer.kv_heads, dim)
+    if mixer.value_norm:
+        v = rms_norm(v, np.ones(dim, v.dtype), eps)
     if mixer.clip is not None:
         q, k, v = (np.clip(x, -mixer.clip, mixer.clip) for x in (q, k, v))
     return q, k, v

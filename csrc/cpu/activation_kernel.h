@@ -55,11 +55,13 @@ void add_rows(const krasis_add_rows_args &args, int64_t begin, int64_t end) {
             V8 sum = V8::load(out + i);
             if (args.bias) sum = add(sum, V8::load(args.bias + i));
             if (x) sum = fma(V8::load(x + i), factor, sum);
+            if (args.scale != 0.0f) sum = mul(sum, V8::set1(args.scale));
             sum.store(out + i);
         }
         for (int64_t i = whole; i < args.k; ++i) {
             if (args.bias) out[i] += args.bias[i];
             if (x) out[i] = __builtin_fmaf(x[i], one, out[i]);
+            if (args.scale != 0.0f) out[i] *= args.scale;
         }
     }
 }

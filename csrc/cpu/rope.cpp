@@ -31,8 +31,7 @@ int32_t krasis_qk_norm_rope_store(krasis_pool *pool, const krasis_qkv_args *args
     if (const int32_t status = check(*args)) return status;
     const auto store = krasis_pool_isa(pool) == KRASIS_ISA_AVX512_VNNI ? krasis::avx512::rope_store_rows
                                                                        : krasis::avx2::rope_store_rows;
-    const int64_t row = (args->num_heads + 2 * args->num_kv_heads) * args->head_dim;
-    krasis::parallel_rows(pool, args->tokens, row, [&](int64_t begin, int64_t end) {
+    krasis::parallel_rows(pool, args->tokens, krasis::qkv_size(*args), [&](int64_t begin, int64_t end) {
         for (int64_t i = 0; i < args->num_spans; ++i) {
             const krasis_span &span = args->spans[i];
             const int64_t first = span.first_row > begin ? span.first_row : begin;

@@ -7,7 +7,12 @@
 
 namespace krasis {
 
-constexpr int64_t kMaxHeadDim = 256;
+constexpr int64_t kMaxHeadDim = 512;
+
+// Elements of a row of qkv.
+inline int64_t qkv_size(const krasis_qkv_args &args) {
+    return (args.num_heads + (args.shared_kv ? 1 : 2) * args.num_kv_heads) * args.head_dim;
+}
 
 // Rows [begin, end) of args, all of one span.
 namespace avx2 {

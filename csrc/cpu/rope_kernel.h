@@ -105,12 +105,12 @@ KRASIS_INLINE void turn_heads(const krasis_qkv_args &args, const float *x, int64
 template <class Cache, bool kNorm, bool kClip>
 void rope_store_row(const krasis_qkv_args &args, const krasis_span &span, int64_t row) {
     const int64_t dim = args.head_dim, position = span.start + row - span.first_row;
-    const int64_t size = (args.num_heads + 2 * args.num_kv_heads) * dim, stride = args.capacity * dim;
+    const int64_t size = qkv_size(args), stride = args.capacity * dim;
     float *q = args.qkv + row * size;
     if (args.bias) {
         for (int64_t i = 0; i < size; i += 8) add(V8::load(q + i), V8::load(args.bias + i)).store(q + i);
     }
-    const float *k = q + args.num_heads * dim, *v = k + args.num_kv_heads * dim;
+    const float *k = q + args.num_heads * dim, *v = args.shared_kv ? k : k + args.num_kv_heads * dim;
     Cache *keys = static_cast<Cache *>(layer_keys(args, span)) + position * dim;
     Cache *values = static_cast<Cache *>(layer_values(args, span)) + position * dim;
     turn_heads<kNorm, kClip>(args, q, args.num_heads, args.q_norm, position, [&](int64_t i) { return q + i * dim; });
@@ -118,7 +118,8 @@ void rope_store_row(const krasis_qkv_args &args, const krasis_span &span, int64_
                              [&](int64_t i) { return keys + i * stride; });
     for (int64_t i = 0; i < args.num_kv_heads; ++i) {
         const Head<false, kClip> head{v + i * dim, nullptr, V8::zero(), args.clip};
-        copy_head(head, 0, dim, values + i * stride);
+        const V8 inverse = V8::set1(args.value_norm ? inverse_rms(head.x, dim, args.eps) : 1.0f);
+        for (int64_t d = 0; d < dim; d += 8) put(mul(head.at(d), inverse), values + i * stride + d);
     }
 }
 

@@ -16,6 +16,7 @@ Transform = Literal[
 ]
 DRAFTING = "layers that only draft (multi-token prediction)"
 VISION = "the vision tower"
+AUDIO = "the audio tower"
 
 
 @dataclass(frozen=True, slots=True)

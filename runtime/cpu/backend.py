@@ -15,7 +15,7 @@ from krasis.runtime.batch import Batch, Logits
 from krasis.runtime.cpu.blocks import Block, CpuContext, Rows, cpu_block
 from krasis.runtime.cpu.buffers import Buffers
 from krasis.runtime.cpu.delta_kernels import DeltaPlace
-from krasis.runtime.cpu.factors import without_factors
+from krasis.runtime.cpu.factors import cap_logits, without_factors
 from krasis.runtime.cpu.heads import Heads
 from krasis.runtime.cpu.kernels import Kernels
 from krasis.runtime.cpu.native_arrays import Array, aligned_empty
@@ -186,6 +186,7 @@ class CpuBackend:
         acts = self._buffers.acts(len(wanted), self.spec.hidden)
         self._kernels.rms_norm(rows, weights.final_norm, self.spec.norm.eps, acts=acts)
         self._kernels.gemm_int8_rows(acts, weights.lm_head.codes, weights.lm_head.scales, out)
+        cap_logits(out, self.spec.logits_cap)
         return out
 
     def _live_weights(self) -> ModelWeights:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from krasis.formats.errors import NativeError, UnsupportedModelError
 from krasis.formats.models.mixers import Attention, LatentAttention
-from krasis.formats.models.mlps import Experts, GatedMlp
+from krasis.formats.models.mlps import Experts, GatedMlp, MlpBesideExperts
 from krasis.formats.models.recurrent import GatedDelta
 from krasis.formats.models.rope import Rope
 from krasis.formats.models.spec import Mixer, Mlp, ModelSpec
@@ -74,7 +74,7 @@ class CpuAttention:
         if cache is None:
             raise NativeError("the layer has no cache", where="attention", got=index)
         self._context, self._mixer, self._cache = context, mixer, cache
-        self._heads = Heads(mixer.heads, mixer.kv_heads, mixer.head_dim)
+        self._heads = Heads(mixer.heads, mixer.kv_heads, mixer.head_dim, shared_kv=mixer.shared_kv)
         self._rotation: Rotation | None = None
         if mixer.rope is not None:
             tables = context.ropes[mixer.rope]
@@ -85,6 +85,9 @@ class CpuAttention:
         self._qkv_bias = weights.optional_vector("attention.qkv.bias")
         self._output_bias = weights.optional_vector("attention.output.bias")
         self._sinks = weights.optional_vector("attention.sinks")
+        self._post_norm = weights.optional_vector("attention.post_norm")
+        if self._post_norm is not None:
+            context.buffers.reserve("added", context.spec.hidden)
         context.buffers.reserve("wide", self._heads.qkv_size)
         context.buffers.reserve("attended", self._heads.attention_size)
         context.buffers.reserve_acts(self._heads.attention_size)
@@ -105,7 +108,15 @@ class CpuAttention:
             gate = buffers.rows("output_gate", rows.num, heads.attention_size)
             kernels.gemm_int8_rows(acts, self._gate.codes, self._gate.scales, gate)
         kernels.qk_norm_rope_store(
-            qkv, heads, rows.spans, self._cache, self._rotation, self._qk_norms, self._qkv_bias, mixer.clip
+            qkv,
+            heads,
+            rows.spans,
+            self._cache,
+            self._rotation,
+            self._qk_norms,
+            self._qkv_bias,
+            mixer.clip,
+            mixer.value_norm,
         )
         kernels.attention(
             qkv,
@@ -121,9 +132,21 @@ class CpuAttention:
         if self._gate is not None:
             gate_rows(kernels, attended, gate)
         kernels.quantize(attended, attended_acts)
+        if self._post_norm is not None:
+            self._add_normed(kernels, attended_acts, rows, self._post_norm)
+            return
         _add_product(kernels, attended_acts, self._output, rows.hidden)
         if self._output_bias is not None:
             kernels.add_rows(rows.hidden, bias=self._output_bias)
+
+    def _add_normed(self, kernels: Kernels, acts: Acts, rows: Rows, weight: FloatArray) -> None:
+        """hidden += norm(output(attention))."""
+        added = self._context.buffers.rows("added", rows.num, self._context.spec.hidden)
+        kernels.gemm_int8_rows(acts, self._output.codes, self._output.scales, added)
+        if self._output_bias is not None:
+            kernels.add_rows(added, bias=self._output_bias)
+        kernels.rms_norm(added, weight, self._context.spec.norm.eps, added)
+        kernels.add_rows(rows.hidden, added)
 
 
 class CpuGatedDelta:
@@ -215,6 +238,10 @@ class CpuExperts:
         self._context, self._mlp = context, mlp
         self._norm, self._router = weights.vector("experts.norm"), weights.matrix("experts.router").data
         self._records = weights.records()
+        self._router_norm: FloatArray | None = None
+        if mlp.router.input_norm:
+            scale = weights.vector("experts.router.scale")
+            self._router_norm = scale * np.float32(context.spec.hidden**-0.5)
         self._biases = tuple(
             weights.optional_vector(f"experts.router.{name}")
             for name in ("bias", "correction_bias", "expert_scale")
@@ -232,14 +259,18 @@ class CpuExperts:
             buffers.reserve("gate", 1)
             buffers.reserve("shared", context.spec.hidden)
 
-    def run(self, kernels: Kernels, rows: Rows) -> None:
-        """See ``Block``. Raises NativeError if a routed expert was left out."""
+    def run(self, kernels: Kernels, rows: Rows, out: FloatArray | None = None) -> None:
+        """See ``Block``. out: what is added to, else the residual. Raises NativeError if a routed expert was
+        left out.
+        """
         context, mlp, buffers = self._context, self._mlp, self._context.buffers
         acts = buffers.acts(rows.num, context.spec.hidden)
         normed = buffers.rows("normed", rows.num, context.spec.hidden)
         logits = buffers.rows("router", rows.num, mlp.count)
         ids, weights = (buffers.rows(name, rows.num, mlp.router.top_k) for name in ("ids", "weights"))
         kernels.rms_norm(rows.hidden, self._norm, context.spec.norm.eps, normed, acts)
+        if self._router_norm is not None:
+            kernels.rms_norm(rows.hidden, self._router_norm, context.spec.norm.eps, normed)
         kernels.gemm_float(normed, self._router, logits)
         kernels.route(logits, mlp.router, ids, weights, *self._biases)
         executed = kernels.moe(
@@ -249,7 +280,7 @@ class CpuExperts:
             acts,
             ids,
             weights,
-            rows.hidden,
+            rows.hidden if out is None else out,
             mlp.intermediate,
             mlp.count,
             context.scratch,
@@ -275,12 +306,41 @@ class CpuExperts:
         kernels.add_rows(rows.hidden, out, logits=gate)
 
 
+class CpuMlpBesideExperts:
+    """hidden = (hidden + norm(norm(MLP) + norm(experts))) scale, each of a norm of hidden."""
+
+    def __init__(self, context: CpuContext, index: int, mlp: MlpBesideExperts, weights: LayerWeights) -> None:
+        self._context, self._weights = context, weights
+        self._products = GatedProducts(context.buffers, mlp.mlp, weights, "mlp")
+        self._experts = CpuExperts(context, index, mlp.experts, weights)
+        self._scale = float(weights.vector("output_scale")[0])
+        self._zeros = np.zeros(context.spec.hidden, np.float32)
+        context.buffers.reserve("added", context.spec.hidden)
+        context.buffers.reserve("routed", context.spec.hidden)
+
+    def run(self, kernels: Kernels, rows: Rows) -> None:
+        """See ``Block``."""
+        buffers, hidden, eps = self._context.buffers, self._context.spec.hidden, self._context.spec.norm.eps
+        added, routed = (buffers.rows(name, rows.num, hidden) for name in ("added", "routed"))
+        kernels.rms_norm(rows.hidden, self._zeros, eps, routed)  # zeros, to which experts are added
+        self._experts.run(kernels, rows, routed)
+        kernels.rms_norm(routed, self._weights.vector("experts.post_norm"), eps, routed)
+        acts = buffers.acts(rows.num, hidden)
+        kernels.rms_norm(rows.hidden, self._weights.vector("mlp.norm"), eps, acts=acts)
+        self._products.run(kernels, acts, added, accumulate=False)
+        kernels.rms_norm(added, self._weights.vector("mlp.own_post_norm"), eps, added)
+        kernels.add_rows(added, routed)
+        kernels.rms_norm(added, self._weights.vector("mlp.post_norm"), eps, added)
+        kernels.add_rows(rows.hidden, added, scale=self._scale)
+
+
 BLOCKS: dict[type, Callable[..., Block]] = {
     Attention: CpuAttention,
     LatentAttention: CpuLatentAttention,
     GatedDelta: CpuGatedDelta,
     GatedMlp: CpuMlp,
     Experts: CpuExperts,
+    MlpBesideExperts: CpuMlpBesideExperts,
 }
 
 

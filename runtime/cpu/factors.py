@@ -10,23 +10,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from krasis.runtime.cpu.weights import FloatWeight, ModelWeights, to_float32
+import numpy as np
+
+from krasis.runtime.cpu.weights import FloatArray, ModelWeights
 
 
 def without_factors(weights: ModelWeights) -> ModelWeights:
-    """The same model with factors of 1; the weights themselves if it has no others.
-
-    The embedding becomes a copy in float32, vocabulary x hidden x 4 bytes. Raises FormatError if the norms'
-    eps would be none.
+    """The same model with factors of 1; the weights themselves if it has no others. Rows of the embedding
+    are multiplied when they are looked up. Raises FormatError if the norms' eps would be none.
     """
     spec, embedding = weights.spec, weights.embedding
     residual, factor = spec.residual_scale, spec.embedding_scale / spec.residual_scale
     if residual == factor == spec.logits_scale == 1.0:
         return weights
-    if factor != 1.0:
-        table = to_float32(embedding.data, embedding.dtype)
-        table *= factor
-        embedding = FloatWeight(table, "F32")
+    embedding = replace(embedding, factor=embedding.factor * factor)
     norm = replace(spec.norm, eps=spec.norm.eps / residual**2)
     return replace(
         weights,
@@ -34,3 +31,12 @@ def without_factors(weights: ModelWeights) -> ModelWeights:
         embedding=embedding,
         final_norm=weights.final_norm * spec.logits_scale,
     )
+
+
+def cap_logits(logits: FloatArray, cap: float | None) -> None:
+    """logits = cap tanh(logits / cap), in place; as they are without a cap."""
+    if cap is None:
+        return
+    logits /= np.float32(cap)
+    np.tanh(logits, out=logits)
+    logits *= np.float32(cap)

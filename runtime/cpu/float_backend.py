@@ -16,8 +16,15 @@ from krasis.formats.errors import NativeError
 from krasis.runtime import reference
 from krasis.runtime.backend import LayerProgress
 from krasis.runtime.batch import Batch, Logits, Span, TokenIds
-from krasis.runtime.cpu.factors import without_factors
-from krasis.runtime.cpu.float_blocks import FloatBlock, FloatContext, FloatExperts, UnpackedCache, float_block
+from krasis.runtime.cpu.factors import cap_logits, without_factors
+from krasis.runtime.cpu.float_blocks import (
+    FloatBlock,
+    FloatContext,
+    FloatExperts,
+    FloatMlpBesideExperts,
+    UnpackedCache,
+    float_block,
+)
 from krasis.runtime.cpu.native_arrays import Array
 from krasis.runtime.cpu.rope import tables_of
 from krasis.runtime.cpu.weights import ModelWeights
@@ -76,7 +83,9 @@ class FloatBackend:
                 self.layer_done(index + 1, len(self._layers))
         self.state.advance(batch.spans)
         normed = self._context.norm(hidden[batch.wanted_rows()], weights.final_norm)
-        return reference.gemm(normed, self._context.int8("lm_head", weights.lm_head))[:, : self.spec.vocab]
+        logits = reference.gemm(normed, self._context.int8("lm_head", weights.lm_head))[:, : self.spec.vocab]
+        cap_logits(logits, self.spec.logits_cap)
+        return logits
 
     def observe_experts(self, windows: Sequence[TokenIds], observe: LayerObserver) -> None:
         """Runs texts of at most ``capacity`` tokens, each from an empty context, and shows what experts get.
@@ -98,7 +107,7 @@ class FloatBackend:
     ) -> None:
         ends = np.cumsum([len(rows) for rows in group])[:-1]
         for block in blocks:
-            if isinstance(block, FloatExperts):
+            if isinstance(block, FloatExperts | FloatMlpBesideExperts):
                 added = block.run(np.concatenate(group), (), see)
                 parts = np.split(added, ends)
             else:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from krasis.formats.errors import NativeError, UnsupportedModelError
 from krasis.formats.layouts import ExpertFormat, Int8RowsLayout
 from krasis.formats.models.mixers import Attention, LatentAttention
-from krasis.formats.models.mlps import Experts, GatedMlp
+from krasis.formats.models.mlps import Experts, GatedMlp, MlpBesideExperts
 from krasis.formats.models.recurrent import GatedDelta
 from krasis.formats.models.rope import Rope
 from krasis.formats.models.spec import Mixer, Mlp, ModelSpec
@@ -89,7 +89,7 @@ class FloatAttention:
         """What the block adds to hidden [T, hidden]."""
         context, mixer, weights = self._context, self._mixer, self._weights
         normed = context.norm(hidden, weights.vector("attention.norm"))
-        rows = mixer.query_rows + 2 * mixer.key_rows
+        rows = mixer.query_rows + (1 if mixer.shared_kv else 2) * mixer.key_rows
         qkv = reference.gemm(normed, context.dense(self._index, weights, "attention.qkv"))[:, :rows]
         attended = np.concatenate([self._attend(qkv[s.first_row : s.end_row], s) for s in spans])
         if mixer.output_gate == "channel":
@@ -98,7 +98,9 @@ class FloatAttention:
         output = context.dense(self._index, weights, "attention.output")[: context.spec.hidden]
         added = reference.gemm(attended, output)
         bias = weights.optional_vector("attention.output.bias")
-        return added if bias is None else added + bias
+        added = added if bias is None else added + bias
+        post_norm = weights.optional_vector("attention.post_norm")
+        return added if post_norm is None else context.norm(added, post_norm)
 
     def _attend(self, qkv: FloatArray, span: Span) -> FloatArray:
         """Attention of one sequence's rows, [rows, heads * head_dim]; their keys and values are kept."""
@@ -158,7 +160,11 @@ class FloatExperts:
         context, mlp, weights = self._context, self._mlp, self._weights
         normed = context.norm(hidden, weights.vector("experts.norm"))
         router = weights.matrix("experts.router")
-        logits = reference.gemm(normed, to_float32(router.data, router.dtype))
+        scored = normed
+        if mlp.router.input_norm:
+            scale = weights.vector("experts.router.scale") * np.float32(context.spec.hidden**-0.5)
+            scored = context.norm(hidden, scale)
+        logits = reference.gemm(scored, to_float32(router.data, router.dtype))
         vectors = reference.RouterVectors(
             weights.optional_vector("experts.router.bias"),
             weights.optional_vector("experts.router.correction_bias"),
@@ -180,6 +186,29 @@ class FloatExperts:
         unpack = functools.partial(context.layout.unpack_expert, records[number], *sizes)
         gate, up, down = context.unpacked.get((self._index, number), unpack)
         return gate, up, down
+
+
+class FloatMlpBesideExperts:
+    """An MLP and experts on the same residual, each with norms before and after, their sum normed again."""
+
+    def __init__(
+        self, context: FloatContext, index: int, mlp: MlpBesideExperts, weights: LayerWeights
+    ) -> None:
+        self._context, self._index, self._mlp, self._weights = context, index, mlp.mlp, weights
+        self._experts = FloatExperts(context, index, mlp.experts, weights)
+
+    def run(
+        self, hidden: FloatArray, spans: tuple[Span, ...], observe: reference.ExpertObserver | None = None
+    ) -> FloatArray:
+        """What the block adds to hidden [T, hidden], and what the factor on the sum takes or gives."""
+        context, weights = self._context, self._weights
+        normed = context.norm(hidden, weights.vector("mlp.norm"))
+        dense = gated_mlp(context, self._index, self._mlp, weights, "mlp", normed)
+        dense = context.norm(dense, weights.vector("mlp.own_post_norm"))
+        routed = context.norm(self._experts.run(hidden, spans, observe), weights.vector("experts.post_norm"))
+        added = context.norm(dense + routed, weights.vector("mlp.post_norm"))
+        scaled: FloatArray = (hidden + added) * weights.vector("output_scale")[0] - hidden
+        return scaled
 
 
 def gated_mlp(
@@ -234,13 +263,16 @@ class FloatGatedDelta:
         return reference.gemm(np.concatenate(mixed), output)
 
 
-FloatBlock = FloatAttention | FloatLatentAttention | FloatGatedDelta | FloatMlp | FloatExperts
+FloatBlock = (
+    FloatAttention | FloatLatentAttention | FloatGatedDelta | FloatMlp | FloatExperts | FloatMlpBesideExperts
+)
 BLOCKS: dict[type, Callable[..., FloatBlock]] = {
     Attention: FloatAttention,
     LatentAttention: FloatLatentAttention,
     GatedDelta: FloatGatedDelta,
     GatedMlp: FloatMlp,
     Experts: FloatExperts,
+    MlpBesideExperts: FloatMlpBesideExperts,
 }
 
 

@@ -11,17 +11,19 @@ from krasis.runtime.cpu.native_arrays import Array
 @dataclass(frozen=True, slots=True)
 class Heads:
     """Attention heads of a layer: query heads, key/value heads (a divisor), elements of a head.
-    latent_values: values are so many elements at the beginning of the keys, and nothing besides is kept."""
+    latent_values: values are so many elements at the beginning of the keys, and nothing besides is kept.
+    shared_kv: the projection has no values: they are its keys."""
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
     latent_values: int | None = None
+    shared_kv: bool = False
 
     @property
     def qkv_size(self) -> int:
         """Columns of the fused projection: queries, keys, values."""
-        return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+        return (self.num_heads + (1 if self.shared_kv else 2) * self.num_kv_heads) * self.head_dim
 
     @property
     def attention_size(self) -> int:

@@ -185,8 +185,9 @@ class Kernels:
         norms: QkNorms | None = None,
         bias: Array | None = None,
         clip: float | None = None,
+        value_norm: bool = False,
     ) -> None:
-        """qkv float32 [T, heads.qkv_size]: += bias [qkv_size]; q and k normed; all cut to +-clip; q and k
+        """qkv float32 [T, heads.qkv_size]: += bias; q and k normed (v by value_norm); all cut to +-clip; q, k
         rotated. q stays in qkv; k and v go to the layer's part of the memory of the spans' slots.
         """
         where, dim = "qk_norm_rope_store", heads.head_dim
@@ -197,6 +198,8 @@ class Kernels:
             tokens=tokens,
             bias=_optional(bias, (heads.qkv_size,), f"{where}.bias"),
             clip=clip or 0.0,
+            shared_kv=heads.shared_kv,
+            value_norm=value_norm,
         )
         if norms is not None:
             flat = norms.kind == "flat"
@@ -211,8 +214,7 @@ class Kernels:
             args.max_positions, args.rotary_dims = tables[0], 2 * tables[1]
             args.rope_style = STYLE_CODES[rotation.style]
         _place(args, heads, spans, cache)
-        keeps = (qkv, spans, rotation, norms, bias)
-        self._make("krasis_qk_norm_rope_store", (ctypes.byref(args),), *keeps)
+        self._make("krasis_qk_norm_rope_store", (ctypes.byref(args),), qkv, spans, rotation, norms, bias)
 
     def attention(
         self,
@@ -273,9 +275,14 @@ class Kernels:
         self._make("krasis_gated_activation", (ctypes.byref(args),), x, out, acts)
 
     def add_rows(
-        self, out: Array, x: Array | None = None, bias: Array | None = None, logits: Array | None = None
+        self,
+        out: Array,
+        x: Array | None = None,
+        bias: Array | None = None,
+        logits: Array | None = None,
+        scale: float = 1.0,
     ) -> None:
-        """out float32 [T, k] += bias [k], then += x [T, k], times sigmoid(logits [T, 1]) where given."""
+        """out float32 [T, k] = scale (out + bias [k] + sigmoid(logits [T, 1]) x [T, k]), of what is given."""
         tokens, k = shape_2d(out, "add_rows.out")
         args = AddRowsArgs(
             out=out_pointer(out, (tokens, k), F32, "add_rows.out"),
@@ -284,6 +291,7 @@ class Kernels:
             bias=_optional(bias, (k,), "add_rows.bias"),
             x=_optional(x, (tokens, k), "add_rows.x"),
             logits=_optional(logits, (tokens, 1), "add_rows.logits"),
+            scale=0.0 if scale == 1.0 else scale,
         )
         self._make("krasis_add_rows", (ctypes.byref(args),), out, x, bias, logits)
 
@@ -337,7 +345,7 @@ class Kernels:
         return ids.size if self._program is not None else program.num_executed
 
     def call(self, name: str, arguments: tuple[object, ...], *keeps: object) -> None:
-        """A function that has its wrapper elsewhere, with checked arguments behind the pool."""
+        """As the methods here, for those that have a file of their own and have checked the arguments."""
         self._make(name, arguments, *keeps)
 
     def _make(self, name: str, arguments: tuple[object, ...], *keeps: object, num_pairs: int = 0) -> None:

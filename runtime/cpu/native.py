@@ -71,6 +71,8 @@ class QkvArgs(ctypes.Structure):
         ("capacity", _I64),
         ("kv_dtype", _I32),
         ("reserved", _I32),
+        ("shared_kv", _I32),
+        ("value_norm", _I32),
     )
 
 
@@ -187,6 +189,8 @@ class AddRowsArgs(ctypes.Structure):
         ("bias", _PTR),
         ("x", _PTR),
         ("logits", _PTR),
+        ("scale", _F32),
+        ("reserved", _I32),
     )
 
 

@@ -24,15 +24,15 @@ class RopeTables:
     """The tables of a context, of which only the rows that were needed are computed: those of a long context
     would take longer than opening a bundle.
 
-    cos, sin: f32 [num_positions, rope.dims/2]. The arrays stay the same; rows are valid as far as ``ensure``
-    was asked for.
+    cos, sin: f32 [num_positions, dims/2], dims as ``rotated_dims`` says. The arrays stay the same; rows are
+    valid as far as ``ensure`` was asked for.
     """
 
-    __slots__ = ("_num_valid", "_rope", "cos", "sin")
+    __slots__ = ("_head_dim", "_num_valid", "_rope", "cos", "sin")
 
-    def __init__(self, rope: Rope, num_positions: int) -> None:
-        shape = (num_positions, rope.dims // 2)
-        self._rope, self._num_valid = rope, 0
+    def __init__(self, rope: Rope, num_positions: int, head_dim: int | None = None) -> None:
+        shape = (num_positions, rotated_dims(rope, head_dim) // 2)
+        self._rope, self._head_dim, self._num_valid = rope, head_dim, 0
         # Fresh pages: they take no memory before they are written.
         self.cos: FloatArray = np.zeros(shape, np.float32)
         self.sin: FloatArray = np.zeros(shape, np.float32)
@@ -44,15 +44,19 @@ class RopeTables:
             return
         end = min(len(self.cos), -(-num_positions // ROWS_AT_ONCE) * ROWS_AT_ONCE)
         rows = slice(self._num_valid, end)
-        self.cos[rows], self.sin[rows] = rope_tables(self._rope, end, self._num_valid)
+        self.cos[rows], self.sin[rows] = rope_tables(self._rope, end, self._num_valid, self._head_dim)
         self._num_valid = end
 
 
 def tables_of(spec: ModelSpec, num_positions: int) -> dict[Rope, RopeTables]:
     """Tables for each rotation that the model's layers have."""
     rotating = (layer.mixer for layer in spec.layers if isinstance(layer.mixer, Attention | LatentAttention))
-    ropes = {mixer.rope for mixer in rotating}
-    return {rope: RopeTables(rope, num_positions) for rope in ropes if rope is not None}
+    widths = {
+        mixer.rope: mixer.head_dim if isinstance(mixer, Attention) else mixer.rope_dim for mixer in rotating
+    }
+    return {
+        rope: RopeTables(rope, num_positions, width) for rope, width in widths.items() if rope is not None
+    }
 
 
 def rope_of(spec: ModelSpec) -> Rope:
@@ -65,13 +69,27 @@ def rope_of(spec: ModelSpec) -> Rope:
     return rope
 
 
-def rope_tables(rope: Rope, num_positions: int, first: int = 0) -> tuple[FloatArray, FloatArray]:
-    """(cos, sin) of positions from first to below num_positions, f32 [count, rope.dims/2], YaRN's attention
-    factor included.
+def rotated_dims(rope: Rope, head_dim: int | None = None) -> int:
+    """Channels whose pairs have a place in the tables: all of a head where those beyond stand still, but are
+    paired with others (``proportional``).
+    """
+    return head_dim if rope.scaling.kind == "proportional" and head_dim is not None else rope.dims
+
+
+def rope_tables(
+    rope: Rope, num_positions: int, first: int = 0, head_dim: int | None = None
+) -> tuple[FloatArray, FloatArray]:
+    """(cos, sin) of positions from first to below num_positions, f32 [count, dims/2], YaRN's attention
+    factor included. head_dim: see ``rotated_dims``.
 
     Angles are formed in f32, as transformers does: the model was trained with that rounding.
     """
-    frequencies, factor = inverse_frequencies(rope.dims, rope.theta, rope.scaling)
+    dims = rotated_dims(rope, head_dim)
+    stands_still = rope.scaling.kind == "proportional"
+    scaling = RopeScaling("linear", rope.scaling.factor) if stands_still else rope.scaling
+    frequencies, factor = inverse_frequencies(dims, rope.theta, scaling)
+    if stands_still:
+        frequencies[rope.dims // 2 :] = 0.0
     scale = np.float32(factor)
     shape = (num_positions - first, len(frequencies))
     cos, sin = np.empty(shape, np.float32), np.empty(shape, np.float32)

@@ -31,14 +31,18 @@ ROWS_AT_ONCE = 32
 
 @dataclass(frozen=True, slots=True)
 class FloatWeight:
-    """A weight in its own precision. data: [n, k] or [n], uint16 bits for BF16. dtype: BF16, F16 or F32."""
+    """A weight in its own precision. data: [n, k] or [n], uint16 bits for BF16. dtype: BF16, F16 or F32.
+    factor: what its rows are multiplied by when they are looked up.
+    """
 
     data: Array
     dtype: str
+    factor: float = 1.0
 
     def rows(self, ids: npt.NDArray[np.int64]) -> FloatArray:
         """Rows of a matrix as f32 [len(ids), k]."""
-        return to_float32(self.data[ids], self.dtype)
+        found = to_float32(self.data[ids], self.dtype)
+        return found if self.factor == 1.0 else found * np.float32(self.factor)
 
     def rows_into(self, ids: npt.NDArray[np.int64], out: FloatArray) -> None:
         """Writes the rows to out, f32 [len(ids), k], a few at a time: copies of all of them cost ten times as
@@ -52,6 +56,8 @@ class FloatWeight:
                 bits <<= 16
             else:
                 part[...] = raw
+        if self.factor != 1.0:
+            out *= np.float32(self.factor)
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,7 +56,8 @@ def shape_of(model: AnyModel) -> ModelShape:
         return model
     spec = _spec(model)
     known = (
-        isinstance(layer.mixer, Attention | LatentAttention) and isinstance(layer.mlp, GatedMlp | Experts)
+        isinstance(layer.mixer, Attention | LatentAttention)
+        and isinstance(layer.mlp, GatedMlp | Experts | MlpBesideExperts)
         for layer in dict.fromkeys(spec.layers)
     )
     if not all(known):

@@ -35,6 +35,10 @@ FUSED = {
         "experts.gate_up": "model.layers.{i}.block_sparse_moe.input_linear.weight",
         "experts.down": "model.layers.{i}.block_sparse_moe.output_linear.weight",
     },
+    "gemma4": {
+        "experts.gate_up": "model.layers.{i}.experts.gate_up_proj",
+        "experts.down": "model.layers.{i}.experts.down_proj",
+    },
     "mistral4": {
         "experts.gate_up": "model.layers.{i}.mlp.experts.gate_up_proj",
         "experts.down": "model.layers.{i}.mlp.experts.down_proj",

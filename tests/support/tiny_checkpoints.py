@@ -137,6 +137,20 @@ FIELDS: dict[str, dict[str, Any]] = {
         "scoring_func": "sigmoid",  # as the hub has it; transformers writes none
         "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},
     },
+    "gemma4": {
+        "enable_moe_block": True,
+        "num_experts": 8,
+        "top_k_experts": 2,
+        "num_experts_per_tok": None,
+        "attention_k_eq_v": True,
+        "head_dim": 32,
+        "global_head_dim": 512,
+        "num_global_key_value_heads": 1,
+        "hidden_size_per_layer_input": 0,
+        "sliding_window": 16,
+        "final_logit_softcapping": 15.0,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+    },
     "deepseek_v32": {**MLA, **INDEX},
     "glm_moe_dsa": {**MLA, **INDEX, "indexer_types": ["full", "shared", "full"]},
     "glm4_moe_lite": {**MLA, "v_head_dim": 96, "rms_norm_eps": 1e-5},
@@ -184,6 +198,9 @@ TOWERS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     }
 }
+
+
+ROUTERS = ("mlp.gate.weight", "block_sparse_moe.gate.weight", "router.proj.weight", "router.layer.weight")
 
 
 def tiny(family: str, folder: Path, *, seed: int = 0, dtype: str = "bfloat16", **changes: Any) -> Path:
@@ -238,10 +255,13 @@ def reference_model(family: str, *, seed: int = 0, **changes: Any) -> Any:
         warnings.simplefilter("ignore")
         model = getattr(transformers, reference)(config).float()
         for name, weight in model.state_dict().items():
-            if not weight.is_floating_point():
+            is_tied_head = name == "lm_head.weight" and getattr(config, "tie_word_embeddings", False)
+            if not weight.is_floating_point() or is_tied_head:
                 continue
             noise = torch.randn(weight.shape, generator=generator)
-            if name.endswith("norm.weight"):
+            if family == "gemma4" and name.endswith("q_norm.weight"):  # its attention has a scale of 1
+                weight.copy_((1 + 0.1 * noise) * weight.shape[-1] ** -0.5)
+            elif name.endswith("norm.weight"):
                 is_about_0 = family in FIELDS_ABOUT_0 and not name.endswith("linear_attn.norm.weight")
                 weight.copy_((0 if is_about_0 else 1) + 0.1 * noise)
             elif name.endswith("A_log"):
@@ -252,9 +272,18 @@ def reference_model(family: str, *, seed: int = 0, **changes: Any) -> Any:
                 weight.copy_(noise * weight.shape[-1] ** -0.5)
             elif name.endswith("bias"):
                 weight.copy_(0.1 * noise)
+            elif name.endswith(("layer_scalar", "router.scale", "per_expert_scale")):
+                weight.copy_(1 + 0.2 * noise)
             elif name.endswith("embed_tokens.weight"):
                 weight.copy_(noise)  # what the blocks add is small beside it, as in trained models
-            elif name.endswith(("mlp.gate.weight", "block_sparse_moe.gate.weight", "router.layer.weight")):
+            elif name.endswith(
+                (
+                    "mlp.gate.weight",
+                    "block_sparse_moe.gate.weight",
+                    "router.proj.weight",
+                    "router.layer.weight",
+                )
+            ):
                 # Decided, as trained routers are: near-ties would turn on the rounding of an activation.
                 weight.copy_(2.25 * noise * weight.shape[-1] ** -0.5)
             else:

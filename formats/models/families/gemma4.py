@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from krasis.formats.models.family import Family
+from dataclasses import replace
+
+from krasis.formats.models.family import AUDIO, VISION, Family, Source
 from krasis.formats.models.hf import Config
 from krasis.formats.models.hf_blocks import attention, model, num_layers
 from krasis.formats.models.mixers import Attention
 from krasis.formats.models.mlps import Activation, Experts, GatedMlp, MlpBesideExperts, Router
+from krasis.formats.models.names import decoder_names
 from krasis.formats.models.spec import Layer, ModelSpec
 
 NAME = "gemma4"
@@ -73,6 +76,33 @@ def _experts(config: Config) -> Experts:
     return Experts(config.size("num_experts"), config.size("moe_intermediate_size"), router, _GELU)
 
 
+def _names() -> dict[str, Source]:
+    """On the hub of the language model alone, and within one of pictures and text."""
+    names = decoder_names(dense=True)
+    norms = {
+        "attention.post_norm": ("post_attention_layernorm", "post_attention_norm"),
+        "mlp.norm": ("pre_feedforward_layernorm", "ffn_norm"),
+        "mlp.own_post_norm": ("post_feedforward_layernorm_1", "post_ffw_norm_1"),
+        "mlp.post_norm": ("post_feedforward_layernorm", "post_ffw_norm"),
+        "experts.norm": ("pre_feedforward_layernorm_2", "pre_ffw_norm_2"),
+        "experts.post_norm": ("post_feedforward_layernorm_2", "post_ffw_norm_2"),
+        "experts.router": ("router.proj", "ffn_gate_inp"),
+    }
+    layer, gguf = "model.layers.{i}.", "blk.{i}."
+    for ours, (hf, theirs) in norms.items():
+        names[ours] = Source((f"{layer}{hf}.weight",), (f"{gguf}{theirs}.weight",))
+    names["experts.router.scale"] = Source((f"{layer}router.scale",), (f"{gguf}ffn_gate_inp.scale",))
+    expert_scale = f"{layer}router.per_expert_scale"
+    names["experts.router.expert_scale"] = Source((expert_scale,), (f"{gguf}ffn_down_exps.scale",))
+    names["output_scale"] = Source((f"{layer}layer_scalar",), (f"{gguf}layer_output_scale.weight",))
+    found = {}
+    for ours, source in names.items():
+        alone = tuple(name.replace(".mlp.experts.", ".experts.") for name in source.hf)
+        nested = tuple(name.replace("model.", "model.language_model.", 1) for name in alone)
+        found[ours] = replace(source, hf=(*alone, *nested))
+    return found
+
+
 FAMILY = Family(
     name=NAME,
     model_types=(NAME, "gemma4_text"),
@@ -81,4 +111,11 @@ FAMILY = Family(
     spec_from_hf=spec_from_hf,
     gguf="gemma4",
     nested=(NAME,),
+    names=_names(),
+    left_out={
+        "model.vision_tower.": VISION,
+        "model.embed_vision.": VISION,
+        "model.audio_tower.": AUDIO,
+        "model.embed_audio.": AUDIO,
+    },
 )

@@ -52,6 +52,8 @@ class Embedding:
                 passage = buffers.x[begin : begin + len(ids)].view(self._dtype)
                 stream.copy(passage, piece)
                 _widen(stream, passage, hidden)
+            if self._weight.factor != 1.0:
+                _multiply(stream, hidden, self._weight.factor)
             self._sent[index % 2] = stream.record()
 
     def _gather(self, index: int, ids: npt.NDArray[np.int64]) -> torch.Tensor:
@@ -78,3 +80,10 @@ def _widen(stream: Stream, source: torch.Tensor, destination: torch.Tensor) -> N
         destination.copy_(source)
 
     stream.launch("widen embedding", action, reads=(source,), writes=(destination,))
+
+
+def _multiply(stream: Stream, rows: torch.Tensor, factor: float) -> None:
+    def action(_: int) -> None:
+        rows.mul_(factor)
+
+    stream.launch("scale embedding", action, reads=(rows,), writes=(rows,))

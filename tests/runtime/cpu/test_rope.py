@@ -128,3 +128,27 @@ def test_long_tables_are_their_pieces(case: str) -> None:
         last = min(end, begin + 3000)
         for found, expected in zip(long, rope_tables(rope, last, begin), strict=True):
             np.testing.assert_array_equal(found[begin - first : last - first], expected)
+
+
+def test_proportional_tables_equal_transformers() -> None:
+    """Gemma 4's: every pair of a head has a place, those beyond a quarter stand still."""
+    transformers = pytest.importorskip("transformers")
+    import torch
+    from transformers.models.gemma4.modeling_gemma4 import Gemma4TextRotaryEmbedding
+
+    config = transformers.Gemma4TextConfig(
+        num_hidden_layers=2,
+        layer_types=["sliding_attention", "full_attention"],
+        head_dim=64,
+        global_head_dim=128,
+        attention_k_eq_v=True,
+    )
+    embedding = Gemma4TextRotaryEmbedding(config)
+    positions = torch.arange(500)[None]
+    cos, sin = (table[0].numpy() for table in embedding(torch.zeros(1), positions, "full_attention"))
+    rope = Rope(32, 1e6, scaling=RopeScaling("proportional", 1.0))
+    tables = RopeTables(rope, 500, 128)
+    tables.ensure(500)
+    np.testing.assert_allclose(tables.cos, cos[:, :64], atol=5e-5)
+    np.testing.assert_allclose(tables.sin, sin[:, :64], atol=5e-5)
+    assert not tables.sin[:, 16:].any()

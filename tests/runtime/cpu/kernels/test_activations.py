@@ -109,22 +109,23 @@ def test_extremes(kernels, name):
     "parts", [("x",), ("bias",), ("x", "bias"), ("x", "logits"), ("x", "bias", "logits")]
 )
 @pytest.mark.parametrize(("tokens", "k"), [(0, 8), (1, 2880), (7, 33), (90, 512)])
-def test_add_rows(make_kernels, isa, rng, parts, tokens, k):
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+def test_add_rows(make_kernels, isa, rng, parts, tokens, k, scale):
     shapes = {"x": (tokens, k), "bias": (k,), "logits": (tokens, 1)}
     arrays = {name: rng.standard_normal(shapes[name]).astype(np.float32) * 3 for name in parts}
     before = rng.standard_normal((tokens, k)).astype(np.float32)
     out = before.copy()
-    make_kernels(isa, 3).add_rows(out, **arrays)
+    make_kernels(isa, 3).add_rows(out, **arrays, scale=scale)
     want = before.astype(np.float64)
     if "bias" in arrays:
         want += arrays["bias"]
     if "x" in arrays:
         want += arrays["x"] * (sigmoid(arrays["logits"].astype(np.float64)) if "logits" in arrays else 1.0)
-    np.testing.assert_allclose(out, want, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(out, want * np.float32(scale), rtol=1e-6, atol=1e-6)
     for row in range(0, tokens, 40):
         own = before[row : row + 1].copy()
         rows = {name: part if name == "bias" else part[row : row + 1] for name, part in arrays.items()}
-        make_kernels("avx2", 1).add_rows(own, **rows)
+        make_kernels("avx2", 1).add_rows(own, **rows, scale=scale)
         assert own.tobytes() == out[row].tobytes()
 
 

@@ -21,6 +21,8 @@ class Variant:
     rotary_dims: int = 32
     style: str = "half"
     shape: tuple[int, int, int] = (4, 2, 32)
+    shared_kv: bool = False
+    value_norm: bool = False
 
 
 VARIANTS = {
@@ -35,13 +37,16 @@ VARIANTS = {
     "hunyuan": Variant(norm="head_after_rope"),
     "partial, neighbours, norms after": Variant(norm="head_after_rope", rotary_dims=12, style="interleaved"),
     "two channels": Variant(rotary_dims=2, clip=0.5),
+    "gemma4": Variant(norm="head", rotary_dims=512, shape=(4, 2, 512), shared_kv=True, value_norm=True),
+    "normed values": Variant(norm="head", shape=(8, 4, 64), value_norm=True),
+    "keys as values": Variant(has_bias=True, clip=1.0, shared_kv=True),
     "no rotation": Variant(norm="head", has_bias=True, clip=1.0, rotary_dims=0),
 }
 
 
 class Case:
     def __init__(self, rng, variant: Variant, kv_dtype=np.float32):
-        self.variant, self.heads = variant, Heads(*variant.shape)
+        self.variant, self.heads = variant, Heads(*variant.shape, shared_kv=variant.shared_kv)
         heads, dim = self.heads, variant.shape[2]
         self.qkv = rng.standard_normal((ROWS, heads.qkv_size)).astype(np.float32)
         self.bias = rng.standard_normal(heads.qkv_size).astype(np.float32) if variant.has_bias else None
@@ -61,7 +66,8 @@ class Case:
     def run(self, kernels, qkv, start=START):
         spans, cache = place(self.k_cache, self.v_cache, start, len(qkv))
         clip = self.variant.clip
-        kernels.qk_norm_rope_store(qkv, self.heads, spans, cache, self.rotation, self.norms, self.bias, clip)
+        more = (self.rotation, self.norms, self.bias, clip, self.variant.value_norm)
+        kernels.qk_norm_rope_store(qkv, self.heads, spans, cache, *more)
         return qkv
 
     def expected(self):
@@ -69,14 +75,17 @@ class Case:
         heads, (num_heads, num_kv_heads, dim) = self.heads, self.variant.shape
         x = self.qkv.astype(np.float64) + (0 if self.bias is None else self.bias)
         split = np.cumsum([num_heads * dim, num_kv_heads * dim])
-        assert split[1] + num_kv_heads * dim == heads.qkv_size
+        assert split[1] + (0 if self.variant.shared_kv else num_kv_heads * dim) == heads.qkv_size
         q, k, v = np.split(x, split, axis=1)
+        v = k if self.variant.shared_kv else v
         after = self.variant.norm == "head_after_rope"
         if self.norms is not None and not after:
             q, k = self.normed(q, self.norms.q), self.normed(k, self.norms.k)
         if self.variant.clip is not None:
             q, k, v = (np.clip(part, -self.variant.clip, self.variant.clip) for part in (q, k, v))
         q, k, v = (part.reshape(ROWS, -1, dim) for part in (q, k, v))
+        if self.variant.value_norm:
+            v = v / np.sqrt((v**2).mean(axis=-1, keepdims=True) + EPS)
         q, k = self.rotated(q), self.rotated(k)
         if after:
             q, k = self.normed(q, self.norms.q), self.normed(k, self.norms.k)
