@@ -211,6 +211,8 @@ def _of_latent(mixer: LatentAttention) -> Iterator[str]:
         yield "sparse attention by an index"
     if mixer.head_gate:
         yield "gated attention"
+    if mixer.rope is not None and mixer.rope.place != "first":
+        yield "rotation of the last channels"
     width = mixer.kv_rank + mixer.rope_dim
     if width > _MAX_LATENT_WIDTH or mixer.rope_dim % _HEAD_MULTIPLE:
         yield f"latents of {mixer.kv_rank} and {mixer.rope_dim} channels"

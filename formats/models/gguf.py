@@ -90,6 +90,18 @@ class Keys:
             )
         return value
 
+    def by_layer(self, key: str, count: int, kind: type) -> list[Any]:
+        """A value of that type a layer, of an array, or of one value for all."""
+        value = self._value(key, None)
+        values = [value] * count if isinstance(value, kind) else value
+        if not isinstance(values, list | tuple) or not all(type(one) is kind for one in values):
+            raise FormatError(
+                f"metadata must be an array of {kind.__name__}", where=self.path(key), got=shown(value)
+            )
+        if len(values) < count:
+            raise FormatError("a value a layer is needed", where=self.path(key), got=len(values), limit=count)
+        return list(values[:count])
+
     def number(self, key: str, default: float | None = None) -> float:
         """A finite number."""
         value = self._value(key, default)

@@ -49,15 +49,8 @@ from krasis.runtime.cpu.program import Call, NativeFunction, Program
 from krasis.runtime.cpu.spans import LayerCache, Spans
 from krasis.runtime.cpu.workspaces import attention_workspace_bytes, moe_workspace_bytes, workspace
 
-__all__ = [
-    "Acts",
-    "Heads",
-    "Kernels",
-    "NativeFunction",
-    "attention_workspace_bytes",
-    "moe_workspace_bytes",
-    "workspace",
-]
+__all__ = ["Acts", "Heads", "Kernels", "NativeFunction"]
+__all__ += ["attention_workspace_bytes", "moe_workspace_bytes", "workspace"]
 
 Wrap = Callable[[str, NativeFunction], NativeFunction]
 _SILU = Activation()

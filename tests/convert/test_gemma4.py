@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from convert_model import write_safetensors
 from tiny_checkpoints import tiny
-from tiny_ggufs import read_tensors
+from tiny_ggufs import read_tensors, tiny_gguf
 
 from krasis.formats.bundle.reader import Bundle
 from krasis.formats.layouts import Int8RowsLayout, bf16_to_float32, layout_from_id
@@ -60,6 +61,23 @@ def test_every_weight_is_the_checkpoints(checkpoint: Path, run: Callable[..., An
                 unpacked, (*np.split(both, 2), tensors[f"{root}experts.down_proj"][5]), strict=True
             ):
                 assert np.square(part - values).sum() <= 1e-4 * np.square(values).sum()
+
+
+def test_a_gguf_gives_the_same(checkpoint: Path, run: Callable[..., Any], tmp_path: Path) -> None:
+    """llama.cpp keeps which pairs turn in a tensor, and which layers have values in no word of its own."""
+    hf = run([checkpoint], tmp_path / "hf.krasis", tiers=("cpu",))
+    path = tiny_gguf(checkpoint, tmp_path / "tiny.gguf")
+    with (
+        Bundle.open(hf.path) as ours,
+        Bundle.open(run([path], tmp_path / "g.krasis", tiers=("cpu",)).path) as theirs,
+    ):
+        assert theirs.spec.norm.eps == pytest.approx(ours.spec.norm.eps)  # float32 there
+        assert replace(theirs.spec, norm=ours.spec.norm) == ours.spec
+        for blob in ours.manifest.blobs:
+            found, expected = theirs.map(blob.name), ours.map(blob.name)
+            if blob.dtype == "BF16":
+                expected = bf16_to_float32(expected)
+            np.testing.assert_array_equal(found, expected, blob.name)
 
 
 def test_towers_are_left_out(checkpoint: Path, run: Callable[..., Any], tmp_path: Path) -> None:

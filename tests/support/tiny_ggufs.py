@@ -16,6 +16,8 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
+from tests.support.gemma4_ggufs import gemma4_gguf
+
 Floats = npt.NDArray[np.float32]
 
 ARCHITECTURES = {
@@ -55,6 +57,8 @@ def tiny_gguf(
     config = json.loads((source / "config.json").read_text("utf-8"))
     family = config["model_type"]
     config = config | config.get("text_config", {}) | {"model_type": family}
+    if family == "gemma4_text":
+        return gemma4_gguf(config, read_tensors(source), path, experts, dense)
     architecture = ARCHITECTURES[family]
     writer = gguf.GGUFWriter(path, "hy_v3" if family == "hy_v3" else gguf.MODEL_ARCH_NAMES[architecture])
     num_blocks = config["num_hidden_layers"] + (config.get("num_nextn_predict_layers") or 0)

@@ -5,14 +5,18 @@ from __future__ import annotations
 from dataclasses import replace
 
 from krasis.formats.models.family import AUDIO, VISION, Family, Source
+from krasis.formats.models.gguf import Keys
+from krasis.formats.models.gguf_blocks import gguf_model
 from krasis.formats.models.hf import Config
 from krasis.formats.models.hf_blocks import attention, model, num_layers
 from krasis.formats.models.mixers import Attention
 from krasis.formats.models.mlps import Activation, Experts, GatedMlp, MlpBesideExperts, Router
 from krasis.formats.models.names import decoder_names
+from krasis.formats.models.rope import Rope, RopeScaling
 from krasis.formats.models.spec import Layer, ModelSpec
 
 NAME = "gemma4"
+_WINDOW, _ROPE_FREQS = "attention.sliding_window", "rope_freqs.weight"
 _GELU = Activation("gelu_tanh")
 
 
@@ -76,6 +80,59 @@ def _experts(config: Config) -> Experts:
     return Experts(config.size("num_experts"), config.size("moe_intermediate_size"), router, _GELU)
 
 
+def spec_from_gguf(keys: Keys) -> ModelSpec:
+    """The model of a GGUF's metadata. Which layers have values of their own is told by their tensors, and
+    that a quarter of the pairs of full layers turns by ``rope_freqs``, whose values llama.cpp reads.
+    """
+    keys.expect("attention.shared_kv_layers", 0)
+    keys.expect("embedding_length_per_layer_input", 0)
+    count = keys.size("block_count")
+    windowed = keys.by_layer("attention.sliding_window_pattern", count, bool)
+    kv_heads = keys.by_layer("attention.head_count_kv", count, int)
+    mlp = MlpBesideExperts(
+        GatedMlp(keys.size("feed_forward_length"), _GELU),
+        Experts(
+            keys.size("expert_count"),
+            keys.size("expert_feed_forward_length"),
+            Router(keys.size("expert_used_count"), input_norm=True, expert_scale=True),
+            _GELU,
+        ),
+    )
+    layers = [
+        Layer(_gguf_attention(keys, i, heads, is_windowed), mlp, post_norms=True, output_scale=True)
+        for i, (heads, is_windowed) in enumerate(zip(kv_heads, windowed, strict=True))
+    ]
+    cap = keys.number("final_logit_softcapping") if keys.has("final_logit_softcapping") else None
+    spec = gguf_model(keys, NAME, layers)
+    return replace(spec, embedding_scale=spec.hidden**0.5, logits_cap=cap)
+
+
+def _gguf_attention(keys: Keys, layer: int, kv_heads: int, is_windowed: bool) -> Attention:
+    ending = "_swa" if is_windowed else ""
+    head_dim = keys.size(f"attention.key_length{ending}")
+    theta = keys.number(f"rope.freq_base{ending}", default=10_000.0)
+    if is_windowed:
+        rope, window = (
+            Rope(keys.size("rope.dimension_count_swa", default=head_dim), theta),
+            keys.size(_WINDOW),
+        )
+    elif _ROPE_FREQS in keys.tensors:
+        rope, window = Rope(head_dim // 4, theta, scaling=RopeScaling("proportional")), None
+    else:
+        rope, window = Rope(head_dim, theta), None
+    return Attention(
+        keys.size("attention.head_count"),
+        kv_heads,
+        head_dim,
+        rope,
+        scale=1.0,
+        qk_norm="head",
+        window=window,
+        shared_kv=f"blk.{layer}.attn_v.weight" not in keys.tensors,
+        value_norm=True,
+    )
+
+
 def _names() -> dict[str, Source]:
     """On the hub of the language model alone, and within one of pictures and text."""
     names = decoder_names(dense=True)
@@ -110,6 +167,7 @@ FAMILY = Family(
     reference="Gemma4ForCausalLM",
     spec_from_hf=spec_from_hf,
     gguf="gemma4",
+    spec_from_gguf=spec_from_gguf,
     nested=(NAME,),
     names=_names(),
     left_out={
