@@ -20,6 +20,7 @@ from krasis.runtime.server.errors import ApiError, internal
 from krasis.runtime.server.messages import count_tokens, messages
 from krasis.runtime.server.native import native_completion
 from krasis.runtime.server.openapi import openapi
+from krasis.runtime.server.page_files import PageFiles, wants_page
 from krasis.runtime.server.responses import input_tokens, responses
 from krasis.runtime.server.service import ClientLeft, Service
 from krasis.runtime.server.slot_endpoint import act_on_slot
@@ -42,7 +43,7 @@ _POST = {
     "apply-template": utility.apply_template,
 }
 _GET = {"models": utility.models, "health": utility.health}
-_ALONE = {"props": utility.properties, "slots": utility.slots, "metrics": utility.metrics, "": utility.root}
+_ALONE = {"props": utility.properties, "slots": utility.slots, "metrics": utility.metrics}
 _ALONE["openapi.json"] = openapi
 _NOT_OFFERED = (
     "embeddings",
@@ -56,7 +57,9 @@ _NOT_OFFERED = (
 
 def make_app(service: Service) -> ASGIApp:
     """The application of one service."""
-    routes: list[Route] = []
+    settings = service.settings
+    page = None if settings.ui is None else PageFiles(settings.ui)
+    routes = [_route("/", utility.root if page is None else _root(page), "GET")]
     routes += [_route(path, native_completion, "POST") for path in ("/completion", "/completions")]
     for prefix in ("/v1/", "/"):
         routes += [_route(prefix + path, endpoint, "POST") for path, endpoint in _POST.items()]
@@ -67,7 +70,25 @@ def make_app(service: Service) -> ASGIApp:
     routes.append(_route("/v1/models/{name:path}", utility.one_model, "GET"))
     app = Starlette(routes=routes, exception_handlers={HTTPException: _on_http_error})
     app.state.service = service
-    return Gate(app, service.settings.api_keys, service.settings.cors_origins)
+    if page is None:
+        return Gate(app, settings.api_keys, settings.cors_origins)
+    app.router.default = page  # for paths of no route
+
+    def is_file(path: str) -> bool:
+        return page.find(path) is not None and not any(one.path_regex.match(path) for one in routes)
+
+    return Gate(app, settings.api_keys, settings.cors_origins, is_file)
+
+
+def _root(page: PageFiles) -> Endpoint:
+    async def root(request: Request) -> Response:
+        if wants_page(request.scope):
+            return await page.response(request.scope)
+        answer = await utility.root(request)
+        answer.headers["Vary"] = "Accept"
+        return answer
+
+    return root
 
 
 def _route(path: str, endpoint: Endpoint, method: str) -> Route:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hmac
-from collections.abc import Sequence
+import ipaddress
+import socket
+from collections.abc import Callable, Sequence
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -34,11 +36,18 @@ class Gate:
     """Middleware: refuses wrong keys with 401 and other origins' scripts with 403, answers preflights, and
     gives every answer the request's id.
 
-    keys: none: everybody may ask. origins: further ones than loopback's; ``*`` is any.
+    keys: none: everybody may ask. origins: further ones than loopback's and this server's own; ``*`` is any.
+    is_file: says of a path whether it is a file of the page, for which nobody needs a key.
     """
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str] = (), origins: Sequence[str] = ()) -> None:
-        self._app = app
+    def __init__(
+        self,
+        app: ASGIApp,
+        keys: Sequence[str] = (),
+        origins: Sequence[str] = (),
+        is_file: Callable[[str], bool] = lambda _: False,
+    ) -> None:
+        self._app, self._is_file = app, is_file
         self._keys = [key.encode() for key in keys]
         self._origins = frozenset(one.rstrip("/").lower() for one in origins)
 
@@ -54,10 +63,11 @@ class Gate:
         if request_id and request_id.isprintable() and request_id.isascii():
             extra["x-request-id"] = request_id
         if origin is not None:
-            if not self._may_ask(origin) and scope["method"] == "OPTIONS":
+            may_ask = self._may_ask(origin, headers.get("host", ""))
+            if not may_ask and scope["method"] == "OPTIONS":
                 await json_response({})(scope, receive, send)  # without what would let its scripts ask
                 return
-            if not self._may_ask(origin):
+            if not may_ask:
                 await self._refuse(
                     ApiError(403, f"Scripts of {origin[:200]!r} may not ask this server."),
                     scope,
@@ -79,7 +89,7 @@ class Gate:
                 }
                 await json_response({}, 200, extra)(scope, receive, send)
                 return
-        if self._keys and path not in PUBLIC and scope["method"] != "OPTIONS" and not self._has_key(headers):
+        if self._keys and scope["method"] != "OPTIONS" and not self._is_public(path, headers):
             error = ApiError(
                 401, "Invalid API key. Give it as a Bearer token or as x-api-key.", "invalid_api_key"
             )
@@ -87,13 +97,25 @@ class Gate:
             return
         await self._app(scope, receive, _with_headers(send, extra))
 
-    def _may_ask(self, origin: str) -> bool:
+    def _is_public(self, path: str, headers: Headers) -> bool:
+        return path in PUBLIC or self._has_key(headers) or self._is_file(path)
+
+    def _may_ask(self, origin: str, host: str) -> bool:
         if "*" in self._origins or origin.rstrip("/").lower() in self._origins:
             return True
         try:
-            return urlsplit(origin).hostname in _LOOPBACK
+            found = urlsplit(origin)
+            name = found.hostname or ""
         except ValueError:
             return False
+        if name in _LOOPBACK:
+            return True
+        # The server's own page, under the address by which its user reached it. Whoever owns a name can make
+        # it point to this machine and call itself the same origin, so a name alone says nothing: it must be
+        # this machine's, or there must be a key, which a stranger's page does not have.
+        if not name or found.netloc.lower() != host.lower():
+            return False
+        return bool(self._keys) or _is_here(name)
 
     def _has_key(self, headers: Headers) -> bool:
         scheme, _, token = headers.get("authorization", "").partition(" ")
@@ -107,6 +129,16 @@ class Gate:
     async def _refuse(self, error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
         body = error_response_body(scope["path"], error)
         await json_response(body, error.status, error.headers)(scope, receive, send)
+
+
+def _is_here(name: str) -> bool:
+    """Whether it is an address, or this machine's own name."""
+    own = socket.gethostname().lower()
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return name in (own, own.partition(".")[0], own.partition(".")[0] + ".local")
+    return True
 
 
 def _with_headers(send: Send, extra: dict[str, str]) -> Send:

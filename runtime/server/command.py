@@ -110,6 +110,10 @@ class CommandError(click.ClickException):
     help="Web pages whose scripts may ask, separated by commas; * = all. [default: of this machine]",
 )
 @click.option("--strict", is_flag=True, help="Refuse requests that do not name a model.")
+@click.option(
+    "--ui", metavar="FOLDER", type=click.Path(path_type=Path), help="Serve this build of a web page at /."
+)
+@click.option("--no-ui", is_flag=True, help="Serve no web page.")
 @click.option("--metrics/--no-metrics", default=True, help="Serve /metrics for Prometheus. [default: on]")
 @click.option(
     "--slot-save-path",
@@ -200,6 +204,7 @@ def _serve(bundle: Path, options: dict[str, Any]) -> None:
     if not bundle.exists():
         raise UsageError("there is no such bundle", got=str(bundle))
     from krasis.runtime.server.opening import make_service
+    from krasis.runtime.server.page_files import PageFiles
     from krasis.runtime.server.running import listen_all, run
     from krasis.runtime.serving.opening import open_core
 
@@ -236,7 +241,8 @@ def _serve(bundle: Path, options: dict[str, Any]) -> None:
     def on_ready(service: Service) -> None:
         _say_ready(addresses, service, time.perf_counter() - begin)
 
-    run(listeners, load, unload, on_ready, header_timeout_s=options["timeout"])
+    page = None if settings.ui is None else PageFiles(settings.ui)
+    run(listeners, load, unload, on_ready, page, header_timeout_s=options["timeout"])
 
 
 def _make_folder(folder: Path | None) -> None:
@@ -284,8 +290,20 @@ def _settings(bundle: Path, options: dict[str, Any]) -> ServeSettings:
         thought_form=options["reasoning_format"],
         slots=options["slots"],
         is_verbose=options["is_verbose"],
+        ui=_page(options["ui"], options["no_ui"]),
         template_vars=variables,
     )
+
+
+def _page(folder: Path | None, none: bool) -> Path | None:
+    from krasis.runtime.server.page_files import OWN_PAGE, PageFiles
+
+    if none and folder is not None:
+        raise UsageError("--ui and --no-ui exclude each other", got=str(folder))
+    chosen = None if none else folder or OWN_PAGE
+    if chosen is not None:
+        PageFiles(chosen)  # now, not when the model has been loaded
+    return chosen
 
 
 def _engine(options: dict[str, Any]) -> EngineSettings:

@@ -19,6 +19,7 @@ from krasis.formats.errors import ResourceError
 from krasis.runtime.server.app import make_app
 from krasis.runtime.server.auth import error_response_body
 from krasis.runtime.server.errors import ApiError
+from krasis.runtime.server.page_files import PageFiles
 from krasis.runtime.server.patience import patient_protocol
 from krasis.runtime.server.service import Service
 from krasis.runtime.server.wire import json_response
@@ -69,15 +70,18 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 class Door:
-    """The application: 503 until the model is there."""
+    """The application: 503 until the model is there. page: people may look at it meanwhile."""
 
-    def __init__(self) -> None:
+    def __init__(self, page: PageFiles | None = None) -> None:
         self.app: ASGIApp | None = None
+        self._page = page
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
         if self.app is not None:
             await self.app(scope, receive, send)
+        elif self._page is not None and self._page.is_asked(scope):
+            await self._page(scope, receive, send)
         elif scope["type"] == "http":
             error = ApiError(503, "The model is loading.", "loading", retry_after_s=5)
             body = error_response_body(scope["path"], error)
@@ -136,15 +140,17 @@ def run(
     load: Callable[[], Service],
     unload: Callable[[], None],
     on_ready: Callable[[Service], None] = lambda _: None,
+    page: PageFiles | None = None,
     *,
     header_timeout_s: float = 60.0,
 ) -> None:
     """Serves until a signal comes. load: makes the service, in a thread, while requests are told to wait.
-    unload: saves and frees it, at the very end. header_timeout_s: for the headers of a request to arrive.
+    unload: saves and frees it, at the very end. page: what browsers may have while the model is loading.
+    header_timeout_s: for the headers of a request to arrive.
 
     Raises what load raises.
     """
-    door = Door()
+    door = Door(page)
     service: list[Service] = []
     failure: list[BaseException] = []
 

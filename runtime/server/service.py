@@ -7,6 +7,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from starlette.requests import Request as HttpRequest
@@ -44,7 +45,7 @@ class ServeSettings:
     of a stream. max_requests: at a time, waiting ones among them. body_timeout_s: for a request to arrive.
     template_vars: what every conversation's template is told. thought_form: see ``thought_form``. metrics:
     whether /metrics is served; slots: /slots. is_strict: requests must say which model they want. is_verbose:
-    answers of chat say what the model was asked.
+    answers of chat say what the model was asked. ui: the folder of the page for browsers.
     """
 
     aliases: tuple[str, ...] = ("krasis",)
@@ -61,6 +62,7 @@ class ServeSettings:
     thought_form: str = "auto"
     slots: bool = True
     is_verbose: bool = False
+    ui: Path | None = None
     template_vars: Mapping[str, object] = field(default_factory=dict)
 
 
