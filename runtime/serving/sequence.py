@@ -110,6 +110,10 @@ class Sequence:
         if reason := self._reason_of(token):
             self._num_ends = 1
             self._say(self._writer.finish(), None)
+            if score is not None and self.request.is_plain:
+                # Who measures counts on a row for each token that was made, the end among them. A chat's
+                # end is a mark between messages, and no part of one.
+                self.ticket.put(Delta((), "", scores=(score,)))
             self._finish(reason, self._stop_text(token) if reason == "stop" else "")
             return None
         self._answer.append(token)

@@ -7,12 +7,14 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from asking import ask, finish
-from letters import tokens_of
+from letters import END, tokens_of
 from scripted_backend import ScriptedBackend, told
 
 from krasis.runtime.serving.api import (
+    Delta,
     Failed,
     PromptScores,
+    Request,
 )
 from krasis.runtime.serving.core import EngineCore
 from krasis.runtime.serving.model_side import CoreSettings
@@ -45,6 +47,22 @@ def test_scores_of_the_prompt_and_of_the_answer(make_core: MakeCore) -> None:
     assert [one.logprob for (one,) in answer] == pytest.approx([score((1, 2, 3), 5), score((1, 2, 3, 5), 6)])
     assert [[token for token, _ in one.top] for (one,) in answer] == [[5, 4], [6, 5]]
     assert events[-1].usage.num_cached == 0
+
+
+@pytest.mark.parametrize("is_plain", [True, False])
+def test_the_end_of_a_plain_text_has_a_score_too(make_core: MakeCore, is_plain: bool) -> None:
+    """Harnesses ask for one token behind a text and drop the last row: without one for the end it would be
+    the text's own."""
+    core = make_core(ScriptedBackend(told({(1, 2): [5, END]})))
+    request = Request(id="r", prompt=[1, 2], max_tokens=4, is_plain=is_plain, logprobs=1)
+    (events,) = finish(core, core.submit(request))
+    found = [one for event in events if isinstance(event, Delta) for one in event.scores]
+    assert [one.token for one in found] == ([5, END] if is_plain else [5])
+    assert tokens_of(events) == [5]
+    assert (events[-1].reason, events[-1].usage.num_generated) == ("end", 2)
+    unasked = Request(id="s", prompt=[1, 2], max_tokens=4, is_plain=is_plain)
+    (events,) = finish(core, core.submit(unasked))
+    assert not any(event.scores for event in events if isinstance(event, Delta))
 
 
 def test_bias_and_mask(make_core: MakeCore) -> None:
