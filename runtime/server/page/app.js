@@ -62,7 +62,10 @@ class Page {
       byId("to-end").hidden = this.follows;
     });
     byId("to-end").addEventListener("click", () => this.toEnd(true));
-    window.addEventListener("pagehide", () => this.keepRunning());
+    window.addEventListener("pagehide", () => {
+      this.keepRunning();
+      for (const { answer } of this.running.values()) answer.stop();
+    });
   }
 
   key(event) {
@@ -214,9 +217,13 @@ class Page {
     this.sidebar.show(this.chat.id);
   }
 
-  /** What is being written would be lost with the window otherwise. */
+  /** What is being written would be lost with the window otherwise. If it is, that is where it stopped. */
   keepRunning() {
-    for (const { chat } of this.running.values()) writeChat(chat);
+    for (const { chat, answer } of this.running.values()) {
+      answer.message.stopped = true;
+      writeChat(chat);
+      delete answer.message.stopped;
+    }
   }
 
   deleted(id) {

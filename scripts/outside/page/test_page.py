@@ -128,6 +128,17 @@ def test_it_stops_and_goes_on_and_keeps_conversations(serve: Serve, visit: Visit
     assert page.evaluate("Object.keys(localStorage).filter(key => key.includes('chat'))") == []
 
 
+def test_an_answer_that_its_window_ends_can_be_gone_on_with(serve: Serve, visit: Visit) -> None:
+    page = visit(serve("word " * 2000, token_s=0.02))
+    say(page, "Count")
+    expect(page.locator(".assistant > .text")).to_contain_text("word word")
+    page.reload()
+    page.locator("#chats .chat").click()
+    expect(page.locator(".stats")).to_contain_text("Stopped")
+    expect(page.locator(".assistant > .text")).to_contain_text("word word")
+    expect(page.get_by_role("button", name="Continue")).to_be_visible()
+
+
 def test_answers_go_on_in_other_conversations(serve: Serve, visit: Visit) -> None:
     served = serve("one " * 60, token_s=0.02)
     page = visit(served)
