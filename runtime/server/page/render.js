@@ -50,7 +50,9 @@ function listNode({ ordered, start, isLoose, children }) {
     const tight = blocks.flatMap((block) =>
       block.kind === "paragraph" && !isLoose ? inlineNodes(block.children) : [blockNode(block)],
     );
-    const box = done === null ? null : element("input", { type: "checkbox", checked: done, disabled: true });
+    const label = done ? "done" : "to do";
+    const box =
+      done === null ? null : element("input", { type: "checkbox", checked: done, disabled: true, "aria-label": label });
     return element("li", { dir: "auto", class: done === null ? null : "task" }, box, ...tight);
   });
   return element(ordered ? "ol" : "ul", ordered && start !== 1 ? { start } : {}, ...items);
