@@ -15,9 +15,11 @@ _MAX_WHERE, _MAX_WHAT, _MAX_DETAIL = 5000, 1000, 500
 
 
 class KrasisError(Exception):
-    """Base of every error that Krasis raises on purpose. ``exit_code`` is what a command returns for it."""
+    """Base of every error that Krasis raises on purpose. ``exit_code`` is what a command returns for it;
+    ``is_final``: what raised it works no more."""
 
     exit_code = 1
+    is_final = False
 
     def __init__(
         self, what: str, *, where: str = "", got: object = None, limit: object = None, hint: str = ""

@@ -26,7 +26,7 @@ LAYERS = (
     ("backend", "missing_kernels", "reference", "settings"),
     ("generation_defaults", "layer_progress", "sampler"),
     ("bundle_opening", "planning", "state", "text"),
-    ("cpu", "generation", "one_sequence", "user_files"),
+    ("cpu", "generation", "user_files"),
     ("host", "importance", "wider_cache"),
     ("context_size", "host_memory"),
     ("gpu", "this_machine"),

@@ -9,3 +9,4 @@ class RankError(KrasisError):
     """A rank failed, died or fell silent; the job cannot go on."""
 
     exit_code = 8
+    is_final = True

@@ -25,7 +25,7 @@ from krasis.runtime.distributed.place import (
 )
 from krasis.runtime.distributed.store import Store
 from krasis.runtime.distributed.workers import Workers
-from krasis.runtime.engine import Engine
+from krasis.runtime.engine import Engine, MakeBackend
 from krasis.runtime.gpu.partition import Partition
 from krasis.runtime.settings import EngineSettings
 
@@ -41,27 +41,43 @@ def open_engine(path: Path, settings: EngineSettings, num_gpus: int | None = Non
     on the others this serves rank 0 until it closes, and gives None. Raises RankError if a rank fails,
     UsageError for more GPUs than there are.
     """
+    if is_worker_rank():
+        follow(path, settings, num_gpus)
+        return None
+    return Engine.open(path, settings, backend_opener(settings, num_gpus))
+
+
+def follow(path: Path, settings: EngineSettings, num_gpus: int | None = None) -> None:
+    """What a rank does that torchrun started and that is not the first: serves rank 0 until it closes."""
+    serve_rank(path, settings, _launched_place(num_gpus))
+
+
+def backend_opener(settings: EngineSettings, num_gpus: int | None = None) -> MakeBackend | None:
+    """What opens a bundle's backend on several ranks, of which this process is the first; None for one GPU.
+    Raises UsageError, see ``open_engine``."""
     if is_launched_rank():
-        place = Place.from_environment()
-        if num_gpus is not None and num_gpus != place.num_local_ranks:
-            raise UsageError(
-                "--gpus differs from what torchrun started",
-                got=num_gpus,
-                limit=place.num_local_ranks,
-                hint="leave out --gpus, or set torchrun's --nproc-per-node",
-            )
-        if is_worker_rank():
-            serve_rank(path, settings, place)
-            return None
+        place = _launched_place(num_gpus)
         store = host_store(place) if place.hosts_store else None
-        return Engine.open(path, settings, lambda bundle, chosen: _launched(bundle, chosen, place, store))
+        return lambda bundle, chosen: _launched(bundle, chosen, place, store)
     if num_gpus is not None and settings.device == "cpu":
         raise UsageError("--gpus needs GPUs", got="--device cpu", hint="leave out one of them")
     if num_gpus is None or num_gpus == 1:
-        return Engine.open(path, settings)
+        return None
     if num_gpus < 1:
         raise UsageError("--gpus must be positive", got=num_gpus)
-    return Engine.open(path, settings, lambda bundle, chosen: _spawned(bundle, chosen, num_gpus))
+    return lambda bundle, chosen: _spawned(bundle, chosen, num_gpus)
+
+
+def _launched_place(num_gpus: int | None) -> Place:
+    place = Place.from_environment()
+    if num_gpus is not None and num_gpus != place.num_local_ranks:
+        raise UsageError(
+            "--gpus differs from what torchrun started",
+            got=num_gpus,
+            limit=place.num_local_ranks,
+            hint="leave out --gpus, or set torchrun's --nproc-per-node",
+        )
+    return place
 
 
 def _launched(bundle: Bundle, settings: EngineSettings, place: Place, store: Store | None) -> Backend:

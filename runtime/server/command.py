@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -161,6 +162,7 @@ class CommandError(click.ClickException):
     default="auto",
     help="As krasis-run.",
 )
+@click.option("--gpus", metavar="N", type=click.IntRange(1), help="Share the work among N GPUs. [default: 1]")
 @click.option("--vram", metavar="SIZE", help="Use at most so much of a GPU's memory.")
 @version_option()
 @click.option("-v", "--verbose", count=True, help="Say what is chosen and why; -vv says more.")
@@ -205,10 +207,14 @@ def _serve(bundle: Path, options: dict[str, Any]) -> None:
         raise UsageError("there is no such bundle", got=str(bundle))
     from krasis.runtime.server.opening import make_service
     from krasis.runtime.server.page_files import PageFiles
+    from krasis.runtime.server.ranks import backend_opener, follows
     from krasis.runtime.server.running import listen_all, run
     from krasis.runtime.serving.opening import open_core
 
     mapping_guard.install(PROGRAM)
+    if follows(bundle, replace(engine, slots=core_settings.num_slots), options["gpus"]):
+        return
+    make_backend = backend_opener(engine, options["gpus"])
     for name in ("prefix_dir", "slot_save_path"):
         _make_folder(options[name])
     hosts = [one.strip() for one in options["host"].split(",") if one.strip()]
@@ -225,6 +231,7 @@ def _serve(bundle: Path, options: dict[str, Any]) -> None:
                 prefix_dir=options["prefix_dir"],
                 prefix_dir_bytes=room,
                 slot_dir=options["slot_save_path"],
+                make_backend=make_backend,
             ),
             settings,
         )
@@ -242,7 +249,11 @@ def _serve(bundle: Path, options: dict[str, Any]) -> None:
         _say_ready(addresses, service, time.perf_counter() - begin)
 
     page = None if settings.ui is None else PageFiles(settings.ui)
-    run(listeners, load, unload, on_ready, page, header_timeout_s=options["timeout"])
+
+    def wait() -> BaseException | None:
+        return opened[0].core.wait()
+
+    run(listeners, load, unload, on_ready, page, wait, header_timeout_s=options["timeout"])
 
 
 def _make_folder(folder: Path | None) -> None:

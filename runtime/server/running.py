@@ -141,14 +141,16 @@ def run(
     unload: Callable[[], None],
     on_ready: Callable[[Service], None] = lambda _: None,
     page: PageFiles | None = None,
+    wait: Callable[[], BaseException | None] | None = None,
     *,
     header_timeout_s: float = 60.0,
 ) -> None:
     """Serves until a signal comes. load: makes the service, in a thread, while requests are told to wait.
     unload: saves and frees it, at the very end. page: what browsers may have while the model is loading.
     header_timeout_s: for the headers of a request to arrive.
+    wait: returns when the service works no more, and says what ended it: then the server ends too.
 
-    Raises what load raises.
+    Raises what load raises, and what wait says.
     """
     door = Door(page)
     service: list[Service] = []
@@ -170,12 +172,19 @@ def run(
     )
     server = _Server(config, close)
 
+    def watching(wait: Callable[[], BaseException | None]) -> None:
+        if (error := wait()) is not None:
+            failure.append(error)
+        server.end()
+
     def loading() -> None:
         try:
             service.append(load())
             door.app = make_app(service[0])
             if not server.should_exit:
                 on_ready(service[0])
+            if wait is not None:
+                Thread(target=watching, args=(wait,), name="watch", daemon=True).start()
         except BaseException as error:  # noqa: BLE001  it is raised again in the main thread
             failure.append(error)
             server.end()

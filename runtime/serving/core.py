@@ -6,17 +6,18 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from threading import Condition, Event, Thread, get_ident
 from typing import TypeVar
 
 from krasis.formats.bundle.reader import Bundle
-from krasis.formats.errors import KrasisError, NativeError, UsageError
+from krasis.formats.errors import KrasisError, NativeError
 from krasis.runtime.backend import LayerProgress
 from krasis.runtime.batch import Logits, batch_of
+from krasis.runtime.serving.admission import check_request
 from krasis.runtime.serving.api import (
-    ContextTooLongError,
     CoreClosedError,
     CoreStatus,
     QueueFullError,
@@ -36,7 +37,6 @@ from krasis.runtime.serving.spiller import Spiller
 from krasis.runtime.serving.steps import Keep, Limits, Part, Place, Run, Sleep
 from krasis.runtime.serving.tally import Tally
 from krasis.runtime.serving.ticket import QueuedTicket
-from krasis.runtime.text.ends import TextEnds
 from krasis.runtime.wider_cache import is_number, nonfinite_logits
 
 logger = logging.getLogger(__name__)
@@ -87,18 +87,20 @@ class EngineCore:
         self._num_submitted = 0
         self._has_cancelled = self._is_closing = self._saves = False
         self._closed = Event()
+        self._failure: BaseException | None = None  # what ended it
         self._runner: int | None = None  # the thread that is in ``run``
 
     def start(self) -> None:
         """Computes in a thread of its own from now on."""
-        thread = Thread(target=self.run, name="krasis-core", daemon=True)
+        thread = Thread(target=self._run_quietly, name="krasis-core", daemon=True)
         thread.start()
         self._runner = thread.ident
 
     def submit(self, request: Request) -> QueuedTicket:
         """See ``api.Core``."""
         try:
-            ends = self._checked(request)
+            check_request(request, self.context, self.vocab_size, self.settings.num_slots)
+            ends = self._model.ends(request)
             with self._changed:
                 self._refuse_if_full()
                 self._num_submitted += 1
@@ -157,6 +159,15 @@ class EngineCore:
         elif runner != get_ident():  # else ``run`` does it when this call has returned to it
             self._closed.wait()
 
+    def wait(self) -> BaseException | None:
+        """Returns when it is closed: what ended it, None if that was ``close``."""
+        self._closed.wait()
+        return self._failure
+
+    def _run_quietly(self) -> None:
+        with suppress(Exception):  # ``run`` has logged it, and ``wait`` says it
+            self.run()
+
     def run(self) -> None:
         """Computes till ``close`` is called; then ends what is open and frees the backend."""
         self._runner = get_ident()
@@ -164,9 +175,10 @@ class EngineCore:
             while not self._is_closing:
                 self.turn()
         except BaseException as error:
-            logger.exception("the engine's thread ends by an error")
+            known = isinstance(error, KrasisError) and error.is_final
+            logger.error("the engine's thread ends by an error: %s", error, exc_info=not known)
             with self._changed:
-                self._is_closing = True
+                self._is_closing, self._failure = True, error
             self._end_all(as_krasis(error))
             raise
         finally:
@@ -186,22 +198,6 @@ class EngineCore:
             self._guarded(lambda: self._slots.keep(step.slot))
             self._scheduler.kept(step.slot)
         return True
-
-    def _checked(self, request: Request) -> TextEnds:
-        num_tokens = len(request.prompt)
-        if num_tokens > self.context:
-            raise ContextTooLongError(num_tokens, self.context)
-        if not num_tokens:
-            raise UsageError("the prompt has no tokens")
-        ids = [*request.prompt, *request.logit_bias]
-        worst = max(ids) if min(ids) >= 0 else min(ids)
-        if not 0 <= worst < self.vocab_size:
-            raise UsageError("a token id is outside the vocabulary", got=worst, limit=self.vocab_size)
-        if request.max_tokens is not None and request.max_tokens < 0:
-            raise UsageError("max_tokens must not be negative", got=request.max_tokens)
-        if request.slot is not None and not 0 <= request.slot < self.settings.num_slots:
-            raise UsageError("there is no such slot", got=request.slot, limit=self.settings.num_slots - 1)
-        return self._model.ends(request)
 
     def _refuse_if_full(self) -> None:
         if self._is_closing:
@@ -271,8 +267,10 @@ class EngineCore:
             self._running[part.job.id].begin(begin_s)
         try:
             logits = self._compute(run)
-        except Exception as error:  # noqa: BLE001  whatever it is, it ends these requests and no other
-            self._fail(run, error)
+        except Exception as error:
+            self._fail(run, error)  # whatever it is, it ends these requests and no other
+            if isinstance(error, KrasisError) and error.is_final:
+                raise
             return
         now_s = self._clock()
         if run.is_pass:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from krasis.formats.bundle.reader import Bundle
+from krasis.runtime.backend import Backend
 from krasis.runtime.bundle_opening import open_bundle
 from krasis.runtime.host.prefault import files_of_tiers, start_prefault
 from krasis.runtime.open_backend import open_backend
@@ -58,9 +60,10 @@ def open_core(
     prefix_dir: Path | None = None,
     prefix_dir_bytes: int = 2**40,
     slot_dir: Path | None = None,
+    make_backend: Callable[[Bundle, EngineSettings], Backend] | None = None,
 ) -> OpenedCore:
     """Opens a bundle for many requests. engine: its slots are set by settings. prefix_dir: see ``make_core``.
-    slot_dir: an existing folder for slots that an operator saves.
+    slot_dir: an existing folder for slots that an operator saves. make_backend: None = ``open_backend``.
 
     Raises what ``Engine.open`` raises, and ResourceError if the slots or prefix_dir cannot be had.
     """
@@ -74,7 +77,7 @@ def open_core(
         tiers = ("dense", engine.experts)
         if engine.reread:
             bundle.drop_cached(files_of_tiers(bundle, tiers))
-        backend = open_backend(bundle, engine)
+        backend = (make_backend or open_backend)(bundle, engine)
         undo.callback(backend.close)
         core = make_core(
             bundle, backend, text, settings, prefix_dir=prefix_dir, prefix_dir_bytes=prefix_dir_bytes

@@ -16,6 +16,7 @@ from scripted_backend import ScriptedBackend
 
 from krasis.formats.errors import KrasisError, NativeError, UsageError
 from krasis.runtime.batch import Batch
+from krasis.runtime.distributed.errors import RankError
 from krasis.runtime.serving.api import (
     ContextTooLongError,
     CoreClosedError,
@@ -96,6 +97,28 @@ def test_a_thousand_cancels_at_random_lose_no_slot_and_no_memory(make_core: Make
     assert after - before < 50_000
     (events,) = finish(core, core.submit(ask(prompt(99, 50))))
     assert tokens_of(events) == expected(prompt(99, 50), 5)
+
+
+def test_an_error_that_a_backend_does_not_survive_ends_the_core(make_core: MakeCore) -> None:
+    """A rank that was killed, say: nothing works any more, and who waits is told at once."""
+
+    def die(batch: Batch) -> None:
+        raise RankError("rank 2 ended: killed by SIGKILL")
+
+    backend = ScriptedBackend()
+    backend.before = die
+    core = make_core(backend)
+    tickets = [core.submit(ask(prompt(number, 30))) for number in (1, 2, 3, 4, 5, 6)]
+    core.start()
+    error = core.wait()
+    assert isinstance(error, RankError)
+    for ticket in tickets:
+        (last,) = [event for event in ticket.events() if isinstance(event, Failed)]
+        assert "rank 2 ended" in str(last.error)
+    with pytest.raises(CoreClosedError):
+        core.submit(ask(prompt(7, 30)))
+    core.close()
+    assert backend.is_closed
 
 
 def test_a_backend_error_fails_its_batch_and_nothing_else(make_core: MakeCore) -> None:
