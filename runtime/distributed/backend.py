@@ -18,11 +18,13 @@ from typing import Any
 
 import numpy as np
 
+from krasis.formats.errors import OutOfDeviceMemoryError
 from krasis.runtime.backend import LayerProgress, Logits
 from krasis.runtime.batch import Batch, Span
 from krasis.runtime.distributed.control import Control
 from krasis.runtime.distributed.ranked import RankedBackend
 from krasis.runtime.distributed.state import FirstRanksState
+from krasis.runtime.gpu.chunk import part_of
 from krasis.runtime.gpu.parallel import KvPart, Parallel
 
 logger = logging.getLogger(__name__)
@@ -78,19 +80,36 @@ class DistributedBackend:
         """See ``runtime.backend.Backend``. Raises RankError if a rank fails; nothing works any more after
         it."""
         self._inner.state.begin(batch)  # an error here is no other rank's business
-        shared = self.state.begin(batch)
         if self._inner.runs_alone(batch):
+            self.state.begin(batch)
             return self._inner.run(batch, alone=True)
+        results: list[Logits] = []
+        begin = 0
+        while begin < len(batch.tokens):
+            part = part_of(batch, begin, begin + self._inner.prefill_chunk)
+            logits = self._run_part(part)
+            if logits is None:
+                continue  # with half as many tokens
+            begin += len(part.tokens)
+            if part is batch:
+                return logits
+            results.append(logits.copy())
+        return np.concatenate(results)
+
+    def _run_part(self, batch: Batch) -> Logits | None:
+        """A pass of all ranks; None if one of them has no memory for so many tokens."""
+        shared = self.state.begin(batch)
         self._raised = None
         self._inner.layer_done = None if self._layer_done is None else self._tell
         try:
             with _interrupts_deferred():
                 self._control.send("run", **written(batch), shared=shared)
-                with self._control.joint("prefill"):
-                    logits = run_in_step(self._inner, self._parallel, batch, shared)
+                logits = run_in_step(self._inner, self._parallel, self._control, batch, shared)
         finally:
             self._inner.layer_done = self._layer_done
-        self.state.advance(batch)
+        self.prefill_chunk = self._inner.prefill_chunk
+        if logits is not None:
+            self.state.advance(batch)
         raised, self._raised = self._raised, None
         if raised is not None:
             raise raised
@@ -116,16 +135,36 @@ def serve(backend: RankedBackend, parallel: Parallel, control: Control) -> None:
         logger.debug("rank %d: %s", parallel.rank, name)
         if name == "close":
             return
-        with control.joint("prefill"):
-            batch, shared = read_batch(command), command["shared"]
-            for span in batch.spans:
-                backend.state.continue_at(span.slot, span.start)
-            run_in_step(backend, parallel, batch, shared)
+        batch, shared = read_batch(command), command["shared"]
+        for span in batch.spans:
+            backend.state.continue_at(span.slot, span.start)
+        run_in_step(backend, parallel, control, batch, shared)
 
 
-def run_in_step(backend: RankedBackend, parallel: Parallel, batch: Batch, shared: Sequence[int]) -> Logits:
-    """One rank's part of a joint batch. shared: positions of each sequence that all ranks' caches hold; rank
-    0 sends those from there to where the sequence goes on."""
+def run_in_step(
+    backend: RankedBackend, parallel: Parallel, control: Control, batch: Batch, shared: Sequence[int]
+) -> Logits | None:
+    """One rank's part of a joint batch; None if any rank ran out of memory: then all compute fewer tokens in
+    a pass from now on. shared: positions of each sequence that all ranks' caches hold; rank 0 sends those
+    from there to where the sequence goes on."""
+    logits = None
+    with control.joint("prefill") as outcome:
+        send_lacking(backend, parallel, batch, shared)
+        try:
+            logits = backend.run(batch)
+        except OutOfDeviceMemoryError as error:
+            outcome.own = f"rank {parallel.rank}: {error}"
+        backend.compute_stream.synchronize()
+    short = [words for words in outcome.all_ranks if words]
+    if not short:
+        return logits
+    with control.joint("a smaller batch"):
+        backend.shrink("; ".join(short))
+    return None
+
+
+def send_lacking(backend: RankedBackend, parallel: Parallel, batch: Batch, shared: Sequence[int]) -> None:
+    """Gives all ranks the keys and values that only rank 0 has of a batch's sequences."""
     stream = backend.compute_stream
     lacking = [
         (backend.kv_layers(span.slot), begin, span.start)
@@ -134,9 +173,6 @@ def run_in_step(backend: RankedBackend, parallel: Parallel, batch: Batch, shared
     ]
     for parts in zip(*([(*kv, begin, end) for kv in layers] for layers, begin, end in lacking), strict=True):
         parallel.send_kv(stream, [KvPart(*part) for part in parts])
-    logits = backend.run(batch)
-    stream.synchronize()
-    return logits
 
 
 def written(batch: Batch) -> dict[str, Any]:

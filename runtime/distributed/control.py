@@ -11,8 +11,9 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -28,6 +29,14 @@ POLL_S = 0.0005
 # A rank whose neighbour died sees a broken connection before it can be told who died; it waits so long for
 # that.
 NEWS_S = 3.0
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What ranks say at the end of a joint work. own: of this rank, before the end. all_ranks: after it."""
+
+    own: str = ""
+    all_ranks: Sequence[str] = ()
 
 
 class Control:
@@ -121,16 +130,18 @@ class Control:
             raise RankError(self.failure)
 
     @contextmanager
-    def joint(self, what: str) -> Generator[None]:
-        """Around work that all ranks do in step. An error here ends the job on all of them.
+    def joint(self, what: str) -> Generator[Outcome]:
+        """Around work that all ranks do in step. An error here ends the job on all of them; what is to be
+        said to all without ending it goes into the outcome.
 
         Raises the error if it is this rank's own, else RankError with the message of the rank that failed.
         """
         self.raise_if_failed()
         self._watch.busy = True
+        outcome = Outcome()
         try:
-            yield
-            self.exchange("done")
+            yield outcome
+            outcome.all_ranks = self.exchange(outcome.own)
         except KrasisError as error:
             self._watch.raised = True
             if self.failure is None:

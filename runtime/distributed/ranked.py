@@ -40,7 +40,13 @@ class RankedBackend(Backend, Protocol):
         ...
 
     def run(self, batch: Batch, alone: bool = False) -> Logits:
-        """See ``Backend``. alone: without any collective. Other ranks than 0 give no logits, [0, vocab]."""
+        """See ``Backend``. alone: without any collective. Other ranks than 0 give no logits, [0, vocab].
+        Raises OutOfDeviceMemoryError when it has taken part in all that ranks exchange in the pass."""
+        ...
+
+    def shrink(self, words: str) -> None:
+        """On all ranks at once, after one of them ran out of memory, which ``words`` says: half of
+        ``prefill_chunk``. Raises ResourceError if that was one token."""
         ...
 
     def kv_layers(self, slot: int) -> Sequence[tuple[torch.Tensor, torch.Tensor]]:

@@ -70,6 +70,7 @@ class TorchParallel:
         self.partition = Partition(place.num_ranks)
         self.first_expert, self.num_experts = self.partition.experts(num_experts, self.rank)
         self.sum_dtype = sum_dtype
+        self.num_exchanges = 0
         self._control = control
 
     def own_segments(self, lengths: Sequence[int]) -> tuple[Segment, ...]:
@@ -126,6 +127,7 @@ class TorchParallel:
         # The padding row is written before it is read; naming it as read too would say that somebody else
         # wrote it.
         stream.launch(name, action, reads=_some(local[:own]), writes=_some(full, local[own:]))
+        self.num_exchanges += 1
 
     def scatter_sum(
         self,
@@ -151,6 +153,7 @@ class TorchParallel:
 
         written = [hidden] if scratch is None else [hidden, scratch]
         stream.launch("scatter_sum", action, reads=_some(partial, hidden[:own]), writes=written)
+        self.num_exchanges += 1
 
     def share_kv(self, stream: Stream, parts: Sequence[KvPart]) -> None:
         """See ``Parallel``."""
@@ -185,6 +188,7 @@ class TorchParallel:
             reads=[tensor for _, block in own for tensor in block],
             writes=[tensor for _, block in others for tensor in block],
         )
+        self.num_exchanges += 1
 
     def send_kv(self, stream: Stream, parts: Sequence[KvPart]) -> None:
         """See ``Parallel``."""
@@ -201,6 +205,7 @@ class TorchParallel:
 
         first = self.rank == 0
         stream.launch("send_kv", action, reads=sent if first else [], writes=[] if first else sent)
+        self.num_exchanges += 1
 
     def restore_order(
         self, stream: Stream, gathered: torch.Tensor, ordered: torch.Tensor, lengths: Sequence[int]

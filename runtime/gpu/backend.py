@@ -12,11 +12,12 @@ import numpy as np
 import torch
 
 from krasis.formats.bundle.reader import Bundle
-from krasis.formats.errors import KrasisError, NativeError
+from krasis.formats.errors import KrasisError, NativeError, OutOfDeviceMemoryError
 from krasis.runtime.backend import LayerProgress, Logits
 from krasis.runtime.batch import Batch
 from krasis.runtime.device.api import Device, Stream
-from krasis.runtime.gpu.chunk import part_of
+from krasis.runtime.gpu.abandoned import make_exchanges
+from krasis.runtime.gpu.chunk import chunk_of, part_of
 from krasis.runtime.gpu.decode import Next
 from krasis.runtime.gpu.experts.paths import ExpertPath, PathChoice, PathModel
 from krasis.runtime.gpu.experts.stage import ExpertStage
@@ -117,8 +118,8 @@ class GpuBackend:
         """See ``backend.Backend``. One token of each of a few sequences is decoded; anything else is a
         prefill pass. With several ranks all of them must be told the same batch, except alone: then only
         this one computes (tokens to decode; short prompts, on the CPU's experts). Where memory runs out, it
-        goes on from there with half the batch; with several ranks the error is raised instead
-        (ResourceError, torch.OutOfMemoryError).
+        goes on from there with half the batch; with several ranks OutOfDeviceMemoryError is raised, once the
+        others have come to the end of the pass, and ``shrink`` is theirs to call.
         """
         self.state.begin(batch)
         alone = alone and self._parallel.num_ranks > 1
@@ -208,7 +209,7 @@ class GpuBackend:
                     raise
                 words = str(error)
             if logits is None:
-                self._shrink(words)
+                self.shrink(words)
                 continue
             begin, num_passes = begin + len(part.tokens), num_passes + 1
             if part.num_logits:
@@ -254,17 +255,29 @@ class GpuBackend:
     def _run(self, batch: Batch, stage: ExpertStage, alone: bool) -> Logits:
         residency = self._live_parts().residency
         prefill, head = self._passes[alone]
+        before, words = self._parallel.num_exchanges, ""
+        buffers = self._workspace.view(len(batch.tokens), 1 if alone else None)
         try:
-            buffers = self._workspace.view(len(batch.tokens), 1 if alone else None)
             chunk = prefill.run(batch, buffers, stage, self.layer_done)
             logits = head.of(batch, chunk, buffers)
             stage.check()
             if residency is not None:
                 residency.update(self.compute_stream)
+            return logits
+        except OUT_OF_MEMORY as error:
+            self._abort(stage)
+            if alone or self._parallel.num_ranks == 1:
+                raise
+            words = str(error)
         except BaseException:
             self._abort(stage)
             raise
-        return logits
+        # What the pass had allocated is gone by now, which a traceback would have kept.
+        gc.collect()
+        made = self._parallel.num_exchanges - before
+        parts, chunk = self._live_parts(), chunk_of(batch, self._parallel)
+        make_exchanges(parts.model, parts.blocks, self._parallel, chunk, buffers, made)
+        raise OutOfDeviceMemoryError(words)
 
     def _abort(self, stage: ExpertStage) -> None:
         """After an error: what was submitted ends, and the next pass begins afresh."""
@@ -276,13 +289,17 @@ class GpuBackend:
             logger.warning("the device reported an error while an aborted pass ended: %s", error)
         stage.abort()
 
-    def _shrink(self, words: str) -> None:
-        """After running out of memory: half the batch from now on."""
+    def shrink(self, words: str) -> None:
+        """After running out of memory, on whichever rank: half the batch from now on, on all of them. words:
+        of the error. Raises ResourceError if that was one token."""
         model, num_ranks, old = self._live_parts().model, self._parallel.num_ranks, self._workspace
-        num_tokens = half_batch(self._device, model.spec, old.max_tokens, num_ranks, words)
+        most = min(old.max_tokens, self.prefill_chunk)
+        num_tokens = half_batch(self._device, model.spec, most, num_ranks, words)
         old.give_up()
         gc.collect()  # cycles of what was thrown may hold views of it
         self._workspace = largest_workspace(self._device, model.spec, model.dtype, num_tokens, num_ranks)
+        if num_ranks > 1:
+            self.prefill_chunk = self._parallel.agree(self._workspace.max_tokens)
 
     def _live_parts(self) -> Parts:
         if self._parts is None:

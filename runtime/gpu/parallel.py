@@ -65,7 +65,7 @@ class Parallel(Protocol):
 
     rank: 0 has the last token and makes the logits. num_local_ranks: ranks on this host, which share its
     memory. partition: who has which tokens. first_expert, num_experts: this rank's experts of every layer.
-    sum_dtype: of the partial sums.
+    sum_dtype: of the partial sums. num_exchanges: calls so far that all ranks have to make.
     """
 
     rank: int
@@ -75,6 +75,7 @@ class Parallel(Protocol):
     first_expert: int
     num_experts: int
     sum_dtype: torch.dtype
+    num_exchanges: int
 
     def own_segments(self, lengths: Sequence[int]) -> tuple[Segment, ...]:
         """[begin, end) of this rank's tokens of a chunk whose sequences have so many, in rising order, each
@@ -152,6 +153,7 @@ class SingleRank:
         self.partition = Partition(1)
         self.first_expert, self.num_experts = 0, num_experts
         self.sum_dtype = torch.float32
+        self.num_exchanges = 0
 
     def own_segments(self, lengths: Sequence[int]) -> tuple[Segment, ...]:
         """See ``Parallel``."""

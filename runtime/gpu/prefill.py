@@ -9,6 +9,7 @@ one.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,7 @@ from krasis.runtime.gpu.experts.stage import ExpertStage, Step
 from krasis.runtime.gpu.kernels.attention import attend
 from krasis.runtime.gpu.kernels.attention_rows import CachePlace
 from krasis.runtime.gpu.kernels.embedding import Embedding
+from krasis.runtime.gpu.kv_cache import GpuKvCache
 from krasis.runtime.gpu.model import GpuModel
 from krasis.runtime.gpu.parallel import KvPart, Parallel
 from krasis.runtime.gpu.weights import GpuInt8
@@ -101,8 +103,7 @@ class PrefillRows:
             rows = qkv[piece.first : piece.last]
             m.kernels.qk_norm_rope_store(self.stream, rows, block.heads, block.form, place)
         if self.parallel.num_ranks > 1:
-            parts = [KvPart(*cache.layer(s.slot, block.layer), s.start, s.end) for s in chunk.spans]
-            self.parallel.share_kv(self.stream, parts)
+            self.parallel.share_kv(self.stream, kv_parts(cache, chunk, block.layer))
         for piece in chunk.pieces:
             keys, values = cache.layer(piece.slot, block.layer)
             rows, out = qkv[piece.first : piece.last], attended[piece.first : piece.last]
@@ -118,10 +119,10 @@ class PrefillRows:
 
     def run_experts(self, block: GpuExperts) -> None:
         """See ``PassRows``."""
-        b, parallel, stream, count = self.buffers, self.parallel, self.stream, self.chunk.num_tokens
-        parallel.gather_tokens(stream, b.x, b.gathered_x, count)
-        parallel.gather_tokens(stream, b.weights, b.gathered_weights, count)
-        parallel.gather_ids(stream, b.ids, b.gathered_ids, count)
+        b, stream, count = self.buffers, self.stream, self.chunk.num_tokens
+        *gather, add = exchange_rows(stream, self.parallel, b, count)
+        for exchange in gather:
+            exchange()
         step = Step(
             normed=b.normed,
             x=b.gathered_x,
@@ -133,8 +134,7 @@ class PrefillRows:
             num_tokens=count,
         )
         self.stage.run(stream, block.index, step)
-        if b.partial is not None:
-            parallel.scatter_sum(stream, b.partial, b.hidden, count, scratch=b.gathered_x)
+        add()
 
 
 class PrefillPass:
@@ -172,6 +172,29 @@ class PrefillPass:
             self._residency.note_tokens(stream, chunk.own)
         progress.wait()
         return chunk
+
+
+def kv_parts(cache: GpuKvCache, chunk: Chunk, layer: int) -> list[KvPart]:
+    """One layer's keys and values of the chunk's tokens, for ``share_kv``."""
+    return [KvPart(*cache.layer(span.slot, layer), span.start, span.end) for span in chunk.spans]
+
+
+def exchange_rows(
+    stream: Stream, parallel: Parallel, buffers: Buffers, num_tokens: int
+) -> tuple[Callable[[], None], ...]:
+    """What ranks exchange in a layer with experts, in order: three before the experts, one behind them."""
+    b, count = buffers, num_tokens
+
+    def add() -> None:
+        if b.partial is not None:
+            parallel.scatter_sum(stream, b.partial, b.hidden, count, scratch=b.gathered_x)
+
+    return (
+        lambda: parallel.gather_tokens(stream, b.x, b.gathered_x, count),
+        lambda: parallel.gather_tokens(stream, b.weights, b.gathered_weights, count),
+        lambda: parallel.gather_ids(stream, b.ids, b.gathered_ids, count),
+        add,
+    )
 
 
 def router_product(stream: Stream, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:

@@ -3,6 +3,7 @@
 python ranks_script.py ranks FOLDER JSON     ranks as torchrun starts them, but forks of this process;
                                              JSON: [[bundle, [[number of ranks, bytes of VRAM], ...]], ...]
 python ranks_script.py batches FOLDER JSON   the same, with several sequences
+python ranks_script.py memory FOLDER JSON    the same, with ranks that run out of memory
 python ranks_script.py session BUNDLE        ranks as --gpus 3 starts them; obeys lines of standard input
 """
 
@@ -77,13 +78,17 @@ def check(engine: Engine, folder: Path) -> dict[str, np.ndarray]:
 def results(job: str, engine: Engine, folder: Path, num_ranks: int) -> dict[str, np.ndarray]:
     if job == "batches":
         return rank_batches.compute(engine._backend)
+    if job == "memory":
+        return rank_batches.out_of_memory(engine._backend)
     return check(engine, folder) if num_ranks == CHECK else compute(engine, folder, num_ranks)
 
 
 def rank_main(
     job: str, bundle: Path, folder: Path, rank: int, num_ranks: int, port: int, vram_bytes: int | None
 ) -> None:
-    slots = rank_batches.SLOTS if job == "batches" else 1
+    slots = 1 if job == "ranks" else rank_batches.SLOTS
+    if job == "memory":
+        rank_batches.lack_memory(rank, num_ranks)
     settings = replace(SETTINGS, vram_bytes=vram_bytes, slots=slots)
     os.environ |= {
         "KRASIS_JOIN": "1",

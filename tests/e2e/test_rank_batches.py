@@ -6,6 +6,7 @@ rounding of partial sums (TOLERANCE of the logits' norm).
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,20 +14,21 @@ from typing import Any
 import numpy as np
 import pytest
 from rank_batches import FOLLOWING, LENGTHS, NEW_PROMPT, PROMPTS, SLOTS, TURNS
-from rank_runs import computed_once, needs_double, vram_bytes
+from rank_runs import computed_once, needs_double, run_script, vram_bytes
 
 pytest.importorskip("torch.distributed")
 
 pytestmark = needs_double
-SIZES = (1, 2, 3, 4)
+SIZES = {"64 experts": (1, 3), "5 experts": (1, 2, 3, 4)}
+CASES = [(shape, size) for shape, sizes in SIZES.items() for size in sizes]
 SAME, TOLERANCE = 1e-3, 2e-3
 DECODE_TOLERANCE = 1e-2  # see test_ranks.py
 OTHER_EXPERTS = 0.1  # a token of a pass, beside the same one decoded: by another copy of the experts
-# 3 ranks have 22, 21 and 21 of 64 experts, streamed in groups; decode is rank 0's, on its CPU. 5 experts on 4
-# ranks: 2, 1, 1, 1, all resident; no CPU experts, so tokens are passes of all. 6 heads and 3 KV heads on 2 or
-# 4 ranks: nothing has to divide, for ranks share tokens.
+# 3 ranks have 22, 21 and 21 of 64 experts, streamed in groups; decode is rank 0's, on its CPU; 4 heads and 2
+# KV heads on 3 ranks: nothing has to divide, for ranks share tokens. 5 experts on 4 ranks: 2, 1, 1, 1, all
+# resident; no CPU experts, so tokens are passes of all.
 SHAPES: dict[str, dict[str, Any]] = {
-    "64 experts": {"num_experts": 64, "num_experts_per_tok": 4, "num_attention_heads": 6},
+    "64 experts": {"num_experts": 64, "num_experts_per_tok": 4, "num_attention_heads": 4},
     "5 experts": {"num_experts": 5, "num_attention_heads": 2, "num_key_value_heads": 1},
 }
 TIERS = {"64 experts": ("gpu", "cpu"), "5 experts": ("gpu",)}
@@ -41,7 +43,7 @@ Outcomes = dict[tuple[str, int], dict[str, np.ndarray]]
 
 @pytest.fixture(scope="module")
 def bundles(make_bundle: Callable[..., Path], make_config: Callable[..., Any]) -> dict[str, Path]:
-    common = {"num_key_value_heads": 3, "vocab_size": 64, "moe_intermediate_size": 64}
+    common = {"num_key_value_heads": 2, "vocab_size": 64, "moe_intermediate_size": 64}
     return {
         name: make_bundle(make_config(**common | shape), seed=7, gpu_group=64, tiers=TIERS[name])
         for name, shape in SHAPES.items()
@@ -53,7 +55,10 @@ def outcomes(bundles: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
     plan = [
         (
             str(bundle),
-            [(size, vram_bytes(bundle, size, SLOTS) if "cpu" in TIERS[name] else None) for size in SIZES],
+            [
+                (size, vram_bytes(bundle, size, SLOTS) if "cpu" in TIERS[name] else None)
+                for size in SIZES[name]
+            ],
         )
         for name, bundle in bundles.items()
     ]
@@ -61,12 +66,11 @@ def outcomes(bundles: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
     return {
         (name, size): dict(np.load(folder / str(index) / f"{size}.npz"))
         for index, name in enumerate(bundles)
-        for size in SIZES
+        for size in SIZES[name]
     }
 
 
-@pytest.mark.parametrize("num_ranks", SIZES)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "num_ranks"), CASES)
 def test_each_sequence_is_as_alone(
     outcomes: Outcomes, relative_error: Callable[..., float], shape: str, num_ranks: int
 ) -> None:
@@ -82,8 +86,7 @@ def test_each_sequence_is_as_alone(
     assert found["lengths"].tolist() == [8, 21, 7, 11, 21]
 
 
-@pytest.mark.parametrize("num_ranks", SIZES[1:])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "num_ranks"), [case for case in CASES if case[1] > 1])
 def test_ranks_agree_with_one(
     outcomes: Outcomes, relative_error: Callable[..., float], shape: str, num_ranks: int
 ) -> None:
@@ -92,6 +95,18 @@ def test_ranks_agree_with_one(
         is_pass = name.startswith(("prompt", "new"))
         limit = TOLERANCE if is_pass else DECODE_TOLERANCE
         assert relative_error(several[name], one[f"{name}_alone"]) < limit, name
+
+
+def test_any_ranks_lack_of_memory_halves_the_batch_of_all(
+    bundles: dict[str, Path], tmp_path: Path, relative_error: Callable[..., float]
+) -> None:
+    """Three passes that ranks cannot go on with, and then five of 8 tokens."""
+    bundle = bundles["64 experts"]
+    done = run_script("memory", tmp_path, json.dumps([(str(bundle), [(3, vram_bytes(bundle, 3, SLOTS))])]))
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = dict(np.load(tmp_path / "0" / "3.npz"))
+    assert found["chunks"].tolist() == [64, 8]
+    assert relative_error(found["together"], found["alone"]) < TOLERANCE
 
 
 def test_logits_of_transformers(
@@ -108,7 +123,7 @@ def test_logits_of_transformers(
         expected = [reference_logits(weights, prompt)[-1] for prompt in PROMPTS]
         turn = reference_logits(weights, [*PROMPTS[3], *FOLLOWING, *TURNS[1][1]])[LENGTHS[3] + 2 :]
         new = reference_logits(weights, NEW_PROMPT)
-    for size in SIZES:
+    for size in SIZES["5 experts"]:
         found = outcomes["5 experts", size]
         for slot, row in enumerate(expected):
             assert relative_error(found[f"prompt_{slot}"], row) < 5e-3

@@ -38,9 +38,9 @@ class Head:
             return self._none()
         if self._parallel.num_ranks == 1:
             return self._own_rows(rows, buffers)
-        if rows == [chunk.num_tokens - 1] and len(chunk.spans) == 1:  # rank 0 has it
-            return self._own_rows([chunk.own - 1], buffers)
-        return self._gathered_rows(rows, chunk, buffers)
+        if gathers(chunk):
+            return self._gathered_rows(rows, chunk, buffers)
+        return self._own_rows([chunk.own - 1], buffers)
 
     def _own_rows(self, rows: Sequence[int], buffers: Buffers) -> Logits:
         """Of so many own rows, ascending."""
@@ -96,6 +96,13 @@ class Head:
         m.stream.synchronize()
         m.device.host_reads(host)
         return host.numpy()[:, : self._vocab]
+
+
+def gathers(chunk: Chunk) -> bool:
+    """Whether several ranks exchange rows for the logits: not for those of one last token, which rank 0
+    has."""
+    wanted = sum(span.num_logits for span in chunk.spans)
+    return wanted > 0 and not (len(chunk.spans) == 1 and chunk.spans[0].logits == "last")
 
 
 def _pick(stream: Stream, x: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:

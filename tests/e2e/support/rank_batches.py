@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from typing import Any
+
 import numpy as np
 
 from krasis.runtime.backend import Backend
 from krasis.runtime.batch import batch_of
+from krasis.runtime.device.double import DeviceDouble
 
 SLOTS = 5
 LENGTHS = (3, 5, 2, 9, 14)
@@ -66,6 +70,39 @@ def cancel_a_pass(backend: Backend) -> None:
     finally:
         backend.layer_done = None
     raise AssertionError("not cancelled")
+
+
+def lack_memory(rank: int, num_ranks: int) -> None:
+    """From now on this rank's doubles find no memory for some launches: of one rank, then of another, then of
+    both, each in a pass of its own; in layers, in exchanges, for the logits."""
+    refused = {
+        num_ranks - 1: {("share_kv", 2), ("gather_tokens", 15)},
+        0: {("scatter_sum", 3), ("gather_tokens", 12)},
+    }.get(rank, set())
+    counts: Counter[str] = Counter()
+
+    def refuse(name: str) -> bool:
+        counts[name] += 1
+        return (name, counts[name]) in refused
+
+    make = DeviceDouble.__init__
+
+    def make_refusing(self: DeviceDouble, *arguments: Any, **options: Any) -> None:
+        make(self, *arguments, **options)
+        self.refuse = refuse
+
+    DeviceDouble.__init__ = make_refusing
+
+
+def out_of_memory(backend: Backend) -> dict[str, np.ndarray]:
+    """Two prompts of 40 tokens together, and then each alone."""
+    backend.state.open()
+    prompts = [[(5 * at + at * at) % 64 for at in range(24)], [(3 * at + 1) % 64 for at in range(16)]]
+    chunks = [backend.prefill_chunk]
+    together = backend.run(batch_of([(slot, 0, prompt, "all") for slot, prompt in enumerate(prompts)]))
+    chunks.append(backend.prefill_chunk)
+    alone = [backend.run(batch_of([(0, 0, prompt, "all")])).copy() for prompt in prompts]
+    return {"together": together, "alone": np.concatenate(alone), "chunks": np.array(chunks)}
 
 
 def copy_slot(backend: Backend, source: int, target: int) -> None:

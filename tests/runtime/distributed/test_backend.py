@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from krasis.formats.errors import NativeError
+from krasis.formats.errors import NativeError, OutOfDeviceMemoryError
 from krasis.runtime.batch import Batch, WantedLogits, batch_of
 from krasis.runtime.distributed.backend import DistributedBackend, serve
+from krasis.runtime.distributed.control import Outcome
 from krasis.runtime.gpu.state import GpuState
 
 LAYERS, SLOTS = 2, 4
@@ -31,6 +32,8 @@ class FakeInner:
         cache = SimpleNamespace(num_slots=SLOTS, capacity=100, write=lambda *_: None)
         self.state = GpuState(cache, self.compute_stream, "f16")
         self.calls: list[tuple[Batch, bool]] = []
+        self.shrunk: list[str] = []
+        self.refused = 0  # passes of more tokens
         self._decodes, self._alone_up_to, self._interrupt = decodes, alone_up_to, interrupt
 
     def runs_alone(self, batch: Batch) -> bool:
@@ -41,9 +44,15 @@ class FakeInner:
         if self._interrupt:
             os.kill(os.getpid(), signal.SIGINT)
         self.state.begin(batch)
+        if self.refused and len(batch.tokens) > self.refused:
+            raise OutOfDeviceMemoryError("no memory for temporaries", where="attention")
         self.calls.append((batch, alone))
         self.state.advance(batch.spans)
         return np.zeros((batch.num_logits, 4), np.float32)
+
+    def shrink(self, words: str) -> None:
+        self.shrunk.append(words)
+        self.prefill_chunk //= 2
 
     def kv_layers(self, slot: int):
         return [(f"keys {slot} {layer}", f"values {slot} {layer}") for layer in range(LAYERS)]
@@ -56,6 +65,7 @@ class FakeJob:
         self.rank, self.num_ranks, self.failure = 0, 3, None
         self.sent: list[list[tuple[str, int, int]]] = []
         self.commands: list[dict[str, Any]] = []
+        self.others_say: list[str] = []  # at the ends of joint works
         self._told = list(commands or [])
 
     def send_kv(self, stream, parts) -> None:
@@ -69,7 +79,9 @@ class FakeJob:
 
     @contextmanager
     def joint(self, what: str):
-        yield
+        outcome = Outcome()
+        yield outcome
+        outcome.all_ranks = [outcome.own, self.others_say.pop(0) if self.others_say else ""]
 
 
 def make(**options: Any) -> tuple[DistributedBackend, FakeInner, FakeJob]:
@@ -242,6 +254,23 @@ def test_decode_without_cpu_experts_is_a_prefill_on_all_ranks() -> None:
     assert job.commands[-1]["spans"] == [[0, 0, 1, 5, "last"], [1, 1, 1, 4, "last"]]
     assert job.commands[-1]["shared"] == [5, 4]
     assert not inner.calls[-1][1]
+
+
+def test_any_ranks_lack_of_memory_halves_the_batch_of_all() -> None:
+    backend, inner, job = make()
+    inner.refused = 20  # rank 0's own
+    assert run(backend, (0, 0, 30), (1, 0, 5), logits="all").shape == (35, 4)
+    assert inner.shrunk == ["rank 0: attention: no memory for temporaries"] * 2
+    assert backend.prefill_chunk == 12
+    assert [len(batch.tokens) for batch, _ in inner.calls] == [12, 12, 11]
+    assert [command["shared"] for command in job.commands] == [[0, 0], [0], [0], [12], [24, 0]]
+    assert [backend.state.length(slot) for slot in (0, 1)] == [30, 5]
+    job.others_say = ["", "", "", "rank 2: no memory"]  # another's, at the fourth pass
+    run(backend, (0, 30, 40))
+    assert inner.shrunk[2:] == ["rank 2: no memory"]
+    assert backend.prefill_chunk == 6
+    starts = [(batch.spans[0].start, len(batch.tokens)) for batch, _ in inner.calls[3:]]
+    assert starts == [(30, 12), (42, 12), (54, 12), (66, 4), (66, 4)]
 
 
 def test_ctrl_c_waits_for_the_pass() -> None:
