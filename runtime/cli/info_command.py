@@ -27,6 +27,7 @@ from krasis.formats.process.stop_signals import INTERRUPTED, ends_in_order
 if TYPE_CHECKING:
     from krasis.formats.bundle.manifest import Manifest
     from krasis.formats.bundle.verify import Problem
+    from krasis.runtime.cli.info_source import PlannedModel
     from krasis.runtime.planning.sizes import ModelSizes
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -43,7 +44,7 @@ _HEADINGS = {
 class _Request:
     """The command line. Sizes and GPU lists are still text."""
 
-    bundle: Path | None
+    bundle: str | None
     as_json: bool
     tensors: bool
     verify: bool
@@ -51,6 +52,10 @@ class _Request:
     env: bool
     shape: str | None
     gpus: str | None
+    gpu: str | None
+    memory: str | None
+    cpu_format: str | None
+    gpu_group: str | None
     pcie_gbps: float | None
     gpu_gbps: float | None
     gpu_tflops: float | None
@@ -81,7 +86,7 @@ _AT_LEAST_1 = click.IntRange(min=1)
 @click.command(
     cls=StreamsCommand, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
 )
-@click.argument("bundle", required=False, type=click.Path(path_type=Path))
+@click.argument("bundle", required=False, metavar="[BUNDLE]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, every size in bytes.")
 @click.option(
     "--tensors", is_flag=True, help="List every blob: tier, dtype, shape, layout, file, offset, bytes."
@@ -102,6 +107,18 @@ _AT_LEAST_1 = click.IntRange(min=1)
 @click.option(
     "--gpus", help="GPUs of the planned machine: 3x16GiB, 16GiB,24GiB or none.  [default: this machine's]"
 )
+@click.option("--gpu", help="GPUs of the planned machine by name: rtx4090x2, or h100,rtx3090.")
+@click.option("--memory", help="RAM of the planned machine by its channels and kind: 8xDDR4-2666.")
+@click.option(
+    "--cpu-format",
+    type=click.Choice(["q8", "int4"]),
+    help="CPU experts of a model that is no bundle yet.  [default: what fits in RAM]",
+)
+@click.option(
+    "--gpu-group",
+    type=click.Choice(["32", "64", "128", "channel"]),
+    help="Input features that share a scale in GPU experts of a model that is no bundle yet.",
+)
 @_rate("--pcie-gbps", "Pinned host-to-device rate of each GPU's link, GB/s.")
 @_rate("--gpu-gbps", "VRAM bandwidth, GB/s.")
 @_rate("--gpu-tflops", "Attainable bf16 matmul rate, TFLOP/s.")
@@ -117,7 +134,11 @@ _AT_LEAST_1 = click.IntRange(min=1)
 @last_resort("krasis-info")
 @ends_in_order("")
 def main(**options: Any) -> None:
-    """Show what is inside BUNDLE (a .krasis directory), what it needs, and whether it is intact."""
+    """Show what is inside BUNDLE (a .krasis directory), what it needs, and whether it is intact.
+
+    With --plan, BUNDLE may also be a model that is none yet: its name on the hub (org/model, of which only
+    config.json is fetched), a config.json, the folder of a checkpoint, a GGUF.
+    """
     try:
         sys.exit(_run(_Request(**options)))
     except KrasisError as error:
@@ -145,13 +166,17 @@ def _run(request: _Request) -> int:
     if request.env:
         _add_environment(record, texts)
     code = 0
-    if request.bundle is not None:
+    model = _planned(request)
+    if model is not None:
+        from krasis.runtime.cli.info_plan import add_plan
+
+        add_plan(request, model, record, texts)
+    elif request.bundle is not None:
+        path = Path(request.bundle)
         if request.verify:
-            code = _add_verification(request.bundle, record, texts)
+            code = _add_verification(path, record, texts)
         if not code:
-            _add_bundle(request, request.bundle, record, texts)
-    elif request.plan:
-        _add_plan(request, _sizes_of_shape(request), record, texts)
+            _add_bundle(request, path, record, texts)
     text = json.dumps(record, indent=1) if request.as_json else printable_lines("\n\n".join(texts))
     write_output(text + "\n")
     return code
@@ -164,12 +189,37 @@ def _check(request: _Request) -> None:
         raise UsageError(
             "a BUNDLE or --shape is needed for --plan", hint="for example --shape qwen3-235b-a22b"
         )
+    if request.gpu is not None and request.gpus is not None:
+        raise UsageError("--gpu and --gpus both say what GPUs there are", hint="give one of them")
+    if request.memory is not None and request.ram_gbps is not None:
+        raise UsageError("--memory and --ram-gbps both say how fast RAM is", hint="give one of them")
     if request.bundle is None and not (request.env or request.plan):
         raise UsageError("nothing to show", hint="name a BUNDLE, or use --env, or --plan --shape NAME")
     if request.shape is not None and (request.bundle is not None or not request.plan):
         raise UsageError(
             "--shape stands in for a BUNDLE of --plan", hint="use --plan --shape NAME without a BUNDLE"
         )
+
+
+def _planned(request: _Request) -> ModelSizes | PlannedModel | None:
+    """What a plan is wanted of that is no bundle; None for a bundle, or for no plan."""
+    if request.shape is not None:
+        if request.cpu_format is None and request.gpu_group is None:
+            return _sizes_of_shape(request)
+        from krasis.runtime.cli.info_source import PlannedModel
+        from krasis.runtime.planning.presets import shape
+
+        return PlannedModel(shape(request.shape), request.shape)
+    if not request.plan or request.bundle is None:
+        return None
+    from krasis.runtime.cli.info_source import planned_model
+
+    model = planned_model(request.bundle)
+    if model is None and (request.cpu_format or request.gpu_group):
+        raise UsageError("--cpu-format and --gpu-group are for models that are no bundles yet")
+    if model is not None and (request.verify or request.tensors):
+        raise UsageError("a BUNDLE is needed for --verify and --tensors", got=request.bundle)
+    return model
 
 
 def _add_environment(record: dict[str, Any], texts: list[str]) -> None:
@@ -212,7 +262,9 @@ def _add_bundle(request: _Request, path: Path, record: dict[str, Any], texts: li
         texts.append(info.tensors_to_text(record["tensors"]))
     if request.plan:
         shard = next((path / file.name for file in manifest.files if file.name.startswith("gpu-")), None)
-        _add_plan(request, sizes, record, texts, shard)
+        from krasis.runtime.cli.info_plan import add_plan
+
+        add_plan(request, sizes, record, texts, shard)
 
 
 def _add_verification(path: Path, record: dict[str, Any], texts: list[str]) -> int:
@@ -287,45 +339,6 @@ def _sizes_of_shape(request: _Request) -> ModelSizes:
     from krasis.runtime.planning.sizes import sizes_of_shape
 
     return sizes_of_shape(shape(request.shape or ""))
-
-
-def _add_plan(
-    request: _Request,
-    sizes: ModelSizes,
-    record: dict[str, Any],
-    texts: list[str],
-    shard: Path | None = None,
-) -> None:
-    from krasis.formats.units import parse_bytes, parse_gpus
-    from krasis.runtime.missing_kernels import GPU_RUNS, lacking
-    from krasis.runtime.planning.planner import make_plan, make_workload
-    from krasis.runtime.planning.probes import HardwareFlags, hardware_from_flags
-    from krasis.runtime.planning.report import plan_to_json, plan_to_text
-    from krasis.runtime.this_machine import ThisMachine
-
-    flags = HardwareFlags(
-        gpu_vram_bytes=parse_gpus(request.gpus) if request.gpus is not None else None,
-        pcie_gbps=request.pcie_gbps,
-        gpu_gbps=request.gpu_gbps,
-        gpu_tflops=request.gpu_tflops,
-        ram_bytes=parse_bytes(request.ram, "--ram") if request.ram is not None else None,
-        ram_gbps=request.ram_gbps,
-        num_cpus=request.cpus,
-        cpu_gmacs=request.cpu_gmacs,
-        disk_gbps=request.disk_gbps,
-    )
-    workload = make_workload(
-        sizes.spec,
-        context=request.context,
-        prompt_tokens=request.prompt_tokens,
-        kv_dtype=request.kv_dtype,
-    )
-    hardware, notes = hardware_from_flags(flags, ThisMachine(shard))
-    if hardware.gpus and (missing := lacking(sizes.spec, GPU_RUNS)):
-        notes = (*notes, f"the GPU has no kernels yet for {missing[0]}: the plan is what they would give")
-    plan = make_plan(sizes, hardware, workload)
-    record["plan"] = plan_to_json(plan, notes)
-    texts.append(plan_to_text(plan, notes))
 
 
 if __name__ == "__main__":

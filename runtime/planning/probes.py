@@ -11,9 +11,14 @@ from krasis.runtime.planning.hardware import Figure, GpuSpec, HardwareSpec, desc
 
 @dataclass(frozen=True, slots=True)
 class HardwareFlags:
-    """What the command line said; None means not said. Sizes in bytes, rates in 10^9/s (TFLOP/s: 10^12)."""
+    """What the command line said; None means not said. Sizes in bytes, rates in 10^9/s (TFLOP/s: 10^12).
+
+    gpus, memory: what named hardware has.
+    """
 
     gpu_vram_bytes: tuple[int, ...] | None = None
+    gpus: tuple[GpuSpec, ...] | None = None
+    memory: Figure | None = None
     pcie_gbps: float | None = None
     gpu_gbps: float | None = None
     gpu_tflops: float | None = None
@@ -76,7 +81,7 @@ def hardware_from_flags(flags: HardwareFlags, probes: Probes) -> tuple[HardwareS
     gpus = _gpus(flags, probes, notes)
     this_host = flags.ram_bytes is None and flags.num_cpus is None
     host = probes.host()
-    ram_gbps = given(flags.ram_gbps) if flags.ram_gbps is not None else None
+    ram_gbps = given(flags.ram_gbps) if flags.ram_gbps is not None else flags.memory
     if ram_gbps is None and this_host:
         ram_gbps, more = probes.measure_ram()
         notes.extend(more)
@@ -91,7 +96,7 @@ def hardware_from_flags(flags: HardwareFlags, probes: Probes) -> tuple[HardwareS
         disk_gbps=given(flags.disk_gbps) if flags.disk_gbps is not None else None,
         isa=(host.isa if this_host else "") or "avx2",
     )
-    if flags.gpu_vram_bytes is None and gpus:
+    if flags.gpu_vram_bytes is None and flags.gpus is None and gpus:
         hardware = replace(hardware, pins_files=_pins_files(probes, notes))
     return hardware, tuple(notes)
 
@@ -109,6 +114,10 @@ def _or_measured(flag: int | None, *, note: str, value: int) -> Figure:
 
 def _gpus(flags: HardwareFlags, probes: Probes, notes: list[str]) -> tuple[GpuSpec, ...]:
     sizes = flags.gpu_vram_bytes
+    if flags.gpus is not None:
+        if problem := probes.why_no_gpu():
+            notes.append(f"this installation cannot use a GPU yet: {problem}")
+        return tuple(_completed(spec, flags) for spec in flags.gpus)
     if sizes is None:
         found, problem = probes.gpus()
         if problem:
@@ -118,6 +127,16 @@ def _gpus(flags: HardwareFlags, probes: Probes, notes: list[str]) -> tuple[GpuSp
     if problem:
         notes.append(f"this installation cannot use a GPU yet: {problem}")
     return tuple(_described(vram, flags) for vram in sizes)
+
+
+def _completed(spec: GpuSpec, flags: HardwareFlags) -> GpuSpec:
+    """What a flag says goes before what is known of the GPU's name."""
+    return replace(
+        spec,
+        link_gbps=spec.link_gbps if flags.pcie_gbps is None else given(flags.pcie_gbps),
+        memory_gbps=spec.memory_gbps if flags.gpu_gbps is None else given(flags.gpu_gbps),
+        bf16_tflops=spec.bf16_tflops if flags.gpu_tflops is None else given(flags.gpu_tflops),
+    )
 
 
 def _described(vram_bytes: int, flags: HardwareFlags) -> GpuSpec:

@@ -27,8 +27,11 @@ COMMANDS: dict[str, click.Command] = {
 # Whose options a message means if it names no command.
 OWN_COMMAND = {
     "runtime/cli/info_command.py": "krasis-info",
+    "runtime/cli/info_plan.py": "krasis-info",
     "runtime/cli/importance_command.py": "importance_command",
     "runtime/planning/planner.py": "krasis-info",  # make_workload, which krasis-info alone calls
+    "runtime/planning/formats.py": "krasis-info",
+    "runtime/planning/named_parts.py": "krasis-info",
     "runtime/planning/presets.py": "krasis-info",
     "runtime/planning/probes.py": "krasis-info",
     "convert": "krasis-convert",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -201,10 +200,19 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
 
-def wait_until(condition: Any, limit_s: float = 30.0) -> None:
-    """Polls; fails the test if it never holds."""
-    until_s = time.monotonic() + limit_s
-    while not condition():
-        if time.monotonic() > until_s:
-            raise TimeoutError("waited in vain")
-        time.sleep(0.002)
+def use_hub(monkeypatch: Any, hub: LoopbackHub, folder: Path) -> Path:
+    """The hub's library here and in child processes works with the hub, and with a cache in folder."""
+    from huggingface_hub import constants
+
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    for name, value in {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(folder), "HF_HUB_OFFLINE": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+    template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    places = {"HF_HOME": "", "HF_HUB_CACHE": "hub", "HF_TOKEN_PATH": "token", "HF_XET_CACHE": "xet"}
+    for name, leaf in {**places, "AGENT_HARNESSES_PATH": ".agent_harnesses.json"}.items():
+        if hasattr(constants, name):
+            monkeypatch.setattr(constants, name, str(folder / leaf))
+    return folder

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
-from huggingface_hub import constants
-from loopback_hub import LoopbackHub, Model
+from loopback_hub import LoopbackHub, Model, use_hub
 
 
 @pytest.fixture(scope="session")
@@ -31,21 +29,4 @@ def hub(hf_dir, gguf_dir):
 @pytest.fixture
 def cache(hub, tmp_path, monkeypatch) -> Path:
     """The hub's library in this process and in its children works with the loopback hub and this cache."""
-    folder = tmp_path / "hf-home"
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    for name, value in {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(folder), "HF_HUB_OFFLINE": "0"}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
-    template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    for name, leaf in {
-        "HF_HOME": "",
-        "HF_HUB_CACHE": "hub",
-        "HF_TOKEN_PATH": "token",
-        "HF_XET_CACHE": "xet",
-        "AGENT_HARNESSES_PATH": ".agent_harnesses.json",
-    }.items():
-        if hasattr(constants, name):
-            monkeypatch.setattr(constants, name, os.path.join(folder, leaf))  # noqa: PTH118 -- as the library has it
-    return folder
+    return use_hub(monkeypatch, hub, tmp_path / "hf-home")

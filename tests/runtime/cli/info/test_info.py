@@ -96,6 +96,7 @@ TENSOR_SCHEMA = {
 }
 PLAN_SCHEMA = {
     "notes": [TEXT],
+    "ranges": (dict, NONE),
     "assumptions": dict,
     "sizes": dict,
     "hardware": {
