@@ -42,6 +42,7 @@ from krasis.formats.process.stop_signals import ends_in_order
 from krasis.formats.units import format_bytes, format_seconds, parse_bytes
 
 EXIT_INTERRUPTED = 130
+JSON_VERSION = 1
 _WHEN_CUT = "get this file again; what is finished so far is kept, and the same command goes on from there"
 
 
@@ -202,7 +203,8 @@ def _carry_out(prepared: Prepared, reporter: Reporter, *, plan_only: bool, as_js
     if plan_only:
         plan = dry_run(prepared)
         if as_json:
-            write_output(json.dumps(asdict(plan), indent=2, default=str) + "\n")
+            plan_record = {"krasis_convert": JSON_VERSION, **asdict(plan)}
+            write_output(json.dumps(plan_record, indent=2, default=str) + "\n")
         else:
             write_output(printable_lines("\n".join(describe_plan(plan))) + "\n")
         check_room(prepared)  # the plan is told either way; the exit code says whether it can be done
@@ -216,7 +218,7 @@ def _carry_out(prepared: Prepared, reporter: Reporter, *, plan_only: bool, as_js
     for line in _describe(summary):
         reporter.say(line)
     if as_json:
-        record = {**asdict(summary), "gb_per_s": summary.gb_per_s}
+        record = {"krasis_convert": JSON_VERSION, **asdict(summary), "gb_per_s": summary.gb_per_s}
         write_output(json.dumps(record, indent=2, default=str) + "\n")
 
 

@@ -32,7 +32,7 @@ def run_refresh(
         )
     done = refresh_text(source, bundles[0], reporter, force=options["force_text"], plan_only=plan_only)
     if as_json:
-        print(json.dumps({"bundle": str(bundles[0]), **asdict(done)}, indent=2))
+        print(json.dumps({"krasis_convert": 1, "bundle": str(bundles[0]), **asdict(done)}, indent=2))
     for line in _describe(done, bundles[0], plan_only=plan_only):
         reporter.say(line)
 

@@ -10,6 +10,8 @@ from krasis.runtime.generation import Generation
 from krasis.runtime.host.prefault import ENOUGH_HUGE
 from krasis.runtime.settings import SamplingSettings
 
+JSON_VERSION = 1
+
 
 def summary_line(stats: Generation, engine: Engine) -> str:
     """``load 0.02 s; prompt 12 tokens, 410 tok/s on CPU; answer 80 tokens, 95 tok/s on CPU; first token 0.03
@@ -69,6 +71,7 @@ def json_report(
 ) -> dict[str, Any]:
     """Text, counts, seconds, rates and settings of one answer."""
     return {
+        "krasis_run": JSON_VERSION,
         "text": stats.text,
         "reasoning": stats.reasoning,
         "tokens": stats.tokens,
