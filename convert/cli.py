@@ -19,7 +19,7 @@ from krasis.convert.conversion import (
     dry_run,
     prepare,
 )
-from krasis.convert.hub.inputs import opened_inputs, parse_inputs
+from krasis.convert.hub.inputs import is_begun, opened_inputs, parse_inputs
 from krasis.convert.partial import partial_path
 from krasis.convert.plan_text import describe_plan
 from krasis.convert.progress import Reporter
@@ -144,7 +144,7 @@ def main(
         settings, drop = _settings(options), options["drop_sources"]
         _run(inputs, output, settings, reporter, plan_only=dry_run, as_json=as_json, drop_sources=drop)
     except KeyboardInterrupt:
-        held = output is not None and partial_path(output).exists() and not dry_run
+        held = output is not None and not dry_run and is_begun(output)
         text = "run the same command to continue" if held else "nothing was written"
         print(f"krasis-convert: stopped; {text}", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)

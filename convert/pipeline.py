@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -72,6 +73,7 @@ def run_units(
             Pool(settings.num_threads) as pool,
             WriterThread() as thread,
             ExpertReader(result.digests, settings.num_threads, plan.memory.decode_slots) as reader,
+            nullcontext() if streamed is None else streamed.used(),
         ):
             worker = _Worker(plan, writer, pool, thread, reader, calibration, reporter, result)
             for unit in plan.units:

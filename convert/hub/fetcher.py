@@ -115,6 +115,12 @@ class Fetcher:
                     self._store.drop(file, begin, end)
             self._changed.notify_all()
 
+    def abandon(self) -> None:
+        """Nothing is needed any more: whoever waits, in any thread, gets an error."""
+        with self._changed:
+            self._error = self._error or ResourceError("the conversion has ended")
+            self._changed.notify_all()
+
     def close(self) -> None:
         """Ends the threads; what they were at is given up."""
         with self._changed:
@@ -181,6 +187,8 @@ class Fetcher:
                     position, view = position + count, view[count:]
             if self._ends:
                 return
+        if position != part.end:
+            raise ResourceError("a part of a source did not come whole", where=str(part.file.path))
         with io_errors("writing a part of a source", part.file.path):
             os.fdatasync(part.file.fd)
         with self._changed:

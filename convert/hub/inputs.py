@@ -31,6 +31,13 @@ def local_inputs(inputs: Sequence[Path | HubName], reporter: Reporter) -> list[P
     return [fetch_model(one, reporter) if isinstance(one, HubName) else one for one in inputs]
 
 
+def is_begun(out: Path) -> bool:
+    """Whether a conversion to that output left anything to go on with."""
+    from krasis.convert.hub.store import sources_path
+
+    return partial_path(out).exists() or sources_path(out).exists()
+
+
 @contextmanager
 def opened_inputs(
     inputs: Sequence[Path | HubName],
@@ -43,9 +50,10 @@ def opened_inputs(
 ) -> Iterator[tuple[list[Path], StreamedSources | None]]:
     """Every input as a path. With drop, those on the hub are downloaded while they are converted, by what is
     given beside the paths; their parts stay for a run that goes on if the block ends by an error, and go with
-    the end of the conversion.
+    the end of the conversion. For a plan only their headers are fetched in any case.
     """
-    if not drop:
+    on_the_hub = any(isinstance(one, HubName) for one in inputs)
+    if not drop and not (plan_only and on_the_hub):
         yield local_inputs(inputs, reporter), None
         return
     from krasis.convert.hub.opening import open_streamed

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +117,15 @@ class StreamedSources:
                 for path, spans in needs.items():
                     kept[path] = kept.get(path, Spans()).union(spans)
         self._fetcher.drop_but(kept)
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """If the block ends by an error or an interruption, no thread goes on waiting for the network."""
+        try:
+            yield
+        except BaseException:
+            self._fetcher.abandon()
+            raise
 
     # ---- the end ----------------------------------------------------------------------------------------
 

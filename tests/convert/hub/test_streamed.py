@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from io import StringIO
 from pathlib import Path
 
@@ -160,6 +161,47 @@ def test_a_plan_leaves_nothing(hub, cache, fast_dir):
     plan = stream(BOTH, fast_dir / "x.krasis", plan_only=True)
     assert plan.source_bytes > 0
     assert not list(fast_dir.iterdir())
+
+
+def test_a_plan_never_downloads_the_model(hub, cache, fast_dir):
+    reporter = Reporter(0, StringIO())
+    size = sum(path.stat().st_size for path in hub.models["org/tiny"].folder.iterdir())
+    named, out = parse_inputs(["org/tiny"]), fast_dir / "x.krasis"
+    with opened_inputs(named, out, reporter, restart=False, plan_only=True, drop=False) as (paths, more):
+        plan = dry_run(prepare(paths, out, ConvertSettings(), reporter, more))
+    assert plan.source_bytes > 0.9 * size - 50_000
+    assert hub.sent < 0.2 * size
+    assert not list(fast_dir.iterdir())
+
+
+def test_whoever_waits_is_told_that_it_is_over(hub, cache, fast_dir):
+    """A thread that reads ahead must not keep an interrupted conversion from ending."""
+
+    class Never:
+        def read(self, begin, end):
+            over.wait(30)
+            yield b""
+
+    over, told = threading.Event(), []
+    store = SourceStore(fast_dir / "s")
+    store.begin({"models": 1})
+    path = store.add("a", 100).path
+    fetch = fetcher.Fetcher(store, {path: Never()}, num_threads=1)
+    sources = streamed.StreamedSources(store, fetch, {}, {})
+
+    def wait():
+        with pytest.raises(ResourceError, match="has ended"):
+            sources.need(path, 0, 100)
+        told.append(True)
+
+    reader = threading.Thread(target=wait)
+    reader.start()
+    with pytest.raises(KeyboardInterrupt), sources.used():
+        raise KeyboardInterrupt
+    reader.join(10)
+    assert told
+    over.set()
+    sources.close()
 
 
 def test_files_of_the_user_are_never_removed(hub, cache, fast_dir, hf_dir, bundle):
