@@ -151,6 +151,18 @@ def test_connections_that_break_and_a_busy_hub(hub, cache, fast_dir, bundle):
     assert tree_digests(fast_dir / "x.krasis") == bundle.files()
 
 
+def test_a_token_is_for_the_hub_alone(hub, cache, fast_dir, bundle, monkeypatch):
+    for model in hub.models.values():
+        model.gated = True
+    with pytest.raises(ResourceError, match="people who agreed to its terms"):
+        stream(BOTH, fast_dir / "x.krasis")
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    stream(BOTH, fast_dir / "x.krasis")
+    assert tree_digests(fast_dir / "x.krasis") == bundle.files()
+    to_storage = {token for _, path, _, token in hub.requests if path.startswith("/cdn")}
+    assert to_storage == {None}
+
+
 def test_a_hub_without_ranges(hub, cache, fast_dir, monkeypatch):
     monkeypatch.setattr("loopback_hub._Handler._range", lambda self: None)
     with pytest.raises(ResourceError, match=r"does not give parts of this file.*without --drop-sources"):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from krasis.formats.errors import UsageError
@@ -37,6 +40,16 @@ def test_names(text, name, tmp_path, monkeypatch):
 def test_paths(text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert hub_name(text) is None
+
+
+def test_local_files_do_without_the_hubs_library():
+    """It takes as long to import as everything else together."""
+    code = (
+        "import sys; from krasis.convert import cli; from krasis.convert.hub.inputs import parse_inputs;"
+        "from krasis.runtime.cli import info_command, info_source; parse_inputs(['/tmp', 'org/model']);"
+        "sys.exit('huggingface_hub' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_what_exists_is_a_path(tmp_path, monkeypatch):
