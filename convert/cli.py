@@ -19,7 +19,7 @@ from krasis.convert.conversion import (
     dry_run,
     prepare,
 )
-from krasis.convert.hub.inputs import is_begun, opened_inputs, parse_inputs
+from krasis.convert.hub.inputs import is_begun, local_texts, opened_inputs, parse_inputs
 from krasis.convert.partial import partial_path
 from krasis.convert.plan_text import describe_plan
 from krasis.convert.progress import Reporter
@@ -52,9 +52,8 @@ _WHEN_CUT = "get this file again; what is finished so far is kept, and the same 
 @click.option(
     "--refresh-text",
     metavar="SOURCE",
-    type=click.Path(path_type=Path),
-    help="Put the tokenizer, chat template and defaults of SOURCE (a folder, a GGUF or one file) into a "
-    "finished bundle: krasis-convert --refresh-text SOURCE model.krasis.",
+    help="Put the tokenizer, chat template and defaults of SOURCE (a folder, a GGUF, one file or a name on "
+    "the hub) into a finished bundle: krasis-convert --refresh-text SOURCE model.krasis.",
 )
 @click.option("--gpu-format", type=click.Choice(list(GPU_FORMATS)), default="marlin", show_default=True)
 @click.option("--gpu-bits", type=click.Choice(["4", "8"]), default="4", show_default=True)
@@ -120,7 +119,7 @@ _WHEN_CUT = "get this file again; what is finished so far is kept, and the same 
 def main(
     inputs: tuple[str, ...],
     output: Path | None,
-    refresh_text: Path | None,
+    refresh_text: str | None,
     *,
     dry_run: bool,
     as_json: bool,
@@ -137,7 +136,8 @@ def main(
         reporter = Reporter(0 if options["quiet"] else 2 if options["verbose"] else 1)
         if refresh_text is not None:
             paths = [Path(one) for one in inputs]
-            run_refresh(refresh_text, paths, output, options, reporter, plan_only=dry_run, as_json=as_json)
+            texts = local_texts(refresh_text)
+            run_refresh(texts, paths, output, options, reporter, plan_only=dry_run, as_json=as_json)
             return
         if output is None:
             raise UsageError("the bundle to write is missing", hint="name it by -o model.krasis")

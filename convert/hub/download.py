@@ -11,10 +11,10 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from krasis.convert.progress import Reporter
 from krasis.convert.resources import existing_parent
-from krasis.formats.errors import ChecksumError, ResourceError
+from krasis.formats.errors import ChecksumError, FormatError, ResourceError
 from krasis.formats.hub.gguf_files import choose_gguf
 from krasis.formats.hub.name import HubName
-from krasis.formats.hub.needed import Needed, needed_files
+from krasis.formats.hub.needed import TEXT_FILES, Needed, needed_files
 from krasis.formats.hub.repository import HubFile, Repository, open_or_cached
 from krasis.formats.units import format_bytes
 
@@ -34,6 +34,22 @@ def fetch_model(name: HubName, reporter: Reporter) -> Path:
         return _in_snapshot(name, found)
     needed = needed_files(found.files, name.variant, str(name), found.fetch)
     return download(found, needed, reporter)
+
+
+def fetch_texts(name: HubName) -> Path:
+    """The model's text files in the cache, as their folder; no weights. Raises FormatError if it has none,
+    and as ``hub_errors``.
+    """
+    found = open_or_cached(name)
+    if isinstance(found, Path):
+        return found
+    paths = [found.fetch(text) for text in TEXT_FILES if text in found.files]
+    if not paths:
+        raise FormatError(
+            "this model has no text files on the hub", where=str(name), limit=", ".join(TEXT_FILES)
+        )
+    found.remember_revision()
+    return paths[0].parent
 
 
 def _in_snapshot(name: HubName, folder: Path) -> Path:

@@ -21,6 +21,16 @@ def parse_inputs(texts: Sequence[str]) -> list[Path | HubName]:
     return [name if (name := hub_name(text)) is not None else Path(text) for text in texts]
 
 
+def local_texts(text: str) -> Path:
+    """Where the text files are that ``text`` names: a path, or a model's on the hub, fetched."""
+    name = hub_name(text)
+    if name is None:
+        return Path(text)
+    from krasis.convert.hub.download import fetch_texts
+
+    return fetch_texts(name)
+
+
 def local_inputs(inputs: Sequence[Path | HubName], reporter: Reporter) -> list[Path]:
     """Every input on the disk: those on the hub are downloaded into its cache."""
     if not any(isinstance(one, HubName) for one in inputs):

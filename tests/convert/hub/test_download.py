@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 from io import StringIO
 
 import pytest
+from click.testing import CliRunner
 from huggingface_hub import constants
 from loopback_hub import Model
 
+from krasis.convert.cli import main
 from krasis.convert.hub import download as module
 from krasis.convert.hub.inputs import local_inputs, parse_inputs
 from krasis.convert.progress import Reporter
@@ -156,6 +159,20 @@ def test_hostile_names_in_a_list(hub, cache, monkeypatch):
         monkeypatch.setattr(repository.HfApi, "model_info", lambda *_, _name=name, **__: Evil(_name))
         with pytest.raises(FormatError, match="impossible file"):
             repository.Repository.open(HubName("org/evil"))
+
+
+def test_text_files_alone(run, hf_dir, hub, cache, copied, tmp_path):
+    """--refresh-text org/model: no weights are downloaded."""
+    folder = copied(hub.models["org/tiny"].folder)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    (folder / "generation_config.json").write_text('{"top_k": 7}')
+    hub.models["org/texts"] = Model(folder)
+    out = tmp_path / "tiny.krasis"
+    run([hf_dir], out)
+    done = CliRunner().invoke(main, ["--refresh-text", "org/texts", str(out), "-q", "--json"])
+    assert done.exit_code == 0, done.stderr
+    assert "generation_config.json" in json.loads(done.stdout)["replaced"]
+    assert not any(path.endswith(".safetensors") for _, path, _, _ in hub.requests)
 
 
 def test_every_text_file_is_fetched():
