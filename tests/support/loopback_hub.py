@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -56,7 +57,7 @@ class LoopbackHub:
             server_hub = hub
 
         # Large files come from another origin, as the hub's do: tokens must not go there.
-        self._servers = [ThreadingHTTPServer(("127.0.0.1", 0), Handler) for _ in range(2)]
+        self._servers = [_Server(("127.0.0.1", 0), Handler) for _ in range(2)]
         self.endpoint, self.storage = (f"http://127.0.0.1:{one.server_address[1]}" for one in self._servers)
         self._threads = [threading.Thread(target=one.serve_forever, args=(0.05,)) for one in self._servers]
         for thread in self._threads:
@@ -86,6 +87,15 @@ class LoopbackHub:
         """File bytes on their way."""
         with self._lock:
             self.sent += num_bytes
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Readers that were killed are no news."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -78,7 +78,7 @@ def test_little_on_the_disk_and_nothing_twice(hub, cache, fast_dir, hf_dir, monk
 
 def test_killed_at_any_point_it_goes_on(hub, cache, fast_dir, bundle, hf_dir, q8_gguf):
     script = Path(__file__).with_name("kill_streamed.py")
-    command = [sys.executable, str(script), "10", "7", str(fast_dir / "x.krasis"), *BOTH]
+    command = [sys.executable, str(script), "6", "7", str(fast_dir / "x.krasis"), *BOTH]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
