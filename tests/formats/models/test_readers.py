@@ -330,6 +330,7 @@ DEFAULTS = {
     ("olmoe-1b-7b", "norm_topk_prob"): False,
     ("qwen3-30b-a3b", "norm_topk_prob"): False,
     ("glm-4.5-air", "norm_topk_prob"): True,
+    ("qwen3-next-80b-a3b", "norm_topk_prob"): True,
 }
 
 
