@@ -66,6 +66,11 @@ class ResponseObject:
             "completed_at": None,
         }
 
+    @property
+    def is_summarised(self) -> bool:
+        """Whether a summary of the thoughts is wanted."""
+        return bool(self._fixed["reasoning"]["summary"])
+
     def shown(self) -> dict[str, Any]:
         """The object as it is now."""
         return {
@@ -150,6 +155,8 @@ class Writer:
         part = _part(kind)
         item["content"] = [part]
         yield {"type": "response.content_part.added", **self._place(), "part": dict(part)}
+        if kind == "reasoning" and self._answer.is_summarised:
+            yield self._summary("part.added", part={"type": "summary_text", "text": ""})
 
     def _text(self, text: str) -> Iterator[dict[str, Any]]:
         item = self._item
@@ -158,6 +165,8 @@ class Writer:
         item["content"][0]["text"] += text
         if item["type"] == "reasoning":
             yield {"type": "response.reasoning_text.delta", **self._place(), "delta": text}
+            if self._answer.is_summarised:
+                yield self._summary("text.delta", delta=text)
         else:
             more = {"timings": timings(self._turn.so_far())} if self._timings else {}
             delta = {"type": "response.output_text.delta", **self._place(), "delta": text, "logprobs": []}
@@ -171,6 +180,10 @@ class Writer:
         if item["type"] == "reasoning":
             item["encrypted_content"] = hidden_thoughts(part["text"])
             yield {"type": "response.reasoning_text.done", **self._place(), "text": part["text"]}
+            if self._answer.is_summarised:
+                item["summary"] = [{"type": "summary_text", "text": part["text"]}]
+                yield self._summary("text.done", text=part["text"])
+                yield self._summary("part.done", part=dict(item["summary"][0]))
         else:
             yield {"type": "response.output_text.done", **self._place(), "text": part["text"], "logprobs": []}
         yield {"type": "response.content_part.done", **self._place(), "part": dict(part)}
@@ -195,6 +208,12 @@ class Writer:
         yield {"type": f"{kind}.done", **place, "arguments": call.arguments, "name": call.name}
         item |= {"status": "completed", "arguments": call.arguments}
         yield {"type": "response.output_item.done", "output_index": self._index, "item": dict(item)}
+
+    def _summary(self, kind: str, **more: Any) -> dict[str, Any]:
+        """An event of the summary, which is the thoughts themselves: Codex shows nothing else."""
+        place = self._place()
+        del place["content_index"]
+        return {"type": f"response.reasoning_summary_{kind}", **place, "summary_index": 0, **more}
 
     def _place(self) -> dict[str, Any]:
         number = "" if self._item is None else self._item["id"]

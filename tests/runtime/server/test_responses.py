@@ -133,3 +133,18 @@ def test_tokens_are_counted(serve: Serve) -> None:
     served = serve()
     counted = served.post(PATH + "/input_tokens", {"input": "Hello"}).json["input_tokens"]
     assert counted == served.post(PATH, {"input": "Hello"}).json["usage"]["input_tokens"]
+
+
+def test_a_summary_that_is_asked_for_is_the_thoughts_themselves(serve: Serve, qwen3_template: str) -> None:
+    served = serve(template=qwen3_template, script=says("Let me see.\n</think>\n\nYes."))
+    body = {"input": "Hello", "stream": True, "chat_template_kwargs": {"enable_thinking": True}}
+    events = served.post("/v1/responses", {**body, "reasoning": {"summary": "auto"}}).events
+    kinds = [one["type"].rpartition("summary_")[2] for one in events if "reasoning_summary" in one["type"]]
+    assert (kinds[0], kinds[-2:]) == ("part.added", ["text.done", "part.done"])
+    deltas = [one["delta"] for one in events if one["type"] == "response.reasoning_summary_text.delta"]
+    assert "".join(deltas) == "Let me see."
+    (thoughts, _) = events[-1]["response"]["output"]
+    assert thoughts["summary"] == [{"type": "summary_text", "text": "Let me see."}]
+    plain = served.post("/v1/responses", body).events
+    assert not any("reasoning_summary" in one["type"] for one in plain)
+    assert plain[-1]["response"]["output"][0]["summary"] == []
