@@ -88,7 +88,7 @@ def read_chat_ask(service: Service, fields: Fields) -> Ask:
         think=read_effort(fields),
         variables=variables,
         goes_on=read_goes_on(fields, fields.any("messages")),
-        sampling=read_sampling(fields, service.prompts.assets.sampling),
+        sampling=read_sampling(fields, service.sampling),
         max_tokens=read_max_tokens(fields),
         stops=read_stops(fields),
         num_logprobs=_num_logprobs(fields),

@@ -11,7 +11,6 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from krasis.formats.process.tool import tool_version
 from krasis.runtime.server.ask import Ask, read_chat_ask
 from krasis.runtime.server.errors import ApiError, internal, refused
 from krasis.runtime.server.fields import Fields
@@ -21,7 +20,7 @@ from krasis.runtime.server.service import Service, service_of
 from krasis.runtime.server.several import joined, merged, read_num_answers, repeated
 from krasis.runtime.server.tools.calls import Call, Text
 from krasis.runtime.server.turn import End, Making, Scores, Step, Turn
-from krasis.runtime.server.usage import openai_usage, timings
+from krasis.runtime.server.usage import FINGERPRINT, openai_usage, timings
 from krasis.runtime.server.wire import DONE, data_event, json_response
 from krasis.runtime.text.thinking import ANSWER
 
@@ -112,7 +111,7 @@ class ChatHead:
             "object": kind,
             "created": self.created,
             "model": self.model,
-            "system_fingerprint": f"build-krasis-{tool_version()}",
+            "system_fingerprint": FINGERPRINT,
         }
 
     def no_op(self) -> bytes:

@@ -28,6 +28,8 @@ DEFAULT_CACHE_RAM = "4GiB"
 DEFAULT_PREFIX_DIR_BYTES = "32GiB"
 _PACKAGES = ("starlette", "uvicorn", "prometheus_client")
 
+_SAMPLING = {"temperature": "temp", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "seed": "seed"}
+
 logger = logging.getLogger(__name__)
 
 
@@ -150,6 +152,11 @@ class CommandError(click.ClickException):
     default="auto",
     help="Where thoughts go in chat: apart (auto, deepseek), into the answer's text (none), or both.",
 )
+@click.option("--temp", type=click.FloatRange(0, 100), help="Temperature, where a request has none.")
+@click.option("--top-k", type=click.IntRange(0), help="top_k, where a request has none; 0 = off.")
+@click.option("--top-p", type=click.FloatRange(0, 1), help="top_p, where a request has none.")
+@click.option("--min-p", type=click.FloatRange(0, 1), help="min_p, where a request has none.")
+@click.option("--seed", type=click.IntRange(0, 2**64 - 1), help="Seed, where a request has none.")
 @click.option("--rope-scaling", metavar="SPEC", help="Stretch the context, as krasis-run does.")
 @click.option("--threads", metavar="N", type=int, default=0, help="CPU threads. [default: all]")
 @click.option(
@@ -303,6 +310,7 @@ def _settings(bundle: Path, options: dict[str, Any]) -> ServeSettings:
         is_verbose=options["is_verbose"],
         ui=_page(options["ui"], options["no_ui"]),
         template_vars=variables,
+        sampling={name: options[key] for name, key in _SAMPLING.items() if options[key] is not None},
     )
 
 

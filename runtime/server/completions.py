@@ -29,7 +29,7 @@ from krasis.runtime.server.service import Service, service_of
 from krasis.runtime.server.several import joined, merged, read_num_answers, repeated
 from krasis.runtime.server.tools.calls import Call, Text
 from krasis.runtime.server.turn import End, PromptScored, Scores, Step, TokenScore, Turn
-from krasis.runtime.server.usage import openai_usage, timings
+from krasis.runtime.server.usage import FINGERPRINT, openai_usage, timings
 from krasis.runtime.server.wire import DONE, data_event, json_response
 from krasis.runtime.text.messages import token_ids
 from krasis.runtime.text.token_ids import checked_ids
@@ -52,7 +52,13 @@ class Options:
 
     def shared(self) -> dict[str, Any]:
         """Fields of every object."""
-        return {"id": self.number, "object": "text_completion", "created": self.created, "model": self.model}
+        return {
+            "id": self.number,
+            "object": "text_completion",
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": FINGERPRINT,
+        }
 
 
 async def completions(request: Request) -> Response:
@@ -97,7 +103,7 @@ def _read_asks(service: Service, fields: Fields) -> list[Ask]:
     service.grammars.check(grammar)
     shared: dict[str, Any] = {
         "model": service.model_name(fields.any("model")),
-        "sampling": read_sampling(fields, service.prompts.assets.sampling),
+        "sampling": read_sampling(fields, service.sampling),
         "max_tokens": DEFAULT_MAX_TOKENS
         if max_tokens is None and not fields.has("n_predict")
         else max_tokens,

@@ -71,7 +71,7 @@ def _read_ask(service: Service, fields: Fields) -> Ask:
         choice=ToolChoice.checked(tools, kind, name),
         think=anthropic.read_think(fields),
         variables=fields.mapping("chat_template_kwargs"),
-        sampling=read_sampling(fields, service.prompts.assets.sampling),
+        sampling=read_sampling(fields, service.sampling),
         max_tokens=read_max_tokens(fields),
         stops=read_stops(fields, "stop_sequences"),
     )

@@ -96,7 +96,7 @@ def _read_asks(service: Service, fields: Fields) -> list[Ask]:
 
     shared: dict[str, Any] = {
         "model": service.model_name(fields.any("model")),
-        "sampling": read_sampling(fields, service.prompts.assets.sampling),
+        "sampling": read_sampling(fields, service.sampling),
         "max_tokens": read_max_tokens(fields, least=0),
         "stops": read_stops(fields),
         "bias": read_bias(fields, service.core.vocab_size, words),

@@ -68,7 +68,7 @@ def _read_ask(service: Service, fields: Fields) -> Ask:
         choice=read_tools(fields),
         think=read_effort(fields),
         variables=fields.mapping("chat_template_kwargs"),
-        sampling=read_sampling(fields, service.prompts.assets.sampling),
+        sampling=read_sampling(fields, service.sampling),
         max_tokens=read_max_tokens(fields),
         stops=read_stops(fields),
         grammar=None if text is None else read_response_format(text, "format"),

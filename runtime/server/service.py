@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -45,7 +45,8 @@ class ServeSettings:
     of a stream. max_requests: at a time, waiting ones among them. body_timeout_s: for a request to arrive.
     template_vars: what every conversation's template is told. thought_form: see ``thought_form``. metrics:
     whether /metrics is served; slots: /slots. is_strict: requests must say which model they want. is_verbose:
-    answers of chat say what the model was asked. ui: the folder of the page for browsers.
+    answers of chat say what the model was asked. ui: the folder of the page for browsers. sampling:
+    fields of ``SamplingSettings``, in place of the model's own for requests that leave them out.
     """
 
     aliases: tuple[str, ...] = ("krasis",)
@@ -64,6 +65,7 @@ class ServeSettings:
     is_verbose: bool = False
     ui: Path | None = None
     template_vars: Mapping[str, object] = field(default_factory=dict)
+    sampling: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Service:
@@ -79,6 +81,7 @@ class Service:
         slots: SlotActions | None = None,
     ) -> None:
         self.slots = slots
+        self.sampling = replace(assets.sampling, **settings.sampling)
         self.core, self.settings = core, settings
         self.replay = Replay()
         self.prompts = Prompts(assets, core.context, self.replay, settings.template_vars)

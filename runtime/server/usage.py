@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from krasis.formats.process.tool import tool_version
 from krasis.runtime.server.turn import End, Making
+
+FINGERPRINT = f"build-krasis-{tool_version()}"  # of what answers, as llama.cpp's begin
 
 
 def openai_usage(end: End) -> dict[str, Any]:

@@ -75,8 +75,8 @@ async def root(_: Request) -> Response:
 async def properties(request: Request) -> Response:
     """GET /props: what llama.cpp's page and clients look for."""
     service = service_of(request)
-    assets, context = service.prompts.assets, service.core.context
-    params = {**sampling_settings(assets.sampling), "n_predict": -1, "stream": True}
+    context = service.core.context
+    params = {**sampling_settings(service.sampling), "n_predict": -1, "stream": True}
     return json_response(
         {
             "default_generation_settings": {"id": 0, "n_ctx": context, "params": params},

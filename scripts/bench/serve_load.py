@@ -90,7 +90,7 @@ class Load:
 
     def _leaves(self, chance: random.Random) -> bool:
         with self.lock:
-            if self.num_disconnects and chance.random() < 0.3:
+            if self.num_disconnects and chance.random() < 0.6:
                 self.num_disconnects -= 1
                 return True
         return False

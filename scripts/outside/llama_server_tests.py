@@ -52,6 +52,8 @@ SAME = {
     "--parallel": "--parallel",
     "--threads": "--threads",
     "--slot-save-path": "--slot-save-path",
+    "--temp": "--temp",
+    "--seed": "--seed",
     "--chat-template-file": "--chat-template",
 }
 SPLIT = {"--alias": "--alias", "--api-key": "--api-key"}  # llama-server takes a list of them
@@ -96,7 +98,7 @@ def krasis_options(given: Sequence[str], max_context: int) -> list[str]:
         elif name in SPLIT:
             options += [part for one in value.split(",") for part in (SPLIT[name], one)]
         elif name == "--ctx-size":
-            context = int(value) // int(pairs.get("--parallel", "1"))
+            context = int(value) // (1 if "--kv-unified" in pairs else int(pairs.get("--parallel", "1")))
             options += ["--ctx", str(min(context, max_context))]
         elif name == "--reasoning":
             options += ["--chat-template-kwargs", json.dumps({"enable_thinking": value != "off"})]

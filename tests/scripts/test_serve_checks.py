@@ -42,11 +42,12 @@ def test_how_a_request_ended(status: int, data: bytes, stream: bool, end: str) -
 
 def test_llama_servers_options_become_ours() -> None:
     given = ["--host", "127.0.0.1", "--ctx-size", "512", "--parallel", "2", "--no-slots", "--verbose"]
-    options = krasis_options([*given, "--slot-save-path", "x", "--alias", "a,b", "--temp", "0.8"], 4096)
+    options = krasis_options([*given, "--slot-save-path", "x", "--alias", "a,b", "--lora", "y"], 4096)
     pairs = " ".join(options)
     for wanted in ("--ctx 256", "--parallel 2", "--no-slots", "-vv", "--slot-save-path x", "--alias b"):
         assert wanted in pairs
-    assert "--temp" not in options
+    assert "--lora" not in options
+    assert "--ctx 512" in " ".join(krasis_options([*given, "--kv-unified"], 4096))
     assert "--no-metrics" in options
 
 

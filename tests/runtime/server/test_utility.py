@@ -170,3 +170,21 @@ def test_no_field_of_any_kind_breaks_anything(serve: Serve, path: str, value: An
     good = {"messages": [{"role": "user", "content": "Hi"}], "prompt": "Hi", "input": "Hi", "max_tokens": 3}
     for name in names:
         assert served.post(path, {**good, name: value}).status in (200, 400), name
+
+
+def test_the_servers_sampling_stands_in_for_what_requests_leave_out(serve: Serve) -> None:
+    served = serve(serving={"sampling": {"temperature": 0.0, "seed": 7}})
+    hello = [{"role": "user", "content": "Hello"}]
+    bodies = {"/v1/chat/completions": "messages", "/v1/messages": "messages", "/v1/responses": "input"}
+    for path, name in bodies.items():
+        served.post(path, {name: hello, "max_tokens": 2})
+        served.post(path, {name: hello, "max_tokens": 2, "temperature": 0.5, "seed": 8})
+    for path in ("/v1/completions", "/completion"):
+        served.post(path, {"prompt": "Hello"})
+        served.post(path, {"prompt": "Hello", "temperature": 0.5, "seed": 8})
+    found = [
+        (one.sampling.temperature, one.sampling.seed, one.sampling.top_k) for one in served.core.requests
+    ]
+    assert found == [(0.0, 7, 20), (0.5, 8, 20)] * 5
+    params = served.get("/props").json["default_generation_settings"]["params"]
+    assert (params["temperature"], params["seed"]) == (0.0, 7)
