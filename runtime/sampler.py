@@ -52,6 +52,15 @@ class Sampler:
             return int(np.argmax(logits))
         return draw(logits, self.settings, self._random.random())
 
+    def probabilities(
+        self, logits: Logits, context: Sequence[int] = (), answer: Sequence[int] = ()
+    ) -> tuple[Ids, Probabilities]:
+        """(ids, probabilities), most likely first, by which ``pick`` picks; its arguments."""
+        logits = self._penalize(logits, context, answer)
+        if self._random is None:
+            return np.array([np.argmax(logits)]), np.ones(1)
+        return distribution(logits, self.settings)
+
     def _penalize(self, logits: Logits, context: Sequence[int], answer: Sequence[int]) -> Logits:
         chosen = self.settings
         if chosen.penalty_last_n == 0:

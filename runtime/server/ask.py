@@ -37,7 +37,8 @@ class Ask:
     at all. grammar: what the answer must be; it begins after the thinking. thinking: what the prompt has
     opened. is_plain: a text to go on with, no turn of a chat. is_task: it asks about a conversation. session:
     the client's name for the conversation. thought_form: see ``ThoughtForm``. num_answers: to this
-    prompt. use_cache, slot: see ``serving.api.Request``. wants_tokens: whether ``Picked`` steps are wanted.
+    prompt. use_cache, slot, sampled_logprobs: see
+    ``serving.api.Request``. wants_tokens: whether ``Picked`` steps are wanted.
     """
 
     prompt: list[int]
@@ -60,6 +61,7 @@ class Ask:
     num_answers: int = 1
     use_cache: bool = True
     wants_tokens: bool = False
+    sampled_logprobs: bool = False
     slot: int | None = None
 
     @property

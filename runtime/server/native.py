@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -50,11 +51,6 @@ class NativeOptions:
         wanted = fields.items("response_fields") or ()
         if not all(isinstance(one, str) for one in wanted):
             raise fields.wrong("response_fields", "a list of strings")
-        if fields.flag("post_sampling_probs"):
-            raise refused(
-                "'post_sampling_probs' is not supported: 'n_probs' gives the model's own log probabilities.",
-                "post_sampling_probs",
-            )
         return cls(
             fields.flag("stream"),
             fields.flag("return_tokens"),
@@ -106,6 +102,7 @@ def _read_asks(service: Service, fields: Fields) -> list[Ask]:
         "ignore_ends": fields.flag("ignore_eos"),
         "use_cache": fields.flag("cache_prompt", True),
         "wants_tokens": True,
+        "sampled_logprobs": fields.flag("post_sampling_probs"),
         "slot": read_slot(fields),
     }
     asks = [Ask(prompt=prompt, num_answers=count, **shared) for prompt in prompts]
@@ -220,11 +217,15 @@ class NativeAnswer:
         return _chosen(found, self._options.fields)
 
     def _scored(self, score: TokenScore) -> dict[str, Any]:
+        is_sampled = self._turn.ask.sampled_logprobs
+
         def shown(token: int, text: str, data: bytes, logprob: float) -> dict[str, Any]:
-            return {"id": token, "token": text, "bytes": list(data), "logprob": logprob}
+            value = {"prob": math.exp(logprob)} if is_sampled else {"logprob": logprob}
+            return {"id": token, "token": text, "bytes": list(data), **value}
 
         top = [shown(token, *other) for token, other in zip(score.top_tokens, score.top, strict=True)]
-        return {**shown(score.token, score.text, score.data, score.logprob), "top_logprobs": top}
+        found = shown(score.token, score.text, score.data, score.logprob)
+        return {**found, "top_probs" if is_sampled else "top_logprobs": top}
 
 
 def _chosen(found: dict[str, Any], wanted: Sequence[str]) -> dict[str, Any]:

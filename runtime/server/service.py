@@ -122,6 +122,7 @@ class Service:
             split_thinking=not ask.is_plain,
             ignore_ends=ask.ignore_ends,
             logprobs=ask.num_logprobs,
+            sampled_logprobs=ask.sampled_logprobs,
             prompt_logprobs=ask.num_prompt_logprobs,
             logit_bias=ask.bias,
             make_mask=self._make_mask(ask),

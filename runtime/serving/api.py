@@ -60,7 +60,8 @@ class Request:
     stops: texts (or special tokens) that end the answer. is_plain: the prompt is a text to go on with and no
     turn of a chat: only named tokens end it and nothing is reasoning. split_thinking: reasoning comes as
     deltas of its own kind. ignore_ends: end tokens end nothing (load tests).
-    logprobs: None = none; n = of each picked token, and of the n most likely beside it.
+    logprobs: None = none; n = of each picked token, and of the n most likely beside it. sampled_logprobs: not
+    of the model's own probabilities, but of those by which tokens are picked, after all that changes them.
     prompt_logprobs: the same of the prompt's tokens, by one ``PromptScores``; then all of the prompt is
     computed. logit_bias: id -> what is added to its logit.
     make_mask: called once, in the core's thread, for what restricts the tokens (a grammar); None = nothing.
@@ -81,6 +82,7 @@ class Request:
     split_thinking: bool = True
     ignore_ends: bool = False
     logprobs: int | None = None
+    sampled_logprobs: bool = False
     prompt_logprobs: int | None = None
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     make_mask: Callable[[], Mask] | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +20,7 @@ _FORBIDDEN = np.float32(-1e30)
 class Picker:
     """One answer's. Raises UsageError for a mask that forbids everything."""
 
-    __slots__ = ("_bias", "_bias_ids", "_mask", "_num_top", "_sampler")
+    __slots__ = ("_bias", "_bias_ids", "_is_sampled", "_mask", "_num_top", "_sampler")
 
     def __init__(self, request: Request) -> None:
         self._sampler = Sampler(request.sampling)
@@ -27,14 +28,19 @@ class Picker:
         self._bias = np.fromiter(request.logit_bias.values(), dtype=np.float32)
         self._mask: Mask | None = None if request.make_mask is None else request.make_mask()
         self._num_top = request.logprobs
+        self._is_sampled = request.sampled_logprobs
 
     def pick(self, logits: Logits, context: Sequence[int], answer: Sequence[int]) -> tuple[int, Score | None]:
         """The next token and, if they are wanted, its log probabilities. See ``Sampler.pick``."""
-        token = self._sampler.pick(self._changed(logits), context, answer)
+        changed = self._changed(logits)
+        token = self._sampler.pick(changed, context, answer)
         if self._mask is not None:
             self._mask.accept(token)
         if self._num_top is None:
             return token, None
+        if self._is_sampled:
+            ids, probabilities = self._sampler.probabilities(changed, context, answer)
+            return token, _sampled_score(token, ids, probabilities, self._num_top)
         return token, scores(logits[None], [token], self._num_top)[0]
 
     def _changed(self, logits: Logits) -> Logits:
@@ -49,6 +55,16 @@ class Picker:
             raise UsageError("nothing may follow: the grammar of this answer allows no token")
         # NaN and infinity stay, for the sampler to refuse: they are no matter of the mask.
         return np.where(allowed | ~np.isfinite(logits), logits, _FORBIDDEN)
+
+
+def _sampled_score(
+    token: int, ids: npt.NDArray[Any], probabilities: npt.NDArray[np.float64], num_top: int
+) -> Score:
+    """Of the token that was picked by probabilities of ids, most likely first."""
+    place = int(np.flatnonzero(ids == token)[0])
+    logs = np.log(np.maximum(probabilities, np.finfo(np.float64).tiny))
+    top = tuple((int(one), float(value)) for one, value in zip(ids[:num_top], logs[:num_top], strict=True))
+    return Score(token, float(logs[place]), place + 1, top)
 
 
 def scores(logits: Logits, tokens: Sequence[int] | npt.NDArray[np.int64], num_top: int) -> list[Score]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from krasis.formats.errors import NativeError
@@ -72,6 +73,11 @@ def test_probabilities_and_chosen_fields(serve: Serve) -> None:
     assert all(len(one["top_logprobs"]) == 3 and one["top_logprobs"][0]["id"] >= 0 for one in found)
     events = served.post(PATH, {"prompt": "Hello", "n_probs": 3, "stream": True}).events[:-1]
     assert all(len(one["completion_probabilities"]) == 1 for one in events)
+    body = {"prompt": "Hello", "n_probs": 3, "post_sampling_probs": True}
+    (first, *_) = served.post(PATH, body).json["completion_probabilities"]
+    assert first["prob"] == pytest.approx(np.exp(-0.5))
+    assert len(first["top_probs"]) == 3
+    assert served.core.requests[-1].sampled_logprobs
     wanted = ["content", "generation_settings/n_predict", "nothing/there"]
     found = served.post(PATH, {"prompt": "Hello", "n_predict": 5, "response_fields": wanted}).json
     assert found == {"content": "one two", "generation_settings/n_predict": 5}
@@ -102,7 +108,6 @@ def test_biases_by_text_and_ends_that_are_ignored(serve: Serve) -> None:
         {"prompt": ["x"] * 129},
         {"prompt": ["x"] * 65, "n": 2},
         {"prompt": {"prompt_string": "x", "multimodal_data": ["y"]}},
-        {"prompt": "x", "post_sampling_probs": True},
         {"prompt": "x", "response_fields": [1]},
         {"prompt": "x", "logit_bias": [["x", "y"]]},
         {"prompt": "x", "n_probs": 50},

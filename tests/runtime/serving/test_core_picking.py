@@ -110,3 +110,19 @@ def test_a_seed_gives_the_same_answer_in_any_company(make_core: MakeCore) -> Non
         core, *(core.submit(ask([1, 2], 20, sampling=sampling)) for _ in range(2)), core.submit(ask([3], 20))
     )
     assert [tokens_of(one) for one in many[:2]] == [tokens_of(alone)] * 2
+
+
+def test_scores_by_which_tokens_are_picked(make_core: MakeCore) -> None:
+    core = make_core(ScriptedBackend(told({(1, 2, 3): [5, 6]})))
+    sampling = SamplingSettings(temperature=0.5, top_k=3, seed=1)
+    request = ask([1, 2, 3], 1, logprobs=5, sampled_logprobs=True, sampling=sampling, logit_bias={4: -50.0})
+    (events,) = finish(core, core.submit(request))
+    (score,) = [one for event in events if isinstance(event, Delta) for one in event.scores]
+    # Rows are -|id - 5|: with 4 out of it the three largest are 5, 6 and (by id, of equals) 3.
+    weights = np.exp(-np.array([0.0, 1.0, 2.0]) / 0.5)
+    assert [one for one, _ in score.top] == [5, 6, 3]
+    assert np.exp([value for _, value in score.top]) == pytest.approx(weights / weights.sum())
+    assert (score.token, score.logprob) in score.top
+    greedy = ask([1, 2, 3], 1, logprobs=5, sampled_logprobs=True)
+    (events,) = finish(core, core.submit(greedy))
+    assert [event.scores[0].top for event in events if isinstance(event, Delta)] == [((5, 0.0),)]
