@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from krasis.convert.constant_runs import ConstantRun, constant_runs
 from krasis.convert.progress import Reporter
 from krasis.convert.slices import TensorSlice
-from krasis.formats.checkpoints.ggml_blocks import block_size
 from krasis.formats.errors import FormatError
 from krasis.formats.layouts.matrix import PackStats
 
@@ -128,7 +127,7 @@ class Alarms:
     def _judge_rows(self, where: str, piece: TensorSlice, runs: Sequence[ConstantRun]) -> None:
         """Whole rows of zeros, if few, are noted; anything else is reported."""
         columns = piece.shape[1]
-        slack = max(_SLACK_WEIGHTS, block_size(piece.dtype)[0])
+        slack = max(_SLACK_WEIGHTS, piece.block[0])
         num_rows = 0
         for run in runs:
             first, last = -(-run.start // columns), run.stop // columns

@@ -15,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 
 from krasis.convert.slices import Bytes, TensorSlice
-from krasis.formats.checkpoints.ggml_blocks import block_size, dequantize
 
 LONG_BYTES = 64 << 10
 SHORTEST_SHARE = 8  # of a small tensor, an eighth is long
@@ -42,7 +41,7 @@ class ConstantRun:
 
 def constant_runs(piece: TensorSlice) -> list[ConstantRun]:
     """The long stretches of a slice, in order."""
-    block_weights, block_bytes = block_size(piece.dtype, piece.where)
+    block_weights, block_bytes = piece.block
     num_blocks = piece.raw.nbytes // block_bytes
     shortest = max(
         -(-_SHORTEST_WEIGHTS // block_weights),
@@ -55,8 +54,7 @@ def constant_runs(piece: TensorSlice) -> list[ConstantRun]:
     ):
         start, stop = _grown(piece.raw.reshape(-1, block_bytes), first * stride, last * stride + 1, stride)
         if stop - start >= shortest:
-            value = dequantize(piece.raw[start * block_bytes :][:block_bytes], piece.dtype, (block_weights,))
-            found.append(ConstantRun(start * block_weights, stop * block_weights, not value.any()))
+            found.append(ConstantRun(start * block_weights, stop * block_weights, piece.is_zero(start)))
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -152,8 +152,7 @@ def _floats(matrix: MatrixView) -> npt.NDArray[np.float32]:
 
 
 def _as_f32(block: TensorSlice) -> TensorSlice:
-    raw = np.ascontiguousarray(block.decode()).reshape(-1).view(np.uint8)
-    return replace(block, dtype="F32", raw=raw)
+    return block.plain(block.decode())
 
 
 def _check_finite(block: TensorSlice, piece: TensorSlice) -> None:

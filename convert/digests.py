@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+import numpy as np
 import xxhash
 
 from krasis.convert.slices import TensorSlice
@@ -24,6 +25,9 @@ class ContentDigests:
         key = f"{kind}:{piece.tensor}"
         if key in self._done:
             return
+        for name, raw in piece.companions():
+            if (other := f"{kind}:{name}") not in self._done:
+                self._done[other] = xxhash.xxh3_128(np.ascontiguousarray(raw).data).hexdigest()
         hasher, position = self._open.get(key, (None, 0))
         if piece.offset_bytes != position:
             return  # a second reading, while another tier's first one is unfinished

@@ -18,7 +18,11 @@ from krasis.convert.vocabulary import check_gguf_tokens
 from krasis.formats.checkpoints.gguf import GgufCheckpoint
 from krasis.formats.checkpoints.gguf_kind import check_is_model
 from krasis.formats.checkpoints.hf_config import read_hf_config
-from krasis.formats.checkpoints.quantised_checkpoint import refuse_quantised, refuse_side_files
+from krasis.formats.checkpoints.quantised.registry import quantisation_beside, quantisation_of
+from krasis.formats.checkpoints.quantised.settings import Quantisation
+from krasis.formats.checkpoints.quantised.table import quantised_table
+from krasis.formats.checkpoints.quantised.tensors import Tensors
+from krasis.formats.checkpoints.quantised_checkpoint import refuse_side_files
 from krasis.formats.checkpoints.safetensors import ShardedCheckpoint
 from krasis.formats.errors import FormatError, KrasisError
 from krasis.formats.files.file_kinds import refuse_text
@@ -54,7 +58,10 @@ class _Table:
     """A checkpoint of either kind as a TensorTable."""
 
     def __init__(
-        self, checkpoint: ShardedCheckpoint | GgufCheckpoint, streamed: StreamedSources | None
+        self,
+        checkpoint: ShardedCheckpoint | GgufCheckpoint,
+        streamed: StreamedSources | None,
+        quantisation: Quantisation | None = None,
     ) -> None:
         self._checkpoint, self._streamed = checkpoint, streamed
         self._infos: dict[str, TensorInfo] = {}
@@ -64,14 +71,35 @@ class _Table:
         else:
             for name, info in checkpoint.tensors.items():
                 self._infos[name] = TensorInfo(info.dtype, info.shape, info.offset_bytes, info.num_bytes)
+        self._weights = self._infos if quantisation is None else self._dequantised(quantisation)
+
+    def _dequantised(self, quantisation: Quantisation) -> dict[str, TensorInfo]:
+        """The weights as they would be if none were quantised."""
+        table = quantised_table(quantisation, Tensors(self._infos, self.view, self.where))
+        weights = {name: self._infos[name] for name in self._infos if name in table.plain}
+        for name, weight in table.weights.items():
+            codes = self._infos[weight.codes.name]
+            weights[name] = replace(codes, dtype=weight.dtype, shape=weight.shape, quantised=weight)
+        return weights
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether any weight is."""
+        return any(info.quantised is not None for info in self._weights.values())
 
     def infos(self) -> Mapping[str, TensorInfo]:
-        return self._infos
+        return self._weights
+
+    def place(self, name: str) -> tuple[int, int]:
+        info = self._infos[name]
+        return info.offset_bytes, info.offset_bytes + info.num_bytes
 
     def view(self, name: str, begin: int = 0, end: int | None = None) -> Bytes:
         return self._checkpoint.view(name, begin, end)
 
     def where(self, name: str) -> str:
+        weight = self._weights[name].quantised if name not in self._infos else None
+        name = name if weight is None else weight.codes.name
         return f"{self._checkpoint.file_of(name).path}: '{name}'"
 
     def release(self, name: str) -> None:
@@ -146,10 +174,12 @@ def _open_hf(
     config = parse_json_object(data, str(config_path), max_bytes=MAX_CONFIG_BYTES)
     spec = read_hf_config(config, str(config_path))
     check_convertible(spec, str(config_path))
-    refuse_quantised(config, str(config_path))
+    quantisation = quantisation_of(config, str(config_path)) or quantisation_beside(folder)
     family, notes = family_of(spec), list(hf_context_notes(config, spec))
     checkpoint = ShardedCheckpoint.open(path, None if streamed is None else streamed.need)
-    table = _Table(checkpoint, streamed)
+    table = _Table(checkpoint, streamed, quantisation)
+    if quantisation is not None:
+        notes.append(_quantised_note(quantisation, is_quantised=table.is_quantised))
     if spec.tied and has_own_head(table, family):
         # As transformers loads it: two matrices that differ are not tied, whatever config.json says.
         spec = replace(spec, tied=False)
@@ -160,9 +190,19 @@ def _open_hf(
     try:
         source = WeightSource("hf", path, spec, family, _as_table(table), table.files())
     except FormatError:
-        refuse_side_files(folder)  # if one explains it
+        if quantisation is None:
+            refuse_side_files(folder)  # if one explains it
         raise
     return source, assets_from_folder(folder), (*checkpoint.notes, *notes, *_left_out_notes(source))
+
+
+def _quantised_note(quantisation: Quantisation, *, is_quantised: bool) -> str:
+    if not is_quantised:
+        return f"the settings say that the weights are quantised ({quantisation.name}), but none of them is"
+    return (
+        f"the checkpoint is quantised ({quantisation.name}): its weights are dequantised, and what they were "
+        "rounded to is rounded again; from the BF16 checkpoint the bundle is more precise"
+    )
 
 
 def _open_gguf(path: Path, streamed: StreamedSources | None) -> tuple[WeightSource, Mapping[str, object]]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from krasis.formats.checkpoints.ggml_blocks import dequantize
+from krasis.formats.checkpoints.ggml_blocks import block_size, dequantize
 from krasis.formats.errors import FormatError
 from krasis.formats.layouts.matrix import MatrixView, bf16_to_float32
 
@@ -51,6 +52,11 @@ class TensorSlice:
         """Bytes of one row (of one element for a vector)."""
         return self.raw.nbytes // self.shape[0]
 
+    @property
+    def block(self) -> tuple[int, int]:
+        """(weights, bytes) of what cannot be divided."""
+        return block_size(self.dtype, self.where)
+
     def rows(self, start: int, stop: int) -> TensorSlice:
         """Rows ``start`` to ``stop`` (clipped to the last)."""
         stop = min(stop, self.shape[0])
@@ -91,6 +97,32 @@ class TensorSlice:
         if self.dtype != "Q8_0":
             raise FormatError("not a Q8_0 tensor", where=self.where, got=self.dtype)
         return MatrixView(self.raw.reshape(self.shape[0], -1), "Q8_0")
+
+    def is_zero(self, block: int) -> bool:
+        """Whether all weights of a block of the bytes are 0."""
+        weights, num_bytes = self.block
+        return not dequantize(self.raw[block * num_bytes :][:num_bytes], self.dtype, (weights,)).any()
+
+    def companions(self) -> Iterable[tuple[str, Bytes]]:
+        """Names and bytes of the other tensors that the weights are made of."""
+        return ()
+
+    def reordered(self, order: npt.NDArray[np.int64]) -> TensorSlice:
+        """The same rows, the one at ``order[i]`` as the i-th."""
+        rows = self.raw.reshape(self.shape[0], -1)
+        return replace(self, raw=np.ascontiguousarray(rows[order]).reshape(-1))
+
+    def plain(self, values: Floats) -> TensorSlice:
+        """The same rows with other weights, in float32."""
+        return TensorSlice(
+            tensor=self.tensor,
+            where=self.where,
+            dtype="F32",
+            shape=self.shape,
+            raw=np.ascontiguousarray(values, np.float32).reshape(-1).view(np.uint8),
+            offset_bytes=self.offset_bytes,
+            total_bytes=self.total_bytes,
+        )
 
     def touch(self) -> None:
         """Brings the bytes into memory without holding the interpreter lock during the disk's work."""

@@ -68,8 +68,7 @@ class SourcePart:
         if self.pick is not None and not self._picks_rows:
             return _columns_at(block, self.pick)
         if self.transform == "undo_rope_permutation":
-            rows = block.raw.reshape(block.shape[0], -1)
-            return replace(block, raw=np.ascontiguousarray(rows[self._order(block.shape[0])]).reshape(-1))
+            return block.reordered(self._order(block.shape[0]))
         return block
 
     def _computed(self, block: TensorSlice) -> TensorSlice:
@@ -82,7 +81,7 @@ class SourcePart:
             if not (values < 0).all():  # a NaN too
                 raise FormatError("decay rates are negative", where=block.where, got=float(values.max()))
             values = np.log(-values)
-        return replace(block, dtype="F32", raw=values.reshape(-1).view(np.uint8))
+        return block.plain(values)
 
     def row(self, index: int) -> TensorSlice:
         """One row of the model's matrix."""
@@ -125,4 +124,4 @@ def _columns_at(block: TensorSlice, pick: Pick) -> TensorSlice:
     """Rows with their columns in the model's order; in float32 where the file's are quantised in blocks."""
     if block.is_float:
         return replace(block, raw=block.floats()[:, pick.places].reshape(-1).view(np.uint8))
-    return replace(block, dtype="F32", raw=block.decode()[:, pick.places].reshape(-1).view(np.uint8))
+    return block.plain(block.decode()[:, pick.places])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -11,11 +12,13 @@ from typing import Literal, Protocol
 import numpy as np
 
 from krasis.convert.latent_parts import LatentPart, held_shape
+from krasis.convert.quantised_slice import quantised_slice
 from krasis.convert.slices import FLOAT_BYTES, Bytes, TensorSlice
 from krasis.convert.source_names import ExpertPlace, SourceNames
 from krasis.convert.source_parts import SourcePart
 from krasis.convert.vocabulary import check_vocabulary
 from krasis.formats.checkpoints.ggml_blocks import SUPPORTED_TYPES, tensor_bytes
+from krasis.formats.checkpoints.quantised.weight import QuantisedWeight
 from krasis.formats.checkpoints.quantised_checkpoint import type_hint
 from krasis.formats.errors import FormatError, MismatchError, UnsupportedModelError
 from krasis.formats.layouts.expert_record import PARTS, Part
@@ -32,19 +35,25 @@ _COMPARED_BYTES = 16 << 20
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """dtype: ``BF16``, ``Q8_0``, ... shape: row-major, in elements. offset_bytes: in its file."""
+    """dtype: ``BF16``, ``Q8_0``, ...; ``fp8``, ``int4``, ... of a weight that is quantised, whose ``codes``
+    the bytes are. shape: row-major, in elements. offset_bytes: in its file.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     offset_bytes: int
     num_bytes: int
+    quantised: QuantisedWeight | None = None
 
 
 class TensorTable(Protocol):
     """What both kinds of checkpoint offer, reduced to what the converter needs."""
 
     def infos(self) -> Mapping[str, TensorInfo]:
-        """All tensors by name."""
+        """All tensors by name, quantised weights by the names of plain ones."""
+
+    def place(self, name: str) -> tuple[int, int]:
+        """(begin, end) of a tensor of the file in it, in bytes."""
 
     def view(self, name: str, begin: int = 0, end: int | None = None) -> Bytes:
         """The tensor's bytes, mapped; or those from begin to end."""
@@ -188,14 +197,20 @@ class WeightSource:
         if experts and layer is not None:
             count = self.spec.experts_of(layer).count
             places = (self._names.expert(layer, one, part) for part in PARTS for one in range(count))
-            return {place.tensor for place in places}
-        tensors = dense_tensors_of(self.spec, layer)
-        return {self._names.tensor(ours, layer) for one in tensors for ours, _ in one.sources()}
+            names = {place.tensor for place in places}
+        else:
+            tensors = dense_tensors_of(self.spec, layer)
+            names = {self._names.tensor(ours, layer) for one in tensors for ours, _ in one.sources()}
+        return {held for name in names for held in self._held(name)}
+
+    def _held(self, name: str) -> Iterable[str]:
+        """The tensors of the files that a weight is made of."""
+        weight = self._infos[name].quantised
+        return (name,) if weight is None else (weight.codes.name, *(part.name for part in weight.others))
 
     def place(self, tensor: str) -> tuple[int, int]:
         """(begin, end) of a tensor in its file, in bytes."""
-        info = self._infos[tensor]
-        return info.offset_bytes, info.offset_bytes + info.num_bytes
+        return self._table.place(tensor)
 
     def release(self, pieces: Iterable[TensorSlice]) -> None:
         """Unmaps the tensors of which these are the last slices; the page cache keeps what it likes.
@@ -205,6 +220,8 @@ class WeightSource:
         for piece in pieces:
             if piece.offset_bytes + piece.raw.nbytes == piece.total_bytes:
                 self._table.release(piece.tensor)
+                for name, _ in piece.companions():
+                    self._table.release(name)
 
     def expert_types(self) -> tuple[str, ...]:
         """The types of all expert tensors, sorted."""
@@ -234,6 +251,9 @@ class WeightSource:
         return (hidden, intermediate) if part == "down" else (intermediate, hidden)
 
     def _slice(self, tensor: str, shape: tuple[int, ...], first_row: int) -> TensorSlice:
+        quantised = self._infos[tensor].quantised
+        if quantised is not None:
+            return quantised_slice(quantised, self._table.where(tensor), first_row, shape[0])
         dtype = self._infos[tensor].dtype
         per_row = tensor_bytes(dtype, shape[1:] or (1,))
         begin = first_row * per_row
@@ -261,11 +281,28 @@ class WeightSource:
 
     def _transposed_slice(self, place: ExpertPlace, rows: int, columns: int) -> TensorSlice:
         """A matrix [rows, columns] that the file holds as [columns, rows], as if its tensor held none so."""
+        if self._infos[place.tensor].quantised is not None:
+            return self._transposed_quantised(place, rows, columns)
         whole = self._slice(place.tensor, (rows, columns), place.first_matrix * rows)
         expert, number = divmod(place.first_matrix, place.matrices)
         held = self._slice(place.tensor, (columns, place.matrices * rows), expert * columns)
         matrix = held.floats()[:, number * rows : (number + 1) * rows]
         return replace(whole, raw=np.ascontiguousarray(matrix.T).reshape(-1).view(np.uint8))
+
+    def _transposed_quantised(self, place: ExpertPlace, rows: int, columns: int) -> TensorSlice:
+        """The same of a quantised one, in float32."""
+        expert, number = divmod(place.first_matrix, place.matrices)
+        held = self._slice(place.tensor, (columns, place.matrices * rows), expert * columns)
+        values = np.ascontiguousarray(held.decode()[:, number * rows : (number + 1) * rows].T)
+        return TensorSlice(
+            tensor=place.tensor,
+            where=held.where,
+            dtype="F32",
+            shape=(rows, columns),
+            raw=values.reshape(-1).view(np.uint8),
+            offset_bytes=place.first_matrix * values.nbytes,
+            total_bytes=math.prod(self._infos[place.tensor].shape) * 4,
+        )
 
     # ---- checks -----------------------------------------------------------------------------------------
 
@@ -311,6 +348,8 @@ class WeightSource:
             check_vocabulary(ours, found, shape, where, is_hf=self.kind == "hf")
             raise FormatError("wrong shape", where=where, got=list(found), limit=list(shape))
         dtype = self._infos[tensor].dtype
+        if self._infos[tensor].quantised is not None:
+            return
         if self.kind == "hf" and dtype not in FLOAT_BYTES:
             raise FormatError(
                 "unsupported weight type",

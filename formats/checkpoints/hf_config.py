@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from krasis.formats.architecture_record import Architecture
-from krasis.formats.checkpoints.quantised_checkpoint import refuse_quantised
+from krasis.formats.checkpoints.quantised.registry import quantisation_of
 from krasis.formats.errors import UnsupportedModelError
 from krasis.formats.models.registry import convertible_families, family_of_model_type, spec_from_hf
 from krasis.formats.models.spec import ModelSpec
@@ -36,8 +36,8 @@ def from_hf_config(config: Mapping[str, Any], where: str) -> Architecture:
     """The architecture that a ``config.json`` describes.
 
     Raises what ``read_hf_config`` does, and UnsupportedModelError for a model type or feature that the
-    runtime lacks and for quantised weights.
+    runtime lacks and for weights quantised in a way that is not read.
     """
     spec = read_hf_config(config, where)
-    refuse_quantised(config, where)
+    quantisation_of(config, where)
     return architecture_of(spec, where)

@@ -1,5 +1,5 @@
 """Checkpoints whose weights are quantised already, in formats that are not read: which it is, and what to
-take.
+take. ``quantised`` has the formats that are.
 """
 
 from __future__ import annotations
@@ -60,10 +60,13 @@ SIDE_FILES = {
     "quanto_qmap.json": "quanto",
 }
 
+# Fields of a config.json that hold settings of a quantisation.
+FIELDS = ("quantization_config", "compression_config", "quantization")
+
 
 def refuse_quantised(config: Mapping[str, Any], where: str) -> None:
     """Raises UnsupportedModelError if a ``config.json`` says that the weights are quantised."""
-    for field in ("quantization_config", "compression_config", "quantization"):
+    for field in FIELDS:
         value = config.get(field)
         if value is None or value == {}:
             continue
@@ -71,7 +74,7 @@ def refuse_quantised(config: Mapping[str, Any], where: str) -> None:
         raise UnsupportedModelError(
             f"the checkpoint is quantised ({name}), which Krasis does not convert",
             where=f"{where}: {field}",
-            hint=f"{_hint(Path(where).parent.name)}; if its weights are BF16 after all, remove that field",
+            hint=f"{way_out(Path(where).parent.name)}; if its weights are BF16 after all, remove that field",
         )
 
 
@@ -88,14 +91,14 @@ def refuse_side_files(folder: Path) -> None:
         raise UnsupportedModelError(
             f"the checkpoint is quantised ({name}{detail}), which Krasis does not convert",
             where=str(folder / file),
-            hint=_hint(folder.name),
+            hint=way_out(folder.name),
         )
 
 
 def type_hint(dtype: str) -> str:
     """What to do about weights of a type that only quantised checkpoints have."""
     kind = "FP8 weights" if dtype.startswith("F8") else "packed or quantised weights"
-    return f"these are {kind}: {_hint('')}"
+    return f"these are {kind}, and no quantization_config says what they mean: {way_out('')}"
 
 
 def _name(value: Any, field: str) -> str:
@@ -135,7 +138,7 @@ def shown_number(value: Any) -> str:
     return str(value) if isinstance(value, int | float) else shown(value, 20)
 
 
-def _hint(folder: str) -> str:
+def way_out(folder: str) -> str:
     """The way out, with the name of the unquantised checkpoint where the folder's tells it."""
     lower = folder.lower()
     suffix = max((word for word in _SUFFIXES if lower.endswith(word)), key=len, default="")

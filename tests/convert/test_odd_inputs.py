@@ -371,20 +371,18 @@ def test_an_output_head_of_another_size(run, model, model_class, tmp_path):
     )
 
 
-def test_fp8_weights_with_and_without_a_config_that_says_so(run, copy, tmp_path):
+def test_weights_of_formats_that_are_not_read(run, copy, tmp_path):
     config = json.loads((copy / "config.json").read_text())
-    fp8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
-    (copy / "config.json").write_text(json.dumps({**config, "quantization_config": fp8}))
-    refuse(
-        run, copy, tmp_path, UnsupportedModelError, "quantised (FP8, blocks of 128 x 128)", "BF16 checkpoint"
-    )
+    exl3 = {"quant_method": "exl3", "bits": 4.0}
+    (copy / "config.json").write_text(json.dumps({**config, "quantization_config": exl3}))
+    refuse(run, copy, tmp_path, UnsupportedModelError, "quantised (EXL3, 4.0 bits)", "BF16 checkpoint")
     (copy / "config.json").write_text(json.dumps(config))
     path = copy / "model-00001-of-00002.safetensors"
     data = path.read_bytes()
     path.write_bytes(data.replace(b'"dtype": "BF16"', b'"dtype": "I16" ', 1))
     refuse(run, copy, tmp_path, FormatError, "unsupported weight type", "BF16 checkpoint")
-    (copy / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "NVFP4"}}')
-    refuse(run, copy, tmp_path, UnsupportedModelError, "quantised (NVIDIA ModelOpt, NVFP4)")
+    (copy / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "NVFP4_SVD"}}')
+    refuse(run, copy, tmp_path, UnsupportedModelError, "quantised (NVIDIA ModelOpt, NVFP4_SVD)")
 
 
 def test_more_tokens_than_rows(run, model, q8_gguf, tmp_path):

@@ -17,30 +17,10 @@ from krasis.formats.errors import FormatError, UnsupportedModelError
 @pytest.mark.parametrize(
     ("value", "name"),
     [
-        (
-            {
-                "activation_scheme": "dynamic",
-                "fmt": "e4m3",
-                "quant_method": "fp8",
-                "weight_block_size": [128, 128],
-            },
-            "FP8, blocks of 128 x 128",
-        ),
-        ({"quant_method": "fbgemm_fp8"}, "FP8 (FBGEMM)"),
-        ({"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}, "MXFP4"),
-        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "NVIDIA ModelOpt, NVFP4"),
-        ({"quant_method": "awq", "bits": 4, "group_size": 128}, "AWQ, 4 bits"),
-        ({"quant_method": "gptq", "bits": 8, "desc_act": False}, "GPTQ, 8 bits"),
-        (
-            {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"},
-            "compressed-tensors, nvfp4-pack",
-        ),
-        (
-            {"quant_method": "compressed-tensors", "format": "float-quantized"},
-            "compressed-tensors, float-quantized",
-        ),
+        ({"quant_method": "deepspeed_fp8"}, "FP8 (DeepSpeed)"),
+        ({"quant_method": "quark", "export": {}}, "AMD Quark"),
+        ({"quant_method": "hqq", "bits": 4, "group_size": 128}, "HQQ, 4 bits"),
         ({"load_in_4bit": True}, "bitsandbytes"),
-        ({"quant_method": "auto-round", "bits": 4}, "AutoRound, 4 bits"),
         ({"quant_method": "exl3", "bits": 3.5}, "EXL3, 3.5 bits"),
         ({"quant_method": "new\x1b[2Jthing"}, "'new\\x1b[2Jthing'"),
         ({"quant_method": 7}, "in a format that its settings do not name"),
@@ -74,7 +54,7 @@ def test_nothing_said_is_nothing_refused(value: Any) -> None:
 @pytest.mark.parametrize("folder", ["Qwen3-30B-A3B", "fp8", "-fp8", ""])
 def test_only_a_telling_name_gives_a_guess(folder: str) -> None:
     with pytest.raises(UnsupportedModelError) as caught:
-        from_hf_config(hf_config(quantization_config={"quant_method": "fp8"}), f"/m/{folder}/config.json")
+        from_hf_config(hf_config(quantization_config={"quant_method": "hqq"}), f"/m/{folder}/config.json")
     assert "probably" not in str(caught.value)
 
 

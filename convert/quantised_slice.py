@@ -1,0 +1,98 @@
+"""Rows of a weight that a checkpoint holds quantised."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from krasis.convert.slices import Bytes, Floats, TensorSlice
+from krasis.formats.checkpoints.quantised.weight import QuantisedWeight
+from krasis.formats.layouts.matrix import MatrixView
+
+
+@dataclass(frozen=True, slots=True)
+class QuantisedSlice(TensorSlice):
+    """As ``TensorSlice``; the bytes are those of the codes. weight: what these are rows of, from ``first``
+    on, counted through all experts' matrices.
+
+    Codes that do not lie row after row are in the slice that begins at the first row, all of them.
+    """
+
+    weight: QuantisedWeight
+    first: int
+
+    @property
+    def is_float(self) -> bool:
+        """Never."""
+        return False
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of codes a row."""
+        return self.total_bytes // num_rows(self.weight)
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """(weights, bytes) of what cannot be divided in the codes."""
+        return self.weight.block
+
+    def rows(self, start: int, stop: int) -> TensorSlice:
+        """Rows ``start`` to ``stop`` (clipped to the last)."""
+        return quantised_slice(self.weight, self.where, self.first + start, min(stop, self.shape[0]) - start)
+
+    def decode(self) -> Floats:
+        """The weights as float32."""
+        return self.weight.decode(self.first, self.shape[0])
+
+    def matrix(self) -> MatrixView:
+        """The slice for a packer, dequantised."""
+        return MatrixView(self.decode(), "F32")
+
+    def reordered(self, order: npt.NDArray[np.int64]) -> TensorSlice:
+        """The same rows, the one at ``order[i]`` as the i-th, in float32."""
+        return self.plain(self.decode()[order])
+
+    def plain(self, values: Floats) -> TensorSlice:
+        """The same rows with other weights, in float32."""
+        return replace(TensorSlice.plain(self, values), offset_bytes=self.first * self.row_bytes)
+
+    def is_zero(self, block: int) -> bool:
+        """Whether the first weight of a block of the bytes is 0."""
+        row, column = self.weight.locate(self.offset_bytes // self.block[1] + block)
+        return not self.weight.decode(row, 1)[0, column]
+
+    def companions(self) -> Iterator[tuple[str, Bytes]]:
+        """Names and bytes of the other tensors that the weights are made of."""
+        for part in self.weight.others:
+            yield part.name, part.bytes()
+
+
+def num_rows(weight: QuantisedWeight) -> int:
+    """Rows of all matrices."""
+    return math.prod(weight.shape[:-1])
+
+
+def quantised_slice(weight: QuantisedWeight, where: str, first: int, count: int) -> QuantisedSlice:
+    """``count`` rows from ``first`` on."""
+    raw = weight.codes.bytes()
+    total, begin, end = raw.nbytes, 0, raw.nbytes
+    if weight.by_rows:
+        row_bytes = total // num_rows(weight)
+        begin, end = first * row_bytes, (first + count) * row_bytes
+    elif first:
+        begin = total
+    return QuantisedSlice(
+        tensor=weight.codes.name,
+        where=where,
+        dtype=weight.dtype,
+        shape=(count, weight.shape[-1]),
+        raw=raw[begin:end],
+        offset_bytes=begin,
+        total_bytes=total,
+        weight=weight,
+        first=first,
+    )

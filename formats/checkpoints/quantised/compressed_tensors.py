@@ -1,0 +1,72 @@
+"""Settings of compressed-tensors (vLLM's, and llm-compressor's): groups of modules, each with its format."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from krasis.formats.checkpoints.quantised.fp4 import Fp4Reader
+from krasis.formats.checkpoints.quantised.fp8 import BytesReader
+from krasis.formats.checkpoints.quantised.packed_int import PACKED_BITS, PackedReader
+from krasis.formats.checkpoints.quantised.settings import Quantisation, Settings
+from krasis.formats.checkpoints.quantised.tensors import Reader
+
+_FORMATS = (
+    *("dense", "int-quantized", "float-quantized", "naive-quantized", "pack-quantized", "mixed-precision"),
+    *("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized"),
+)
+
+
+def recognise(settings: Settings) -> Quantisation:
+    """``quant_method`` compressed-tensors."""
+    settings.expect("format", *_FORMATS)
+    settings.inner("sparsity_config").expect("format", "dense")
+    if settings.inner("transform_config").inner("config_groups").table:
+        raise settings.refused("transform_config", "rotations", "none")
+    groups = settings.inner("config_groups")
+    bytes_blocks: list[tuple[int, int]] = []
+    integers: list[tuple[int, int]] = []
+    packed: list[tuple[int, int | None]] = []
+    names: list[str] = []
+    for group in (groups.inner(name) for name in groups.table):
+        weights = group.inner("weights")
+        if not weights.table:
+            continue  # of activations alone
+        group.expect("format", *_FORMATS)
+        form = group.text("format") or settings.text("format")
+        kind, bits = weights.choice("type", {"int": "int", "float": "float"}, "int"), weights.size("num_bits")
+        block = _block(weights)
+        names.append(f"{'FP' if kind == 'float' else 'INT'}{bits}")
+        if kind == "float":
+            weights.expect("num_bits", 4, 8)
+            bytes_blocks += [block] if block and bits == 8 else []
+        elif form == "pack-quantized":
+            weights.expect("num_bits", *PACKED_BITS)
+            packed.append((bits, None if block is None else block[1]))
+        else:
+            weights.expect("num_bits", 8)
+            integers += [block] if block else []
+    name = ", ".join(["compressed-tensors", *dict.fromkeys(names)])
+    return Quantisation(name, tuple(_readers(bytes_blocks, integers, packed)))
+
+
+def _block(weights: Settings) -> tuple[int, int] | None:
+    """(rows, columns) that a scale is for; None for a row or a matrix."""
+    strategy = weights.text("strategy")
+    if strategy not in (None, "tensor", "channel", "group", "tensor_group", "block"):
+        raise weights.refused("strategy", strategy, "tensor, channel, group, tensor_group, block")
+    if strategy == "block" or (strategy is None and weights.has("block_structure")):
+        return weights.pair("block_structure")
+    if strategy in ("tensor", "channel") or weights.table.get("group_size") in (None, -1):
+        return None
+    return 1, weights.size("group_size")
+
+
+def _readers(
+    blocks: list[tuple[int, int]], integers: list[tuple[int, int]], packed: list[tuple[int, int | None]]
+) -> Iterator[Reader]:
+    """All of them: a module's tensors tell which group it is of."""
+    yield BytesReader(tuple(dict.fromkeys(blocks)))
+    yield BytesReader(tuple(dict.fromkeys(integers)), integers=True)
+    if packed:
+        yield PackedReader(tuple(dict.fromkeys(packed)))
+    yield Fp4Reader()
