@@ -54,6 +54,13 @@ _LIMITS = {
     "IQ2_S": 0.75,
     "IQ2_XS": 0.75,
     "IQ2_XXS": 0.8,
+    # Checkpoints' own.
+    "int8": 0.03,
+    "fp8": 0.06,
+    "mxfp8": 0.06,
+    "nvfp4": 0.3,
+    "mxfp4": 0.35,
+    "int4": 0.3,
 }
 _LOOSEST_LIMIT = 0.9  # types of fewer than 2 bits
 
@@ -77,8 +84,15 @@ class CrossCheck:
 
 
 def error_limit(dtype: str) -> float:
-    """The relative error that a GGUF type may show against the original weights."""
+    """The relative error that a type may show against the original weights."""
     return _LIMITS.get(dtype, _LOOSEST_LIMIT)
+
+
+def _limit(ours: TensorSlice, theirs: TensorSlice) -> float:
+    """The same of two types against each other; plain floats of a checkpoint are the original weights."""
+    if ours.is_float:
+        return error_limit(theirs.dtype)
+    return min(math.hypot(error_limit(ours.dtype), error_limit(theirs.dtype)), _LOOSEST_LIMIT)
 
 
 def check_same_model(hf: WeightSource, gguf: WeightSource) -> CrossCheck:
@@ -89,7 +103,7 @@ def check_same_model(hf: WeightSource, gguf: WeightSource) -> CrossCheck:
     for ours, theirs, is_expert in _pairs(hf, gguf):
         stats = _compare(ours, theirs)
         relative = _relative_error(stats)
-        limit = error_limit(theirs.piece.dtype)
+        limit = _limit(ours.piece, theirs.piece)
         if not relative <= limit:
             raise MismatchError(
                 f"the weights are not those of '{ours.piece.tensor}' in {hf.path}, but of another model or "

@@ -370,6 +370,10 @@ class WeightSource:
     def _check_no_others(self, expected: set[str]) -> None:
         others = sorted(name for name in self._infos if name not in expected)
         others = [name for name in others if not self._names.is_needless(name)]
+        # Some quantisers give every matrix a bias, of zeros where the model has none.
+        others = [
+            name for name in others if not (name.endswith(".bias") and not self._table.view(name).any())
+        ]
         of = {name: self._names.left_out(name) for name in others}
         self.left_out = Counter(what for what in of.values() if what)
         others = [name for name in others if of[name] is None]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from krasis.formats.checkpoints.quantised.fp4 import Fp4Reader
 from krasis.formats.checkpoints.quantised.fp8 import BytesReader
-from krasis.formats.checkpoints.quantised.packed_int import PACKED_BITS, PackedReader
+from krasis.formats.checkpoints.quantised.packed_int import PACKED_BITS, PackedReader, PackedScheme
 from krasis.formats.checkpoints.quantised.settings import Quantisation, Settings
 from krasis.formats.checkpoints.quantised.tensors import Reader
 
@@ -25,7 +25,8 @@ def recognise(settings: Settings) -> Quantisation:
     groups = settings.inner("config_groups")
     bytes_blocks: list[tuple[int, int]] = []
     integers: list[tuple[int, int]] = []
-    packed: list[tuple[int, int | None]] = []
+    packed: list[PackedScheme] = []
+    asymmetric: list[bool] = []
     names: list[str] = []
     for group in (groups.inner(name) for name in groups.table):
         weights = group.inner("weights")
@@ -41,12 +42,20 @@ def recognise(settings: Settings) -> Quantisation:
             bytes_blocks += [block] if block and bits == 8 else []
         elif form == "pack-quantized":
             weights.expect("num_bits", *PACKED_BITS)
-            packed.append((bits, None if block is None else block[1]))
+            packed.append(_packed(weights, bits, block))
         else:
+            asymmetric.append(not weights.flag("symmetric", default=True))
             weights.expect("num_bits", 8)
             integers += [block] if block else []
     name = ", ".join(["compressed-tensors", *dict.fromkeys(names)])
-    return Quantisation(name, tuple(_readers(bytes_blocks, integers, packed)))
+    return Quantisation(name, tuple(_readers(bytes_blocks, integers, all(asymmetric or [False]), packed)))
+
+
+def _packed(weights: Settings, bits: int, block: tuple[int, int] | None) -> PackedScheme:
+    # Ordered "statically" (by weight), features keep their places.
+    ordered = weights.table.get("actorder") is True or weights.table.get("actorder") in ("group", "dynamic")
+    symmetric = weights.flag("symmetric", default=True)
+    return PackedScheme(bits, None if block is None else block[1], symmetric, ordered)
 
 
 def _block(weights: Settings) -> tuple[int, int] | None:
@@ -62,11 +71,14 @@ def _block(weights: Settings) -> tuple[int, int] | None:
 
 
 def _readers(
-    blocks: list[tuple[int, int]], integers: list[tuple[int, int]], packed: list[tuple[int, int | None]]
+    blocks: list[tuple[int, int]],
+    integers: list[tuple[int, int]],
+    asymmetric: bool,
+    packed: list[PackedScheme],
 ) -> Iterator[Reader]:
     """All of them: a module's tensors tell which group it is of."""
     yield BytesReader(tuple(dict.fromkeys(blocks)))
-    yield BytesReader(tuple(dict.fromkeys(integers)), integers=True)
+    yield BytesReader(tuple(dict.fromkeys(integers)), integers=True, asymmetric=asymmetric)
     if packed:
         yield PackedReader(tuple(dict.fromkeys(packed)))
     yield Fp4Reader()

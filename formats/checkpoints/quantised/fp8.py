@@ -23,11 +23,12 @@ _PARTS = ("_scale", "_scale_inv", "_scales", "_scale_2", "_global_scale", "_zero
 @dataclass(frozen=True, slots=True)
 class BytesReader:
     """Weights of type F8_E4M3, or I8 if ``integers``. blocks: (rows, columns) that a scale may be for, beside
-    a whole row and a whole matrix.
+    a whole row and a whole matrix. asymmetric: integers have zero points.
     """
 
     blocks: tuple[tuple[int, int], ...] = ()
     integers: bool = False
+    asymmetric: bool = False
 
     def read(self, name: str, tensors: Tensors) -> Found | None:
         """See ``Reader``."""
@@ -38,6 +39,8 @@ class BytesReader:
         scale = tensors.need(name, *reversed(names), *([f"{name[:-7]}.scale"] if _is_weight(name) else ()))
         if self.integers and scale.dtype in ("U8", "F8_E8M0"):
             return None  # FP4 codes, two a byte
+        if self.asymmetric:
+            tensors.need(name, f"{name}_zero_point")
         grid = fit_grid(scale, codes.shape, self.blocks)
         is_mx = scale.dtype in ("U8", "F8_E8M0") and (grid.rows, grid.columns) == MX_BLOCK
         label = "int8" if self.integers else "mxfp8" if is_mx else "fp8"

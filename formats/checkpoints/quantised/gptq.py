@@ -17,10 +17,13 @@ _V2 = ("gptq_v2",)
 
 @dataclass(frozen=True, slots=True)
 class GptqReader:
-    """group: input features a scale, None for all. zeros_less_one: as files are but those of "gptq_v2"."""
+    """group: input features a scale, None for all. zeros_less_one: as files are but those of "gptq_v2".
+    ordered: which feature is of which group has to be told.
+    """
 
     group: int | None
     zeros_less_one: bool
+    ordered: bool = False
 
     def read(self, name: str, tensors: Tensors) -> Found | None:
         """See ``Reader``."""
@@ -33,7 +36,7 @@ class GptqReader:
         if columns != n or bits not in _BITS:
             raise codes.wrong_shape(f"[.., {n}] and codes of 2, 4 or 8 bits, as its scales and zeros have")
         k = num_words * 32 // bits
-        order = tensors.find(f"{root}g_idx")
+        order = tensors.need(name, f"{root}g_idx") if self.ordered else tensors.find(f"{root}g_idx")
         if order is not None:
             order.check_dtype("I32", "I64")
             if order.shape != (k,):
@@ -104,4 +107,5 @@ def recognise(settings: Settings) -> Quantisation:
     if form not in (*_V1, *_V2):
         raise settings.refused(forms[0], form, "gptq, gptq_v2")
     group = told_group(settings, "group_size")
-    return Quantisation("GPTQ", (GptqReader(group, zeros_less_one=form not in _V2),))
+    ordered = settings.flag("desc_act")
+    return Quantisation("GPTQ", (GptqReader(group, zeros_less_one=form not in _V2, ordered=ordered),))

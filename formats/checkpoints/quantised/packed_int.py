@@ -19,10 +19,22 @@ PACKED_BITS = tuple(PACKED_TABLES)
 
 
 @dataclass(frozen=True, slots=True)
-class PackedReader:
-    """schemes: (bits, weights a scale) that the settings name; None for a scale a row or matrix."""
+class PackedScheme:
+    """One of the settings' ways. group: weights a scale, None for a row or a matrix. symmetric: there are no
+    zero points. ordered: which input feature is of which group has to be told.
+    """
 
-    schemes: tuple[tuple[int, int | None], ...]
+    bits: int
+    group: int | None
+    symmetric: bool = True
+    ordered: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PackedReader:
+    """schemes: those that the settings name."""
+
+    schemes: tuple[PackedScheme, ...]
 
     def read(self, name: str, tensors: Tensors) -> Found | None:
         """See ``Reader``."""
@@ -36,7 +48,12 @@ class PackedReader:
             told.check_dtype("I64", "I32")
             if told.shape != (len(codes.shape),):
                 raise told.wrong_shape(f"{len(codes.shape)} sizes")
-        bits, grid = self._scheme(codes, scale, told)
+        scheme, grid = self._scheme(codes, scale, told)
+        bits = scheme.bits
+        if not scheme.symmetric:
+            tensors.need(name, f"{base}_zero_point")
+        if scheme.ordered:
+            tensors.need(name, f"{base}_g_idx")
         return Found(
             base,
             RowsWeight(
@@ -51,21 +68,21 @@ class PackedReader:
             ),
         )
 
-    def _scheme(self, codes: Stored, scale: Stored, told: Stored | None) -> tuple[int, Grid]:
+    def _scheme(self, codes: Stored, scale: Stored, told: Stored | None) -> tuple[PackedScheme, Grid]:
         """The one of the settings' schemes that the shapes fit; the shape that is told decides between
         several.
         """
-        fitting: list[tuple[int, Grid]] = []
+        fitting: list[tuple[PackedScheme, Grid]] = []
         error: FormatError | None = None
-        for bits, group in self.schemes:
-            k = codes.shape[-1] * 32 // bits
+        for scheme in self.schemes:
+            shape = (*codes.shape[:-1], codes.shape[-1] * 32 // scheme.bits)
             try:
-                grid = fit_grid(scale, (*codes.shape[:-1], k), () if group is None else ((1, group),))
+                grid = fit_grid(scale, shape, () if scheme.group is None else ((1, scheme.group),))
             except FormatError as caught:
                 error = error or caught
             else:
-                fitting.append((bits, grid))
-        if len({bits for bits, _ in fitting}) > 1 and told is not None:
+                fitting.append((scheme, grid))
+        if len({scheme.bits for scheme, _ in fitting}) > 1 and told is not None:
             columns = told.array().tolist()[-1]
             fitting = [one for one in fitting if one[1].k == columns] or fitting
         if fitting:

@@ -136,12 +136,17 @@ class RowsWeight:
         scales = scale_values(self.scales.of_rows(matrix, row), self.scales.stored)
         with np.errstate(all="ignore"):  # what overflows is told with the weight's name by whoever packs it
             if self.factor is not None:
-                factors = scale_values(scale_array(self.factor), self.factor)
-                factor = factors[matrix, None] if factors.size > 1 else factors
-                scales = scales / factor if self.divides else scales * factor
+                scales = self._with_factor(scales, matrix, self.factor)
             if self.zeros is not None:
                 values = values - self._spread(self.zeros.of_rows(matrix, row))
             return np.ascontiguousarray(values * self._spread(scales))
+
+    def _with_factor(self, scales: Floats, matrix: Array, stored: Stored) -> Floats:
+        factors = scale_values(scale_array(stored), stored)
+        if self.divides and not factors.all():
+            raise FormatError("a scale that others are divided by is 0", where=stored.where)
+        factor = factors[matrix, None] if factors.size > 1 else factors
+        return scales / factor if self.divides else scales * factor
 
     def _row_bytes(self) -> int:
         return self.codes.bytes().nbytes // math.prod(self.shape[:-1])

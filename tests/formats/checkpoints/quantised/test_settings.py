@@ -11,7 +11,7 @@ import pytest
 from krasis.formats.checkpoints.quantised.fp4 import Fp4Reader
 from krasis.formats.checkpoints.quantised.fp8 import BytesReader
 from krasis.formats.checkpoints.quantised.gptq import GptqReader
-from krasis.formats.checkpoints.quantised.packed_int import PackedReader
+from krasis.formats.checkpoints.quantised.packed_int import PackedReader, PackedScheme
 from krasis.formats.checkpoints.quantised.registry import quantisation_beside, quantisation_of
 from krasis.formats.errors import FormatError, KrasisError, UnsupportedModelError
 
@@ -43,7 +43,7 @@ UNDERSTOOD: list[tuple[dict[str, Any], str, Any]] = [
     ),
     ({"quant_method": "FP8"}, "FP8", BytesReader(((1, 32),))),
     ({"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}, "FP8", BytesReader(((1, 32),))),
-    (KIMI, "compressed-tensors, INT4", PackedReader(((4, 32),))),
+    (KIMI, "compressed-tensors, INT4", PackedReader((PackedScheme(4, 32),))),
     (
         compressed(
             group(8, "float", "float-quantized", strategy="channel"),
@@ -52,7 +52,7 @@ UNDERSTOOD: list[tuple[dict[str, Any], str, Any]] = [
             format="mixed-precision",
         ),
         "compressed-tensors, FP8, INT4",
-        PackedReader(((4, 128),)),
+        PackedReader((PackedScheme(4, 128),)),
     ),
     (compressed(group(4, "float", group_size=16), format="nvfp4-pack-quantized"), "FP4", Fp4Reader()),
     ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "NVIDIA ModelOpt, NVFP4", Fp4Reader()),
@@ -85,6 +85,23 @@ UNDERSTOOD: list[tuple[dict[str, Any], str, Any]] = [
         },
         "GPTQ",
         GptqReader(128, zeros_less_one=True),
+    ),
+    (
+        {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": True},
+        "GPTQ",
+        GptqReader(128, zeros_less_one=True, ordered=True),
+    ),
+    (
+        compressed(
+            group(4, "int", group_size=32, symmetric=False, actorder="group"), format="pack-quantized"
+        ),
+        "INT4",
+        PackedReader((PackedScheme(4, 32, symmetric=False, ordered=True),)),
+    ),
+    (
+        compressed(group(8, "int", strategy="channel", symmetric=False), format="int-quantized"),
+        "INT8",
+        BytesReader((), integers=True, asymmetric=True),
     ),
 ]
 
