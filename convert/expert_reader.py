@@ -97,6 +97,8 @@ class _Decode:
     def _start(self, piece: TensorSlice, pool: ThreadPoolExecutor, layout: ExpertFormat) -> MatrixView:
         if layout.accepts(piece.dtype) == "as is":
             return piece.matrix() if piece.is_float else piece.blocks()
+        if layout.accepts("Q8_0") == "as is" and piece.steps() is not None:
+            return self._start_blocks(piece, pool)
         out = np.empty(piece.shape, np.float32)
 
         def decode(start: int) -> None:
@@ -105,6 +107,17 @@ class _Decode:
 
         self._futures.extend(pool.submit(decode, start) for start in range(0, piece.shape[0], _ROWS_PER_TASK))
         return MatrixView(out, "F32")
+
+    def _start_blocks(self, piece: TensorSlice, pool: ThreadPoolExecutor) -> MatrixView:
+        """Weights that are whole steps of their scales become blocks of Q8_0, which keep them."""
+        out = np.empty((piece.shape[0], piece.shape[1] // 32 * 34), np.uint8)
+
+        def fill(start: int) -> None:
+            block = piece.rows(start, start + _ROWS_PER_TASK)
+            out[start : start + block.shape[0]] = block.blocks().data
+
+        self._futures.extend(pool.submit(fill, start) for start in range(0, piece.shape[0], _ROWS_PER_TASK))
+        return MatrixView(out, "Q8_0")
 
     def result(self) -> ExpertWeights:
         for future in self._futures:

@@ -52,6 +52,14 @@ class QuantisedSlice(TensorSlice):
         """The slice for a packer, dequantised."""
         return MatrixView(self.decode(), "F32")
 
+    def steps(self) -> QuantisedSlice | None:
+        """Itself if ``blocks`` has its weights without loss."""
+        return self if self.weight.is_steps(self.first, self.shape[0]) else None
+
+    def blocks(self) -> MatrixView:
+        """The weights as blocks of Q8_0."""
+        return MatrixView(self.weight.steps(self.first, self.shape[0]).q8_0(), "Q8_0")
+
     def reordered(self, order: npt.NDArray[np.int64]) -> TensorSlice:
         """The same rows, the one at ``order[i]`` as the i-th, in float32."""
         return self.plain(self.decode()[order])

@@ -92,6 +92,10 @@ class TensorSlice:
             return MatrixView(values if values.flags.aligned else values.copy(), self.dtype)
         return MatrixView(self.decode(), "F32")
 
+    def steps(self) -> TensorSlice | None:
+        """Itself if it is quantised otherwise than to Q8_0, and ``blocks`` has its weights without loss."""
+        return None
+
     def blocks(self) -> MatrixView:
         """The raw Q8_0 blocks for the lossless packer."""
         if self.dtype != "Q8_0":

@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from quantised_checkpoints import Tensors, quantise, write_file
-from twin_quantisers import SCHEMES, Quantised, Scheme, fp8
+from twin_quantisers import SCHEMES, Quantised, Scheme, compressed_tensors, fp8, gptq, packed_int
 
 from krasis.convert.cli import main as convert
+from krasis.formats.bundle.reader import Bundle
 from krasis.formats.checkpoints.safetensors import ShardedCheckpoint
+from krasis.runtime.cpu.weights import load_weights
 from tests.support.tiny_checkpoints import tiny
 from tests.support.tiny_ggufs import tiny_gguf
 
@@ -34,8 +36,9 @@ def run(*inputs: Path, out: Path, options: tuple[str, ...] = ()) -> Result:
 
 
 def shards(folder: Path, *more: Path) -> dict[str, bytes]:
+    """Every byte of its bundle. Experts of 4 bits on both tiers, for which weights are always decoded."""
     out = folder.with_suffix(".krasis")
-    done = run(folder, *more, out=out)
+    done = run(folder, *more, out=out, options=("--cpu-format", "int4"))
     assert done.exit_code == 0, done.output
     return {path.name: path.read_bytes() for path in out.glob("*.safetensors")}
 
@@ -222,3 +225,72 @@ def test_a_stretch_of_zeros_is_damage(original: Path, tmp_path: Path) -> None:
     done = run(quantised, out=tmp_path / "m.krasis")
     assert done.exit_code == 3
     assert "gate_proj.weight', layer 0 expert 1: 8000 of 16384 weights, from 4000 on, are zero" in done.output
+
+
+LOSSLESS = {
+    "int4": SCHEMES["int4"],
+    "int4_g128": Scheme(
+        compressed_tensors("pack-quantized", 4, "int", "group", group_size=128),
+        lambda weight: packed_int(weight, 128),
+    ),
+    "gptq": Scheme(
+        {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False},
+        lambda weight: gptq(weight, 128, act_order=False),
+    ),
+    "awq": SCHEMES["awq"],
+    "mxfp4": SCHEMES["mxfp4"],
+}
+
+
+@pytest.mark.parametrize("scheme", LOSSLESS)
+def test_experts_of_whole_steps_lose_nothing_in_8_bits(original: Path, tmp_path: Path, scheme: str) -> None:
+    quantised, plain = quantise(original, tmp_path, LOSSLESS[scheme])
+    out = tmp_path / "m.krasis"
+    assert run(quantised, out=out, options=("--tiers", "cpu")).exit_code == 0
+    assert_experts(out, plain, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("scheme", "options"),
+    [
+        ("int4", ("--tiers", "cpu", "--cpu-format", "int4")),
+        ("int4", ("--tiers", "gpu", "--gpu-group", "32", "--gpu-scales", "f16")),
+        ("int4_g128", ("--tiers", "gpu", "--gpu-group", "128", "--gpu-scales", "f16")),
+    ],
+)
+def test_symmetric_groups_lose_nothing_in_4_bits(
+    original: Path, tmp_path: Path, scheme: str, options: tuple[str, ...]
+) -> None:
+    """The packers' search for a scale finds the one that was there, where 16 bits of its type hold it."""
+    quantised, plain = quantise(original, tmp_path, LOSSLESS[scheme])
+    out = tmp_path / "m.krasis"
+    assert run(quantised, out=out, options=options).exit_code == 0
+    assert_experts(out, plain, options[1])
+
+
+def test_scales_that_float16_does_not_hold_are_rounded_again(original: Path, tmp_path: Path) -> None:
+    def write(weight: np.ndarray) -> Quantised:
+        written = packed_int(weight, 32)
+        scales = (written.tensors["weight_scale"][1].astype(np.float32) * 1.0001).astype(np.float32)
+        tensors = written.tensors | {"weight_scale": ("F32", scales)}
+        return Quantised(tensors, written.values * np.float32(1.0001))
+
+    quantised, plain = quantise(original, tmp_path, Scheme(SCHEMES["int4"].settings, write))
+    found = []
+    for folder in (quantised, plain):
+        out = folder.with_suffix(".krasis")
+        assert run(folder, out=out, options=("--tiers", "cpu")).exit_code == 0
+        found.append((out / "cpu-000.safetensors").read_bytes())
+    assert found[0] == found[1]
+
+
+def assert_experts(bundle: Path, plain: Path, tier: str) -> None:
+    """Every weight of the experts is the checkpoint's, bit for bit."""
+    checkpoint = ShardedCheckpoint.open(plain)
+    with Bundle.open(bundle) as opened:
+        weights = load_weights(opened, tier)
+        for number, record in enumerate(weights.layers[0].records()):
+            parts = weights.expert_layout.unpack_expert(record, 128, 128)
+            for part, values in zip(("gate", "up", "down"), parts, strict=True):
+                name = f"model.layers.0.mlp.experts.{number}.{part}_proj.weight"
+                np.testing.assert_array_equal(values, np.asarray(checkpoint.array(name)))

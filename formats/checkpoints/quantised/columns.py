@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from krasis.formats.checkpoints.quantised.rows import group_of_column
+from krasis.formats.checkpoints.quantised.steps import BLOCK, Steps, fit_float16
 from krasis.formats.checkpoints.quantised.stored import Array, Floats, Stored, scale_array, scale_values
 
 _IN_ORDER = tuple(range(32))
@@ -58,6 +59,26 @@ class ColumnsWeight:
 
     def decode(self, first: int, count: int) -> Floats:
         """float32 [count, k]; see ``QuantisedWeight``."""
+        codes, scales, groups = self._parts(first, count)
+        with np.errstate(all="ignore"):
+            return np.ascontiguousarray((codes * scales[groups]).T)
+
+    def is_steps(self, first: int, count: int) -> bool:
+        """See ``QuantisedWeight``."""
+        n, k = self.shape
+        if self.bits == 8 or k % BLOCK or self.group % BLOCK:
+            return False
+        scales = scale_values(scale_array(self.scales).reshape(-1, n)[:, first : first + count], self.scales)
+        in_order = np.array_equal(self._groups(len(scales)), np.arange(k) // self.group)
+        return in_order and fit_float16(scales)
+
+    def steps(self, first: int, count: int) -> Steps:
+        """See ``QuantisedWeight``."""
+        codes, scales, groups = self._parts(first, count)
+        return Steps(np.ascontiguousarray(codes.T.astype(np.int8)), scales[groups[::BLOCK]].T)
+
+    def _parts(self, first: int, count: int) -> tuple[Floats, Floats, Array]:
+        """Codes less their zero points [k, count], scales [groups, count], each input feature's group [k]."""
         n, k = self.shape
         columns = np.arange(first, first + count)
         words = self.codes.array("U32")
@@ -70,9 +91,7 @@ class ColumnsWeight:
         zeros = self._columns(self._zeros().reshape(-1, n * self.bits // 32), columns)
         scales = scale_values(scale_array(self.scales).reshape(-1, n)[:, columns], self.scales)
         groups = self._groups(len(scales))
-        values = codes.astype(np.float32) - zeros.astype(np.float32)[groups]
-        with np.errstate(all="ignore"):
-            return np.ascontiguousarray((values * scales[groups]).T)
+        return codes.astype(np.float32) - zeros.astype(np.float32)[groups], scales, groups
 
     def _zeros(self) -> Array:
         """The words of zero points. 1 was taken off a whole word's codes at once, borrows and all."""

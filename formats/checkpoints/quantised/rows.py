@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from krasis.formats.checkpoints.quantised.steps import BLOCK, Steps, fit_float16
 from krasis.formats.checkpoints.quantised.stored import (
     E4M3,
     SCALE_DTYPES,
@@ -127,12 +128,8 @@ class RowsWeight:
 
     def decode(self, first: int, count: int) -> Floats:
         """float32 [count, k]; see ``QuantisedWeight``."""
-        n, k = self.shape[-2:]
-        if self.told_shape is not None:
-            _check_told(self.told_shape, self.shape)
-        raw = self.codes.bytes().reshape(-1, self._row_bytes())[first : first + count]
-        values = np.take(self.table, raw, axis=0).reshape(count, -1)[:, :k]
-        matrix, row = np.divmod(np.arange(first, first + count), n)
+        matrix, row = self._rows(first, count)
+        values = self._values(self.table, first, count)
         scales = scale_values(self.scales.of_rows(matrix, row), self.scales.stored)
         with np.errstate(all="ignore"):  # what overflows is told with the weight's name by whoever packs it
             if self.factor is not None:
@@ -140,6 +137,43 @@ class RowsWeight:
             if self.zeros is not None:
                 values = values - self._spread(self.zeros.of_rows(matrix, row))
             return np.ascontiguousarray(values * self._spread(scales))
+
+    def is_steps(self, first: int, count: int) -> bool:
+        """See ``QuantisedWeight``. Codes of 8 bits are left out: they may be -128, or less a zero point."""
+        k, columns = self.shape[-1], self.scales.columns
+        if self.dtype not in ("int2", "int4", "mxfp4") or self.group_of_column or k % BLOCK:
+            return False
+        return (columns >= k or columns % BLOCK == 0) and fit_float16(self._step_scales(first, count))
+
+    def steps(self, first: int, count: int) -> Steps:
+        """See ``QuantisedWeight``."""
+        k, columns = self.shape[-1], min(self.scales.columns, self.shape[-1])
+        values = self._values(self.table * np.float32(1 / self._step), first, count)
+        if self.zeros is not None:
+            values = values - self._spread(self.zeros.of_rows(*self._rows(first, count)))
+        scales = np.repeat(self._step_scales(first, count), columns // BLOCK, axis=1)
+        return Steps(values.astype(np.int8), scales[:, : k // BLOCK])
+
+    @property
+    def _step(self) -> float:
+        """What codes are multiples of: FP4 has halves."""
+        return 0.5 if self.dtype == "mxfp4" else 1.0
+
+    def _step_scales(self, first: int, count: int) -> Floats:
+        scales = scale_values(self.scales.of_rows(*self._rows(first, count)), self.scales.stored)
+        return scales * np.float32(self._step)
+
+    def _rows(self, first: int, count: int) -> tuple[Array, Array]:
+        """(matrix, row in it) of each row."""
+        matrix, row = np.divmod(np.arange(first, first + count), self.shape[-2])
+        return matrix, row
+
+    def _values(self, table: Floats, first: int, count: int) -> Floats:
+        """float32 [count, k]: the codes' values, without scales."""
+        if self.told_shape is not None:
+            _check_told(self.told_shape, self.shape)
+        raw = self.codes.bytes().reshape(-1, self._row_bytes())[first : first + count]
+        return np.take(table, raw, axis=0).reshape(count, -1)[:, : self.shape[-1]]
 
     def _with_factor(self, scales: Floats, matrix: Array, stored: Stored) -> Floats:
         factors = scale_values(scale_array(stored), stored)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from krasis.formats.checkpoints.quantised.steps import Steps
 from krasis.formats.checkpoints.quantised.stored import Floats, Stored
 
 
@@ -39,6 +40,12 @@ class QuantisedWeight(Protocol):
 
         Raises FormatError for scales that are no numbers, or parts that contradict each other.
         """
+
+    def is_steps(self, first: int, count: int) -> bool:
+        """Whether ``steps`` has these rows."""
+
+    def steps(self, first: int, count: int) -> Steps:
+        """The rows as whole steps of scales that float16 holds. Raises FormatError as ``decode`` does."""
 
     def locate(self, block: int) -> tuple[int, int]:
         """(row, column) of the first weight of a block of the codes."""
