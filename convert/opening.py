@@ -19,6 +19,7 @@ from krasis.formats.checkpoints.gguf import GgufCheckpoint
 from krasis.formats.checkpoints.gguf_kind import check_is_model
 from krasis.formats.checkpoints.hf_config import read_hf_config
 from krasis.formats.checkpoints.quantised.registry import quantisation_beside, quantisation_of
+from krasis.formats.checkpoints.quantised.scaled_blocks import of_gguf
 from krasis.formats.checkpoints.quantised.settings import Quantisation
 from krasis.formats.checkpoints.quantised.table import quantised_table
 from krasis.formats.checkpoints.quantised.tensors import Tensors
@@ -68,6 +69,7 @@ class _Table:
         if isinstance(checkpoint, GgufCheckpoint):
             for name, gguf in checkpoint.tensors.items():
                 self._infos[name] = TensorInfo(gguf.ggml_type, gguf.shape, gguf.offset_bytes, gguf.num_bytes)
+            quantisation = of_gguf(Tensors(self._infos, self.view, self.where))
         else:
             for name, info in checkpoint.tensors.items():
                 self._infos[name] = TensorInfo(info.dtype, info.shape, info.offset_bytes, info.num_bytes)

@@ -17,6 +17,7 @@ from krasis.convert.slices import FLOAT_BYTES, Bytes, TensorSlice
 from krasis.convert.source_names import ExpertPlace, SourceNames
 from krasis.convert.source_parts import SourcePart
 from krasis.convert.vocabulary import check_vocabulary
+from krasis.formats.checkpoints.foreign_ggml_types import INSTEAD
 from krasis.formats.checkpoints.ggml_blocks import SUPPORTED_TYPES, tensor_bytes
 from krasis.formats.checkpoints.quantised.weight import QuantisedWeight
 from krasis.formats.checkpoints.quantised_checkpoint import type_hint
@@ -360,7 +361,10 @@ class WeightSource:
             )
         if self.kind == "gguf" and dtype not in SUPPORTED_TYPES:
             raise FormatError(
-                "unsupported GGUF type", where=where, got=dtype, limit=", ".join(SUPPORTED_TYPES)
+                f"tensors of type {dtype} hold no weights, or nothing here decodes them",
+                where=where,
+                limit=", ".join(SUPPORTED_TYPES),
+                hint=f"take {INSTEAD}",
             )
         if len(shape) == 1 and dtype not in FLOAT_BYTES:
             raise FormatError(

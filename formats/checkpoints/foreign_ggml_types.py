@@ -13,6 +13,7 @@ _IK = """36 I2_S, 97 Q8_0_X4, 98 Q8_1_X4, 99 Q8_2_X4, 133 Q6_0, 134 IQ1_BN, 135 
 220 IQ4_NL_R4, 221 IQ3_S_R4, 222 IQ2_S_R4, 223 IQ4_XS_R8, 229 IQ1_M_R4, 230 BF16_R16, 233 Q6_0_R4,
 335 IQ2_BN_R4, 337 IQ2_K_R4, 338 IQ3_K_R4, 339 IQ4_K_R4, 340 IQ5_K_R4, 344 IQ4_KS_R4, 352 IQ5_KS_R4,
 353 MXFP4_R8, 397 Q8_K_R16, 398 Q8_KV_R8, 399 Q8_K_R8"""
+_NEWER = "42 Q2_0"
 _REMOVED = "4 Q4_2, 5 Q4_3, 31 Q4_0_4_4, 32 Q4_0_4_8, 33 Q4_0_8_8, 37 IQ4_NL_4_8, 38 IQ4_NL_8_8"
 
 
@@ -22,8 +23,9 @@ def _table(text: str) -> dict[int, str]:
 
 IK_TYPES = _table(_IK)
 REMOVED_TYPES = _table(_REMOVED)
+NEWER_TYPES = _table(_NEWER)
 _NEWEST_OF_GGML = 96  # above the numbers that ggml has given so far, below all of ik_llama.cpp's own
-_INSTEAD = "another quantisation of the model (Q8_0 is kept without loss), or its BF16 checkpoint"
+INSTEAD = "another quantisation of the model (Q8_0 is kept without loss), or its BF16 checkpoint"
 
 
 def explain_type(number: int) -> tuple[str, str]:
@@ -32,14 +34,17 @@ def explain_type(number: int) -> tuple[str, str]:
     if name is not None:
         packed = name.rpartition("_R")[2].isdecimal()
         also = ", repacked for one kind of CPU" if packed else ""
-        return f"tensor type {name} is ik_llama.cpp's own{also}, not one of llama.cpp's", f"take {_INSTEAD}"
+        return f"tensor type {name} is ik_llama.cpp's own{also}, not one of llama.cpp's", f"take {INSTEAD}"
     name = REMOVED_TYPES.get(number)
     if name is not None:
-        return f"tensor type {name} was removed from llama.cpp", f"take {_INSTEAD}"
+        return f"tensor type {name} was removed from llama.cpp", f"take {INSTEAD}"
+    name = NEWER_TYPES.get(number)
+    if name is not None:
+        return f"tensor type {name} is llama.cpp's, but nothing here decodes it yet", f"take {INSTEAD}"
     if number <= _NEWEST_OF_GGML:
-        hint = f"it may be newer than the installed gguf package (pip install -U gguf); or take {_INSTEAD}"
+        hint = f"it may be newer than the installed gguf package (pip install -U gguf); or take {INSTEAD}"
         return f"tensor type {number} is not known to this program", hint
     return (
         f"tensor type {number} is none of llama.cpp's",
-        f"the file is of another program or damaged: take {_INSTEAD}",
+        f"the file is of another program or damaged: take {INSTEAD}",
     )

@@ -35,8 +35,9 @@ class BytesReader:
         if tensors.infos[name].dtype != ("I8" if self.integers else "F8_E4M3") or name.endswith(_PARTS):
             return None
         codes = tensors.codes(name, 2, 3)
-        names = [f"{name}_scale", f"{name}_scale_inv"]
-        scale = tensors.need(name, *reversed(names), *([f"{name[:-7]}.scale"] if _is_weight(name) else ()))
+        names = [f"{name}_scale_inv", f"{name}_scale"]
+        names += [f"{name[:-6]}scale", f"{name[:-6]}qscale_weight"] if name.endswith(".weight") else []
+        scale = tensors.need(name, *names)
         if self.integers and scale.dtype in ("U8", "F8_E8M0"):
             return None  # FP4 codes, two a byte
         if self.asymmetric:
@@ -55,10 +56,6 @@ class BytesReader:
                 zeros=_zeros(tensors.find(f"{name}_zero_point"), grid) if self.integers else None,
             ),
         )
-
-
-def _is_weight(name: str) -> bool:
-    return name.endswith(".weight")
 
 
 def _zeros(stored: Stored | None, grid: Grid) -> ZeroPoints | None:

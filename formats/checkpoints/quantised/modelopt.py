@@ -22,11 +22,12 @@ def recognise(settings: Settings) -> Quantisation:
     if names == ["MIXED_PRECISION"]:
         names += [_algorithm(layers.inner(name)) for name in layers.table]
     used = ", ".join(dict.fromkeys(name for name in names if name))
+    # Without an algorithm too: a file beside config.json may have it, and a cache's leaves the weights plain.
     readers = (BytesReader((_BLOCK, MX_BLOCK)), Fp4Reader())
-    return Quantisation(f"NVIDIA ModelOpt, {used}" if used else "NVIDIA ModelOpt", readers if used else ())
+    return Quantisation(f"NVIDIA ModelOpt, {used}" if used else "NVIDIA ModelOpt", readers)
 
 
 def _algorithm(settings: Settings, *more: str) -> str:
-    """The algorithm; an empty text where only the cache of keys and values is quantised."""
+    """The algorithm; an empty text where none is told."""
     settings.expect("quant_algo", *_ALGORITHMS, *more)
     return str(settings.table.get("quant_algo") or "")

@@ -13,6 +13,7 @@ from krasis.formats.errors import FormatError, UnsupportedModelError
 # What belongs to the quantisation of activations, and of the cache: nothing of it is used here.
 _NEEDLESS = (
     *("input_scale", "input_zero_point", "input_global_scale", "activation_scale", "output_scale"),
+    "qscale_act",
     "output_zero_point",
 )
 _OF_THE_CACHE = ("k_scale", "v_scale", "q_scale", "kv_scale", "k_zero_point", "v_zero_point")

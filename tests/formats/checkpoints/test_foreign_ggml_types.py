@@ -39,6 +39,12 @@ def test_removed_types(number: int, name: str) -> None:
     assert f"type {name} was removed from llama.cpp" in explain_type(number)[0]
 
 
+def test_types_that_nothing_decodes_yet() -> None:
+    what, hint = explain_type(42)
+    assert "type Q2_0 is llama.cpp's, but nothing here decodes it" in what
+    assert "Q8_0" in hint
+
+
 def test_newer_and_impossible_numbers() -> None:
     assert "pip install -U gguf" in explain_type(60)[1]
     assert "another program or damaged" in explain_type(2**31)[1]
