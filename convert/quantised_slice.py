@@ -9,8 +9,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from krasis.convert.slices import Bytes, Floats, TensorSlice
+from krasis.convert.slices import FLOAT_BYTES, Bytes, Floats, TensorSlice
+from krasis.formats.checkpoints.ggml_blocks import block_size
 from krasis.formats.checkpoints.quantised.weight import QuantisedWeight
+from krasis.formats.errors import FormatError
 from krasis.formats.layouts.matrix import MatrixView
 
 
@@ -18,6 +20,9 @@ from krasis.formats.layouts.matrix import MatrixView
 class QuantisedSlice(TensorSlice):
     """As ``TensorSlice``; the bytes are those of the codes. weight: what these are rows of, from ``first``
     on, counted through all experts' matrices.
+
+    ``plain`` and ``at_rows`` make other slices of it; ``dataclasses.replace`` does with a float type and the
+    bytes of its elements. Other bytes under the same type are no weights, and are refused.
 
     Codes that do not lie row after row are in the slice that begins at the first row, all of them.
     """
@@ -27,42 +32,52 @@ class QuantisedSlice(TensorSlice):
 
     @property
     def is_float(self) -> bool:
-        """Never."""
-        return False
+        """Only once the weights were replaced."""
+        return self.dtype in FLOAT_BYTES
 
     @property
     def row_bytes(self) -> int:
         """Bytes of codes a row."""
-        return self.total_bytes // num_rows(self.weight)
+        return (
+            self.raw.nbytes // self.shape[0] if self.is_float else self.total_bytes // num_rows(self.weight)
+        )
 
     @property
     def block(self) -> tuple[int, int]:
         """(weights, bytes) of what cannot be divided in the codes."""
-        return self.weight.block
+        return block_size(self.dtype, self.where) if self.is_float else self.weight.block
 
     def rows(self, start: int, stop: int) -> TensorSlice:
         """Rows ``start`` to ``stop`` (clipped to the last)."""
+        if self.is_float:
+            return TensorSlice.rows(self, start, stop)
+        self._check_bytes()
         return quantised_slice(self.weight, self.where, self.first + start, min(stop, self.shape[0]) - start)
 
     def decode(self) -> Floats:
         """The weights as float32."""
+        if self.is_float:
+            return TensorSlice.decode(self)
+        self._check_bytes()
         return self.weight.decode(self.first, self.shape[0])
 
     def matrix(self) -> MatrixView:
         """The slice for a packer, dequantised."""
-        return MatrixView(self.decode(), "F32")
+        return TensorSlice.matrix(self) if self.is_float else MatrixView(self.decode(), "F32")
 
     def steps(self) -> QuantisedSlice | None:
         """Itself if ``blocks`` has its weights without loss."""
-        return self if self.weight.is_steps(self.first, self.shape[0]) else None
+        return self if not self.is_float and self.weight.is_steps(self.first, self.shape[0]) else None
 
     def blocks(self) -> MatrixView:
         """The weights as blocks of Q8_0."""
+        self._check_bytes()
         return MatrixView(self.weight.steps(self.first, self.shape[0]).q8_0(), "Q8_0")
 
-    def reordered(self, order: npt.NDArray[np.int64]) -> TensorSlice:
-        """The same rows, the one at ``order[i]`` as the i-th, in float32."""
-        return self.plain(self.decode()[order])
+    def at_rows(self, places: npt.NDArray[np.int64]) -> TensorSlice:
+        """The rows at these places, in their order and in float32."""
+        values = self.decode()[places]
+        return replace(self.plain(values), shape=values.shape)
 
     def plain(self, values: Floats) -> TensorSlice:
         """The same rows with other weights, in float32."""
@@ -72,6 +87,14 @@ class QuantisedSlice(TensorSlice):
         """Whether the first weight of a block of the bytes is 0."""
         row, column = self.weight.locate(self.offset_bytes // self.block[1] + block)
         return not self.weight.decode(row, 1)[0, column]
+
+    def _check_bytes(self) -> None:
+        """Raises FormatError for bytes that are not those of the weight: its scales would be others'."""
+        expected = quantised_slice(self.weight, self.where, self.first, self.shape[0]).raw
+        if self.raw.nbytes != expected.nbytes or self.raw.ctypes.data != expected.ctypes.data:
+            raise FormatError(
+                "codes of a quantised weight were taken apart from their scales", where=self.where
+            )
 
     def companions(self) -> Iterator[tuple[str, Bytes]]:
         """Names and bytes of the other tensors that the weights are made of."""

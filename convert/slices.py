@@ -111,10 +111,10 @@ class TensorSlice:
         """Names and bytes of the other tensors that the weights are made of."""
         return ()
 
-    def reordered(self, order: npt.NDArray[np.int64]) -> TensorSlice:
-        """The same rows, the one at ``order[i]`` as the i-th."""
-        rows = self.raw.reshape(self.shape[0], -1)
-        return replace(self, raw=np.ascontiguousarray(rows[order]).reshape(-1))
+    def at_rows(self, places: npt.NDArray[np.int64]) -> TensorSlice:
+        """The rows at these places, in their order."""
+        rows = self.raw.reshape(self.shape[0], -1)[places]
+        return replace(self, raw=np.ascontiguousarray(rows).reshape(-1), shape=(len(rows), *self.shape[1:]))
 
     def plain(self, values: Floats) -> TensorSlice:
         """The same rows with other weights, in float32."""

@@ -61,14 +61,14 @@ class SourcePart:
     def restored(self, block: TensorSlice) -> TensorSlice:
         """A block of ``blocks`` as the model has it."""
         if self.pick is not None and self._picks_rows:
-            block = _rows_at(block, self.pick)
+            block = block.at_rows(self.pick.places)
         return self._computed(self._ordered(block))
 
     def _ordered(self, block: TensorSlice) -> TensorSlice:
         if self.pick is not None and not self._picks_rows:
             return _columns_at(block, self.pick)
         if self.transform == "undo_rope_permutation":
-            return block.reordered(self._order(block.shape[0]))
+            return block.at_rows(self._order(block.shape[0]))
         return block
 
     def _computed(self, block: TensorSlice) -> TensorSlice:
@@ -112,12 +112,6 @@ def stacked_dtype(parts: list[SourcePart]) -> str:
     """The type of a plain blob made of these: theirs if they have one, else F32."""
     dtypes = {part.dtype for part in parts}
     return dtypes.pop() if len(dtypes) == 1 else "F32"
-
-
-def _rows_at(block: TensorSlice, pick: Pick) -> TensorSlice:
-    """Rows of a whole tensor."""
-    rows = block.raw.reshape(block.shape[0], -1)[pick.places]
-    return replace(block, raw=rows.reshape(-1), shape=(len(pick.places), *block.shape[1:]))
 
 
 def _columns_at(block: TensorSlice, pick: Pick) -> TensorSlice:
