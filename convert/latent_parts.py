@@ -34,9 +34,8 @@ class LatentPart(SourcePart):
         """A block of whole heads as the model has it; float32 of keys that are quantised."""
         heads, columns = block.shape[0] // self.head_rows, block.shape[1]
         if self.transform == "latent_values":
-            rows = block.raw.reshape(heads, self.head_rows, -1)[:, self.nope_dim :]
-            shape = (heads * (self.head_rows - self.nope_dim), columns)
-            return replace(block, shape=shape, raw=np.ascontiguousarray(rows).reshape(-1))
+            rows = np.arange(block.shape[0]).reshape(heads, self.head_rows)[:, self.nope_dim :]
+            return block.at_rows(rows.reshape(-1))
         values = block.floats() if block.is_float else block.decode()
         turned = values.reshape(heads, self.head_rows, columns)[:, : self.nope_dim].transpose(0, 2, 1)
         raw = np.ascontiguousarray(turned).reshape(-1).view(np.uint8)

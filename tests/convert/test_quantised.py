@@ -125,6 +125,14 @@ def test_transposed_experts_in_one_tensor(tmp_path: Path) -> None:
     assert shards(quantised) == shards(plain)
 
 
+def test_keys_and_values_of_latents(tmp_path: Path) -> None:
+    """kv_b_proj holds both, head by head; keys are turned. As DeepSeek releases its models."""
+    source = tiny("deepseek_v3", tmp_path / "hf")
+    quantised, plain = quantise(source, tmp_path, SCHEMES["fp8"])
+    assert "model.layers.0.self_attn.kv_b_proj.weight_scale_inv" in ShardedCheckpoint.open(quantised).tensors
+    assert shards(quantised) == shards(plain)
+
+
 @pytest.mark.parametrize("scheme", ["fp8", "int4", "awq"])
 def test_beside_a_gguf_of_the_same_model(original: Path, tmp_path: Path, scheme: str) -> None:
     quantised, plain = quantise(original, tmp_path, SCHEMES[scheme])
