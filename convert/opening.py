@@ -97,15 +97,19 @@ class _Table:
         return info.offset_bytes, info.offset_bytes + info.num_bytes
 
     def view(self, name: str, begin: int = 0, end: int | None = None) -> Bytes:
-        return self._checkpoint.view(name, begin, end)
+        return self._checkpoint.view(self._held(name), begin, end)
 
     def where(self, name: str) -> str:
-        weight = self._weights[name].quantised if name not in self._infos else None
-        name = name if weight is None else weight.codes.name
+        name = self._held(name)
         return f"{self._checkpoint.file_of(name).path}: '{name}'"
 
     def release(self, name: str) -> None:
-        self._checkpoint.release(name)
+        self._checkpoint.release(self._held(name))
+
+    def _held(self, name: str) -> str:
+        """The file's tensor: of a quantised weight that holds the codes."""
+        weight = self._weights[name].quantised if name not in self._infos else None
+        return name if weight is None else weight.codes.name
 
     def files(self) -> tuple[SourceFile, ...]:
         """Name, size, time and a digest of what the headers say, per file."""

@@ -153,6 +153,24 @@ def test_a_gguf_of_another_model_is_noticed(original: Path, tmp_path: Path) -> N
     assert "another model or version" in done.output
 
 
+def test_a_tied_head_that_is_there_quantised_too(original: Path, tmp_path: Path) -> None:
+    """The same codes are the same matrix; what lies beside it under its name is left alone."""
+    quantised, plain = quantise(original, tmp_path, SCHEMES["int4"], lambda name: "embed_tokens" in name)
+    parts = ("weight_packed", "weight_scale", "weight_shape")
+
+    def tie(tensors: Tensors) -> None:
+        tensors.pop("lm_head.weight")
+        tensors |= {f"lm_head.{part}": tensors[f"model.embed_tokens.{part}"] for part in parts}
+
+    change(quantised, tie)
+    change(plain, lambda tensors: tensors.pop("lm_head.weight"))
+    for folder in (quantised, plain):
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+        config["tie_word_embeddings"] = True
+        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert shards(quantised) == shards(plain)
+
+
 def test_biases_of_zeros(original: Path, tmp_path: Path) -> None:
     """Some quantisers give every matrix a bias; one that is not zero would be dropped, so it is refused."""
     quantised, plain = quantise(original, tmp_path, SCHEMES["gptq"])
