@@ -371,13 +371,15 @@ class WeightSource:
                 "a vector must not be quantised", where=where, got=dtype, limit=", ".join(FLOAT_BYTES)
             )
 
+    def _is_empty_bias(self, name: str) -> bool:
+        """Some quantisers give every matrix that they quantise a bias, of zeros where the model has none."""
+        beside = self._infos.get(f"{name.removesuffix('bias')}weight") if name.endswith(".bias") else None
+        return beside is not None and beside.quantised is not None and not self._table.view(name).any()
+
     def _check_no_others(self, expected: set[str]) -> None:
         others = sorted(name for name in self._infos if name not in expected)
         others = [name for name in others if not self._names.is_needless(name)]
-        # Some quantisers give every matrix a bias, of zeros where the model has none.
-        others = [
-            name for name in others if not (name.endswith(".bias") and not self._table.view(name).any())
-        ]
+        others = [name for name in others if not self._is_empty_bias(name)]
         of = {name: self._names.left_out(name) for name in others}
         self.left_out = Counter(what for what in of.values() if what)
         others = [name for name in others if of[name] is None]
