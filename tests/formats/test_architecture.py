@@ -121,7 +121,7 @@ def test_defaults_are_those_of_transformers():
         ("mlp_only_layers", [0], "mlp_only_layers"),
         ("decoder_sparse_step", 2, "decoder_sparse_step"),
         ("hidden_act", "gelu", "hidden_act.*'gelu'"),
-        ("quantization_config", {"quant_method": "fp8"}, "quantization_config"),
+        ("quantization_config", {"quant_method": "hqq"}, "quantization_config"),
         ("layer_types", ["sliding_attention"], "layer_types"),
         ("architectures", ["Qwen3MoeForTokenClassification"], "architectures"),
         ("rope_scaling", {"rope_type": "llama3", "factor": 2.0}, "rope_type.*'llama3'"),
