@@ -49,14 +49,17 @@ typedef enum krasis_dtype { KRASIS_F32 = 0, KRASIS_BF16 = 1, KRASIS_F16 = 2 } kr
 typedef enum krasis_tiles {
     KRASIS_TILES_Q8 =
         0, /* cpu-q8-r32-b32: 32 rows x 32 k: int8 [8 k4][32 rows][4 k], then f16 scales [32 rows] (1088 B) */
-    KRASIS_TILES_I4 = 1 /* cpu-i4-r32-b32: 32 rows x 32 k: u8 [8 k4][16][4 k], low nibble = row j, high = row 16+j,
-                           code u = q + 8; then f16 scales [32 rows] (576 B) */
+    KRASIS_TILES_I4 = 1,   /* cpu-i4-r32-b32: 32 rows x 32 k: u8 [8 k4][16][4 k], low nibble = row j, high = row 16+j,
+                              code u = q + 8; then f16 scales [32 rows] (576 B) */
+    KRASIS_TILES_MXFP4 = 2 /* cpu-mxfp4-r32-b32: nibbles as in I4, each an E2M1 (sign, 2 bits of exponent, 1 of
+                              mantissa); then E8M0 scales u8 [32 rows], 2^(e - 127), e <= 252 (544 B) */
 } krasis_tiles;
 
 #define KRASIS_TILE_ROWS 32
 #define KRASIS_BLOCK_K 32
 #define KRASIS_Q8_TILE_BYTES 1088
 #define KRASIS_I4_TILE_BYTES 576
+#define KRASIS_MXFP4_TILE_BYTES 544
 
 /* ---- library, CPU, pool -------------------------------------------------------------------------------- */
 
@@ -169,6 +172,13 @@ KRASIS_API int32_t krasis_pack_cpu_tiles(krasis_pool *pool, int32_t tiles, const
 KRASIS_API int32_t krasis_pack_cpu_tiles_from_q8_0(krasis_pool *pool, const void *src, int64_t n, int64_t k,
                                                    int64_t part_rows, int64_t part_offset, uint8_t *dst,
                                                    krasis_pack_stats *stats);
+
+/* Lossless: src is ggml MXFP4, [n, k/32] blocks of {E8M0 scale; u8 [16], byte j = elements j (low) and j + 16} (17 B),
+ * rows contiguous. Refuses scales above 252, whose weights float32 cannot all hold. As with I4, two parts of one weight
+ * must not be packed at the same time. */
+KRASIS_API int32_t krasis_pack_cpu_tiles_from_mxfp4(krasis_pool *pool, const void *src, int64_t n, int64_t k,
+                                                    int64_t part_rows, int64_t part_offset, uint8_t *dst,
+                                                    krasis_pack_stats *stats);
 
 /* INT8 rows (dense weights): dst int8 [n/32, k/4, 32, 4], scales f32 [n] = absmax/127. n % 32 == 0, k % 32 == 0.
  * dst and scales point at the first row of this part: a fused weight is packed part by part at 32-row boundaries. */
@@ -288,6 +298,9 @@ typedef struct krasis_moe_args {
     int64_t workspace_bytes;
     int64_t *executed;
     float limit, alpha; /* of the activation, where it has them */
+    /* [E, intermediate], [E, intermediate], [E, hidden], or NULL: added to gate, to up, and to down before it is
+     * weighted. */
+    const float *gate_bias, *up_bias, *down_bias;
 } krasis_moe_args;
 
 /* Both ..._workspace_bytes functions return -1 for impossible sizes and never shrink when a number of rows or the

@@ -13,7 +13,8 @@
 
 namespace krasis {
 
-enum class StripFormat : int32_t { kQ8 = 0, kI4 = 1, kRows = 2 };  // kRows: int8 without scales in the blocks
+// kRows: int8 without scales in the blocks. kFp4: codes of twice an E2M1, half of 2^(e - 127) as scale.
+enum class StripFormat : int32_t { kQ8 = 0, kI4 = 1, kRows = 2, kFp4 = 3 };
 
 constexpr int64_t kStripRows = 32;
 constexpr int64_t kBlock = 32;
@@ -22,7 +23,14 @@ constexpr int64_t kMaxPanelTokens = 8;
 
 inline int64_t strip_block_bytes(StripFormat format) {
     if (format == StripFormat::kQ8) return KRASIS_Q8_TILE_BYTES;
+    if (format == StripFormat::kFp4) return KRASIS_MXFP4_TILE_BYTES;
     return format == StripFormat::kI4 ? KRASIS_I4_TILE_BYTES : kStripRows * kBlock;
+}
+
+// The format of a krasis_tiles.
+inline StripFormat strip_format(int32_t tiles) {
+    if (tiles == KRASIS_TILES_MXFP4) return StripFormat::kFp4;
+    return tiles == KRASIS_TILES_Q8 ? StripFormat::kQ8 : StripFormat::kI4;
 }
 
 // How `tokens` rows of activations are cut into panels: as few as possible, of widths that differ by one at most. At
@@ -53,6 +61,7 @@ void pack_panel(const krasis_acts &acts, const int32_t *rows, int64_t first_row,
 // What the accumulators start from, per unit of the sum of the activations of a block.
 inline int32_t offset_factor(int32_t isa, StripFormat format) {
     if (format == StripFormat::kI4) return 8;
+    if (format == StripFormat::kFp4) return isa == KRASIS_ISA_AVX512_VNNI ? 12 : 0;
     return isa == KRASIS_ISA_AVX512_VNNI ? 128 : 0;  // AVX2 multiplies signed codes by sign and magnitude
 }
 

@@ -130,12 +130,15 @@ Chunk::Chunk(krasis_pool *pool, const krasis_moe_args &args, const Sizes &sizes,
     : pool_(pool), args_(args), sizes_(sizes), workspace_(sizes), first_(first) {
     const int32_t isa = krasis_pool_isa(pool);
     wide_ = isa == KRASIS_ISA_AVX512_VNNI;
-    job_.format = args.tiles == KRASIS_TILES_Q8 ? StripFormat::kQ8 : StripFormat::kI4;
+    job_.format = strip_format(args.tiles);
     job_.offset_factor = offset_factor(isa, job_.format);
     job_.panel_width = panel_tokens(isa);
     job_.activation = args.activation;
     job_.limit = args.limit;
     job_.alpha = args.alpha;
+    job_.gate_bias = args.gate_bias;
+    job_.up_bias = args.up_bias;
+    job_.down_bias = args.down_bias;
     job_.hidden = args.hidden;
     job_.intermediate = args.intermediate;
     job_.top_k = args.top_k;
@@ -244,15 +247,14 @@ int64_t Chunk::run() {
 int32_t check(const krasis_moe_args &args, const Sizes &sizes) {
     const int32_t status = check_acts(args.acts);
     if (status != KRASIS_OK) return status;
-    if (args.tiles != KRASIS_TILES_Q8 && args.tiles != KRASIS_TILES_I4) return KRASIS_ERR_ARGUMENT;
+    if (args.tiles < KRASIS_TILES_Q8 || args.tiles > KRASIS_TILES_MXFP4) return KRASIS_ERR_ARGUMENT;
     if (check_activation(args.activation, args.limit, args.alpha) || !has_gate(args.activation)) {
         return KRASIS_ERR_ARGUMENT;
     }
     if (!sizes.valid() || args.acts->k != args.hidden) return KRASIS_ERR_ARGUMENT;
     if (!sizes.tiled()) return KRASIS_ERR_SHAPE;
-    const StripFormat format = args.tiles == KRASIS_TILES_Q8 ? StripFormat::kQ8 : StripFormat::kI4;
-    const int64_t expert_bytes =
-        3 * (args.intermediate / kStripRows) * (args.hidden / kBlock) * strip_block_bytes(format);
+    const int64_t tile_bytes = strip_block_bytes(strip_format(args.tiles));
+    const int64_t expert_bytes = 3 * (args.intermediate / kStripRows) * (args.hidden / kBlock) * tile_bytes;
     if (args.expert_stride_bytes < expert_bytes) return KRASIS_ERR_SHAPE;
     if (args.expert_stride_bytes > INT64_MAX / args.num_experts) return KRASIS_ERR_SHAPE;
     if (sizes.tokens == 0) return KRASIS_OK;

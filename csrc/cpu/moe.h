@@ -18,6 +18,7 @@ struct MoeJob {
     int32_t offset_factor = 0;
     int32_t activation = KRASIS_ACT_SILU;
     float limit = 0.0f, alpha = 0.0f;
+    const float *gate_bias = nullptr, *up_bias = nullptr, *down_bias = nullptr;  // of all experts
     int64_t panel_width = 1;
     int64_t hidden = 0, intermediate = 0, top_k = 0, tokens = 0;
     const uint8_t *blob = nullptr;

@@ -31,6 +31,26 @@ KRASIS_INLINE void write_middle(const MoeJob &job, const float *even, const floa
     std::memcpy(offset, &sum, sizeof sum);
 }
 
+// values: [tokens][32] += first [16], second [16]; null: nothing is added.
+KRASIS_INLINE void add_biases(float *values, int64_t tokens, const float *first, const float *second) {
+    const V16 low_rows = first ? V16::load(first) : V16::zero(), high_rows = second ? V16::load(second) : V16::zero();
+    for (int64_t t = 0; t < tokens; ++t, values += kStripRows) {
+        add(V16::load(values), low_rows).store(values);
+        add(V16::load(values + 16), high_rows).store(values + 16);
+    }
+}
+
+// Gate's and up's biases to what write_middle takes.
+KRASIS_INLINE void add_gate_up_biases(const MoeJob &job, int64_t expert, int64_t block, int64_t tokens, float *even,
+                                      float *odd) {
+    if (!job.gate_bias && !job.up_bias) return;
+    const int64_t column = expert * job.intermediate + block * kBlock;
+    const float *gate = job.gate_bias ? job.gate_bias + column : nullptr;
+    const float *up = job.up_bias ? job.up_bias + column : nullptr;
+    add_biases(even, tokens, gate, up);
+    add_biases(odd, tokens, gate ? gate + 16 : nullptr, up ? up + 16 : nullptr);
+}
+
 void moe_gate_up(const MoeJob &job, int64_t group_index, int64_t block) {
     const MoeGroup &group = job.groups[group_index];
     const PanelCut cut(group.tokens, job.hidden, job.panel_width);
@@ -42,6 +62,7 @@ void moe_gate_up(const MoeJob &job, int64_t group_index, int64_t block) {
         const int64_t end = std::min(begin + kMoePanels, cut.count);
         multiply_strip(job.format, strips, job.input_of(group), cut, begin, end, even);
         multiply_strip(job.format, strips + strip_bytes, job.input_of(group), cut, begin, end, odd);
+        add_gate_up_biases(job, group.expert, block, tokens_between(cut, begin, end), even, odd);
         const float *from_even = even, *from_odd = odd;
         for (int64_t p = begin; p < end; ++p) {
             const int64_t width = cut.width(p);
@@ -69,6 +90,10 @@ void moe_down(const MoeColumns &columns, int64_t group_index, int64_t strip) {
         const int64_t end = std::min(begin + kMoePanels, cut.count);
         multiply_strip(job.format, weight, job.middle_of(group), cut, begin, end, acc);
         const int64_t tokens = tokens_between(cut, begin, end);
+        if (job.down_bias) {
+            const float *bias = job.down_bias + group.expert * job.hidden + columns.begin + strip * kStripRows;
+            add_biases(acc, tokens, bias, bias + 16);
+        }
         for (int64_t t = 0; t < tokens; ++t, to += columns.count()) {
             V16::load(acc + t * kStripRows).store(to);
             V16::load(acc + t * kStripRows + 16).store(to + 16);

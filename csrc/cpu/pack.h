@@ -71,10 +71,16 @@ namespace avx512 {
 KRASIS_PACK_KERNELS
 }
 
+// From MXFP4 blocks; the same for both instruction sets: words are copied, nothing is computed.
+void pack_tiles_from_mxfp4(const TilesJob &job, int64_t task, PackPartial &out);
+
 // ---- checks and running, shared by the entry points ------------------------------------------------------------
 
 // KRASIS_OK, or why the source cannot be packed: null, unknown dtype, sizes that are not positive or overflow.
 int32_t check_source(const krasis_pool *pool, const PackSource &src);
+
+// The same of the tiles that a job writes.
+int32_t check_tiles(const TilesJob &job);
 
 // Divides importance by its largest entry. ARGUMENT if any is negative or not finite, or none is positive.
 int32_t normalise_importance(const float *importance, int64_t k, std::vector<float> &out);

@@ -45,10 +45,7 @@ int32_t krasis_pack_marlin(krasis_pool *pool, const void *src, int32_t dtype, in
     return run_pack_tasks(pool, num_tasks, group, kernel, &job, n * k, stats);
 }
 
-namespace {
-
-// Checks what both sources of tiles share and says how many tasks there are.
-int32_t check_tiles(const TilesJob &job) {
+int32_t krasis::check_tiles(const TilesJob &job) {
     if (!job.dst) {
         return KRASIS_ERR_ARGUMENT;
     }
@@ -58,6 +55,8 @@ int32_t check_tiles(const TilesJob &job) {
     }
     return job.src.k % KRASIS_BLOCK_K || job.src.n % job.part_rows ? KRASIS_ERR_SHAPE : KRASIS_OK;
 }
+
+namespace {
 
 int64_t num_tile_tasks(const TilesJob &job) { return (job.src.n / job.part_rows) * ceil_div(job.src.k, job.chunk_k); }
 
@@ -109,6 +108,28 @@ int32_t krasis_pack_cpu_tiles_from_q8_0(krasis_pool *pool, const void *src, int6
         return status;
     }
     const PackTask kernel = choose_kernel<TilesJob, avx2::pack_tiles_from_q8_0, avx512::pack_tiles_from_q8_0>(pool);
+    return run_pack_tasks(pool, num_tile_tasks(job), KRASIS_BLOCK_K, kernel, &job, n * k, stats);
+}
+
+int32_t krasis_pack_cpu_tiles_from_mxfp4(krasis_pool *pool, const void *src, int64_t n, int64_t k, int64_t part_rows,
+                                         int64_t part_offset, uint8_t *dst, krasis_pack_stats *stats) {
+    TilesJob job{{static_cast<const uint8_t *>(src), KRASIS_F32, k, n, k},
+                 KRASIS_TILES_MXFP4,
+                 part_rows,
+                 part_offset,
+                 kTaskColumns,
+                 nullptr,
+                 dst};
+    int32_t status = check_source(pool, job.src);
+    if (status == KRASIS_OK) {
+        status = check_tiles(job);
+    }
+    if (status != KRASIS_OK) {
+        return status;
+    }
+    const PackTask kernel = [](const void *any, int64_t task, uint8_t *, PackPartial &out) {
+        pack_tiles_from_mxfp4(*static_cast<const TilesJob *>(any), task, out);
+    };
     return run_pack_tasks(pool, num_tile_tasks(job), KRASIS_BLOCK_K, kernel, &job, n * k, stats);
 }
 

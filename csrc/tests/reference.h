@@ -70,25 +70,37 @@ struct Tiles {
     int64_t n, k;
     uint8_t *data;
 
-    int64_t tile_bytes() const { return format == KRASIS_TILES_Q8 ? KRASIS_Q8_TILE_BYTES : KRASIS_I4_TILE_BYTES; }
+    int64_t tile_bytes() const {
+        if (format == KRASIS_TILES_MXFP4) return KRASIS_MXFP4_TILE_BYTES;
+        return format == KRASIS_TILES_Q8 ? KRASIS_Q8_TILE_BYTES : KRASIS_I4_TILE_BYTES;
+    }
     int64_t bytes() const { return n / 32 * (k / 32) * tile_bytes(); }
     const uint8_t *tile(int64_t row, int64_t i) const { return data + (row / 32 * (k / 32) + i / 32) * tile_bytes(); }
     int code(int64_t row, int64_t i) const {
         const int64_t r = row % 32, k4 = i % 32 / 4, in = i % 4;
         if (format == KRASIS_TILES_Q8) return static_cast<int8_t>(tile(row, i)[k4 * 128 + r * 4 + in]);
         const uint8_t both = tile(row, i)[k4 * 64 + r % 16 * 4 + in];
-        return (r < 16 ? both & 15 : both >> 4) - 8;
+        const int nibble = r < 16 ? both & 15 : both >> 4;
+        if (format == KRASIS_TILES_I4) return nibble - 8;
+        constexpr int kTwice[8] = {0, 1, 2, 3, 4, 6, 8, 12};  // of MXFP4, whose scale is then half
+        return nibble < 8 ? kTwice[nibble] : -kTwice[nibble - 8];
     }
     float scale(int64_t row, int64_t i) const {
+        if (format == KRASIS_TILES_MXFP4) return std::ldexp(1.0f, tile(row, i)[512 + row % 32] - 128);
         uint16_t half;
         std::memcpy(&half, tile(row, i) + tile_bytes() - 64 + row % 32 * 2, sizeof half);
         return half_to_float(half);
     }
-    // Random codes (all values, -128 too) and scales of about 2^-7.
+    // Random codes (all values, -128 too) and scales of about 2^-7; of MXFP4 some of denormal numbers too.
     void fill(Random &random) const {
         for (int64_t at = 0; at < bytes(); ++at) data[at] = static_cast<uint8_t>(random.next());
         for (int64_t t = 0; t < n / 32 * (k / 32); ++t) {
             for (int r = 0; r < 32; ++r) {
+                if (format == KRASIS_TILES_MXFP4) {
+                    const int64_t e = random.below(32) ? 117 + random.below(6) : random.below(4);
+                    data[t * tile_bytes() + 512 + r] = static_cast<uint8_t>(e);
+                    continue;
+                }
                 const uint16_t half = static_cast<uint16_t>(0x1c00 + random.below(0x800) + (random.below(2) << 15));
                 std::memcpy(data + (t + 1) * tile_bytes() - 64 + r * 2, &half, sizeof half);
             }

@@ -19,6 +19,7 @@ struct MoeCase {
     int64_t stride;
     Buffer<int32_t> ids;
     Buffer<float> weights, start;
+    Buffer<float> gate_bias, up_bias, down_bias;  // empty: none
     int64_t num_pairs = 0;
 
     MoeCase(Random &random, int32_t tiles, int64_t tokens, int64_t e, int64_t h, int64_t i, int64_t k,
@@ -50,6 +51,13 @@ struct MoeCase {
             num_pairs += ids[t * top_k + j] >= 0;
         }
     }
+    void add_biases(Random &random) {
+        for (Buffer<float> *bias : {&gate_bias, &up_bias}) bias->resize(experts * intermediate);
+        down_bias.resize(experts * hidden);
+        for (Buffer<float> *bias : {&gate_bias, &up_bias, &down_bias}) {
+            for (float &value : *bias) value = random.normal();
+        }
+    }
     Tiles w13(int64_t e) { return {format, 2 * intermediate, hidden, blob.data() + e * stride}; }
     Tiles w2(int64_t e) { return {format, hidden, intermediate, blob.data() + e * stride + w13(e).bytes()}; }
 
@@ -63,7 +71,9 @@ struct MoeCase {
             return sum;
         };
         for (int64_t i = 0; i < intermediate; ++i) {
-            const double gate = dot(i / 16 * 32 + i % 16), up = dot(i / 16 * 32 + 16 + i % 16);
+            double gate = dot(i / 16 * 32 + i % 16), up = dot(i / 16 * 32 + 16 + i % 16);
+            if (!gate_bias.empty()) gate += gate_bias[e * intermediate + i];
+            if (!up_bias.empty()) up += up_bias[e * intermediate + i];
             middle[i] = gate / (1 + std::exp(-gate)) * up;
         }
         for (int64_t b = 0; quantized && b < intermediate; b += 32) {
@@ -73,6 +83,7 @@ struct MoeCase {
             for (int64_t i = b; i < b + 32 && step > 0; ++i) middle[i] = std::nearbyint(middle[i] / step) * step;
         }
         for (int64_t r = 0; r < hidden; ++r) {
+            if (!down_bias.empty()) out[r] = down_bias[e * hidden + r];
             for (int64_t i = 0; i < intermediate; ++i) out[r] += middle[i] * down.code(r, i) * down.scale(r, i);
         }
         return out;
@@ -112,6 +123,9 @@ struct MoeCase {
         args.workspace = workspace.data();
         args.workspace_bytes = static_cast<int64_t>(workspace.size());
         args.executed = executed;
+        args.gate_bias = gate_bias.empty() ? nullptr : gate_bias.data();
+        args.up_bias = up_bias.empty() ? nullptr : up_bias.data();
+        args.down_bias = down_bias.empty() ? nullptr : down_bias.data();
         return args;
     }
     Buffer<float> run(krasis_pool *pool, int64_t batch) {
@@ -154,9 +168,11 @@ void shapes() {
     const Shape shapes[] = {{0, 4, 64, 64, 2},  {1, 4, 64, 64, 1},  {1, 8, 256, 128, 8}, {2, 8, 128, 64, 2},
                             {3, 3, 192, 64, 3}, {7, 8, 64, 192, 2}, {13, 2, 64, 64, 2},  {37, 5, 128, 64, 4},
                             {65, 1, 64, 64, 1}, {5, 300, 64, 64, 4}};
-    for (int32_t format : {KRASIS_TILES_Q8, KRASIS_TILES_I4}) {
+    for (int32_t format : {KRASIS_TILES_Q8, KRASIS_TILES_I4, KRASIS_TILES_MXFP4}) {
         for (const Shape &s : shapes) {
             MoeCase c(random, format, s.tokens, s.experts, s.hidden, s.intermediate, s.top_k);
+            compare(c);
+            c.add_biases(random);
             compare(c);
         }
         MoeCase repeated(random, format, 6, 3, 64, 64, 3, true);
@@ -174,7 +190,9 @@ void large() {
     MoeCase chunks(random, KRASIS_TILES_Q8, 2 * 16384 / 8 + 5, 16, 64, 64, 8);
     MoeCase ranges(random, KRASIS_TILES_I4, 700, 16, 512, 64, 8);
     MoeCase deep(random, KRASIS_TILES_Q8, 26, 2, 1536, 64, 2);
-    for (MoeCase *c : {&chunks, &ranges, &deep}) {
+    MoeCase biased(random, KRASIS_TILES_MXFP4, 700, 16, 512, 64, 8);
+    biased.add_biases(random);
+    for (MoeCase *c : {&chunks, &ranges, &deep, &biased}) {
         std::unique_ptr<Buffer<float>> first;
         for (int32_t isa : test::available_isas()) {
             Pool pool(3, isa);
@@ -259,7 +277,7 @@ void arguments() {
     CHECK(status([](krasis_moe_args &a) { a.workspace = static_cast<uint8_t *>(a.workspace) + 4; }) ==
           KRASIS_ERR_ARGUMENT);
     CHECK(status([](krasis_moe_args &a) { a.workspace_bytes = 100; }) == KRASIS_ERR_MEMORY);
-    CHECK(status([](krasis_moe_args &a) { a.tiles = 2; }) == KRASIS_ERR_ARGUMENT);
+    CHECK(status([](krasis_moe_args &a) { a.tiles = 3; }) == KRASIS_ERR_ARGUMENT);
     CHECK(status([](krasis_moe_args &a) { a.top_k = 5; }) == KRASIS_ERR_ARGUMENT);
     CHECK(status([](krasis_moe_args &a) { a.hidden = 128; }) == KRASIS_ERR_ARGUMENT);
     CHECK(status([](krasis_moe_args &a) { a.intermediate = 48; }) == KRASIS_ERR_SHAPE);

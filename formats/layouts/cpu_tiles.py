@@ -2,22 +2,23 @@
 
 A tile of ``q8``: int8 [8 k4][32 rows][4 k], then 32 float16 scales (1088 bytes).
 A tile of ``i4``: uint8 [8 k4][16][4 k], low nibble row j, high nibble row 16 + j, code q + 8, then the scales
-(576 bytes). The tiles of 32 rows lie one after the other along k. In w13, rows 0..15 of tile row t are rows
-16t.. of gate, rows 16..31 those of up, so that one tile gives both halves of the gated unit.
+(576 bytes). A tile of ``mxfp4``: see ``mxfp4``. The tiles of 32 rows lie one after the other along k. In w13,
+rows 0..15 of tile row t are rows 16t.. of gate, rows 16..31 those of up, so that one tile gives both halves
+of the gated unit.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from krasis.formats.errors import FormatError, UnsupportedModelError
-from krasis.formats.layouts import native_pack
+from krasis.formats.layouts import mxfp4, native_pack
 from krasis.formats.layouts.expert_format import (
     Acceptance,
     ExpertTier,
@@ -40,12 +41,12 @@ from krasis.formats.layouts.matrix import MatrixView, PackStats
 from krasis.formats.native import Pool
 
 TILE_ROWS, BLOCK_K = 32, 32
-TILE_BYTES = {"q8": 1088, "i4": 576}
+TILE_BYTES = {"q8": 1088, "i4": 576, "mxfp4": mxfp4.TILE_BYTES}
 SCALES_BYTES = 64  # at the end of a tile
 SECTION_ALIGNMENT_BYTES = 64
 GATE_UP_ROWS = 32  # of gate and of up: what one unit of w13 computes
 
-_LAYOUT_ID = re.compile(r"cpu-(q8|i4)-r32-b32")
+_LAYOUT_ID = re.compile(r"cpu-(q8|i4|mxfp4)-r32-b32")
 
 Array = npt.NDArray[Any]
 
@@ -108,7 +109,7 @@ def split_rows(fused: Array) -> tuple[Array, Array]:
 
 @dataclass(frozen=True, slots=True)
 class CpuTileLayout:
-    """Experts for the CPU. tiles: ``q8`` or ``i4``. Raises UnsupportedModelError for others."""
+    """Experts for the CPU. tiles: ``q8``, ``i4`` or ``mxfp4``. Raises UnsupportedModelError for others."""
 
     tiles: str = "q8"
 
@@ -118,7 +119,7 @@ class CpuTileLayout:
 
     @property
     def layout_id(self) -> str:
-        """The name a bundle stores: ``cpu-q8-r32-b32`` or ``cpu-i4-r32-b32``."""
+        """The name a bundle stores: ``cpu-q8-r32-b32``, ``cpu-i4-r32-b32`` or ``cpu-mxfp4-r32-b32``."""
         return f"cpu-{self.tiles}-r32-b32"
 
     @classmethod
@@ -144,12 +145,12 @@ class CpuTileLayout:
 
     @property
     def scale_dtype(self) -> str:
-        """Always ``F16``."""
-        return "F16"
+        """``F16``, of ``mxfp4`` ``E8M0``."""
+        return "E8M0" if self.tiles == "mxfp4" else "F16"
 
     @property
     def int8_tile(self) -> Int8Tile | None:
-        """A tile of ``q8``; None for ``i4``."""
+        """A tile of ``q8``; None for 4 bits."""
         return Int8Tile(TILE_BYTES["q8"], SCALES_BYTES) if self.tiles == "q8" else None
 
     def group_of(self, k: int, where: str = "") -> int:
@@ -170,8 +171,9 @@ class CpuTileLayout:
         return self
 
     def accepts(self, dtype: str) -> Acceptance:
-        """Tiles of ``q8`` keep codes and scales of Q8_0."""
-        return "as is" if self.tiles == "q8" and dtype == "Q8_0" else accepts_floats(dtype)
+        """Tiles of ``q8`` keep codes and scales of Q8_0, those of ``mxfp4`` of MXFP4."""
+        kept = {"q8": "Q8_0", "mxfp4": "MXFP4"}.get(self.tiles)
+        return "as is" if dtype == kept else accepts_floats(dtype)
 
     def explained_error(self, k: int) -> float:
         """See ``Layout``."""
@@ -216,11 +218,20 @@ class CpuTileLayout:
         importance: npt.NDArray[np.float32] | None = None,
         where: str = "",
     ) -> PackStats:
-        """Packs one matrix of an expert (Q8_0 without loss) into its rows of a record, ``out``."""
+        """Packs one matrix of an expert (Q8_0, MXFP4 without loss) into its rows of a record, ``out``.
+
+        importance: not for ``mxfp4``, whose scales are powers of two.
+        """
         check_part(part, matrix, hidden, intermediate, where)
         spec = self.expert_record(hidden, intermediate)
         check_record(out, spec, where, writable=True)
         section = spec.w2_codes if part == "down" else spec.w13_codes
+        if self.tiles == "mxfp4" and matrix.dtype != "MXFP4":
+            blocks, lost = _as_mxfp4(matrix, where)
+            packed = self.pack_part(
+                pool, part, blocks, out, hidden=hidden, intermediate=intermediate, where=where
+            )
+            return replace(lost, count=packed.count)
         return native_pack.pack_cpu_tiles(
             pool,
             matrix,
@@ -245,30 +256,48 @@ class CpuTileLayout:
     ) -> PackStats:
         """Packs gate, up [intermediate, hidden] and down [hidden, intermediate] into a record, padding too.
 
-        Matrices of Q8_0 keep their codes and scales (``q8`` tiles only). Raises FormatError, naming the row,
-        for weights that are not finite or too large for float16 scales.
+        Matrices of Q8_0 keep their codes and scales (``q8`` tiles only), those of MXFP4 too (``mxfp4``).
+        Raises FormatError, naming the row, for weights that are not finite or too large for float16 scales.
         """
         return pack_parts(self, pool, {"gate": gate, "up": up, "down": down}, out, importance, where)
 
     def unpack_codes(
         self, record: npt.NDArray[np.uint8], hidden: int, intermediate: int
     ) -> tuple[tuple[Array, Array], tuple[Array, Array], tuple[Array, Array]]:
-        """(codes int8 [n, k], scales float16 [n, k/32]) of gate, up and down, exactly as stored."""
+        """(codes int8 [n, k], scales float16 [n, k/32]) of gate, up and down, exactly as stored; of ``mxfp4``
+        both uint8.
+        """
         spec = self.expert_record(hidden, intermediate)
         check_record(record, spec, self.layout_id, writable=False)
         tile_bytes = TILE_BYTES[self.tiles]
         w13 = spec.w13_codes.of(record).reshape(2 * intermediate // 32, hidden // 32, tile_bytes)
         w2 = spec.w2_codes.of(record).reshape(hidden // 32, intermediate // 32, tile_bytes)
-        codes, scales = unpack_tiles(w13, self.tiles)
-        (gate, up), (gate_scales, up_scales) = split_rows(codes), split_rows(scales)
-        return (gate, gate_scales), (up, up_scales), unpack_tiles(w2, self.tiles)
+        both, down = [
+            mxfp4.unpack_tiles(one) if self.tiles == "mxfp4" else unpack_tiles(one, self.tiles)
+            for one in (w13, w2)
+        ]
+        (gate, up), (gate_scales, up_scales) = split_rows(both[0]), split_rows(both[1])
+        return (gate, gate_scales), (up, up_scales), down
 
     def unpack_expert(
         self, record: npt.NDArray[np.uint8], hidden: int, intermediate: int
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         """gate, up [intermediate, hidden] and down [hidden, intermediate], dequantised."""
-        gate, up, down = (dequantize(*part) for part in self.unpack_codes(record, hidden, intermediate))
+        made = mxfp4.dequantize if self.tiles == "mxfp4" else dequantize
+        gate, up, down = (made(*part) for part in self.unpack_codes(record, hidden, intermediate))
         return gate, up, down
+
+
+def _as_mxfp4(matrix: MatrixView, where: str) -> tuple[MatrixView, PackStats]:
+    """A matrix of floats in blocks of MXFP4, and what that lost."""
+    weights = matrix.to_float32()
+    if not np.isfinite(weights).all():
+        raise native_pack.bad_row(matrix, int((~np.isfinite(weights)).any(axis=1).argmax()), np.inf, where)
+    blocks = MatrixView(mxfp4.quantize(weights), "MXFP4")
+    error = (weights - blocks.to_float32()).astype(np.float64)
+    largest = float(np.abs(error).max())
+    squares = float(np.square(error).sum()), float(np.square(weights, dtype=np.float64).sum())
+    return blocks, PackStats(*squares, largest)
 
 
 def dequantize(codes: npt.NDArray[np.int8], scales: npt.NDArray[np.float16]) -> npt.NDArray[np.float32]:

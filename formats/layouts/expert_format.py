@@ -82,7 +82,7 @@ class ExpertFormat(Layout, Protocol):
 
     @property
     def scale_dtype(self) -> str:
-        """``BF16`` or ``F16``."""
+        """``BF16``, ``F16`` or ``E8M0``."""
 
     def group_of(self, k: int, where: str = "") -> int:
         """Input features a scale, for k of them. Raises UnsupportedModelError unless that divides k."""

@@ -9,13 +9,22 @@ import numpy as np
 import numpy.typing as npt
 
 from krasis.formats.errors import FormatError
+from krasis.formats.layouts import mxfp4
 
 Array = npt.NDArray[Any]
 
 Q8_0_BLOCK_BYTES = 34
 Q8_0_BLOCK_K = 32
 
-_NUMPY_DTYPES = {"F32": ("float32",), "BF16": ("uint16",), "F16": ("float16", "uint16"), "Q8_0": ("uint8",)}
+_NUMPY_DTYPES = {
+    "F32": ("float32",),
+    "BF16": ("uint16",),
+    "F16": ("float16", "uint16"),
+    "Q8_0": ("uint8",),
+    "MXFP4": ("uint8",),
+}
+# (weights, bytes) of a block of a type that is made of blocks.
+_BLOCKS = {"Q8_0": (Q8_0_BLOCK_K, Q8_0_BLOCK_BYTES), "MXFP4": (mxfp4.BLOCK_K, mxfp4.BLOCK_BYTES)}
 
 
 def bf16_to_float32(values: Array) -> npt.NDArray[np.float32]:
@@ -35,7 +44,8 @@ class MatrixView:
     """A weight [n output features, k input features] in memory; nothing is copied.
 
     data: two-dimensional, rows may be strided, elements of a row adjacent. float32 for ``F32``, uint16
-    for ``BF16``, float16 or uint16 for ``F16``; for ``Q8_0`` uint8 [n, k/32*34], blocks as ggml stores them.
+    for ``BF16``, float16 or uint16 for ``F16``; for ``Q8_0`` uint8 [n, k/32*34] and for ``MXFP4`` uint8
+    [n, k/32*17], blocks as ggml stores them.
     Raises FormatError if data is not of that form.
     """
 
@@ -63,9 +73,12 @@ class MatrixView:
                 "rows of a matrix must be contiguous and in order",
                 got=f"strides {data.strides} for shape {data.shape}",
             )
-        if self.dtype == "Q8_0" and data.shape[1] % Q8_0_BLOCK_BYTES:
+        block_bytes = _BLOCKS.get(self.dtype, (1, 1))[1]
+        if data.shape[1] % block_bytes:
             raise FormatError(
-                "rows of Q8_0 must be whole blocks", got=f"{data.shape[1]} bytes", limit="multiple of 34"
+                f"rows of {self.dtype} must be whole blocks",
+                got=f"{data.shape[1]} bytes",
+                limit=f"multiple of {block_bytes}",
             )
 
     @property
@@ -76,8 +89,8 @@ class MatrixView:
     @property
     def k(self) -> int:
         """Input features (columns), in weights."""
-        width = int(self.data.shape[1])
-        return width // Q8_0_BLOCK_BYTES * Q8_0_BLOCK_K if self.dtype == "Q8_0" else width
+        weights, num_bytes = _BLOCKS.get(self.dtype, (1, 1))
+        return int(self.data.shape[1]) // num_bytes * weights
 
     @property
     def row_stride(self) -> int:
@@ -101,6 +114,8 @@ class MatrixView:
             blocks = np.ascontiguousarray(self.data).reshape(self.n, -1, Q8_0_BLOCK_BYTES)
             scales = np.ascontiguousarray(blocks[..., :2]).view(np.float16).astype(np.float32)
             return (blocks[..., 2:].view(np.int8) * scales).reshape(self.n, self.k)
+        if self.dtype == "MXFP4":
+            return mxfp4.dequantize(*mxfp4.split_blocks(np.ascontiguousarray(self.data)))
         return self.data.astype(np.float32, copy=True)
 
 

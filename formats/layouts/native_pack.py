@@ -11,10 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from krasis.formats.errors import FormatError, NativeError
+from krasis.formats.layouts import mxfp4
 from krasis.formats.layouts.matrix import MatrixView, PackStats
 from krasis.formats.native import DTYPE_CODES, STATUS_NONFINITE, Pool, check, library
 
-TILE_CODES = {"q8": 0, "i4": 1}
+TILE_CODES = {"q8": 0, "i4": 1, "mxfp4": 2}
 
 _F16_LARGEST = 65504.0
 _I32, _I64, _PTR = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
@@ -36,7 +37,15 @@ _ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "krasis_pack_marlin": (*_MATRIX, _I32, _I64, _I64, _I64, _PTR, _PTR, _PTR, _I32),
     "krasis_pack_cpu_tiles": (_I32, *_MATRIX, _I64, _I64, _PTR, _PTR),
     "krasis_pack_cpu_tiles_from_q8_0": (_PTR, _I64, _I64, _I64, _I64, _PTR),
+    "krasis_pack_cpu_tiles_from_mxfp4": (_PTR, _I64, _I64, _I64, _I64, _PTR),
     "krasis_pack_int8_rows": (*_MATRIX, _PTR, _PTR),
+}
+
+
+# dtype of blocks -> the tiles that hold them without loss, and what packs them
+_BLOCKS = {
+    "Q8_0": ("q8", "krasis_pack_cpu_tiles_from_q8_0"),
+    "MXFP4": ("mxfp4", "krasis_pack_cpu_tiles_from_mxfp4"),
 }
 
 
@@ -54,12 +63,21 @@ def _call(
     stats = _Stats(nonfinite_row=-1)
     status = _function(name)(pool.handle, *arguments, ctypes.byref(stats))
     if status == STATUS_NONFINITE:
-        raise _bad_row(matrix, int(stats.nonfinite_row), limit, where)
+        raise bad_row(matrix, int(stats.nonfinite_row), limit, where)
     check(status, name)
     return PackStats(stats.squared_error, stats.squared_sum, stats.max_abs_error, stats.count)
 
 
-def _bad_row(matrix: MatrixView, row: int, limit: float, where: str) -> FormatError:
+def bad_row(matrix: MatrixView, row: int, limit: float, where: str) -> FormatError:
+    """What is wrong with a row that cannot be packed. limit: the largest weight that scales can hold."""
+    if matrix.dtype == "MXFP4":
+        return FormatError(
+            "scale of an MXFP4 block is NaN, or beyond what float32 holds",
+            where=where,
+            got=f"exponent {mxfp4.split_blocks(matrix.data[row : row + 1])[1].max()} in row {row}",
+            limit=mxfp4.LARGEST_SCALE,
+            hint="the source file is damaged",
+        )
     values = MatrixView(matrix.data[row : row + 1], matrix.dtype).to_float32()[0]
     broken = np.flatnonzero(~np.isfinite(values))
     if broken.size:
@@ -168,17 +186,18 @@ def pack_cpu_tiles(
     importance: npt.NDArray[np.float32] | None = None,
     where: str = "",
 ) -> PackStats:
-    """Packs a matrix [n, k] of floats or Q8_0 blocks into its rows of a weight of n * 32 / part_rows rows.
+    """Packs a matrix [n, k] of floats or blocks into its rows of a weight of n * 32 / part_rows rows.
 
-    tiles: ``q8`` or ``i4``; Q8_0 goes into q8 only, without loss. out: uint8, all tiles of the weight.
+    tiles: ``q8`` or ``i4``; blocks of Q8_0 go into q8 only, blocks of MXFP4 into ``mxfp4``, which takes
+    nothing else, both without loss. out: uint8, all tiles of the weight.
     """
     if part_rows not in (16, 32):
         raise NativeError("a part has 16 or 32 rows of each tile", where=where, got=part_rows)
-    tile_bytes = {"q8": 1088, "i4": 576}[tiles]
+    tile_bytes = {"q8": 1088, "i4": 576, "mxfp4": 544}[tiles]
     num_tiles = (matrix.n // part_rows) * (matrix.k // 32)
     target = writable(out, np.uint8, (num_tiles * tile_bytes,), where)
-    if matrix.dtype == "Q8_0":
-        return _pack_q8_0(pool, matrix, tiles, part_rows, part_offset, target, where)
+    if matrix.dtype in _BLOCKS or tiles == "mxfp4":
+        return _pack_blocks(pool, matrix, tiles, part_rows, part_offset, target, where)
     arguments = (
         TILE_CODES[tiles],
         *_floats(matrix, where),
@@ -191,17 +210,22 @@ def pack_cpu_tiles(
     return _call(pool, "krasis_pack_cpu_tiles", arguments, matrix, limit, where)
 
 
-def _pack_q8_0(
+def _pack_blocks(
     pool: Pool, matrix: MatrixView, tiles: str, part_rows: int, part_offset: int, target: int, where: str
 ) -> PackStats:
-    if tiles != "q8":
-        raise NativeError("Q8_0 blocks fit q8 tiles only; dequantise them first", where=where, got=tiles)
+    if matrix.dtype not in _BLOCKS:
+        raise NativeError(f"tiles of {tiles} take blocks of that type only", where=where, got=matrix.dtype)
+    fitting, function = _BLOCKS[matrix.dtype]
+    if tiles != fitting:
+        raise NativeError(
+            f"{matrix.dtype} blocks fit {fitting} tiles only; dequantise them first", where=where, got=tiles
+        )
     if matrix.row_stride != matrix.data.shape[1]:
         raise NativeError(
-            "rows of Q8_0 must be contiguous", where=where, got=f"row stride {matrix.row_stride}"
+            f"rows of {matrix.dtype} must be contiguous", where=where, got=f"row stride {matrix.row_stride}"
         )
     arguments = (matrix.address, matrix.n, matrix.k, part_rows, part_offset, target)
-    return _call(pool, "krasis_pack_cpu_tiles_from_q8_0", arguments, matrix, math.inf, where)
+    return _call(pool, function, arguments, matrix, math.inf, where)
 
 
 def pack_int8_rows(

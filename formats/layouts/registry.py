@@ -18,7 +18,11 @@ _EXPERT_FORMATS: tuple[Callable[[str], ExpertFormat | None], ...] = (
     CpuTileLayout.from_id,
 )
 
-CPU_FORMATS: Mapping[str, ExpertFormat] = {"q8": CpuTileLayout("q8"), "int4": CpuTileLayout("i4")}
+CPU_FORMATS: Mapping[str, ExpertFormat] = {
+    "q8": CpuTileLayout("q8"),
+    "int4": CpuTileLayout("i4"),
+    "mxfp4": CpuTileLayout("mxfp4"),
+}
 # Called with bits, group (None: one scale a channel) and the dtype of scales.
 GPU_FORMATS: Mapping[str, Callable[[int, int | None, str], ExpertFormat]] = {"marlin": MarlinLayout}
 

@@ -301,12 +301,14 @@ class Kernels:
         num_experts: int,
         scratch: Array,
         activation: Activation = _SILU,
+        biases: tuple[Array, Array, Array] | None = None,
     ) -> int:
         """out float32 [T, hidden] += the routed experts of one layer. Returns how many pairs ran; those that
         a program's run must run.
 
-        blob: uint8, num_experts records of expert_stride_bytes; tiles ``q8`` or ``i4``; acts [T, hidden];
-        ids int32 and weights float32 [T, top_k]; scratch: ``workspace`` of ``moe_workspace_bytes`` or more.
+        blob: uint8, num_experts records of expert_stride_bytes; tiles ``q8``, ``i4`` or ``mxfp4``; acts
+        [T, hidden]; ids int32 and weights float32 [T, top_k]; scratch: ``workspace`` of
+        ``moe_workspace_bytes`` or more; biases: float32 of gate, up [experts, I] and down [experts, hidden].
         """
         hidden = acts.k
         tokens, top_k = shape_2d(ids, "moe.ids")
@@ -333,7 +335,12 @@ class Kernels:
             workspace_bytes=scratch.nbytes,
             executed=program.executed_address,
         )
-        keeps = (blob, acts, ids, weights, out, scratch)
+        if biases is not None:
+            inner, outer = (num_experts, intermediate), (num_experts, hidden)
+            args.gate_bias = pointer(biases[0], inner, F32, "moe.gate_bias")
+            args.up_bias = pointer(biases[1], inner, F32, "moe.up_bias")
+            args.down_bias = pointer(biases[2], outer, F32, "moe.down_bias")
+        keeps = (blob, acts, ids, weights, out, scratch, biases)
         self._make("krasis_moe", (ctypes.byref(args),), *keeps, num_pairs=ids.size)
         return ids.size if self._program is not None else program.num_executed
 

@@ -215,6 +215,9 @@ class MoeArgs(ctypes.Structure):
         ("executed", _PTR),
         ("limit", _F32),
         ("alpha", _F32),
+        ("gate_bias", _PTR),
+        ("up_bias", _PTR),
+        ("down_bias", _PTR),
     )
 
 

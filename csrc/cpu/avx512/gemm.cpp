@@ -1,7 +1,8 @@
 // avx512/gemm.cpp: strip kernels for AVX-512 VNNI.
 //
 // vpdpbusd multiplies unsigned by signed bytes: codes are made unsigned (int8: xor 0x80 adds 128; int4: stored as u = q
-// + 8) and the accumulators start at the panel's offset, -128 or -8 times the sum of the activations.
+// + 8; E2M1: twice its value + 12, by a table) and the accumulators start at the panel's offset, -128, -8 or -12 times
+// the sum of the activations.
 #include <cstring>
 
 #include "../gemm_strip.h"
@@ -43,6 +44,13 @@ KRASIS_INLINE void load_codes(const uint8_t *block, int k4, __m512i *w0, __m512i
         const __m512i both = load_line<kFromMemory>(block + k4 * 64);
         *w0 = _mm512_and_si512(both, nibble);
         *w1 = _mm512_and_si512(_mm512_srli_epi16(both, 4), nibble);
+    } else if constexpr (kFormat == StripFormat::kFp4) {
+        const __m512i nibble = _mm512_set1_epi8(15);
+        const __m512i values =
+            _mm512_broadcast_i32x4(_mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
+        const __m512i both = load_line<kFromMemory>(block + k4 * 64);
+        *w0 = _mm512_shuffle_epi8(values, _mm512_and_si512(both, nibble));
+        *w1 = _mm512_shuffle_epi8(values, _mm512_and_si512(_mm512_srli_epi16(both, 4), nibble));
     } else {
         const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x80));
         *w0 = _mm512_xor_si512(_mm512_loadu_si512(block + k4 * 128), flip);
@@ -51,19 +59,40 @@ KRASIS_INLINE void load_codes(const uint8_t *block, int k4, __m512i *w0, __m512i
 }
 
 template <StripFormat kFormat>
-constexpr int64_t kCodeBytes = kFormat == StripFormat::kI4 ? 512 : 1024;
+constexpr bool kFourBits = kFormat == StripFormat::kI4 || kFormat == StripFormat::kFp4;
 template <StripFormat kFormat>
-constexpr int64_t kBlockBytes = kFormat == StripFormat::kRows ? 1024 : kCodeBytes<kFormat> + 64;
+constexpr int64_t kCodeBytes = kFourBits<kFormat> ? 512 : 1024;
+template <StripFormat kFormat>
+constexpr int64_t kScaleBytes = kFormat == StripFormat::kRows  ? 0
+                                : kFormat == StripFormat::kFp4 ? 32
+                                                               : 64;
+template <StripFormat kFormat>
+constexpr int64_t kBlockBytes = kCodeBytes<kFormat> + kScaleBytes<kFormat>;
+
+// Sixteen scales of a block.
+template <StripFormat kFormat>
+KRASIS_INLINE V16 load_scales(const uint8_t *scales, int64_t first) {
+    if constexpr (kFormat == StripFormat::kFp4) {
+        const __m512i e = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(scales + first)));
+        const __m512i one = _mm512_set1_epi32(1);
+        // 2^(e - 128): the exponent's bits, or below 2^-126 a bit of the mantissa, whose formula is the smaller above.
+        const __m512i normal = _mm512_slli_epi32(_mm512_sub_epi32(e, one), 23);
+        const __m512i denormal = _mm512_slli_epi32(_mm512_add_epi32(e, one), 21);
+        return V16{_mm512_castsi512_ps(_mm512_max_epi32(normal, denormal))};
+    } else {
+        return V16::load_f16(reinterpret_cast<const uint16_t *>(scales) + first);
+    }
+}
 
 // How far ahead of the multiplication a lone stream of weights is fetched. 4-bit blocks go by too fast for any CPU's
 // own prefetcher; 8-bit ones are left to it where it is good enough (fetching only some of the lines is worst of all).
 // Never a multiple of 4096: loads and prefetches that share their low twelve address bits disturb each other (10 %).
 template <StripFormat kFormat>
-constexpr int64_t kAheadBytes = (kFormat == StripFormat::kI4 ? 12 : 6) * kBlockBytes<kFormat>;
+constexpr int64_t kAheadBytes = (kFourBits<kFormat> ? 12 : 6) * kBlockBytes<kFormat>;
 
 template <StripFormat kFormat>
 bool fetches_ahead() {
-    return kFormat == StripFormat::kI4 || !follows_streams();
+    return kFourBits<kFormat> || !follows_streams();
 }
 
 template <StripFormat kFormat, int kWidth>
@@ -111,9 +140,8 @@ void kernel(const StripCall &call) {
         }
         V16 scale0, scale1;
         if constexpr (kFormat != StripFormat::kRows) {
-            const uint16_t *scales = reinterpret_cast<const uint16_t *>(block + kCodeBytes<kFormat>);
-            scale0 = V16::load_f16(scales);
-            scale1 = V16::load_f16(scales + 16);
+            scale0 = load_scales<kFormat>(block + kCodeBytes<kFormat>, 0);
+            scale1 = load_scales<kFormat>(block + kCodeBytes<kFormat>, 16);
         }
 #pragma GCC unroll 8
         for (int t = 0; t < kWidth; ++t) {
@@ -145,6 +173,7 @@ constexpr StripKernel kKernels[kPanelTokens] = {kernel<kFormat, 1>, kernel<kForm
 const StripKernel *strip_kernels(StripFormat format) {
     if (format == StripFormat::kQ8) return kKernels<StripFormat::kQ8>;
     if (format == StripFormat::kI4) return kKernels<StripFormat::kI4>;
+    if (format == StripFormat::kFp4) return kKernels<StripFormat::kFp4>;
     return kKernels<StripFormat::kRows>;
 }
 

@@ -112,25 +112,33 @@ def aligned(size, alignment):
 
 def read_tiles(raw, kind, n, k):
     weight = np.empty((n, k), np.float32)
-    tile_bytes = {"q8": 1088, "i4": 576}[kind]
+    tile_bytes = TILE_BYTES[kind]
+    halves = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
     for t in range(n // 32):
         for b in range(k // 32):
             tile = raw[(t * (k // 32) + b) * tile_bytes :][:tile_bytes]
-            scales = tile[-64:].view("<f2").astype(np.float32)
+            if kind == "mxfp4":
+                scales = np.float32(2.0) ** (tile[-32:].astype(np.float32) - 127)
+            else:
+                scales = tile[-64:].view("<f2").astype(np.float32)
             for r in range(32):
                 for c in range(32):
                     if kind == "q8":
                         code = int(tile.view(np.int8)[c // 4 * 128 + r * 4 + c % 4])
                     else:
                         byte = int(tile[c // 4 * 64 + r % 16 * 4 + c % 4])
-                        code = (byte >> 4 if r >= 16 else byte & 15) - 8
+                        code = byte >> 4 if r >= 16 else byte & 15
+                        code = (halves + [-x for x in halves])[code] if kind == "mxfp4" else code - 8
                     weight[32 * t + r, 32 * b + c] = code * scales[r]
     return weight
 
 
-@pytest.mark.parametrize("kind", ["q8", "i4"])
+TILE_BYTES = {"q8": 1088, "i4": 576, "mxfp4": 544}
+
+
+@pytest.mark.parametrize("kind", TILE_BYTES)
 def test_cpu_tiles(kind):
-    tile_bytes = {"q8": 1088, "i4": 576}[kind]
+    tile_bytes = TILE_BYTES[kind]
     w13_bytes, w2_bytes = 2 * INNER * HIDDEN // 1024 * tile_bytes, HIDDEN * INNER // 1024 * tile_bytes
     start = aligned(w13_bytes, 64)
     record = np.random.default_rng(1).integers(0, 60, aligned(start + w2_bytes, 4096), dtype=np.uint8)

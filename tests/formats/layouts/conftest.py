@@ -11,6 +11,7 @@ import pytest
 
 from krasis.formats.errors import NativeError
 from krasis.formats.layouts import MatrixView, PackStats, float32_to_bf16, native_pack
+from krasis.formats.layouts.cpu_tiles import TILE_BYTES
 from krasis.formats.native import Pool
 
 GOLDEN = Path(__file__).parents[2] / "assets" / "golden" / "golden_marlin.npz"
@@ -97,7 +98,7 @@ def tiled() -> Callable[..., tuple[np.ndarray, PackStats]]:
     """tiled(pool, matrix, tiles): tiles uint8 [n/32, k/32, tile bytes] and statistics."""
 
     def pack(pool: Pool, matrix: MatrixView, tiles: str, **more: Any) -> tuple[np.ndarray, PackStats]:
-        tile_bytes = {"q8": 1088, "i4": 576}[tiles]
+        tile_bytes = TILE_BYTES[tiles]
         out = np.full(matrix.n // 32 * (matrix.k // 32) * tile_bytes, 0xA5, np.uint8)
         stats = native_pack.pack_cpu_tiles(pool, matrix, out, tiles=tiles, **more)
         return out.reshape(matrix.n // 32, matrix.k // 32, tile_bytes), stats

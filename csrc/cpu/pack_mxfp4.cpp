@@ -1,0 +1,73 @@
+// pack_mxfp4.cpp: MXFP4 blocks into tiles, without loss: nibbles change places, scales are copied.
+#include <algorithm>
+#include <cstring>
+
+#include "pack.h"
+
+namespace krasis {
+namespace {
+
+constexpr int64_t kSourceBytes = 17;  // a scale, then byte j = elements j (low) and 16 + j
+constexpr int kLargestScale = 252;    // 6 * 2^(252 - 127) is below 2^128
+constexpr uint32_t kLowNibbles = 0x0f0f0f0fu;
+constexpr int64_t kTileCodes = KRASIS_MXFP4_TILE_BYTES - KRASIS_TILE_ROWS;
+
+// 2^exponent, which is that of a normal number.
+double power_of_two(int exponent) {
+    const uint64_t bits = static_cast<uint64_t>(1023 + exponent) << 52;
+    double value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+// Sum of the squares of 4 nibbles' values, each doubled.
+int64_t squares(uint32_t nibbles) {
+    constexpr int16_t kSquares[8] = {0, 1, 4, 9, 16, 36, 64, 144};
+    return kSquares[nibbles & 7] + kSquares[nibbles >> 8 & 7] + kSquares[nibbles >> 16 & 7] +
+           kSquares[nibbles >> 24 & 7];
+}
+
+// A row of a block into its place in a tile. row: in the tile.
+void pack_row(const uint8_t *block, int64_t row, uint8_t *tile, PackPartial &out) {
+    const int shift = row < 16 ? 0 : 4;
+    const uint32_t kept = ~(kLowNibbles << shift);
+    int64_t sum = 0;
+    for (int64_t i = 0; i < 4; ++i) {
+        uint32_t both;
+        std::memcpy(&both, block + 1 + 4 * i, sizeof both);
+        for (int64_t half = 0; half < 2; ++half) {
+            const uint32_t nibbles = both >> (4 * half) & kLowNibbles;
+            uint8_t *const at = tile + (4 * half + i) * 64 + row % 16 * 4;
+            uint32_t word;
+            std::memcpy(&word, at, sizeof word);
+            word = (word & kept) | nibbles << shift;
+            std::memcpy(at, &word, sizeof word);
+            sum += squares(nibbles);
+        }
+    }
+    tile[kTileCodes + row] = block[0];
+    const double scale = power_of_two(block[0] - 128);
+    out.squared_sum += static_cast<double>(sum) * scale * scale;
+}
+
+}  // namespace
+
+// Task: part_rows rows of src, chunk_k columns.
+void pack_tiles_from_mxfp4(const TilesJob &job, int64_t task, PackPartial &out) {
+    const int64_t num_chunks = ceil_div(job.src.k, job.chunk_k), strip = task / num_chunks;
+    const int64_t blocks = job.src.k / KRASIS_BLOCK_K, first = strip * job.part_rows;
+    const int64_t begin = task % num_chunks * job.chunk_k / KRASIS_BLOCK_K;
+    const int64_t end = std::min(begin + job.chunk_k / KRASIS_BLOCK_K, blocks);
+    for (int64_t b = begin; b < end; ++b) {
+        uint8_t *const tile = job.dst + (strip * blocks + b) * KRASIS_MXFP4_TILE_BYTES;
+        for (int64_t r = 0; r < job.part_rows; ++r) {
+            const uint8_t *const block = job.src.data + ((first + r) * blocks + b) * kSourceBytes;
+            if (block[0] > kLargestScale && (out.bad_row < 0 || first + r < out.bad_row)) {
+                out.bad_row = first + r;
+            }
+            pack_row(block, job.part_offset + r, tile, out);
+        }
+    }
+}
+
+}  // namespace krasis
