@@ -25,6 +25,7 @@ from krasis.convert.plan_text import describe_plan
 from krasis.convert.progress import Reporter
 from krasis.convert.refresh_cli import run_refresh
 from krasis.convert.settings import (
+    AUTO,
     GPU_GROUPS,
     ConvertSettings,
     parse_tiers,
@@ -64,7 +65,12 @@ _WHEN_CUT = "get this file again; what is finished so far is kept, and the same 
     help="Input features that share a scale [default: 128, or the most below that divide the model's sizes].",
 )
 @click.option("--gpu-scales", type=click.Choice(["bf16", "f16"]), default="bf16", show_default=True)
-@click.option("--cpu-format", type=click.Choice(list(CPU_FORMATS)), default="q8", show_default=True)
+@click.option(
+    "--cpu-format",
+    type=click.Choice(list(CPU_FORMATS)),
+    default=None,
+    help="[default: q8, or mxfp4 for experts that the source has in MXFP4]",
+)
 @click.option(
     "--tiers", default="gpu,cpu", show_default=True, help="Copies of the experts to write: gpu, cpu or both."
 )
@@ -164,7 +170,7 @@ def _settings(options: dict[str, Any]) -> ConvertSettings:
         gpu_format=options["gpu_format"],
         gpu_group="auto" if options["gpu_group"] is None else GPU_GROUPS[options["gpu_group"]],
         gpu_scales=options["gpu_scales"],
-        cpu_format=options["cpu_format"],
+        cpu_format=options["cpu_format"] or AUTO,
         shard_bytes=parse_bytes(options["shard_size"], "--shard-size"),
         calibration=options["calibration"],
         num_threads=options["threads"],

@@ -66,8 +66,6 @@ def _unpackable(spec: ModelSpec) -> Iterator[str]:
 
 
 def _unpackable_experts(experts: Experts) -> Iterator[str]:
-    if experts.bias:
-        yield "experts with biases"
     if experts.latent is not None:
         yield "experts between two projections"
     if not experts.activation.gated:

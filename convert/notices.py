@@ -29,7 +29,10 @@ def notices(plan: ConversionPlan, inputs: OpenInputs) -> Iterator[str]:
             f"without a BF16 checkpoint attention and output head are made from the GGUF's {rounded_dense} "
             "weights and rounded again, to 8 bits"
         )
-    if inputs.gguf is None and "cpu" in settings.tiers:
+    kept = set(plan.cpu_source.expert_types()) == {"MXFP4"} and cpu.accepts("MXFP4") == "as is"
+    if inputs.gguf is None and "cpu" in settings.tiers and kept:
+        yield "the checkpoint's MXFP4 experts are kept as they are, without loss"
+    elif inputs.gguf is None and "cpu" in settings.tiers:
         what = "8-bit blocks (as good as a Q8_0 GGUF)" if cpu.bits == 8 else f"{cpu.bits} bits"
         yield f"without a GGUF the CPU experts are made from the checkpoint, rounded to {what}"
     if "cpu" in settings.tiers and gguf_types:

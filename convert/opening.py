@@ -11,8 +11,10 @@ import xxhash
 
 from krasis.convert.convertible import check_convertible
 from krasis.convert.inputs import Inputs
+from krasis.convert.mxfp4_table import Mxfp4Table, is_mxfp4
+from krasis.convert.own_head import has_own_head
 from krasis.convert.slices import Bytes
-from krasis.convert.sources import SourceFile, TensorInfo, TensorTable, WeightSource, has_own_head
+from krasis.convert.sources import SourceFile, TensorInfo, TensorTable, WeightSource
 from krasis.convert.text_assets import assets_from_folder, assets_from_gguf
 from krasis.convert.vocabulary import check_gguf_tokens
 from krasis.formats.checkpoints.gguf import GgufCheckpoint
@@ -99,6 +101,9 @@ class _Table:
     def view(self, name: str, begin: int = 0, end: int | None = None) -> Bytes:
         return self._checkpoint.view(self._held(name), begin, end)
 
+    def expert(self, name: str, number: int) -> Bytes | None:
+        return None
+
     def where(self, name: str) -> str:
         name = self._held(name)
         return f"{self._checkpoint.file_of(name).path}: '{name}'"
@@ -180,8 +185,10 @@ def _open_hf(
     config = parse_json_object(data, str(config_path), max_bytes=MAX_CONFIG_BYTES)
     spec = read_hf_config(config, str(config_path))
     check_convertible(spec, str(config_path))
-    quantisation = quantisation_of(config, str(config_path)) or quantisation_beside(folder)
-    family, notes = family_of(spec), list(hf_context_notes(config, spec))
+    family = family_of(spec)
+    mxfp4 = is_mxfp4(config) and family.released_in == "MXFP4"
+    quantisation = None if mxfp4 else quantisation_of(config, str(config_path)) or quantisation_beside(folder)
+    notes = list(hf_context_notes(config, spec))
     checkpoint = ShardedCheckpoint.open(path, None if streamed is None else streamed.need)
     table = _Table(checkpoint, streamed, quantisation)
     if quantisation is not None:
@@ -194,7 +201,9 @@ def _open_hf(
             "that one is used, as transformers does"
         )
     try:
-        source = WeightSource("hf", path, spec, family, _as_table(table), table.files())
+        made = Mxfp4Table(table) if mxfp4 else None
+        files = table.files() if made is None else made.files(table.files())
+        source = WeightSource("hf", path, spec, family, _as_table(table) if made is None else made, files)
     except FormatError:
         if quantisation is None:
             refuse_side_files(folder)  # if one explains it

@@ -11,10 +11,11 @@ from krasis.convert.source_parts import stacked_dtype
 from krasis.convert.sources import WeightSource
 from krasis.formats.bundle.blob_names import expert_blob
 from krasis.formats.bundle.shard_plan import BlobSpec, PlacedBlob, ShardFile, ShardPlan, plan_shards
-from krasis.formats.errors import ResourceError, UsageError
+from krasis.formats.errors import ResourceError, UnsupportedModelError, UsageError
 from krasis.formats.layouts import Int8RowsLayout, padded_rows
 from krasis.formats.layouts.expert_record import ExpertRecord
 from krasis.formats.models.mlps import Experts
+from krasis.formats.models.registry import family_of
 from krasis.formats.models.spec import ModelSpec
 from krasis.formats.models.tensors import blobs_of, dense_tensors, dense_tensors_of
 
@@ -129,7 +130,8 @@ def plan_conversion(
         raise UsageError("no input model")
     spec = dense_source.spec
     inputs = (spec.hidden, *(one.intermediate for one in kinds_of_experts(spec)))
-    settings = settings.fitted(inputs)
+    settings = settings.fitted(inputs, cpu_source.expert_types())
+    _check_keeps_mxfp4(spec, settings, dense_source)
     check_groups(spec, settings)
     blobs = (*_dense_blobs(spec, dense_source), *_expert_blobs(spec, settings))
     units = tuple(_units(spec, settings, dense_source, {"gpu": dense_source, "cpu": cpu_source}))
@@ -144,6 +146,19 @@ def plan_conversion(
         units=units,
         memory=plan_memory(spec, settings, dense_source, cpu_source, usable_bytes),
     )
+
+
+def _check_keeps_mxfp4(spec: ModelSpec, settings: ConvertSettings, gpu_source: WeightSource) -> None:
+    """Raises UnsupportedModelError where the GPU's experts of a model that was released in MXFP4 would be
+    rounded a second time, to other 4 bits.
+    """
+    if "gpu" in settings.tiers and family_of(spec).released_in == "MXFP4" and settings.gpu_layout.bits == 4:
+        raise UnsupportedModelError(
+            "no format of the GPU's experts keeps MXFP4 yet",
+            where=str(gpu_source.path),
+            got=settings.gpu_layout.layout_id,
+            hint=f"--tiers cpu converts a {spec.family} model for the CPU, without loss from MXFP4",
+        )
 
 
 def check_groups(spec: ModelSpec, settings: ConvertSettings) -> None:

@@ -16,6 +16,7 @@ TIERS: tuple[Tier, ...] = ("gpu", "cpu")
 GPU_GROUPS: dict[str, int | None] = {"32": 32, "64": 64, "128": 128, "channel": None}
 GPU_SCALES = {"bf16": "BF16", "f16": "F16"}
 DEFAULT_GPU_GROUP = 128
+AUTO = "auto"
 MIN_SHARD_BYTES = 1 << 20
 
 
@@ -24,10 +25,11 @@ class ConvertSettings:
     """Everything that is not an input. The first block decides the bundle's bytes; the second does not.
 
     gpu_format, cpu_format: names of ``formats.layouts``. gpu_group: input features a scale covers, None = all
-    of them, ``auto`` = 128, or the most below that divide the model's sizes. num_threads: 0 = every CPU of
-    this process. memory_limit_bytes: bound on memory beyond the page cache, None = what the machine has
-    available. output_io: whether shards are written past the page cache. force_text: go on without text files
-    that cannot be used. force_weights: weights that look damaged are told, and converted as they are.
+    of them, ``auto`` = 128, or the most below that divide the model's sizes. cpu_format ``auto``: ``q8``, or
+    ``mxfp4`` for experts that the source has in MXFP4. num_threads: 0 = every CPU of this process.
+    memory_limit_bytes: bound on memory beyond the page cache, None = what the machine has available.
+    output_io: whether shards are written past the page cache. force_text: go on without text files that
+    cannot be used. force_weights: weights that look damaged are told, and converted as they are.
     """
 
     tiers: tuple[Tier, ...] = TIERS
@@ -35,7 +37,7 @@ class ConvertSettings:
     gpu_format: str = "marlin"
     gpu_group: int | Literal["auto"] | None = "auto"
     gpu_scales: Literal["bf16", "f16"] = "bf16"
-    cpu_format: str = "q8"
+    cpu_format: str = AUTO
     shard_bytes: int = 32 << 30
     calibration: Path | None = None
 
@@ -54,7 +56,7 @@ class ConvertSettings:
             raise UsageError("--tiers names gpu, cpu or both", got=",".join(self.tiers) or "nothing")
         for option, name, known in (
             ("--gpu-format", self.gpu_format, GPU_FORMATS),
-            ("--cpu-format", self.cpu_format, CPU_FORMATS),
+            ("--cpu-format", self.cpu_format, (*CPU_FORMATS, AUTO)),
         ):
             if name not in known:
                 raise UsageError(f"unknown {option}", got=name, limit=", ".join(known))
@@ -75,14 +77,18 @@ class ConvertSettings:
 
     @property
     def cpu_layout(self) -> ExpertFormat:
-        """How CPU experts are packed."""
-        return CPU_FORMATS[self.cpu_format]
+        """How CPU experts are packed; before ``fitted``, ``auto`` is ``q8``."""
+        return CPU_FORMATS["q8" if self.cpu_format == AUTO else self.cpu_format]
 
-    def fitted(self, sizes: Iterable[int]) -> ConvertSettings:
-        """These settings with a group for ``auto``. sizes: input features of the model's experts.
+    def fitted(self, sizes: Iterable[int], cpu_types: Iterable[str] = ()) -> ConvertSettings:
+        """These settings with a group and a format for ``auto``. sizes: input features of the model's
+        experts; cpu_types: what the CPU's are made from.
 
         Raises UnsupportedModelError if no group divides them.
         """
+        if self.cpu_format == AUTO:
+            chosen = "mxfp4" if set(cpu_types) == {"MXFP4"} else "q8"
+            return replace(self, cpu_format=chosen).fitted(sizes)
         if self.gpu_group != "auto" or "gpu" not in self.tiers:
             return self
         return replace(self, gpu_group=self.gpu_layout.fitted(sizes).group_of(DEFAULT_GPU_GROUP))

@@ -97,10 +97,10 @@ class TensorSlice:
         return None
 
     def blocks(self) -> MatrixView:
-        """The raw Q8_0 blocks for the lossless packer."""
-        if self.dtype != "Q8_0":
-            raise FormatError("not a Q8_0 tensor", where=self.where, got=self.dtype)
-        return MatrixView(self.raw.reshape(self.shape[0], -1), "Q8_0")
+        """The raw blocks of Q8_0 or MXFP4 for the lossless packer."""
+        if self.dtype not in ("Q8_0", "MXFP4"):
+            raise FormatError("not a tensor of Q8_0 or MXFP4", where=self.where, got=self.dtype)
+        return MatrixView(self.raw.reshape(self.shape[0], -1), self.dtype)
 
     def is_zero(self, block: int) -> bool:
         """Whether all weights of a block of the bytes are 0."""

@@ -25,13 +25,24 @@ _NEEDLESS_SUFFIXES = (
 @dataclass(frozen=True, slots=True)
 class ExpertPlace:
     """Where a matrix of one expert lies. first_matrix: those of its size before it in the tensor. holds_all:
-    the tensor is that of all experts, with so many matrices of each (gate and up may be in one).
+    the tensor is that of all experts, with so many matrices of each (gate and up may be in one). interleaved:
+    whose rows take turns.
     """
 
     tensor: str
     first_matrix: int = 0
     holds_all: bool = False
     matrices: int = 1
+    interleaved: bool = False
+
+    def taken(self, rows: int) -> slice:
+        """Its rows among those of its expert's matrices in the tensor, of so many rows each."""
+        number = self.first_matrix % self.matrices
+        return (
+            slice(number, None, self.matrices)
+            if self.interleaved
+            else slice(number * rows, (number + 1) * rows)
+        )
 
 
 class SourceNames:
@@ -74,7 +85,9 @@ class SourceNames:
         if part != "down" and "experts.gate_up" in self._family.names:
             for template in self._templates("experts.gate_up"):
                 if (name := template.format(i=layer)) in self._present:
-                    return ExpertPlace(name, 2 * expert + (part == "up"), holds_all=True, matrices=2)
+                    turns = self._kind == "hf" and self.source("experts.gate_up").interleaved
+                    number = 2 * expert + (part == "up")
+                    return ExpertPlace(name, number, holds_all=True, matrices=2, interleaved=turns)
         names = [template.format(i=layer, e=expert) for template in templates if "{e}" in template]
         return ExpertPlace(next((name for name in names if name in self._present), names[0]))
 

@@ -13,13 +13,17 @@ from krasis.formats.errors import FormatError
 from krasis.formats.models.family import Transform
 from krasis.formats.models.picks import Pick
 
+# Of the transforms that take every other column, the first.
+COLUMNS: dict[str, int] = {"even_columns": 0, "odd_columns": 1}
+
 
 @dataclass(frozen=True, slots=True)
 class SourcePart:
     """What goes into a dense blob as one piece: a tensor of the source, and what is done to it.
 
     ``undo_rope_permutation``: the rows of each head, of head_rows rows, go back from pairs (0, n/2), (1,
-    n/2 + 1), ... to their order. ``add_one``: 1 is added to each weight.
+    n/2 + 1), ... to their order. ``add_one``: 1 is added to each weight. ``even_columns``,
+    ``odd_columns``: of each row these alone, of which the piece has twice as many.
     """
 
     piece: TensorSlice
@@ -69,6 +73,10 @@ class SourcePart:
             return _columns_at(block, self.pick)
         if self.transform == "undo_rope_permutation":
             return block.at_rows(self._order(block.shape[0]))
+        if self.transform in COLUMNS:
+            rows = block.floats()[:, COLUMNS[self.transform] :: 2]
+            raw = np.ascontiguousarray(rows).reshape(-1).view(np.uint8)
+            return replace(block, shape=rows.shape, raw=raw)
         return block
 
     def _computed(self, block: TensorSlice) -> TensorSlice:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
-import numpy as np
-
+from krasis.convert.fused_experts import interleaved, made, transposed
 from krasis.convert.latent_parts import LatentPart, held_shape
 from krasis.convert.quantised_slice import quantised_slice
 from krasis.convert.slices import FLOAT_BYTES, Bytes, TensorSlice
-from krasis.convert.source_names import ExpertPlace, SourceNames
-from krasis.convert.source_parts import SourcePart
+from krasis.convert.source_names import SourceNames
+from krasis.convert.source_parts import COLUMNS, SourcePart
 from krasis.convert.vocabulary import check_vocabulary
 from krasis.formats.checkpoints.foreign_ggml_types import INSTEAD
 from krasis.formats.checkpoints.ggml_blocks import SUPPORTED_TYPES, tensor_bytes
@@ -23,7 +21,7 @@ from krasis.formats.checkpoints.quantised.weight import QuantisedWeight
 from krasis.formats.checkpoints.quantised_checkpoint import type_hint
 from krasis.formats.errors import FormatError, MismatchError, UnsupportedModelError
 from krasis.formats.layouts.expert_record import PARTS, Part
-from krasis.formats.models.family import Family, Source, Transform
+from krasis.formats.models.family import Family, Transform
 from krasis.formats.models.latent_names import TOGETHER
 from krasis.formats.models.mixers import Attention, LatentAttention
 from krasis.formats.models.picks import Pick
@@ -31,7 +29,7 @@ from krasis.formats.models.spec import ModelSpec
 from krasis.formats.models.tensors import Tensor, dense_tensors, dense_tensors_of
 
 SourceKind = Literal["hf", "gguf"]
-_COMPARED_BYTES = 16 << 20
+MXFP4 = "MXFP4"  # that a checkpoint may hold experts in
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +56,11 @@ class TensorTable(Protocol):
 
     def view(self, name: str, begin: int = 0, end: int | None = None) -> Bytes:
         """The tensor's bytes, mapped; or those from begin to end."""
+
+    def expert(self, name: str, number: int) -> Bytes | None:
+        """The bytes of one expert of a tensor of all experts where they are made out of what the files hold;
+        None where ``view`` has them.
+        """
 
     def where(self, name: str) -> str:
         """File and tensor, for messages."""
@@ -151,17 +154,13 @@ class WeightSource:
             piece = self._slice(name, held_shape(mixer, transform, together=True), 0)
             return LatentPart(piece, transform, mixer.nope_dim + mixer.value_dim, nope_dim=mixer.nope_dim)
         pick = self._pick(ours, layer)
-        piece = self._slice(name, _shape_there(shape, pick), 0)
+        piece = self._slice(name, self._held_shape(ours, shape, pick), 0)
         if transform != "undo_rope_permutation":
             return SourcePart(piece, "none" if mixer is not None else transform, pick=pick)
         heads = None if layer is None else self.spec.layers[layer].mixer
         if not isinstance(heads, Attention):
             raise FormatError("only rows of attention heads can be in another order", where=piece.where)
         return SourcePart(piece, transform, heads.head_dim)
-
-    def _transform(self, ours: str) -> Transform:
-        source = self._names.source(ours)
-        return source.transform if self.kind == "hf" else source.gguf_transform
 
     def _latent(self, transform: Transform, layer: int | None) -> LatentAttention | None:
         """The mixer whose keys or values of latents a tensor holds, None for other tensors."""
@@ -179,6 +178,16 @@ class WeightSource:
             return None
         return of(mixer)
 
+    def _transform(self, ours: str) -> Transform:
+        source = self._names.source(ours)
+        return source.transform if self.kind == "hf" else source.gguf_transform
+
+    def _held_shape(self, ours: str, shape: tuple[int, ...], pick: Pick | None) -> tuple[int, ...]:
+        """The shape of the source's tensor, from that of what is made of it."""
+        if self._transform(ours) in COLUMNS:
+            return (*shape[:-1], 2 * shape[-1])
+        return shape if pick is None or pick.axis else (pick.of, *shape[1:])
+
     def all_dense(self) -> Iterable[tuple[Tensor, int | None, list[SourcePart]]]:
         """Every dense tensor of the bundle with its layer and sources; of a tied head nothing."""
         for layer, tensor in dense_tensors(self.spec):
@@ -189,8 +198,15 @@ class WeightSource:
         """One matrix of one expert, ``[n, k]``."""
         rows, columns = self._expert_shape(layer, part)
         place = self._names.expert(layer, expert, part)
+        if place.holds_all:
+            held = self._table.expert(place.tensor, place.first_matrix // place.matrices)
+            if held is not None:
+                info, where = self._infos[place.tensor], self._table.where(place.tensor)
+                return made(held, info.dtype, info.shape[0], where, place, (rows, columns))
         if self._transposed and place.holds_all:
-            return self._transposed_slice(place, rows, columns)
+            return transposed(self._slice, place, rows, columns)
+        if place.interleaved:
+            return interleaved(self._slice, place, rows, columns)
         return self._slice(place.tensor, (rows, columns), place.first_matrix * rows)
 
     def tensors_of(self, layer: int | None, *, experts: bool) -> set[str]:
@@ -207,6 +223,8 @@ class WeightSource:
     def _held(self, name: str) -> Iterable[str]:
         """The tensors of the files that a weight is made of."""
         weight = self._infos[name].quantised
+        if self.kind == "hf" and self._infos[name].dtype == MXFP4:
+            return (f"{name}_blocks", f"{name}_scales")
         return (name,) if weight is None else (weight.codes.name, *(part.name for part in weight.others))
 
     def place(self, tensor: str) -> tuple[int, int]:
@@ -276,34 +294,10 @@ class WeightSource:
             place = self._names.expert(layer, 0, part)
             rows, columns = self._expert_shape(layer, part)
             rows *= place.matrices
-            if place.holds_all and rows != columns and place.tensor in self._infos:
+            info = self._infos.get(place.tensor)
+            if place.holds_all and rows != columns and info is not None and info.dtype != MXFP4:
                 return self._infos[place.tensor].shape[1:] == (columns, rows)
         return False
-
-    def _transposed_slice(self, place: ExpertPlace, rows: int, columns: int) -> TensorSlice:
-        """A matrix [rows, columns] that the file holds as [columns, rows], as if its tensor held none so."""
-        if self._infos[place.tensor].quantised is not None:
-            return self._transposed_quantised(place, rows, columns)
-        whole = self._slice(place.tensor, (rows, columns), place.first_matrix * rows)
-        expert, number = divmod(place.first_matrix, place.matrices)
-        held = self._slice(place.tensor, (columns, place.matrices * rows), expert * columns)
-        matrix = held.floats()[:, number * rows : (number + 1) * rows]
-        return replace(whole, raw=np.ascontiguousarray(matrix.T).reshape(-1).view(np.uint8))
-
-    def _transposed_quantised(self, place: ExpertPlace, rows: int, columns: int) -> TensorSlice:
-        """The same of a quantised one, in float32."""
-        expert, number = divmod(place.first_matrix, place.matrices)
-        held = self._slice(place.tensor, (columns, place.matrices * rows), expert * columns)
-        values = np.ascontiguousarray(held.decode()[:, number * rows : (number + 1) * rows].T)
-        return TensorSlice(
-            tensor=place.tensor,
-            where=held.where,
-            dtype="F32",
-            shape=(rows, columns),
-            raw=values.reshape(-1).view(np.uint8),
-            offset_bytes=place.first_matrix * values.nbytes,
-            total_bytes=math.prod(self._infos[place.tensor].shape) * 4,
-        )
 
     # ---- checks -----------------------------------------------------------------------------------------
 
@@ -312,7 +306,7 @@ class WeightSource:
         for layer, tensor in dense_tensors(self.spec):
             for ours, shape in tensor.sources():
                 name, transform = self._names.tensor(ours, layer), self._transform(ours)
-                held = _shape_there(shape, self._pick(ours, layer))
+                held = self._held_shape(ours, shape, self._pick(ours, layer))
                 if (mixer := self._latent(transform, layer)) is not None:
                     held = held_shape(mixer, transform, together=TOGETHER in name)
                 self._check_tensor(name, held, ours)
@@ -351,7 +345,7 @@ class WeightSource:
         dtype = self._infos[tensor].dtype
         if self._infos[tensor].quantised is not None:
             return
-        if self.kind == "hf" and dtype not in FLOAT_BYTES:
+        if self.kind == "hf" and dtype not in FLOAT_BYTES and (ours or dtype != MXFP4):
             raise FormatError(
                 "unsupported weight type",
                 where=where,
@@ -390,33 +384,6 @@ class WeightSource:
                 got=f"{len(others)} such tensors",
                 hint="it has a feature (a bias, shared experts, dense layers, ...) that would be dropped",
             )
-
-
-def has_own_head(table: TensorTable, family: Family) -> bool:
-    """Whether a Hugging Face checkpoint holds an output head whose bytes are not the embedding's.
-
-    Reads both until they differ, so equal ones in full: such checkpoints are rare.
-    """
-    infos = table.infos()
-    head, embedding = (_first_there(family.names[ours], infos) for ours in ("lm_head", "embedding"))
-    if head is None or embedding is None:
-        return False
-    if (infos[head].dtype, infos[head].shape) != (infos[embedding].dtype, infos[embedding].shape):
-        return True
-    ours, theirs = table.view(head), table.view(embedding)
-    return any(
-        not np.array_equal(ours[begin : begin + _COMPARED_BYTES], theirs[begin : begin + _COMPARED_BYTES])
-        for begin in range(0, ours.nbytes, _COMPARED_BYTES)
-    )
-
-
-def _first_there(source: Source, infos: Mapping[str, TensorInfo]) -> str | None:
-    return next((name for name in source.hf if name in infos), None)
-
-
-def _shape_there(shape: tuple[int, ...], pick: Pick | None) -> tuple[int, ...]:
-    """The shape of the source's tensor that a model's of this one is picked from."""
-    return shape if pick is None or pick.axis else (pick.of, *shape[1:])
 
 
 def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -67,6 +67,7 @@ CPU_RUNS = frozenset(
         "a router of scores softmax_of_top",
         "a router of scores sigmoid_of_top",
         "routers with biases, groups or scales",
+        "experts with biases",
     }
 )
 GPU_RUNS = CPU_RUNS - {
@@ -77,6 +78,7 @@ GPU_RUNS = CPU_RUNS - {
     "routers that norm their input",
     "proportional rope scaling",
     "latent attention (MLA)",
+    "experts with biases",
     "attention in windows",
     "attention sinks",
     "gated attention",

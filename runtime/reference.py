@@ -290,22 +290,29 @@ def moe(
     experts: ExpertWeights,
     observe: ExpertObserver | None = None,
     activation: Activation = SILU,
+    biases: tuple[Array, Array, Array] | None = None,
 ) -> Array:
     """sum_j weights[t, j] * down_e(activation(gate_e x_t, up_e x_t)), e = ids[t, j]; an id of -1 is skipped.
 
     x [T, hidden]; ids, weights [T, top_k]; experts(e) gives gate, up [I, hidden] and down [hidden, I]. Terms
     are added in the order of j, whatever order the experts are taken in. observe: called once for every
-    expert that has tokens, in ascending order. Returns [T, hidden].
+    expert that has tokens, in ascending order. biases: of gate, up [experts, I] and down [experts, hidden],
+    added to their products. Returns [T, hidden].
     """
     terms = np.zeros((*ids.shape, x.shape[1]), dtype=x.dtype)
     for expert in np.unique(ids[ids >= 0]):
         tokens, slots = np.nonzero(ids == expert)
         gate, up, down = experts(int(expert))
         rows = x[tokens]
-        middle = gated(gemm(rows, gate), gemm(rows, up), activation)
+        products = gemm(rows, gate), gemm(rows, up)
+        if biases is not None:
+            products = products[0] + biases[0][expert], products[1] + biases[1][expert]
+        middle = gated(*products, activation)
         if observe is not None:
             observe(int(expert), rows, middle)
         terms[tokens, slots] = gemm(middle, down)
+        if biases is not None:
+            terms[tokens, slots] += biases[2][expert]
     out = np.zeros_like(x)
     for slot in range(ids.shape[1]):
         out += weights[:, slot, None].astype(x.dtype) * terms[:, slot]

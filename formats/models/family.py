@@ -12,7 +12,14 @@ from krasis.formats.models.picks import PickOf
 from krasis.formats.models.spec import ModelSpec
 
 Transform = Literal[
-    "none", "add_one", "undo_rope_permutation", "latent_keys", "latent_values", "log_of_negative"
+    "none",
+    "add_one",
+    "undo_rope_permutation",
+    "latent_keys",
+    "latent_values",
+    "even_columns",
+    "odd_columns",
+    "log_of_negative",
 ]
 DRAFTING = "layers that only draft (multi-token prediction)"
 VISION = "the vision tower"
@@ -26,7 +33,8 @@ class Source:
     ``{i}`` stands for the layer, ``{e}`` for the expert. A name without ``{e}`` for an expert's matrix holds
     all experts. transform: of the hub's tensor; gguf_transform: of the GGUF's. transposed: the hub's tensor
     of all experts may hold each matrix as [k, n], which its shape tells. pick, gguf_pick: where the tensor
-    lies in the hub's, and in the GGUF's, if it is not the whole as it is.
+    lies in the hub's, and in the GGUF's, if it is not the whole as it is. interleaved:
+    in a tensor of gate and up their rows take turns, gate first.
     """
 
     hf: tuple[str, ...]
@@ -36,6 +44,7 @@ class Source:
     transposed: bool = False
     pick: PickOf | None = None
     gguf_pick: PickOf | None = None
+    interleaved: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +56,8 @@ class Family:
     in GGUF files, which are read where there is a ``spec_from_gguf``. reference: transformers' class that
     tests compare with. names: sources by bundle tensor or part, empty while the converter does not take the
     family. left_out: what tensors of the hub whose names begin so are of, where the language model computes
-    the same without them.
+    the same without them. released_in: the type of the experts' weights in checkpoints as they were released,
+    where that is not a float: what is made of them keeps it.
     """
 
     name: str
@@ -60,3 +70,4 @@ class Family:
     nested: tuple[str, ...] = ()
     names: Mapping[str, Source] = field(default_factory=dict)
     left_out: Mapping[str, str] = field(default_factory=dict)
+    released_in: Literal["MXFP4"] | None = None

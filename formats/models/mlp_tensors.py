@@ -59,8 +59,9 @@ def _experts(mlp: Experts, spec: ModelSpec) -> Iterator[Tensor]:
     yield Tensor("experts.w13", (mlp.count, rows, width), "experts", parts)
     yield Tensor("experts.w2", (mlp.count, width, mlp.intermediate), "experts", ("down",))
     if mlp.bias:
-        yield Tensor("experts.w13.bias", (mlp.count, rows), "experts", tuple(f"{p}.bias" for p in parts))
-        yield Tensor("experts.w2.bias", (mlp.count, width), "experts", ("down.bias",))
+        for part in parts:
+            yield Tensor(f"experts.{part}.bias", (mlp.count, mlp.intermediate), "f32", per_expert=True)
+        yield Tensor("experts.down.bias", (mlp.count, width), "f32", per_expert=True)
 
 
 def _router(router: Router, count: int, spec: ModelSpec) -> Iterator[Tensor]:

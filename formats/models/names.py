@@ -25,6 +25,7 @@ def decoder_names(
     dense: bool = False,
     correction: str | None = None,
     transposed: bool = False,
+    interleaved: bool = False,
 ) -> dict[str, Source]:
     """Sources by bundle tensor or part.
 
@@ -33,7 +34,7 @@ def decoder_names(
     GGUF keeps the rows of q and k in another order. biases: of q, k, v. shared, shared_gate: the hub's names
     of the shared experts and of the projection that weighs them, in that block. dense: whether there are
     layers without experts. correction: the hub's name of the correction bias, in that block. transposed: a
-    tensor of all experts may hold their matrices so.
+    tensor of all experts may hold their matrices so. interleaved: and gate and up row by row.
     """
     layer = f"{root}layers.{{i}}."
     # transformers 5 calls the block mlp in memory, whatever the hub does.
@@ -64,7 +65,8 @@ def decoder_names(
         }
     if shared_gate:
         names["shared.gate"] = _weight(f"{block}{shared_gate}", "ffn_gate_inp_shexp")
-    return names | _experts(tuple(f"{one}experts." for one in blocks), expert_parts, transposed)
+    roots = tuple(f"{one}experts." for one in blocks)
+    return names | _experts(roots, expert_parts, transposed, interleaved)
 
 
 def _weight(hf: str, gguf: str) -> Source:
@@ -90,7 +92,9 @@ def _attention(block: str, permuted: bool, biases: bool) -> dict[str, Source]:
     return names | {"attention.output": _weight(f"{block}o_proj", "attn_output")}
 
 
-def _experts(roots: tuple[str, ...], parts: tuple[str, str, str], transposed: bool) -> dict[str, Source]:
+def _experts(
+    roots: tuple[str, ...], parts: tuple[str, str, str], transposed: bool, interleaved: bool
+) -> dict[str, Source]:
     """Of each matrix alone, and of gate and up together where a checkpoint keeps them so (gate first).
     roots: of the experts' names, the hub's first.
     """
@@ -107,5 +111,5 @@ def _experts(roots: tuple[str, ...], parts: tuple[str, str, str], transposed: bo
         (*down.hf, *(f"{one}down_proj" for one in roots)), down.gguf, transposed=transposed
     )
     both = tuple(f"{one}gate_up_proj" for one in roots), (f"{_GGUF}ffn_gate_up_exps.weight",)
-    names["experts.gate_up"] = Source(*both, transposed=transposed)
+    names["experts.gate_up"] = Source(*both, transposed=transposed, interleaved=interleaved)
     return names

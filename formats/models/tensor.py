@@ -13,9 +13,10 @@ class Tensor:
     """A tensor's name, shape in elements (outputs first) and how it is stored.
 
     store: ``int8_rows`` (packed with a scale a row), ``plain`` (keeps its source's type), ``f32``,
-    ``experts`` (in the experts' records: [experts, n, k], or [experts, n] for a bias), ``table`` (rows that
-    are looked up, too large for memory) or ``ids`` (int32 numbers, no weights). parts: the source's tensors
-    that are stacked by rows, if more than itself; part_rows: the rows of each, where they are not equal.
+    ``experts`` (in the experts' records: [experts, n, k]), ``table`` (rows that are looked up, too large for
+    memory) or ``ids`` (int32 numbers, no weights). parts: the source's tensors that are stacked by rows, if
+    more than itself; part_rows: the rows of each, where they are not equal. per_expert: a row an expert, of
+    which a token meets those of its own.
     """
 
     name: str
@@ -23,6 +24,7 @@ class Tensor:
     store: Store
     parts: tuple[str, ...] = ()
     part_rows: tuple[int, ...] = ()
+    per_expert: bool = False
 
     @property
     def is_dense(self) -> bool:

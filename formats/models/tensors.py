@@ -208,7 +208,7 @@ def _count_layer(spec: ModelSpec, layer: Layer) -> Parameters:
     for tensor in layer_tensors(spec, layer):
         elements = 0 if tensor.store == "ids" else _elements(tensor)
         total += elements
-        if tensor.store == "experts" and isinstance(experts, Experts):
+        if (tensor.store == "experts" or tensor.per_expert) and isinstance(experts, Experts):
             active += elements // experts.count * experts.router.top_k
         elif tensor.store == "table":
             active += spec.ngram.dim if spec.ngram is not None else 0

@@ -28,7 +28,7 @@ from krasis.runtime.cpu.latent import CpuLatentAttention
 from krasis.runtime.cpu.native_arrays import Array
 from krasis.runtime.cpu.rope import RopeTables
 from krasis.runtime.cpu.spans import LayerCache, Spans
-from krasis.runtime.cpu.weights import Int8Weight, LayerWeights
+from krasis.runtime.cpu.weights import Int8Weight, LayerWeights, expert_biases
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -246,6 +246,7 @@ class CpuExperts:
             weights.optional_vector(f"experts.router.{name}")
             for name in ("bias", "correction_bias", "expert_scale")
         )
+        self._expert_biases = expert_biases(weights)
         buffers = context.buffers
         buffers.reserve("normed", context.spec.hidden)
         buffers.reserve("router", mlp.count)
@@ -285,6 +286,7 @@ class CpuExperts:
             mlp.count,
             context.scratch,
             mlp.activation,
+            self._expert_biases,
         )
         if executed != ids.size:
             raise NativeError(

@@ -23,7 +23,7 @@ from krasis.runtime.cpu import delta_reference as delta
 from krasis.runtime.cpu.float_latent import FloatLatentAttention
 from krasis.runtime.cpu.native_arrays import Array
 from krasis.runtime.cpu.rope import RopeTables
-from krasis.runtime.cpu.weights import Int8Weight, LayerWeights, to_float32
+from krasis.runtime.cpu.weights import Int8Weight, LayerWeights, expert_biases, to_float32
 from krasis.runtime.state.hybrid_store import HybridStore
 from krasis.runtime.state.kv_store import KvStore
 
@@ -171,7 +171,8 @@ class FloatExperts:
             weights.optional_vector("experts.router.expert_scale"),
         )
         ids, shares = reference.route(logits, mlp.router, vectors)
-        added = reference.moe(normed, ids, shares, self._expert, observe, mlp.activation)
+        biases = expert_biases(weights)
+        added = reference.moe(normed, ids, shares, self._expert, observe, mlp.activation, biases)
         if mlp.shared is None:
             return added
         shared = gated_mlp(context, self._index, mlp.shared, weights, "shared", normed)

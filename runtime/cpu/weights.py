@@ -140,6 +140,14 @@ class ModelWeights:
         return architecture_of(self.spec, "model")
 
 
+def expert_biases(weights: LayerWeights) -> tuple[FloatArray, FloatArray, FloatArray] | None:
+    """Those of gate, up and down, f32 [experts, rows]; None for experts without."""
+    if "experts.down.bias" not in weights.tensors:
+        return None
+    gate, up, down = (weights.vector(f"experts.{part}.bias") for part in ("gate", "up", "down"))
+    return gate, up, down
+
+
 def to_float32(data: Array, dtype: str) -> FloatArray:
     """f32 copy of an array in the bundle's NumPy form (BF16 as uint16 bits)."""
     if dtype == "BF16":
@@ -208,6 +216,9 @@ class _Reader:
         """A tensor of the model's list as its ``store`` says."""
         if tensor.store == "int8_rows":
             return self.int8_weight(name, padded_rows(tensor.shape[0]), tensor.shape[1])
+        if tensor.store == "f32" and tensor.per_expert:  # many, of which a token reads few
+            biases: FloatArray = self.raw(name, ("F32",), tensor.shape, PLAIN)
+            return biases
         if tensor.store == "f32":
             return np.array(self.raw(name, ("F32",), tensor.shape, PLAIN))
         if tensor.store != "plain":

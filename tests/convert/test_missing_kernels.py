@@ -20,7 +20,6 @@ CONFIGS = Path(__file__).parents[1] / "formats" / "models" / "configs"
     ("name", "lacking"),
     [
         ("deepseek-v4-flash", "compressed attention (CSA, HCA)"),  # quantised too: the smaller trouble
-        ("gpt-oss-20b", "experts with biases"),
         ("llama-4-scout", "attention in chunks"),
         ("qwen3.5-35b-a3b", "linear attention (Gated DeltaNet)"),
     ],

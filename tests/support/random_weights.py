@@ -151,6 +151,8 @@ def _parts(
         values = values[None]
     if tensor.name in ("attention.k_b", "attention.v_b"):
         return  # see _latent
+    if tensor.per_expert and tensor.name != "experts.down.bias" and spec.family == "gpt_oss":
+        return  # see _turns
     row = 0
     for part, shape in tensor.sources():
         rows, row = values[row : row + shape[0]], row + shape[0]
@@ -196,7 +198,8 @@ def _experts(weights: ModelWeights, layer: LayerWeights, names: Mapping[str, Sou
         parts = weights.expert_layout.unpack_expert(record, weights.spec.hidden, mlp.intermediate)
         for part, values in zip(("gate", "up", "down"), parts, strict=True):
             state[names[f"experts.{part}"].hf[0].format(i=index, e=number)] = values
-        fused["experts.gate_up"].append(np.concatenate(parts[:2]).T)
+        both = _turns(*parts[:2]) if names["experts.gate_up"].interleaved else np.concatenate(parts[:2])
+        fused["experts.gate_up"].append(both.T)
         fused["experts.down"].append(parts[2].T)
     if spec_fused := FUSED.get(weights.spec.family):
         return {
@@ -204,11 +207,19 @@ def _experts(weights: ModelWeights, layer: LayerWeights, names: Mapping[str, Sou
             for ours, name in spec_fused.items()
         }
     if names["experts.down"].transposed:  # the hub has no others
-        return {
+        state = {
             names[name].hf[-1].format(i=index): np.ascontiguousarray(np.stack(values))
             for name, values in fused.items()
         }
+    if mlp.bias:
+        gate, up = (layer.vector(f"experts.{part}.bias") for part in ("gate", "up"))
+        state[names["experts.gate.bias"].hf[0].format(i=index)] = _turns(gate.T, up.T).T.copy()
     return state
+
+
+def _turns(gate: Array, up: Array) -> Array:
+    """Rows of both, by turns."""
+    return np.stack([gate, up], axis=1).reshape(-1, *gate.shape[1:])
 
 
 def _rows(weight: Int8Weight) -> npt.NDArray[np.float32]:

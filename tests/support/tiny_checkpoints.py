@@ -160,6 +160,25 @@ FIELDS: dict[str, dict[str, Any]] = {
         "rope_parameters": YARN
         | {"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1, "partial_rotary_factor": 0.5},
     },
+    "gpt_oss": {
+        "num_local_experts": 8,
+        "hidden_size": 192,  # no power of two, and no matrix is square
+        "intermediate_size": 64,
+        "moe_intermediate_size": None,
+        "num_hidden_layers": 4,
+        "sliding_window": 16,
+        "max_position_embeddings": 131072,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 150000.0,
+            "factor": 32.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "original_max_position_embeddings": 4096,
+            "truncate": False,
+        },
+        "tie_word_embeddings": False,
+    },
     # The fields of the language model, beside which the config has those of TOWERS.
     "qwen3_vl_moe": {
         "num_experts": 8,
@@ -282,12 +301,15 @@ def reference_model(family: str, *, seed: int = 0, **changes: Any) -> Any:
                     "block_sparse_moe.gate.weight",
                     "router.proj.weight",
                     "router.layer.weight",
+                    "mlp.router.weight",
                 )
             ):
                 # Decided, as trained routers are: near-ties would turn on the rounding of an activation.
                 weight.copy_(2.25 * noise * weight.shape[-1] ** -0.5)
             else:
                 weight.copy_(0.5 * noise * weight.shape[-1] ** -0.5)
+                if family == "gpt_oss" and ".experts." in name:  # so that some products are beyond the clamp
+                    weight.mul_(6 if name.endswith("gate_up_proj") else 0.1)
     return model.eval()
 
 

@@ -37,6 +37,7 @@ ARCHITECTURES = {
     "qwen3_next": gguf.MODEL_ARCH.QWEN3NEXT,
     "qwen3_5_moe": gguf.MODEL_ARCH.QWEN35MOE,
     "qwen3_5_moe_text": gguf.MODEL_ARCH.QWEN35MOE,
+    "gpt_oss": gguf.MODEL_ARCH.GPT_OSS,
     "hy_v3": gguf.MODEL_ARCH.DOTS1,  # whose names it has; the package does not know it yet
 }
 FLOAT = ("ffn_gate_inp", "exp_probs_b", "ssm_conv1d")  # whatever the type of the others
@@ -77,7 +78,8 @@ def tiny_gguf(
         theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if theirs is None:
             raise ValueError(f"the gguf package has no name for {name}")
-        is_float = values.ndim == 1 or any(part in theirs for part in FLOAT)
+        is_vector = values.ndim == 1 or theirs.endswith(".bias")
+        is_float = is_vector or any(part in theirs for part in FLOAT)
         kind = gguf.GGMLQuantizationType["F32" if is_float else experts if "_exps" in theirs else dense]
         if family in ("mixtral", "granitemoe") and re.search(r"attn_[qk]\.weight", theirs):
             heads = config["num_attention_heads" if "attn_q" in theirs else "num_key_value_heads"]
@@ -124,6 +126,8 @@ def _stacked(tensors: dict[str, Floats], family: str) -> dict[str, Floats]:
         out = _language_model(out)
     if family == "granitemoe":
         out = _experts_apart(out)
+    if family == "gpt_oss":
+        out = _turns_apart(out)
     for name, by_number in experts.items():
         out[name] = np.stack([by_number[number] for number in sorted(by_number)])
     return out
@@ -231,6 +235,24 @@ def _experts_apart(tensors: dict[str, Floats]) -> dict[str, Floats]:
     return out
 
 
+def _turns_apart(tensors: dict[str, Floats]) -> dict[str, Floats]:
+    """Gate and up, whose rows take turns, in a tensor each; matrices turned."""
+    out: dict[str, Floats] = {}
+    for name, values in tensors.items():
+        root, _, part = name.rpartition(".")
+        kind = "bias" if part.endswith("_bias") else "weight"
+        turned = values if kind == "bias" or "experts" not in root else values.swapaxes(1, 2)
+        if part.startswith("gate_up_proj"):
+            for first, ours in enumerate(("gate", "up")):
+                rows = turned[:, first::2]
+                out[f"{root}.{ours}_proj.{kind}"] = np.ascontiguousarray(rows)
+        elif part.startswith("down_proj"):
+            out[f"{root}.down_proj.{kind}"] = np.ascontiguousarray(turned)
+        else:
+            out[f"{name}.weight" if part == "sinks" else name] = values
+    return out
+
+
 def _language_model(tensors: dict[str, Floats]) -> dict[str, Floats]:
     """That of a model of pictures and text, each expert's matrices turned and apart."""
     out: dict[str, Floats] = {}
@@ -320,6 +342,12 @@ def _add_router(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
     elif family == "qwen3_vl_moe":
         writer.add_rope_dimension_sections([*config["rope_parameters"]["mrope_section"], 0])
         writer.add_num_deepstack_layers(len(config["vision_config"]["deepstack_visual_indexes"]))
+    elif family == "gpt_oss":
+        writer.add_sliding_window(config["sliding_window"])
+        writer.add_expert_feed_forward_length(config["intermediate_size"])
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(config["rope_parameters"]["factor"])
+        writer.add_rope_scaling_orig_ctx_len(config["rope_parameters"]["original_max_position_embeddings"])
     elif family == "minimax_m2":
         writer.add_expert_feed_forward_length(config["intermediate_size"])
 

@@ -49,7 +49,7 @@ def blob_pieces(
         yield from pools.scales("F32", RMS_8, _std(blob.name, spec)).run(blob.name, blob.num_bytes)
     elif part in ("norm", "q_norm", "k_norm", "final_norm", "gate_norm"):
         yield norm_values(blob, request.seed)
-    elif part in ("bias", "correction_bias", "dt_bias"):
+    elif part in ("bias", "correction_bias", "dt_bias", "sinks"):
         yield bias_values(blob, request.seed)
     elif part in ("conv", "a_log"):
         yield delta_values(blob, request.seed)

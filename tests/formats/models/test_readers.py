@@ -298,7 +298,6 @@ def test_a_description_is_read_strictly(change, complaint):
 
 LACKS = {
     "ling-3-flash": "linear attention",
-    "gpt-oss-120b": "experts with biases",
     "deepseek-v4-flash": "compressed attention",
     "nemotron-3-nano-30b": "Mamba-2",
     "lfm2.5-8b-a1b": "layers of short convolutions",

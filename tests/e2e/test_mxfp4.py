@@ -1,0 +1,132 @@
+"""gpt-oss as it was released: MXFP4 experts go from the checkpoint, or a GGUF, into the CPU's kernels bit for
+bit, and the logits are those of transformers in float32.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from krasis.convert.cli import main as convert
+from krasis.formats.bundle.reader import Bundle
+from krasis.formats.layouts import CpuTileLayout
+from krasis.runtime import Engine, EngineSettings
+from krasis.runtime.cpu.weights import load_weights
+from tests.support.random_weights import dequantised_state, transformers_logits, write_checkpoint
+from tests.support.tiny_ggufs import CONVERTER, convert_by_llama_cpp, read_tensors, tiny_gguf
+from tests.support.tiny_mxfp4 import tiny_mxfp4
+
+TOKENS = np.random.default_rng(8).integers(0, 256, 45).tolist()
+RelativeError = Callable[[np.ndarray, np.ndarray], float]
+LAYOUT = CpuTileLayout("mxfp4")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_mxfp4(tmp_path_factory.mktemp("mxfp4") / "hf")
+
+
+def converted(source: Path, out: Path, *options: str) -> Path:
+    arguments = [str(source), "-o", str(out), "--tiers", "cpu", "--quiet", "--force-text", *options]
+    done = CliRunner().invoke(convert, arguments, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return out
+
+
+@pytest.fixture(scope="module", params=["hf", "gguf"])
+def bundle(request: pytest.FixtureRequest, folder: Path) -> Path:
+    source = folder
+    if request.param == "gguf":
+        source = tiny_gguf(folder.with_name("hf-bf16"), folder.with_name("m.gguf"), experts="MXFP4")
+    return converted(source, folder.with_name(f"{request.param}.krasis"))
+
+
+def test_experts_keep_their_bits(bundle: Path, folder: Path) -> None:
+    plain = read_tensors(folder.with_name("hf-bf16"))
+    with Bundle.open(bundle) as opened:
+        assert opened.manifest.layouts == {"dense": "int8-rows-r32k4", "cpu": "cpu-mxfp4-r32-b32"}
+        for layer in range(4):
+            root = f"model.layers.{layer}.mlp.experts."
+            for expert, record in enumerate(opened.map(f"layers.{layer}.experts.cpu")):
+                gate, up, down = LAYOUT.unpack_expert(record, 192, 64)
+                both = plain[f"{root}gate_up_proj"][expert].T
+                np.testing.assert_array_equal(gate, both[::2])
+                np.testing.assert_array_equal(up, both[1::2])
+                np.testing.assert_array_equal(down, plain[f"{root}down_proj"][expert].T)
+
+
+@pytest.mark.parametrize(
+    ("changes", "limit"), [({}, 2e-2), ({"activations": "float32", "kv_dtype": "f32"}, 1e-3)]
+)
+def test_logits_equal_transformers(
+    bundle: Path, folder: Path, relative_error: RelativeError, changes: dict[str, Any], limit: float
+) -> None:
+    config = json.loads((folder.with_name("hf-bf16") / "config.json").read_text("utf-8"))
+    with Bundle.open(bundle) as opened:
+        state = dequantised_state(load_weights(opened, "cpu"))
+    twin = write_checkpoint(state, config, bundle.with_suffix(".twin"))
+    expected = transformers_logits(twin, TOKENS)
+    settings = EngineSettings(context=64, threads=1, prefault=False, device="cpu", **changes)
+    with Engine.open(bundle, settings) as engine:
+        whole = engine.prefill(TOKENS, all_logits=True)
+        engine.reset()
+        parts = [engine.prefill(TOKENS[begin:end], all_logits=True) for begin, end in ((0, 7), (7, 40))]
+        parts += [engine.decode(token)[None] for token in TOKENS[40:]]
+    assert relative_error(whole, expected) <= limit
+    assert relative_error(np.concatenate(parts), expected) <= limit
+    # The experts were not rounded, so that the model itself is not far, though its attention has 8 bits.
+    assert relative_error(whole, transformers_logits(folder.with_name("hf-bf16"), TOKENS)) <= 3e-2
+
+
+def test_other_formats_of_the_cpu_can_be_asked_for(folder: Path, tmp_path: Path) -> None:
+    eight = converted(folder, tmp_path / "eight.krasis", "--cpu-format", "q8")
+    with Bundle.open(eight) as opened:
+        assert opened.manifest.layouts["cpu"] == "cpu-q8-r32-b32"
+
+
+def test_a_copy_in_floats_becomes_the_same_bundle(folder: Path, tmp_path: Path) -> None:
+    """As the hub has BF16 copies; ``--cpu-format mxfp4`` finds the codes again."""
+    copy = converted(folder.with_name("hf-bf16"), tmp_path / "copy.krasis", "--cpu-format", "mxfp4")
+    native = converted(folder, tmp_path / "native.krasis")
+    with Bundle.open(copy) as ours, Bundle.open(native) as theirs:
+        for one, other in zip(
+            ours.map("layers.2.experts.cpu"), theirs.map("layers.2.experts.cpu"), strict=True
+        ):
+            for mine, yours in zip(
+                LAYOUT.unpack_expert(one, 192, 64), LAYOUT.unpack_expert(other, 192, 64), strict=True
+            ):
+                np.testing.assert_array_equal(mine, yours)
+
+
+def test_the_gpu_is_refused_by_name(folder: Path, tmp_path: Path) -> None:
+    """Rounding MXFP4 to other 4 bits would lose what --tiers cpu keeps."""
+    done = CliRunner().invoke(
+        convert, [str(folder), "-o", str(tmp_path / "x.krasis"), "--quiet", "--force-text"]
+    )
+    assert done.exit_code == 4
+    assert "no format of the GPU's experts keeps MXFP4 yet" in done.output
+    assert "--tiers cpu" in done.output
+
+
+@pytest.mark.skipif(CONVERTER not in os.environ, reason=f"{CONVERTER} does not name llama.cpp's sources")
+def test_llama_cpp_s_own_gguf_gives_the_same_records(folder: Path, tmp_path: Path) -> None:
+    theirs = convert_by_llama_cpp(folder, tmp_path / "theirs.gguf")
+    ours = converted(folder, tmp_path / "hf.krasis")
+    from_gguf = converted(theirs, tmp_path / "gguf.krasis")
+    with Bundle.open(ours) as first, Bundle.open(from_gguf) as second:
+        for layer in range(4):
+            name = f"layers.{layer}.experts.cpu"
+            np.testing.assert_array_equal(first.map(name), second.map(name))
+            for part in ("gate", "up", "down"):
+                bias = f"layers.{layer}.experts.{part}.bias"
+                np.testing.assert_array_equal(first.map(bias), second.map(bias))
+            for sinks in (f"layers.{layer}.attention.sinks", f"layers.{layer}.experts.router.bias"):
+                np.testing.assert_array_equal(first.map(sinks), second.map(sinks))
+        assert first.manifest.spec.layers == second.manifest.spec.layers
