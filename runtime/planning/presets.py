@@ -160,6 +160,30 @@ def _delta(
     return fields | others
 
 
+def _gpt_oss(layers: int, num_experts: int) -> Mapping[str, Any]:
+    return _config(
+        "gpt_oss",
+        layers,
+        2880,
+        64,
+        8,
+        201088,
+        131072,
+        head_dim=64,
+        num_local_experts=num_experts,
+        num_experts_per_tok=4,
+        intermediate_size=2880,
+        sliding_window=128,
+        rope_theta=150_000,
+        rope_scaling={
+            "rope_type": "yarn",
+            "factor": 32.0,
+            "original_max_position_embeddings": 4096,
+            "truncate": False,
+        },
+    )
+
+
 SHAPES: Mapping[str, Mapping[str, Any]] = {
     "qwen3-235b-a22b": _qwen3_moe(94, 4096, 64, 1536),
     "qwen3-30b-a3b": _qwen3_moe(48, 2048, 32, 768),
@@ -303,6 +327,8 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
         routed_scaling_factor=1.8,
         rms_norm_eps=1e-5,
     ),
+    "gpt-oss-20b": _gpt_oss(24, 32),
+    "gpt-oss-120b": _gpt_oss(36, 128),
 }
 """By name, what decides the shape in each model's ``config.json``."""
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 DEFAULT_GPU_LAYOUT = "marlin-u4b8-g128-bf16"
 DEFAULT_CPU_LAYOUT = "cpu-q8-r32-b32"
+MXFP4_CPU_LAYOUT = "cpu-mxfp4-r32-b32"
 KV_DTYPE_BYTES = {"f16": 2, "bf16": 2, "f32": 4}
 EMBEDDING_BLOB = "embedding"
 # Norms, router and embedding keep their own precision: 16 bits in nearly every published checkpoint.
@@ -198,20 +199,27 @@ def count_parameters(spec: ModelSpec) -> Parameters:
         math.prod(tensor.shape)
         for layer in spec.layers
         for tensor in layer_tensors(spec, layer)
-        if tensor.store == "experts"
+        if tensor.store == "experts" or tensor.per_expert
     )
     return Parameters(counted.total, counted.active + looked_up, experts)
 
 
 def sizes_of_shape(
-    spec: ModelSpec, gpu_layout: str = DEFAULT_GPU_LAYOUT, cpu_layout: str = DEFAULT_CPU_LAYOUT
+    spec: ModelSpec, gpu_layout: str | None = None, cpu_layout: str | None = None
 ) -> ModelSizes:
-    """The sizes that a bundle of this model will have. Raises FormatError for an unknown layout id,
-    UnsupportedModelError for a model without experts or with experts that the layouts cannot hold.
+    """The sizes that a bundle of this model will have. gpu_layout, cpu_layout: None for what it is converted
+    to by default: a group that divides the model's sizes; what its experts were released in.
+
+    Raises FormatError for an unknown layout id, UnsupportedModelError for a model without experts or with
+    experts that the layouts cannot hold.
     """
     dense = _dense_bytes(
         (blob.name, math.prod(blob.shape) * _DTYPE_BYTES[blob.dtype]) for blob in blobs(spec)
     )
+    if gpu_layout is None:
+        gpu_layout = _default_gpu_layout(spec)
+    if cpu_layout is None:
+        cpu_layout = _default_cpu_layout(spec)
     records: dict[tuple[str, int, int], int] = {}
 
     def record_bytes(tier: str, index: int) -> int:
@@ -225,6 +233,22 @@ def sizes_of_shape(
         return records[key]
 
     return _sizes(spec, dense, record_bytes, gpu_layout=gpu_layout, cpu_layout=cpu_layout, source="shape")
+
+
+def _default_cpu_layout(spec: ModelSpec) -> str:
+    from krasis.formats.models.registry import family_names, family_of
+
+    known = spec.family in family_names()
+    return MXFP4_CPU_LAYOUT if known and family_of(spec).released_in == "MXFP4" else DEFAULT_CPU_LAYOUT
+
+
+def _default_gpu_layout(spec: ModelSpec) -> str:
+    from krasis.formats.layouts import expert_format
+
+    found = [layer.experts for layer in spec.layers if layer.experts is not None]
+    widths = {spec.hidden if one.latent is None else one.latent for one in found}
+    inputs = sorted(widths | {one.intermediate for one in found})
+    return expert_format(DEFAULT_GPU_LAYOUT).fitted(inputs).layout_id
 
 
 def _record_bytes(layout_id: str, width: int, intermediate: int) -> int:
@@ -294,6 +318,6 @@ def _layer(
     macs = sum(
         math.prod(one.shape)
         for one in listed
-        if len(one.shape) == 2 and one.store not in ("experts", "table", "ids")
+        if len(one.shape) == 2 and one.store not in ("experts", "table", "ids") and not one.per_expert
     )
     return LayerSizes(layer, count, dense_bytes, macs, sizes)

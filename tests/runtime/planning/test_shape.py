@@ -39,6 +39,24 @@ def test_a_model_with_dense_layers_and_a_shared_expert() -> None:
     assert sizes.kv_bytes(1, "f16") == 188_416
 
 
+def test_layouts_are_those_that_a_model_is_converted_to() -> None:
+    sizes = sizes_of_shape(shape("gpt-oss-20b"))
+    assert (sizes.gpu_layout, sizes.cpu_layout) == ("marlin-u4b8-g64-bf16", "cpu-mxfp4-r32-b32")
+    sizes = sizes_of_shape(shape("qwen3-30b-a3b"))
+    assert (sizes.gpu_layout, sizes.cpu_layout) == ("marlin-u4b8-g128-bf16", "cpu-q8-r32-b32")
+
+
+@pytest.mark.parametrize(("name", "layers", "experts"), [("gpt-oss-20b", 24, 32), ("gpt-oss-120b", 36, 128)])
+def test_gpt_oss(name: str, layers: int, experts: int) -> None:
+    sizes = sizes_of_shape(shape(name))
+    assert shape(name) == spec_of_file(name)
+    record = 3 * 2880 * 2880 // 1024 * 544  # 4.25 bits a weight
+    assert sizes.cpu_experts_bytes == layers * experts * -(-record // 4096) * 4096
+    # Biases are a token's own experts' and no products: they cost no time.
+    macs = sum(kind.count * kind.dense_macs for kind in sizes.layers)
+    assert macs == layers * (2880 * 2 * 64 * 64 + 2880 * 2 * 8 * 64 + 2880 * experts)
+
+
 def test_a_uniform_model_needs_nothing_more() -> None:
     found = shape_of(shape("qwen3-30b-a3b"))
     assert (found.num_expert_layers, found.mlp_columns) == (48, 0)
