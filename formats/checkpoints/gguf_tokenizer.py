@@ -1,8 +1,8 @@
 """Rebuilds Hugging Face tokenizer files from a GGUF's metadata, so that a GGUF converts without its original
 checkpoint.
 
-Only byte-level BPE with the splitting rule of Qwen2 and Qwen3: a GGUF does not hold the rule, it merely names
-it.
+Only byte-level BPE with the splitting rules of Qwen2 and Qwen3, and of o200k (gpt-oss): a GGUF does not hold
+the rule, it merely names it.
 """
 
 from __future__ import annotations
@@ -25,8 +25,16 @@ _QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
+_LOWER, _UPPER = r"\p{Ll}\p{Lm}\p{Lo}\p{M}", r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}"
+_SUFFIX = "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+# Words begin anew at a capital after small letters and end with a contraction; up to three digits; as above.
+_O200K_SPLIT = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]*[{_LOWER}]+{_SUFFIX}|[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]+[{_LOWER}]*{_SUFFIX}"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 # tokenizer.ggml.pre -> rule
-_SPLITS = {"qwen2": _QWEN2_SPLIT, "deepseek-r1-qwen": _QWEN2_SPLIT}
+_SPLITS = {"qwen2": _QWEN2_SPLIT, "deepseek-r1-qwen": _QWEN2_SPLIT, "gpt-4o": _O200K_SPLIT}
+_NOT_NORMALISED = (_O200K_SPLIT,)  # the others' text is brought into NFC first
 
 _ROLES = ("bos", "eos", "eot", "eom", "padding")
 _NO_TOKEN = 2**32 - 1  # what llama.cpp writes for a token that a vocabulary lacks
@@ -145,7 +153,8 @@ def _list(metadata: Mapping[str, Any], name: str, kind: type, where: str) -> lis
 def _build(vocabulary: _Vocabulary, split: str, bos: int | None) -> Tokenizer:
     # Added tokens are in the model's vocabulary as well: that is what fixes their ids.
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary.used, merges=vocabulary.merges))
-    tokenizer.normalizer = normalizers.NFC()
+    if split not in _NOT_NORMALISED:
+        tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(split), behavior="isolated"),

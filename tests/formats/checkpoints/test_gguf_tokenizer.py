@@ -102,6 +102,36 @@ def test_the_same_ids_on_tricky_text(original, metadata, text):
         )
 
 
+# As tiktoken has it for o200k_base and o200k_harmony.
+O200K = "|".join(
+    [
+        r"""[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?""",
+        r"""[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?""",
+        r"""\p{N}{1,3}""",
+        r""" ?[^\s\p{L}\p{N}]+[\r\n/]*""",
+        r"""\s*[\r\n]+""",
+        r"""\s+(?!\S)""",
+        r"""\s+""",
+    ]
+)
+CASES = [
+    "helloWorld HTTPServer's CAN'T",
+    "1234567 a1b22",
+    "a//\n/b \u0915\u093e e\u0301\u00e9 \u01c5x",
+    "  x\n\n  y ",
+]
+
+
+@pytest.mark.parametrize("text", [*TEXTS, *CASES])
+def test_text_is_cut_as_gpt_oss_cuts_it(metadata, text):
+    """The pieces of the regex package; text is not normalised."""
+    regex = pytest.importorskip("regex")
+    rebuilt = rebuild(metadata | {"tokenizer.ggml.pre": "gpt-4o"})
+    assert rebuilt.normalizer is None
+    pieces = [text[begin:end] for _, (begin, end) in rebuilt.pre_tokenizer.pre_tokenize_str(text)]
+    assert pieces == regex.findall(O200K, text)
+
+
 def test_the_other_files(metadata, original):
     assets = tokenizer_assets(metadata, "m.gguf")
     config = json.loads(assets["tokenizer_config.json"])
@@ -169,7 +199,7 @@ def test_a_leading_token_of_any_spelling(metadata, original, name):
     ("change", "error", "complaint"),
     [
         ({"tokenizer.ggml.model": "llama"}, UnsupportedModelError, "'llama'.*qwen2"),
-        ({"tokenizer.ggml.pre": "gpt-4o"}, UnsupportedModelError, "'gpt-4o'.*checkpoint"),
+        ({"tokenizer.ggml.pre": "gpt-5x"}, UnsupportedModelError, "'gpt-5x'.*checkpoint"),
         ({"tokenizer.ggml.pre": None}, UnsupportedModelError, "qwen2"),
         ({"tokenizer.ggml.tokens": []}, FormatError, "tokens"),
         ({"tokenizer.ggml.tokens": [1, 2]}, FormatError, "tokens"),
