@@ -57,6 +57,7 @@ class LayerShape:
 SHAPES = {
     "qwen3-30b-a3b": LayerShape("qwen3-30b-a3b", 2048, 768, 128, 8, 4),
     "qwen3-235b-a22b": LayerShape("qwen3-235b-a22b", 4096, 1536, 128, 8, 2),
+    "gpt-oss-20b": LayerShape("gpt-oss-20b", 2880, 2880, 32, 4, 2),
     "tiny": LayerShape("tiny", 128, 64, 8, 2, 2),  # for tests of the script itself
 }
 
@@ -95,8 +96,11 @@ class ExpertStack:
         tile_bytes, expert_bytes = TILE_BYTES[self.tiles], self.shape.expert_bytes(self.tiles)
         spare_tiles = 257
         base = rng.integers(0, 256, (expert_bytes // tile_bytes + spare_tiles, tile_bytes), np.uint8)
-        scales = rng.uniform(0.002, 0.004, (len(base), TILE_ROWS)).astype(np.float16)
-        base[:, -2 * TILE_ROWS :] = scales.view(np.uint8)
+        if self.tiles == "mxfp4":
+            base[:, -TILE_ROWS:] = rng.integers(119, 121, (len(base), TILE_ROWS))  # 2^-8, 2^-7
+        else:
+            scales = rng.uniform(0.002, 0.004, (len(base), TILE_ROWS)).astype(np.float16)
+            base[:, -2 * TILE_ROWS :] = scales.view(np.uint8)
         flat = base.reshape(-1)
         for expert, begin in enumerate(range(0, len(array), self.shape.stride_bytes(self.tiles))):
             offset = expert % spare_tiles * tile_bytes
@@ -241,7 +245,7 @@ def instruction_sets(choice: str) -> list[str]:
 def common_options(command: Callable[..., None]) -> Callable[..., None]:
     """The options of both scripts."""
     path = click.Path(path_type=Path)
-    isas, formats = click.Choice(["all", "avx2", "avx512_vnni"]), click.Choice(["both", "q8", "i4"])
+    isas, formats = click.Choice(["all", "avx2", "avx512_vnni"]), click.Choice(["both", *TILE_BYTES])
     for option in (
         click.option("--json", "json_path", type=path, help="Write all samples there."),
         click.option("--repeats", default=15, show_default=True, type=click.IntRange(1), help="Samples."),
@@ -296,7 +300,7 @@ def cases(shapes: Sequence[str], layers: int, formats: str, bundle_path: Path | 
             arch.num_layers,
         )
         layout = bundle.manifest.layouts["cpu"]
-        tiles = {"cpu-q8-r32-b32": "q8", "cpu-i4-r32-b32": "i4"}.get(layout)
+        tiles = {f"cpu-{name}-r32-b32": name for name in TILE_BYTES}.get(layout)
         if tiles is None:
             raise click.ClickException(f"{bundle_path}: CPU layout {layout} is not known here")
         return [Case(shape, tiles, bundle)]

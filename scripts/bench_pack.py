@@ -22,6 +22,7 @@ from krasis.formats.layouts import (
     MatrixView,
     PackStats,
     float32_to_bf16,
+    mxfp4,
 )
 from krasis.formats.native import Pool
 
@@ -90,6 +91,18 @@ def bench(pool: Pool, experts: Sequence[Expert], seconds: float) -> None:
         lines.append((layout.layout_id, pack, weights * 2))
     tiles = CpuTileLayout("q8")
     out_q8 = np.zeros(tiles.expert_record(hidden, intermediate).record_bytes, np.uint8)
+    four = CpuTileLayout("mxfp4")
+    out_fp4 = np.zeros(four.expert_record(hidden, intermediate).record_bytes, np.uint8)
+    fp4 = [
+        [MatrixView(mxfp4.quantize(one.to_float32()), "MXFP4") for one in expert] for expert in experts[:4]
+    ]
+    lines.append(
+        (
+            "cpu-mxfp4 from MXFP4 (GB of MXFP4)",
+            lambda i: four.pack_expert(pool, *fp4[i % len(fp4)], out_fp4),
+            weights * 17 // 32,
+        )
+    )
     blocks = [q8_0_of(expert) for expert in experts[:8]]
     lines.append(
         (

@@ -20,12 +20,16 @@ double power_of_two(int exponent) {
     return value;
 }
 
-// Sum of the squares of 4 nibbles' values, each doubled.
-int64_t squares(uint32_t nibbles) {
-    constexpr int16_t kSquares[8] = {0, 1, 4, 9, 16, 36, 64, 144};
-    return kSquares[nibbles & 7] + kSquares[nibbles >> 8 & 7] + kSquares[nibbles >> 16 & 7] +
-           kSquares[nibbles >> 24 & 7];
-}
+// By the byte of two nibbles, the sum of the squares of their values, each doubled.
+struct Squares {
+    int32_t of[256];
+
+    constexpr Squares() : of() {
+        constexpr int32_t kSquares[8] = {0, 1, 4, 9, 16, 36, 64, 144};
+        for (int byte = 0; byte < 256; ++byte) of[byte] = kSquares[byte & 7] + kSquares[byte >> 4 & 7];
+    }
+};
+constexpr Squares kSquaresOf;
 
 // A row of a block into its place in a tile. row: in the tile.
 void pack_row(const uint8_t *block, int64_t row, uint8_t *tile, PackPartial &out) {
@@ -42,9 +46,9 @@ void pack_row(const uint8_t *block, int64_t row, uint8_t *tile, PackPartial &out
             std::memcpy(&word, at, sizeof word);
             word = (word & kept) | nibbles << shift;
             std::memcpy(at, &word, sizeof word);
-            sum += squares(nibbles);
         }
     }
+    for (int64_t i = 1; i < kSourceBytes; ++i) sum += kSquaresOf.of[block[i]];
     tile[kTileCodes + row] = block[0];
     const double scale = power_of_two(block[0] - 128);
     out.squared_sum += static_cast<double>(sum) * scale * scale;

@@ -22,7 +22,8 @@ import click
 from tqdm import tqdm
 
 from krasis.formats.errors import KrasisError
-from scripts.models.model_shapes import SHAPES, apply_overrides
+from krasis.formats.layouts.cpu_tiles import TILE_BYTES
+from scripts.models.model_shapes import BUNDLE_SHAPES, apply_overrides
 from scripts.models.random_bundle.blobs import input_std, output_std, record_pieces
 from scripts.models.random_bundle.pools import RMS_4, Pools
 from scripts.models.random_bundle.request import BundleRequest, architecture_of
@@ -44,13 +45,13 @@ SIZE = click.IntRange(min=1)
 
 
 @click.command()
-@click.option("--shape", type=click.Choice(sorted(SHAPES)), default="tiny", show_default=True)
+@click.option("--shape", type=click.Choice(sorted(BUNDLE_SHAPES)), default="tiny", show_default=True)
 @click.option("--layers", type=SIZE, help="num_hidden_layers")
 @click.option("--experts", type=SIZE, help="num_experts")
 @click.option("--vocab", type=SIZE, help="vocab_size")
 @click.option("--tiers", default="gpu,cpu", show_default=True, help="gpu, cpu or both.")
 @click.option("--gpu-group", type=click.Choice(["32", "64", "128"]), default="128", show_default=True)
-@click.option("--cpu-format", type=click.Choice(["q8", "i4"]), default="q8", show_default=True)
+@click.option("--cpu-format", type=click.Choice(list(TILE_BYTES)), default="q8", show_default=True)
 @click.option("--threads", type=click.IntRange(min=0), default=0, help="0: one a CPU, at most 16.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), required=True)
@@ -67,7 +68,7 @@ def main(
     if not set(chosen) <= {"gpu", "cpu"}:
         raise click.UsageError(f"--tiers {tiers}: gpu, cpu or both")
     try:
-        shape = apply_overrides(SHAPES[given["shape"]], overrides, None)
+        shape = apply_overrides(BUNDLE_SHAPES[given["shape"]], overrides, None)
         request = BundleRequest(shape, seed, chosen, int(gpu_group), cpu_format, threads)
         with tqdm(total=bundle_bytes(request), unit="B", unit_scale=True, desc=out.name) as bar:
             written = make_bundle(request, out, bar.update)

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from scripts.models.family_shapes import NAMES, FamilyShape
+from scripts.models.family_shapes import BUNDLE_NAMES, NAMES, FamilyShape
 from scripts.models.model_files import TINY_SHAPE, MoeShape, Shape
 
 QWEN3_30B = MoeShape(
@@ -35,6 +35,8 @@ QWEN3_SHAPES = {
     "custom": TINY_SHAPE,
 }
 SHAPES: dict[str, Shape] = {**QWEN3_SHAPES, **{name: FamilyShape.named(name) for name in NAMES}}
+# Checkpoints are written as transformers names their tensors, which here are fused.
+BUNDLE_SHAPES = SHAPES | {name: FamilyShape.named(name) for name in BUNDLE_NAMES}
 
 
 AnyShape = TypeVar("AnyShape", MoeShape, FamilyShape)

@@ -54,7 +54,7 @@ def test_unknown_shape_is_refused() -> None:
     assert "qwen3-30b-a3b" in result.output
 
 
-@pytest.mark.parametrize("tiles", ["q8", "i4"])
+@pytest.mark.parametrize("tiles", ["q8", "i4", "mxfp4"])
 def test_stack_holds_valid_tiles(tiles: str) -> None:
     stack = bench_common.ExpertStack(TINY, tiles, 0)
     assert stack.num_layers == TINY.num_layers

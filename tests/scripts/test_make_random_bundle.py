@@ -13,14 +13,14 @@ from krasis.convert.cli import main as convert_main
 from krasis.formats.bundle.reader import Bundle
 from krasis.formats.bundle.verify import verify_bundle
 from krasis.formats.errors import ResourceError, UsageError
-from krasis.formats.layouts import Int8RowsLayout
+from krasis.formats.layouts import CpuTileLayout, Int8RowsLayout
 from krasis.runtime import Engine, EngineSettings
 from krasis.runtime.cpu.kernels import Kernels
 from krasis.runtime.cpu.weights import load_weights
 from scripts.models.make_random_bundle import BundleRequest, bundle_bytes, make_bundle
 from scripts.models.make_random_model import make_model
 from scripts.models.model_files import Shape, hub_config
-from scripts.models.model_shapes import QWEN3_SHAPES, SHAPES, apply_overrides
+from scripts.models.model_shapes import BUNDLE_SHAPES, QWEN3_SHAPES, SHAPES, apply_overrides
 
 SMALL = replace(
     QWEN3_SHAPES["qwen3-30b-a3b"],
@@ -163,3 +163,29 @@ def test_checkpoints_of_families_convert(tmp_path: Path, name: str) -> None:
 def shape_family(shape: Shape) -> str:
     """The model type of a shape."""
     return str(hub_config(shape)["model_type"])
+
+
+def test_gpt_oss(tmp_path: Path) -> None:
+    """MXFP4 tiles whose weights are as large as they should be, biases, sinks; and it runs."""
+    shape = BUNDLE_SHAPES["gpt-oss-20b"].changed(
+        {
+            "num_hidden_layers": 2,
+            "num_experts": 4,
+            "hidden_size": 192,
+            "intermediate_size": 128,
+            "vocab_size": 512,
+        }
+    )
+    make_bundle(
+        BundleRequest(shape, 3, ("cpu",), cpu_format="mxfp4", pool_bytes=1 << 18), tmp_path / "a.krasis"
+    )
+    assert verify_bundle(tmp_path / "a.krasis") == []
+    with Bundle.open(tmp_path / "a.krasis") as opened:
+        assert opened.map("layers.1.attention.sinks").dtype == np.float32
+        record = opened.map("layers.1.experts.cpu")[3]
+        gate, up, down = CpuTileLayout("mxfp4").unpack_expert(record, 192, 128)
+    assert [float(one.std()) for one in (gate, up)] == pytest.approx([192**-0.5] * 2, rel=0.15)
+    assert float(down.std()) == pytest.approx((4 * 128) ** -0.5, rel=0.15)
+    settings = EngineSettings(context=32, threads=1, prefault=False, device="cpu")
+    with Engine.open(tmp_path / "a.krasis", settings) as engine:
+        assert np.isfinite(engine.prefill([1, 2, 3])).all()

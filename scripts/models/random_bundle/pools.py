@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import numpy.typing as npt
 
-from krasis.formats.layouts import CpuTileLayout
+from krasis.formats.layouts import CpuTileLayout, mxfp4
 from krasis.formats.layouts.cpu_tiles import TILE_BYTES, TILE_ROWS
 from scripts.models.model_files import to_bf16
 from scripts.models.random_bundle.request import BundleRequest
@@ -18,6 +18,7 @@ Bytes = npt.NDArray[np.uint8]
 SCALE_NOISE = 0.2
 # Root mean squares of uniform codes -7..7 and -127..127.
 RMS_4, RMS_8 = float(np.sqrt(280 / 15)), float(np.sqrt(127 * 128 / 3))
+RMS_FP4 = float(np.sqrt(np.square(mxfp4.VALUES[1:]).mean()))  # of the codes 1..15 alike
 
 
 class Pool:
@@ -80,16 +81,21 @@ class Pools:
         return self.get(f"scales-{dtype}-{rms}-{std}", 4 if dtype == "F32" else 2, draw)
 
     def tiles(self, layout: CpuTileLayout, std: float) -> Pool:
-        """Whole tiles of CPU experts: 32 x 32 codes, then 32 F16 scales."""
-        is_q8 = layout.tiles == "q8"
+        """Whole tiles of CPU experts: 32 x 32 codes, then 32 scales."""
+        is_q8, is_fp4 = layout.tiles == "q8", layout.tiles == "mxfp4"
         tile_bytes = TILE_BYTES[layout.tiles]
-        code_bytes = tile_bytes - 2 * TILE_ROWS
+        code_bytes = tile_bytes - (1 if is_fp4 else 2) * TILE_ROWS
 
         def draw(random: np.random.Generator, count: int) -> Bytes:
             tiles = np.empty((count, tile_bytes), np.uint8)
             codes = self.codes8() if is_q8 else self.codes4()
             filled = b"".join(codes.run(f"tiles-{std}", count * code_bytes))
             tiles[:, :code_bytes] = np.frombuffer(filled, np.uint8).reshape(count, code_bytes)
+            if is_fp4:
+                scales = scale_values(random, count * TILE_ROWS, RMS_FP4, std)
+                exponents = np.rint(np.log2(scales)) + 127
+                tiles[:, code_bytes:] = exponents.reshape(count, -1)
+                return tiles
             scales = scale_values(random, count * TILE_ROWS, RMS_8 if is_q8 else RMS_4, std)
             tiles[:, code_bytes:] = as_bytes(scales, "F16").reshape(count, -1)
             return tiles

@@ -15,8 +15,8 @@ POOL_BYTES = 64 << 20
 
 @dataclass(frozen=True, slots=True)
 class BundleRequest:
-    """What to write. tiers: of gpu, cpu. gpu_group: input features a scale. cpu_format: q8 or i4. tokenizer:
-    the tiny model's, where the vocabulary has room for it.
+    """What to write. tiers: of gpu, cpu. gpu_group: input features a scale. cpu_format: q8, i4 or mxfp4.
+    tokenizer: the tiny model's, where the vocabulary has room for it.
     """
 
     shape: Shape
