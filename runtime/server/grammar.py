@@ -16,6 +16,7 @@ from krasis.formats.names import shown
 from krasis.runtime.server.errors import refused
 from krasis.runtime.server.fields import Fields
 from krasis.runtime.server.tools.calls import CallFormat, Tools, function_of
+from krasis.runtime.server.tools.harmony import HARMONY
 from krasis.runtime.server.tools.xml import XML
 
 Bits = npt.NDArray[np.bool_]
@@ -166,7 +167,14 @@ def _schema(schema: object, param: str) -> Grammar:
 
 
 def call_grammar(call_format: CallFormat, tools: Tools) -> Grammar:
-    """One call of one of the tools, with the arguments that its schema allows."""
+    """One call of one of the tools, with the arguments that its schema allows.
+
+    Raises ApiError for a format whose calls cannot be forced.
+    """
+    if call_format is HARMONY:
+        raise refused(
+            "This model's calls cannot be forced: 'tool_choice' can be auto or none.", "tool_choice"
+        )
     write = _xml_rules if call_format is XML else _hermes_rules
     names = [f"call{number}" for number in range(len(tools))]
     rules = [f"start: {' | '.join(names)}"]

@@ -14,6 +14,7 @@ from krasis.formats.errors import FormatError, KrasisError, UsageError
 from krasis.runtime.server.continuing import check_begun, text_to_go_on
 from krasis.runtime.server.errors import ApiError, from_krasis, refused, too_long
 from krasis.runtime.server.tools.calls import CallFormat, NotJsonError, Tools, strict_json
+from krasis.runtime.server.tools.harmony import HARMONY
 from krasis.runtime.server.tools.hermes import HERMES
 from krasis.runtime.server.tools.plain import without_tools
 from krasis.runtime.server.tools.replay import Replay
@@ -53,7 +54,9 @@ class Prompts:
     @property
     def call_format(self) -> CallFormat:
         """How the model writes calls of tools: as its template does."""
-        return XML if "<function=" in self.source else HERMES
+        if "<function=" in self.source:
+            return XML
+        return HARMONY if "<|channel|>commentary" in self.source else HERMES
 
     def text(
         self,

@@ -27,7 +27,7 @@ _IN_STRING = re.compile(r'["\\]')
 _OUTSIDE = re.compile(r'[{}\[\]"]')
 
 
-class _JsonEnd:
+class JsonEnd:
     """Finds the end of one JSON object in text that comes in pieces, looking at each character once."""
 
     __slots__ = ("_depth", "_escaped", "_in_string")
@@ -70,7 +70,7 @@ class HermesReader:
         self.call: Call | None = None
         self._head: str | None = ""  # until the object begins
         self._pieces: list[str] = []
-        self._end = _JsonEnd()
+        self._end = JsonEnd()
         self._tail: str | None = None  # what follows the object
 
     def feed(self, text: str) -> None:
