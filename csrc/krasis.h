@@ -20,7 +20,7 @@
 extern "C" {
 #endif
 
-#define KRASIS_ABI_VERSION 2
+#define KRASIS_ABI_VERSION 3
 
 #if defined(_WIN32)
 #define KRASIS_API __declspec(dllexport)
