@@ -23,7 +23,8 @@ _ACTIONS = ("save", "restore", "erase")
 async def act_on_slot(request: Request) -> Response:
     """The endpoint. A slot in which somebody works is refused."""
     service = service_of(request)
-    if service.slots is None or not service.settings.slots:
+    # --no-slots hides what slots hold; who names a folder for them means to act on them all the same.
+    if service.slots is None or not (service.settings.slots or service.slots.folder):
         raise ApiError(501, "This server's slots cannot be acted on.")
     action = request.query_params.get("action", "")
     if action not in _ACTIONS:

@@ -133,7 +133,7 @@ def test_over_http(tiny_bundle: Path, tmp_path: Path) -> None:
     from krasis.runtime.server.service import ServeSettings, Service
 
     with opened(tiny_bundle, tmp_path) as core:
-        service = Service(core.core, core.text, ServeSettings(), lambda: b"", core.slots)
+        service = Service(core.core, core.text, ServeSettings(slots=False), lambda: b"", core.slots)
         app = make_app(service)
 
         async def post(path: str, query: str, body: Any) -> tuple[int, Any]:
