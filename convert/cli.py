@@ -27,6 +27,7 @@ from krasis.convert.refresh_cli import run_refresh
 from krasis.convert.settings import (
     AUTO,
     GPU_GROUPS,
+    TIERS,
     ConvertSettings,
     parse_tiers,
 )
@@ -72,7 +73,10 @@ _WHEN_CUT = "get this file again; what is finished so far is kept, and the same 
     help="[default: q8, or mxfp4 for experts that the source has in MXFP4]",
 )
 @click.option(
-    "--tiers", default="gpu,cpu", show_default=True, help="Copies of the experts to write: gpu, cpu or both."
+    "--tiers",
+    metavar="TIERS",
+    help="Copies of the experts to write: gpu, cpu or both (gpu,cpu). "
+    "[default: both that can hold the model]",
 )
 @click.option("--shard-size", default="32GiB", show_default=True, help="Largest file of the bundle.")
 @click.option("--threads", type=click.IntRange(0), default=0, help="Packing threads [default: all CPUs].")
@@ -165,7 +169,8 @@ def main(
 def _settings(options: dict[str, Any]) -> ConvertSettings:
     limit = options["memory_limit"]
     return ConvertSettings(
-        tiers=parse_tiers(options["tiers"]),
+        tiers=TIERS if options["tiers"] is None else parse_tiers(options["tiers"]),
+        leaves_gpu_out=options["tiers"] is None,
         gpu_bits=8 if options["gpu_bits"] == "8" else 4,
         gpu_format=options["gpu_format"],
         gpu_group="auto" if options["gpu_group"] is None else GPU_GROUPS[options["gpu_group"]],

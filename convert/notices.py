@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from krasis.convert.convertible import kernels_note
 from krasis.convert.opening import OpenInputs
-from krasis.convert.plan import ConversionPlan
+from krasis.convert.plan import ConversionPlan, rounds_mxfp4
 from krasis.convert.sources import dense_types, quantised_types
 
 
@@ -16,6 +16,8 @@ def notices(plan: ConversionPlan, inputs: OpenInputs) -> Iterator[str]:
     settings, cpu = plan.settings, plan.settings.cpu_layout
     if (note := kernels_note(plan.spec, settings.tiers)) is not None:
         yield note
+    if settings.leaves_gpu_out and "gpu" not in settings.tiers and rounds_mxfp4(plan.spec, settings):
+        yield "the bundle is for the CPU alone: no format of the GPU's experts keeps MXFP4 yet"
     gguf_types = plan.cpu_source.expert_types() if plan.cpu_source.kind == "gguf" else ()
     rounded = ", ".join(quantised_types(gguf_types))
     if inputs.hf is None and rounded and "gpu" in settings.tiers:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from krasis.convert.settings import ConvertSettings
@@ -131,7 +131,7 @@ def plan_conversion(
     spec = dense_source.spec
     inputs = (spec.hidden, *(one.intermediate for one in kinds_of_experts(spec)))
     settings = settings.fitted(inputs, cpu_source.expert_types())
-    _check_keeps_mxfp4(spec, settings, dense_source)
+    settings = _with_what_keeps_mxfp4(spec, settings, dense_source)
     check_groups(spec, settings)
     blobs = (*_dense_blobs(spec, dense_source), *_expert_blobs(spec, settings))
     units = tuple(_units(spec, settings, dense_source, {"gpu": dense_source, "cpu": cpu_source}))
@@ -148,17 +148,27 @@ def plan_conversion(
     )
 
 
-def _check_keeps_mxfp4(spec: ModelSpec, settings: ConvertSettings, gpu_source: WeightSource) -> None:
-    """Raises UnsupportedModelError where the GPU's experts of a model that was released in MXFP4 would be
-    rounded a second time, to other 4 bits.
-    """
-    if "gpu" in settings.tiers and family_of(spec).released_in == "MXFP4" and settings.gpu_layout.bits == 4:
-        raise UnsupportedModelError(
-            "no format of the GPU's experts keeps MXFP4 yet",
-            where=str(gpu_source.path),
-            got=settings.gpu_layout.layout_id,
-            hint=f"--tiers cpu converts a {spec.family} model for the CPU, without loss from MXFP4",
-        )
+def rounds_mxfp4(spec: ModelSpec, settings: ConvertSettings) -> bool:
+    """Whether the GPU's experts of a model that was released in MXFP4 would be rounded a second time, to
+    other 4 bits."""
+    return family_of(spec).released_in == "MXFP4" and settings.gpu_layout.bits == 4
+
+
+def _with_what_keeps_mxfp4(
+    spec: ModelSpec, settings: ConvertSettings, gpu_source: WeightSource
+) -> ConvertSettings:
+    """The settings, without a GPU tier that would round MXFP4. Raises UnsupportedModelError if that tier was
+    asked for."""
+    if "gpu" not in settings.tiers or not rounds_mxfp4(spec, settings):
+        return settings
+    if settings.leaves_gpu_out and "cpu" in settings.tiers:
+        return replace(settings, tiers=("cpu",))
+    raise UnsupportedModelError(
+        "no format of the GPU's experts keeps MXFP4 yet",
+        where=str(gpu_source.path),
+        got=settings.gpu_layout.layout_id,
+        hint=f"--tiers cpu converts a {spec.family} model for the CPU, without loss from MXFP4",
+    )
 
 
 def check_groups(spec: ModelSpec, settings: ConvertSettings) -> None:

@@ -24,15 +24,18 @@ MIN_SHARD_BYTES = 1 << 20
 class ConvertSettings:
     """Everything that is not an input. The first block decides the bundle's bytes; the second does not.
 
-    gpu_format, cpu_format: names of ``formats.layouts``. gpu_group: input features a scale covers, None = all
-    of them, ``auto`` = 128, or the most below that divide the model's sizes. cpu_format ``auto``: ``q8``, or
-    ``mxfp4`` for experts that the source has in MXFP4. num_threads: 0 = every CPU of this process.
-    memory_limit_bytes: bound on memory beyond the page cache, None = what the machine has available.
-    output_io: whether shards are written past the page cache. force_text: go on without text files that
-    cannot be used. force_weights: weights that look damaged are told, and converted as they are.
+    leaves_gpu_out: tiers were not asked for: a model whose experts no format of the GPU's keeps has the
+    CPU's alone. gpu_format, cpu_format: names of ``formats.layouts``. gpu_group: input features a scale
+    covers, None = all of them, ``auto`` = 128, or the most below that divide the model's sizes.
+    cpu_format ``auto``: ``q8``, or ``mxfp4`` for experts that the source has in MXFP4. num_threads: 0 =
+    every CPU of this process. memory_limit_bytes: bound on memory beyond the page cache, None = what the
+    machine has available. output_io: whether shards are written past the page cache. force_text: go on
+    without text files that cannot be used. force_weights: weights that look damaged are told, and
+    converted as they are.
     """
 
     tiers: tuple[Tier, ...] = TIERS
+    leaves_gpu_out: bool = False
     gpu_bits: Literal[4, 8] = 4
     gpu_format: str = "marlin"
     gpu_group: int | Literal["auto"] | None = "auto"

@@ -46,8 +46,6 @@ def bundle(request: pytest.FixtureRequest, checkpoint: Path) -> Path:
             pytest.skip("GGUFs of this family are not read")
         source = tiny_gguf(checkpoint, checkpoint.parent / "model.gguf", experts="Q8_0")
     arguments = [str(source), "-o", str(out), "--gpu-group", "64", "--quiet", "--force-text"]
-    if "gpt_oss" in str(checkpoint):  # no format of the GPU's keeps what it was released in
-        arguments += ["--tiers", "cpu"]
     done = CliRunner().invoke(convert, arguments, catch_exceptions=False)
     assert done.exit_code == 0, done.output
     return out

@@ -105,11 +105,16 @@ def test_a_copy_in_floats_becomes_the_same_bundle(folder: Path, tmp_path: Path) 
                 np.testing.assert_array_equal(mine, yours)
 
 
-def test_the_gpu_is_refused_by_name(folder: Path, tmp_path: Path) -> None:
-    """Rounding MXFP4 to other 4 bits would lose what --tiers cpu keeps."""
-    done = CliRunner().invoke(
-        convert, [str(folder), "-o", str(tmp_path / "x.krasis"), "--quiet", "--force-text"]
-    )
+def test_the_gpu_is_left_out_and_refused_where_it_is_asked_for(folder: Path, tmp_path: Path) -> None:
+    """Rounding MXFP4 to other 4 bits would lose what the CPU's tiles keep."""
+    arguments = [str(folder), "-o", str(tmp_path / "x.krasis"), "--force-text"]
+    done = CliRunner().invoke(convert, arguments)
+    assert done.exit_code == 0, done.output
+    assert "for the CPU alone: no format of the GPU's experts keeps MXFP4 yet" in done.output
+    with Bundle.open(tmp_path / "x.krasis") as bundle:
+        assert set(bundle.manifest.layouts) == {"dense", "cpu"}
+    arguments[2] = str(tmp_path / "y.krasis")
+    done = CliRunner().invoke(convert, [*arguments, "--tiers", "gpu,cpu"])
     assert done.exit_code == 4
     assert "no format of the GPU's experts keeps MXFP4 yet" in done.output
     assert "--tiers cpu" in done.output

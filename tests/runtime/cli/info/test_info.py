@@ -16,6 +16,7 @@ from click.testing import CliRunner, Result
 
 from krasis.formats.bundle.manifest import SourceRecord
 from krasis.formats.bundle.reader import Bundle
+from krasis.formats.native import ABI_VERSION
 from krasis.runtime.cli.info import bundle_to_json, bundle_to_text
 from krasis.runtime.cli.info_command import main
 
@@ -319,7 +320,7 @@ def test_env_works_without_a_bundle():
     import torch
 
     assert record["torch"]["version"] == torch.__version__
-    assert record["libraries"]["cpu_abi"] == 2
+    assert record["libraries"]["cpu_abi"] == ABI_VERSION
     assert set(everything["pinned_memory"]) in ({"problem"}, {"problem", "trials", "rates"})
 
 
