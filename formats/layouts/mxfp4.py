@@ -8,10 +8,8 @@ of 32 rows (544 bytes). Both hold the same bits.
 
 from __future__ import annotations
 
-import gguf
 import numpy as np
 import numpy.typing as npt
-from gguf import quants
 
 from krasis.formats.errors import FormatError
 
@@ -89,6 +87,9 @@ def dequantize(codes: Bytes, scales: Bytes) -> Floats:
 
 def quantize(weights: Floats) -> Bytes:
     """GGML's blocks [n, k/32 * 17] of finite weights [n, k]; what MXFP4 can hold is held exactly."""
+    import gguf  # 30 ms, which a model that is run does not need
+    from gguf import quants
+
     n, k = weights.shape
     out = np.empty((n, k // BLOCK_K * BLOCK_BYTES), np.uint8)
     for begin in range(0, n, _ROWS_AT_ONCE):

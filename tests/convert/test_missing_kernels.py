@@ -21,7 +21,6 @@ CONFIGS = Path(__file__).parents[1] / "formats" / "models" / "configs"
     [
         ("deepseek-v4-flash", "compressed attention (CSA, HCA)"),  # quantised too: the smaller trouble
         ("llama-4-scout", "attention in chunks"),
-        ("qwen3.5-35b-a3b", "linear attention (Gated DeltaNet)"),
     ],
 )
 def test_the_sentence_comes_before_any_work(tmp_path, capsys, name, lacking):

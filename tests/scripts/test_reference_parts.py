@@ -286,7 +286,7 @@ def test_what_a_program_leaves_behind_is_ended(tmp_path: Path) -> None:
 def test_memory_that_a_program_takes_is_seen() -> None:
     """Others share the machine: much more may be seen, hardly less."""
     text = "import time; held = bytearray(b'x') * 300_000_000; time.sleep(0.6)"
-    assert any(run(text).host_bytes >= 200_000_000 for _ in range(8))
+    assert any(run(text).host_bytes >= 200_000_000 for _ in range(20))
 
 
 def test_gpu_memory_is_the_most_above_the_beginning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -240,5 +240,7 @@ def test_the_gpu_has_kernels_for_all_but_these() -> None:
     missing = {
         name: lacking(spec_from_hf(CONFIGS[name], name), GPU_RUNS) for name in CONFIGS if name not in FAMILIES
     }
-    delta = ["linear attention (Gated DeltaNet)", "gated attention"]
-    assert missing == {"qwen3_next": delta, "qwen3_5_moe": delta}
+    delta, latent = ["linear attention (Gated DeltaNet)", "gated attention"], "latent attention (MLA)"
+    assert missing == {"qwen3_next": delta, "qwen3_5_moe": delta} | {
+        name: [latent] for name in ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "glm_moe_dsa", "mistral4")
+    }
