@@ -288,7 +288,7 @@ void check_head_refusals() {
     refused(KRASIS_ERR_SHAPE, [](Args &a) { a.rotary_dims = 66; });
     refused(KRASIS_ERR_SHAPE, [](Args &a) { a.rotary_dims = 31; });
     refused(KRASIS_ERR_SHAPE, [](Args &a) { a.keys_offset = 8; });
-    refused(KRASIS_ERR_ARGUMENT, [](Args &a) { a.norm_kind = 2; });
+    refused(KRASIS_ERR_ARGUMENT, [](Args &a) { a.norm_kind = 3; });
     refused(KRASIS_ERR_ARGUMENT, [](Args &a) { a.k_cache = nullptr; });
     refused(KRASIS_ERR_ARGUMENT, [](Args &a) { a.cos = nullptr; });
 }
