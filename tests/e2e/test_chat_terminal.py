@@ -230,7 +230,8 @@ _SLOW_SAVE = """
 from krasis.runtime.cli.conversation import Conversation
 def slow(self, path):
     print("saving", flush=True)
-    time.sleep(60)
+    for _ in range(600):  # a signal that another thread takes does not wake this one from a sleep
+        time.sleep(0.1)
 Conversation.save = slow
 """
 _FAULTY_SAVE = """
