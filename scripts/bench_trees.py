@@ -1,6 +1,7 @@
 """Compares two source trees of Krasis in lockstep: is one slower than the other?
 
     python -m scripts.bench_trees OLD NEW BUNDLE --threads 1 --threads 2
+    python -m scripts.bench_trees OLD NEW BUNDLE --device cuda --vram-gib 8 --threads 16 --prompt 10000
 
 OLD and NEW are working trees with ``build/typing/krasis`` (links to convert, formats and runtime) and a built
 native library; BUNDLE is one that both open. Each tree runs in a process of its own, and the two take turns,
@@ -16,17 +17,25 @@ import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
+_SPARE_TOKENS = 64
+
 _WORKER = """
 import json, sys, time
 from krasis.runtime import Engine, EngineSettings
-bundle, threads = sys.argv[1], int(sys.argv[2])
-settings = EngineSettings(context=2048, threads=threads, device="cpu", prefault=True)
+bundle, threads, device, context, vram_bytes = sys.argv[1], int(sys.argv[2]), *sys.argv[3:]
+settings = EngineSettings(
+    context=int(context), threads=threads, device=device, vram_bytes=int(vram_bytes) or None, prefault=True
+)
 with Engine.open(bundle, settings) as engine:
-    engine.wait_until_read()
+    if device == "cpu":
+        engine.wait_until_read()
+    else:
+        print(engine.description, file=sys.stderr)
     for line in sys.stdin:
         name, count = json.loads(line)
         began = time.perf_counter()
@@ -41,17 +50,17 @@ with Engine.open(bundle, settings) as engine:
 
 
 class Tree:
-    """One source tree's process. library: the folder of its native library."""
+    """One source tree's process. options: of its engine, in the worker's order."""
 
-    def __init__(self, root: Path, library: Path, bundle: Path, threads: int) -> None:
+    def __init__(self, root: Path, bundle: Path, options: Sequence[object]) -> None:
         environment = dict(
             os.environ,
             PYTHONPATH=str(root / "build" / "typing"),
-            KRASIS_LIB_DIR=str(library),
+            KRASIS_LIB_DIR=str(_library(root)),
             OMP_NUM_THREADS="1",
         )
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _WORKER, str(bundle), str(threads)],
+            [sys.executable, "-c", _WORKER, str(bundle), *map(str, options)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -85,6 +94,9 @@ class Tree:
 @click.option("--tokens", default=4, show_default=True, help="Tokens decoded in a turn.")
 @click.option("--prefills", default=6, show_default=True, help="Prefills for each tree.")
 @click.option("--prompt", default=512, show_default=True, help="Tokens of a prefill.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--vram-gib", type=float, default=0.0, help="VRAM that each may use.  [default: by itself]")
+@click.option("--new-vram-gib", type=float, help="VRAM that NEW may use, where its limit counts more.")
 def main(
     old: Path,
     new: Path,
@@ -94,10 +106,18 @@ def main(
     tokens: int,
     prefills: int,
     prompt: int,
+    device: str,
+    vram_gib: float,
+    new_vram_gib: float | None,
 ) -> None:
     """The whole comparison."""
+    context = max(2048, prompt + tokens * turns + _SPARE_TOKENS)
     for count in threads:
-        pair = [Tree(root.resolve(), _library(root), bundle.resolve(), count) for root in (old, new)]
+        limits = (vram_gib, vram_gib if new_vram_gib is None else new_vram_gib)
+        pair = [
+            Tree(root.resolve(), bundle.resolve(), (count, device, context, round(gib * 2**30)))
+            for root, gib in zip((old, new), limits, strict=True)
+        ]
         for tree in pair:
             tree.take("prefill", 64)
         _say(f"prefill {prompt}, {count} threads", _turns(pair, "prefill", prompt, prefills))

@@ -7,8 +7,6 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, replace
 
-import torch
-
 from krasis.formats.bundle.reader import Bundle
 from krasis.formats.errors import NativeError, ResourceError
 from krasis.runtime.context_size import LEAST_TOKENS, tokens_in_vram
@@ -76,7 +74,11 @@ def describe_machine(device: Device, settings: EngineSettings, parallel: Paralle
     VRAM and the slowest rates.
     """
     gpu = _rates(device)
-    _release_library_memory(device)
+    if device.torch_device.type == "cuda":
+        from krasis.runtime.device.cuda import release_library_memory
+
+        # The measurement's; the plan's reserve has room for this engine's.
+        release_library_memory(device.torch_device.index or 0)
     free = device.free_bytes()
     usable = free if settings.vram_bytes is None else min(free, settings.vram_bytes)
     gpu = replace(_agreed(gpu, parallel), vram_bytes=parallel.agree(usable))
@@ -115,18 +117,3 @@ def _agreed(gpu: GpuSpec, parallel: Parallel) -> GpuSpec:
         memory_gbps=lowest(gpu.memory_gbps),
         bf16_tflops=lowest(gpu.bf16_tflops),
     )
-
-
-def _release_library_memory(device: Device) -> None:
-    """torch keeps a cuBLAS workspace (32 MiB on an H100) for every stream that ever multiplied: those of
-    engines that were closed, and of the measurement, would count as used. The plan's reserve has room for
-    this engine's. The measurement's large blocks are given back too: weights would be put into them piece by
-    piece, and what is left of a block that is partly used is lost.
-    """
-    if device.torch_device.type != "cuda":
-        return
-    device.synchronize()
-    clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
-    if clear is not None:
-        clear()
-    torch.cuda.empty_cache()

@@ -14,7 +14,15 @@ from scripts.device.context import REPOSITORY, Context
 
 TESTS = ("tests/device",)
 # The suite runs these without a GPU.
-GPU_TESTS = ("tests/runtime/device/test_cuda_device.py", "tests/runtime/gpu/kernels")
+GPU_TESTS = (
+    "tests/runtime/device/test_cuda_device.py",
+    "tests/runtime/gpu/kernels",
+    "tests/e2e/test_gpu_batches.py",
+    "tests/e2e/test_gpu_callers.py",
+    "tests/e2e/test_gpu_families.py",
+    "tests/e2e/test_gpu_prefill.py",
+    "tests/e2e/test_families.py",
+)
 FAILURE_CHARS = 200
 
 
@@ -27,6 +35,8 @@ def run(context: Context) -> dict[str, Any]:
     tests = (*TESTS, *GPU_TESTS) if context.device == "cuda" else TESTS
     command += [str(REPOSITORY / path) for path in tests]
     env = {**os.environ, "KRASIS_CHECK_DEVICE": context.device, "KRASIS_CHECK_SIZE": context.size}
+    if context.device == "cuda":
+        env["KRASIS_TEST_DEVICE"] = "cuda"
     code = subprocess.run(command, cwd=REPOSITORY, env=env, check=False).returncode
     outcome = read_report(report)
     if code or not outcome["num_passed"]:

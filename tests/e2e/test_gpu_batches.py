@@ -103,8 +103,8 @@ def test_more_sequences_than_a_decode_call_takes(
 
 
 def test_the_memory_of_all_slots_is_planned(bundle: Path, open_gpu: Callable[..., Any]) -> None:
-    one = open_gpu(bundle, context=64)._backend
-    four = open_gpu(bundle, context=64, slots=4)._backend
+    memory = {"context": 64, "vram_bytes": 2**31}
+    one, four = (open_gpu(bundle, slots=slots, **memory)._backend for slots in (1, 4))
     plans = [backend._parts.plan.placement for backend in (one, four)]
     assert plans[0].vram_bytes - plans[1].vram_bytes == 3 * plans[0].kv_bytes
     assert four._parts.model.cache.memory.nbytes == 4 * one._parts.model.cache.memory.nbytes

@@ -107,6 +107,8 @@ FIELDS: dict[str, dict[str, Any]] = {
         "intermediate_size": 64,
         "moe_intermediate_size": None,
         "rotary_dim": 16,
+        # The same again: transformers before 5.2x reads this alone.
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "partial_rotary_factor": 0.5},
     },
     "granitemoe": {
         "num_local_experts": 8,
