@@ -97,7 +97,9 @@ def test_every_program_gets_the_same_prompt_and_answer() -> None:
     for (depth, subject), row in rows.items():
         alone = subject.endswith("CPU alone")
         assert row.cases == (("pp2048", "tg32@2048") if alone else ("pp10000", "tg128@10000"))
-        assert row.every_round == (subject.endswith(("GiB", "best flags")) and not alone), subject
+        assert row.every_round == (subject.endswith(("GiB", "best flags", "default flags")) and not alone), (
+            subject
+        )
         assert row.env["CUDA_VISIBLE_DEVICES"] == ("", "0", "0,1")[row.gpus]
         if row.program == "krasis":
             assert (value(row, "--prompt"), value(row, "--generate")) == (str(row.prompt), str(row.generate))

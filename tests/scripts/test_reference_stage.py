@@ -81,8 +81,8 @@ class Bench:
         (folder / "kt_runner.py").write_text(KT_RUNNER)
         self.sizes = Sizes(prompt=24, generate=3, cap_bytes=GIB, threads=1)
 
-    def run(self, deadline: Counted, *, gpus: tuple[int, ...] = (), rounds: int = 1) -> bool:
-        request = Request(KIND, self.sizes, gpus, rounds, GIB, 2, 120.0, self.folder / "w")
+    def run(self, deadline: Counted, *, gpus: tuple[int, ...] = (), rounds: int = 1, **chosen: Any) -> bool:
+        request = Request(KIND, self.sizes, gpus, rounds, GIB, 2, 120.0, self.folder / "w", **chosen)
         llama, kt = Found(self.llama, recipe="a fake"), Found(self.folder / "kt")
         ik = Found(None, "not run: no --ik-llama-bench was given")
         stage = Stage(self.record, request, lambda: llama, ik, lambda: kt, deadline, self.said.append)  # type: ignore[arg-type]
@@ -214,6 +214,21 @@ def test_gpus_that_are_not_there_are_said_so(tmp_path: Path, monkeypatch: pytest
     runs = [run for run in bench.runs() if run.subject.startswith("krasis, 2 GPUs")]
     assert {run.error for run in runs} == {"needs 2 GPUs, this machine has 1"}
     assert {run.round for run in runs if run.subject == "krasis, 2 GPUs of 1 GiB"} == {0, 1, 2}
+
+
+def test_chosen_rows_go_on_in_later_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On another machine: what is compared is measured anew, what is missing of earlier rounds is not."""
+    monkeypatch.setattr(work, "gpu_names", lambda: ["an H200"])
+    bench = Bench(tmp_path)
+    assert bench.run(Counted(), gpus=(2,), rounds=4, names=("2 GPUs of", "CPU alone"), first_round=2)
+    rounds = {run.subject: set[int]() for run in bench.runs(model=MODEL)}
+    for run in bench.runs(model=MODEL):
+        rounds[run.subject].add(run.round)
+    assert rounds == {
+        "krasis, 2 GPUs of 1 GiB": {2, 3},
+        "krasis, CPU alone": {0},
+        "llama.cpp, CPU alone": {0},
+    }
 
 
 @pytest.mark.slow

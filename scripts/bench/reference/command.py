@@ -53,6 +53,16 @@ OPTIONS = (
         help="Its tokens.",
     ),
     click.option(
+        "--rows", multiple=True, help="reference: only rows whose name holds this; may be repeated."
+    ),
+    click.option(
+        "--first-round",
+        type=click.IntRange(min=0),
+        default=0,
+        show_default=True,
+        help="reference: rounds before are another machine's; --pairs counts them.",
+    ),
+    click.option(
         "--device",
         type=click.Choice(["cuda", "double"]),
         default="cuda",
@@ -103,6 +113,8 @@ def request(given: dict[str, Any], work: Path) -> Request:
         given["layers"],
         given["timeout_s"],
         work,
+        given["rows"],
+        given["first_round"],
     )
 
 

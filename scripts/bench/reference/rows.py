@@ -121,7 +121,9 @@ def _krasis_cpu(depth: str, sizes: Sizes) -> Row:
 def llama_rows(
     binary: Path | None, missing: str, gpus: Sequence[int], sizes: Sizes, kind: Kind, num_layers: int
 ) -> list[Row]:
-    """llama.cpp: its best flags on every number of cards, every round; once each, what else was tried."""
+    """llama.cpp: its best flags on every number of cards and its default ones, every round; once each, what
+    else was tried.
+    """
     best = _pairs(LLAMA_FLAGS) | _batch(sizes.prompt)
     fitting = layers_in_vram(kind, num_layers, sizes)
     half = max(1, sizes.threads // 2)
@@ -142,7 +144,7 @@ def llama_rows(
     rows = [row(BEST, count, best, LLAMA_ENV, True) for count in counts]
     if counts:
         # What llama-bench does by itself; but the experts must stay in RAM, as on the reference's cards.
-        rows.append(row(DEFAULT, counts[0], {"-ngl": "99", "-ncmoe": "999"}, {}, False))
+        rows.append(row(DEFAULT, counts[0], {"-ngl": "99", "-ncmoe": "999"}, {}, True))
         rows += [row(name, counts[0], flags, LLAMA_ENV, False) for name, flags in tried]
     return [*rows, _llama_cpu(binary, missing, sizes)]
 

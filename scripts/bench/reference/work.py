@@ -28,7 +28,11 @@ FACTS = "reference"
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """memory_bytes: what files and programs may take together. most_layers: 0 = all of the model's."""
+    """memory_bytes: what files and programs may take together. most_layers: 0 = all of the model's.
+
+    names: only rows whose name holds one of them, or all. first_round: those before were measured elsewhere,
+    and a row that some of them lack does not get them here.
+    """
 
     kind: Kind
     sizes: Sizes
@@ -38,6 +42,8 @@ class Request:
     most_layers: int
     timeout_s: float
     work: Path
+    names: tuple[str, ...] = ()
+    first_round: int = 0
 
 
 class Deadline:
@@ -144,18 +150,21 @@ class Stage:
         """(row, round) that the record lacks, in the order they are run."""
         if not rows:
             return []
+        model = self.model(rows[0].depth)
         held: dict[str, set[int]] = {}
         hopeless = set()
         for run in self._record.runs(STAGE):
-            if run.model == self.model(rows[0].depth):
+            if run.model == model:
                 held.setdefault(run.subject, set()).add(run.round)
                 if run.error:
                     hopeless.add(run.subject)
+        names, first = self._request.names, self._request.first_round
+        rows = [row for row in rows if not names or any(name in row.subject for name in names)]
         each = [row for row in rows if row.every_round]
         once = [(row, 0) for row in rows if not row.every_round]
         planned = [
             (row, number)
-            for number in range(self._request.rounds)
+            for number in range(first, self._request.rounds)
             for row in (in_turn(each, number) if each else [])
         ]
         return [
