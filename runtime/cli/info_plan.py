@@ -78,6 +78,12 @@ def add_plan(
         sizes = chosen.sizes
         record["conversion"] = _conversion(model, chosen)
         texts.append(_conversion_text(model, chosen))
+    elif model.source == "shape":
+        chosen = _chosen(request, spec, hardware, workload)
+        sizes = model
+        if chosen.sizes.cpu_layout != model.cpu_layout:
+            sizes = chosen.sizes
+            notes = (*notes, f"CPU experts in {chosen.cpu_format}: {chosen.reason}")
     else:
         sizes = model
     plan = make_plan(sizes, hardware, workload)

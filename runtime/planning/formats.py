@@ -63,14 +63,18 @@ def choose_formats(
     cpu_format: str | None = None,
     gpu_group: str | None = None,
 ) -> ChosenFormats:
-    """The formats asked for; of the CPU's, if none is, the better one that fits in RAM beside the GPU's.
+    """The formats asked for; of the CPU's, if none is, what the model was released in, or the better one that
+    fits in RAM beside the GPU's.
 
     Raises as ``gpu_layout`` and ``sizes_of_shape``.
     """
     group = gpu_layout(spec, gpu_group)
     if cpu_format is not None:
         return ChosenFormats(_sizes(spec, group, cpu_format), cpu_format, "as asked for")
-    best = _sizes(spec, group, _BEST)
+    best = sizes_of_shape(spec, group)
+    name = next(name for name, tiles in CPU_FORMATS.items() if tiles.layout_id == best.cpu_layout)
+    if name != _BEST:
+        return ChosenFormats(best, name, "what the model was released in, without loss")
     try:
         host = make_plan(best, hardware, workload).host
     except ResourceError:
