@@ -80,6 +80,7 @@ class GpuBackend:
         self._parallel = parallel or self._alone
         self._device, self._closes_device = device, closes_device
         self.layer_done: LayerProgress | None = None
+        self._pass_slots: set[int] = set()  # of the pass under way
         self.spec = bundle.spec
         self._parts: Parts | None = None
         self._parts = open_parts(bundle, settings, device, self._parallel)
@@ -121,14 +122,27 @@ class GpuBackend:
         goes on from there with half the batch; with several ranks OutOfDeviceMemoryError is raised, once the
         others have come to the end of the pass, and ``shrink`` is theirs to call.
         """
+        slots = {span.slot for span in batch.spans}
+        if self._pass_slots and (self._pass_slots & slots or not self._decodes(batch)):
+            raise NativeError("between the layers of a pass only other sequences' tokens can be decoded")
         self.state.begin(batch)
         alone = alone and self._parallel.num_ranks > 1
         if (alone or self._parallel.num_ranks == 1) and self._decodes(batch):
             logits = self._decode(batch)
         else:
-            logits = self._prefill(batch, alone)
+            self._pass_slots = slots
+            try:
+                logits = self._prefill(batch, alone)
+            finally:
+                self._pass_slots = set()
         self.state.advance(batch.spans)
         return logits
+
+    @property
+    def decodes_between_layers(self) -> bool:
+        """Whether ``layer_done`` may run a batch of other sequences' next tokens. With several ranks that is
+        rank 0's."""
+        return self._live_parts().decoder is not None
 
     @property
     def last_decode_split(self) -> dict[str, float] | None:

@@ -1,15 +1,16 @@
 """One pass of a chunk of tokens through the model: the loop over the layers, on one rank.
 
 Every step only enqueues; the host meets the device when the logits are read (and where a stage needs its
-choice of experts). The module docstring of ``distributed/parallel.py`` says what is exchanged where; with one
-rank that is nothing. Rows of several sequences share every product; attention alone goes through them one by
-one.
+choice of experts, and a few layers behind where somebody wants to know of them). The module docstring of
+``distributed/parallel.py`` says what is exchanged where; with one rank that is nothing. Rows of several
+sequences share every product; attention alone goes through them one by one.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -32,9 +33,13 @@ from krasis.runtime.gpu.model import GpuModel
 from krasis.runtime.gpu.parallel import KvPart, Parallel
 from krasis.runtime.gpu.weights import GpuInt8
 
+MAX_AHEAD = 2
+
 
 class PassProgress:
-    """Tells how many layers are done, though all are submitted long before."""
+    """Tells how many layers are done. So that what the callback does comes between layers, and an end of the
+    pass soon, the host is at most MAX_AHEAD layers ahead of the device while there is a callback; without one
+    as far as it gets."""
 
     def __init__(self, callback: LayerProgress | None, num_layers: int) -> None:
         self._callback, self._num_layers = callback, num_layers
@@ -42,11 +47,12 @@ class PassProgress:
         self._num_done = 0
 
     def submitted(self, stream: Stream) -> None:
-        """A layer is, to that stream."""
+        """A layer is, to that stream. Returns when few enough of them are not done."""
         if self._callback is None:
             return
         self._running.append(stream.record())
-        while self._running and self._running[0].is_done():
+        while self._running and (self._running[0].is_done() or len(self._running) > MAX_AHEAD):
+            self._running[0].synchronize()
             self._next()
 
     def wait(self) -> None:
@@ -151,7 +157,15 @@ class PrefillPass:
         self, batch: Batch, buffers: Buffers, stage: ExpertStage, layer_done: LayerProgress | None = None
     ) -> Chunk:
         """From the tokens to the last layer's output in buffers.hidden; keys and values in the cache. With
-        layer_done the host waits for the last layer here."""
+        layer_done the host waits for the last layer here; what it raises ends the pass, whose submitted
+        layers may still run. It may have tokens of other sequences decoded: on the same stream they come
+        between two layers, in buffers of their own, and experts that live in VRAM stay where they are."""
+        with nullcontext() if self._residency is None else self._residency.unchanged():
+            return self._run(batch, buffers, stage, layer_done)
+
+    def _run(
+        self, batch: Batch, buffers: Buffers, stage: ExpertStage, layer_done: LayerProgress | None
+    ) -> Chunk:
         progress = PassProgress(layer_done, len(self._blocks))
         model, stream = self._model, self._model.stream
         chunk = chunk_of(batch, self._parallel)

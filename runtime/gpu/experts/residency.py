@@ -10,6 +10,8 @@ newcomer enters the tables. In between the slot belongs to nobody.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -84,6 +86,7 @@ class Residency:
         self._max_copies = MIN_COPIES
         self.num_swaps = self.num_fills = 0
         self._is_new = self._is_stale = True
+        self._is_held = False
 
     @property
     def is_complete(self) -> bool:
@@ -126,12 +129,24 @@ class Residency:
         """After each decoded token, between two graphs. Costs nothing to speak of most of the time."""
         if self.is_complete:
             return
+        if self._is_held:
+            self._unnoted_tokens += 1
+            return
         if self._unnoted_tokens + 1 >= NOTE_TOKENS:
             self.note_tokens(stream, 1)
         else:
             self._unnoted_tokens += 1
         if self._arriving or self._noted is not None:
             self.update(stream)
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Inside, a pass reads the addresses: tokens that are decoded meanwhile are only counted."""
+        self._is_held = True
+        try:
+            yield
+        finally:
+            self._is_held = False
 
     def update(self, stream: Stream) -> None:
         """Between passes or tokens: lets in what has arrived, starts a few copies. Never blocks on the GPU.
