@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from krasis.formats.errors import OutOfDeviceMemoryError
+from krasis.formats.errors import NativeError, OutOfDeviceMemoryError
 from krasis.runtime.backend import LayerProgress, Logits
 from krasis.runtime.batch import Batch, Span
 from krasis.runtime.distributed.control import Control
@@ -44,6 +44,7 @@ class DistributedBackend:
         self.kv_dtype, self.spec = inner.kv_dtype, inner.spec
         self.state = FirstRanksState(inner.state)
         self._layer_done: LayerProgress | None = None
+        self._is_passing = False
         self._raised: BaseException | None = None  # by layer_done, in a joint pass
 
     @property
@@ -55,7 +56,15 @@ class DistributedBackend:
 
     @layer_done.setter
     def layer_done(self, callback: LayerProgress | None) -> None:
-        self._layer_done = self._inner.layer_done = callback
+        self._layer_done = callback
+        if not self._is_passing:
+            self._inner.layer_done = callback
+
+    @property
+    def decodes_between_layers(self) -> bool:
+        """Whether ``layer_done`` may run a batch of other sequences' next tokens: rank 0 decodes it between
+        two layers of the pass of all ranks, which wait for it where they next exchange something."""
+        return bool(getattr(self._inner, "decodes_between_layers", False))
 
     def _tell(self, done: int, num_layers: int) -> None:
         if self._layer_done is None or self._raised is not None:
@@ -79,10 +88,21 @@ class DistributedBackend:
     def run(self, batch: Batch) -> Logits:
         """See ``runtime.backend.Backend``. Raises RankError if a rank fails; nothing works any more after
         it."""
-        self._inner.state.begin(batch)  # an error here is no other rank's business
-        if self._inner.runs_alone(batch):
-            self.state.begin(batch)
-            return self._inner.run(batch, alone=True)
+        is_alone, is_between = self._inner.runs_alone(batch), self._is_passing
+        if is_between and not is_alone:
+            raise NativeError("between the layers of a pass only other sequences' tokens can be decoded")
+        self._is_passing = True
+        try:
+            self._inner.state.begin(batch)  # an error here is no other rank's business
+            if is_alone:
+                self.state.begin(batch)
+                return self._inner.run(batch, alone=True)
+            return self._run_in_step(batch)
+        finally:
+            self._is_passing = is_between
+
+    def _run_in_step(self, batch: Batch) -> Logits:
+        """Passes of all ranks."""
         results: list[Logits] = []
         begin = 0
         while begin < len(batch.tokens):

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from krasis.runtime.backend import Backend
-from krasis.runtime.batch import batch_of
+from krasis.runtime.batch import Batch, batch_of
 from krasis.runtime.device.double import DeviceDouble
 
 SLOTS = 5
@@ -49,11 +49,27 @@ def together(backend: Backend) -> dict[str, np.ndarray]:
     end = state.length(4)
     parts = [(1, end, [1, 2, 3], "all"), (3, 6, [40, 41], "none"), (4, end, [1, 2, 3], "last")]
     found["copied"] = backend.run(batch_of(parts)).copy()
-    found["edited"] = backend.run(
-        batch_of([(3, 8, [42, 43, 44], "all"), (0, LENGTHS[0] + 3, [22, 23], "none")])
-    ).copy()
+    edited = batch_of([(3, 8, [42, 43, 44], "all"), (0, LENGTHS[0] + 3, [22, 23], "none")])
+    found["edited"], found["between"] = with_token_between(backend, edited, batch_of([(2, 7, [17], "last")]))
     found["lengths"] = np.array([state.length(slot) for slot in range(SLOTS)])
     return found
+
+
+def with_token_between(backend: Backend, batch: Batch, token: Batch) -> tuple[np.ndarray, np.ndarray]:
+    """The batch, and between two of its layers the token; behind it where the backend cannot."""
+    rows: list[np.ndarray] = []
+
+    def decode(done: int, num_layers: int) -> None:
+        if not rows:
+            assert done < num_layers
+            backend.layer_done = None
+            rows.append(backend.run(token)[0].copy())
+            backend.layer_done = decode
+
+    backend.layer_done = decode if backend.decodes_between_layers else None
+    logits = backend.run(batch).copy()
+    backend.layer_done = None
+    return logits, rows[0] if rows else backend.run(token)[0].copy()
 
 
 def cancel_a_pass(backend: Backend) -> None:
@@ -132,6 +148,8 @@ def one_by_one(backend: Backend) -> dict[str, np.ndarray]:
             found["mixed"] = run(end, [21])[0]
         if turn:
             found[f"turn_{slot}"] = run(end, turn, "all")
+        if slot == 2:
+            found["between"] = run(end + len(turn), [17])[0]
         if slot == 3:
             backend.state.rewind(2, 6)
             run(6, [40, 41], "none")

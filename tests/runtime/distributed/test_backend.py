@@ -247,6 +247,39 @@ def test_a_callbacks_error_waits_until_all_ranks_have_ended_the_pass() -> None:
     assert job.sent == []  # positions up to 5 are known to all
 
 
+def test_other_sequences_tokens_between_the_layers_of_a_joint_pass() -> None:
+    """Rank 0 decodes them and tells nobody; a prompt there is refused before anybody is told of it."""
+    backend, inner, job = make()
+    assert not backend.decodes_between_layers
+    inner.decodes_between_layers = True
+    assert backend.decodes_between_layers
+    run(backend, (1, 0, 6))
+    compute, told = inner.run, []
+
+    def one_layer(batch: Batch, alone: bool = False) -> np.ndarray:
+        if not alone:
+            inner.layer_done(1, 2)
+            inner.layer_done(2, 2)
+        return compute(batch, alone=alone)
+
+    def decode(done: int, num_layers: int) -> None:
+        told.append(done)
+        backend.layer_done = None
+        with pytest.raises(NativeError, match="only other sequences"):
+            run(backend, (1, 5 + done, 2))
+        run(backend, (1, 5 + done, 1))
+        backend.layer_done = decode
+
+    inner.run, backend.layer_done = one_layer, decode
+    run(backend, (0, 0, 60))  # two passes
+    assert told == [1, 2, 1, 2]
+    assert len(job.commands) == 3
+    assert [alone for _, alone in inner.calls] == [False, True, True, False, True, True, False]
+    inner.run, backend.layer_done = compute, None
+    run(backend, (1, 7, 2))
+    assert job.sent == [[(f"keys 1 {layer}", 6, 7)] for layer in range(LAYERS)]
+
+
 def test_decode_without_cpu_experts_is_a_prefill_on_all_ranks() -> None:
     backend, inner, job = make(decodes=False)
     run(backend, (0, 0, 5), (1, 0, 4))
