@@ -3,7 +3,8 @@
 The file is a safetensors file. ``keys`` and ``values`` [num_layers, num_kv_heads, n, head_dim] in the cache's
 own dtype, ``tokens`` I32 [n], and, if a chat was saved, ``conversation`` U8: the JSON of ``/save``. Layers
 that overwrite a matrix with each token have it in ``matrices`` [num_layers, heads, rows, 16] and their last
-inputs in ``columns`` [num_layers, 1, n, channels], both F32, in place of keys and values.
+inputs in ``columns`` [num_layers, 1, n, channels], both F32, in place of keys and values; those of latent
+attention (MLA) have ``latents`` [num_layers, 1, n, channels].
 The metadata names the format, the bundle (digest of its manifest), what computed the cache, and an XXH3-128
 digest of each tensor. Both ways the file passes through memory one layer at a time.
 
@@ -48,11 +49,12 @@ from krasis.runtime.backend import Backend
 from krasis.runtime.batch import StateRows
 from krasis.runtime.state.prefix_parts import (
     DIGEST_PREFIX,
-    FIXED_NAMES,
     FORMAT_NAME,
     FORMAT_VERSION,
+    GROUPS,
     KV_NAMES,
     KV_TENSORS,
+    LATENT_NAMES,
     Group,
     bundle_identity,
     groups_of,
@@ -73,8 +75,8 @@ __all__ = [
 
 MAX_CONVERSATION_BYTES = 64 * MIB
 _KV_DTYPES = {tensor: name for name, tensor in KV_TENSORS.items()}
-_NEEDED = (*KV_NAMES, "tokens")
-_NAMES = (*_NEEDED, "conversation", *FIXED_NAMES)
+_GROUP_NAMES = tuple(name for names in GROUPS for name in names)
+_NAMES = (*KV_NAMES, "tokens", "conversation", *_GROUP_NAMES[len(KV_NAMES) :])
 
 logger = logging.getLogger(__name__)
 
@@ -157,7 +159,7 @@ class PrefixFile:
         self.path = Path(path)
         self._where = str(path)
         self._groups: tuple[Group, ...] = ()
-        self._buffers: dict[tuple[str, str], tuple[StateRows, StateRows]] = {}
+        self._buffers: dict[tuple[str, ...], tuple[StateRows, StateRows]] = {}
         self._fd = open_regular(self.path, follow_links=True)
         try:
             file_bytes = os.fstat(self._fd).st_size
@@ -185,7 +187,9 @@ class PrefixFile:
             )
         self._tensors = header.tensors
         names = set(self._tensors)
-        if not set(_NEEDED) <= names <= set(_NAMES):
+        held = [group for group in GROUPS if names & set(group)]
+        is_whole = all(names >= set(group) for group in held) and names & {KV_NAMES[0], LATENT_NAMES[0]}
+        if "tokens" not in names or not is_whole or not names <= set(_NAMES):
             raise FormatError(
                 "a saved prefix has other tensors",
                 where=self._where,
@@ -197,15 +201,20 @@ class PrefixFile:
         self._check_shapes()
 
     def _check_shapes(self) -> None:
-        keys, values, tokens = (self._tensors[name] for name in _NEEDED)
+        tokens = self._tensors["tokens"]
         if tokens.dtype != "I32" or len(tokens.shape) != 1 or not tokens.num_bytes:
             raise self._misfit(tokens, "I32 [n]")
         self.num_tokens = tokens.shape[0]
-        if keys.dtype not in _KV_DTYPES or len(keys.shape) != 4 or keys.shape[2] != self.num_tokens:
-            raise self._misfit(keys, f"F16, BF16 or F32 [layers, heads, {self.num_tokens}, head_dim]")
-        self.kv_dtype = _KV_DTYPES[keys.dtype]
-        if (values.dtype, values.shape) != (keys.dtype, keys.shape):
-            raise self._misfit(values, f"{keys.dtype} {list(keys.shape)}, as the keys")
+        by_token = [name for name in (KV_NAMES[0], LATENT_NAMES[0]) if name in self._tensors]
+        self.kv_dtype = _KV_DTYPES.get(self._tensors[by_token[0]].dtype, "")
+        for keys in (self._tensors[name] for name in by_token):
+            is_fit = len(keys.shape) == 4 and keys.shape[2] == self.num_tokens
+            if not is_fit or _KV_DTYPES.get(keys.dtype) != self.kv_dtype:
+                raise self._misfit(keys, f"F16, BF16 or F32 [layers, heads, {self.num_tokens}, head_dim]")
+        if KV_NAMES[0] in self._tensors:
+            keys, values = (self._tensors[name] for name in KV_NAMES)
+            if (values.dtype, values.shape) != (keys.dtype, keys.shape):
+                raise self._misfit(values, f"{keys.dtype} {list(keys.shape)}, as the keys")
         text = self._tensors.get("conversation")
         if text is not None and (text.dtype != "U8" or text.num_bytes > MAX_CONVERSATION_BYTES):
             raise self._misfit(text, f"U8, at most {MAX_CONVERSATION_BYTES} bytes")
@@ -240,7 +249,7 @@ class PrefixFile:
             )
         self._groups = groups_of(bundle.spec, backend.kv_dtype, self.num_tokens)
         held = {name for group in self._groups for name in group.names}
-        if others := set(self._tensors) & {*KV_NAMES, *FIXED_NAMES} ^ held:
+        if others := set(self._tensors) & set(_GROUP_NAMES) ^ held:
             raise FormatError(
                 "a saved prefix has other tensors",
                 where=self._where,
@@ -308,16 +317,17 @@ class PrefixFile:
         """Of the layer of that number in the group, in buffers that the next call overwrites."""
         buffers = self._buffers.get(group.names)
         if buffers is None:
-            first, second = (np.empty(shape, dtype=group.numpy) for shape in group.shapes)
+            shapes = group.shapes if len(group.shapes) > 1 else (group.shapes[0], group.second)
+            first, second = (np.empty(shape, dtype=group.numpy) for shape in shapes)
             buffers = self._buffers[group.names] = first, second
-        for name, rows in zip(group.names, buffers, strict=True):
+        for name, rows in zip(group.names, buffers, strict=False):
             offset = self._tensors[name].offset_bytes + number * rows.nbytes
             read_into(self._fd, offset, rows.reshape(-1).view(np.uint8), self._where)
         return buffers
 
     def _layer_bytes(self) -> int:
-        keys = self._tensors["keys"]
-        return max(1, keys.num_bytes // max(1, keys.shape[0]))
+        tensors = [info for name, info in self._tensors.items() if name in _GROUP_NAMES]
+        return max(1, *(info.num_bytes // max(1, info.shape[0]) for info in tensors))
 
     def _bytes(self, name: str) -> bytes:
         info = self._tensors[name]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from krasis.formats.bundle.manifest import canonical_json
 from krasis.formats.bundle.reader import Bundle
 from krasis.formats.dtypes import NUMPY_DTYPES
 from krasis.formats.errors import UnsupportedModelError
-from krasis.formats.models.mixers import Attention
+from krasis.formats.models.mixers import Attention, LatentAttention
 from krasis.formats.models.recurrent import GatedDelta
 from krasis.formats.models.spec import ModelSpec
 from krasis.runtime.state.hybrid_store import TILE_COLUMNS
@@ -20,7 +20,8 @@ from krasis.runtime.state.hybrid_store import TILE_COLUMNS
 FORMAT_NAME = "krasis-prefix"
 FORMAT_VERSION = "1"
 KV_TENSORS = {"f16": "F16", "bf16": "BF16", "f32": "F32"}
-KV_NAMES, FIXED_NAMES = ("keys", "values"), ("matrices", "columns")
+KV_NAMES, FIXED_NAMES, LATENT_NAMES = ("keys", "values"), ("matrices", "columns"), ("latents",)
+GROUPS = (KV_NAMES, LATENT_NAMES, FIXED_NAMES)
 DIGEST_PREFIX = "xxh3_128."
 
 
@@ -38,14 +39,15 @@ def bundle_identity(bundle: Bundle) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Layers that keep something of one shape, in two tensors. dtype: of the tensors. shapes: of one
-    layer's part of each.
+    """Layers that keep something of one shape, in two tensors or in one. dtype: of the tensors. shapes: of
+    one layer's part of each, as ``StateStore.export`` gives them; second: of what it gives beside.
     """
 
-    names: tuple[str, str]
+    names: tuple[str, ...]
     dtype: str
     layers: tuple[int, ...]
-    shapes: tuple[tuple[int, ...], tuple[int, ...]]
+    shapes: tuple[tuple[int, ...], ...]
+    second: tuple[int, ...] = ()
 
     @property
     def numpy(self) -> np.dtype[Any]:
@@ -54,10 +56,11 @@ class Group:
 
 
 def groups_of(spec: ModelSpec, kv_dtype: str, num_tokens: int) -> tuple[Group, ...]:
-    """What the layers keep after so many tokens: keys and values; of those that overwrite a matrix, it and
-    the last columns of the convolution. Raises UnsupportedModelError where layers of a kind are not alike.
+    """What the layers keep after so many tokens: keys and values; latents; of those that overwrite a matrix,
+    it and the last columns of the convolution. Raises UnsupportedModelError where layers of a kind are not
+    alike.
     """
-    found: dict[tuple[str, str], Group] = {}
+    found: dict[tuple[str, ...], Group] = {}
     for index, layer in enumerate(spec.layers):
         group = _group(layer.mixer, index, kv_dtype, num_tokens, spec)
         known = found.get(group.names)
@@ -68,8 +71,8 @@ def groups_of(spec: ModelSpec, kv_dtype: str, num_tokens: int) -> tuple[Group, .
             raise UnsupportedModelError(
                 "prefixes are not saved of models whose layers keep keys of several sizes", where=spec.family
             )
-        found[group.names] = Group(group.names, group.dtype, (*known.layers, index), group.shapes)
-    return tuple(found[names] for names in (KV_NAMES, FIXED_NAMES) if names in found)
+        found[group.names] = replace(known, layers=(*known.layers, index))
+    return tuple(found[names] for names in GROUPS if names in found)
 
 
 def _group(mixer: object, index: int, kv_dtype: str, num_tokens: int, spec: ModelSpec) -> Group:
@@ -80,4 +83,7 @@ def _group(mixer: object, index: int, kv_dtype: str, num_tokens: int, spec: Mode
         rows = mixer.key_dim * -(-mixer.value_dim // TILE_COLUMNS)
         matrices = (mixer.value_heads, rows, TILE_COLUMNS)
         return Group(FIXED_NAMES, "F32", (index,), (matrices, (1, mixer.conv_width - 1, mixer.conv_channels)))
+    if isinstance(mixer, LatentAttention):
+        latents = (1, num_tokens, mixer.kv_rank + mixer.rope_dim)
+        return Group(LATENT_NAMES, KV_TENSORS[kv_dtype], (index,), (latents,), (1, num_tokens, 0))
     raise UnsupportedModelError("prefixes are not saved of models of this kind", where=spec.family)

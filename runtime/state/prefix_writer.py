@@ -77,7 +77,7 @@ class PrefixWriter:
         for group in self._groups:
             for number, layer in enumerate(group.layers):
                 pair = self._backend.state.export(0, layer, self._num_tokens)
-                for name, rows, shape in zip(group.names, pair, group.shapes, strict=True):
+                for name, rows, shape in zip(group.names, pair, group.shapes, strict=False):
                     if rows.shape != shape or rows.dtype != group.numpy:
                         raise self._other_state(rows, shape, group)
                     data = np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data

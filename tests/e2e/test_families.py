@@ -111,6 +111,24 @@ def test_logits_equal_transformers(
     assert relative_error(found, expected(tier)) <= max(limit, 2e-2 if tier == "gpu" else 0)
 
 
+@pytest.mark.parametrize("bundle", ["hf"], indirect=True)
+def test_goes_on_from_a_saved_prefix_with_the_same_bits(bundle: Path, tmp_path: Path) -> None:
+    settings = EngineSettings(device="cpu", context=64, threads=1, prefault=False)
+    with Engine.open(bundle, settings) as engine:
+        engine.prefill(TOKENS)
+        if engine.bundle.spec.family == "gemma4":
+            with pytest.raises(UnsupportedModelError, match="several sizes"):
+                engine.save_prefix(tmp_path / "a.kv")
+            return
+        engine.save_prefix(tmp_path / "a.kv")
+        expected = [engine.decode(token) for token in (5, 6)]
+    with Engine.open(bundle, settings) as engine:
+        engine.prefill(TOKENS[20:])
+        engine.load_prefix(tmp_path / "a.kv")
+        assert engine.tokens == tuple(TOKENS)
+        np.testing.assert_array_equal([engine.decode(token) for token in (5, 6)], expected)
+
+
 @pytest.mark.parametrize("checkpoint", ["glm_moe_dsa"], indirect=True)
 @pytest.mark.parametrize("bundle", ["hf"], indirect=True)
 def test_contexts_end_where_an_index_would_choose(bundle: Path) -> None:
