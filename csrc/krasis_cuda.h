@@ -197,6 +197,53 @@ typedef struct krasis_cuda_add_rows_args {
 } krasis_cuda_add_rows_args;
 KRASIS_API int32_t krasis_cuda_add_rows(const krasis_cuda_add_rows_args *args, void *stream);
 
+/* x[i] *= sigmoid(gates[i]) in fp32, rounded once: both of dtype. count % 8 == 0; addresses multiples of 16 bytes. */
+typedef struct krasis_cuda_gate_rows_args {
+    void *x;
+    const void *gates;
+    int64_t count;
+    int32_t dtype, reserved;
+} krasis_cuda_gate_rows_args;
+KRASIS_API int32_t krasis_cuda_gate_rows(const krasis_cuda_gate_rows_args *args, void *stream);
+
+enum { KRASIS_CUDA_GATE_SILU = 0, KRASIS_CUDA_GATE_SIGMOID = 1 };
+
+/* The gated delta rule after a short convolution. A row of x has q and k [key_heads, key_dim], v [value_heads,
+ * value_dim] and z like v; q, k and v are the channels of the convolution: each is a sum of conv_width taps over the
+ * row and those before it, then silu. q and k become vectors of length 1, q times key_dim^-1/2. Value head h has the
+ * q and k of key head h / (value_heads / key_heads) and the step b = sigmoid(gates[t, h]) and the decay
+ * d = exp(-exp(a_log[h]) softplus(gates[t, value_heads + h] + dt_bias[h])). Of each row in turn, with the head's matrix
+ * S [key_dim, value_dim]:
+ *     S = d S;  S += k (b (v - S^T k))^T;  o = S^T q;  out[t, h] = o / rms(o) * gate_norm * gate(z)
+ * In fp32 but for x, mixed and out, which are of dtype.
+ *
+ * State, fp32: S of all heads [value_heads, value_dim / 16, key_dim, 16], and the last conv_width - 1 rows before the
+ * convolution [conv_width - 1, channels], the oldest first. The rows are of one sequence, whose state is at matrices
+ * and columns and which has had start rows; or, with a table, each row is of a sequence of its own, which has had
+ * rows[t].position rows and whose state is at rows[t].keys + matrices_offset and + columns_offset (in bytes). Before a
+ * sequence's first row its state is zero, whatever is there. A row whose position is below 0 belongs to nobody.
+ *
+ * key_dim and value_dim: multiples of 16 up to 128; conv_width <= 8; addresses multiples of 16 bytes. Several rows of a
+ * sequence may have other bits than the same rows one by one. */
+typedef struct krasis_cuda_gated_delta_args {
+    const void *x; /* [tokens, channels + value_heads * value_dim] of dtype */
+    float *gates;  /* [tokens, 2 * value_heads]; overwritten */
+    void *mixed;   /* [tokens, channels] of dtype; overwritten */
+    void *out;     /* [tokens, value_heads * value_dim] of dtype */
+    int64_t tokens, key_heads, value_heads, key_dim, value_dim, conv_width;
+    const float *conv;            /* [channels, conv_width], the newest row's last */
+    const float *a_log, *dt_bias; /* [value_heads] */
+    const void *gate_norm;        /* [value_dim] of norm_dtype */
+    int32_t dtype, norm_dtype;
+    float eps;
+    int32_t gate; /* KRASIS_CUDA_GATE_... */
+    float *matrices, *columns;
+    int64_t start;
+    const krasis_cuda_row *rows; /* NULL; or [tokens], read when the kernel runs */
+    int64_t matrices_offset, columns_offset;
+} krasis_cuda_gated_delta_args;
+KRASIS_API int32_t krasis_cuda_gated_delta(const krasis_cuda_gated_delta_args *args, void *stream);
+
 /* ---- routing -----------------------------------------------------------------------------------------------------
  * out[t, e] = x[t] . W[e], sums in fp32: for the few tokens of decode (tokens <= 8); k % 64 == 0. */
 typedef struct krasis_cuda_router_args {

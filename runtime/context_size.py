@@ -44,7 +44,7 @@ def tokens_in_vram(sizes: ModelSizes, vram_bytes: int, kv_dtype: str) -> int:
     from krasis.runtime.planning import assumptions as assumed
 
     spare = vram_bytes - assumed.GPU_RESERVE_BYTES - sizes.dense_bytes
-    room = min(SHARE_OF_VRAM * vram_bytes, SHARE_OF_SPARE_RAM * spare)
+    room = min(SHARE_OF_VRAM * vram_bytes, SHARE_OF_SPARE_RAM * spare) - sizes.snapshot_bytes
     return _at_least(sizes.tokens_within(room, kv_dtype), sizes.spec.max_context, "VRAM")
 
 

@@ -17,6 +17,7 @@ _HEAD_MULTIPLE = 16  # channels
 _MAX_WIDE_HEAD = 512
 _MAX_LATENT_WIDTH = 576  # of a latent and the keys' common part
 _MOST_TAPS = 8  # of a convolution
+_MAX_DELTA_DIM = 128  # channels of a head of the delta rule on a GPU
 _MIXERS: dict[type, str] = {
     LatentAttention: "latent attention (MLA)",
     CompressedAttention: "compressed attention (CSA, HCA)",
@@ -58,6 +59,7 @@ CPU_RUNS = frozenset(
         "shared experts",
         "gated attention",
         "linear attention (Gated DeltaNet)",
+        "linear attention with heads of more than 128 channels",
         "the activation swiglu_offset",
         "the activation silu_clamped_before",
         "the activation silu_clamped_after",
@@ -81,9 +83,7 @@ GPU_RUNS = CPU_RUNS - {
     "experts with biases",
     "attention in windows",
     "attention sinks",
-    "gated attention",
-    "linear attention (Gated DeltaNet)",
-    "attention without rotation",
+    "linear attention with heads of more than 128 channels",
     "the activation swiglu_offset",
     "the activation silu_clamped_before",
     "the activation silu_clamped_after",
@@ -212,7 +212,7 @@ def _of_latent(mixer: LatentAttention) -> Iterator[str]:
     if mixer.selection is not None and mixer.selection.kind != "tokens":  # up to its budget it picks all
         yield "sparse attention by an index"
     if mixer.head_gate:
-        yield "gated attention"
+        yield "latent attention with a gate for each head"
     if mixer.rope is not None and mixer.rope.place != "first":
         yield "rotation of the last channels"
     width = mixer.kv_rank + mixer.rope_dim
@@ -229,6 +229,8 @@ def _of_delta(mixer: GatedDelta) -> Iterator[str]:
     for dim in (mixer.key_dim, mixer.value_dim):
         if dim > MAX_HEAD_DIM or dim % _HEAD_MULTIPLE:
             yield f"linear attention with heads of {dim} channels"
+        elif dim > _MAX_DELTA_DIM:
+            yield f"linear attention with heads of more than {_MAX_DELTA_DIM} channels"
     if mixer.conv_width > _MOST_TAPS:
         yield f"convolutions of {mixer.conv_width} tokens"
 

@@ -21,13 +21,13 @@ from krasis.runtime.gpu.chunk import chunk_of, part_of
 from krasis.runtime.gpu.decode import Next
 from krasis.runtime.gpu.experts.paths import ExpertPath, PathChoice, PathModel
 from krasis.runtime.gpu.experts.stage import ExpertStage
+from krasis.runtime.gpu.hybrid_state import gpu_state
 from krasis.runtime.gpu.kernels.head import Head
 from krasis.runtime.gpu.memory import OUT_OF_MEMORY, half_batch, largest_workspace
 from krasis.runtime.gpu.model import GpuModel
 from krasis.runtime.gpu.parallel import Parallel, SingleRank
 from krasis.runtime.gpu.parts import CPU_STAGE_TOKENS, Parts, open_parts
 from krasis.runtime.gpu.prefill import PrefillPass
-from krasis.runtime.gpu.state import GpuState
 from krasis.runtime.planning.sizes import sizes_of_bundle
 from krasis.runtime.settings import EngineSettings
 
@@ -103,7 +103,7 @@ class GpuBackend:
         self.prefill_chunk = parallel.agree(parts.workspace.max_tokens)
         self._paths = PathModel(plan.sizes, plan.hardware, parallel.num_ranks, parallel.num_experts)
         self.last_prefill: LastPrefill | None = None
-        self.state = GpuState(model.cache, model.stream, self.kv_dtype)
+        self.state = gpu_state(model.cache, model.stream, self.kv_dtype)
         decodes = parts.decoder.description if parts.decoder else "GPU, a prefill a token"
         self.placement = (PATH_WORDS["streamed"], decodes)
         self.description = (
@@ -224,6 +224,9 @@ class GpuBackend:
                 words = str(error)
             if logits is None:
                 self.shrink(words)
+                begin = self.state.row_after_abort(batch, begin)
+                if begin == 0:
+                    results, num_passes = [], 0
                 continue
             begin, num_passes = begin + len(part.tokens), num_passes + 1
             if part.num_logits:

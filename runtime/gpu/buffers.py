@@ -31,6 +31,8 @@ class Buffers:
     gathered_weights: torch.Tensor  # [G, top_k]
     qkv: torch.Tensor  # [P, qkv_rows] 16-bit
     attended: torch.Tensor  # [P, attention_size] 16-bit
+    delta_gates: torch.Tensor  # [P, 2 * delta_heads] f32
+    delta_mixed: torch.Tensor  # [P, delta_channels] 16-bit
     normed: torch.Tensor  # [P, hidden] f32
     router_logits: torch.Tensor  # [P, num_experts] f32
     mlp: torch.Tensor  # [P, mlp_columns] 16-bit, what an MLP that every token takes has between its products
@@ -57,6 +59,8 @@ _LOCAL = (
     "weights",
     "qkv",
     "attended",
+    "delta_gates",
+    "delta_mixed",
     "normed",
     "router_logits",
     "mlp",
@@ -124,6 +128,8 @@ class Workspace:
             gathered_weights=weights if alone else rows("gathered_weights", torch.float32),
             qkv=rows("qkv", half),
             attended=rows("attended", half),
+            delta_gates=rows("delta_gates", torch.float32),
+            delta_mixed=rows("delta_mixed", half),
             normed=rows("normed", torch.float32),
             router_logits=rows("router_logits", torch.float32),
             mlp=rows("mlp", half),

@@ -8,7 +8,8 @@ If every expert is resident there is no hand-over at all.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -294,8 +295,9 @@ class HybridDecoder:
             handover.answer(
                 sum(isinstance(block, GpuExperts) for blocks in self._blocks[:warm] for block in blocks)
             )
-        self._submit(model.stream, num_rows, warm)
-        model.stream.synchronize()
+        with self._rows_of_nobody(num_rows):
+            self._submit(model.stream, num_rows, warm)
+            model.stream.synchronize()
         host = self._host
         if handover is not None:
             handover.reset(model.stream)
@@ -304,6 +306,17 @@ class HybridDecoder:
         with model.device.capture(model.stream) as graph:
             self._submit(model.stream, num_rows, len(self._blocks))
         return _Captured(graph, host)
+
+    @contextmanager
+    def _rows_of_nobody(self, num_rows: int) -> Iterator[None]:
+        """Inside of it no row changes what a sequence keeps: a state would have met its token twice."""
+        table = self._host_table[:num_rows]
+        kept = table[:, 0].clone()
+        self._model.device.host_writes(table)
+        table[:, 0] = -1
+        yield
+        self._model.device.host_writes(table)
+        table[:, 0] = kept
 
     def _submit(self, stream: Stream, num_rows: int, num_layers: int) -> None:
         model, executed = self._model, self._executed

@@ -11,11 +11,13 @@ import torch
 from krasis.runtime.device.api import Stream
 from krasis.runtime.gpu.blocks.attention import GpuAttention
 from krasis.runtime.gpu.blocks.experts import GpuExperts
+from krasis.runtime.gpu.blocks.gated_delta import GpuGatedDelta
 from krasis.runtime.gpu.buffers import Buffers
 from krasis.runtime.gpu.experts.handover import Handover
 from krasis.runtime.gpu.experts.residency import Residency
 from krasis.runtime.gpu.experts.stage import Step
 from krasis.runtime.gpu.kernels.attention_rows import CacheRows
+from krasis.runtime.gpu.kernels.gated_delta import DeltaRows
 from krasis.runtime.gpu.kernels.grouped_product import ExpertProduct
 from krasis.runtime.gpu.kv_cache import ITEM_BYTES
 from krasis.runtime.gpu.model import GpuModel
@@ -76,6 +78,19 @@ class DecodeRows:
         kernels.attention_decode(
             self.stream, queries, block.heads, place, block.scale, attended, self.attention_workspace
         )
+
+    def apply_delta(
+        self,
+        block: GpuGatedDelta,
+        projected: torch.Tensor,
+        gates: torch.Tensor,
+        mixed: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        """See ``PassRows``."""
+        cache = self.model.cache
+        place = DeltaRows(self.table, (cache.memory,), *cache.state_offsets(block.layer))
+        self.model.kernels.gated_delta(self.stream, projected, gates, block.form, place, mixed, out)
 
     def route(self, block: GpuExperts) -> None:
         """See ``PassRows``. The CPU's experts begin."""

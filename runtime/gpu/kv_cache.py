@@ -1,10 +1,11 @@
-"""Keys and values on the device, 16-bit, by slot: a sequence's memory, in which each layer with attention has
-its part.
+"""What sequences keep on the device, by slot: a sequence's memory, in which each layer with attention has its
+keys and values, 16-bit, and behind them each layer of the gated delta rule its state, float32.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,13 +13,18 @@ import numpy.typing as npt
 import torch
 
 from krasis.formats.errors import NativeError
+from krasis.formats.limits import align_up
 from krasis.formats.models.mixers import Attention
 from krasis.formats.models.spec import ModelSpec
+from krasis.formats.models.state import SNAPSHOTS
 from krasis.runtime.device.api import Device, Stream
 from krasis.runtime.gpu.kernels.dtypes import numpy_dtype
+from krasis.runtime.state.hybrid_store import RecurrentPlace, recurrent_places
 
 KvRows = npt.NDArray[Any]
 ITEM_BYTES = 2
+F32_BYTES = 4
+_ALIGN_BYTES = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +39,28 @@ class CachePart:
 
 class GpuKvCache:
     """memory: [num_slots, elements of a slot] of dtype, on the device, 0 at first: what decode's captured
-    launches name as read is all of it. parts: of each layer, None for layers without attention.
+    launches name as read is all of it. parts: of each layer, None for layers without attention. recurrent:
+    where a layer's state lies among a slot's fixed_bytes, None for layers without one. copies: [num_slots,
+    SNAPSHOTS, fixed_bytes], of fixed bytes at other positions.
 
     Raises OutOfDeviceMemoryError.
     """
 
-    __slots__ = ("_device", "_staging", "_views", "capacity", "dtype", "memory", "num_slots", "parts")
+    __slots__ = (
+        "_device",
+        "_fixed_begin",
+        "_fixed_staging",
+        "_staging",
+        "_views",
+        "capacity",
+        "copies",
+        "dtype",
+        "fixed_bytes",
+        "memory",
+        "num_slots",
+        "parts",
+        "recurrent",
+    )
 
     def __init__(
         self,
@@ -51,6 +73,7 @@ class GpuKvCache:
     ) -> None:
         self._device = device
         self._staging: torch.Tensor | None = None
+        self._fixed_staging: torch.Tensor | None = None
         self.capacity, self.dtype, self.num_slots = capacity, dtype, num_slots
         self.parts: list[CachePart | None] = []
         self._views: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
@@ -63,6 +86,13 @@ class GpuKvCache:
             size = mixer.kv_heads * capacity * mixer.head_dim
             self.parts.append(CachePart(end, end + size, mixer.kv_heads, mixer.head_dim))
             end += 2 * size
+        self.recurrent = recurrent_places(spec)
+        self.fixed_bytes = sum(place.num_bytes for place in self.recurrent if place is not None)
+        self._fixed_begin = end * ITEM_BYTES
+        if self.fixed_bytes:
+            self._fixed_begin = align_up(self._fixed_begin, _ALIGN_BYTES)
+            end = align_up(self._fixed_begin + self.fixed_bytes, _ALIGN_BYTES) // ITEM_BYTES
+        self.copies = device.empty((num_slots, SNAPSHOTS, self.fixed_bytes), torch.uint8)
         self.memory = device.empty((num_slots, end), dtype)
         memory = self.memory
 
@@ -92,6 +122,33 @@ class GpuKvCache:
     def slot_address(self, slot: int) -> int:
         """Where a slot's memory begins on the device."""
         return self.memory.data_ptr() + slot * self.memory.stride(0) * ITEM_BYTES
+
+    def place(self, layer: int) -> RecurrentPlace:
+        """A layer's place among a slot's fixed bytes. Raises NativeError for a layer without a state."""
+        place = self.recurrent[layer]
+        if place is None:
+            raise NativeError("the layer keeps no matrices", where="state", got=layer)
+        return place
+
+    def state_offsets(self, layer: int) -> tuple[int, int]:
+        """Bytes from a slot's address to a layer's matrices and columns."""
+        place = self.place(layer)
+        begin = self._fixed_begin + place.offset_bytes
+        return begin, begin + place.columns_bytes
+
+    def states(self, slot: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A layer's matrices and columns, float32, flat: views."""
+        return self._split(self.fixed(slot), self.place(layer))
+
+    def fixed(self, slot: int) -> torch.Tensor:
+        """A slot's fixed bytes, uint8."""
+        whole = self.memory[slot].view(torch.uint8)
+        return whole[self._fixed_begin : self._fixed_begin + self.fixed_bytes]
+
+    def _split(self, fixed: torch.Tensor, place: RecurrentPlace) -> tuple[torch.Tensor, torch.Tensor]:
+        begin, middle = place.offset_bytes, place.offset_bytes + place.columns_bytes
+        ends = begin + F32_BYTES * math.prod(place.matrices), middle + F32_BYTES * math.prod(place.columns)
+        return fixed[begin : ends[0]].view(torch.float32), fixed[middle : ends[1]].view(torch.float32)
 
     def layers(self, slot: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """``layer`` of every layer with attention."""
@@ -124,6 +181,35 @@ class GpuKvCache:
             for head in range(rows.shape[0]):
                 stream.copy(cache[head, : keys.shape[1]], rows[head])
         stream.synchronize()
+
+    def read_state(self, stream: Stream, fixed: torch.Tensor, layer: int) -> tuple[KvRows, KvRows]:
+        """A layer's matrices [value_heads, n, 16] and columns [1, conv_width - 1, channels] of fixed bytes, a
+        slot's or a copy's, in a pinned buffer that the next call overwrites."""
+        place = self.place(layer)
+        staging = self._state_rows(place)
+        self._device.host_writes(*staging)
+        for rows, state in zip(staging, self._split(fixed, place), strict=True):
+            stream.copy(rows, state)
+        stream.synchronize()
+        self._device.host_reads(*staging)
+        matrices, columns = (one.numpy() for one in staging)
+        return matrices.reshape(place.matrices[0], -1, place.matrices[-1]), columns.reshape(1, *place.columns)
+
+    def write_state(self, stream: Stream, slot: int, layer: int, matrices: KvRows, columns: KvRows) -> None:
+        """Writes what ``read_state`` gave; returns when it has arrived."""
+        staging = self._state_rows(self.place(layer))
+        self._device.host_writes(*staging)
+        for rows, host, state in zip(staging, (matrices, columns), self.states(slot, layer), strict=True):
+            np.copyto(rows.numpy(), host.reshape(-1))
+            stream.copy(state, rows)
+        stream.synchronize()
+
+    def _state_rows(self, place: RecurrentPlace) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pinned room for one layer's state: made for the largest when first asked for."""
+        if self._fixed_staging is None:
+            most = max(one.num_bytes for one in self.recurrent if one is not None)
+            self._fixed_staging = self._device.pinned((most,), torch.uint8)
+        return self._split(self._fixed_staging, replace(place, offset_bytes=0))
 
     def _rows(self, part: CachePart, num_tokens: int) -> torch.Tensor:
         """Pinned [2, num_kv_heads, num_tokens, head_dim]: made for the whole

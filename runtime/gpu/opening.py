@@ -18,6 +18,7 @@ from krasis.formats.errors import (
 from krasis.formats.layouts import expert_format
 from krasis.formats.models.mixers import Attention
 from krasis.formats.models.mlps import Experts, GatedMlp
+from krasis.formats.models.recurrent import GatedDelta
 from krasis.formats.models.spec import ModelSpec
 from krasis.runtime.backend import Backend
 from krasis.runtime.device.library import find_cuda_library
@@ -123,6 +124,10 @@ def _granular_sizes(spec: ModelSpec) -> Iterator[tuple[str, int, int]]:
             yield "attention size", layer.mixer.query_rows, 64
             yield "head size", layer.mixer.head_dim, 16
             yield "size of q, k and v", layer.mixer.query_rows + 2 * layer.mixer.key_rows, 32
+        if isinstance(layer.mixer, GatedDelta):
+            values = layer.mixer.value_heads * layer.mixer.value_dim
+            yield "size of linear attention", values, 64
+            yield "size of linear attention's q, k and v", layer.mixer.conv_channels, 32
         mlp = layer.mlp.shared if isinstance(layer.mlp, Experts) else layer.mlp
         if isinstance(mlp, GatedMlp):
             yield "MLP's width", mlp.intermediate, 64

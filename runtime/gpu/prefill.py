@@ -20,6 +20,7 @@ from krasis.runtime.batch import Batch
 from krasis.runtime.device.api import Event, Stream
 from krasis.runtime.gpu.blocks.attention import GpuAttention
 from krasis.runtime.gpu.blocks.experts import GpuExperts
+from krasis.runtime.gpu.blocks.gated_delta import GpuGatedDelta
 from krasis.runtime.gpu.blocks.table import Blocks
 from krasis.runtime.gpu.buffers import Buffers
 from krasis.runtime.gpu.chunk import Chunk, chunk_of
@@ -28,6 +29,7 @@ from krasis.runtime.gpu.experts.stage import ExpertStage, Step
 from krasis.runtime.gpu.kernels.attention import attend
 from krasis.runtime.gpu.kernels.attention_rows import CachePlace
 from krasis.runtime.gpu.kernels.embedding import Embedding
+from krasis.runtime.gpu.kernels.gated_delta import DeltaPlace
 from krasis.runtime.gpu.kv_cache import GpuKvCache
 from krasis.runtime.gpu.model import GpuModel
 from krasis.runtime.gpu.parallel import KvPart, Parallel
@@ -114,6 +116,23 @@ class PrefillRows:
             keys, values = cache.layer(piece.slot, block.layer)
             rows, out = qkv[piece.first : piece.last], attended[piece.first : piece.last]
             attend(self.stream, block.heads, rows, keys, values, piece.position, out, scale=block.scale)
+
+    def apply_delta(
+        self,
+        block: GpuGatedDelta,
+        projected: torch.Tensor,
+        gates: torch.Tensor,
+        mixed: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        """See ``PassRows``."""
+        kernels, cache = self.model.kernels, self.model.cache
+        for piece in self.chunk.pieces:
+            place = DeltaPlace(*cache.states(piece.slot, block.layer), piece.position)
+            own = slice(piece.first, piece.last)
+            kernels.gated_delta(
+                self.stream, projected[own], gates[own], block.form, place, mixed[own], out[own]
+            )
 
     def route(self, block: GpuExperts) -> None:
         """See ``PassRows``."""

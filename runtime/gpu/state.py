@@ -90,6 +90,11 @@ class GpuState:
         for span in spans:
             self._lengths[span.slot] = span.end
 
+    def row_after_abort(self, batch: Batch, row: int) -> int:
+        """After a pass over the batch's rows from that one on broke off: where to go on. What it wrote of
+        keys and values is written once more."""
+        return row
+
     def continue_at(self, slot: int, position: int) -> None:
         """For callers that name positions and know no slots: the slot is open, and ends there."""
         self._lengths[slot] = position

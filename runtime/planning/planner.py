@@ -122,17 +122,15 @@ def least_vram_bytes(sizes: ModelSizes, workload: Workload) -> int:
     the least batch.
     """
     batch = min(workload.prompt_tokens, assumed.MIN_PREFILL_BATCH)
-    fixed = (
-        assumed.GPU_RESERVE_BYTES + sizes.dense_bytes + sizes.kv_bytes(workload.context, workload.kv_dtype)
-    )
+    kept = sizes.sequence_bytes(workload.context, workload.kv_dtype)
+    fixed = assumed.GPU_RESERVE_BYTES + sizes.dense_bytes + kept
     return fixed + 2 * sizes.gpu_expert_bytes + gpu_workspace_bytes(sizes.largest, batch, 1)
 
 
 def whole_layer_vram_bytes(sizes: ModelSizes, workload: Workload) -> int:
     """The smallest single GPU that takes a layer in one group and the prompt in one pass."""
-    fixed = (
-        assumed.GPU_RESERVE_BYTES + sizes.dense_bytes + sizes.kv_bytes(workload.context, workload.kv_dtype)
-    )
+    kept = sizes.sequence_bytes(workload.context, workload.kv_dtype)
+    fixed = assumed.GPU_RESERVE_BYTES + sizes.dense_bytes + kept
     layer = sizes.most_experts * sizes.gpu_expert_bytes
     return fixed + 2 * layer + gpu_workspace_bytes(sizes.largest, workload.prompt_tokens, 1)
 
@@ -141,6 +139,5 @@ def cpu_ram_bytes(sizes: ModelSizes, workload: Workload) -> int:
     """RAM that a machine without a GPU needs, without the system's reserve."""
     batch = min(assumed.CPU_PREFILL_BATCH, workload.prompt_tokens)
     kept = sizes.dense_bytes + sizes.embedding_bytes + sizes.cpu_experts_bytes
-    return (
-        kept + sizes.kv_bytes(workload.context, workload.kv_dtype) + cpu_workspace_bytes(sizes.largest, batch)
-    )
+    sequence = sizes.sequence_bytes(workload.context, workload.kv_dtype)
+    return kept + sequence + cpu_workspace_bytes(sizes.largest, batch)

@@ -11,6 +11,7 @@ from krasis.formats.errors import UnsupportedModelError
 from krasis.formats.models.mixer_tensors import mixer_tensors
 from krasis.formats.models.mixers import Attention, LatentAttention
 from krasis.formats.models.mlps import Experts, GatedMlp, MlpBesideExperts
+from krasis.formats.models.recurrent import GatedDelta
 from krasis.formats.models.spec import Layer, ModelSpec
 from krasis.formats.models.uniform import spec_of
 
@@ -21,7 +22,8 @@ class ModelShape:
     expert_intermediate_size: of these. qkv_rows, attention_size: features that a mixer's projections give,
     and those of its result. mlp_intermediate: features between the products of an MLP that every token takes,
     a shared expert's or a dense layer's, 0 without any; mlp_columns: what its first product gives.
-    shared_gate: whether shared experts are gated.
+    shared_gate: whether shared experts are gated. delta_channels, delta_heads: of the gated delta rule's
+    convolution, and its heads, 0 without any.
     """
 
     max_context: int
@@ -37,6 +39,8 @@ class ModelShape:
     mlp_intermediate: int
     mlp_columns: int
     shared_gate: bool
+    delta_channels: int = 0
+    delta_heads: int = 0
 
     @property
     def num_expert_layers(self) -> int:
@@ -56,7 +60,7 @@ def shape_of(model: AnyModel) -> ModelShape:
         return model
     spec = _spec(model)
     known = (
-        isinstance(layer.mixer, Attention | LatentAttention)
+        isinstance(layer.mixer, Attention | LatentAttention | GatedDelta)
         and isinstance(layer.mlp, GatedMlp | Experts | MlpBesideExperts)
         for layer in dict.fromkeys(spec.layers)
     )
@@ -80,6 +84,7 @@ def largest_shape(model: AnyModel) -> ModelShape:
     mixed = [_mixer_columns(spec, layer) for layer in kinds]
     experts = [layer.experts for layer in kinds if layer.experts is not None]
     dense = [mlp for layer in kinds for mlp in _dense_mlps(layer)]
+    deltas = [layer.mixer for layer in kinds if isinstance(layer.mixer, GatedDelta)]
     return ModelShape(
         max_context=spec.max_context,
         num_layers=len(spec.layers),
@@ -94,6 +99,8 @@ def largest_shape(model: AnyModel) -> ModelShape:
         mlp_intermediate=max((mlp.intermediate for mlp in dense), default=0),
         mlp_columns=max((mlp.intermediate * (1 + mlp.activation.gated) for mlp in dense), default=0),
         shared_gate=any(mlp.shared_gate for mlp in experts),
+        delta_channels=max((mixer.conv_channels for mixer in deltas), default=0),
+        delta_heads=max((mixer.value_heads for mixer in deltas), default=0),
     )
 
 

@@ -178,6 +178,11 @@ class ModelSizes:
         """The copies that a sequence keeps of what its tokens overwrite."""
         return SNAPSHOTS * fixed_bytes(self.spec)
 
+    def sequence_bytes(self, num_tokens: int, kv_dtype: str) -> int:
+        """Memory of a sequence of up to so many tokens, with the copies that it may keep. Raises as
+        ``kv_bytes``."""
+        return self.kv_bytes(num_tokens, kv_dtype) + self.snapshot_bytes
+
     def tokens_within(self, room_bytes: float, kv_dtype: str) -> int:
         """The longest sequence that keeps no more than that, whatever the model's positions."""
         low, high = 0, MAX_POSITIONS

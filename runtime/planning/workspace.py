@@ -4,7 +4,8 @@ The planner sizes the block by this table and ``runtime/gpu/buffers.py`` cuts it
 planned is what is allocated. Three phases of a layer share one range, because each is dead when the next
 begins:
 
-- attention: qkv and the attention's output, of this rank's tokens;
+- attention: qkv and the attention's output, of this rank's tokens; for the gated delta rule what its
+  convolution gives;
 - routing: the normed input of the router and its logits in f32, of this rank's tokens; what an MLP that
   every token takes has between its products, and a gated shared expert's output;
 - experts: for every slot (token x choice), the gated product and the expert's output in 16 bits; with several
@@ -12,7 +13,8 @@ begins:
 - head, after the last layer: logits of a few rows; with several ranks also the rows in the order of the
   tokens.
 
-Beside them live, through the whole layer: the f32 residual stream, its 16-bit norm, expert ids and weights;
+Beside them live, through the whole layer: the f32 residual stream, its 16-bit norm, expert ids and weights,
+the gates of the delta rule (made of the router's input, before the projections take its place);
 with several ranks the gathered 16-bit norms, ids and weights of all tokens. The tables of slots sorted by
 expert are memory of their own (``Routing.allocate``): ``routing_bytes``.
 """
@@ -80,9 +82,13 @@ def workspace_layout(model: AnyModel, num_tokens: int, num_ranks: int) -> Worksp
         cursor.add("gathered_x", gathered, a.hidden_size, HALF)
         cursor.add("gathered_ids", gathered, top_k, I32)
         cursor.add("gathered_weights", gathered, top_k, F32)
+    if a.delta_heads:
+        cursor.add("delta_gates", own, 2 * a.delta_heads, F32)
     phases = cursor.end_bytes
     cursor.add("qkv", own, a.qkv_rows, HALF)
     cursor.add("attended", own, a.attention_size, HALF)
+    if a.delta_heads:
+        cursor.add("delta_mixed", own, a.delta_channels, HALF)
     cursor.back_to(phases)
     cursor.add("normed", own, a.hidden_size, F32)
     cursor.add("router_logits", own, a.num_experts, F32)

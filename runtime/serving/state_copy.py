@@ -6,7 +6,6 @@ import numpy as np
 
 from krasis.runtime.batch import StateStore
 from krasis.runtime.serving.prefix_store import Layers
-from krasis.runtime.state.hybrid_store import HybridStore
 
 
 class StateCopier:
@@ -14,7 +13,8 @@ class StateCopier:
 
     def __init__(self, state: StateStore, num_layers: int) -> None:
         self._state, self._num_layers = state, num_layers
-        self.cuts_anywhere = not isinstance(state, HybridStore)  # till something else is seen
+        # Of layers that overwrite their state; without any, till something else is seen.
+        self.cuts_anywhere = not any(getattr(state, "recurrent", ()))
 
     def can_be_cut(self, slot: int) -> bool:
         """Whether what a slot holds can be gone on from at every position, as keys and values can. Once seen

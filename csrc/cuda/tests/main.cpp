@@ -26,6 +26,7 @@ constexpr Suite kSuites[] = {
     {"route_scores", test::run_route_scores},
     {"activation", test::run_activation},
     {"handover", test::run_handover},
+    {"gated_delta", test::run_gated_delta},
     {"int8_rows", test::run_int8_rows},
     {"moe_gemm", test::run_moe_gemm},
 };

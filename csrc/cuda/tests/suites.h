@@ -15,5 +15,6 @@ void run_route();
 void run_route_scores();
 void run_activation();
 void run_handover();
+void run_gated_delta();
 
 }  // namespace test

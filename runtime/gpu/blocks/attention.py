@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
+import torch
+
 from krasis.formats.errors import UnsupportedModelError
 from krasis.formats.models.mixers import Attention
 from krasis.runtime.cpu.kernels import Heads
@@ -25,7 +27,11 @@ class GpuAttention:
         self._output_bias = weights.optional("attention.output.bias")
         self.layer, self.scale = layer, mixer.scale
         self.heads = Heads(mixer.heads, mixer.kv_heads, mixer.head_dim)
-        cos, sin = model.weights.rope(mixer.rope)
+        self._gate = weights.int8("attention.gate") if mixer.output_gate == "channel" else None
+        if mixer.rope is None:
+            cos = sin = model.device.empty((model.cache.capacity, 0), torch.float32)
+        else:
+            cos, sin = model.weights.rope(mixer.rope)
         self.form = QkvForm(
             self._eps,
             cos,
@@ -45,7 +51,13 @@ class GpuAttention:
         attended = packed(b.attended, self.heads.attention_size)
         self._kernels.rms_norm(rows.stream, b.hidden, self._norm, self._eps, b.x)
         rows.product(b.x, self._qkv, qkv)
+        gates = None
+        if self._gate is not None:
+            gates = packed(b.qkv, self.heads.attention_size, after=self.heads.qkv_size)
+            rows.product(b.x, self._gate, gates)
         rows.attend(self, qkv, attended)
+        if gates is not None:
+            self._kernels.gate_rows(rows.stream, attended, gates)
         rows.product(attended, self._output, b.hidden, residual=b.hidden)
         if self._output_bias is not None:
             self._kernels.add_rows(rows.stream, b.hidden, None, bias=self._output_bias)

@@ -15,6 +15,7 @@ from krasis.runtime.gpu.weights import GpuInt8
 if TYPE_CHECKING:
     from krasis.runtime.gpu.blocks.attention import GpuAttention
     from krasis.runtime.gpu.blocks.experts import GpuExperts
+    from krasis.runtime.gpu.blocks.gated_delta import GpuGatedDelta
 
 
 class PassRows(Protocol):
@@ -50,6 +51,18 @@ class PassRows(Protocol):
         keys and values are stored first."""
         ...
 
+    def apply_delta(
+        self,
+        block: GpuGatedDelta,
+        projected: torch.Tensor,
+        gates: torch.Tensor,
+        mixed: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        """out [T, value_heads * value_dim] = the gated delta rule of projected [T, q k v z] and gates
+        [T, b a], each row after those of its own sequence; gates and mixed [T, channels] are overwritten."""
+        ...
+
     def route(self, block: GpuExperts) -> None:
         """``own.ids`` and ``own.weights`` from ``own.router_logits``. What waits for the choice elsewhere is
         told of it."""
@@ -68,9 +81,10 @@ class Block(Protocol):
         ...
 
 
-def packed(buffer: torch.Tensor, columns: int) -> torch.Tensor:
-    """[T, columns] without gaps in the memory of a buffer [T, as many columns or more]."""
+def packed(buffer: torch.Tensor, columns: int, after: int = 0) -> torch.Tensor:
+    """[T, columns] without gaps in the memory of a buffer [T, as many columns or more]. after: columns of
+    another such matrix, which lies before it."""
     num_rows = buffer.shape[0]
     if buffer.shape[1] == columns:
         return buffer
-    return buffer.flatten()[: num_rows * columns].view(num_rows, columns)
+    return buffer.flatten()[num_rows * after : num_rows * (after + columns)].view(num_rows, columns)

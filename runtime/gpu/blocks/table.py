@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 from krasis.formats.errors import UnsupportedModelError
 from krasis.formats.models.mixers import Attention
 from krasis.formats.models.mlps import Experts, GatedMlp
+from krasis.formats.models.recurrent import GatedDelta
 from krasis.runtime.gpu.blocks.attention import GpuAttention
 from krasis.runtime.gpu.blocks.experts import GpuExperts
+from krasis.runtime.gpu.blocks.gated_delta import GpuGatedDelta
 from krasis.runtime.gpu.blocks.mlp import GpuMlp
 from krasis.runtime.gpu.blocks.rows import Block
 
@@ -21,6 +23,7 @@ Blocks = tuple[tuple[Block, ...], ...]
 
 BLOCKS: dict[type, Callable[[GpuModel, int, Any], Block]] = {
     Attention: GpuAttention,
+    GatedDelta: GpuGatedDelta,
     GatedMlp: GpuMlp,
     Experts: GpuExperts,
 }

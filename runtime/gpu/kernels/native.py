@@ -259,6 +259,49 @@ class AttentionArgs(ctypes.Structure):
     )
 
 
+class GateRowsArgs(ctypes.Structure):
+    """``krasis_cuda_gate_rows_args``."""
+
+    _fields_ = (
+        ("x", _PTR),
+        ("gates", _PTR),
+        ("count", _I64),
+        ("dtype", _I32),
+        ("reserved", _I32),
+    )
+
+
+class GatedDeltaArgs(ctypes.Structure):
+    """``krasis_cuda_gated_delta_args``."""
+
+    _fields_ = (
+        ("x", _PTR),
+        ("gates", _PTR),
+        ("mixed", _PTR),
+        ("out", _PTR),
+        ("tokens", _I64),
+        ("key_heads", _I64),
+        ("value_heads", _I64),
+        ("key_dim", _I64),
+        ("value_dim", _I64),
+        ("conv_width", _I64),
+        ("conv", _PTR),
+        ("a_log", _PTR),
+        ("dt_bias", _PTR),
+        ("gate_norm", _PTR),
+        ("dtype", _I32),
+        ("norm_dtype", _I32),
+        ("eps", _F32),
+        ("gate", _I32),
+        ("matrices", _PTR),
+        ("columns", _PTR),
+        ("start", _I64),
+        ("rows", _PTR),
+        ("matrices_offset", _I64),
+        ("columns_offset", _I64),
+    )
+
+
 class SendArgs(ctypes.Structure):
     """``krasis_cuda_send_args``."""
 
@@ -299,6 +342,8 @@ PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "qk_norm_rope_store": (_I32, (_PTR, _PTR)),
     "gated_activation": (_I32, (_PTR, _PTR)),
     "add_rows": (_I32, (_PTR, _PTR)),
+    "gate_rows": (_I32, (_PTR, _PTR)),
+    "gated_delta": (_I32, (_PTR, _PTR)),
     "router": (_I32, (_PTR, _PTR)),
     "route": (_I32, (_PTR, _PTR)),
     "attention_decode": (_I32, (_PTR, _PTR)),

@@ -1,0 +1,43 @@
+// gated_delta.cu: checks and launches of the gated delta rule.
+#include "gated_delta_mix.cuh"
+#include "gated_delta_step.cuh"
+#include "status.h"
+
+namespace krasis::cuda {
+namespace {
+
+constexpr int64_t kMostHeads = 1 << 16;
+
+int32_t check_delta(const krasis_cuda_gated_delta_args &a) {
+    const bool counts = a.tokens >= 0 && a.key_heads > 0 && a.value_heads > 0 && a.key_dim > 0 && a.value_dim > 0 &&
+                        a.conv_width > 0 && a.start >= 0;
+    const bool kinds = is_16_bit(a.dtype) && is_dtype(a.norm_dtype) &&
+                       (a.gate == KRASIS_CUDA_GATE_SILU || a.gate == KRASIS_CUDA_GATE_SIGMOID);
+    const bool arrays = a.x && a.gates && a.mixed && a.out && a.conv && a.a_log && a.dt_bias && a.gate_norm;
+    if (!counts || !kinds || !arrays || !(a.rows || (a.matrices && a.columns))) return KRASIS_ERR_ARGUMENT;
+    const bool heads = a.key_heads <= kMostHeads && a.value_heads <= kMostHeads && a.value_heads % a.key_heads == 0;
+    const bool dims = a.key_dim % kDeltaTile == 0 && a.value_dim % kDeltaTile == 0 && a.key_dim <= kMaxDeltaDim &&
+                      a.value_dim <= kMaxDeltaDim && a.conv_width <= kMaxConvWidth;
+    const bool aligned = is_aligned(a.x) && is_aligned(a.mixed) && is_aligned(a.out) && is_aligned(a.matrices) &&
+                         is_aligned(a.columns) && a.matrices_offset % 16 == 0 && a.columns_offset % 16 == 0;
+    if (!heads || !dims || !aligned) return KRASIS_ERR_SHAPE;
+    const int64_t tasks = mix_units(a) * a.tokens;
+    return tasks > kMaxBlocks ? KRASIS_ERR_ARGUMENT : KRASIS_OK;
+}
+
+}  // namespace
+}  // namespace krasis::cuda
+
+int32_t krasis_cuda_gated_delta(const krasis_cuda_gated_delta_args *args, void *stream) {
+    using namespace krasis::cuda;
+    if (args == nullptr) return KRASIS_ERR_ARGUMENT;
+    const krasis_cuda_gated_delta_args &a = *args;
+    int32_t status = check_delta(a);
+    if (status != KRASIS_OK || a.tokens == 0) return status;
+    constexpr int kWarps = kDeltaThreads / krasis::simt::kWarp;
+    const auto mixes = static_cast<unsigned>(ceil_div(mix_units(a) * mix_runs(a), kWarps));
+    status = launch<delta_mix_kernel>({mixes, kDeltaThreads, 0}, a, stream);
+    if (status != KRASIS_OK) return status;
+    const auto steps = static_cast<unsigned>(a.value_heads * (a.rows ? a.tokens : 1));
+    return launch<delta_step_kernel>({steps, kDeltaThreads, 2 * kWarps * sizeof(float)}, a, stream);
+}

@@ -1,0 +1,126 @@
+// gated_delta_mix.cuh: what comes before the gated delta rule: the short convolution with silu, q and k to length 1,
+// and the two gates.
+//
+// A warp takes a head of q, k or v over a run of tokens, or the gates of these. The past of the first tokens of a
+// sequence is in its columns; the warp of the first run alone reads them, and so it may overwrite them.
+#pragma once
+
+#include "gated_delta.cuh"
+
+namespace krasis::cuda {
+
+inline constexpr int kMixRun = 8;  // tokens of a warp: as many as a convolution looks back, or more
+inline constexpr int kMixPairs = kMaxDeltaDim / 64;
+static_assert(kMixRun >= kMaxConvWidth - 1);
+
+KRASIS_BOTH int64_t mix_units(const krasis_cuda_gated_delta_args &p) { return 2 * p.key_heads + p.value_heads + 1; }
+KRASIS_BOTH int64_t mix_runs(const krasis_cuda_gated_delta_args &p) {
+    return p.rows ? p.tokens : (p.tokens + kMixRun - 1) / kMixRun;
+}
+
+// The rows of one sequence in this call, as a head's convolution sees them.
+struct MixRows {
+    const krasis_cuda_gated_delta_args &p;
+    DeltaState state;
+    int64_t first_row, count;  // the sequence's first row, and how many it has
+    int64_t channel;           // the head's first
+
+    // Two channels of a token, counted from the first row on; below 0: before it.
+    KRASIS_DEVICE void load(int64_t token, int at, float (&pair)[2]) const {
+        const int64_t before = p.conv_width - 1;
+        pair[0] = pair[1] = 0;
+        if (token >= 0) {
+            load_pair(p.x, (first_row + token) * delta_columns(p) + channel + at, p.dtype, pair);
+        } else if (state.start > 0) {
+            const float *column = state.columns + (before + token) * delta_channels(p) + channel + at;
+            pair[0] = column[0];
+            pair[1] = column[1];
+        }
+    }
+
+    // The last tokens before the next call, the oldest first. A column is read before it is written.
+    KRASIS_DEVICE void keep_columns(int at) const {
+        const int64_t before = p.conv_width - 1;
+        for (int64_t j = 0; j < before; ++j) {
+            float pair[2];
+            load(count - before + j, at, pair);
+            float *column = state.columns + j * delta_channels(p) + channel + at;
+            column[0] = pair[0];
+            column[1] = pair[1];
+        }
+    }
+
+    // silu of the convolution.
+    KRASIS_DEVICE void mix(int64_t token, int at, float (&sum)[2]) const {
+        const int64_t before = p.conv_width - 1;
+        const float *taps = p.conv + (channel + at) * p.conv_width;
+        sum[0] = sum[1] = 0;
+        for (int64_t j = 0; j <= before; ++j) {
+            float pair[2];
+            load(token - before + j, at, pair);
+            sum[0] = simt::fused_multiply_add(pair[0], taps[j], sum[0]);
+            sum[1] = simt::fused_multiply_add(pair[1], taps[p.conv_width + j], sum[1]);
+        }
+        sum[0] *= delta_sigmoid(sum[0]);
+        sum[1] *= delta_sigmoid(sum[1]);
+    }
+};
+
+// b becomes the step's size, a the logarithm of the decay.
+KRASIS_DEVICE void mix_gates(const krasis_cuda_gated_delta_args &p, int64_t row, int lane) {
+    float *b = p.gates + row * 2 * p.value_heads, *a = b + p.value_heads;
+    for (int64_t head = lane; head < p.value_heads; head += simt::kWarp) {
+        const float x = a[head] + p.dt_bias[head];
+        const float softened = x > 20.0f ? x : simt::log1p_float(simt::exp_float(x));
+        a[head] = -simt::exp_float(p.a_log[head]) * softened;
+        b[head] = delta_sigmoid(b[head]);
+    }
+}
+
+KRASIS_KERNEL(kDeltaThreads, 1)
+delta_mix_kernel(const krasis_cuda_gated_delta_args p) {
+    const int lane = static_cast<int>(simt::thread_x() % simt::kWarp);
+    const int64_t task =
+        static_cast<int64_t>(simt::block_x()) * (kDeltaThreads / simt::kWarp) + simt::thread_x() / simt::kWarp;
+    const int64_t runs = mix_runs(p), unit = task / runs, run = task % runs;
+    if (unit >= mix_units(p)) return;  // the whole warp
+    const int64_t length = p.rows ? 1 : kMixRun, first = run * length;
+    const int64_t last = first + length < p.tokens ? first + length : p.tokens;
+    if (unit == mix_units(p) - 1) {
+        for (int64_t row = first; row < last; ++row) mix_gates(p, row, lane);
+        return;
+    }
+    const DeltaState state = delta_state(p, first);
+    if (state.start < 0) return;
+    const bool is_value = unit >= 2 * p.key_heads, is_query = unit < p.key_heads;
+    const int dim = static_cast<int>(is_value ? p.value_dim : p.key_dim);
+    const int64_t channel =
+        is_value ? 2 * p.key_heads * p.key_dim + (unit - 2 * p.key_heads) * p.value_dim : unit * p.key_dim;
+    const MixRows rows{p, state, p.rows ? first : 0, p.rows ? 1 : p.tokens, channel};
+    for (int64_t row = first; row < last; ++row) {
+        float sums[kMixPairs][2], square = 0;
+        KRASIS_UNROLL
+        for (int m = 0; m < kMixPairs; ++m) {
+            const int at = 2 * lane + 2 * simt::kWarp * m;
+            sums[m][0] = sums[m][1] = 0;
+            if (at < dim) rows.mix(row - rows.first_row, at, sums[m]);
+            square = simt::fused_multiply_add(sums[m][0], sums[m][0], square);
+            square = simt::fused_multiply_add(sums[m][1], sums[m][1], square);
+        }
+        float scale = 1.0f;
+        if (!is_value) scale = simt::reciprocal_sqrt(lane_sum(square, 1, 16) + 1e-6f);
+        if (is_query) scale *= simt::reciprocal_sqrt(static_cast<float>(dim));
+        KRASIS_UNROLL
+        for (int m = 0; m < kMixPairs; ++m) {
+            const int at = 2 * lane + 2 * simt::kWarp * m;
+            if (at >= dim) continue;
+            auto *to = static_cast<uint16_t *>(p.mixed) + row * delta_channels(p) + channel + at;
+            *reinterpret_cast<uint32_t *>(to) = pack_pair(p.dtype, scale * sums[m][0], scale * sums[m][1]);
+        }
+    }
+    if (run == 0 || p.rows) {
+        for (int at = 2 * lane; at < dim; at += 2 * simt::kWarp) rows.keep_columns(at);
+    }
+}
+
+}  // namespace krasis::cuda
