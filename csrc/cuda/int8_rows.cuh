@@ -221,12 +221,11 @@ int8_gemm_kernel(const Int8Params p) {
     worker.store();
 }
 
-// One block a strip, up to kTokens tokens. shared: float [kWarps][kTokens][32].
+// One strip in one block, up to kTokens tokens. shared: float [kWarps][kTokens][32].
 template <class Type, int kTokens, int kWarps>
-KRASIS_KERNEL(32 * kWarps, 1)
-int8_gemv_kernel(const Int8Params p) {
+KRASIS_DEVICE void int8_gemv(const Int8Params &p, int strip) {
     const int thread = static_cast<int>(simt::thread_x()), lane = thread % 32, warp = thread / 32;
-    const int strip = static_cast<int>(simt::block_x()), j = lane % 8;
+    const int j = lane % 8;
     const uint8_t *codes = p.weight + static_cast<int64_t>(strip) * p.k * 32 + lane * 16;
     float sum[kTokens][4] = {};
     // A warp reads 512 bytes, 16 k, at a time.
@@ -276,6 +275,12 @@ int8_gemv_kernel(const Int8Params p) {
             reinterpret_cast<uint16_t *>(p.out)[index] = Type::from_float(value);
         }
     }
+}
+
+template <class Type, int kTokens, int kWarps>
+KRASIS_KERNEL(32 * kWarps, 1)
+int8_gemv_kernel(const Int8Params p) {
+    int8_gemv<Type, kTokens, kWarps>(p, static_cast<int>(simt::block_x()));
 }
 
 }  // namespace krasis::cuda

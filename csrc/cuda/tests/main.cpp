@@ -28,6 +28,8 @@ constexpr Suite kSuites[] = {
     {"handover", test::run_handover},
     {"gated_delta", test::run_gated_delta},
     {"int8_rows", test::run_int8_rows},
+    {"latent_rows", test::run_latent_rows},
+    {"latent_attention", test::run_latent_attention},
     {"moe_gemm", test::run_moe_gemm},
 };
 

@@ -16,5 +16,7 @@ void run_route_scores();
 void run_activation();
 void run_handover();
 void run_gated_delta();
+void run_latent_rows();
+void run_latent_attention();
 
 }  // namespace test

@@ -11,6 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 from krasis.formats.errors import NativeError
+from krasis.runtime.gpu.kernels.native_latent import Int8HeadsArgs as Int8HeadsArgs
+from krasis.runtime.gpu.kernels.native_latent import LatentArgs as LatentArgs
+from krasis.runtime.gpu.kernels.native_latent import LatentAttentionArgs as LatentAttentionArgs
 
 _I32, _I64, _F32, _PTR = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 _U64 = ctypes.c_uint64
@@ -347,6 +350,10 @@ PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "router": (_I32, (_PTR, _PTR)),
     "route": (_I32, (_PTR, _PTR)),
     "attention_decode": (_I32, (_PTR, _PTR)),
+    "latent_workspace_bytes": (_I64, (_I64, _I64, _I64, _I64)),
+    "latent_store": (_I32, (_PTR, _PTR)),
+    "int8_heads": (_I32, (_PTR, _PTR)),
+    "latent_attention": (_I32, (_PTR, _PTR)),
     "advance": (_I32, (_PTR, _PTR)),
     "signal": (_I32, (_PTR, _PTR, _PTR)),
     "wait": (_I32, (_PTR, _PTR, _I64, _PTR, _PTR)),
