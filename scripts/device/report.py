@@ -130,6 +130,39 @@ def shown(part: str, value: float) -> str:
     return ms(value) if part.endswith("_s") else number(value)
 
 
+def serving_section(result: Record) -> list[str]:
+    shared, between, alone = result["shared"], result["between"], result["pass"]
+    facts = [
+        [
+            f"{shared['num_prompts']} x {shared['num_tokens']} tokens in one pass, one after another",
+            f"{ms(shared['together_s'])}, {ms(shared['alone_s'])}",
+            f"{shared['ratio']:.2f} times as fast (goal {shared['goal']:g})",
+        ],
+        [
+            "long prompt alone; told of its layers; with an answer beside it",
+            ", ".join(ms(one) for one in (alone["quiet_s"], alone["told_s"], between["pass_s"])),
+            f"{between['num_tokens']} tokens in between",
+        ],
+        [
+            "longest pause of the answer",
+            f"{ms(between['longest_gap_s'])} (the core's part {ms(between['pause_s'])})",
+            f"all layers: {ms(between['whole_model_gap_s'])} (goal {ms(between['goal_s'])})",
+        ],
+    ]
+    rows = [
+        [
+            str(row["rows"]), ms(row["median_s"]), ms(row["expected_s"]), f"{row['ratio']:.3f}",
+            f"{row['distinct']:.1f}", ms(row["cpu_experts_s"]), ms(row["wait_gpu_s"]),
+            number(row["tokens_per_s"]),
+        ]
+        for row in result["rows"]
+    ]  # fmt: skip
+    head = ["answers", "step", "expected", "ratio", "experts a layer", "CPU experts", "wait for GPU", "tok/s"]
+    note = f"{layers_of(result)} layers. {result['description']}"
+    lines = ["## Serving, Qwen3-235B shape", "", note, "", *table(["", "measured", ""], facts)]
+    return [*lines, "", *table(head, rows)]
+
+
 def gemm_section(result: Record) -> list[str]:
     rows = [
         [
@@ -250,6 +283,7 @@ SECTIONS: dict[str, Callable[[Record], list[str]]] = {
     "gemm": gemm_section,
     "decode-235b": decode_section("Qwen3-235B shape"),
     "decode-30b": decode_section("Qwen3-30B shape"),
+    "serving": serving_section,
     "startup": startup_section,
     "registration": registration_section,
     "ranks": ranks_section,

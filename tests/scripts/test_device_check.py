@@ -29,7 +29,7 @@ from tests.support.planning import with_experts
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
-ON_THE_DOUBLE = ["rates", "registration", "gemm", "prefill-30b", "decode-30b", "startup"]
+ON_THE_DOUBLE = ["rates", "registration", "gemm", "prefill-30b", "decode-30b", "serving", "startup"]
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +60,7 @@ def test_the_stages_run_on_the_double(double: None, context: Context) -> None:
         "Grouped product",
         "Prefill, Qwen3-30B",
         "Decode, Qwen3-30B",
+        "Serving, Qwen3-235B",
         "Start-up",
     ):
         assert f"## {heading}" in text
@@ -78,6 +79,11 @@ def test_the_stages_run_on_the_double(double: None, context: Context) -> None:
     assert [(row["shape"], row["rows"]) for row in results["gemm"]["rows"]] == [
         (stack.label, rows) for stack in context.sizes.stacks for rows in context.sizes.gemm_rows
     ]
+    serving = results["serving"]
+    assert min(serving["shared"]["ratio"], *(row["ratio"] for row in serving["rows"])) > 0
+    assert [row["rows"] for row in serving["rows"]] == [1, 2]
+    assert serving["between"]["num_tokens"] >= 1
+    assert 0 < serving["between"]["longest_gap_s"] < serving["between"]["whole_model_gap_s"]
     assert results["startup"]["runs"]["cold"]["load"]["finished"]
     for folder in (places.ram_folder(context), places.disk_folder(context)):
         for bundle in folder.glob("*.krasis"):
