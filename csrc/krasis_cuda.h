@@ -207,6 +207,8 @@ typedef struct krasis_cuda_gate_rows_args {
 KRASIS_API int32_t krasis_cuda_gate_rows(const krasis_cuda_gate_rows_args *args, void *stream);
 
 enum { KRASIS_CUDA_GATE_SILU = 0, KRASIS_CUDA_GATE_SIGMOID = 1 };
+#define KRASIS_CUDA_DELTA_CHUNK 64          /* rows */
+#define KRASIS_CUDA_DELTA_CHUNK_BYTES 16896 /* of a chunk's workspace, for each value head */
 
 /* The gated delta rule after a short convolution. A row of x has q and k [key_heads, key_dim], v [value_heads,
  * value_dim] and z like v; q, k and v are the channels of the convolution: each is a sum of conv_width taps over the
@@ -223,8 +225,9 @@ enum { KRASIS_CUDA_GATE_SILU = 0, KRASIS_CUDA_GATE_SIGMOID = 1 };
  * rows[t].position rows and whose state is at rows[t].keys + matrices_offset and + columns_offset (in bytes). Before a
  * sequence's first row its state is zero, whatever is there. A row whose position is below 0 belongs to nobody.
  *
- * key_dim and value_dim: multiples of 16 up to 128; conv_width <= 8; addresses multiples of 16 bytes. Several rows of a
- * sequence may have other bits than the same rows one by one. */
+ * key_dim and value_dim: multiples of 16 up to 128; conv_width <= 8; addresses multiples of 16 bytes. With a workspace,
+ * 16 rows of a sequence or more go through in chunks on tensor cores, where factors are rounded to dtype: other bits
+ * than row by row. */
 typedef struct krasis_cuda_gated_delta_args {
     const void *x; /* [tokens, channels + value_heads * value_dim] of dtype */
     float *gates;  /* [tokens, 2 * value_heads]; overwritten */
@@ -241,6 +244,8 @@ typedef struct krasis_cuda_gated_delta_args {
     int64_t start;
     const krasis_cuda_row *rows; /* NULL; or [tokens], read when the kernel runs */
     int64_t matrices_offset, columns_offset;
+    void *chunks;       /* NULL; or a workspace of num_chunks * value_heads * KRASIS_CUDA_DELTA_CHUNK_BYTES */
+    int64_t num_chunks; /* so many chunks at once */
 } krasis_cuda_gated_delta_args;
 KRASIS_API int32_t krasis_cuda_gated_delta(const krasis_cuda_gated_delta_args *args, void *stream);
 

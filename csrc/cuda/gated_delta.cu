@@ -1,5 +1,8 @@
 // gated_delta.cu: checks and launches of the gated delta rule.
+#include <algorithm>
+
 #include "gated_delta_mix.cuh"
+#include "gated_delta_scan.cuh"
 #include "gated_delta_step.cuh"
 #include "status.h"
 
@@ -7,6 +10,8 @@ namespace krasis::cuda {
 namespace {
 
 constexpr int64_t kMostHeads = 1 << 16;
+constexpr int64_t kFewestChunked = 16;  // rows from which on chunks are faster, launches included
+constexpr int kDeltaWarps = kDeltaThreads / simt::kWarp;
 
 int32_t check_delta(const krasis_cuda_gated_delta_args &a) {
     const bool counts = a.tokens >= 0 && a.key_heads > 0 && a.value_heads > 0 && a.key_dim > 0 && a.value_dim > 0 &&
@@ -19,10 +24,30 @@ int32_t check_delta(const krasis_cuda_gated_delta_args &a) {
     const bool dims = a.key_dim % kDeltaTile == 0 && a.value_dim % kDeltaTile == 0 && a.key_dim <= kMaxDeltaDim &&
                       a.value_dim <= kMaxDeltaDim && a.conv_width <= kMaxConvWidth;
     const bool aligned = is_aligned(a.x) && is_aligned(a.mixed) && is_aligned(a.out) && is_aligned(a.matrices) &&
-                         is_aligned(a.columns) && a.matrices_offset % 16 == 0 && a.columns_offset % 16 == 0;
+                         is_aligned(a.columns) && is_aligned(a.chunks) && a.matrices_offset % 16 == 0 &&
+                         a.columns_offset % 16 == 0;
     if (!heads || !dims || !aligned) return KRASIS_ERR_SHAPE;
     const int64_t tasks = mix_units(a) * a.tokens;
-    return tasks > kMaxBlocks ? KRASIS_ERR_ARGUMENT : KRASIS_OK;
+    return tasks > kMaxBlocks || (a.chunks && a.num_chunks <= 0) ? KRASIS_ERR_ARGUMENT : KRASIS_OK;
+}
+
+// So many chunks at a time as the workspace has room for.
+template <class Type>
+int32_t launch_chunks(const krasis_cuda_gated_delta_args &a, void *stream) {
+    const int64_t chunks = ceil_div(a.tokens, kChunk), tiles = ceil_div(a.value_dim, kScanColumns);
+    int32_t status = KRASIS_OK;
+    for (int64_t begin = 0; begin < chunks && status == KRASIS_OK; begin += a.num_chunks) {
+        const DeltaSegment segment{a, begin * kChunk, std::min(a.num_chunks, chunks - begin)};
+        const auto alone = static_cast<unsigned>(segment.chunks * a.value_heads);
+        status =
+            launch<delta_chunk_kernel<Type>>({alone, kChunkThreads, 2 * kWideBytes + kDecayBytes}, segment, stream);
+        if (status != KRASIS_OK) break;
+        const auto blocks = static_cast<unsigned>(a.value_heads * tiles);
+        status = launch<delta_scan_kernel<Type>>({blocks, kDeltaThreads, kScanShared}, segment, stream);
+    }
+    if (status != KRASIS_OK) return status;
+    const auto norms = static_cast<unsigned>(ceil_div(a.tokens * a.value_heads, kDeltaWarps));
+    return launch<delta_norm_kernel>({norms, kDeltaThreads, 0}, a, stream);
 }
 
 }  // namespace
@@ -34,10 +59,12 @@ int32_t krasis_cuda_gated_delta(const krasis_cuda_gated_delta_args *args, void *
     const krasis_cuda_gated_delta_args &a = *args;
     int32_t status = check_delta(a);
     if (status != KRASIS_OK || a.tokens == 0) return status;
-    constexpr int kWarps = kDeltaThreads / krasis::simt::kWarp;
-    const auto mixes = static_cast<unsigned>(ceil_div(mix_units(a) * mix_runs(a), kWarps));
+    const auto mixes = static_cast<unsigned>(ceil_div(mix_units(a) * mix_runs(a), kDeltaWarps));
     status = launch<delta_mix_kernel>({mixes, kDeltaThreads, 0}, a, stream);
     if (status != KRASIS_OK) return status;
+    if (a.chunks && !a.rows && a.tokens >= kFewestChunked) {
+        return a.dtype == KRASIS_BF16 ? launch_chunks<krasis::Bf16>(a, stream) : launch_chunks<krasis::F16>(a, stream);
+    }
     const auto steps = static_cast<unsigned>(a.value_heads * (a.rows ? a.tokens : 1));
-    return launch<delta_step_kernel>({steps, kDeltaThreads, 2 * kWarps * sizeof(float)}, a, stream);
+    return launch<delta_step_kernel>({steps, kDeltaThreads, 2 * kDeltaWarps * sizeof(float)}, a, stream);
 }

@@ -9,7 +9,8 @@
 
 namespace krasis::cuda {
 
-inline constexpr int kMixRun = 8;  // tokens of a warp: as many as a convolution looks back, or more
+inline constexpr int kMixRun = 8;              // tokens of a warp: as many as a convolution looks back, or more
+inline constexpr float kLeastDecay = -100.0f;  // leaves nothing of fp32; sums of 64 are finite, and exact enough
 inline constexpr int kMixPairs = kMaxDeltaDim / 64;
 static_assert(kMixRun >= kMaxConvWidth - 1);
 
@@ -72,7 +73,8 @@ KRASIS_DEVICE void mix_gates(const krasis_cuda_gated_delta_args &p, int64_t row,
     for (int64_t head = lane; head < p.value_heads; head += simt::kWarp) {
         const float x = a[head] + p.dt_bias[head];
         const float softened = x > 20.0f ? x : simt::log1p_float(simt::exp_float(x));
-        a[head] = -simt::exp_float(p.a_log[head]) * softened;
+        const float decay = -simt::exp_float(p.a_log[head]) * softened;
+        a[head] = decay < kLeastDecay ? kLeastDecay : decay;
         b[head] = delta_sigmoid(b[head]);
     }
 }

@@ -33,6 +33,7 @@ class Buffers:
     attended: torch.Tensor  # [P, attention_size] 16-bit
     delta_gates: torch.Tensor  # [P, 2 * delta_heads] f32
     delta_mixed: torch.Tensor  # [P, delta_channels] 16-bit
+    delta_chunks: torch.Tensor  # [chunks at once, heads * DELTA_CHUNK_BYTES] uint8
     normed: torch.Tensor  # [P, hidden] f32
     router_logits: torch.Tensor  # [P, num_experts] f32
     mlp: torch.Tensor  # [P, mlp_columns] 16-bit, what an MLP that every token takes has between its products
@@ -130,6 +131,7 @@ class Workspace:
             attended=rows("attended", half),
             delta_gates=rows("delta_gates", torch.float32),
             delta_mixed=rows("delta_mixed", half),
+            delta_chunks=rows("delta_chunks", torch.uint8),
             normed=rows("normed", torch.float32),
             router_logits=rows("router_logits", torch.float32),
             mlp=rows("mlp", half),

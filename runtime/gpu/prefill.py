@@ -126,13 +126,11 @@ class PrefillRows:
         out: torch.Tensor,
     ) -> None:
         """See ``PassRows``."""
-        kernels, cache = self.model.kernels, self.model.cache
+        run, cache, chunks = self.model.kernels.gated_delta, self.model.cache, self.own.delta_chunks
         for piece in self.chunk.pieces:
             place = DeltaPlace(*cache.states(piece.slot, block.layer), piece.position)
             own = slice(piece.first, piece.last)
-            kernels.gated_delta(
-                self.stream, projected[own], gates[own], block.form, place, mixed[own], out[own]
-            )
+            run(self.stream, projected[own], gates[own], block.form, place, mixed[own], out[own], chunks)
 
     def route(self, block: GpuExperts) -> None:
         """See ``PassRows``."""

@@ -5,7 +5,7 @@ planned is what is allocated. Three phases of a layer share one range, because e
 begins:
 
 - attention: qkv and the attention's output, of this rank's tokens; for the gated delta rule what its
-  convolution gives;
+  convolution gives, and what some chunks of its tokens need of themselves;
 - routing: the normed input of the router and its logits in f32, of this rank's tokens; what an MLP that
   every token takes has between its products, and a gated shared expert's output;
 - experts: for every slot (token x choice), the gated product and the expert's output in 16 bits; with several
@@ -29,12 +29,16 @@ from krasis.formats.layouts import padded_rows
 from krasis.runtime.planning.shape import AnyModel, largest_shape
 
 ALIGNMENT_BYTES = 256
-F32, I32, HALF = 4, 4, 2
+F32, I32, HALF, BYTE = 4, 4, 2, 1
 LOGIT_ROWS = 64  # tokens whose logits are computed at once when all are wanted
 SCRATCH_BYTES = 64 * 2**20
 """Dequantised weights on their way to a library's product, where there are many rows
 (``gpu/many_rows.py``).
 """
+DELTA_CHUNK_TOKENS, DELTA_CHUNK_BYTES = 64, 16896
+"""Of the gated delta rule in chunks, a chunk and a head: ``KRASIS_CUDA_DELTA_CHUNK_BYTES``."""
+DELTA_CHUNKS = 32
+"""Chunks at once: all heads of so many fill any GPU."""
 _M_BLOCKS = (16, 128)  # the least and the most rows of a block of the grouped product
 
 
@@ -89,6 +93,8 @@ def workspace_layout(model: AnyModel, num_tokens: int, num_ranks: int) -> Worksp
     cursor.add("attended", own, a.attention_size, HALF)
     if a.delta_heads:
         cursor.add("delta_mixed", own, a.delta_channels, HALF)
+        chunks = min(-(-own // DELTA_CHUNK_TOKENS), DELTA_CHUNKS)
+        cursor.add("delta_chunks", chunks, a.delta_heads * DELTA_CHUNK_BYTES, BYTE)
     cursor.back_to(phases)
     cursor.add("normed", own, a.hidden_size, F32)
     cursor.add("router_logits", own, a.num_experts, F32)

@@ -1,6 +1,7 @@
 // device_bench.cu: speed of the kernels on this GPU, beside what its tensor cores do in a bare mma.sync loop and its
-// memory in a copy. One line a shape. Arguments: parts (experts, dense, attention; none: all), and --quick for
+// memory in a copy. One line a shape. Arguments: parts (experts, dense, attention, delta; none: all), and --quick for
 // fewer shapes. Correctness is krasis_test_cuda_device's part.
+#include "bench_delta.h"
 #include "bench_dense.h"
 #include "bench_experts.h"
 
@@ -36,6 +37,12 @@ void bench_attention_shapes() {
     bench::bench_attention("235b", 64, 4, 128, 131072, 131072);
 }
 
+void bench_delta_shapes() {
+    for (int64_t rows : {1, 4, 8}) bench::bench_delta("35b", 16, 32, rows, true);
+    for (int64_t rows : {1, 8, 16, 64, 512, 2048, 10000}) bench::bench_delta("35b", 16, 32, rows, false);
+    bench::bench_delta("397b", 16, 64, 10000, false);
+}
+
 }  // namespace
 
 int main(int argc, char **argv) {
@@ -48,6 +55,7 @@ int main(int argc, char **argv) {
         "%s: %d multiprocessors, L2 %d MB, mma.sync bf16 %.1f TFLOP/s, device copy %.0f GB/s (read + written)\n",
         device.name, device.multiProcessorCount, device.l2CacheSize >> 20, peak * 1e-12, bench::copy_rate() * 1e-9);
     if (is_wanted("attention", argc, argv)) bench_attention_shapes();
+    if (is_wanted("delta", argc, argv)) bench_delta_shapes();
     if (is_wanted("dense", argc, argv)) bench_dense_shapes(quick, peak);
     if (is_wanted("experts", argc, argv)) bench::bench_experts(quick, peak);
     return test::finish("device bench");

@@ -197,6 +197,11 @@ void check_calls(const Form &f, const std::vector<size_t> &counts) {
     auto args = problem.args();
     args.matrices = matrices.upload();
     args.columns = columns.upload();
+    constexpr size_t kChunks = 2;
+    Array<uint8_t> chunks(kChunks * f.value_heads * KRASIS_CUDA_DELTA_CHUNK_BYTES + 1);
+    chunks.poison();
+    args.chunks = chunks.upload();
+    args.num_chunks = kChunks;
     Sequence sequence;
     for (size_t count : counts) {
         Rows rows(problem, count);
@@ -213,6 +218,8 @@ void check_calls(const Form &f, const std::vector<size_t> &counts) {
     columns.download();
     compare_state(f, matrices.data(), columns.data(), sequence);
     CHECK(std::isnan(columns[(f.width - 1) * f.channels()]));
+    chunks.download();
+    CHECK(chunks[chunks.size() - 1] == 0xff);
 }
 
 // Rows of several sequences by a table, of which one belongs to nobody and one begins.
@@ -321,6 +328,10 @@ void run_gated_delta() {
     check_calls(wide, {5, 1});
     check_calls(odd, {3, 10, 1, 1});
     check_calls(plain, {2, 1});
+    check_calls(small, {16, 64, 3, 130, 1});
+    check_calls(wide, {70, 2, 192});
+    check_calls(odd, {17, 65});
+    check_calls(plain, {65});
     check_table(small);
     check_table(wide);
     check_refusals();

@@ -16,6 +16,7 @@ from krasis.runtime.gpu.kernels.arguments import (
     FLOATS,
     HALVES,
     I64,
+    U8,
     aligned,
     matrix,
     pointer,
@@ -23,8 +24,9 @@ from krasis.runtime.gpu.kernels.arguments import (
     vector_pointer,
 )
 from krasis.runtime.gpu.kernels.attention_rows import ROW_WORDS
-from krasis.runtime.gpu.kernels.launcher import Launcher, Tensors
+from krasis.runtime.gpu.kernels.launcher import Launcher, Tensors, present
 from krasis.runtime.gpu.kernels.native import GatedDeltaArgs, GateRowsArgs
+from krasis.runtime.planning.workspace import DELTA_CHUNK_BYTES
 
 GATE_CODES = {"silu": 0, "sigmoid": 1}
 
@@ -90,10 +92,12 @@ class DeltaKernels(Launcher):
         place: DeltaPlace | DeltaRows,
         mixed: torch.Tensor,
         out: torch.Tensor,
+        chunks: torch.Tensor | None = None,
     ) -> None:
         """out [T, value_heads * value_dim] of x [T, channels + value_heads * value_dim], rows of q, k, v, z,
         and gates float32 [T, 2 * value_heads], b and a, which are overwritten, and so are mixed [T, channels]
-        and the state. x, mixed and out of one 16-bit type.
+        and the state. x, mixed and out of one 16-bit type. chunks: uint8 workspace for many rows of one
+        sequence, in whole chunks of DELTA_CHUNK_BYTES a head; without one they go through row by row.
         """
         where, mixer = "gated_delta", form.mixer
         tokens, values = matrix(out, f"{where}.out")[0], mixer.value_heads * mixer.value_dim
@@ -120,11 +124,15 @@ class DeltaKernels(Launcher):
             gate=GATE_CODES[mixer.gate],
         )
         state = _set_state(args, place, mixer, tokens)
+        if chunks is not None:
+            args.chunks = vector_pointer(chunks, tuple(chunks.shape), U8, f"{where}.chunks")
+            args.num_chunks = chunks.numel() // (mixer.value_heads * DELTA_CHUNK_BYTES)
+            require(args.num_chunks > 0, "no room for a chunk", where, chunks.numel(), DELTA_CHUNK_BYTES)
         reads = [x, gates, form.conv, form.a_log, form.dt_bias, form.gate_norm, *state]
         if isinstance(place, DeltaRows):
             reads.append(place.table)
         if tokens:
-            self.submit(stream, where, (byref(args),), reads, (gates, mixed, out, *state))
+            self.submit(stream, where, (byref(args),), reads, (gates, mixed, out, *state, *present(chunks)))
 
 
 def _set_state(

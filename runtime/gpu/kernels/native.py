@@ -302,6 +302,8 @@ class GatedDeltaArgs(ctypes.Structure):
         ("rows", _PTR),
         ("matrices_offset", _I64),
         ("columns_offset", _I64),
+        ("chunks", _PTR),
+        ("num_chunks", _I64),
     )
 
 

@@ -12,6 +12,7 @@ from krasis.formats.errors import NativeError
 from krasis.runtime.device import library as device_library
 from krasis.runtime.device.library import ABI_VERSION, check_status, double_library
 from krasis.runtime.gpu.kernels import native
+from krasis.runtime.planning.workspace import DELTA_CHUNK_BYTES, DELTA_CHUNK_TOKENS
 
 HEADER = Path(__file__).parents[4] / "csrc" / "krasis_cuda.h"
 TYPES = {
@@ -77,6 +78,11 @@ def test_prototypes_are_those_of_the_header(name: str) -> None:
 
 def test_the_abi_version_is_that_of_the_header() -> None:
     assert re.search(r"#define KRASIS_CUDA_ABI_VERSION (\d+)", text())[1] == str(ABI_VERSION)
+
+
+def test_the_planner_knows_the_size_of_a_chunk() -> None:
+    sizes = dict(re.findall(r"#define KRASIS_CUDA_DELTA_(\w+) (\d+)", text()))
+    assert sizes == {"CHUNK": str(DELTA_CHUNK_TOKENS), "CHUNK_BYTES": str(DELTA_CHUNK_BYTES)}
 
 
 def test_a_missing_function_is_an_error_when_asked_for(double_is_built: None) -> None:
