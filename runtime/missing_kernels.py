@@ -79,7 +79,6 @@ GPU_RUNS = CPU_RUNS - {
     "attention heads of more than 256 channels",
     "routers that norm their input",
     "proportional rope scaling",
-    "latent attention (MLA)",
     "experts with biases",
     "attention in windows",
     "attention sinks",

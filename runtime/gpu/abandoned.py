@@ -8,6 +8,7 @@ from functools import partial
 
 from krasis.runtime.gpu.blocks.attention import GpuAttention
 from krasis.runtime.gpu.blocks.experts import GpuExperts
+from krasis.runtime.gpu.blocks.latent import GpuLatentAttention
 from krasis.runtime.gpu.blocks.table import Blocks
 from krasis.runtime.gpu.buffers import Buffers
 from krasis.runtime.gpu.chunk import Chunk
@@ -27,7 +28,7 @@ def make_exchanges(
     stream = model.stream
     calls: list[Callable[[], None]] = []
     for block in (block for layer in blocks for block in layer):
-        if isinstance(block, GpuAttention):
+        if isinstance(block, GpuAttention | GpuLatentAttention):
             calls.append(partial(parallel.share_kv, stream, kv_parts(model.cache, chunk, block.layer)))
         elif isinstance(block, GpuExperts):
             calls += exchange_rows(stream, parallel, buffers, chunk.num_tokens)

@@ -29,11 +29,14 @@ class Buffers:
     gathered_x: torch.Tensor  # [G, hidden]
     gathered_ids: torch.Tensor  # [G, top_k]
     gathered_weights: torch.Tensor  # [G, top_k]
-    qkv: torch.Tensor  # [P, qkv_rows] 16-bit
+    qkv: torch.Tensor  # [P, qkv_columns] 16-bit
     attended: torch.Tensor  # [P, attention_size] 16-bit
     delta_gates: torch.Tensor  # [P, 2 * delta_heads] f32
     delta_mixed: torch.Tensor  # [P, delta_channels] 16-bit
     delta_chunks: torch.Tensor  # [chunks at once, heads * DELTA_CHUNK_BYTES] uint8
+    latent: torch.Tensor  # [few, heads * kv_rank] 16-bit, queries of latent attention
+    latent_splits: torch.Tensor  # [1, bytes], sums of the splits of its keys
+    expanded: torch.Tensor  # [1, room] 16-bit, keys and values of some of its heads
     normed: torch.Tensor  # [P, hidden] f32
     router_logits: torch.Tensor  # [P, num_experts] f32
     mlp: torch.Tensor  # [P, mlp_columns] 16-bit, what an MLP that every token takes has between its products
@@ -132,6 +135,9 @@ class Workspace:
             delta_gates=rows("delta_gates", torch.float32),
             delta_mixed=rows("delta_mixed", half),
             delta_chunks=rows("delta_chunks", torch.uint8),
+            latent=rows("latent", half),
+            latent_splits=rows("latent_splits", torch.uint8),
+            expanded=rows("expanded", half),
             normed=rows("normed", torch.float32),
             router_logits=rows("router_logits", torch.float32),
             mlp=rows("mlp", half),

@@ -128,12 +128,16 @@ class HybridDecoder:
     def _attention_bytes(self) -> int:
         """Of the layer that needs the most."""
         model = self._model
-        heads = {(part.num_kv_heads, part.head_dim) for part in model.cache.parts if part is not None}
-        sizes = {dim for _, dim in heads}
+        parts = (part for part in model.cache.parts if part is not None)
+        sizes = {part.head_dim for part in parts if part.value_dim}  # latent attention has a buffer
         most_heads = [model.shape.attention_size // dim for dim in sizes]
-        return max(
-            model.kernels.attention_workspace_bytes(self.max_rows, count, dim, model.cache.capacity)
-            for count, dim in zip(most_heads, sizes, strict=True)
+        return (
+            max(
+                model.kernels.attention_workspace_bytes(self.max_rows, count, dim, model.cache.capacity)
+                for count, dim in zip(most_heads, sizes, strict=True)
+            )
+            if sizes
+            else 0
         )
 
     @property

@@ -12,6 +12,7 @@ from krasis.runtime.device.api import Stream
 from krasis.runtime.gpu.blocks.attention import GpuAttention
 from krasis.runtime.gpu.blocks.experts import GpuExperts
 from krasis.runtime.gpu.blocks.gated_delta import GpuGatedDelta
+from krasis.runtime.gpu.blocks.latent import GpuLatentAttention
 from krasis.runtime.gpu.buffers import Buffers
 from krasis.runtime.gpu.experts.handover import Handover
 from krasis.runtime.gpu.experts.residency import Residency
@@ -64,15 +65,7 @@ class DecodeRows:
 
     def attend(self, block: GpuAttention, qkv: torch.Tensor, attended: torch.Tensor) -> None:
         """See ``PassRows``."""
-        cache, kernels = self.model.cache, self.model.kernels
-        part = cache.part(block.layer)
-        place = CacheRows(
-            self.table,
-            (cache.memory,),
-            part.keys * ITEM_BYTES,
-            part.values * ITEM_BYTES,
-            cache.capacity,
-        )
+        kernels, place = self.model.kernels, self._place(block.layer)
         kernels.qk_norm_rope_store(self.stream, qkv, block.heads, block.form, place)
         queries = qkv[:, : block.heads.attention_size]
         kernels.attention_decode(
@@ -91,6 +84,21 @@ class DecodeRows:
         cache = self.model.cache
         place = DeltaRows(self.table, (cache.memory,), *cache.state_offsets(block.layer))
         self.model.kernels.gated_delta(self.stream, projected, gates, block.form, place, mixed, out)
+
+    def attend_latent(
+        self, block: GpuLatentAttention, q: torch.Tensor, kv: torch.Tensor, attended: torch.Tensor
+    ) -> None:
+        """See ``PassRows``."""
+        place = self._place(block.layer)
+        block.store(self.stream, q, kv, place)
+        block.absorb(self.stream, self.own, q, place, attended)
+
+    def _place(self, layer: int) -> CacheRows:
+        """Where a layer keeps what it keeps of the rows."""
+        cache = self.model.cache
+        part = cache.part(layer)
+        keys, values = part.keys * ITEM_BYTES, part.values * ITEM_BYTES
+        return CacheRows(self.table, (cache.memory,), keys, values, cache.capacity)
 
     def route(self, block: GpuExperts) -> None:
         """See ``PassRows``. The CPU's experts begin."""

@@ -14,7 +14,7 @@ import torch
 
 from krasis.formats.errors import NativeError
 from krasis.formats.limits import align_up
-from krasis.formats.models.mixers import Attention
+from krasis.formats.models.mixers import Attention, LatentAttention
 from krasis.formats.models.spec import ModelSpec
 from krasis.formats.models.state import SNAPSHOTS
 from krasis.runtime.device.api import Device, Stream
@@ -29,12 +29,14 @@ _ALIGN_BYTES = 256
 
 @dataclass(frozen=True, slots=True)
 class CachePart:
-    """Where a layer's keys and values [num_kv_heads, capacity, head_dim] begin in a slot, in elements."""
+    """Where a layer's keys [num_kv_heads, capacity, head_dim] and values [num_kv_heads, capacity, value_dim]
+    begin in a slot, in elements. value_dim: 0 for latent attention, whose values are its keys."""
 
     keys: int
     values: int
     num_kv_heads: int
     head_dim: int
+    value_dim: int
 
 
 class GpuKvCache:
@@ -80,12 +82,17 @@ class GpuKvCache:
         end = 0
         for layer in spec.layers:
             mixer = layer.mixer
-            if not isinstance(mixer, Attention):
+            if isinstance(mixer, LatentAttention):
+                sizes = 1, mixer.kv_rank + mixer.rope_dim, 0
+            elif isinstance(mixer, Attention):
+                sizes = mixer.kv_heads, mixer.head_dim, mixer.head_dim
+            else:
                 self.parts.append(None)
                 continue
-            size = mixer.kv_heads * capacity * mixer.head_dim
-            self.parts.append(CachePart(end, end + size, mixer.kv_heads, mixer.head_dim))
-            end += 2 * size
+            heads, head_dim, value_dim = sizes
+            values = end + heads * capacity * head_dim
+            self.parts.append(CachePart(end, values, *sizes))
+            end = values + heads * capacity * value_dim
         self.recurrent = recurrent_places(spec)
         self.fixed_bytes = sum(place.num_bytes for place in self.recurrent if place is not None)
         self._fixed_begin = end * ITEM_BYTES
@@ -109,15 +116,27 @@ class GpuKvCache:
         return part
 
     def layer(self, slot: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(keys, values) [num_kv_heads, capacity, head_dim] of a layer: views, made once."""
+        """(keys, values) of a layer, as its part says: views, made once."""
         found = self._views.get((slot, layer))
         if found is None:
             part = self.part(layer)
-            shape = (part.num_kv_heads, self.capacity, part.head_dim)
-            size = part.values - part.keys
-            keys, values = (self.memory[slot, begin : begin + size] for begin in (part.keys, part.values))
-            found = self._views[slot, layer] = (keys.view(shape), values.view(shape))
+            keys, values = (
+                self.memory[slot, begin : begin + part.num_kv_heads * self.capacity * dim].view(
+                    part.num_kv_heads, self.capacity, dim
+                )
+                for begin, dim in ((part.keys, part.head_dim), (part.values, part.value_dim))
+            )
+            found = self._views[slot, layer] = (keys, values)
         return found
+
+    def halves(self, slot: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """All that a layer keeps, as two views of one shape [heads, capacity, channels]: keys and values, or
+        the halves of latents."""
+        keys, values = self.layer(slot, layer)
+        if values.numel():
+            return keys, values
+        first, second = keys.chunk(2, dim=2)
+        return first, second
 
     def slot_address(self, slot: int) -> int:
         """Where a slot's memory begins on the device."""
@@ -151,34 +170,33 @@ class GpuKvCache:
         return fixed[begin : ends[0]].view(torch.float32), fixed[middle : ends[1]].view(torch.float32)
 
     def layers(self, slot: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """``layer`` of every layer with attention."""
-        return [self.layer(slot, index) for index, part in enumerate(self.parts) if part is not None]
+        """``halves`` of every layer with attention."""
+        return [self.halves(slot, index) for index, part in enumerate(self.parts) if part is not None]
 
     def read(self, stream: Stream, slot: int, layer: int, num_tokens: int) -> tuple[KvRows, KvRows]:
-        """Keys and values of positions 0..num_tokens-1, [num_kv_heads, num_tokens, head_dim], bf16 as uint16
-        bits.
+        """Keys and values of positions 0..num_tokens-1, [num_kv_heads, num_tokens, head_dim or value_dim],
+        bf16 as uint16 bits.
 
         In a pinned buffer that the next call overwrites. stream: after whatever wrote them.
         """
         staging = self._rows(self.part(layer), num_tokens)
-        self._device.host_writes(staging)
+        self._device.host_writes(*staging)
         for rows, cache in zip(staging, self.layer(slot, layer), strict=True):
-            for head in range(rows.shape[0]):
+            for head in range(rows.shape[0] if rows.numel() else 0):
                 stream.copy(rows[head], cache[head, :num_tokens])
         stream.synchronize()
-        self._device.host_reads(staging)
-        keys, values = staging.view(torch.int16).numpy().view(numpy_dtype(self.dtype))
+        self._device.host_reads(*staging)
+        keys, values = (self._array(rows) for rows in staging)
         return keys, values
 
     def write(self, stream: Stream, slot: int, layer: int, keys: KvRows, values: KvRows) -> None:
         """Writes positions from 0 on; returns when they have arrived."""
         staging = self._rows(self.part(layer), keys.shape[1])
-        self._device.host_writes(staging)
-        host = staging.view(torch.int16).numpy().view(numpy_dtype(self.dtype))
-        np.copyto(host[0], keys)
-        np.copyto(host[1], values)
+        self._device.host_writes(*staging)
+        for rows, given in zip(staging, (keys, values), strict=True):
+            np.copyto(self._array(rows), given)
         for rows, cache in zip(staging, self.layer(slot, layer), strict=True):
-            for head in range(rows.shape[0]):
+            for head in range(rows.shape[0] if rows.numel() else 0):
                 stream.copy(cache[head, : keys.shape[1]], rows[head])
         stream.synchronize()
 
@@ -211,12 +229,17 @@ class GpuKvCache:
             self._fixed_staging = self._device.pinned((most,), torch.uint8)
         return self._split(self._fixed_staging, replace(place, offset_bytes=0))
 
-    def _rows(self, part: CachePart, num_tokens: int) -> torch.Tensor:
-        """Pinned [2, num_kv_heads, num_tokens, head_dim]: made for the whole
-        capacity when first asked for.
-        """
+    def _array(self, rows: torch.Tensor) -> KvRows:
+        return rows.view(torch.int16).numpy().view(numpy_dtype(self.dtype))
+
+    def _rows(self, part: CachePart, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pinned, of num_tokens keys and values: made for the whole capacity when first asked for."""
+        heads, dims = part.num_kv_heads, (part.head_dim, part.value_dim)
         if self._staging is None:
-            most = max(2 * (one.values - one.keys) for one in self.parts if one is not None)
-            self._staging = self._device.pinned((most,), self.dtype)
-        size = 2 * part.num_kv_heads * num_tokens * part.head_dim
-        return self._staging[:size].view(2, part.num_kv_heads, num_tokens, part.head_dim)
+            kept = [one for one in self.parts if one is not None]
+            most = max(one.num_kv_heads * (one.head_dim + one.value_dim) for one in kept)
+            self._staging = self._device.pinned((most * self.capacity,), self.dtype)
+        middle, end = heads * num_tokens * dims[0], heads * num_tokens * sum(dims)
+        parts = self._staging[:middle], self._staging[middle:end]
+        keys, values = (rows.view(heads, num_tokens, dim) for rows, dim in zip(parts, dims, strict=True))
+        return keys, values

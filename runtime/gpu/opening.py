@@ -16,7 +16,7 @@ from krasis.formats.errors import (
     UsageError,
 )
 from krasis.formats.layouts import expert_format
-from krasis.formats.models.mixers import Attention
+from krasis.formats.models.mixers import Attention, LatentAttention
 from krasis.formats.models.mlps import Experts, GatedMlp
 from krasis.formats.models.recurrent import GatedDelta
 from krasis.formats.models.spec import ModelSpec
@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 # Of a sound bundle: a damaged one is not to be run anywhere.
 _IN_THE_WAY = (MismatchError, NativeError, ResourceError, UnsupportedModelError, UsageError)
 MAX_EXPERTS, MAX_TOP_K = 1024, 64  # of the routing kernel
+MAX_LATENT, MAX_SHARED_KEY = 512, 64  # channels, of the kernel of latent attention
 DOUBLE_BYTES = 2**30
 """VRAM of the double unless the settings say."""
 
@@ -103,6 +104,7 @@ def _check_kernels(bundle: Bundle) -> None:
     for name, size, limit in (
         ("experts", shape.num_experts, MAX_EXPERTS),
         ("experts a token", shape.num_experts_per_token, MAX_TOP_K),
+        *_latent_limits(spec),
     ):
         if size > limit:
             raise UnsupportedModelError(f"too many {name} for the GPU", where=where, got=size, limit=limit)
@@ -128,9 +130,27 @@ def _granular_sizes(spec: ModelSpec) -> Iterator[tuple[str, int, int]]:
             values = layer.mixer.value_heads * layer.mixer.value_dim
             yield "size of linear attention", values, 64
             yield "size of linear attention's q, k and v", layer.mixer.conv_channels, 32
+        if isinstance(layer.mixer, LatentAttention):
+            yield from _latent_sizes(layer.mixer)
         mlp = layer.mlp.shared if isinstance(layer.mlp, Experts) else layer.mlp
         if isinstance(mlp, GatedMlp):
             yield "MLP's width", mlp.intermediate, 64
+
+
+def _latent_limits(spec: ModelSpec) -> Iterator[tuple[str, int, int]]:
+    for layer in dict.fromkeys(spec.layers):
+        if isinstance(layer.mixer, LatentAttention):
+            yield "channels of latents", layer.mixer.kv_rank, MAX_LATENT
+            yield "rotated channels beside latents", layer.mixer.rope_dim, MAX_SHARED_KEY
+
+
+def _latent_sizes(mixer: LatentAttention) -> Iterator[tuple[str, int, int]]:
+    yield "size of latents", mixer.kv_rank, 64
+    yield "size of the queries' latents", mixer.q_rank or 0, 64
+    yield "size of latents and shared keys", mixer.kv_rank + mixer.rope_dim, 32
+    yield "head size", mixer.nope_dim, 64
+    yield "value size", mixer.value_dim, 32
+    yield "attention size", mixer.heads * mixer.value_dim, 64
 
 
 def _open(bundle: Bundle, settings: EngineSettings) -> Backend:

@@ -21,6 +21,7 @@ from krasis.runtime.device.api import Event, Stream
 from krasis.runtime.gpu.blocks.attention import GpuAttention
 from krasis.runtime.gpu.blocks.experts import GpuExperts
 from krasis.runtime.gpu.blocks.gated_delta import GpuGatedDelta
+from krasis.runtime.gpu.blocks.latent import GpuLatentAttention
 from krasis.runtime.gpu.blocks.table import Blocks
 from krasis.runtime.gpu.buffers import Buffers
 from krasis.runtime.gpu.chunk import Chunk, chunk_of
@@ -132,6 +133,20 @@ class PrefillRows:
             own = slice(piece.first, piece.last)
             run(self.stream, projected[own], gates[own], block.form, place, mixed[own], out[own], chunks)
 
+    def attend_latent(
+        self, block: GpuLatentAttention, q: torch.Tensor, kv: torch.Tensor, attended: torch.Tensor
+    ) -> None:
+        """See ``PassRows``."""
+        chunk, cache = self.chunk, self.model.cache
+        places = [CachePlace(*cache.layer(one.slot, block.layer), one.position) for one in chunk.pieces]
+        for piece, place in zip(chunk.pieces, places, strict=True):
+            block.store(self.stream, q[piece.first : piece.last], kv[piece.first : piece.last], place)
+        if self.parallel.num_ranks > 1:
+            self.parallel.share_kv(self.stream, kv_parts(cache, chunk, block.layer))
+        for piece, place in zip(chunk.pieces, places, strict=True):
+            rows, out = q[piece.first : piece.last], attended[piece.first : piece.last]
+            block.attend(self.stream, self.buffers, rows, place, out)
+
     def route(self, block: GpuExperts) -> None:
         """See ``PassRows``."""
         b = self.own
@@ -207,7 +222,7 @@ class PrefillPass:
 
 def kv_parts(cache: GpuKvCache, chunk: Chunk, layer: int) -> list[KvPart]:
     """One layer's keys and values of the chunk's tokens, for ``share_kv``."""
-    return [KvPart(*cache.layer(span.slot, layer), span.start, span.end) for span in chunk.spans]
+    return [KvPart(*cache.halves(span.slot, layer), span.start, span.end) for span in chunk.spans]
 
 
 def exchange_rows(

@@ -15,7 +15,7 @@ import torch
 
 from krasis.formats.errors import FormatError, NativeError
 from krasis.formats.layouts import ExpertFormat, ExpertRecord
-from krasis.formats.models.mixers import Attention
+from krasis.formats.models.mixers import Attention, LatentAttention
 from krasis.formats.models.rope import Rope
 from krasis.formats.models.spec import ModelSpec
 from krasis.runtime.cpu.rope import rope_tables
@@ -133,7 +133,8 @@ def load_gpu_weights(weights: ModelWeights, device: Device, stream: Stream, num_
 
 
 def _ropes(spec: ModelSpec) -> list[Rope]:
-    found = [layer.mixer.rope for layer in spec.layers if isinstance(layer.mixer, Attention)]
+    mixers = (layer.mixer for layer in spec.layers)
+    found = [mixer.rope for mixer in mixers if isinstance(mixer, Attention | LatentAttention)]
     return [rope for rope in dict.fromkeys(found) if rope is not None]
 
 

@@ -14,6 +14,7 @@ from krasis.formats.models.mlps import Experts, GatedMlp, MlpBesideExperts
 from krasis.formats.models.recurrent import GatedDelta
 from krasis.formats.models.spec import Layer, ModelSpec
 from krasis.formats.models.uniform import spec_of
+from krasis.runtime.planning import latent_workspace
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +24,9 @@ class ModelShape:
     and those of its result. mlp_intermediate: features between the products of an MLP that every token takes,
     a shared expert's or a dense layer's, 0 without any; mlp_columns: what its first product gives.
     shared_gate: whether shared experts are gated. delta_channels, delta_heads: of the gated delta rule's
-    convolution, and its heads, 0 without any.
+    convolution, and its heads, 0 without any. qkv_columns: 16-bit columns of a token between a mixer's
+    projections on a GPU. latent_heads, latent_rank: of latent attention, and expanded_bytes what its heads'
+    keys and values take at a time, 0 without any.
     """
 
     max_context: int
@@ -39,8 +42,12 @@ class ModelShape:
     mlp_intermediate: int
     mlp_columns: int
     shared_gate: bool
+    qkv_columns: int
     delta_channels: int = 0
     delta_heads: int = 0
+    latent_heads: int = 0
+    latent_rank: int = 0
+    expanded_bytes: int = 0
 
     @property
     def num_expert_layers(self) -> int:
@@ -85,6 +92,7 @@ def largest_shape(model: AnyModel) -> ModelShape:
     experts = [layer.experts for layer in kinds if layer.experts is not None]
     dense = [mlp for layer in kinds for mlp in _dense_mlps(layer)]
     deltas = [layer.mixer for layer in kinds if isinstance(layer.mixer, GatedDelta)]
+    latent = [layer.mixer for layer in kinds if isinstance(layer.mixer, LatentAttention)]
     return ModelShape(
         max_context=spec.max_context,
         num_layers=len(spec.layers),
@@ -101,6 +109,12 @@ def largest_shape(model: AnyModel) -> ModelShape:
         shared_gate=any(mlp.shared_gate for mlp in experts),
         delta_channels=max((mixer.conv_channels for mixer in deltas), default=0),
         delta_heads=max((mixer.value_heads for mixer in deltas), default=0),
+        qkv_columns=max(_gpu_columns(spec, layer) for layer in kinds),
+        latent_heads=max((mixer.heads for mixer in latent), default=0),
+        latent_rank=max((mixer.kv_rank for mixer in latent), default=0),
+        expanded_bytes=max(
+            (latent_workspace.expanded_bytes(mixer, spec.max_context) for mixer in latent), default=0
+        ),
     )
 
 
@@ -122,6 +136,12 @@ def _mixer_columns(spec: ModelSpec, layer: Layer) -> tuple[int, int]:
     outputs = [one for one in packed if one.name.endswith((".output", ".output_b"))]
     inner = sum(one.shape[0] for one in packed if one not in outputs)
     return inner, max(one.shape[1] for one in outputs)
+
+
+def _gpu_columns(spec: ModelSpec, layer: Layer) -> int:
+    if isinstance(layer.mixer, LatentAttention):
+        return latent_workspace.qkv_columns(layer.mixer)
+    return _mixer_columns(spec, layer)[0]
 
 
 def _dense_mlps(layer: Layer) -> list[GatedMlp]:

@@ -5,7 +5,8 @@ planned is what is allocated. Three phases of a layer share one range, because e
 begins:
 
 - attention: qkv and the attention's output, of this rank's tokens; for the gated delta rule what its
-  convolution gives, and what some chunks of its tokens need of themselves;
+  convolution gives, and what some chunks of its tokens need of themselves; for latent attention what
+  ``latent_workspace`` says;
 - routing: the normed input of the router and its logits in f32, of this rank's tokens; what an MLP that
   every token takes has between its products, and a gated shared expert's output;
 - experts: for every slot (token x choice), the gated product and the expert's output in 16 bits; with several
@@ -26,7 +27,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from krasis.formats.layouts import padded_rows
-from krasis.runtime.planning.shape import AnyModel, largest_shape
+from krasis.runtime.planning import latent_workspace as latent
+from krasis.runtime.planning.shape import AnyModel, ModelShape, largest_shape
 
 ALIGNMENT_BYTES = 256
 F32, I32, HALF, BYTE = 4, 4, 2, 1
@@ -89,12 +91,14 @@ def workspace_layout(model: AnyModel, num_tokens: int, num_ranks: int) -> Worksp
     if a.delta_heads:
         cursor.add("delta_gates", own, 2 * a.delta_heads, F32)
     phases = cursor.end_bytes
-    cursor.add("qkv", own, a.qkv_rows, HALF)
+    cursor.add("qkv", own, a.qkv_columns, HALF)
     cursor.add("attended", own, a.attention_size, HALF)
     if a.delta_heads:
         cursor.add("delta_mixed", own, a.delta_channels, HALF)
         chunks = min(-(-own // DELTA_CHUNK_TOKENS), DELTA_CHUNKS)
         cursor.add("delta_chunks", chunks, a.delta_heads * DELTA_CHUNK_BYTES, BYTE)
+    if a.latent_heads:
+        _add_latent(cursor, a, own)
     cursor.back_to(phases)
     cursor.add("normed", own, a.hidden_size, F32)
     cursor.add("router_logits", own, a.num_experts, F32)
@@ -114,6 +118,14 @@ def workspace_layout(model: AnyModel, num_tokens: int, num_ranks: int) -> Worksp
     if num_ranks > 1:
         cursor.add("ordered_x", gathered, a.hidden_size, HALF)
     return WorkspaceLayout(MappingProxyType(cursor.regions), cursor.most_bytes)
+
+
+def _add_latent(cursor: _Cursor, a: ModelShape, own: int) -> None:
+    few = min(own, latent.LEAST_EXPANDED - 1)
+    cursor.add("latent", few, a.latent_heads * a.latent_rank, HALF)
+    cursor.add("latent_splits", 1, latent.split_bytes(few, a.latent_heads, a.latent_rank), 1)
+    if own >= latent.LEAST_EXPANDED:
+        cursor.add("expanded", 1, a.expanded_bytes // HALF, HALF)
 
 
 def activation_bytes(model: AnyModel, num_tokens: int, num_ranks: int) -> int:

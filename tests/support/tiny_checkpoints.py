@@ -30,8 +30,8 @@ MLA: dict[str, Any] = {
     "head_dim": None,
     "num_key_value_heads": 4,
     "q_lora_rank": 64,
-    "kv_lora_rank": 96,
-    "qk_nope_head_dim": 32,
+    "kv_lora_rank": 128,
+    "qk_nope_head_dim": 64,
     "qk_rope_head_dim": 32,
     "v_head_dim": 64,
     "n_routed_experts": 8,
@@ -158,6 +158,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "glm4_moe_lite": {**MLA, "v_head_dim": 96, "rms_norm_eps": 1e-5},
     "mistral4": {
         **MLA,
+        "qk_rope_head_dim": 64,
         "first_k_dense_replace": 0,
         "rope_parameters": YARN
         | {"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1, "partial_rotary_factor": 0.5},

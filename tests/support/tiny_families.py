@@ -31,7 +31,7 @@ def _yarn(**more: Any) -> dict[str, Any]:
 
 
 _MLA: dict[str, Any] = {
-    "num_key_value_heads": 4, "q_lora_rank": 64, "kv_lora_rank": 96, "qk_nope_head_dim": 32,
+    "num_key_value_heads": 4, "q_lora_rank": 64, "kv_lora_rank": 128, "qk_nope_head_dim": 64,
     "qk_rope_head_dim": 32, "v_head_dim": 64, "n_routed_experts": 8, "num_experts_per_tok": 2,
     "moe_intermediate_size": 64, "intermediate_size": 192, "n_shared_experts": 1, "first_k_dense_replace": 1,
 }  # fmt: skip
@@ -131,6 +131,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
             **_yarn(mscale=1.0, mscale_all_dim=1.0)["rope_parameters"],
             "llama_4_scaling_beta": 0.1, "partial_rotary_factor": 0.5,
         },
+        "qk_rope_head_dim": 64,
         "first_k_dense_replace": 0, "n_group": 1, "topk_group": 1, "norm_topk_prob": True,
     },
     "qwen3_next": {

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from krasis.runtime.gpu.blocks.attention import GpuAttention
     from krasis.runtime.gpu.blocks.experts import GpuExperts
     from krasis.runtime.gpu.blocks.gated_delta import GpuGatedDelta
+    from krasis.runtime.gpu.blocks.latent import GpuLatentAttention
 
 
 class PassRows(Protocol):
@@ -61,6 +62,13 @@ class PassRows(Protocol):
     ) -> None:
         """out [T, value_heads * value_dim] = the gated delta rule of projected [T, q k v z] and gates
         [T, b a], each row after those of its own sequence; gates and mixed [T, channels] are overwritten."""
+        ...
+
+    def attend_latent(
+        self, block: GpuLatentAttention, q: torch.Tensor, kv: torch.Tensor, attended: torch.Tensor
+    ) -> None:
+        """attended [T, heads * value_dim] = latent attention of q, each row in its own sequence, whose
+        latents kv, float32, are stored first."""
         ...
 
     def route(self, block: GpuExperts) -> None:

@@ -6,12 +6,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from krasis.formats.errors import UnsupportedModelError
-from krasis.formats.models.mixers import Attention
+from krasis.formats.models.mixers import Attention, LatentAttention
 from krasis.formats.models.mlps import Experts, GatedMlp
 from krasis.formats.models.recurrent import GatedDelta
 from krasis.runtime.gpu.blocks.attention import GpuAttention
 from krasis.runtime.gpu.blocks.experts import GpuExperts
 from krasis.runtime.gpu.blocks.gated_delta import GpuGatedDelta
+from krasis.runtime.gpu.blocks.latent import GpuLatentAttention
 from krasis.runtime.gpu.blocks.mlp import GpuMlp
 from krasis.runtime.gpu.blocks.rows import Block
 
@@ -24,6 +25,7 @@ Blocks = tuple[tuple[Block, ...], ...]
 BLOCKS: dict[type, Callable[[GpuModel, int, Any], Block]] = {
     Attention: GpuAttention,
     GatedDelta: GpuGatedDelta,
+    LatentAttention: GpuLatentAttention,
     GatedMlp: GpuMlp,
     Experts: GpuExperts,
 }

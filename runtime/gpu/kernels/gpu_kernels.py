@@ -6,6 +6,7 @@ from krasis.runtime.gpu.kernels.attention_rows import AttentionKernels
 from krasis.runtime.gpu.kernels.decode import DecodeKernels
 from krasis.runtime.gpu.kernels.dense import DenseKernels
 from krasis.runtime.gpu.kernels.gated_delta import DeltaKernels
+from krasis.runtime.gpu.kernels.latent import LatentKernels
 from krasis.runtime.gpu.kernels.mlp import MlpKernels
 from krasis.runtime.gpu.kernels.moe import MoeKernels
 from krasis.runtime.gpu.kernels.routing import ExpertMatrix, Routing
@@ -13,7 +14,9 @@ from krasis.runtime.gpu.kernels.routing import ExpertMatrix, Routing
 __all__ = ["ExpertMatrix", "GpuKernels", "Routing"]
 
 
-class GpuKernels(DenseKernels, AttentionKernels, DeltaKernels, MlpKernels, MoeKernels, DecodeKernels):
+class GpuKernels(
+    DenseKernels, AttentionKernels, DeltaKernels, LatentKernels, MlpKernels, MoeKernels, DecodeKernels
+):
     """The kernels of a device's library.
 
     Each checks shapes and types, names the memory it touches and submits one launch. Wrong arguments raise

@@ -56,3 +56,19 @@ def test_it_takes_what_the_planner_counts(kernel_device) -> None:
     assert [keys.shape for keys, _ in cache.layers()] == [(4, 64, 128)] * 48
     with pytest.raises(OutOfDeviceMemoryError):
         GpuKvCache(kernel_device, kernel_device.stream("d"), spec, 40_000, torch.float16)
+
+
+def test_latents_are_kept_once_and_shared_by_halves(kernel_device) -> None:
+    sizes = sizes_of_shape(shape("deepseek-v2-lite"))
+    stream, before = kernel_device.stream("compute"), kernel_device.free_bytes()
+    cache = GpuKvCache(kernel_device, stream, sizes.spec, 12, torch.float16)
+    assert before - kernel_device.free_bytes() == sizes.kv_bytes(12, "f16") == 27 * 12 * 576 * 2
+    latents = np.random.default_rng(2).standard_normal((1, 9, 576)).astype(np.float16)
+    cache.write(stream, 0, 5, latents, np.empty((1, 9, 0), np.float16))
+    found, values = cache.read(stream, 0, 5, 7)
+    np.testing.assert_array_equal(found, latents[:, :7])
+    assert values.shape == (1, 7, 0)
+    assert not cache.read(stream, 0, 4, 9)[0].any()
+    first, second = cache.layers()[5]
+    assert first.shape == second.shape == (1, 12, 288)
+    assert second.data_ptr() - first.data_ptr() == 288 * 2
