@@ -11,8 +11,8 @@ from krasis.formats.layouts import padded_rows
 from krasis.formats.models.mixers import LatentAttention
 
 LEAST_EXPANDED = 64
-"""Queries of one sequence from which on keys and values are expanded (an estimate, by the traffic of the
-kernel's 32 heads a block against the expansion's product).
+"""Queries of one sequence from which on keys and values are expanded: an estimate, by the traffic of the
+kernel's 32 heads a block against the expansion's product; scripts/measure_latent.py measures it.
 """
 EXPANDED_BYTES = 256 * 2**20
 """At most so much room for the keys and values of as many heads as fit, with their weights in 16 bits."""
