@@ -18,8 +18,10 @@ from krasis.formats.process.last_resort import last_resort
 from krasis.formats.process.log_lines import PrintableFormatter
 
 if TYPE_CHECKING:
+    from krasis.runtime.server.engine.launch import EngineProcess
+    from krasis.runtime.server.engine.life import EngineLife
+    from krasis.runtime.server.engine.order import EngineOrder
     from krasis.runtime.server.service import ServeSettings, Service
-    from krasis.runtime.serving.opening import OpenedCore
     from krasis.runtime.settings import EngineSettings
 
 PROGRAM = "krasis-serve"
@@ -196,59 +198,86 @@ def _serve(bundle: Path, options: dict[str, Any]) -> None:
             got=f"no {', '.join(missing)}",
             hint="pip install 'krasis-bundle[serve]'",
         )
-    from krasis.formats.files import mapping_guard
-    from krasis.formats.units import parse_bytes
-    from krasis.runtime.serving.model_side import CoreSettings
+    if not bundle.exists():
+        raise UsageError("there is no such bundle", got=str(bundle))
+    from krasis.runtime.distributed.launcher import is_worker_rank
+    from krasis.runtime.server.engine.launch import EngineProcess
     from krasis.runtime.text.sandbox import shared_sandbox
 
     begin = time.perf_counter()
+    if is_worker_rank():
+        from krasis.runtime.server.ranks import follow_first
+
+        order = _order(bundle, options)
+        follow_first(bundle, replace(order.engine, slots=order.core.num_slots), options["gpus"])
+        return
     shared_sandbox().start()  # it gets ready while this process imports
-    settings, engine = _settings(bundle, options), _engine(options)
-    core_settings = CoreSettings(
-        num_slots=options["parallel"],
-        max_waiting=options["queue"],
-        cache_bytes=_size(options["cache_ram"], "--cache-ram"),
+    first = EngineProcess()
+    try:
+        _live(_order(bundle, options), first, options, begin)
+    finally:
+        first.kill()
+
+
+def _order(bundle: Path, options: dict[str, Any]) -> EngineOrder:
+    """What the engine's process shall open."""
+    from krasis.formats.units import parse_bytes
+    from krasis.runtime.server.engine.order import EngineOrder
+    from krasis.runtime.serving.model_side import CoreSettings
+
+    order = EngineOrder(
+        bundle=bundle,
+        engine=_engine(options),
+        core=CoreSettings(
+            num_slots=options["parallel"],
+            max_waiting=options["queue"],
+            cache_bytes=_size(options["cache_ram"], "--cache-ram"),
+        ),
+        prefix_dir=options["prefix_dir"],
+        prefix_dir_bytes=parse_bytes(options["prefix_dir_size"], "--prefix-dir-size"),
+        slot_dir=options["slot_save_path"],
+        gpus=options["gpus"],
+        log_level=logging.getLogger().getEffectiveLevel(),
+        program=PROGRAM,
     )
-    room = parse_bytes(options["prefix_dir_size"], "--prefix-dir-size")
-    if not bundle.exists():
-        raise UsageError("there is no such bundle", got=str(bundle))
+    for folder in (order.prefix_dir, order.slot_dir):
+        _make_folder(folder)
+    return order
+
+
+def _live(order: EngineOrder, first: EngineProcess, options: dict[str, Any], begin: float) -> None:
+    """Serves with one engine after the other, should the first be lost."""
+    from krasis.runtime.distributed.launcher import ignored_note, is_launched_rank
+    from krasis.runtime.server.engine.life import EngineLife
+    from krasis.runtime.server.engine.restarts import Restarts
+
+    settings = _settings(order.bundle, options)
+
+    def start(context: int | None) -> EngineProcess:
+        return first.open(order) if context is None else type(first)().open(order.in_context(context))
+
+    if note := ignored_note():
+        click.echo(f"note: {note}", err=True)
+    # The ranks of a job that torchrun started end with their first one: it cannot come again.
+    life = EngineLife(start, None if is_launched_rank() else Restarts())
+    life.begin()
+    try:
+        _answer(order, life, settings, options, begin)
+    finally:
+        life.close(save_prefixes=False)
+
+
+def _answer(
+    order: EngineOrder, life: EngineLife, settings: ServeSettings, options: dict[str, Any], begin: float
+) -> None:
+    """Answers requests till a signal comes, or no engine is left."""
     from krasis.runtime.server.opening import make_service
     from krasis.runtime.server.page_files import PageFiles
-    from krasis.runtime.server.ranks import backend_opener, follows
     from krasis.runtime.server.running import listen_all, run
-    from krasis.runtime.serving.opening import open_core
 
-    mapping_guard.install(PROGRAM)
-    if follows(bundle, replace(engine, slots=core_settings.num_slots), options["gpus"]):
-        return
-    make_backend = backend_opener(engine, options["gpus"])
-    for name in ("prefix_dir", "slot_save_path"):
-        _make_folder(options[name])
     hosts = [one.strip() for one in options["host"].split(",") if one.strip()]
     listeners = listen_all(hosts, options["port"])
     addresses = [one.getsockname() for one in listeners]
-    opened: list[OpenedCore] = []
-
-    def load() -> Service:
-        service, core = make_service(
-            lambda: open_core(
-                bundle,
-                engine,
-                core_settings,
-                prefix_dir=options["prefix_dir"],
-                prefix_dir_bytes=room,
-                slot_dir=options["slot_save_path"],
-                make_backend=make_backend,
-            ),
-            settings,
-        )
-        opened.append(core)
-        return service
-
-    def unload() -> None:
-        for one in opened:
-            one.close(save_prefixes=True)
-
     for one in [] if settings.api_keys else set(hosts) - set(LOOPBACK):
         click.echo(f"{PROGRAM}: note: anybody who reaches {one} may ask; --api-key asks for a key", err=True)
 
@@ -256,11 +285,15 @@ def _serve(bundle: Path, options: dict[str, Any]) -> None:
         _say_ready(addresses, service, time.perf_counter() - begin)
 
     page = None if settings.ui is None else PageFiles(settings.ui)
-
-    def wait() -> BaseException | None:
-        return opened[0].core.wait()
-
-    run(listeners, load, unload, on_ready, page, wait, header_timeout_s=options["timeout"])
+    run(
+        listeners,
+        lambda: make_service(order, life, settings),
+        life.close,
+        on_ready,
+        page,
+        life.wait,
+        header_timeout_s=options["timeout"],
+    )
 
 
 def _make_folder(folder: Path | None) -> None:

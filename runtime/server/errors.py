@@ -102,6 +102,11 @@ def shutting_down() -> ApiError:
     return ApiError(503, "The server is shutting down.", "shutting_down", retry_after_s=10)
 
 
+def engine_lost(message: str, retry_after_s: float) -> ApiError:
+    """503, also in the middle of a stream: the engine's process has ended."""
+    return ApiError(503, message, "engine_lost", retry_after_s=max(1, round(retry_after_s)))
+
+
 def from_krasis(error: KrasisError, param: str | None = None) -> ApiError:
     """What the rest of the program says of a request, as an answer to it."""
     message = " ".join(str(error).split())

@@ -105,6 +105,21 @@ class Grammars:
             return self._tokenizer
 
 
+@dataclass(frozen=True, slots=True)
+class MaskRecipe:
+    """Makes the mask of one answer. Another process can make it too, of grammar and closes, with grammars and
+    decode of its own."""
+
+    grammar: Grammar
+    closes: tuple[str, ...]
+    grammars: Grammars
+    decode: Callable[[Sequence[int]], str]
+
+    def __call__(self) -> Mask:
+        """A new one."""
+        return self.grammars.mask(self.grammar, self.closes, self.decode)
+
+
 def _library(param: str) -> Any:
     try:
         import llguidance

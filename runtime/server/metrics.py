@@ -76,6 +76,7 @@ _COUNTERS: dict[str, tuple[str, str]] = {
     "prompt_tokens": ("num_prompt_tokens", "Tokens of prompts."),
     "generation_tokens": ("num_generated_tokens", "Tokens of answers."),
     "requests": ("num_requests", "Requests taken on."),
+    "engine_restarts": ("num_restarts", "Times that the engine was started again after it was lost."),
     "requests_refused": ("num_refused", "Requests refused at submission."),
     "passes": ("num_passes", "Passes over the experts for prompts."),
     "shared_passes": ("num_shared_passes", "Passes that served several prompts."),

@@ -1,33 +1,40 @@
-"""Makes a service of a bundle: opens it, reads its text, and gives its core a thread."""
+"""Makes a service of a bundle: reads its text, while another process opens what computes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from pathlib import Path
 
+from krasis.runtime.bundle_opening import open_bundle
+from krasis.runtime.server.engine.life import EngineLife
+from krasis.runtime.server.engine.order import EngineOrder
+from krasis.runtime.server.engine.remote_core import RemoteCore
 from krasis.runtime.server.service import ServeSettings, Service
-from krasis.runtime.text.assets import TOKENIZER
+from krasis.runtime.serving.api import Request
+from krasis.runtime.settings import EngineSettings
+from krasis.runtime.text.assets import TOKENIZER, TextAssets
+from krasis.runtime.text.ends import ends_of_text
 
-if TYPE_CHECKING:
-    from krasis.runtime.serving.opening import OpenedCore
 
-
-def make_service(open_core: Callable[[], OpenedCore], settings: ServeSettings) -> tuple[Service, OpenedCore]:
-    """The service, and what is to be closed after it. Raises KrasisError as ``Engine.open``: a model whose
-    text cannot be read is told now and not to the first client.
+def make_service(order: EngineOrder, life: EngineLife, settings: ServeSettings) -> Service:
+    """The service; its engine, which ``order`` describes, has been begun. Raises KrasisError as
+    ``Engine.open``: a model whose text cannot be read is told now and not to the first client.
     """
-    opened = open_core()
-    try:
-        text = opened.text
-        data = opened.bundle.asset(TOKENIZER) if text.tokenizer else b""
-        # All that is read from the bundle's files, so that no request waits for it.
+    text, data, max_context = _read(order.bundle, order.engine)
+
+    def check_text(request: Request) -> None:
+        ends_of_text(text, request.prompt, request.stops, is_plain=request.is_plain, split=False)
+
+    core = RemoteCore(life, max_waiting=order.core.max_waiting, folder=order.slot_dir, check_text=check_text)
+    return Service(core, text, replace(settings, max_context=max_context), lambda: data, core)
+
+
+def _read(path: Path, settings: EngineSettings) -> tuple[TextAssets, bytes, int]:
+    """All that is read from the bundle's files, so that no request waits for it: no weight is among it."""
+    with open_bundle(path, settings) as bundle:
+        text = TextAssets(bundle, settings.chat_template)
+        text.prepare()
+        data = bundle.asset(TOKENIZER) if text.tokenizer else b""
         _ = (text.template, text.named_ends, text.end_tokens, text.defaults, text.thinking_markers)
         text.note_sampling()
-        settings = replace(settings, max_context=opened.bundle.spec.max_context)
-        service = Service(opened.core, text, settings, lambda: data, opened.slots)
-        opened.core.start()
-    except BaseException:
-        opened.close(save_prefixes=False)
-        raise
-    return service, opened
+        return text, data, bundle.spec.max_context

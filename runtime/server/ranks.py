@@ -7,9 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import click
-
-from krasis.runtime.distributed.launcher import ignored_note, is_launched_rank, is_worker_rank
+from krasis.runtime.distributed.launcher import is_launched_rank
 
 if TYPE_CHECKING:
     from krasis.formats.bundle.reader import Bundle
@@ -19,24 +17,19 @@ if TYPE_CHECKING:
     MakeBackend = Callable[[Bundle, EngineSettings], Backend]
 
 
-def follows(bundle: Path, engine: EngineSettings, num_gpus: int | None) -> bool:
-    """Whether torchrun started this process as another rank than the first: then rank 0, which alone listens
+def follow_first(bundle: Path, engine: EngineSettings, num_gpus: int | None) -> None:
+    """What a process does that torchrun started as another rank than the first: rank 0, which alone listens
     and answers, has closed when this returns. Raises RankError if a rank fails."""
-    if not is_worker_rank():
-        return False
     from krasis.runtime.distributed.launch import follow
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # rank 0 gets them too, and has prefixes to save
     follow(bundle, engine, num_gpus)
-    return True
 
 
 def backend_opener(engine: EngineSettings, num_gpus: int | None) -> MakeBackend | None:
     """What opens the model; None: as it is opened on one GPU, or none. Raises UsageError for a number of GPUs
     that contradicts other settings."""
-    if note := ignored_note():
-        click.echo(f"note: {note}", err=True)
     if num_gpus is None and not is_launched_rank():
         return None  # without torch, which the CPU does not need
     from krasis.runtime.distributed import launch

@@ -14,7 +14,7 @@ from starlette.requests import Request as HttpRequest
 
 from krasis.formats.errors import KrasisError
 from krasis.runtime.server.errors import ApiError, queue_is_full, refused, shutting_down
-from krasis.runtime.server.grammar import Grammars
+from krasis.runtime.server.grammar import Grammars, MaskRecipe
 from krasis.runtime.server.keepalive import until_disconnected
 from krasis.runtime.server.metrics import Metrics
 from krasis.runtime.server.prompt import Prompts
@@ -22,12 +22,12 @@ from krasis.runtime.server.sessions import Sessions, name_of
 from krasis.runtime.server.tools.replay import Replay
 from krasis.runtime.server.turn import Turn, of_core
 from krasis.runtime.server.wire import read_object
-from krasis.runtime.serving.api import Core, Request
+from krasis.runtime.serving.api import Core, CoreStatus, Request
 from krasis.runtime.text.assets import TOKENIZER, TextAssets
 
 if TYPE_CHECKING:
     from krasis.runtime.server.ask import Ask
-    from krasis.runtime.serving.slot_actions import SlotActions
+    from krasis.runtime.serving.api import Slots
 
 T = TypeVar("T")
 
@@ -78,7 +78,7 @@ class Service:
         assets: TextAssets,
         settings: ServeSettings,
         tokenizer_json: Callable[[], bytes],
-        slots: SlotActions | None = None,
+        slots: Slots | None = None,
     ) -> None:
         self.slots = slots
         self.sampling = replace(assets.sampling, **settings.sampling)
@@ -171,11 +171,14 @@ class Service:
     def _one_less(self) -> None:
         self._num_open -= 1
 
-    def _make_mask(self, ask: Ask) -> Callable[[], Any] | None:
-        grammar = ask.grammar
-        if grammar is None:
+    def _make_mask(self, ask: Ask) -> MaskRecipe | None:
+        if ask.grammar is None:
             return None
-        return lambda: self.grammars.mask(grammar, ask.closes, self._decode_all)
+        return MaskRecipe(ask.grammar, ask.closes, self.grammars, self._decode_all)
+
+    async def status(self) -> CoreStatus:
+        """The core's figures; streams go on until it has said them."""
+        return await asyncio.to_thread(self.core.status)
 
     # ---- the model -----------------------------------------------------------------------------------------
 

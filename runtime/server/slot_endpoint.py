@@ -15,7 +15,7 @@ from krasis.runtime.server.fields import Fields
 from krasis.runtime.server.service import service_of
 from krasis.runtime.server.turn import of_core
 from krasis.runtime.server.wire import json_response
-from krasis.runtime.serving.slot_actions import SlotActions
+from krasis.runtime.serving.api import Slots
 
 _ACTIONS = ("save", "restore", "erase")
 
@@ -40,7 +40,7 @@ async def act_on_slot(request: Request) -> Response:
     return json_response({"id_slot": int(number), **found})
 
 
-async def _done(slots: SlotActions, action: str, number: int, fields: Fields) -> dict[str, Any]:
+async def _done(slots: Slots, action: str, number: int, fields: Fields) -> dict[str, Any]:
     begin = time.perf_counter()
     if action == "erase":
         return {"n_erased": await asyncio.wrap_future(slots.erase(number))}

@@ -289,8 +289,8 @@ class Turn:
 def of_core(error: Exception) -> ApiError:
     """What the core says of a request, as an answer to it."""
     from krasis.formats.errors import KrasisError
-    from krasis.runtime.server.errors import internal, queue_is_full
-    from krasis.runtime.serving.api import QueueFullError
+    from krasis.runtime.server.errors import engine_lost, internal, queue_is_full
+    from krasis.runtime.serving.api import EngineLostError, QueueFullError
 
     if isinstance(error, QueueFullError):
         return queue_is_full(error.retry_after_s)
@@ -298,6 +298,8 @@ def of_core(error: Exception) -> ApiError:
         return too_long(error.num_tokens, error.context)
     if isinstance(error, CoreClosedError):
         return shutting_down()
+    if isinstance(error, EngineLostError):
+        return engine_lost(str(error), error.retry_after_s)
     return from_krasis(error) if isinstance(error, KrasisError) else internal()
 
 

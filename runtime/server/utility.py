@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import Any
 
@@ -18,6 +19,7 @@ from krasis.runtime.server.llama_metrics import llama_metrics
 from krasis.runtime.server.native_settings import sampling_settings
 from krasis.runtime.server.service import Service, service_of
 from krasis.runtime.server.tools.choice import read_tools
+from krasis.runtime.server.turn import of_core
 from krasis.runtime.server.wire import json_response
 from krasis.runtime.text.messages import token_ids
 from krasis.runtime.text.token_ids import checked_ids
@@ -62,8 +64,10 @@ def _model(service: Service, name: str) -> dict[str, Any]:
 async def health(request: Request) -> Response:
     """GET /health: 200 while requests are taken."""
     service = service_of(request)
-    if service.closing.is_set() or service.core.status().is_closing:
+    if service.closing.is_set():
         raise shutting_down()
+    if (trouble := service.core.trouble()) is not None:
+        raise of_core(trouble)
     return json_response({"status": "ok"})
 
 
@@ -80,7 +84,7 @@ async def properties(request: Request) -> Response:
     return json_response(
         {
             "default_generation_settings": {"id": 0, "n_ctx": context, "params": params},
-            "total_slots": len(service.core.status().slots),
+            "total_slots": len((await service.status()).slots),
             "model_alias": service.settings.aliases[0],
             "model_path": service.settings.bundle,
             "n_ctx": context,
@@ -97,7 +101,7 @@ async def slots(request: Request) -> Response:
     service = service_of(request)
     if not service.settings.slots:
         raise ApiError(501, "The server was started with --no-slots.")
-    status = service.core.status()
+    status = await service.status()
     return json_response(
         [
             {
@@ -117,8 +121,8 @@ async def metrics(request: Request) -> Response:
     service = service_of(request)
     if not service.settings.metrics:
         raise ApiError(501, "The server was started with --no-metrics.")
-    data, kind = service.metrics.text()
-    data += llama_metrics(service.core.status()).encode()
+    data, kind = await asyncio.to_thread(service.metrics.text)
+    data += llama_metrics(await service.status()).encode()
     return Response(data, 200, {"Content-Type": kind, "Process-Start-Time-Unix": str(STARTED)})
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
@@ -36,6 +38,14 @@ class ContextTooLongError(UsageError):
 
 class CoreClosedError(ResourceError):
     """The core is closing, or has been closed: it answers no more."""
+
+
+class EngineLostError(ResourceError):
+    """The engine's process has ended. retry_after_s: when to ask again, in seconds."""
+
+    def __init__(self, what: str, *, got: object = None, retry_after_s: float = 1.0) -> None:
+        super().__init__(what, got=got, hint="send the request again")
+        self.retry_after_s = retry_after_s
 
 
 class Mask(Protocol):
@@ -217,11 +227,13 @@ class Counters:
     num_prefix_queries, num_prefix_hits: in tokens, as vLLM counts: prompt tokens looked up, and found.
     num_prompt_tokens, num_generated_tokens: of all requests. num_finished: by reason, ``failed`` among them.
     num_refused: at submission. num_evicted: prefixes dropped for room. num_stored, num_restored: prefixes
-    moved from a slot into RAM, and from RAM or disk into a slot.
+    moved from a slot into RAM, and from RAM or disk into a slot. num_restarts: of the engine's process, after
+    it was lost.
     """
 
     num_requests: int = 0
     num_refused: int = 0
+    num_restarts: int = 0
     num_passes: int = 0
     num_shared_passes: int = 0
     num_pass_rows: int = 0
@@ -285,7 +297,39 @@ class Core(Protocol):
         """Never waits for a pass."""
         ...
 
+    def trouble(self) -> KrasisError | None:
+        """What ``submit`` would raise whatever is asked: CoreClosedError, EngineLostError. None: it takes
+        requests. Never waits."""
+        ...
+
     def close(self, save_prefixes: bool = True) -> None:
         """Ends every request (``Failed`` with CoreClosedError) after the step under way, saves prefixes where
         there is a folder for them, and frees the backend. Twice is once."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class SlotFile:
+    """What was saved or restored of a slot: its tokens and bytes."""
+
+    num_tokens: int
+    num_bytes: int
+
+
+class Slots(Protocol):
+    """What an operator may do with a core's slots; see ``slot_actions.SlotActions``. folder: of their
+    files."""
+
+    folder: Path | None
+
+    def save(self, number: int, name: str) -> Future[SlotFile]:
+        """Writes what the slot holds."""
+        ...
+
+    def restore(self, number: int, name: str) -> Future[SlotFile]:
+        """Fills the slot from a file."""
+        ...
+
+    def erase(self, number: int) -> Future[int]:
+        """Empties the slot; gives how many tokens it held."""
         ...

@@ -17,12 +17,7 @@ from krasis.formats.errors import KrasisError, NativeError
 from krasis.runtime.backend import LayerProgress
 from krasis.runtime.batch import Logits, batch_of
 from krasis.runtime.serving.admission import check_request
-from krasis.runtime.serving.api import (
-    CoreClosedError,
-    CoreStatus,
-    QueueFullError,
-    Request,
-)
+from krasis.runtime.serving.api import CoreClosedError, CoreStatus, QueueFullError, Request
 from krasis.runtime.serving.between import Between
 from krasis.runtime.serving.failures import as_krasis
 from krasis.runtime.serving.model_side import BatchBackend, CoreSettings, ModelSide
@@ -146,6 +141,10 @@ class EngineCore:
                 counters=counters,
                 is_closing=self._is_closing,
             )
+
+    def trouble(self) -> KrasisError | None:
+        """See ``api.Core``."""
+        return CoreClosedError("the engine is closing") if self._is_closing else None
 
     def close(self, save_prefixes: bool = True) -> None:
         """See ``api.Core``."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -14,6 +13,7 @@ import numpy as np
 from krasis.formats.bundle.reader import Bundle
 from krasis.formats.errors import UsageError
 from krasis.formats.names import shown
+from krasis.runtime.serving.api import SlotFile
 from krasis.runtime.serving.ids import Ids
 from krasis.runtime.serving.prefix_folder import rows_of
 from krasis.runtime.serving.prefix_store import Layers
@@ -34,14 +34,6 @@ class _Turns(Protocol):
     def in_turn(self, work: Callable[[], T]) -> Future[T]:
         """Does work in the core's thread, between batches."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class SlotFile:
-    """What was saved or restored: its tokens and bytes."""
-
-    num_tokens: int
-    num_bytes: int
 
 
 class SlotActions:

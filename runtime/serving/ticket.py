@@ -14,7 +14,7 @@ from krasis.runtime.serving.api import Event, Failed, Finished, Progress
 class QueuedTicket:
     """See ``api.Ticket``. on_cancel: what tells the core; called once, in the thread that cancels."""
 
-    __slots__ = ("_changed", "_events", "_is_cancelled", "_is_over", "_on_cancel", "_wake", "id")
+    __slots__ = ("_changed", "_events", "_is_cancelled", "_is_over", "_on_cancel", "_sink", "_wake", "id")
 
     def __init__(self, name: str, on_cancel: Callable[[], None]) -> None:
         self.id = name
@@ -23,6 +23,7 @@ class QueuedTicket:
         self._changed = Condition()
         self._wake: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
         self._is_cancelled = self._is_over = False
+        self._sink: Callable[[Event], None] | None = None
 
     @property
     def is_cancelled(self) -> bool:
@@ -36,6 +37,9 @@ class QueuedTicket:
             if self._is_over:
                 return
             self._is_over = isinstance(event, Finished | Failed)
+            if self._sink is not None:
+                self._sink(event)
+                return
             last = self._events[-1] if self._events else None
             if isinstance(event, Progress) and isinstance(last, Progress) and not _is_first(last):
                 self._events[-1] = event
@@ -49,6 +53,14 @@ class QueuedTicket:
                 loop.call_soon_threadsafe(flag.set)
             except RuntimeError:  # the reader's loop is gone, and with it the reader
                 self.cancel()
+
+    def forward(self, sink: Callable[[Event], None]) -> None:
+        """Instead of being read, events are given to sink: those so far at once, others in the thread that
+        makes them. It must not wait."""
+        with self._changed:
+            while self._events:
+                sink(self._events.popleft())
+            self._sink = sink
 
     def cancel(self) -> None:
         """See ``api.Ticket``."""

@@ -3,8 +3,13 @@
     python -m scripts.bench.serve_load tiny.krasis --clients 32 --seconds 600 --disconnects 1000
 
 Clients ask in all APIs, streamed and whole, go on with conversations or begin new ones, and some leave in the
-middle. The exit code is 1 if a request had no end, if a slot or a request is left over, if the process grew,
-or if it does not end with 0.
+middle. With ``--kill-engine S`` the engine's process is killed every S seconds. The exit code is 1 if a
+request had no end, if a slot or a request is left over, if a process grew, or if the server does not end
+with 0.
+
+    python -m scripts.bench.serve_load tiny.krasis --idle-streams 200
+
+measures one answer beside so many streams that wait, and alone.
 """
 
 from __future__ import annotations
@@ -19,7 +24,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
@@ -32,6 +37,8 @@ WORDS = ["what", "does", "this", "code", "do", "and", "why", "is", "the", "list"
 COMMAND = "from krasis.runtime.server.command import main; main(prog_name='krasis-serve')"
 GROWTH = 1.10  # of resident memory, from a quarter of the time on
 GROWTH_BYTES = 32 * 2**20
+MIN_LOOKS = 20  # at a process, to say that it grew
+ENGINE = "krasis-engine"
 
 
 @dataclass
@@ -63,6 +70,8 @@ class Load:
             with self.lock:
                 self.ends[end] += 1
                 self.seconds.append(time.perf_counter() - begin)
+            if end.startswith("refused"):
+                self.stop.wait(0.2)  # less than it says in Retry-After, and no flood
             if end != "answered" or len(history) > 6:
                 history = []
             else:
@@ -135,10 +144,69 @@ def figures(port: int) -> dict[str, float]:
     }
 
 
-def resident_bytes(pid: int) -> int:
-    """What the process has in RAM."""
-    pages = int(Path(f"/proc/{pid}/statm").read_text("ascii").split()[1])
+def resident_bytes(pid: int | None) -> int:
+    """What the process has in RAM; 0 if it has gone."""
+    try:
+        pages = int(Path(f"/proc/{pid}/statm").read_text("ascii").split()[1])
+    except (OSError, IndexError):
+        return 0
     return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def engine_of(pid: int) -> int | None:
+    """The process of a server's engine, None while there is none."""
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in path.read_text("ascii").split():
+            with suppress(OSError):
+                if Path(f"/proc/{child}/comm").read_text("ascii").strip() == ENGINE:
+                    return int(child)
+    return None
+
+
+class Watch:
+    """Looks at a server's processes once in a while, and kills its engine every kill_s.
+
+    server, engine: bytes in RAM, the engine's apart for each process that it was.
+    """
+
+    def __init__(self, pid: int, kill_s: float | None) -> None:
+        self.num_kills = 0
+        self.server: list[int] = []
+        self.engines: dict[int, list[int]] = {}
+        self._pid, self._kill_s = pid, kill_s
+
+    def until(self, end_s: float, pause_s: float) -> None:
+        """Till then, by the monotonic clock."""
+        killed_s = time.monotonic()
+        while (now_s := time.monotonic()) < end_s:
+            self.server.append(resident_bytes(self._pid))
+            engine = engine_of(self._pid)
+            if engine is not None:
+                self.engines.setdefault(engine, []).append(resident_bytes(engine))
+                if self._kill_s is not None and now_s - killed_s > self._kill_s:
+                    os.kill(engine, signal.SIGKILL)
+                    killed_s, self.num_kills = now_s, self.num_kills + 1
+            time.sleep(pause_s)
+
+    def grown(self) -> list[str]:
+        """What is wrong with the processes' memory."""
+        names = {"server": self.server}
+        names |= {f"engine {pid}": sizes for pid, sizes in self.engines.items() if len(sizes) >= MIN_LOOKS}
+        faults = []
+        for name, sizes in names.items():
+            early, late = sizes[len(sizes) // 4], sizes[-1]
+            if late > GROWTH * early + GROWTH_BYTES:
+                faults.append(f"the {name} grew from {early} to {late} bytes")
+        return faults
+
+    def shown(self) -> str:
+        """One line."""
+        most = max((max(sizes) for sizes in self.engines.values()), default=0)
+        early, late = self.server[len(self.server) // 4], self.server[-1]
+        return (
+            f"RAM: server {early >> 20} MiB early, {late >> 20} MiB late; engines, of which {self.num_kills} "
+            f"were killed, {most >> 20} MiB at most"
+        )
 
 
 def wait_until_idle(port: int) -> dict[str, float]:
@@ -157,23 +225,36 @@ def wait_until_idle(port: int) -> dict[str, float]:
 @click.option("--clients", type=int, default=32, show_default=True)
 @click.option("--seconds", type=float, default=600, show_default=True)
 @click.option("--disconnects", type=int, default=1000, show_default=True)
+@click.option("--kill-engine", "kill_s", type=float, help="Kill the engine's process every so many seconds.")
+@click.option("--idle-streams", "num_idle", type=int, help="Measure an answer beside so many idle streams.")
 @click.option("--option", "options", multiple=True, help="Of krasis-serve; may be repeated.")
-def main(bundle: Path, clients: int, seconds: float, disconnects: int, options: tuple[str, ...]) -> None:
+def main(
+    bundle: Path,
+    clients: int,
+    seconds: float,
+    disconnects: int,
+    kill_s: float | None,
+    num_idle: int | None,
+    options: tuple[str, ...],
+) -> None:
     """Load a server of BUNDLE with clients."""
+    if num_idle is not None:
+        from scripts.bench.serve_idle import measure
+
+        with server(bundle, ["--parallel", "1", "--queue", str(2 * num_idle), *options]) as (_, port):
+            click.echo(measure(port, num_idle))
+        return
     with server(bundle, ["--cache-ram", "64MiB", *options]) as (process, port):
         load = Load(port, disconnects)
         threads = [Thread(target=load.client, args=(seed,), daemon=True) for seed in range(clients)]
         for thread in threads:
             thread.start()
-        memory: list[int] = []
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            memory.append(resident_bytes(process.pid))
-            time.sleep(min(1.0, seconds / 40))
+        watch = Watch(process.pid, kill_s)
+        watch.until(time.monotonic() + seconds, min(1.0, seconds / 40))
         load.stop.set()
         for thread in threads:
             thread.join(300)
-        faults = _faults(load, memory, wait_until_idle(port), process, port)
+        faults = [*_faults(load, wait_until_idle(port), process, port), *watch.grown()]
     for name, count in sorted(load.ends.items()):
         click.echo(f"{count:8} {name}")
     times = sorted(load.seconds)
@@ -181,14 +262,12 @@ def main(bundle: Path, clients: int, seconds: float, disconnects: int, options: 
     click.echo(
         f"{len(times)} requests, median {middle:.3f} s, 99 % below {last:.3f} s, {disconnects} to leave"
     )
-    click.echo(f"RAM: {memory[len(memory) // 4] / 2**20:.0f} MiB early, {memory[-1] / 2**20:.0f} MiB late")
+    click.echo(watch.shown())
     click.echo("\n".join(faults) or "nothing is left over")
     sys.exit(bool(faults))
 
 
-def _faults(
-    load: Load, memory: list[int], found: dict[str, float], process: subprocess.Popen[str], port: int
-) -> list[str]:
+def _faults(load: Load, found: dict[str, float], process: subprocess.Popen[str], port: int) -> list[str]:
     faults = [f"{count} {name}" for name, count in load.ends.items() if name.startswith("broken")]
     if load.num_disconnects:
         faults.append(f"{load.num_disconnects} clients did not come to leave: there was too little time")
@@ -199,9 +278,6 @@ def _faults(
     slots = json.loads(connection.getresponse().read())
     connection.close()
     faults += [f"slot {one['id']} is still in use" for one in slots if one["is_processing"]]
-    early, late = memory[len(memory) // 4], memory[-1]
-    if late > GROWTH * early + GROWTH_BYTES:
-        faults.append(f"the process grew from {early} to {late} bytes")
     process.send_signal(signal.SIGTERM)
     try:
         code = process.wait(60)

@@ -45,6 +45,7 @@ def test_the_service_starts_the_server_and_lets_it_end() -> None:
     assert str(found["prefix_dir"]) == "${STATE_DIRECTORY}/prefixes"
     assert int(service["TimeoutStopSec"]) >= 120
     assert service["KillMode"] == "mixed"
+    assert service["OOMPolicy"] == "continue"
     assert service["LimitMEMLOCK"] == "infinity"
     # What is read of this machine is in /proc outside the processes.
     assert "ProcSubset" not in service

@@ -122,6 +122,9 @@ class ScriptedCore:
         counters = Counters(num_requests=len(self.requests), num_finished=dict(self.num_finished))
         return CoreStatus(running, 0, (SlotStatus(0, 0, ""),), 0.0, 0, 0, counters, self.closed)
 
+    def trouble(self) -> KrasisError | None:
+        return CoreClosedError("the core is closed") if self.closed else None
+
     def close(self, save_prefixes: bool = True) -> None:
         self.closed, self.saved = True, save_prefixes
         for ticket in self.tickets:

@@ -1,0 +1,65 @@
+"""An engine as a server knows it, that is no process: its host is a thread here, its backend a script."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from threading import Thread
+from typing import Any
+
+from krasis.runtime.server.engine.channel import Channel
+from krasis.runtime.server.engine.host import EngineHost
+from krasis.runtime.server.engine.life import EngineLife
+from krasis.runtime.server.engine.remote_core import RemoteCore
+from krasis.runtime.server.engine.restarts import Restarts
+from krasis.runtime.serving.core import EngineCore
+from krasis.runtime.serving.model_side import CoreSettings, ModelSide
+from tests.support.letters import ends
+from tests.support.scripted_backend import NUM_LAYERS, ScriptedBackend
+
+
+class EngineThread:
+    """See ``launch.Engine``. ``kill`` does what SIGKILL does, as far as the server sees."""
+
+    def __init__(self, backend: ScriptedBackend, recipe: Any = None) -> None:
+        ours, theirs = socket.socketpair()
+        self.backend = backend
+        self.channel = Channel(ours, "orders")
+        self._theirs = Channel(theirs, "answers")
+        self.core = EngineCore(backend, ModelSide(backend.vocab, NUM_LAYERS, ends), CoreSettings(num_slots=2))
+        self._recipe = recipe
+        Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        self.core.start()
+        EngineHost(self.core, None, self._theirs, self._recipe, leave=lambda _: None).serve()
+
+    def ending(self) -> str:
+        return "killed by a test"
+
+    def kill(self) -> None:
+        self._theirs.abandon()
+        self.channel.abandon()
+
+
+class Engines:
+    """Starts them. made: those that were. opening: called before each, and may raise."""
+
+    def __init__(self, make: Callable[[], ScriptedBackend] = ScriptedBackend) -> None:
+        self._make = make
+        self.made: list[EngineThread] = []
+        self.contexts: list[int | None] = []
+        self.opening: Callable[[], object] = lambda: None
+        self.recipe: Any = None
+
+    def __call__(self, context: int | None) -> EngineThread:
+        self.contexts.append(context)
+        self.opening()
+        self.made.append(EngineThread(self._make(), self.recipe))
+        return self.made[-1]
+
+    def core(self, *, pauses_s: tuple[float, ...] | None = (0.0, 0.0), **options: Any) -> RemoteCore:
+        """A core that they compute for."""
+        life = EngineLife(self, None if pauses_s is None else Restarts(pauses_s))
+        life.begin()
+        return RemoteCore(life, **{"max_waiting": 4, **options})
