@@ -173,7 +173,9 @@ class Engine:
         if self._snapshots and self._tokens:
             self._backend.state.checkpoint(0)
         try:
-            for begin, end in pieces(len(ids), most, snapshots=self._snapshots):
+            # Some backends copy what tokens overwrite inside a pass; more passes would read experts again.
+            cuts = self._snapshots and not getattr(self._backend.state, "copies_inside", False)
+            for begin, end in pieces(len(ids), most, snapshots=cuts):
                 cancellation.check()
                 chunk = ids[begin:end]
                 self._backend.layer_done = layer_progress(cancellation, progress, begin, len(chunk), len(ids))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
 from krasis.runtime.batch import Batch, Span
 from krasis.runtime.gpu.parallel import Parallel
@@ -16,6 +18,12 @@ class Piece:
     last: int
     position: int
     slot: int
+
+    def cut_at(self, positions: Iterable[int]) -> list[tuple[int, int]]:
+        """Its rows, cut before these positions."""
+        inner = (at - self.position + self.first for at in sorted(positions))
+        cuts = [self.first, *(row for row in inner if self.first < row < self.last), self.last]
+        return list(pairwise(cuts))
 
 
 @dataclass(frozen=True, slots=True)

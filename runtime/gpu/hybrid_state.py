@@ -11,6 +11,7 @@ from krasis.runtime.batch import Batch, Span, StateRows
 from krasis.runtime.device.api import Stream
 from krasis.runtime.gpu.kv_cache import GpuKvCache
 from krasis.runtime.gpu.state import GpuState
+from krasis.runtime.state.borders import TAIL_TOKENS, borders
 
 
 @dataclass(slots=True)
@@ -24,8 +25,11 @@ class _Copies:
 
 class GpuHybridState(GpuState):
     """See ``batch.StateStore``. At most SNAPSHOTS copies a slot: the first and the newest ones, made by the
-    device in memory that is taken when the model is opened.
+    device in memory that is taken when the model is opened. copies_inside: also inside a pass of many tokens,
+    where ``borders`` says: shorter passes would read all experts again.
     """
+
+    copies_inside = True
 
     def __init__(self, cache: GpuKvCache, stream: Stream, dtype: str) -> None:
         super().__init__(cache, stream, dtype)
@@ -114,13 +118,19 @@ class GpuHybridState(GpuState):
         for span, length in zip(batch.spans, lengths, strict=True):
             self._lengths[span.slot] = length
             self.rewind(span.slot, span.start)
+            if span.rows > TAIL_TOKENS:
+                self.checkpoint(span.slot)
+            self._cache.borders[span.slot] = self._numbered(span)
             self._copies[span.slot].is_current = False
 
     def advance(self, spans: Sequence[Span]) -> None:
         """See ``GpuState``."""
         super().advance(spans)
         for span in spans:
-            self._copies[span.slot].is_current = True
+            copies = self._copies[span.slot]
+            found = copies.by_position | self._cache.borders.pop(span.slot, {})
+            copies.by_position = dict(sorted(found.items()))
+            copies.is_current = True
 
     def row_after_abort(self, batch: Batch, row: int) -> int:
         """See ``GpuState``: the first, if all states can be gone back to. Raises ResourceError if not."""
@@ -134,6 +144,18 @@ class GpuHybridState(GpuState):
                 )
         self.begin(batch)
         return 0
+
+    def _numbered(self, span: Span) -> dict[int, int]:
+        """Where a pass copies the span's state, and into which copies: of those that are there, the first and
+        that of its beginning stay, which it may have to go back to."""
+        known, wanted = self._copies[span.slot].by_position, borders(span.start, span.end)
+        room = SNAPSHOTS - min(2, len(known))
+        wanted = wanted[-room:] if known else [*wanted[:1], *wanted[1:][1 - room :]]
+        others = [at for at in list(known)[1:] if at != span.start]
+        for at in others[: max(0, len(known) + len(wanted) - SNAPSHOTS)]:
+            del known[at]
+        free = sorted(set(range(SNAPSHOTS)) - set(known.values()))
+        return dict(zip(wanted, free, strict=False))
 
     def _forget_beyond(self, slot: int, position: int) -> None:
         copies = self._copies[slot]

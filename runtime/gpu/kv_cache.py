@@ -43,7 +43,8 @@ class GpuKvCache:
     """memory: [num_slots, elements of a slot] of dtype, on the device, 0 at first: what decode's captured
     launches name as read is all of it. parts: of each layer, None for layers without attention. recurrent:
     where a layer's state lies among a slot's fixed_bytes, None for layers without one. copies: [num_slots,
-    SNAPSHOTS, fixed_bytes], of fixed bytes at other positions.
+    SNAPSHOTS, fixed_bytes], of fixed bytes at other positions. borders: positions of a slot at which the pass
+    that is to come copies its state, each with the number of its copy.
 
     Raises OutOfDeviceMemoryError.
     """
@@ -54,6 +55,7 @@ class GpuKvCache:
         "_fixed_staging",
         "_staging",
         "_views",
+        "borders",
         "capacity",
         "copies",
         "dtype",
@@ -99,6 +101,7 @@ class GpuKvCache:
         if self.fixed_bytes:
             self._fixed_begin = align_up(self._fixed_begin, _ALIGN_BYTES)
             end = align_up(self._fixed_begin + self.fixed_bytes, _ALIGN_BYTES) // ITEM_BYTES
+        self.borders: dict[int, dict[int, int]] = {}
         self.copies = device.empty((num_slots, SNAPSHOTS, self.fixed_bytes), torch.uint8)
         self.memory = device.empty((num_slots, end), dtype)
         memory = self.memory
@@ -158,6 +161,12 @@ class GpuKvCache:
     def states(self, slot: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """A layer's matrices and columns, float32, flat: views."""
         return self._split(self.fixed(slot), self.place(layer))
+
+    def copy_state(self, stream: Stream, slot: int, layer: int, number: int) -> None:
+        """A layer's state as it is now becomes its part of a slot's copy."""
+        place = self.place(layer)
+        own = slice(place.offset_bytes, place.offset_bytes + place.num_bytes)
+        stream.copy(self.copies[slot, number, own], self.fixed(slot)[own])
 
     def fixed(self, slot: int) -> torch.Tensor:
         """A slot's fixed bytes, uint8."""

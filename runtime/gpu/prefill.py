@@ -129,9 +129,14 @@ class PrefillRows:
         """See ``PassRows``."""
         run, cache, chunks = self.model.kernels.gated_delta, self.model.cache, self.own.delta_chunks
         for piece in self.chunk.pieces:
-            place = DeltaPlace(*cache.states(piece.slot, block.layer), piece.position)
-            own = slice(piece.first, piece.last)
-            run(self.stream, projected[own], gates[own], block.form, place, mixed[own], out[own], chunks)
+            state, borders = cache.states(piece.slot, block.layer), cache.borders.get(piece.slot, {})
+            for first, last in piece.cut_at(borders):
+                position, own = piece.position + first - piece.first, slice(first, last)
+                place = DeltaPlace(*state, position)
+                run(self.stream, projected[own], gates[own], block.form, place, mixed[own], out[own], chunks)
+                number = borders.get(position + last - first)
+                if number is not None:
+                    cache.copy_state(self.stream, piece.slot, block.layer, number)
 
     def attend_latent(
         self, block: GpuLatentAttention, q: torch.Tensor, kv: torch.Tensor, attended: torch.Tensor

@@ -11,6 +11,13 @@ TAIL_TOKENS = 16
 thought. The state before it is copied."""
 
 
+def borders(start: int, end: int) -> list[int]:
+    """The positions between two at which ``pieces`` has the state copied, ascending."""
+    before_tail = max(end - start - TAIL_TOKENS, 0)
+    inner = [*range(STEP_TOKENS, before_tail, STEP_TOKENS), before_tail]
+    return [start + at for at in inner if at]
+
+
 def pieces(count: int, most: int, *, snapshots: bool) -> Iterator[tuple[int, int]]:
     """(begin, end) of the passes that compute count tokens, each of at most ``most``. snapshots: whether
     the state is copied after each but the last.

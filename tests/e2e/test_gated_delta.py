@@ -27,7 +27,7 @@ from krasis.runtime.serving.api import Delta, Finished, Request
 from krasis.runtime.serving.core import EngineCore
 from krasis.runtime.serving.model_side import CoreSettings
 from krasis.runtime.serving.opening import open_core
-from krasis.runtime.state.borders import STEP_TOKENS, TAIL_TOKENS, pieces
+from krasis.runtime.state.borders import STEP_TOKENS, TAIL_TOKENS, borders, pieces
 from tests.support.random_weights import dequantised_state, transformers_logits, write_checkpoint
 from tests.support.tiny_checkpoints import tiny
 
@@ -172,6 +172,8 @@ def test_prompts_are_cut_where_the_state_is_copied() -> None:
     long = STEP_TOKENS + 100
     ends = [end for _, end in pieces(long, 10**6, snapshots=True)]
     assert ends == [STEP_TOKENS, long - TAIL_TOKENS, long]
+    assert borders(7, 7 + long) == [7 + end for end in ends[:-1]]
+    assert borders(7, 7 + TAIL_TOKENS) == []
     assert list(pieces(40, 10, snapshots=True)) == [(0, 10), (10, 20), (20, 24), (24, 34), (34, 40)]
 
 

@@ -116,22 +116,47 @@ def test_a_pass_that_runs_out_of_memory_begins_where_the_states_are(
 ) -> None:
     """The second pass of a batch breaks off behind its first layers: both are computed again."""
     backend = open_delta(seed=5, prefill_chunk=16)._backend
-    kernels, calls = backend._parts.model.kernels, []
+    kernels, calls, last = backend._parts.model.kernels, [], 8
     truly = type(kernels).gated_delta
 
     def short(self: Any, *arguments: Any) -> None:
         truly(self, *arguments)
         calls.append(len(arguments[1]))
-        if len(calls) == 5:
+        if len(calls) == last:
             raise OutOfDeviceMemoryError("for this test")
 
     monkeypatch.setattr(type(kernels), "gated_delta", short)
     found = backend.run(one_sequence(np.array(TOKENS[:30]), 0)).copy()[0]
-    assert calls[:6] == [16, 16, 16, 14, 14, 8]
+    assert calls[:10] == [14, 2] * 3 + [14, 14] + [8, 8]  # cut where the state is copied
     assert relative_error(found, expected(TOKENS[:30])) <= LIMIT
     calls.clear()
+    found = backend.run(one_sequence(np.array(TOKENS[30:60]), 30)).copy()[0]
+    assert relative_error(found, expected(TOKENS)) <= LIMIT
+    calls.clear()
+    last = 4
     with pytest.raises(ResourceError, match="cannot be gone back to"):
-        backend.run(one_sequence(np.array(TOKENS[30:60]), 30))
+        backend.run(one_sequence(np.array(TOKENS[:9]), 60))
+
+
+def test_a_long_prompt_is_one_pass_that_copies_the_state(
+    open_delta: OpenGpu,
+    expected: Callable[[list[int]], np.ndarray],
+    relative_error: RelativeError,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first copy, that of its beginning, and the newest ones stay."""
+    monkeypatch.setattr("krasis.runtime.state.borders.STEP_TOKENS", 9)
+    engine = open_delta(seed=9)
+    state = engine._backend.state
+    for count, copies in ((50, [9, 18, 27, 34]), (53, [9, 27, 34, 50]), (103, [9, 53, 80, 87])):
+        tokens = [*TOKENS[:50], *TOKENS[:3], *TOKENS[:50]][:count]
+        engine.prefill(tokens[len(engine.tokens) :])
+        assert engine._backend.last_prefill.num_passes == 1
+        assert [at for at in range(1, count) if state.restorable(0, at) == at] == copies
+    for border in (87, 53, 9):
+        other = [*tokens[:border], 5, 6]
+        assert engine.keep_prefix(other) == border
+        assert relative_error(engine.prefill(other[border:]), expected(other)) <= LIMIT
 
 
 @pytest.mark.parametrize("device", ["gpu", "cpu"])
