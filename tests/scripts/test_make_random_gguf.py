@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 
 import gguf
@@ -14,10 +14,11 @@ from krasis.convert.conversion import convert, prepare
 from krasis.convert.progress import Reporter
 from krasis.convert.settings import ConvertSettings
 from krasis.formats.checkpoints.gguf import GgufFile
+from krasis.formats.models.spec import ModelSpec
 from krasis.runtime import Engine, EngineSettings
 from scripts.models import make_random_gguf
-from scripts.models.make_random_gguf import gguf_bytes, main, make_gguf
-from scripts.models.model_shapes import SHAPES
+from scripts.models.make_random_gguf import gguf_bytes, main, make_gguf, spec_of
+from scripts.models.model_shapes import BUNDLE_SHAPES, SHAPES
 from scripts.models.moe_gguf import GGUF_TYPES
 
 SMALL = replace(
@@ -93,6 +94,51 @@ def test_it_converts_and_answers(tmp_path: Path) -> None:
         assert np.isfinite(logits).all()
         assert 0.3 < logits.std() < 3
         assert np.isfinite(engine.decode(7)).all()
+
+
+TINY = {"hidden_size": 128, "num_experts": 8, "vocab_size": 256, "moe_intermediate_size": 64}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+LATENT = {"num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 64, "kv_lora_rank": 64}
+DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "shared_expert_intermediate_size": 64}
+FAMILIES: dict[str, dict[str, int]] = {
+    "qwen3.5-35b-a3b": TINY | HEADS | DELTA | {"num_hidden_layers": 4},
+    "gpt-oss-20b": TINY | HEADS | {"num_hidden_layers": 2},
+    "glm-4.5-air": TINY | HEADS | {"num_hidden_layers": 2, "intermediate_size": 128},
+    "deepseek-v3": TINY | LATENT | {"num_hidden_layers": 2, "intermediate_size": 128}
+    | {"first_k_dense_replace": 1, "num_experts": 16},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_files_of_families_say_what_they_are_and_answer(tmp_path: Path, name: str) -> None:
+    """As the config describes them: every key and tensor is read again."""
+    shape = BUNDLE_SHAPES[name].changed(FAMILIES[name])
+    make_gguf(shape, "mxfp4" if "gpt" in name else "q8_0", tmp_path / "a.gguf")
+    settings = ConvertSettings(tiers=("cpu",), num_threads=1)
+    convert(prepare([tmp_path / "a.gguf"], tmp_path / "b.krasis", settings, Reporter(0)), Reporter(0))
+    with Engine.open(tmp_path / "b.krasis", EngineSettings(threads=1, device="cpu", context=64)) as engine:
+        assert parts(engine.bundle.spec) == parts(spec_of(shape))
+        logits = engine.prefill(list(range(40)), all_logits=True)
+    assert np.isfinite(logits).all()
+    assert 0.3 < logits.std() < 3
+
+
+def parts(spec: ModelSpec) -> dict[str, object]:
+    """Every field of a description by its path, in float32; but for a constant that GGUFs lack."""
+    found: dict[str, object] = {}
+
+    def walk(value: object, path: str) -> None:
+        if is_dataclass(value):
+            for one in fields(value):
+                walk(getattr(value, one.name), f"{path}.{one.name}")
+        elif isinstance(value, tuple):
+            for index, one in enumerate(value):
+                walk(one, f"{path}.{index}")
+        elif not path.endswith("sum_epsilon"):
+            found[path] = float(np.float32(value)) if isinstance(value, float) else value
+
+    walk(spec, "spec")
+    return found
 
 
 def test_the_command(tmp_path: Path) -> None:
