@@ -207,6 +207,17 @@ def test_the_first_copy_and_the_newest_ones_are_kept(open_delta: OpenGpu) -> Non
     assert state.restorable(0, 7) == 6
 
 
+def test_every_launch_names_all_it_touches(bundle: Path, open_gpu: OpenGpu, only_double: None) -> None:
+    """While a launch runs, the double hides all memory that the launch did not name."""
+    found = []
+    for paranoid in (False, True):
+        device = DeviceDouble(seed=1, total_bytes=2**30, paranoid=paranoid)
+        engine = open_gpu(bundle, device=device, context=64, gpu_dtype="f16")
+        engine.prefill(TOKENS[:20])
+        found.append(engine.prefill(TOKENS[20:23]))
+    np.testing.assert_array_equal(*found)
+
+
 def test_what_is_planned_is_what_is_allocated(bundle: Path, open_gpu: OpenGpu, only_double: None) -> None:
     plans, taken = [], []
     for slots in (1, 3):
