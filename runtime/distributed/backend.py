@@ -118,6 +118,7 @@ class DistributedBackend:
 
     def _run_part(self, batch: Batch) -> Logits | None:
         """A pass of all ranks; None if one of them has no memory for so many tokens."""
+        self._inner.state.begin(batch)  # after a pass that broke off: goes back
         shared = self.state.begin(batch)
         self._raised = None
         self._inner.layer_done = None if self._layer_done is None else self._tell
@@ -184,7 +185,8 @@ def run_in_step(
 
 
 def send_lacking(backend: RankedBackend, parallel: Parallel, batch: Batch, shared: Sequence[int]) -> None:
-    """Gives all ranks the keys and values that only rank 0 has of a batch's sequences."""
+    """Gives all ranks the keys and values that only rank 0 has of a batch's sequences, and its states: others
+    may have those of other positions."""
     stream = backend.compute_stream
     lacking = [
         (backend.kv_layers(span.slot), begin, span.start)
@@ -193,6 +195,9 @@ def send_lacking(backend: RankedBackend, parallel: Parallel, batch: Batch, share
     ]
     for parts in zip(*([(*kv, begin, end) for kv in layers] for layers, begin, end in lacking), strict=True):
         parallel.send_kv(stream, [KvPart(*part) for part in parts])
+    for span in batch.spans:
+        for low, high in backend.state_layers(span.slot) if span.start else ():
+            parallel.send_kv(stream, [KvPart(low, high, 0, low.shape[1])])
 
 
 def written(batch: Batch) -> dict[str, Any]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 
 from krasis.formats.bundle.reader import Bundle
-from krasis.formats.errors import ResourceError, UnsupportedModelError, UsageError
-from krasis.formats.models.state import fixed_bytes
+from krasis.formats.errors import ResourceError, UsageError
 from krasis.runtime.device.api import Device
 from krasis.runtime.distributed.place import Place
 from krasis.runtime.distributed.ranked import RankedBackend
@@ -22,12 +21,6 @@ def check_settings(bundle: Bundle, settings: EngineSettings) -> None:
     if settings.device == "cpu":
         raise UsageError("--gpus needs GPUs", got="--device cpu", hint="leave out --device")
     refuse(bundle, settings)
-    if fixed_bytes(bundle.spec):
-        raise UnsupportedModelError(
-            "no kernels yet for linear attention on several GPUs",
-            where=str(bundle.path),
-            hint="leave out --gpus: one GPU runs it",
-        )
 
 
 def check_gpu_count(settings: EngineSettings, num_gpus: int) -> None:

@@ -21,6 +21,7 @@ from krasis.runtime.distributed.place import Place
 from krasis.runtime.distributed.ranked import RankedBackend
 from krasis.runtime.distributed.store import CONNECT_S
 from krasis.runtime.distributed.torch_parallel import TorchParallel, abort_group, join_group, leave_group
+from krasis.runtime.planning.shape import shape_of
 from krasis.runtime.settings import EngineSettings
 
 logger = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ def join(bundle: Bundle, settings: EngineSettings, place: Place, control: Contro
         undo.callback(lambda: leave_group(failed=control.failure is not None))
         join_group(place, device.torch_device)
         parallel = TorchParallel(
-            place, control, bundle.architecture.num_experts, SUM_DTYPES[settings.gpu_dtype]
+            place, control, shape_of(bundle.spec).num_experts, SUM_DTYPES[settings.gpu_dtype]
         )
         backend = open_rank_backend(bundle, settings, device, parallel)
         undo.callback(_close, backend.close, control)

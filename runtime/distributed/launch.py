@@ -27,6 +27,7 @@ from krasis.runtime.distributed.store import Store
 from krasis.runtime.distributed.workers import Workers
 from krasis.runtime.engine import Engine, MakeBackend
 from krasis.runtime.gpu.partition import Partition
+from krasis.runtime.planning.shape import shape_of
 from krasis.runtime.settings import EngineSettings
 
 logger = logging.getLogger(__name__)
@@ -92,7 +93,7 @@ def _spawned(bundle: Bundle, settings: EngineSettings, num_ranks: int) -> Backen
     """Rank 0 of a job on this host, whose other ranks are our children."""
     from krasis.runtime.distributed.devices import check_gpu_count, check_settings
 
-    Partition(num_ranks).experts(bundle.architecture.num_experts, 0)  # now, not when all have started
+    Partition(num_ranks).experts(shape_of(bundle.spec).num_experts, 0)  # now, not when all have started
     check_settings(bundle, settings)
     check_gpu_count(settings, num_ranks)
     # All on this host: Gloo shall not look for a network (NCCL finds its own way).

@@ -49,6 +49,10 @@ class RankedBackend(Backend, Protocol):
         ``prefill_chunk``. Raises ResourceError if that was one token."""
         ...
 
+    def state_layers(self, slot: int) -> Sequence[tuple[torch.Tensor, torch.Tensor]]:
+        """What each layer of a slot overwrites with every token, in two halves [1, n, 1], on the device."""
+        ...
+
     def kv_layers(self, slot: int) -> Sequence[tuple[torch.Tensor, torch.Tensor]]:
         """Keys and values [num_kv_heads, capacity, head_dim] of every layer of a slot, on the device."""
         ...

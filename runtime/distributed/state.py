@@ -16,6 +16,8 @@ class FirstRanksState:
     def __init__(self, inner: RankedState) -> None:
         self._inner = inner
         self.num_slots, self.capacity, self.dtype = inner.num_slots, inner.capacity, inner.dtype
+        self.copies_inside = bool(getattr(inner, "copies_inside", False))
+        self.recurrent = tuple(getattr(inner, "recurrent", ()))
         self._num_shared = [0] * inner.num_slots
 
     def open(self) -> int:

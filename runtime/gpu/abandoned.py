@@ -8,6 +8,7 @@ from functools import partial
 
 from krasis.runtime.gpu.blocks.attention import GpuAttention
 from krasis.runtime.gpu.blocks.experts import GpuExperts
+from krasis.runtime.gpu.blocks.gated_delta import GpuGatedDelta
 from krasis.runtime.gpu.blocks.latent import GpuLatentAttention
 from krasis.runtime.gpu.blocks.table import Blocks
 from krasis.runtime.gpu.buffers import Buffers
@@ -16,6 +17,7 @@ from krasis.runtime.gpu.kernels.head import gathers
 from krasis.runtime.gpu.model import GpuModel
 from krasis.runtime.gpu.parallel import Parallel
 from krasis.runtime.gpu.prefill import exchange_rows, kv_parts
+from krasis.runtime.gpu.prefill_delta import exchange_delta
 
 
 def make_exchanges(
@@ -30,6 +32,8 @@ def make_exchanges(
     for block in (block for layer in blocks for block in layer):
         if isinstance(block, GpuAttention | GpuLatentAttention):
             calls.append(partial(parallel.share_kv, stream, kv_parts(model.cache, chunk, block.layer)))
+        elif isinstance(block, GpuGatedDelta):
+            calls += exchange_delta(stream, parallel, buffers, block, chunk.num_tokens)
         elif isinstance(block, GpuExperts):
             calls += exchange_rows(stream, parallel, buffers, chunk.num_tokens)
     if gathers(chunk):
@@ -42,8 +46,8 @@ def make_exchanges(
 
 def _clear(model: GpuModel, buffers: Buffers) -> None:
     """What is sent, and what sums are added to: reading it must not be an error, nor make one elsewhere."""
-    sent = (buffers.hidden, buffers.x, buffers.ids, buffers.weights, buffers.partial)
-    tensors = [tensor for tensor in sent if tensor is not None]
+    sent = (buffers.hidden, buffers.x, buffers.ids, buffers.weights, buffers.delta_gates, buffers.partial)
+    tensors = [tensor for tensor in sent if tensor is not None and tensor.numel()]
 
     def clear(_: int) -> None:
         for tensor in tensors:

@@ -126,6 +126,7 @@ class GpuBackend:
         if self._pass_slots and (self._pass_slots & slots or not self._decodes(batch)):
             raise NativeError("between the layers of a pass only other sequences' tokens can be decoded")
         self.state.begin(batch)
+        self.state.touch(batch)
         alone = alone and self._parallel.num_ranks > 1
         if (alone or self._parallel.num_ranks == 1) and self._decodes(batch):
             logits = self._decode(batch)
@@ -171,6 +172,10 @@ class GpuBackend:
     def kv_layers(self, slot: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """(keys, values) [num_kv_heads, capacity, head_dim] of each layer of a slot."""
         return self._live_parts().model.cache.layers(slot)
+
+    def state_layers(self, slot: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """What each layer of a slot overwrites with every token, in two halves [1, n, 1] of f32."""
+        return self._live_parts().model.cache.state_halves(slot)
 
     def runs_alone(self, batch: Batch) -> bool:
         """Whether this rank decodes the batch, or computes so few tokens on the CPU's experts faster than

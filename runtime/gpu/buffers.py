@@ -34,6 +34,11 @@ class Buffers:
     delta_gates: torch.Tensor  # [P, 2 * delta_heads] f32
     delta_mixed: torch.Tensor  # [P, delta_channels] 16-bit
     delta_chunks: torch.Tensor  # [chunks at once, heads * DELTA_CHUNK_BYTES] uint8
+    delta_x: torch.Tensor  # [G, hidden] 16-bit, with several ranks, as the four that follow
+    gathered_gates: torch.Tensor  # [G, 2 * delta_heads] f32
+    ordered_gates: torch.Tensor  # [G, 2 * delta_heads] f32
+    delta_projected: torch.Tensor  # [rows at once, qkv_rows] 16-bit
+    delta_out: torch.Tensor  # [rows at once, attention_size] 16-bit
     latent: torch.Tensor  # [few, heads * kv_rank] 16-bit, queries of latent attention
     latent_splits: torch.Tensor  # [1, bytes], sums of the splits of its keys
     expanded: torch.Tensor  # [1, room] 16-bit, keys and values of some of its heads
@@ -135,6 +140,11 @@ class Workspace:
             delta_gates=rows("delta_gates", torch.float32),
             delta_mixed=rows("delta_mixed", half),
             delta_chunks=rows("delta_chunks", torch.uint8),
+            delta_x=rows("delta_x", half),
+            gathered_gates=rows("gathered_gates", torch.float32),
+            ordered_gates=rows("ordered_gates", torch.float32),
+            delta_projected=rows("delta_projected", half),
+            delta_out=rows("delta_out", half),
             latent=rows("latent", half),
             latent_splits=rows("latent_splits", torch.uint8),
             expanded=rows("expanded", half),

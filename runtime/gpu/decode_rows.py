@@ -13,6 +13,7 @@ from krasis.runtime.gpu.blocks.attention import GpuAttention
 from krasis.runtime.gpu.blocks.experts import GpuExperts
 from krasis.runtime.gpu.blocks.gated_delta import GpuGatedDelta
 from krasis.runtime.gpu.blocks.latent import GpuLatentAttention
+from krasis.runtime.gpu.blocks.rows import packed
 from krasis.runtime.gpu.buffers import Buffers
 from krasis.runtime.gpu.experts.handover import Handover
 from krasis.runtime.gpu.experts.residency import Residency
@@ -72,16 +73,11 @@ class DecodeRows:
             self.stream, queries, block.heads, place, block.scale, attended, self.attention_workspace
         )
 
-    def apply_delta(
-        self,
-        block: GpuGatedDelta,
-        projected: torch.Tensor,
-        gates: torch.Tensor,
-        mixed: torch.Tensor,
-        out: torch.Tensor,
-    ) -> None:
+    def apply_delta(self, block: GpuGatedDelta, gates: torch.Tensor, out: torch.Tensor) -> None:
         """See ``PassRows``."""
-        cache = self.model.cache
+        b, cache, mixer = self.own, self.model.cache, block.form.mixer
+        projected, mixed = packed(b.qkv, block.qkvz.num_rows), packed(b.delta_mixed, mixer.conv_channels)
+        self.product(b.x, block.qkvz, projected)
         place = DeltaRows(self.table, (cache.memory,), *cache.state_offsets(block.layer))
         self.model.kernels.gated_delta(self.stream, projected, gates, block.form, place, mixed, out)
 

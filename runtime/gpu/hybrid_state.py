@@ -102,8 +102,8 @@ class GpuHybridState(GpuState):
     # ---- for the backend -----------------------------------------------------------------------------------
 
     def begin(self, batch: Batch) -> None:
-        """As ``GpuState``; a span begins where its slot ends, or where it can go back to. Till ``advance``
-        the states are those of no position."""
+        """As ``GpuState``; a span begins where its slot ends, or where it can go back to, and its state is
+        the one there."""
         for span in batch.spans:
             length = self.length(span.slot)
             if span.start <= length and self.restorable(span.slot, span.start) != span.start:
@@ -121,6 +121,10 @@ class GpuHybridState(GpuState):
             if span.rows > TAIL_TOKENS:
                 self.checkpoint(span.slot)
             self._cache.borders[span.slot] = self._numbered(span)
+
+    def touch(self, batch: Batch) -> None:
+        """See ``GpuState``: the states are those of no position."""
+        for span in batch.spans:
             self._copies[span.slot].is_current = False
 
     def advance(self, spans: Sequence[Span]) -> None:
@@ -143,7 +147,13 @@ class GpuHybridState(GpuState):
                     hint="the next pass takes fewer tokens at a time: ask again",
                 )
         self.begin(batch)
+        self.touch(batch)
         return 0
+
+    def continue_at(self, slot: int, position: int) -> None:
+        """See ``GpuState``: rank 0 sends the state."""
+        super().continue_at(slot, position)
+        self._copies[slot] = _Copies()
 
     def _numbered(self, span: Span) -> dict[int, int]:
         """Where a pass copies the span's state, and into which copies: of those that are there, the first and

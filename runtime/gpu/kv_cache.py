@@ -162,6 +162,16 @@ class GpuKvCache:
         """A layer's matrices and columns, float32, flat: views."""
         return self._split(self.fixed(slot), self.place(layer))
 
+    def state_halves(self, slot: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Each layer's state, matrices and columns, in two halves [1, n, 1] of float32."""
+        fixed, found = self.fixed(slot), []
+        for place in self.recurrent:
+            if place is not None:
+                whole = fixed[place.offset_bytes : place.offset_bytes + place.num_bytes].view(torch.float32)
+                low, high = whole.view(2, 1, -1, 1).unbind()
+                found.append((low, high))
+        return found
+
     def copy_state(self, stream: Stream, slot: int, layer: int, number: int) -> None:
         """A layer's state as it is now becomes its part of a slot's copy."""
         place = self.place(layer)

@@ -11,6 +11,9 @@ and some of each layer's experts. One layer of a chunk of T tokens, with P = row
 3. the own experts over all gathered rows; their weighted sum into ``partial``, of ``sum_dtype``
 4. ``scatter_sum``: hidden of the own tokens += the sum of all ranks' partial rows
 
+A layer of the gated delta rule has other exchanges than 1: ``gather_tokens`` of the 16-bit activations and of
+the gates; then each rank computes all tokens, and has the state that all of them leave.
+
 Local buffers have P rows: the own tokens in rising order, then at most one row of padding, which need not be
 initialised (a rank may have no token at all: T < R). Gathered buffers have R * P rows, rank 0's block first,
 which is not the order of the tokens: nothing between 2 and 4 minds. The last token of a chunk of one sequence

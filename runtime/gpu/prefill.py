@@ -30,10 +30,10 @@ from krasis.runtime.gpu.experts.stage import ExpertStage, Step
 from krasis.runtime.gpu.kernels.attention import attend
 from krasis.runtime.gpu.kernels.attention_rows import CachePlace
 from krasis.runtime.gpu.kernels.embedding import Embedding
-from krasis.runtime.gpu.kernels.gated_delta import DeltaPlace
 from krasis.runtime.gpu.kv_cache import GpuKvCache
 from krasis.runtime.gpu.model import GpuModel
 from krasis.runtime.gpu.parallel import KvPart, Parallel
+from krasis.runtime.gpu.prefill_delta import apply_delta
 from krasis.runtime.gpu.weights import GpuInt8
 
 MAX_AHEAD = 2
@@ -118,25 +118,9 @@ class PrefillRows:
             rows, out = qkv[piece.first : piece.last], attended[piece.first : piece.last]
             attend(self.stream, block.heads, rows, keys, values, piece.position, out, scale=block.scale)
 
-    def apply_delta(
-        self,
-        block: GpuGatedDelta,
-        projected: torch.Tensor,
-        gates: torch.Tensor,
-        mixed: torch.Tensor,
-        out: torch.Tensor,
-    ) -> None:
+    def apply_delta(self, block: GpuGatedDelta, gates: torch.Tensor, out: torch.Tensor) -> None:
         """See ``PassRows``."""
-        run, cache, chunks = self.model.kernels.gated_delta, self.model.cache, self.own.delta_chunks
-        for piece in self.chunk.pieces:
-            state, borders = cache.states(piece.slot, block.layer), cache.borders.get(piece.slot, {})
-            for first, last in piece.cut_at(borders):
-                position, own = piece.position + first - piece.first, slice(first, last)
-                place = DeltaPlace(*state, position)
-                run(self.stream, projected[own], gates[own], block.form, place, mixed[own], out[own], chunks)
-                number = borders.get(position + last - first)
-                if number is not None:
-                    cache.copy_state(self.stream, piece.slot, block.layer, number)
+        apply_delta(self, block, gates, out)
 
     def attend_latent(
         self, block: GpuLatentAttention, q: torch.Tensor, kv: torch.Tensor, attended: torch.Tensor

@@ -90,6 +90,10 @@ class GpuState:
         for span in spans:
             self._lengths[span.slot] = span.end
 
+    def touch(self, batch: Batch) -> None:
+        """The batch is about to be computed: till ``advance`` what its sequences keep is in doubt beyond
+        their spans' starts."""
+
     def row_after_abort(self, batch: Batch, row: int) -> int:
         """After a pass over the batch's rows from that one on broke off: where to go on. What it wrote of
         keys and values is written once more."""

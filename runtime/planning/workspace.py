@@ -41,6 +41,8 @@ DELTA_CHUNK_TOKENS, DELTA_CHUNK_BYTES = 64, 16896
 """Of the gated delta rule in chunks, a chunk and a head: ``KRASIS_CUDA_DELTA_CHUNK_BYTES``."""
 DELTA_CHUNKS = 32
 """Chunks at once: all heads of so many fill any GPU."""
+DELTA_ROWS = DELTA_CHUNKS * DELTA_CHUNK_TOKENS
+"""Rows at once where each rank computes all."""
 _M_BLOCKS = (16, 128)  # the least and the most rows of a block of the grouped product
 
 
@@ -94,9 +96,7 @@ def workspace_layout(model: AnyModel, num_tokens: int, num_ranks: int) -> Worksp
     cursor.add("qkv", own, a.qkv_columns, HALF)
     cursor.add("attended", own, a.attention_size, HALF)
     if a.delta_heads:
-        cursor.add("delta_mixed", own, a.delta_channels, HALF)
-        chunks = min(-(-own // DELTA_CHUNK_TOKENS), DELTA_CHUNKS)
-        cursor.add("delta_chunks", chunks, a.delta_heads * DELTA_CHUNK_BYTES, BYTE)
+        _add_delta(cursor, a, own, num_ranks)
     if a.latent_heads:
         _add_latent(cursor, a, own)
     cursor.back_to(phases)
@@ -118,6 +118,21 @@ def workspace_layout(model: AnyModel, num_tokens: int, num_ranks: int) -> Worksp
     if num_ranks > 1:
         cursor.add("ordered_x", gathered, a.hidden_size, HALF)
     return WorkspaceLayout(MappingProxyType(cursor.regions), cursor.most_bytes)
+
+
+def _add_delta(cursor: _Cursor, a: ModelShape, own: int, num_ranks: int) -> None:
+    """On several ranks each computes all tokens, DELTA_ROWS at a time."""
+    rows, gathered = own, own * num_ranks
+    if num_ranks > 1:
+        rows = min(gathered, DELTA_ROWS)
+        cursor.add("delta_x", gathered, a.hidden_size, HALF)
+        cursor.add("gathered_gates", gathered, 2 * a.delta_heads, F32)
+        cursor.add("ordered_gates", gathered, 2 * a.delta_heads, F32)
+        cursor.add("delta_projected", rows, a.qkv_columns, HALF)
+        cursor.add("delta_out", rows, a.attention_size, HALF)
+    cursor.add("delta_mixed", rows, a.delta_channels, HALF)
+    chunks = min(-(-rows // DELTA_CHUNK_TOKENS), DELTA_CHUNKS)
+    cursor.add("delta_chunks", chunks, a.delta_heads * DELTA_CHUNK_BYTES, BYTE)
 
 
 def _add_latent(cursor: _Cursor, a: ModelShape, own: int) -> None:

@@ -1,9 +1,10 @@
-"""Run by test_ranks.py and test_rank_batches.py.
+"""Run by test_ranks.py, test_rank_batches.py and test_rank_states.py.
 
 python ranks_script.py ranks FOLDER JSON     ranks as torchrun starts them, but forks of this process;
                                              JSON: [[bundle, [[number of ranks, bytes of VRAM], ...]], ...]
 python ranks_script.py batches FOLDER JSON   the same, with several sequences
 python ranks_script.py memory FOLDER JSON    the same, with ranks that run out of memory
+python ranks_script.py states FOLDER JSON    the same, with a model whose tokens overwrite a state
 python ranks_script.py session BUNDLE        ranks as --gpus 3 starts them; obeys lines of standard input
 """
 
@@ -24,6 +25,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "support"))
 import rank_batches
+import rank_states
 
 from krasis.formats.errors import KrasisError
 from krasis.runtime.distributed.launch import open_engine
@@ -80,6 +82,8 @@ def results(job: str, engine: Engine, folder: Path, num_ranks: int) -> dict[str,
         return rank_batches.compute(engine._backend)
     if job == "memory":
         return rank_batches.out_of_memory(engine._backend)
+    if job == "states":
+        return rank_states.compute(engine, folder, num_ranks)
     return check(engine, folder) if num_ranks == CHECK else compute(engine, folder, num_ranks)
 
 

@@ -14,11 +14,10 @@ import pytest
 from krasis.convert.conversion import convert, prepare
 from krasis.convert.progress import Reporter
 from krasis.convert.settings import ConvertSettings
-from krasis.formats.errors import NativeError, OutOfDeviceMemoryError, ResourceError, UnsupportedModelError
+from krasis.formats.errors import NativeError, OutOfDeviceMemoryError, ResourceError
 from krasis.runtime import Engine, EngineSettings
 from krasis.runtime.batch import batch_of, one_sequence
 from krasis.runtime.device.double import DeviceDouble
-from krasis.runtime.distributed.devices import check_settings
 from krasis.runtime.exclusive import CallCancelledError
 from krasis.runtime.gpu.hybrid_state import GpuHybridState
 from krasis.runtime.state.borders import TAIL_TOKENS
@@ -228,10 +227,3 @@ def test_what_is_planned_is_what_is_allocated(bundle: Path, open_gpu: OpenGpu, o
     assert abs(taken[0] - plans[0].kv_bytes) < 1024
     assert taken[1] == 3 * taken[0]
     assert plans[0].vram_bytes - plans[1].vram_bytes == 2 * plans[0].kv_bytes
-
-
-def test_several_gpus_are_refused(bundle: Path) -> None:
-    from krasis.formats.bundle.reader import Bundle
-
-    with Bundle.open(bundle) as opened, pytest.raises(UnsupportedModelError, match="on several GPUs"):
-        check_settings(opened, EngineSettings(device="double"))

@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
 
 class GpuGatedDelta:
-    """layer: its number. form: what a pass needs for the rule."""
+    """layer: its number. qkvz, form: what a pass needs for the rule."""
 
     def __init__(self, model: GpuModel, layer: int, mixer: GatedDelta) -> None:
         weights = model.weights.layers[layer]
         self._kernels, self._eps = model.kernels, model.spec.norm.eps
         self._norm, self._ba = weights.plain("attention.norm"), weights.plain("delta.ba")
-        self._qkvz, self._output = weights.int8("delta.qkvz"), weights.int8("delta.output")
+        self.qkvz, self._output = weights.int8("delta.qkvz"), weights.int8("delta.output")
         self.layer = layer
         self.form = DeltaForm(
             mixer,
@@ -38,8 +38,6 @@ class GpuGatedDelta:
         rows.small_product(b.normed, self._ba, gates)
         # What follows lies where normed was.
         self._kernels.rms_norm(rows.stream, b.hidden, self._norm, self._eps, b.x)
-        projected = packed(b.qkv, self._qkvz.num_rows)
         out = packed(b.attended, mixer.value_heads * mixer.value_dim)
-        rows.product(b.x, self._qkvz, projected)
-        rows.apply_delta(self, projected, gates, packed(b.delta_mixed, mixer.conv_channels), out)
+        rows.apply_delta(self, gates, out)
         rows.product(out, self._output, b.hidden, residual=b.hidden)

@@ -52,16 +52,9 @@ class PassRows(Protocol):
         keys and values are stored first."""
         ...
 
-    def apply_delta(
-        self,
-        block: GpuGatedDelta,
-        projected: torch.Tensor,
-        gates: torch.Tensor,
-        mixed: torch.Tensor,
-        out: torch.Tensor,
-    ) -> None:
-        """out [T, value_heads * value_dim] = the gated delta rule of projected [T, q k v z] and gates
-        [T, b a], each row after those of its own sequence; gates and mixed [T, channels] are overwritten."""
+    def apply_delta(self, block: GpuGatedDelta, gates: torch.Tensor, out: torch.Tensor) -> None:
+        """out [T, value_heads * value_dim] = the gated delta rule of ``own.x`` and gates [T, b a], each row
+        after those of its own sequence; gates are overwritten."""
         ...
 
     def attend_latent(

@@ -54,6 +54,9 @@ class FakeInner:
         self.shrunk.append(words)
         self.prefill_chunk //= 2
 
+    def state_layers(self, slot: int):
+        return []
+
     def kv_layers(self, slot: int):
         return [(f"keys {slot} {layer}", f"values {slot} {layer}") for layer in range(LAYERS)]
 
