@@ -63,7 +63,7 @@ class Layer:
         workspace = machine.device.empty((room,), torch.uint8)
         place, splits = (
             CachePlace(self.cache, self.cache, start),
-            latent_splits(rows, mixer.heads, self.num_keys),
+            latent_splits(1, rows * mixer.heads, self.num_keys),
         )
         to_keys, to_values = self.weights.to_keys, self.weights.to_values
 

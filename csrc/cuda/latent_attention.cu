@@ -38,6 +38,7 @@ LatentParams params_of(const krasis_cuda_latent_attention_args &a) {
     p.keys_offset = a.keys_offset;
     p.rope_stride = 2 * a.q_stride;
     p.rope_head = 2 * a.q_head_stride;
+    p.num_queries = a.num_rows * a.num_heads;
     p.capacity = static_cast<int32_t>(a.capacity);
     p.num_heads = static_cast<int32_t>(a.num_heads);
     p.kv_rank = static_cast<int32_t>(a.kv_rank);
@@ -55,9 +56,10 @@ LatentParams params_of(const krasis_cuda_latent_attention_args &a) {
 template <class Type, int kRank, int kRowTiles>
 int32_t launch_tile(LatentParams params, int64_t num_rows, void *stream) {
     using Tile = LatentTile<Type, kRank, kRowTiles>;
-    params.head_tiles = (params.num_heads + Tile::kHeads - 1) / Tile::kHeads;
-    const simt::LaunchShape shape{static_cast<unsigned>(num_rows * params.head_tiles * params.splits), Tile::kThreads,
-                                  Tile::kSharedBytes};
+    params.tile_queries = Tile::kHeads;
+    params.tiles_per_row = (params.num_heads + Tile::kHeads - 1) / Tile::kHeads;
+    const int64_t tiles = params.rows ? num_rows * params.tiles_per_row : ceil_div(params.num_queries, Tile::kHeads);
+    const simt::LaunchShape shape{static_cast<unsigned>(tiles * params.splits), Tile::kThreads, Tile::kSharedBytes};
     const int32_t status = launch<latent_attention_kernel<Type, kRank, kRowTiles>>(shape, params, stream);
     if (status != KRASIS_OK || params.splits == 1) return status;
     const simt::LaunchShape combine{static_cast<unsigned>(num_rows * params.num_heads), kLatentCombineThreads,
@@ -67,7 +69,7 @@ int32_t launch_tile(LatentParams params, int64_t num_rows, void *stream) {
 
 template <class Type>
 int32_t launch_type(const LatentParams &params, int64_t num_rows, void *stream) {
-    const bool few = params.num_heads <= 16;
+    const bool few = (params.rows ? params.num_heads : params.num_queries) <= 16;
     if (params.kv_rank <= kSmallRank) {
         return few ? launch_tile<Type, kSmallRank, 1>(params, num_rows, stream)
                    : launch_tile<Type, kSmallRank, 2>(params, num_rows, stream);

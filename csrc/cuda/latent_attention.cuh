@@ -1,5 +1,6 @@
-// latent_attention.cuh: attention over latents: up to 32 query heads of a row in a block, which reads a split of the
-// keys once, in stages of 32 through a ring of cp.async.
+// latent_attention.cuh: attention over latents: a tile of up to 32 queries (a head of a row each) in a block, which
+// reads a split of the keys once, in stages of 32 through a ring of cp.async. Rows of one sequence share tiles; rows
+// with caches of their own do not.
 //
 // A key of 576 channels is too long for one warp's registers. Scores: each warp multiplies a quarter of the channels of
 // half of the keys, whose fragments of the queries it keeps, and leaves its part in shared memory; eight threads a head
@@ -27,14 +28,37 @@ struct LatentParams {
     float *statistics;                                   // [num_rows, num_heads, splits, 2]
     float *sums;                                         // [num_rows, num_heads, splits, kv_rank]
     int64_t start, keys_offset, rope_stride, rope_head;  // in bytes but for start
-    int32_t capacity, num_heads, head_tiles, kv_rank, rope_dim, splits;
+    int64_t num_queries;                                 // of all rows
+    int32_t capacity, num_heads, tiles_per_row, tile_queries, kv_rank, rope_dim, splits;
     float scale;
 };
+
+// Queries [begin, end), counted as row * num_heads + head.
+struct LatentQueries {
+    int64_t begin, end;
+};
+
+// Those of a tile.
+KRASIS_DEVICE LatentQueries latent_queries(const LatentParams &p, int64_t tile) {
+    const int64_t row = p.rows ? tile / p.tiles_per_row : 0, last = p.rows ? (row + 1) * p.num_heads : p.num_queries;
+    const int64_t begin = row * p.num_heads + (p.rows ? tile % p.tiles_per_row : tile) * p.tile_queries;
+    return {begin, begin + p.tile_queries < last ? begin + p.tile_queries : last};
+}
+
+KRASIS_DEVICE int64_t latent_tile(const LatentParams &p, int64_t query) {
+    if (!p.rows) return query / p.tile_queries;
+    return query / p.num_heads * p.tiles_per_row + query % p.num_heads / p.tile_queries;
+}
 
 // How many keys a row's query sees; a position outside of the cache counts as its nearest end.
 KRASIS_DEVICE int latent_keys(const LatentParams &p, int64_t row) {
     const int64_t position = p.rows ? p.rows[row].position : p.start + row;
     return position < 0 ? 0 : position < p.capacity ? static_cast<int>(position) + 1 : p.capacity;
+}
+
+// How many a tile's last row sees: no other sees more.
+KRASIS_DEVICE int latent_tile_keys(const LatentParams &p, const LatentQueries &queries) {
+    return latent_keys(p, (queries.end - 1) / p.num_heads);
 }
 
 KRASIS_DEVICE int latent_keys_per_split(int count, int splits) {
@@ -51,7 +75,7 @@ KRASIS_DEVICE float below(float x, float maximum) { return x == kNothing ? 0.0f 
 template <class Type_, int kRank_, int kRowTiles_>
 struct LatentTile {
     using Type = Type_;
-    static constexpr int kRank = kRank_, kRowTiles = kRowTiles_;  // the latent's channels, rounded up; 16 heads a tile
+    static constexpr int kRank = kRank_, kRowTiles = kRowTiles_;  // the latent's channels, rounded up; 16 queries each
     static constexpr int kWidth = kRank + kLatentRope, kSteps = kWidth / 16;
     static constexpr int kQuarterSteps = kSteps / 4;
     static constexpr int kWarps = 8, kThreads = 32 * kWarps;
@@ -79,24 +103,32 @@ struct LatentWorker {
     const LatentParams &p;
     uint8_t *shared;
     int thread, lane, warp, quarter, half;  // half: of the keys of a stage
-    int64_t row;
-    int first_head, num_heads;  // of this block
-    const uint8_t *keys;        // of this split
-    int count;
+    LatentQueries queries;
+    const uint8_t *keys;  // of this split
+    int begin, count;
     uint32_t q[kRowTiles][kQuarterSteps][4];
     float out[kRowTiles][2 * kColumnSteps][4];  // [8 columns][fragment], unscaled
-    float maximum, sum;                         // of head thread / 8; sum: of this thread's keys
+    int seen;                                   // keys of this split that query thread / 8 sees
+    float maximum, sum;                         // of query thread / 8; sum: of this thread's keys
 
-    KRASIS_DEVICE LatentWorker(const LatentParams &params, int64_t own_row, int tile, int begin, int end)
-        : p(params), shared(simt::shared_memory()), row(own_row), count(end - begin), maximum(kNothing), sum(0) {
+    KRASIS_DEVICE LatentWorker(const LatentParams &params, const LatentQueries &own, int first, int end)
+        : p(params),
+          shared(simt::shared_memory()),
+          queries(own),
+          begin(first),
+          count(end - first),
+          maximum(kNothing),
+          sum(0) {
         thread = static_cast<int>(simt::thread_x());
         lane = thread % 32;
         warp = thread / 32;
         quarter = warp / 2;
         half = warp % 2;
-        first_head = tile * Tile::kHeads;
-        num_heads = p.num_heads - first_head < Tile::kHeads ? p.num_heads - first_head : Tile::kHeads;
-        const uint8_t *cache = p.rows ? static_cast<const uint8_t *>(p.rows[row].keys) + p.keys_offset : p.cache;
+        const int64_t query = queries.begin + thread / 8;
+        seen = query < queries.end ? latent_keys(p, query / p.num_heads) - begin : 0;
+        seen = seen < count ? seen : count;
+        const uint8_t *cache = p.cache;
+        if (p.rows) cache = static_cast<const uint8_t *>(p.rows[queries.begin / p.num_heads].keys) + p.keys_offset;
         keys = cache + static_cast<int64_t>(begin) * (p.kv_rank + p.rope_dim) * 2;
         KRASIS_UNROLL
         for (int m = 0; m < kRowTiles; ++m) {
@@ -105,13 +137,13 @@ struct LatentWorker {
         }
     }
 
-    // A head's channels [column, column + 2) of the query; past the last zeros.
-    KRASIS_DEVICE uint32_t query_pair(int head, int column) const {
-        if (head >= num_heads || column >= p.kv_rank + p.rope_dim) return 0;
-        const int64_t global = first_head + head;
+    // Channels [column, column + 2) of a query; past the last zeros.
+    KRASIS_DEVICE uint32_t query_pair(int64_t query, int column) const {
+        if (query >= queries.end || column >= p.kv_rank + p.rope_dim) return 0;
+        const int64_t row = query / p.num_heads, head = query % p.num_heads;
         const uint8_t *at = column < p.kv_rank
-                                ? p.q_latent + ((row * p.num_heads + global) * p.kv_rank + column) * 2
-                                : p.q_rope + row * p.rope_stride + global * p.rope_head + (column - p.kv_rank) * 2;
+                                ? p.q_latent + (query * p.kv_rank + column) * 2
+                                : p.q_rope + row * p.rope_stride + head * p.rope_head + (column - p.kv_rank) * 2;
         return *reinterpret_cast<const uint32_t *>(at);
     }
 
@@ -123,7 +155,7 @@ struct LatentWorker {
                 KRASIS_UNROLL
                 for (int i = 0; i < 4; ++i) {
                     const int column = 16 * (quarter * kQuarterSteps + step) + 8 * (i / 2) + 2 * (lane % 4);
-                    q[m][step][i] = query_pair(16 * m + lane / 4 + 8 * (i % 2), column);
+                    q[m][step][i] = query_pair(queries.begin + 16 * m + lane / 4 + 8 * (i % 2), column);
                 }
             }
         }
@@ -205,7 +237,7 @@ struct LatentWorker {
             KRASIS_UNROLL
             for (int i = 0; i < 4; ++i) scores[i] += bits_float(words.w[i]);
         }
-        const int left = count - index * kLatentKeys - first;
+        const int left = seen - index * kLatentKeys - first;
         float highest = maximum;
         KRASIS_UNROLL
         for (int i = 0; i < 4; ++i) {
@@ -305,8 +337,6 @@ struct LatentWorker {
         simt::sync_threads();
     }
 
-    KRASIS_DEVICE int64_t global_head(int head) const { return row * p.num_heads + first_head + head; }
-
     // The sums of exponentials; of each head where the factors were, so that all can divide by it.
     KRASIS_DEVICE void share_sums(int split_number) {
         if (weighs()) {
@@ -315,8 +345,9 @@ struct LatentWorker {
             for (int distance = 1; distance < 8; distance *= 2) sum += simt::shuffle_xor(sum, distance);
             if (thread % 8 == 0) {
                 simt::shared_store(factors() + head, sum);
-                if (head < num_heads && p.statistics) {
-                    float *to = p.statistics + (global_head(head) * p.splits + split_number) * kLatentStatistics;
+                const int64_t query = queries.begin + head;
+                if (query < queries.end && p.statistics) {
+                    float *to = p.statistics + (query * p.splits + split_number) * kLatentStatistics;
                     to[0] = maximum;
                     to[1] = sum;
                 }
@@ -332,32 +363,32 @@ struct LatentWorker {
             const int m = i / (4 * kColumnSteps), tile = i / 2 % (2 * kColumnSteps), low = i % 2;
             const int head = 16 * m + lane / 4 + 8 * low, column = warp * Tile::kColumns + 8 * tile + 2 * (lane % 4);
             const float first = out[m][tile][2 * low], second = out[m][tile][2 * low + 1];
-            if (head >= num_heads || column >= p.kv_rank) continue;
+            const int64_t query = queries.begin + head;
+            if (query >= queries.end || column >= p.kv_rank) continue;
             if (only) {
                 const float total = simt::shared_load<float>(factors() + head);
-                *reinterpret_cast<uint32_t *>(p.out + (global_head(head) * p.kv_rank + column) * 2) =
+                *reinterpret_cast<uint32_t *>(p.out + (query * p.kv_rank + column) * 2) =
                     pack2<Type>(first / total, second / total);
             } else {
-                *reinterpret_cast<simt::Words2 *>(p.sums + (global_head(head) * p.splits + split_number) * p.kv_rank +
+                *reinterpret_cast<simt::Words2 *>(p.sums + (query * p.splits + split_number) * p.kv_rank +
                                                   column) = {{float_bits(first), float_bits(second)}};
             }
         }
     }
 };
 
-// Blocks: [row][tile of heads][split].
+// Blocks: [tile][split].
 template <class Type, int kRank, int kRowTiles>
 KRASIS_KERNEL((LatentTile<Type, kRank, kRowTiles>::kThreads), 1)
 latent_attention_kernel(const LatentParams p) {
     const int split = static_cast<int>(simt::block_x()) % p.splits;
-    const int rest = static_cast<int>(simt::block_x()) / p.splits, tile = rest % p.head_tiles;
-    const int64_t row = rest / p.head_tiles;
-    const int count = latent_keys(p, row);
+    const LatentQueries queries = latent_queries(p, static_cast<int>(simt::block_x()) / p.splits);
+    const int count = latent_tile_keys(p, queries);
     if (count == 0) return;
     const int each = latent_keys_per_split(count, p.splits), begin = split * each;
     if (begin >= count) return;
     const bool only = latent_active_splits(count, p.splits) == 1;
-    LatentWorker<LatentTile<Type, kRank, kRowTiles>> worker(p, row, tile, begin,
+    LatentWorker<LatentTile<Type, kRank, kRowTiles>> worker(p, queries, begin,
                                                             begin + each < count ? begin + each : count);
     worker.run();
     worker.share_sums(split);

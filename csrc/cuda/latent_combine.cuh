@@ -11,9 +11,10 @@ inline constexpr int kLatentCombineThreads = 128;
 template <class Type>
 KRASIS_KERNEL(kLatentCombineThreads, 1)
 latent_combine_kernel(const LatentParams p) {
-    const int64_t head = simt::block_x();  // among those of all rows
+    const int64_t head = simt::block_x();  // among the queries of all rows
     const int thread = static_cast<int>(simt::thread_x());
-    const int splits = latent_active_splits(latent_keys(p, head / p.num_heads), p.splits);
+    const int keys = latent_tile_keys(p, latent_queries(p, latent_tile(p, head)));
+    const int splits = latent_active_splits(keys, p.splits);
     if (splits <= 1) return;
     const float *statistics = p.statistics + head * p.splits * kLatentStatistics;
     float highest = kNothing, total = 0;

@@ -18,7 +18,7 @@ EXPANDED_BYTES = 256 * 2**20
 """At most so much room for the keys and values of as many heads as fit, with their weights in 16 bits."""
 MAX_SPLITS, SPLIT_KEYS = 64, 32
 _BLOCKS = 256  # of attention over latents: enough for a GPU
-_HEADS = 32  # of a block
+_QUERIES = 32  # of a block
 
 
 def qkv_columns(mixer: LatentAttention) -> int:
@@ -47,14 +47,15 @@ def expanded_bytes(mixer: LatentAttention, max_context: int) -> int:
     return min(EXPANDED_BYTES, 2 * mixer.heads * head_numbers(mixer, max_context))
 
 
-def latent_splits(num_rows: int, num_heads: int, capacity: int) -> int:
-    """Over how many blocks the keys of so many queries are split."""
-    tiles = max(1, num_rows) * -(-num_heads // _HEADS)
-    return max(1, min(MAX_SPLITS, _BLOCKS // tiles, -(-capacity // SPLIT_KEYS)))
+def latent_splits(num_rows: int, num_heads: int, num_keys: int) -> int:
+    """Over how many blocks up to num_keys keys are split. num_rows: with caches of their own; rows of one
+    sequence count as one, of all their heads."""
+    tiles = max(1, num_rows) * -(-num_heads // _QUERIES)
+    return max(1, min(MAX_SPLITS, _BLOCKS // tiles, -(-num_keys // SPLIT_KEYS)))
 
 
 def split_bytes(num_rows: int, num_heads: int, kv_rank: int) -> int:
     """At most so much for the sums of the splits of up to num_rows queries."""
-    tiles = -(-num_heads // _HEADS)
-    blocks = min(num_rows * tiles * MAX_SPLITS, max(_BLOCKS, num_rows * tiles))
-    return blocks * _HEADS * (kv_rank + 2) * 4 + 16
+    tiles = num_rows * -(-num_heads // _QUERIES)
+    blocks = min(tiles * MAX_SPLITS, max(_BLOCKS, tiles))
+    return blocks * _QUERIES * (kv_rank + 2) * 4 + 16

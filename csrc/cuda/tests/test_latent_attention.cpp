@@ -137,6 +137,7 @@ void check_shapes() {
 // Rows in a row; and rows of several sequences, each with the bits of its own call: one belongs to nobody.
 void check_rows() {
     Problem({3, 64, 16, 80, 2, KRASIS_BF16}, 6).run(61, 6);
+    Problem({5, 64, 16, 80, 3, KRASIS_F16}, 20).run(25, 20);  // of four tiles; some do not see the second split
     constexpr int64_t kPositions[] = {150, -1, 0, 64}, kOffset = 64;
     constexpr size_t kRows = 4;
     Problem problem({3, 96, 16, 160, 3, KRASIS_F16}, kRows);

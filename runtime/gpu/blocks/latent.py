@@ -82,7 +82,10 @@ class GpuLatentAttention:
         to_keys, to_values = self._halves.to_keys, self._halves.to_values
         nope, rest = heads[:, :, : mixer.nope_dim], heads[:, :, mixer.nope_dim :]
         self._kernels.int8_heads(stream, nope, to_keys.codes, to_keys.scales, queries)
-        splits = latent_workspace.latent_splits(num_rows, mixer.heads, self._capacity)
+        if isinstance(place, CacheRows):
+            splits = latent_workspace.latent_splits(num_rows, mixer.heads, self._capacity)
+        else:  # rows of one sequence share blocks
+            splits = latent_workspace.latent_splits(1, num_rows * mixer.heads, place.start + num_rows)
         workspace = buffers.latent_splits.flatten()
         self._kernels.latent_attention(stream, queries, rest, self.form, place, workspace, splits)
         values = out.view(num_rows, mixer.heads, mixer.value_dim)

@@ -56,6 +56,10 @@ FAMILIES = [name for name in RUNS if name not in ALIKE]
 OF_EXPERTS = pytest.mark.parametrize(
     "weights", [name for name in FAMILIES if name not in LATENT], indirect=True
 )
+# Latent attention once; e2e/test_families.py decodes the others.
+OF_DECODE = pytest.mark.parametrize(
+    "weights", [name for name in FAMILIES if name not in LATENT[:2]], indirect=True
+)
 SEEDS = dict.fromkeys(LATENT, 3)  # with 2, one token in thirty has a near-tie of experts
 # bf16's activations have 8 bits, f16's 11; experts on the CPU see int8 activations.
 LIMITS = {torch.bfloat16: 5e-3, torch.float16: 1e-3}
@@ -229,6 +233,7 @@ def test_experts_on_the_cpu_equal_transformers(
     assert relative_error(found, weights.on_cpu) <= INT8_LIMIT
 
 
+@OF_DECODE
 @pytest.mark.parametrize("resident", ["none", "all"])
 def test_decode_from_the_first_token_equals_transformers(
     weights: Weights, open_rig: Callable[..., Rig], relative_error: RelativeError, resident: str
@@ -242,6 +247,7 @@ def test_decode_from_the_first_token_equals_transformers(
         assert relative_error(found, weights.on_cpu[: len(tokens)]) <= INT8_LIMIT
 
 
+@OF_DECODE
 def test_sequences_of_one_batch_equal_their_own_runs(
     weights: Weights, open_rig: Callable[..., Rig], relative_error: RelativeError
 ) -> None:

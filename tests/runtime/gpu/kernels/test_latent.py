@@ -129,7 +129,7 @@ def test_latent_attention_with_its_products(bench: Any) -> None:
     to_keys, to_values = problem.weights.to_keys, problem.weights.to_values
     kernels, q = bench.kernels, problem.q
     kernels.int8_heads(bench.stream, q[..., :NOPE], to_keys.codes, to_keys.scales, queries)
-    splits = latent_splits(tokens, HEADS, start + tokens)
+    splits = latent_splits(1, tokens * HEADS, start + tokens)
     assert splits == 2
     workspace = bench.empty(split_bytes(tokens, HEADS, RANK), dtype=torch.uint8)
     keys = problem.cache[None]
@@ -174,8 +174,11 @@ def test_the_room_for_splits_suffices(bench: Any, num_heads: int, capacity: int)
     for most in (1, 2, 8, 63):
         room = split_bytes(most, num_heads, 512)
         for rows in range(1, most + 1):
-            splits = latent_splits(rows, num_heads, capacity)
-            assert workspace_bytes(rows, num_heads, 512, splits) <= room
+            for splits in (
+                latent_splits(rows, num_heads, capacity),
+                latent_splits(1, rows * num_heads, capacity),
+            ):
+                assert workspace_bytes(rows, num_heads, 512, splits) <= room
 
 
 def test_refusals(bench: Any) -> None:
