@@ -23,16 +23,18 @@ needs_double = pytest.mark.skipif(
 Plan = list[tuple[str, list[tuple[int, int | None]]]]
 
 
-def computed_once(tmp_path_factory: pytest.TempPathFactory, name: str, plan: Plan) -> Path:
-    """The folder in which the job of that name left its results; pytest-xdist's workers, which may each run
-    some of the tests, share it."""
+def computed_once(
+    tmp_path_factory: pytest.TempPathFactory, name: str, plan: Plan, job: str | None = None
+) -> Path:
+    """The folder of that name, in which a job left its results (of the same name unless said);
+    pytest-xdist's workers, which may each run some of the tests, share it."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
     with folder.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "done").exists():
             folder.mkdir()
-            done = run_script(name, folder, json.dumps(plan))
+            done = run_script(job or name, folder, json.dumps(plan))
             assert done.returncode == 0, done.stdout + done.stderr
             (folder / "done").touch()
     return folder
