@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from krasis.runtime.planning import assumptions as assumed
 from krasis.runtime.planning.hardware import GpuSpec, HardwareSpec
-from krasis.runtime.planning.mixing import mixer_macs, output_columns
+from krasis.runtime.planning.mixing import expansion_macs, gpu_mixer_macs, mixer_macs, output_columns
 from krasis.runtime.planning.placement import rank_share
 from krasis.runtime.planning.sizes import ExpertSizes, LayerSizes, ModelSizes
 from krasis.runtime.planning.types import (
@@ -115,11 +115,12 @@ def dense_layer_s(
     mixer = kind.layer.mixer
     peak = spec.bf16_tflops.value * 1e12 * num_ranks
     whole = _whole_attention_tokens(output_columns(mixer), tokens) if start == 0 and num_ranks == 1 else 0
-    whole_macs = mixer_macs(mixer, 0, whole)
-    prefix_macs = mixer_macs(mixer, start, tokens) - whole_macs
+    whole_macs = gpu_mixer_macs(mixer, 0, whole)
+    prefix_macs = gpu_mixer_macs(mixer, start, tokens) - whole_macs
     attention = whole_macs / assumed.WHOLE_ATTENTION_SHARE + prefix_macs / assumed.PREFIX_ATTENTION_SHARE
     read = sizes.read_bytes(kind) / (spec.memory_gbps.value * 1e9)
-    return max(2 * tokens * kind.dense_macs / peak, read), 2 * attention / peak
+    products = tokens * kind.dense_macs + expansion_macs(mixer, start, tokens, num_ranks)
+    return max(2 * products / peak, read), 2 * attention / peak
 
 
 def _whole_attention_tokens(columns: int, tokens: int) -> int:

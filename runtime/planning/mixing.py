@@ -5,12 +5,13 @@ sees; the work on a state of fixed size.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 from krasis.formats.models.mixers import Attention, CompressedAttention, LatentAttention
 from krasis.formats.models.recurrent import ChannelDelta, GatedDelta, Mamba2, ShortConv
 from krasis.formats.models.selection import Selection
 from krasis.formats.models.spec import Mixer
+from krasis.runtime.planning import latent_workspace
 
 _STATE_PASSES = 3
 """A state's matrix is decayed and read, gets the token's product added, and is read again (assumed)."""
@@ -19,6 +20,28 @@ _STATE_PASSES = 3
 def mixer_macs(mixer: Mixer | None, start: int, num_tokens: int) -> int:
     """Multiply-adds of ``num_tokens`` tokens from position ``start`` on, in one layer."""
     return 0 if mixer is None else _MACS[type(mixer)](mixer, start, num_tokens)
+
+
+def gpu_mixer_macs(mixer: Mixer | None, start: int, num_tokens: int) -> int:
+    """As ``mixer_macs``, in a pass on a GPU: there latent attention of many tokens runs over keys and values
+    that are made of the latents, the values as wide as the keys or wider."""
+    if not _expands(mixer, num_tokens):
+        return mixer_macs(mixer, start, num_tokens)
+    head_dim = mixer.nope_dim + mixer.rope_dim
+    return mixer.heads * (head_dim + max(head_dim, mixer.value_dim)) * _pairs(start, num_tokens)
+
+
+def expansion_macs(mixer: Mixer | None, start: int, num_tokens: int, num_ranks: int) -> int:
+    """Multiply-adds that make keys and values of latents on GPUs, each rank for itself, beyond those of a
+    token's own: the weights' count has them."""
+    if not _expands(mixer, num_tokens):
+        return 0
+    latents = num_ranks * (start + num_tokens) - num_tokens
+    return latents * mixer.heads * mixer.kv_rank * (mixer.nope_dim + mixer.value_dim)
+
+
+def _expands(mixer: Mixer | None, num_tokens: int) -> TypeGuard[LatentAttention]:
+    return isinstance(mixer, LatentAttention) and num_tokens >= latent_workspace.LEAST_EXPANDED
 
 
 def output_columns(mixer: Mixer | None) -> int:

@@ -11,8 +11,8 @@ from krasis.formats.models.recurrent import GatedDelta
 from krasis.formats.models.rope import Rope
 from krasis.formats.models.selection import Selection
 from krasis.formats.models.state import SNAPSHOTS, fixed_bytes
-from krasis.runtime.planning import Workload, make_plan, make_workload, sizes_of_shape
-from krasis.runtime.planning.mixing import mixer_macs
+from krasis.runtime.planning import Workload, latent_workspace, make_plan, make_workload, sizes_of_shape
+from krasis.runtime.planning.mixing import expansion_macs, gpu_mixer_macs, mixer_macs
 from krasis.runtime.planning.presets import shape
 from tests.support.planning import MIXER, mixed_spec
 
@@ -75,3 +75,17 @@ def test_copies_of_a_state_take_ram_beside_it(machine) -> None:
     plan = make_plan(sizes, machine(0), make_workload(sizes.spec, context=8192))
     keys = 10 * 2 * 2 * 256 * 2 * 8192
     assert plan.host.kv_bytes == keys + (1 + SNAPSHOTS) * fixed
+
+
+def test_a_gpu_expands_the_latents_of_many_tokens() -> None:
+    latent = LatentAttention(4, None, 64, 32, 16, 24, Rope(16, 1e4), 0.1)
+    least = latent_workspace.LEAST_EXPANDED
+    assert gpu_mixer_macs(latent, 10, least - 1) == mixer_macs(latent, 10, least - 1)
+    assert expansion_macs(latent, 10, least - 1, 1) == 0
+    pairs = sum(range(11, 11 + least))
+    assert gpu_mixer_macs(latent, 10, least) == 4 * (48 + 48) * pairs  # values are padded to 48 channels
+    assert expansion_macs(latent, 10, least, 1) == 10 * 4 * 64 * (32 + 24)  # of the prefix
+    assert expansion_macs(latent, 0, least, 3) == 2 * least * 4 * 64 * (32 + 24)  # all ranks make all
+    plain = shape("qwen3-30b-a3b").layers[0].mixer
+    assert gpu_mixer_macs(plain, 5, 1000) == mixer_macs(plain, 5, 1000)
+    assert expansion_macs(plain, 5, 1000, 2) == 0
