@@ -186,7 +186,8 @@ class GpuBackend:
         if not self._takes_cpu(parts, num_tokens, alone=True):
             return False
         resident, longest = self._num_resident(parts), max(span.start for span in batch.spans)
-        choice = self._paths.choose(num_tokens, longest, resident, ("streamed", "routed", "cpu"))
+        copied = parts.streamed.num_copied(num_tokens)
+        choice = self._paths.choose(num_tokens, longest, resident, ("streamed", "routed", "cpu"), copied)
         return choice.path == "cpu"
 
     # ---- one batch -------------------------------------------------------------------------------------
@@ -215,7 +216,7 @@ class GpuBackend:
         stage, choice = self._choose(parts, num_tokens, longest, alone)
         logger.debug("prefill of %d tokens at %d: %s", num_tokens, longest, choice)
         pipeline = parts.streamed.pipeline
-        num_groups, num_bytes = pipeline.num_copies, pipeline.num_bytes
+        num_groups, num_bytes = pipeline.num_copies, parts.streamed.num_bytes
         results: list[Logits] = []
         begin = num_passes = 0
         while begin < num_tokens:
@@ -242,7 +243,7 @@ class GpuBackend:
             num_tokens=num_tokens,
             num_passes=num_passes,
             num_groups=pipeline.num_copies - num_groups,
-            bytes_copied=pipeline.num_bytes - num_bytes,
+            bytes_copied=parts.streamed.num_bytes - num_bytes,
             expected_s=choice.expected_s[choice.path],
         )
         if not results:
@@ -258,12 +259,14 @@ class GpuBackend:
             paths = ("cpu",)
         elif self._parallel.num_ranks == 1 and self._takes_cpu(parts, num_tokens, alone):
             paths = ("streamed", "routed", "cpu")
-        choice = self._paths.choose(num_tokens, start, self._num_resident(parts), paths)
+        resident, copied = self._num_resident(parts), parts.streamed.num_copied(num_tokens)
+        choice = self._paths.choose(num_tokens, start, resident, paths, copied)
         if choice.path == "cpu":
             if parts.cpu is None:
                 raise NativeError("this rank has no CPU experts", where="prefill")
             return parts.cpu, choice
         parts.streamed.routed_only = choice.path == "routed"
+        parts.streamed.num_ahead = self._paths.num_ahead(num_tokens, start)
         return parts.streamed, choice
 
     def _takes_cpu(self, parts: Parts, num_tokens: int, alone: bool) -> bool:

@@ -16,7 +16,8 @@ import pytest
 from krasis.formats.errors import NativeError
 from krasis.runtime.device.double import DeviceDouble, OrderingError
 from krasis.runtime.gpu import parts
-from krasis.runtime.gpu.experts import streamed_experts
+from krasis.runtime.gpu.experts import copies_ahead, streamed_experts
+from krasis.runtime.gpu.experts.copies_ahead import CopiesAhead
 from krasis.runtime.gpu.experts.copy_pipeline import CopyPipeline
 from krasis.runtime.gpu.experts.paths import PathModel
 from krasis.runtime.gpu.experts.schedule import Group, layer_groups
@@ -150,12 +151,9 @@ def test_tables_that_the_host_overwrites_too_early(
 ) -> None:
     """The host must have seen the choice of experts before it copies them."""
     monkeypatch.setattr(PathModel, "seconds", lambda self, name, *_: 0.0 if name == "routed" else 1.0)
-    routed = StreamedExperts._routed_groups
+    chosen = StreamedExperts._chosen
 
     class Unsynchronised:
-        def __init__(self, stream: Any) -> None:
-            self.copy = stream.copy
-
         def record(self) -> Unsynchronised:
             return self
 
@@ -163,12 +161,75 @@ def test_tables_that_the_host_overwrites_too_early(
             pass
 
     monkeypatch.setattr(
-        StreamedExperts,
-        "_routed_groups",
-        lambda self, stream, layer, counts: routed(self, Unsynchronised(stream), layer, counts),
+        StreamedExperts, "_chosen", lambda self, stream, layer: chosen(self, Unsynchronised(), layer)
     )
     with pytest.raises(OrderingError):
         run(seed)
+
+
+@pytest.fixture
+def run_ahead(
+    bundle: Path, open_gpu: Callable[..., Any], vram_for: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., list[np.ndarray]]:
+    """(seed, *paths, ahead=) -> logits of a prefill each way, one after another; so many experts of each
+    layer are ahead."""
+    monkeypatch.setattr(parts, "_open_residency", lambda *_, **__: None)
+
+    def prefills(seed: int, *paths: str, ahead: int = 2) -> list[np.ndarray]:
+        vram_bytes = vram_for(bundle, 16, group_experts=6)
+        engine = open_gpu(bundle, seed=seed, context=16, vram_bytes=vram_bytes)
+        streamed = engine._backend._parts.streamed
+        # A buffer of six places keeps one of them.
+        streamed._room, streamed.ahead._places = 6 - ahead, streamed._streaming.staging[:, 6 - ahead :]
+        found = []
+        for path in paths:
+            monkeypatch.setattr(
+                PathModel, "seconds", lambda self, name, *_, path=path: 0.0 if name == path else 1.0
+            )
+            engine.reset()
+            found.append(engine.prefill(TOKENS).copy())
+        assert streamed.ahead.num_copied == ahead * 3 * paths.count("routed")
+        assert streamed.ahead.num_used
+        return found
+
+    return prefills
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_copies_ahead_change_no_bit(run_ahead: Callable[..., list[np.ndarray]], seed: int) -> None:
+    found = run_ahead(seed, "streamed", "routed", "routed", "streamed", "routed")
+    found += run_ahead(seed, "routed", ahead=6)
+    for logits in found[1:]:
+        np.testing.assert_array_equal(logits, found[0])
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_products_that_do_not_wait_for_copies_ahead(
+    run_ahead: Callable[..., list[np.ndarray]], seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Copies of what was chosen come later, so that who waits for these has waited for all: here is none."""
+    take = CopiesAhead.take
+
+    class Hasty:
+        def wait(self, event: Any) -> None:
+            pass
+
+    monkeypatch.setattr(
+        CopiesAhead,
+        "take",
+        lambda self, layer, addresses, chosen, _: take(self, layer, addresses, chosen, Hasty()),
+    )
+    with pytest.raises(OrderingError):
+        run_ahead(seed, "routed", ahead=6)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_copies_ahead_over_those_that_the_layer_reads(
+    run_ahead: Callable[..., list[np.ndarray]], seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(copies_ahead, "NUM_SETS", 1)
+    with pytest.raises(OrderingError):
+        run_ahead(seed, "routed")
 
 
 def test_an_expert_that_no_group_covers_is_missed(
@@ -188,14 +249,14 @@ def test_an_expert_that_two_groups_cover_is_noticed(
 ) -> None:
     run_group = StreamedExperts._run_group
 
-    def twice(self: StreamedExperts, stream: Any, layer: int, step: Any, group: Group) -> None:
+    def twice(self: StreamedExperts, stream: Any, layer: int, step: Any, group: Group, known: Any) -> None:
         if layer == 2 and not group.begin:
             table = self._tables[layer]
             self.pipeline.wait_for(group, stream)
             self.pipeline._copied[group.sequence] = stream.record()
             memory = [self.pipeline.memory_of(group)]
             self._product.run(stream, step, table, memory, group.begin, group.end, self._counters[:1])
-        run_group(self, stream, layer, step, group)
+        run_group(self, stream, layer, step, group, known)
 
     monkeypatch.setattr(StreamedExperts, "_run_group", twice)
     with pytest.raises(NativeError, match="executed exactly once"):

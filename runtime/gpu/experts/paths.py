@@ -1,13 +1,13 @@
 """How a chunk's experts are computed: a pure choice by expected seconds.
 
 - streamed: every expert that is not resident is copied, under the compute, two groups ahead across layers;
-- routed: only those that the chunk's tokens chose. The host must see the choice, so nothing is copied ahead
-  of a layer's router, and a layer's copies run under its own products alone;
+- routed: only those that the chunk's tokens chose. The host must see the choice; from a layer's last copy to
+  the next layer's choice only a few likely experts can be copied;
 - cpu: the CPU's copy of the experts, nothing but activations crosses the link.
 
 A layer's parts cost what the planner says (``planning/cost.py``); what differs is which of them run under
-each other. Rates are those of the plan's hardware: measured, given or assumed. Random routing is assumed:
-real routing touches fewer experts, in favour of the latter two.
+each other. Rates are those of the plan's hardware: measured, given or assumed. How many experts tokens choose
+is what the passes before let expect; without any, nearly as many as by chance.
 """
 
 from __future__ import annotations
@@ -17,17 +17,22 @@ from dataclasses import dataclass
 from krasis.runtime.planning import assumptions as assumed
 from krasis.runtime.planning import cost
 from krasis.runtime.planning.hardware import HardwareSpec
-from krasis.runtime.planning.sizes import LayerSizes, ModelSizes
+from krasis.runtime.planning.sizes import ExpertSizes, LayerSizes, ModelSizes
 from krasis.runtime.planning.types import ExpertPath
 
 __all__ = ["PATHS", "ExpertPath", "PathChoice", "PathModel"]
 
 PATHS: tuple[ExpertPath, ...] = ("streamed", "routed", "cpu")
-HOST_SYNC_S = 60e-6
+HOST_SYNC_S = 150e-6
 """The device waits while the host sees a layer's choice of experts and submits the copies (assumed)."""
 LAYER_SUBMIT_S = 250e-6
 """The host's time for one layer's launches, about 25 calls through Python (assumed): what a short chunk waits
 for.
+"""
+EVEN_SHARE = 0.95
+"""Of the experts that tokens would choose beside the first one's by chance, they choose fewer (assumed; real
+routers are far less even). Where next to all would be copied either way, this decides for copying those that
+were chosen.
 """
 
 
@@ -53,27 +58,68 @@ class PathModel:
     num_experts: int
 
     def choose(
-        self, num_tokens: int, start: int, num_resident: int, open_paths: tuple[ExpertPath, ...]
+        self,
+        num_tokens: int,
+        start: int,
+        num_resident: int,
+        open_paths: tuple[ExpertPath, ...],
+        num_copied: float | None = None,
     ) -> PathChoice:
         """The fastest of open_paths for num_tokens tokens at positions start...
-        num_resident: of all layers.
+        num_resident: of all layers. num_copied: experts that are not resident and will be chosen in a layer;
+        None: nearly as many as by chance.
         """
-        expected = {path: self.seconds(path, num_tokens, start, num_resident) for path in open_paths}
+        expected = {
+            path: self.seconds(path, num_tokens, start, num_resident, num_copied) for path in open_paths
+        }
         return PathChoice(min(expected, key=lambda path: expected[path]), expected)
 
-    def seconds(self, path: ExpertPath, num_tokens: int, start: int, num_resident: int) -> float:
+    def seconds(
+        self,
+        path: ExpertPath,
+        num_tokens: int,
+        start: int,
+        num_resident: int,
+        num_copied: float | None = None,
+    ) -> float:
         """Expected seconds of a chunk."""
         own = sum(count * self._own(experts.count) for count, experts in self.sizes.expert_layers)
         cold = 1.0 - num_resident / own
         return sum(
-            kind.count * self._layer_s(kind, path, num_tokens, start, cold) for kind in self.sizes.layers
+            kind.count * self._layer_s(kind, path, num_tokens, start, cold, num_copied)
+            for kind in self.sizes.layers
         )
+
+    def num_ahead(self, num_tokens: int, start: int) -> int:
+        """Experts that are copied, on the routed way, while the link has nothing else to do."""
+        kinds = [kind for kind in self.sizes.layers if kind.experts is not None]
+        return min(int(self._idle_s(kind, num_tokens, start) / self._record_s(kind)) for kind in kinds)
 
     def _own(self, num_experts: int) -> float:
         """This rank's share of a layer's experts."""
         return num_experts * self.num_experts / self.sizes.most_experts
 
-    def _layer_s(self, kind: LayerSizes, path: ExpertPath, num_tokens: int, start: int, cold: float) -> float:
+    def _idle_s(self, kind: LayerSizes, num_tokens: int, start: int) -> float:
+        """From a layer's last copy to when the host has submitted those of the next one's choice."""
+        gpu, experts = self.hardware.gpus[0], kind.experts
+        compute = sum(cost.dense_layer_s(self.sizes, kind, gpu, start, num_tokens, self.num_ranks))
+        if experts is not None:
+            compute += cost.expert_products_s(experts, gpu, num_tokens, self._own(experts.count))
+        return max(compute, LAYER_SUBMIT_S) + HOST_SYNC_S
+
+    def _record_s(self, kind: LayerSizes) -> float:
+        """One expert's way over the link."""
+        return cost.copy_s(kind.experts, self.hardware.gpus[0], 1.0) if kind.experts is not None else 0.0
+
+    def _layer_s(
+        self,
+        kind: LayerSizes,
+        path: ExpertPath,
+        num_tokens: int,
+        start: int,
+        cold: float,
+        num_copied: float | None,
+    ) -> float:
         """One layer. cold: the share of experts that are not resident."""
         gpu, experts = self.hardware.gpus[0], kind.experts
         # The CPU's experts serve one rank, which works alone.
@@ -89,6 +135,15 @@ class PathModel:
         if path == "streamed":
             dma = cost.copy_s(experts, gpu, cold * own)
             return max(dma, compute + products, LAYER_SUBMIT_S)
-        touched = cost.distinct_experts(experts, num_tokens) * own / experts.count
-        dma = cost.copy_s(experts, gpu, cold * touched)
-        return max(compute, LAYER_SUBMIT_S) + HOST_SYNC_S + max(dma, products)
+        if num_copied is None:
+            num_copied = cold * _touched(experts, num_tokens) * own / experts.count
+        idle, record = self._idle_s(kind, num_tokens, start), self._record_s(kind)
+        # Of what is copied ahead, so much would be copied anyway.
+        share = min(1.0, num_copied / (cold * own)) if cold > 0 else 0.0
+        dma = num_copied * record - share * max(0.0, idle - record)
+        return idle + max(0.0, dma)
+
+
+def _touched(experts: ExpertSizes, num_tokens: int) -> float:
+    """Experts that num_tokens tokens choose in a layer, as long as nothing was seen."""
+    return experts.top_k + EVEN_SHARE * (cost.distinct_experts(experts, num_tokens) - experts.top_k)
