@@ -163,6 +163,26 @@ def serving_section(result: Record) -> list[str]:
     return [*lines, "", *table(head, rows)]
 
 
+WAYS = ("streamed", "routed")
+
+
+def short_section(result: Record) -> list[str]:
+    rows = [
+        [
+            row["kind"], str(row["num_tokens"]),
+            *(f"{ms(row[way]['median_s'])}, {gb(row[way]['bytes_copied'])}" for way in WAYS),
+            f"{row['routed']['median_s'] / row['streamed']['median_s']:.3f}",
+            f"{row['routed']['num_ahead']}, {100 * row['routed']['ahead_used']:.0f} %",
+            ", ".join(f"{way} {ms(seconds)}" for way, seconds in row["expected_s"].items()),
+            row["chosen"],
+        ]
+        for row in result["rows"]
+    ]  # fmt: skip
+    head = ["prompt", "tokens", "all copied", "chosen copied", "ratio", "ahead, used", "expected", "taken"]
+    note = f"{layers_of(result)} layers. {result['description']}"
+    return ["## Short prompts, Qwen3-235B shape", "", note, "", *table(head, rows)]
+
+
 def gemm_section(result: Record) -> list[str]:
     rows = [
         [
@@ -284,6 +304,7 @@ SECTIONS: dict[str, Callable[[Record], list[str]]] = {
     "decode-235b": decode_section("Qwen3-235B shape"),
     "decode-30b": decode_section("Qwen3-30B shape"),
     "serving": serving_section,
+    "short": short_section,
     "startup": startup_section,
     "registration": registration_section,
     "ranks": ranks_section,

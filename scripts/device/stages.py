@@ -61,6 +61,7 @@ STAGES = {
         Stage("prefill-235b", "prefill:run_235b", ALL, "a long prompt through layers of Qwen3-235B's shape"),
         Stage("decode-235b", "decode:run_235b", ALL, "hybrid decode, layers of Qwen3-235B's shape"),
         Stage("serving", "serving:run", ALL, "several requests at once, layers of Qwen3-235B's shape"),
+        Stage("short", "short:run", ALL, "prompts of 64 to 2,048 tokens, two ways of copying experts"),
         Stage("startup", "startup:run", ALL, "opening a bundle on disk, cold and warm"),
         Stage("ranks", "ranks:run", ALL, "the same prompt and answer on 1, 2, ... GPUs"),
     )

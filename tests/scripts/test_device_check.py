@@ -29,7 +29,7 @@ from tests.support.planning import with_experts
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
-ON_THE_DOUBLE = ["rates", "registration", "gemm", "prefill-30b", "decode-30b", "serving", "startup"]
+ON_THE_DOUBLE = ["rates", "registration", "gemm", "prefill-30b", "decode-30b", "serving", "short", "startup"]
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +61,7 @@ def test_the_stages_run_on_the_double(double: None, context: Context) -> None:
         "Prefill, Qwen3-30B",
         "Decode, Qwen3-30B",
         "Serving, Qwen3-235B",
+        "Short prompts, Qwen3-235B",
         "Start-up",
     ):
         assert f"## {heading}" in text
@@ -84,6 +85,8 @@ def test_the_stages_run_on_the_double(double: None, context: Context) -> None:
     assert [row["rows"] for row in serving["rows"]] == [1, 2]
     assert serving["between"]["num_tokens"] >= 1
     assert 0 < serving["between"]["longest_gap_s"] < serving["between"]["whole_model_gap_s"]
+    for row in results["short"]["rows"]:
+        assert 0 < row["routed"]["bytes_copied"] < row["streamed"]["bytes_copied"]
     assert results["startup"]["runs"]["cold"]["load"]["finished"]
     for folder in (places.ram_folder(context), places.disk_folder(context)):
         for bundle in folder.glob("*.krasis"):
