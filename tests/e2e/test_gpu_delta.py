@@ -92,6 +92,13 @@ def test_sequences_of_one_batch_go_on_by_themselves(
     held[backend.state.open()] = []
     add({0: [7], 2: TOKENS[40:47], 1: [8]})
 
+    def decode(done: int, _of: int) -> None:  # between the layers of a pass
+        if done < 3:
+            add({0: [10 + done], 1: [20 + done]})
+
+    backend.layer_done = decode
+    add({2: TOKENS[47:55]})
+
 
 def test_what_broke_off_is_computed_again(
     open_delta: OpenGpu, expected: Callable[[list[int]], np.ndarray], relative_error: RelativeError
