@@ -313,7 +313,10 @@ KRASIS_API int32_t krasis_moe(krasis_pool *pool, const krasis_moe_args *args);
  * call lie in the order of their rows and cover all of them; those without rows are passed over. A slot has one span at
  * most. A layer's keys are [num_kv_heads, capacity, head_dim] of kv_dtype (F32 or F16) at keys + keys_offset_bytes, its
  * values alike at values + values_offset_bytes; both offsets are multiples of the element. A sequence gets the bits of
- * a call of its own. */
+ * a call of its own. Where a call has a ring, position p lies at p % capacity, and start may be anything: a layer with
+ * a window keeps its last positions alone. Then capacity % KRASIS_RING_STEP == 0, and a span's rows, with the window -
+ * 1 positions before its first one, are at most capacity. */
+#define KRASIS_RING_STEP 64
 typedef struct krasis_span {
     int64_t first_row, rows, start;
     void *keys, *values;
@@ -351,6 +354,7 @@ typedef struct krasis_qkv_args {
     int32_t reserved;
     int32_t shared_kv;  /* not 0: qkv has no v, which is k before norm and rotation */
     int32_t value_norm; /* not 0: v's heads are divided by their RMS */
+    int64_t ring;       /* not 0: the spans' memory is a ring */
 } krasis_qkv_args;
 KRASIS_API int32_t krasis_qk_norm_rope_store(krasis_pool *pool, const krasis_qkv_args *args);
 
@@ -373,6 +377,7 @@ typedef struct krasis_attention_args {
     void *workspace;
     int64_t workspace_bytes;
     int64_t value_dim; /* > 0: a value is the first value_dim channels of its key; 0: values are apart */
+    int64_t ring;      /* not 0: the spans' memory is a ring; needs a window */
 } krasis_attention_args;
 KRASIS_API int64_t krasis_attention_workspace_bytes(int64_t num_rows, int64_t longest_end, int64_t num_heads,
                                                     int64_t head_dim);

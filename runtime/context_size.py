@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import bisect
 import logging
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from krasis.formats.bundle.reader import Bundle
-from krasis.formats.models.state import SNAPSHOTS, fixed_bytes
+from krasis.formats.models.state import SNAPSHOTS, copy_bytes, sequence_bytes
 from krasis.formats.process.machine_limits import available_memory_bytes
 from krasis.runtime.host.filesystem import weights_to_hold_bytes
-from krasis.runtime.state.kv_store import kv_bytes_per_token
+from krasis.runtime.state.kv_store import KV_NUMPY
 
 if TYPE_CHECKING:
     from krasis.runtime.planning.sizes import ModelSizes
@@ -34,8 +37,15 @@ def tokens_in_ram(bundle: Bundle, tiers: tuple[str, ...], kv_dtype: str) -> int:
         return LEAST_TOKENS
     spare = available - weights_to_hold_bytes(bundle, tiers)
     room = max(SHARE_OF_SPARE_RAM * spare, SHARE_OF_RAM * available)
-    room -= (1 + SNAPSHOTS) * fixed_bytes(bundle.spec)
-    return _tokens(room, bundle.spec.max_context, kv_bytes_per_token(bundle.spec, kv_dtype), "RAM")
+    spec, item_bytes = bundle.spec, np.dtype(KV_NUMPY[kv_dtype]).itemsize
+
+    def needed(tokens: int) -> int:
+        kept = sequence_bytes(spec, tokens, item_bytes, "rings")
+        return kept + SNAPSHOTS * copy_bytes(spec, tokens, item_bytes)
+
+    # One step more than the longest, which would else be cut to whole steps.
+    fitting = bisect.bisect_right(range(spec.max_context + STEP_TOKENS + 1), room, key=needed) - 1
+    return _at_least(fitting, spec.max_context, "RAM")
 
 
 def tokens_in_vram(sizes: ModelSizes, vram_bytes: int, kv_dtype: str) -> int:
@@ -44,12 +54,9 @@ def tokens_in_vram(sizes: ModelSizes, vram_bytes: int, kv_dtype: str) -> int:
     from krasis.runtime.planning import assumptions as assumed
 
     spare = vram_bytes - assumed.GPU_RESERVE_BYTES - sizes.dense_bytes
-    room = min(SHARE_OF_VRAM * vram_bytes, SHARE_OF_SPARE_RAM * spare) - sizes.snapshot_bytes
+    room = min(SHARE_OF_VRAM * vram_bytes, SHARE_OF_SPARE_RAM * spare)
+    room -= sizes.snapshot_bytes(0, kv_dtype, "whole")
     return _at_least(sizes.tokens_within(room, kv_dtype), sizes.spec.max_context, "VRAM")
-
-
-def _tokens(room: float, longest: int, token_bytes: int, memory: str) -> int:
-    return _at_least(int(room) // token_bytes, longest, memory)
 
 
 def _at_least(fitting: int, longest: int, memory: str) -> int:

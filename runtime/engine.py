@@ -72,7 +72,7 @@ class Engine:
         backend.state.open()  # slot 0, the only one that an engine uses
         self._reopen: Callable[[EngineSettings], Backend] | None = None
         self._tokens: list[int] = []
-        self._snapshots = fixed_bytes(bundle.spec) > 0  # of what tokens overwrite
+        self._snapshots = fixed_bytes(bundle.spec) > 0  # of what each token overwrites: prompts are cut
         self._gate = Exclusive()
         self._prefault: Prefault | None = None
 
@@ -170,7 +170,7 @@ class Engine:
         chunks: list[Logits] = []
         last: Logits | None = None
         most = self._backend.prefill_chunk
-        if self._snapshots and self._tokens:
+        if self._tokens:
             self._backend.state.checkpoint(0)
         try:
             # Some backends copy what tokens overwrite inside a pass; more passes would read experts again.
@@ -184,8 +184,8 @@ class Engine:
                     last = self._run(chunk, all_logits)
                 self._gate.num_changes += 1
                 self._tokens.extend(chunk.tolist())
-                if self._snapshots and end < len(ids):
-                    self._backend.state.checkpoint(0)
+                if end < len(ids) if self._snapshots else end == len(ids):
+                    self._backend.state.checkpoint(0)  # of the end, if windows alone are overwritten
                 if all_logits:
                     chunks.append(last.copy())
                 if progress is not None:

@@ -73,6 +73,19 @@ int64_t partial_bytes(const AttentionSpan &span) {
            static_cast<int64_t>(sizeof(float));
 }
 
+// All that the rows of a span see must be there at once.
+int32_t check_ring(const krasis_attention_args &args) {
+    static_assert(KRASIS_RING_STEP % kBlockKeys == 0, "a block of keys must lie together");
+    if (!is_ring(args)) return KRASIS_OK;
+    if (args.window == 0) return KRASIS_ERR_ARGUMENT;
+    for (int64_t i = 0; i < args.num_spans; ++i) {
+        const krasis_span &span = args.spans[i];
+        const int64_t before = span.start - first_key(args.window, span.start);
+        if (span.rows > 0 && span.rows > args.capacity - before) return KRASIS_ERR_RANGE;
+    }
+    return KRASIS_OK;
+}
+
 int32_t check(const krasis_attention_args &args) {
     if (args.tokens < 0 || args.num_heads <= 0 || args.num_kv_heads <= 0 || args.head_dim <= 0 || args.window < 0 ||
         args.workspace_bytes < 0 || args.value_dim < 0) {
@@ -85,6 +98,7 @@ int32_t check(const krasis_attention_args &args) {
     }
     if (const int32_t status = check_spans(args, INT64_MAX)) return status;
     if (args.tokens > 0 && (!args.q || !args.out)) return KRASIS_ERR_ARGUMENT;
+    if (const int32_t status = check_ring(args)) return status;
     const int64_t available = args.workspace ? args.workspace_bytes : 0;
     for (int64_t i = 0; i < args.num_spans; ++i) {
         if (args.spans[i].rows > 0 && partial_bytes(view_of(args, args.spans[i])) > available) return KRASIS_ERR_MEMORY;

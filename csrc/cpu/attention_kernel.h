@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention_tiles.h"
+#include "spans.h"
 
 namespace krasis::KRASIS_ISA_NAMESPACE {
 
@@ -121,7 +122,8 @@ struct Visible {
 };
 
 // The block of keys at begin (none at or beyond end) for all rows of the task; a row uses those that it sees. A weight
-// before the window is 0, and multiplied all the same, so that a row's sums are alike in every call.
+// before a row's window is 0, which changes no sum. Keys before all rows' windows are not multiplied: in a ring, others
+// may have taken their place.
 template <class Cache, class S>
 void attend_block(const AttentionSpan &span, const AttentionTask &task, int64_t begin, int64_t end, S &scratch) {
     const krasis_attention_args &args = *span.args;
@@ -129,7 +131,8 @@ void attend_block(const AttentionSpan &span, const AttentionTask &task, int64_t 
     const int64_t dim = args.head_dim, heads = task.num_heads, rows = task.num_tokens * heads;
     const int64_t width = value_width(args);
     const bool latent = args.value_dim > 0;  // a value is the beginning of its key
-    const int64_t offset = (task.kv_head * args.capacity + begin) * dim;
+    const int64_t first_row = task.kv_head * args.capacity;
+    const int64_t offset = (first_row + row_of(args, begin)) * dim;
     const Cache *k_cache = static_cast<const Cache *>(span.keys) + offset;
     const Cache *v_cache = static_cast<const Cache *>(span.values) + offset;
     const int64_t row_bytes = dim * static_cast<int64_t>(sizeof(Cache));
@@ -143,17 +146,22 @@ void attend_block(const AttentionSpan &span, const AttentionTask &task, int64_t 
         softmax_scores(scratch.scores + row * kBlockKeys, visible.first, visible.end, width, scratch.max[row],
                        scratch.sum[row], scratch.out + row * width);
     }
-    const Values values =
-        latent ? Values{scratch.keys, S::kStride} : load_values(v_cache, num_keys, dim, scratch.values);
+    const int64_t unseen = Visible(args.window, position, begin, num_keys).first;  // by any row
+    const int64_t skipped = unseen > 0 ? unseen : 0;
+    Values values = latent ? Values{scratch.keys, S::kStride} : load_values(v_cache, num_keys, dim, scratch.values);
+    values.data += skipped * values.stride;
+    const float *weights = scratch.scores + skipped;
     if (position + 1 - begin >= num_keys && !Visible(args.window, last, begin, num_keys).none()) {
-        const Ahead next{k_cache + num_keys * dim, smaller(end - begin - num_keys, kBlockKeys), row_bytes};
-        return add_values(rows, scratch.scores, values, num_keys, width, next, scratch.out);
+        const Cache *following =
+            static_cast<const Cache *>(span.keys) + (first_row + row_of(args, begin + num_keys)) * dim;
+        const Ahead next{following, smaller(end - begin - num_keys, kBlockKeys), row_bytes};
+        return add_values(rows, weights, values, num_keys - skipped, width, next, scratch.out);
     }
     for (int64_t token = 0; token < task.num_tokens; ++token) {  // every token sees another number of keys
         const Visible visible(args.window, position + token, begin, num_keys);
         if (visible.none()) continue;
         const int64_t row = token * heads;
-        add_values(heads, scratch.scores + row * kBlockKeys, values, visible.end, width, Ahead{},
+        add_values(heads, weights + row * kBlockKeys, values, visible.end - skipped, width, Ahead{},
                    scratch.out + row * width);
     }
 }

@@ -111,8 +111,9 @@ void rope_store_row(const krasis_qkv_args &args, const krasis_span &span, int64_
         for (int64_t i = 0; i < size; i += 8) add(V8::load(q + i), V8::load(args.bias + i)).store(q + i);
     }
     const float *k = q + args.num_heads * dim, *v = args.shared_kv ? k : k + args.num_kv_heads * dim;
-    Cache *keys = static_cast<Cache *>(layer_keys(args, span)) + position * dim;
-    Cache *values = static_cast<Cache *>(layer_values(args, span)) + position * dim;
+    const int64_t offset = row_of(args, position) * dim;
+    Cache *keys = static_cast<Cache *>(layer_keys(args, span)) + offset;
+    Cache *values = static_cast<Cache *>(layer_values(args, span)) + offset;
     turn_heads<kNorm, kClip>(args, q, args.num_heads, args.q_norm, position, [&](int64_t i) { return q + i * dim; });
     turn_heads<kNorm, kClip>(args, k, args.num_kv_heads, args.k_norm, position,
                              [&](int64_t i) { return keys + i * stride; });

@@ -9,6 +9,18 @@ namespace krasis {
 
 inline int64_t kv_bytes(int32_t kv_dtype) { return kv_dtype == KRASIS_F16 ? 2 : 4; }
 
+constexpr int64_t kMostRingPosition = int64_t{1} << 40;  // keeps sums of positions far from overflow
+
+inline bool is_ring(const krasis_qkv_args &args) { return args.ring != 0; }
+inline bool is_ring(const krasis_attention_args &args) { return args.ring != 0; }
+inline bool is_ring(const krasis_latent_args &) { return false; }
+
+// Where a position lies among a head's rows.
+template <class Args>
+int64_t row_of(const Args &args, int64_t position) {
+    return is_ring(args) ? position % args.capacity : position;
+}
+
 // For krasis_qkv_args and krasis_attention_args. max_positions: of what else is looked up by position.
 template <class Args>
 int32_t check_spans(const Args &args, int64_t max_positions) {
@@ -17,6 +29,8 @@ int32_t check_spans(const Args &args, int64_t max_positions) {
     const int64_t bytes = kv_bytes(args.kv_dtype);
     if (args.keys_offset_bytes % bytes != 0 || args.values_offset_bytes % bytes != 0) return KRASIS_ERR_SHAPE;
     if (args.num_spans > 0 && !args.spans) return KRASIS_ERR_ARGUMENT;
+    if (is_ring(args) && (args.capacity <= 0 || args.capacity % KRASIS_RING_STEP != 0)) return KRASIS_ERR_SHAPE;
+    const int64_t most_positions = is_ring(args) ? kMostRingPosition : args.capacity;
     int64_t row = 0;
     for (int64_t i = 0; i < args.num_spans; ++i) {
         const krasis_span &span = args.spans[i];
@@ -25,7 +39,7 @@ int32_t check_spans(const Args &args, int64_t max_positions) {
             return KRASIS_ERR_ARGUMENT;
         }
         if (span.rows > args.tokens - row) return KRASIS_ERR_RANGE;
-        if (span.rows > args.capacity || span.start > args.capacity - span.rows) return KRASIS_ERR_RANGE;
+        if (span.rows > args.capacity || span.start > most_positions - span.rows) return KRASIS_ERR_RANGE;
         if (span.rows > max_positions || span.start > max_positions - span.rows) return KRASIS_ERR_RANGE;
         row += span.rows;
     }

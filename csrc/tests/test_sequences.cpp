@@ -53,12 +53,34 @@ struct Sequences {
         fill(sin, longest * v.rotary_dims / 2);
         fill(sinks, kHeads);
     }
-    // Parts [begin, end), whose first row is first_row, in one call: their output.
-    Buffer<float> run(krasis_pool *pool, size_t begin, size_t end, int64_t first_row) {
+    // The memory of each part as a ring, which holds what the first row sees before the part; elsewhere NaN.
+    std::vector<Buffer<uint8_t>> as_rings(const std::vector<Buffer<uint8_t>> &whole, int64_t ring) const {
+        const int64_t row = v.head_dim * (v.kv_dtype == KRASIS_F16 ? 2 : 4);
+        std::vector<Buffer<uint8_t>> found;
+        for (size_t i = 0; i < parts.size(); ++i) {
+            Buffer<uint8_t> &to = found.emplace_back(kKvHeads * ring * row);
+            std::fill(to.begin(), to.end(), uint8_t{0xff});
+            for (int64_t head = 0; head < kKvHeads; ++head) {
+                for (int64_t p = std::max<int64_t>(0, parts[i].start - v.window + 1); p < parts[i].start; ++p) {
+                    std::copy_n(whole[i].begin() + (head * kCapacity + p) * row, row,
+                                to.begin() + (head * ring + p % ring) * row);
+                }
+            }
+        }
+        return found;
+    }
+    // Parts [begin, end), whose first row is first_row, in one call: their output. ring: 0 or a ring's positions.
+    Buffer<float> run(krasis_pool *pool, size_t begin, size_t end, int64_t first_row, int64_t ring = 0) {
         std::vector<krasis_span> spans;
+        std::vector<Buffer<uint8_t>> ring_keys, ring_values;
+        if (ring > 0) {
+            ring_keys = as_rings(keys, ring);
+            ring_values = as_rings(values, ring);
+        }
         int64_t row = 0, longest = 0;
         for (size_t i = begin; i < end; ++i) {
-            spans.push_back({row, parts[i].rows, parts[i].start, keys[i].data(), values[i].data()});
+            Buffer<uint8_t> &k = ring > 0 ? ring_keys[i] : keys[i], &v_memory = ring > 0 ? ring_values[i] : values[i];
+            spans.push_back({row, parts[i].rows, parts[i].start, k.data(), v_memory.data()});
             row += parts[i].rows;
             longest = std::max(longest, parts[i].start + parts[i].rows);
         }
@@ -82,7 +104,8 @@ struct Sequences {
         store.max_positions = v.rotary_dims > 0 ? static_cast<int64_t>(cos.size()) / (v.rotary_dims / 2) : 0;
         store.spans = spans.data();
         store.num_spans = static_cast<int64_t>(spans.size());
-        store.capacity = kCapacity;
+        store.capacity = ring > 0 ? ring : kCapacity;
+        store.ring = ring;
         store.kv_dtype = v.kv_dtype;
         CHECK_OK(krasis_qk_norm_rope_store(pool, &store));
         Buffer<float> out(row * kHeads * v.head_dim);
@@ -96,7 +119,8 @@ struct Sequences {
         attend.head_dim = v.head_dim;
         attend.spans = spans.data();
         attend.num_spans = store.num_spans;
-        attend.capacity = kCapacity;
+        attend.capacity = store.capacity;
+        attend.ring = ring;
         attend.kv_dtype = v.kv_dtype;
         attend.scale = 0.2f;
         attend.window = v.window;
@@ -108,6 +132,26 @@ struct Sequences {
         return out;
     }
 };
+
+// Positions modulo the size of a ring that has no row to spare: the bits of a cache of all positions.
+void rings_have_the_same_bits() {
+    const Variant variants[] = {
+        {48, 20, 100, KRASIS_QK_NORM_FLAT, KRASIS_ROPE_HALF, KRASIS_F32, true, true, 1.5f},
+        {32, 32, 64, KRASIS_QK_NORM_HEAD, KRASIS_ROPE_HALF, KRASIS_F16, false, false, 0.0f},
+        {512, 32, 1, KRASIS_QK_NORM_NONE, KRASIS_ROPE_HALF, KRASIS_F16, false, false, 0.0f},
+    };
+    Random random(13);
+    for (const Variant &variant : variants) {
+        const int64_t ring = 192, most = ring - variant.window + 1;
+        Sequences sequences(random, variant,
+                            {{699, 1}, {0, 70}, {300, 4}, {255, 1}, {256, 2}, {0, 1}, {500, most}, {150, most}});
+        for (int32_t isa : test::available_isas()) {
+            Pool pool(3, isa);
+            const Buffer<float> whole = sequences.run(pool, 0, sequences.parts.size(), 0);
+            CHECK(test::same_bits(sequences.run(pool, 0, sequences.parts.size(), 0, ring), whole));
+        }
+    }
+}
 
 void each_alone_and_together() {
     const Variant variants[] = {
@@ -142,5 +186,6 @@ void each_alone_and_together() {
 
 int main() {
     each_alone_and_together();
+    rings_have_the_same_bits();
     return test::finish("sequences");
 }

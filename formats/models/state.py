@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+from krasis.formats.limits import align_up
 from krasis.formats.models.mixers import Attention, CompressedAttention, LatentAttention
 from krasis.formats.models.recurrent import ChannelDelta, GatedDelta, Mamba2, ShortConv
 from krasis.formats.models.spec import Layer, Mixer, ModelSpec
@@ -13,6 +14,26 @@ from krasis.formats.models.spec import Layer, Mixer, ModelSpec
 _F32_BYTES = 4
 SNAPSHOTS = 4
 """Copies of what each token overwrites that a sequence may keep, to go back to their positions."""
+TAIL_TOKENS = 16
+"""The end of a prompt that the next turn may write in another way: the header of an answer, an empty
+thought. A sequence can go back to before it: a copy of a window reaches so much further."""
+RING_STEP, _RING_SPARE = 64, 64
+
+Windows = Literal["seen", "rings", "whole"]
+"""What is counted of layers with a window: the positions that a token sees, those that have room in a ring
+(CPU), or all of the context (GPU, for now)."""
+
+
+def ring_positions(window: int) -> int:
+    """Positions that a layer with a window has room for: those that a token sees, and as many more as are
+    computed at once or taken back, in whole blocks of keys.
+    """
+    return align_up(window + _RING_SPARE, RING_STEP)
+
+
+def ring_rows(window: int) -> int:
+    """The most tokens of a sequence that such a layer computes at once: the first still sees its window."""
+    return ring_positions(window) - window + 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +46,18 @@ class Kept:
     every: int = 1
     window: int | None = None
 
-    def bytes_for(self, positions: int) -> int:
-        """Bytes after that many tokens."""
-        tokens = positions if self.window is None else min(positions, self.window)
+    def bytes_for(self, positions: int, windows: Windows = "seen") -> int:
+        """Bytes after that many tokens; of a window, what of it is counted."""
+        tokens = positions
+        if self.window is not None and windows != "whole":
+            tokens = min(positions, ring_positions(self.window) if windows == "rings" else self.window)
         return tokens // self.every * self.entry_bytes
+
+    def copy_bytes(self, positions: int) -> int:
+        """Of a copy that can be gone back to: what a window overwrites in a context of so many positions."""
+        if self.window is None or positions <= ring_positions(self.window):
+            return 0
+        return (self.window + TAIL_TOKENS - 1) * self.entry_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +83,13 @@ class State:
         """Whether the state after any earlier token can be had from it by dropping entries."""
         return self.fixed_bytes == 0 and self.window is None
 
-    def bytes_for(self, positions: int) -> int:
+    def bytes_for(self, positions: int, windows: Windows = "seen") -> int:
         """Bytes after that many tokens."""
-        return self.fixed_bytes + sum(kept.bytes_for(positions) for kept in self.kept)
+        return self.fixed_bytes + sum(kept.bytes_for(positions, windows) for kept in self.kept)
+
+    def copy_bytes(self, positions: int) -> int:
+        """Of a copy of what tokens overwrite in a context of so many positions."""
+        return self.fixed_bytes + sum(kept.copy_bytes(positions) for kept in self.kept)
 
 
 def state(mixer: Mixer | None, item_bytes: int = 2) -> State:
@@ -74,13 +107,18 @@ def layer_state(spec: ModelSpec, layer: Layer, item_bytes: int = 2) -> State:
     return State(own.kept, own.fixed_bytes + columns * wide * item_bytes + 8 * (spec.ngram.longest - 1))
 
 
-def sequence_bytes(spec: ModelSpec, positions: int, item_bytes: int = 2) -> int:
+def sequence_bytes(spec: ModelSpec, positions: int, item_bytes: int = 2, windows: Windows = "seen") -> int:
     """Bytes that a sequence of that many tokens keeps in all layers."""
-    return sum(layer_state(spec, layer, item_bytes).bytes_for(positions) for layer in spec.layers)
+    return sum(layer_state(spec, layer, item_bytes).bytes_for(positions, windows) for layer in spec.layers)
+
+
+def copy_bytes(spec: ModelSpec, positions: int, item_bytes: int = 2) -> int:
+    """Bytes of a copy of all that the tokens of a sequence overwrite in a context of so many positions."""
+    return sum(layer_state(spec, layer, item_bytes).copy_bytes(positions) for layer in spec.layers)
 
 
 def fixed_bytes(spec: ModelSpec) -> int:
-    """Bytes of a sequence that each token overwrites, in all layers; a snapshot is as large."""
+    """Bytes of a sequence that each token overwrites, in all layers."""
     return sum(layer_state(spec, layer).fixed_bytes for layer in spec.layers)
 
 

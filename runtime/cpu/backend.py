@@ -21,7 +21,7 @@ from krasis.runtime.cpu.kernels import Kernels
 from krasis.runtime.cpu.native_arrays import Array, aligned_empty
 from krasis.runtime.cpu.program import NativeFunction, Program
 from krasis.runtime.cpu.rope import tables_of
-from krasis.runtime.cpu.spans import LayerCache, SlotMemory, Spans
+from krasis.runtime.cpu.spans import LayerCache, Rounds, SlotMemory, Spans
 from krasis.runtime.cpu.weights import ModelWeights
 from krasis.runtime.cpu.workspaces import attention_workspace_bytes, moe_workspace_bytes, workspace
 from krasis.runtime.settings import EngineSettings
@@ -133,7 +133,9 @@ class CpuBackend:
         self._spans.set(batch.spans, slots)
         self._is_passing = True
         try:
-            self._run_layers(self._kernels, Rows(len(batch.tokens), self._spans, hidden), self.layer_done)
+            rounds = Rounds(self._spans, batch.spans, slots)
+            rows = Rows(len(batch.tokens), self._spans, hidden, rounds)
+            self._run_layers(self._kernels, rows, self.layer_done)
         finally:
             self._is_passing = False
 
@@ -197,9 +199,10 @@ class CpuBackend:
 
 def _caches(store: KvStore) -> tuple[LayerCache | None, ...]:
     """Where the kernels find each layer's keys and values in a slot."""
-    item = 4 if store.dtype == "f32" else 2
     return tuple(
-        None if p is None else LayerCache(p.offset * item, p.value_offset * item, store.capacity, store.dtype)
+        None
+        if p is None
+        else LayerCache(p.offset_bytes, p.value_offset_bytes, p.rows, store.dtype, p.rows < store.capacity)
         for p in store.places
     )
 

@@ -27,7 +27,7 @@ from krasis.runtime.cpu.kernels import Kernels
 from krasis.runtime.cpu.latent import CpuLatentAttention
 from krasis.runtime.cpu.native_arrays import Array
 from krasis.runtime.cpu.rope import RopeTables
-from krasis.runtime.cpu.spans import LayerCache, Spans
+from krasis.runtime.cpu.spans import LayerCache, Round, Rounds, Spans
 from krasis.runtime.cpu.weights import Int8Weight, LayerWeights, expert_biases
 
 FloatArray = npt.NDArray[np.float32]
@@ -51,11 +51,14 @@ class CpuContext:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """The rows of one pass: how many, whose they are, and the residual [num, hidden]."""
+    """The rows of one pass: how many, whose they are, and the residual [num, hidden]. rounds: the same in
+    parts; None where a sequence has one row at most.
+    """
 
     num: int
     spans: Spans
     hidden: FloatArray
+    rounds: Rounds | None = None
 
 
 class Block(Protocol):
@@ -97,7 +100,7 @@ class CpuAttention:
 
     def run(self, kernels: Kernels, rows: Rows) -> None:
         """See ``Block``."""
-        context, mixer, heads, buffers = self._context, self._mixer, self._heads, self._context.buffers
+        context, heads, buffers = self._context, self._heads, self._context.buffers
         acts = buffers.acts(rows.num, context.spec.hidden)
         qkv = buffers.rows("wide", rows.num, heads.qkv_size)
         attended = buffers.rows("attended", rows.num, heads.attention_size)
@@ -107,28 +110,8 @@ class CpuAttention:
         if self._gate is not None:
             gate = buffers.rows("output_gate", rows.num, heads.attention_size)
             kernels.gemm_int8_rows(acts, self._gate.codes, self._gate.scales, gate)
-        kernels.qk_norm_rope_store(
-            qkv,
-            heads,
-            rows.spans,
-            self._cache,
-            self._rotation,
-            self._qk_norms,
-            self._qkv_bias,
-            mixer.clip,
-            mixer.value_norm,
-        )
-        kernels.attention(
-            qkv,
-            heads,
-            rows.spans,
-            self._cache,
-            mixer.scale,
-            attended,
-            context.scratch,
-            mixer.window,
-            self._sinks,
-        )
+        for part in self._rounds(rows):
+            self._attend(kernels, part, qkv[part.begin : part.end], attended[part.begin : part.end])
         if self._gate is not None:
             gate_rows(kernels, attended, gate)
         kernels.quantize(attended, attended_acts)
@@ -138,6 +121,29 @@ class CpuAttention:
         _add_product(kernels, attended_acts, self._output, rows.hidden)
         if self._output_bias is not None:
             kernels.add_rows(rows.hidden, bias=self._output_bias)
+
+    def _rounds(self, rows: Rows) -> tuple[Round, ...]:
+        """Parts that a ring has room for: what is stored must leave what its rows see."""
+        window = self._mixer.window
+        if rows.rounds is None or window is None or not self._cache.is_ring:
+            return (Round(0, rows.num, rows.spans),)
+        return rows.rounds.of(self._cache.capacity - window + 1)
+
+    def _attend(self, kernels: Kernels, part: Round, qkv: Array, attended: Array) -> None:
+        heads, mixer, cache = self._heads, self._mixer, self._cache
+        kernels.qk_norm_rope_store(
+            qkv,
+            heads,
+            part.spans,
+            cache,
+            self._rotation,
+            self._qk_norms,
+            self._qkv_bias,
+            mixer.clip,
+            mixer.value_norm,
+        )
+        scratch, window = self._context.scratch, mixer.window
+        kernels.attention(qkv, heads, part.spans, cache, mixer.scale, attended, scratch, window, self._sinks)
 
     def _add_normed(self, kernels: Kernels, acts: Acts, rows: Rows, weight: FloatArray) -> None:
         """hidden += norm(output(attention))."""

@@ -118,16 +118,14 @@ class FloatAttention:
             q, k = (reference.rotate(x, cos, sin, mixer.rope) for x in (q, k))
         if mixer.qk_norm == "head_after_rope":
             q, k = reference.normed_heads(q, k, vectors, context.spec.norm.eps)
-        keys, values = context.store.layer(span.slot, self._index)
-        keys[:, span.start : span.end], values[:, span.start : span.end] = (
-            k.transpose(1, 0, 2),
-            v.transpose(1, 0, 2),
+        keys, values, first = context.store.extend(
+            span.slot, self._index, span.start, k.transpose(1, 0, 2), v.transpose(1, 0, 2)
         )
         attended = reference.attention(
             q,
             keys,
             values,
-            span.start,
+            span.start - first,
             mixer.scale,
             window=mixer.window,
             sinks=weights.optional_vector("attention.sinks"),

@@ -69,9 +69,9 @@ class FloatLatentAttention:
         queries = np.concatenate([nope, turned], axis=-1)
         if mixer.temperature is not None:
             queries = queries * reference.temperatures(mixer.temperature, span.start, span.end)[:, None, None]
-        kept, _ = context.store.layer(span.slot, self._index)
-        kept[0, span.start : span.end] = np.concatenate([latent, shared[:, 0]], axis=-1)
-        keys, values = self._expanded(kept[0, : span.end].astype(np.float32))
+        rows = np.concatenate([latent, shared[:, 0]], axis=-1)[None]
+        kept, _, _ = context.store.extend(span.slot, self._index, span.start, rows, rows[..., :0])
+        keys, values = self._expanded(kept[0].astype(np.float32))
         attended = reference.attention(queries, keys, values, span.start, mixer.scale)
         return attended.reshape(span.rows, mixer.heads * mixer.value_dim)
 

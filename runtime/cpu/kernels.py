@@ -368,7 +368,7 @@ def _place(args: QkvArgs | AttentionArgs, heads: Heads, spans: Spans, cache: Lay
     args.num_heads, args.num_kv_heads, args.head_dim = heads.num_heads, heads.num_kv_heads, heads.head_dim
     args.spans, args.num_spans = spans.address, spans.max_spans
     args.keys_offset_bytes, args.values_offset_bytes = cache.keys_offset_bytes, cache.values_offset_bytes
-    args.capacity, args.kv_dtype = cache.capacity, KV_CODES[cache.dtype]
+    args.capacity, args.kv_dtype, args.ring = cache.capacity, KV_CODES[cache.dtype], cache.is_ring
 
 
 def _optional(array: Array | None, shape: tuple[int, ...], name: str) -> int | None:

@@ -73,6 +73,7 @@ class QkvArgs(ctypes.Structure):
         ("reserved", _I32),
         ("shared_kv", _I32),
         ("value_norm", _I32),
+        ("ring", _I64),
     )
 
 
@@ -99,6 +100,7 @@ class AttentionArgs(ctypes.Structure):
         ("workspace", _PTR),
         ("workspace_bytes", _I64),
         ("value_dim", _I64),
+        ("ring", _I64),
     )
 
 

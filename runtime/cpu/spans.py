@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from krasis.formats.errors import NativeError
@@ -27,12 +27,15 @@ class SlotMemory:
 
 @dataclass(frozen=True, slots=True)
 class LayerCache:
-    """Where a layer's keys and values lie in a slot's memory, [num_kv_heads, capacity, head_dim] of dtype."""
+    """Where a layer's keys and values lie in a slot's memory, [num_kv_heads, capacity, head_dim] of dtype.
+    is_ring: position p lies at p % capacity.
+    """
 
     keys_offset_bytes: int
     values_offset_bytes: int
     capacity: int
     dtype: str  # f32 or f16
+    is_ring: bool = False
 
     def size_bytes(self, num_kv_heads: int, head_dim: int) -> int:
         """Of the layer's keys, and of its values. Raises NativeError for a type that kernels lack."""
@@ -114,3 +117,54 @@ class Spans:
                 )
         if len({memory.keys_address for memory in memories}) < len(memories):
             raise NativeError("a slot has two spans", where="spans", got=[span.slot for span in spans])
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """Consecutive rows of a pass, begin..end-1, and whose they are."""
+
+    begin: int
+    end: int
+    spans: Spans
+
+
+class Rounds:
+    """The rows of a pass, cut so that no sequence has more than some number of rows in a part."""
+
+    def __init__(self, whole: Spans, spans: Sequence[Span], slots: Mapping[int, SlotMemory]) -> None:
+        self._whole, self._spans, self._slots = whole, spans, slots
+        self._cut: dict[int, tuple[Round, ...]] = {}
+
+    def of(self, most_rows: int) -> tuple[Round, ...]:
+        """The parts, in order."""
+        found = self._cut.get(most_rows)
+        if found is None:
+            found = self._cut[most_rows] = tuple(self._rounds(most_rows))
+        return found
+
+    def _rounds(self, most_rows: int) -> Iterator[Round]:
+        if all(span.rows <= most_rows for span in self._spans):
+            yield Round(0, self._spans[-1].end_row, self._whole)
+            return
+        begin = 0
+        for parts in cut_spans(self._spans, most_rows):
+            spans = Spans(len(parts), self._whole.keys_bytes, self._whole.values_bytes)
+            spans.set(parts, self._slots)
+            yield Round(begin, begin + parts[-1].end_row, spans)
+            begin += parts[-1].end_row
+
+
+def cut_spans(spans: Sequence[Span], most_rows: int) -> list[list[Span]]:
+    """Spans in parts of consecutive rows, counted from 0 in each, of which no sequence has more than
+    most_rows."""
+    found: list[list[Span]] = [[]]
+    row = 0
+    for span in spans:
+        for begin in range(0, span.rows, most_rows):
+            if begin:
+                found.append([])
+                row = 0
+            rows = min(most_rows, span.rows - begin)
+            found[-1].append(Span(span.slot, row, rows, span.start + begin, span.logits))
+            row += rows
+    return found

@@ -46,7 +46,8 @@ def plan_gpu(bundle: Bundle, device: Device, settings: EngineSettings, parallel:
     slots = slots_of(settings)
     fitting = tokens_in_vram(sizes, hardware.gpus[0].vram_bytes, settings.gpu_dtype)
     capacity = settings.context_for(sizes.shape.max_context, max(LEAST_TOKENS, fitting // slots))
-    hardware = _without_slots(hardware, (slots - 1) * sizes.sequence_bytes(capacity, settings.gpu_dtype))
+    sequence = sizes.sequence_bytes(capacity, settings.gpu_dtype, "whole")
+    hardware = _without_slots(hardware, (slots - 1) * sequence)
     # Nothing is known of the prompts to come: the longest is planned for (docs/PLANNING.md says why), or a
     # chunk where the settings cut prompts.
     prompt = min(capacity, MOST_PASS_TOKENS, settings.prefill_chunk or MOST_PASS_TOKENS)

@@ -113,7 +113,7 @@ def _ranks(sizes: ModelSizes, gpus: Sequence[GpuSpec], workload: Workload) -> li
             "this bundle has no GPU experts",
             hint="convert it with a GPU tier, or plan without GPUs (krasis-info --gpus none)",
         )
-    kv_bytes = sizes.sequence_bytes(workload.context, workload.kv_dtype)
+    kv_bytes = sizes.sequence_bytes(workload.context, workload.kv_dtype, "whole")
     ranks = []
     for rank, (first, count) in enumerate(rank_experts(sizes.most_experts, len(gpus))):
         needed = assumed.GPU_RESERVE_BYTES + sizes.dense_bytes + kv_bytes

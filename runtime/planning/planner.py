@@ -122,14 +122,14 @@ def least_vram_bytes(sizes: ModelSizes, workload: Workload) -> int:
     the least batch.
     """
     batch = min(workload.prompt_tokens, assumed.MIN_PREFILL_BATCH)
-    kept = sizes.sequence_bytes(workload.context, workload.kv_dtype)
+    kept = sizes.sequence_bytes(workload.context, workload.kv_dtype, "whole")
     fixed = assumed.GPU_RESERVE_BYTES + sizes.dense_bytes + kept
     return fixed + 2 * sizes.gpu_expert_bytes + gpu_workspace_bytes(sizes.largest, batch, 1)
 
 
 def whole_layer_vram_bytes(sizes: ModelSizes, workload: Workload) -> int:
     """The smallest single GPU that takes a layer in one group and the prompt in one pass."""
-    kept = sizes.sequence_bytes(workload.context, workload.kv_dtype)
+    kept = sizes.sequence_bytes(workload.context, workload.kv_dtype, "whole")
     fixed = assumed.GPU_RESERVE_BYTES + sizes.dense_bytes + kept
     layer = sizes.most_experts * sizes.gpu_expert_bytes
     return fixed + 2 * layer + gpu_workspace_bytes(sizes.largest, workload.prompt_tokens, 1)
@@ -139,5 +139,5 @@ def cpu_ram_bytes(sizes: ModelSizes, workload: Workload) -> int:
     """RAM that a machine without a GPU needs, without the system's reserve."""
     batch = min(assumed.CPU_PREFILL_BATCH, workload.prompt_tokens)
     kept = sizes.dense_bytes + sizes.embedding_bytes + sizes.cpu_experts_bytes
-    sequence = sizes.sequence_bytes(workload.context, workload.kv_dtype)
+    sequence = sizes.sequence_bytes(workload.context, workload.kv_dtype, "rings")
     return kept + sequence + cpu_workspace_bytes(sizes.largest, batch)

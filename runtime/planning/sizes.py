@@ -14,7 +14,7 @@ from krasis.formats.errors import UnsupportedModelError, UsageError
 from krasis.formats.models import tensors
 from krasis.formats.models.record import MAX_POSITIONS
 from krasis.formats.models.spec import Layer, ModelSpec
-from krasis.formats.models.state import SNAPSHOTS, fixed_bytes, layer_state
+from krasis.formats.models.state import SNAPSHOTS, Windows, copy_bytes, fixed_bytes, layer_state
 from krasis.formats.models.tensors import blobs, layer_tensors
 from krasis.runtime.planning.shape import ModelShape, largest_shape, shape_of
 
@@ -161,38 +161,45 @@ class ModelSizes:
         """What a pass reads for one layer of that kind, with its share of what follows the layers."""
         return (self.num_layers * kind.dense_bytes + self.end_bytes) / self.num_layers
 
-    def kv_bytes(self, num_tokens: int, kv_dtype: str) -> int:
-        """What a sequence of ``num_tokens`` tokens keeps in all layers: keys and values, of windows no more
-        than they see, and states. Raises UsageError for an unknown dtype.
+    def kv_bytes(self, num_tokens: int, kv_dtype: str, windows: Windows = "seen") -> int:
+        """What a sequence of ``num_tokens`` tokens keeps in all layers: keys and values, of windows what is
+        said, and states. Raises UsageError for an unknown dtype.
         """
-        if kv_dtype not in KV_DTYPE_BYTES:
-            raise UsageError("unknown KV dtype", got=kv_dtype, limit=", ".join(KV_DTYPE_BYTES))
-        item_bytes = KV_DTYPE_BYTES[kv_dtype]
+        item_bytes = _kv_item_bytes(kv_dtype)
         return sum(
-            kind.count * layer_state(self.spec, kind.layer, item_bytes).bytes_for(num_tokens)
+            kind.count * layer_state(self.spec, kind.layer, item_bytes).bytes_for(num_tokens, windows)
             for kind in self.layers
         )
 
-    @property
-    def snapshot_bytes(self) -> int:
-        """The copies that a sequence keeps of what its tokens overwrite."""
-        return SNAPSHOTS * fixed_bytes(self.spec)
+    def snapshot_bytes(self, num_tokens: int, kv_dtype: str, windows: Windows) -> int:
+        """The copies that a sequence keeps of what its tokens overwrite: nothing of whole windows."""
+        if windows == "whole":
+            return SNAPSHOTS * fixed_bytes(self.spec)
+        return SNAPSHOTS * copy_bytes(self.spec, num_tokens, _kv_item_bytes(kv_dtype))
 
-    def sequence_bytes(self, num_tokens: int, kv_dtype: str) -> int:
+    def sequence_bytes(self, num_tokens: int, kv_dtype: str, windows: Windows) -> int:
         """Memory of a sequence of up to so many tokens, with the copies that it may keep. Raises as
         ``kv_bytes``."""
-        return self.kv_bytes(num_tokens, kv_dtype) + self.snapshot_bytes
+        return self.kv_bytes(num_tokens, kv_dtype, windows) + self.snapshot_bytes(
+            num_tokens, kv_dtype, windows
+        )
 
     def tokens_within(self, room_bytes: float, kv_dtype: str) -> int:
-        """The longest sequence that keeps no more than that, whatever the model's positions."""
+        """The longest sequence that keeps no more than that on a GPU, whatever the model's positions."""
         low, high = 0, MAX_POSITIONS
         while low < high:
             middle = (low + high + 1) // 2
-            if self.kv_bytes(middle, kv_dtype) <= room_bytes:
+            if self.kv_bytes(middle, kv_dtype, "whole") <= room_bytes:
                 low = middle
             else:
                 high = middle - 1
         return low
+
+
+def _kv_item_bytes(kv_dtype: str) -> int:
+    if kv_dtype not in KV_DTYPE_BYTES:
+        raise UsageError("unknown KV dtype", got=kv_dtype, limit=", ".join(KV_DTYPE_BYTES))
+    return KV_DTYPE_BYTES[kv_dtype]
 
 
 def count_parameters(spec: ModelSpec) -> Parameters:

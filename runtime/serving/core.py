@@ -69,7 +69,7 @@ class EngineCore:
             replace(limits, pass_rows=min(limits.pass_rows, backend.prefill_chunk)), num_slots, self._store
         )
         self._slots = SlotWork(backend.state, model.num_layers, self._store)
-        self._scheduler.cuts_anywhere = self._slots.cuts_anywhere
+        self._scheduler.cuts_tails = self._slots.cuts_tails
         for tokens, file in [] if folder is None else folder.prefixes():
             self._store.add_file(tokens, file, can_be_cut=self._slots.cuts_anywhere)
         self._tally = Tally()
@@ -278,7 +278,7 @@ class EngineCore:
         self._tally.ran(run, now_s - begin_s)
         if run.is_pass:
             self._slots.mark(part.job.slot for part in run.parts)
-            self._scheduler.cuts_anywhere = self._slots.cuts_anywhere
+            self._scheduler.cuts_tails = self._slots.cuts_tails
         row = 0
         for part in run.parts:
             count = {"last": 1, "all": part.rows, "none": 0}[part.logits]

@@ -28,8 +28,10 @@ logger = logging.getLogger(__name__)
 class _Rows:
     """What saving and restoring use of a backend and its state, for state that lies elsewhere."""
 
-    def __init__(self, description: str, kv_dtype: str, capacity: int, export: Export | None = None) -> None:
-        self.description, self.kv_dtype, self.capacity = description, kv_dtype, capacity
+    def __init__(self, backend: Any, export: Export | None = None) -> None:
+        self.description, self.kv_dtype = backend.description, backend.kv_dtype
+        self.capacity = backend.capacity
+        self.keeps_windows = bool(getattr(getattr(backend, "state", None), "keeps_windows", False))
         self.layers: list[tuple[StateRows, StateRows]] = []
         self.state = self
         self._export = export
@@ -151,7 +153,7 @@ class PrefixFolder:
 
 def rows_of(backend: Any, export: Export | None = None) -> _Rows:
     """What saving and restoring take in a backend's place: state that export gives, or that is to come."""
-    return _Rows(backend.description, backend.kv_dtype, backend.capacity, export)
+    return _Rows(backend, export)
 
 
 def export_of(layers: Layers) -> Export:

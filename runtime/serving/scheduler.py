@@ -18,15 +18,15 @@ from krasis.runtime.state.borders import TAIL_TOKENS
 
 class Scheduler:
     """Jobs come by ``add`` and go by ``end``. ``next`` says what to do; the caller does it, reports by
-    ``put``, ``kept`` or ``ran``, and asks again. One thread at a time. cuts_anywhere: whether slots can go
-    back to every position.
+    ``put``, ``kept`` or ``ran``, and asks again. One thread at a time. cuts_tails: whether slots can go
+    back over the end of a prompt, wherever a pass ends.
     """
 
     def __init__(self, limits: Limits, num_slots: int, index: PrefixIndex) -> None:
         self.limits = limits
         self.slots = [Slot(-1 - number) for number in range(num_slots)]
         self.num_joined = 0
-        self.cuts_anywhere = True
+        self.cuts_tails = True
         self._index = index
         self._waiting: list[Job] = []
         self._placed: list[Job] = []
@@ -210,11 +210,11 @@ class Scheduler:
         return Run(parts, is_pass=True)
 
     def _left(self, job: Job) -> int:
-        """Tokens that a pass leaves, where slots cannot go back to every position. The next turn may write
+        """Tokens that a pass leaves, where slots go back to the ends of passes alone. The next turn may write
         the end of a prompt in another way, and who asks the same again needs all but the last token: passes
         end before both, and the last token joins the answers.
         """
-        if self.cuts_anywhere:
+        if self.cuts_tails:
             return 0
         return TAIL_TOKENS if job.remaining > 2 * TAIL_TOKENS else 1
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 
 from krasis.formats.errors import KrasisError
+from krasis.formats.models.state import TAIL_TOKENS
 from krasis.runtime.batch import StateStore
 from krasis.runtime.serving.api import SlotStatus
 from krasis.runtime.serving.ids import Ids
@@ -63,6 +64,11 @@ class SlotWork:
         """Whether slots can go back to every position, as far as is known."""
         return self._copier.cuts_anywhere
 
+    @property
+    def cuts_tails(self) -> bool:
+        """Whether they can go back over the end of a prompt, wherever a pass ends."""
+        return self._copier.cuts_anywhere or self._copier.keeps_tails
+
     def mark(self, slots: Iterable[Slot | None]) -> None:
         """Makes where they end now a place to go on from: the end of a prompt, or of an answer."""
         for slot in slots:
@@ -71,9 +77,15 @@ class SlotWork:
             try:
                 self._state.checkpoint(slot.number)
                 if not self._copier.can_be_cut(slot.number):
-                    slot.marks = (slot.marks or set()) | {self._state.length(slot.number)}
+                    slot.marks = (slot.marks or set()) | self._ends(slot.number)
             except (KrasisError, MemoryError) as error:
                 logger.warning("a slot cannot be gone on from its end: %s", error)
+
+    def _ends(self, number: int) -> set[int]:
+        """Where a slot ends, and the positions shortly before that it can go back to."""
+        end = self._state.length(number)
+        near = range(max(1, end - TAIL_TOKENS), end)
+        return {end, *(at for at in near if self._state.restorable(number, at) == at)}
 
     def keep(self, slot: Slot) -> None:
         """Offers the prefix store what the slot holds, if there is room for it."""

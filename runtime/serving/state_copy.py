@@ -6,6 +6,7 @@ import numpy as np
 
 from krasis.runtime.batch import StateStore
 from krasis.runtime.serving.prefix_store import Layers
+from krasis.runtime.state.kv_store import import_layer
 
 
 class StateCopier:
@@ -13,8 +14,11 @@ class StateCopier:
 
     def __init__(self, state: StateStore, num_layers: int) -> None:
         self._state, self._num_layers = state, num_layers
-        # Of layers that overwrite their state; without any, till something else is seen.
-        self.cuts_anywhere = not any(getattr(state, "recurrent", ()))
+        # Of layers that overwrite what they keep; without any, till something else is seen.
+        overwrites, has_windows = any(getattr(state, "recurrent", ())), getattr(state, "keeps_windows", False)
+        self.cuts_anywhere = not overwrites and not has_windows
+        # A copy of what a window overwrites has some positions before as well.
+        self.keeps_tails = has_windows and not overwrites
 
     def can_be_cut(self, slot: int) -> bool:
         """Whether what a slot holds can be gone on from at every position, as keys and values can. Once seen
@@ -46,7 +50,7 @@ class StateCopier:
         some positions can be gone on from."""
         for layer, (keys, values) in enumerate(layers):
             count = num_tokens if can_be_cut else keys.shape[1]
-            self._state.import_(slot, layer, keys[:, :count], values[:, :count])
+            import_layer(self._state, slot, layer, (keys[:, :count], values[:, :count]), num_tokens)
         return self.cut(slot, num_tokens)
 
     def copy(self, source: int, target: int, num_tokens: int) -> int:
@@ -55,7 +59,7 @@ class StateCopier:
         if not length:
             return self.cut(target, 0)
         for layer in range(self._num_layers):
-            self._state.import_(target, layer, *self._state.export(source, layer, length))
+            import_layer(self._state, target, layer, self._state.export(source, layer, length), length)
         return self.cut(target, length)
 
     def cut(self, slot: int, num_tokens: int) -> int:

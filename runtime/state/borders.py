@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from krasis.formats.models.state import TAIL_TOKENS
+
+__all__ = ["STEP_TOKENS", "TAIL_TOKENS", "pieces"]
+
 STEP_TOKENS = 2048
 """Tokens of a long prompt between two copies of the state."""
-TAIL_TOKENS = 16
-"""The end of a prompt that the next turn may write in another way: the header of an answer, an empty
-thought. The state before it is copied."""
 
 
 def borders(start: int, end: int) -> list[int]:

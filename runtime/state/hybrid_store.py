@@ -1,8 +1,9 @@
-"""The state of models of which some layers keep a matrix that each token overwrites, beside others that
-keep keys and values.
+"""The state of models of which some layers keep what later tokens overwrite: a matrix, or the last positions
+of a window, beside others that keep keys and values of all.
 
 What was overwritten does not come back: a sequence can go back to where it was copied alone
-(``checkpoint``), and to its beginning.
+(``checkpoint``; of windows also to some positions before, and to those whose windows are still there), and to
+its beginning.
 """
 
 from __future__ import annotations
@@ -11,18 +12,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 
 from krasis.formats.errors import NativeError
 from krasis.formats.limits import align_up
+from krasis.formats.models.mixers import Attention
 from krasis.formats.models.recurrent import GatedDelta
 from krasis.formats.models.spec import ModelSpec
-from krasis.formats.models.state import SNAPSHOTS
+from krasis.formats.models.state import SNAPSHOTS, TAIL_TOKENS, copy_bytes
 from krasis.runtime.batch import Batch, Span, StateRows
-from krasis.runtime.state.kv_store import KvStore, Slot
+from krasis.runtime.state.kv_store import KV_NUMPY, Bytes, Floats, KvStore, Slot
 
-Bytes = npt.NDArray[np.uint8]
-Floats = npt.NDArray[np.float32]
 TILE_COLUMNS = 16  # of a matrix that lie together: the kernels read it in tiles of so many channels of v
 _ALIGN_BYTES = 64
 _F32_BYTES = 4
@@ -60,18 +59,28 @@ class RecurrentPlace:
 
 
 @dataclass(slots=True)
+class _Copy:
+    """What a sequence had overwritten later: fixed bytes, and of each layer with a window (keys, values) of
+    the positions before the copy's. lowest: the first position that it can be gone back to with it.
+    """
+
+    fixed: Bytes
+    windows: dict[int, tuple[StateRows, StateRows]]
+    lowest: int
+
+
+@dataclass(slots=True)
 class _Fixed:
     """bytes: the state now. is_current: it is that of the slot's length; else a pass broke off."""
 
     bytes: Bytes
     is_current: bool = True
-    copies: dict[int, Bytes] = field(default_factory=dict)  # by position, ascending
+    copies: dict[int, _Copy] = field(default_factory=dict)  # by position, ascending
 
-    def at(self, position: int, length: int) -> Bytes | None:
-        """The state of a position, if it is there."""
-        if position == length and self.is_current:
-            return self.bytes
-        return self.copies.get(position)
+    def covering(self, position: int) -> tuple[int, _Copy] | None:
+        """The first copy from which a position can be had, and its own position."""
+        found = ((at, one) for at, one in self.copies.items() if one.lowest <= position <= at)
+        return next(found, None)
 
 
 class HybridStore(KvStore):
@@ -86,12 +95,13 @@ class HybridStore(KvStore):
         self.recurrent = recurrent_places(spec)
         self.fixed_bytes = sum(place.num_bytes for place in self.recurrent if place is not None)
         self._fixed: dict[int, _Fixed] = {}
+        self._copy_bytes = copy_bytes(spec, capacity, np.dtype(KV_NUMPY[dtype]).itemsize)
         super().__init__(spec, capacity, dtype, num_slots)
 
     @property
     def slot_bytes(self) -> int:
         """Keys, values and fixed bytes of one slot at full length, with all its snapshots."""
-        return super().keys_bytes + self.values_bytes + (1 + SNAPSHOTS) * self.fixed_bytes
+        return self.keys_bytes + self.values_bytes + SNAPSHOTS * self._copy_bytes
 
     @property
     def fixed_offset_bytes(self) -> int:
@@ -104,12 +114,9 @@ class HybridStore(KvStore):
         return self.fixed_offset_bytes + self.fixed_bytes
 
     def _new_slot(self) -> Slot:
-        need = self.keys_bytes
-        raw = np.zeros(need + _ALIGN_BYTES, np.uint8)
-        skip = -int(raw.ctypes.data) % _ALIGN_BYTES
-        keys = raw[skip : skip + need].view(self._numpy)
-        self._fixed[len(self._slots)] = _Fixed(raw[skip + self.fixed_offset_bytes : skip + need])
-        return Slot(keys, np.zeros(self._value_elements, self._numpy))
+        made = super()._new_slot()
+        self._fixed[len(self._slots)] = _Fixed(made.keys[self.fixed_offset_bytes :])
+        return made
 
     def open(self) -> int:
         """See ``StateStore``."""
@@ -118,11 +125,20 @@ class HybridStore(KvStore):
         return slot
 
     def restorable(self, slot: int, position: int) -> int:
-        """See ``StateStore``: where the slot ends, or a copy."""
-        length, fixed = self._live(slot).length, self._fixed[slot]
-        if position >= length and fixed.is_current:
-            return length
-        return max((one for one in fixed.copies if one <= min(position, length)), default=0)
+        """See ``StateStore``: where what tokens overwrite is still there, or a copy of it."""
+        live, fixed = self._live(slot), self._fixed[slot]
+        at = min(position, live.length)
+        if self._is_there(slot, at):
+            return at
+        found = (min(end, at) for end, one in fixed.copies.items() if one.lowest <= at)
+        return max(found, default=0)
+
+    def _is_there(self, slot: int, position: int) -> bool:
+        """Whether a position can be gone back to without a copy."""
+        live, fixed = self._live(slot), self._fixed[slot]
+        if self.fixed_bytes and not (position == live.length and fixed.is_current):
+            return False
+        return self._sees(live, position)
 
     def rewind(self, slot: int, position: int) -> None:
         """See ``StateStore``. Raises NativeError for a position that ``restorable`` did not give."""
@@ -131,44 +147,84 @@ class HybridStore(KvStore):
             raise NativeError("this position cannot be gone back to", where="rewind", got=position)
         if position == 0:
             self._forget(fixed)
-        elif not (position == live.length and fixed.is_current):
-            fixed.bytes[...] = fixed.copies[position]
+            live.lowest = live.high = 0
+        elif not self._is_there(slot, position) and (found := fixed.covering(position)) is not None:
+            end, copy = found
+            fixed.bytes[...] = copy.fixed
             fixed.is_current = True
-        fixed.copies = {at: copy for at, copy in fixed.copies.items() if at <= position}
+            for layer, copied in copy.windows.items():
+                index = self._rows(layer, end - copied[0].shape[1], end)
+                for rows, own in zip(self.layer(slot, layer), copied, strict=True):
+                    rows[:, index] = own
+            live.lowest, live.high = copy.lowest, end
+        fixed.copies = {at: one for at, one in fixed.copies.items() if at <= position}
         live.length = position
 
     def checkpoint(self, slot: int) -> None:
         """See ``StateStore``."""
-        length, fixed = self._live(slot).length, self._fixed[slot]
-        if not length or not fixed.is_current or length in fixed.copies:
+        live, fixed = self._live(slot), self._fixed[slot]
+        at = live.length
+        if not at or at in fixed.copies or not self._is_there(slot, at):
             return
-        if len(fixed.copies) < SNAPSHOTS:
-            fixed.copies[length] = fixed.bytes.copy()
+        if not self.fixed_bytes and not self.has_rings:
             return
-        oldest = list(fixed.copies)[min(1, len(fixed.copies) - 1)]
-        buffer = fixed.copies.pop(oldest)
-        buffer[...] = fixed.bytes
-        fixed.copies[length] = buffer
+        oldest = list(fixed.copies)[min(1, SNAPSHOTS - 1)] if len(fixed.copies) == SNAPSHOTS else None
+        given_up = None if oldest is None else fixed.copies.pop(oldest)
+        kept = fixed.bytes.copy() if given_up is None else given_up.fixed
+        kept[...] = fixed.bytes
+        lowest = at if self.fixed_bytes else max(at - TAIL_TOKENS, self._lowest(live))
+        windows = {
+            layer: self._copied(slot, layer, max(0, lowest - place.window + 1), at, given_up)
+            for layer, place in enumerate(self.places)
+            if place is not None and place.window is not None and place.rows < self.capacity
+        }
+        fixed.copies[at] = _Copy(kept, windows, lowest)
+
+    def _copied(
+        self, slot: int, layer: int, begin: int, end: int, given_up: _Copy | None
+    ) -> tuple[StateRows, StateRows]:
+        """A layer's positions, in the memory of a copy that is given up where that is as large: fresh pages
+        would cost more than what is copied."""
+        index = self._rows(layer, begin, end)
+        found: list[StateRows] = []
+        for number, rows in enumerate(self.layer(slot, layer)):
+            to = None if given_up is None else given_up.windows[layer][number]
+            if to is None or to.shape[1] != end - begin:
+                to = np.empty((len(rows), end - begin, rows.shape[2]), rows.dtype)
+            to[...] = rows[:, index]
+            found.append(to)
+        return found[0], found[1]
 
     def export(self, slot: int, layer: int, num_tokens: int) -> tuple[StateRows, StateRows]:
         """See ``StateStore``. Of a layer with a matrix: it, [value_heads, n, 16], and the convolution's
-        columns, [1, conv_width - 1, channels]. Raises NativeError for a position whose state is not
-        there."""
+        columns, [1, conv_width - 1, channels]; of one with a window its last positions. Raises NativeError
+        for a position whose state is not there."""
         place = self.recurrent[layer]
-        if place is None:
+        if place is None and self._window(layer) is None:
             return super().export(slot, layer, num_tokens)
-        fixed = self._fixed[slot].at(num_tokens, self._live(slot).length)
-        if fixed is None:
+        fixed, is_there = self._fixed[slot], self._is_there(slot, num_tokens)
+        found = None if is_there else fixed.covering(num_tokens)
+        if not is_there and found is None:
             raise NativeError("the state of this position is not kept", where="export", got=num_tokens)
-        matrices, columns = place.views(fixed)
-        return matrices.reshape(len(matrices), -1, TILE_COLUMNS), columns[None]
+        if place is not None:
+            matrices, columns = place.views(fixed.bytes if found is None else found[1].fixed)
+            return matrices.reshape(len(matrices), -1, TILE_COLUMNS), columns[None]
+        if found is None or layer not in found[1].windows:
+            return super().export(slot, layer, num_tokens)
+        end, (keys, values) = found[0], found[1].windows[layer]
+        first = end - keys.shape[1]
+        begin = max(0, num_tokens - (self._window(layer) or num_tokens))
+        rows = slice(max(begin - first, 0), num_tokens - first)
+        return np.ascontiguousarray(keys[:, rows]), np.ascontiguousarray(values[:, rows])
 
-    def import_(self, slot: int, layer: int, keys: StateRows, values: StateRows) -> None:
-        """See ``StateStore``; layers with a matrix take what ``export`` gave."""
+    def import_(
+        self, slot: int, layer: int, keys: StateRows, values: StateRows, num_tokens: int | None = None
+    ) -> None:
+        """See ``KvStore``; layers with a matrix take what ``export`` gave."""
         place, fixed = self.recurrent[layer], self._fixed[slot]
         fixed.copies, fixed.is_current = {}, True
         if place is None:
-            super().import_(slot, layer, keys, values)
+            super().import_(slot, layer, keys, values, num_tokens)
             return
         self._live(slot)
         matrices, columns = place.views(fixed.bytes)
@@ -235,5 +291,9 @@ def recurrent_places(spec: ModelSpec) -> tuple[RecurrentPlace | None, ...]:
 
 def state_store(spec: ModelSpec, capacity: int, dtype: str, num_slots: int = 1) -> KvStore:
     """The store for a model. Raises ResourceError if the slots together cannot fit in RAM."""
-    has_fixed = any(isinstance(layer.mixer, GatedDelta) for layer in spec.layers)
-    return (HybridStore if has_fixed else KvStore)(spec, capacity, dtype, num_slots)
+    overwrites = any(
+        isinstance(layer.mixer, GatedDelta)
+        or (isinstance(layer.mixer, Attention) and layer.mixer.window is not None)
+        for layer in spec.layers
+    )
+    return (HybridStore if overwrites else KvStore)(spec, capacity, dtype, num_slots)

@@ -4,7 +4,9 @@ The file is a safetensors file. ``keys`` and ``values`` [num_layers, num_kv_head
 own dtype, ``tokens`` I32 [n], and, if a chat was saved, ``conversation`` U8: the JSON of ``/save``. Layers
 that overwrite a matrix with each token have it in ``matrices`` [num_layers, heads, rows, 16] and their last
 inputs in ``columns`` [num_layers, 1, n, channels], both F32, in place of keys and values; those of latent
-attention (MLA) have ``latents`` [num_layers, 1, n, channels].
+attention (MLA) have ``latents`` [num_layers, 1, n, channels], and those with a window, where the cache keeps
+no more than it, their last positions in ``window_keys`` and ``window_values`` [num_layers, num_kv_heads,
+min(n, window), head_dim].
 The metadata names the format, the bundle (digest of its manifest), what computed the cache, and an XXH3-128
 digest of each tensor. Both ways the file passes through memory one layer at a time.
 
@@ -47,6 +49,7 @@ from krasis.formats.models.spec import ModelSpec
 from krasis.formats.names import shown
 from krasis.runtime.backend import Backend
 from krasis.runtime.batch import StateRows
+from krasis.runtime.state.kv_store import import_layer
 from krasis.runtime.state.prefix_parts import (
     DIGEST_PREFIX,
     FORMAT_NAME,
@@ -55,9 +58,11 @@ from krasis.runtime.state.prefix_parts import (
     KV_NAMES,
     KV_TENSORS,
     LATENT_NAMES,
+    WINDOW_NAMES,
     Group,
     bundle_identity,
     groups_of,
+    keeps_windows,
 )
 from krasis.runtime.state.prefix_writer import PrefixWriter
 
@@ -76,6 +81,7 @@ __all__ = [
 MAX_CONVERSATION_BYTES = 64 * MIB
 _KV_DTYPES = {tensor: name for name, tensor in KV_TENSORS.items()}
 _GROUP_NAMES = tuple(name for names in GROUPS for name in names)
+_BY_TOKEN = (KV_NAMES[0], LATENT_NAMES[0], WINDOW_NAMES[0])  # of these a file has one at least
 _NAMES = (*KV_NAMES, "tokens", "conversation", *_GROUP_NAMES[len(KV_NAMES) :])
 
 logger = logging.getLogger(__name__)
@@ -187,14 +193,13 @@ class PrefixFile:
             )
         self._tensors = header.tensors
         names = set(self._tensors)
-        held = [group for group in GROUPS if names & set(group)]
-        is_whole = all(names >= set(group) for group in held) and names & {KV_NAMES[0], LATENT_NAMES[0]}
-        if "tokens" not in names or not is_whole or not names <= set(_NAMES):
+        needed = {name for group in GROUPS if names & set(group) for name in group} | {"tokens"}
+        if not needed <= names <= set(_NAMES) or not names & set(_BY_TOKEN):
             raise FormatError(
                 "a saved prefix has other tensors",
                 where=self._where,
                 got=shown(sorted(names)),
-                limit=", ".join(_NAMES[:4]),
+                limit=", ".join(sorted(needed)) if needed - names - {"tokens"} else ", ".join(_NAMES[:4]),
             )
         self._digests = {name: known.get(DIGEST_PREFIX + name, "") for name in names}
         self.bundle, self.computed_by = known.get("bundle", ""), known.get("computed_by", "")
@@ -205,14 +210,17 @@ class PrefixFile:
         if tokens.dtype != "I32" or len(tokens.shape) != 1 or not tokens.num_bytes:
             raise self._misfit(tokens, "I32 [n]")
         self.num_tokens = tokens.shape[0]
-        by_token = [name for name in (KV_NAMES[0], LATENT_NAMES[0]) if name in self._tensors]
+        by_token = [name for name in _BY_TOKEN if name in self._tensors]
         self.kv_dtype = _KV_DTYPES.get(self._tensors[by_token[0]].dtype, "")
         for keys in (self._tensors[name] for name in by_token):
-            is_fit = len(keys.shape) == 4 and keys.shape[2] == self.num_tokens
+            is_short = keys.name == WINDOW_NAMES[0]  # how short is the model's matter
+            is_fit = len(keys.shape) == 4 and (is_short or keys.shape[2] == self.num_tokens)
             if not is_fit or _KV_DTYPES.get(keys.dtype) != self.kv_dtype:
                 raise self._misfit(keys, f"F16, BF16 or F32 [layers, heads, {self.num_tokens}, head_dim]")
-        if KV_NAMES[0] in self._tensors:
-            keys, values = (self._tensors[name] for name in KV_NAMES)
+        for names in (KV_NAMES, WINDOW_NAMES):
+            if names[0] not in self._tensors:
+                continue
+            keys, values = (self._tensors[name] for name in names)
             if (values.dtype, values.shape) != (keys.dtype, keys.shape):
                 raise self._misfit(values, f"{keys.dtype} {list(keys.shape)}, as the keys")
         text = self._tensors.get("conversation")
@@ -247,7 +255,14 @@ class PrefixFile:
                 limit=backend.kv_dtype,
                 hint=f"open with a KV cache of {self.kv_dtype} (--kv-dtype on the CPU, --gpu-dtype on a GPU)",
             )
-        self._groups = groups_of(bundle.spec, backend.kv_dtype, self.num_tokens)
+        is_short = WINDOW_NAMES[0] in self._tensors
+        if is_short and not keeps_windows(backend):
+            raise MismatchError(
+                "the prefix holds the ends of windows alone, and this device keeps whole contexts",
+                where=self._where,
+                hint="open it on the CPU (--device cpu), where it was saved, or compute the prompt anew",
+            )
+        self._groups = groups_of(bundle.spec, backend.kv_dtype, self.num_tokens, windows=is_short)
         held = {name for group in self._groups for name in group.names}
         if others := set(self._tensors) & set(_GROUP_NAMES) ^ held:
             raise FormatError(
@@ -311,7 +326,7 @@ class PrefixFile:
             (layer, number, group) for group in self._groups for number, layer in enumerate(group.layers)
         )
         for layer, number, group in places:
-            backend.state.import_(0, layer, *self._rows(group, number))
+            import_layer(backend.state, 0, layer, self._rows(group, number), self.num_tokens)
 
     def _rows(self, group: Group, number: int) -> tuple[StateRows, StateRows]:
         """Of the layer of that number in the group, in buffers that the next call overwrites."""

@@ -6,13 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from krasis.formats.errors import NativeError, ResourceError
 from krasis.formats.limits import align_up
 from krasis.formats.models.mixers import Attention, LatentAttention
 from krasis.formats.models.spec import Mixer, ModelSpec
+from krasis.formats.models.state import ring_positions
 from krasis.formats.process.machine_limits import available_memory_bytes
-from krasis.runtime.batch import Batch, Span, StateRows
+from krasis.runtime.batch import Batch, Span, StateRows, StateStore
+
+Bytes = npt.NDArray[np.uint8]
+Floats = npt.NDArray[np.float32]
+Index = slice | npt.NDArray[np.intp]
 
 KV_NUMPY: dict[str, type[np.generic]] = {"f16": np.float16, "f32": np.float32}
 _ALIGN_BYTES = 64
@@ -20,52 +26,73 @@ _ALIGN_BYTES = 64
 
 @dataclass(frozen=True, slots=True)
 class LayerPlace:
-    """Where a layer's keys and values lie in the arrays of a slot: [kv_heads, capacity, head_dim] elements
-    from element ``offset`` on, [kv_heads, capacity, value_dim] from ``value_offset`` on. value_dim: 0 where
-    keys hold the values."""
+    """Where a layer's keys and values lie in the memory of a slot: [kv_heads, rows, key_channels] from byte
+    ``offset_bytes`` of the keys on, [kv_heads, rows, value_channels] from ``value_offset_bytes`` of the
+    values on. value_channels: 0 where keys hold the values. rows: positions that have room. window: the
+    positions that a token sees, None for all; position p then lies at p % rows.
+    """
 
-    offset: int
+    offset_bytes: int
     kv_heads: int
-    head_dim: int
-    value_offset: int
-    value_dim: int
+    key_channels: int
+    value_offset_bytes: int
+    value_channels: int
+    rows: int
+    window: int | None = None
 
-    def elements(self, capacity: int) -> int:
-        """Of keys."""
-        return self.kv_heads * capacity * self.head_dim
-
-    def value_elements(self, capacity: int) -> int:
-        """Of values."""
-        return self.kv_heads * capacity * self.value_dim
+    def num_bytes(self, item_bytes: int) -> tuple[int, int]:
+        """Of keys, and of values."""
+        return tuple(
+            self.kv_heads * self.rows * channels * item_bytes
+            for channels in (self.key_channels, self.value_channels)
+        )  # type: ignore[return-value]
 
 
 @dataclass(slots=True)
 class Slot:
-    """One sequence. keys, values: flat."""
+    """One sequence. keys, values: flat bytes. lowest: the position before which it cannot go back, but for
+    its beginning, whatever the rings hold; high: one past the last position that was written since.
+    """
 
-    keys: StateRows
-    values: StateRows
+    keys: Bytes
+    values: Bytes
     length: int = 0
     is_open: bool = True
+    lowest: int = 0
+    high: int = 0
 
 
 class KvStore:
     """See ``batch.StateStore``. Memory of a slot is taken when it is first opened and, of its pages, as
     positions are written; it is kept for the next sequence.
 
-    places: by layer, None for layers without attention.
+    places: by layer, None for layers without attention. Layers with a window have a ring of positions
+    (``ring_positions``), or the whole context if that is less. keeps_windows: whether there are such layers;
+    then ``export`` gives of them the positions that the next token sees, and one before.
     """
 
     def __init__(self, spec: ModelSpec, capacity: int, dtype: str, num_slots: int = 1) -> None:
         """Raises ResourceError if the slots together cannot fit in RAM."""
         self.capacity, self.dtype, self.num_slots = capacity, dtype, num_slots
-        self.places = layer_places(spec, capacity, KV_NUMPY[dtype])
         self._numpy = np.dtype(KV_NUMPY[dtype])
+        self.places = layer_places(spec, capacity, self._numpy.itemsize)
         held = [place for place in self.places if place is not None]
-        self._elements = max((p.offset + p.elements(capacity) for p in held), default=0)
-        self._value_elements = max((p.value_offset + p.value_elements(capacity) for p in held), default=0)
+        ends = [(place, *place.num_bytes(self._numpy.itemsize)) for place in held]
+        self._keys_bytes = max((place.offset_bytes + keys for place, keys, _ in ends), default=0)
+        self._values_bytes = max((place.value_offset_bytes + values for place, _, values in ends), default=0)
+        self._windows = {(place.window, place.rows) for place in held if place.window is not None}
         self._slots: list[Slot] = []
         self._check_room(num_slots)
+
+    @property
+    def keeps_windows(self) -> bool:
+        """See the class."""
+        return bool(self._windows)
+
+    @property
+    def has_rings(self) -> bool:
+        """Whether some layers have room for less than the whole context."""
+        return any(rows < self.capacity for _, rows in self._windows)
 
     @property
     def slot_bytes(self) -> int:
@@ -75,18 +102,18 @@ class KvStore:
     @property
     def keys_bytes(self) -> int:
         """Keys of one slot at full length."""
-        return self._elements * self._numpy.itemsize
+        return self._keys_bytes
 
     @property
     def values_bytes(self) -> int:
         """Values of one slot at full length."""
-        return self._value_elements * self._numpy.itemsize
+        return self._values_bytes
 
     def open(self) -> int:
         """See ``StateStore``."""
         for number, slot in enumerate(self._slots):
             if not slot.is_open:
-                slot.is_open, slot.length = True, 0
+                slot.is_open, slot.length, slot.lowest, slot.high = True, 0, 0, 0
                 return number
         if len(self._slots) == self.num_slots:
             raise ResourceError("every slot is taken", got=self.num_slots, hint="open with more slots")
@@ -98,8 +125,7 @@ class KvStore:
         return len(self._slots) - 1
 
     def _new_slot(self) -> Slot:
-        # zeros, not empty: large ones come from fresh pages, which cost nothing until they are written.
-        return Slot(np.zeros(self._elements, self._numpy), np.zeros(self._value_elements, self._numpy))
+        return Slot(zeros(self.keys_bytes), zeros(self.values_bytes))
 
     def close(self, slot: int) -> None:
         """See ``StateStore``."""
@@ -110,54 +136,120 @@ class KvStore:
         return self._live(slot).length
 
     def restorable(self, slot: int, position: int) -> int:
-        """See ``StateStore``: any position that the slot holds."""
-        return min(position, self._live(slot).length)
+        """See ``StateStore``: any position that the slot holds, and before which it holds the windows."""
+        live = self._live(slot)
+        at = min(position, live.length)
+        return at if self._sees(live, at) else 0
+
+    def _sees(self, slot: Slot, position: int) -> bool:
+        """Whether what a token of that position sees is there, in all layers."""
+        if not position or not self._windows:
+            return True
+        held = all(max(0, position - window + 1) >= slot.high - rows for window, rows in self._windows)
+        return held and position >= slot.lowest
+
+    def _lowest(self, slot: Slot) -> int:
+        """The first position that can be gone back to, but for the beginning."""
+        needs = (slot.high - rows + window - 1 for window, rows in self._windows if slot.high > rows)
+        return max(slot.lowest, *needs, 0)
 
     def rewind(self, slot: int, position: int) -> None:
-        """See ``StateStore``."""
+        """See ``StateStore``. Raises NativeError for a position that ``restorable`` does not give."""
         live = self._live(slot)
-        if not 0 <= position <= live.length:
+        if not 0 <= position <= live.length or self.restorable(slot, position) != position:
             raise NativeError("no such position is held", where="rewind", got=position, limit=live.length)
         live.length = position
+        if not position:
+            live.lowest = live.high = 0
 
     def checkpoint(self, slot: int) -> None:
         """See ``StateStore``: nothing to do."""
         self._live(slot)
 
     def export(self, slot: int, layer: int, num_tokens: int) -> tuple[StateRows, StateRows]:
-        """See ``StateStore``."""
+        """See ``StateStore``; of a layer with a window its last positions before num_tokens."""
         keys, values = self.layer(slot, layer)
-        return np.ascontiguousarray(keys[:, :num_tokens]), np.ascontiguousarray(values[:, :num_tokens])
+        index = self._rows(layer, max(0, num_tokens - (self._window(layer) or num_tokens)), num_tokens)
+        return np.ascontiguousarray(keys[:, index]), np.ascontiguousarray(values[:, index])
 
-    def import_(self, slot: int, layer: int, keys: StateRows, values: StateRows) -> None:
-        """See ``StateStore``."""
+    def import_(
+        self, slot: int, layer: int, keys: StateRows, values: StateRows, num_tokens: int | None = None
+    ) -> None:
+        """See ``StateStore``. num_tokens: the positions that they are the last of; None: they are all."""
         to_keys, to_values = self.layer(slot, layer)
-        num_tokens = keys.shape[1]
-        to_keys[:, :num_tokens] = keys
-        to_values[:, :num_tokens] = values
-        self._live(slot).length = num_tokens
+        given = keys.shape[1]
+        end = given if num_tokens is None else num_tokens
+        window, live = self._window(layer), self._live(slot)
+        if given < min(end, window or end):
+            raise NativeError("too few positions of a layer are given", where="import", got=given, limit=end)
+        taken = min(given, to_keys.shape[1])
+        index = self._rows(layer, end - taken, end)
+        to_keys[:, index] = keys[:, given - taken :]
+        to_values[:, index] = values[:, given - taken :]
+        live.length = live.high = end
+        live.lowest = max(0, end - 1) if any(end > window for window, _ in self._windows) else 0
 
     # ---- for backends ------------------------------------------------------------------------------------
 
     def layer(self, slot: int, layer: int) -> tuple[StateRows, StateRows]:
-        """Views of a layer's keys and values, each [kv_heads, capacity, channels of one]."""
-        place, live = self.places[layer], self._live(slot)
+        """Views of a layer's keys and values, each [kv_heads, rows, channels of one]; position p lies at
+        p % rows."""
+        place, live = self._place(layer), self._live(slot)
+        keys, values = (
+            memory[begin : begin + size].view(self._numpy).reshape(place.kv_heads, place.rows, channels)
+            for memory, begin, size, channels in zip(
+                (live.keys, live.values),
+                (place.offset_bytes, place.value_offset_bytes),
+                place.num_bytes(self._numpy.itemsize),
+                (place.key_channels, place.value_channels),
+                strict=True,
+            )
+        )
+        return keys, values
+
+    def extend(
+        self, slot: int, layer: int, start: int, keys: Floats, values: Floats
+    ) -> tuple[StateRows, StateRows, int]:
+        """Writes the rows [kv_heads, n, channels] of positions start.. and gives keys and values of the
+        positions that these see, as they are kept, and the first of these positions."""
+        kept = self.layer(slot, layer)
+        window, end = self._window(layer), start + keys.shape[1]
+        if window is None:
+            kept[0][:, start:end], kept[1][:, start:end] = keys, values
+            return kept[0][:, :end], kept[1][:, :end], 0
+        first = max(0, start - window + 1)
+        before = self._rows(layer, first, start)
+        seen = [
+            np.concatenate([rows[:, before], new.astype(rows.dtype)], axis=1)
+            for rows, new in zip(kept, (keys, values), strict=True)
+        ]
+        taken = min(end - start, kept[0].shape[1])
+        for rows, all_seen in zip(kept, seen, strict=True):
+            rows[:, self._rows(layer, end - taken, end)] = all_seen[:, all_seen.shape[1] - taken :]
+        return seen[0], seen[1], first
+
+    def _rows(self, layer: int, begin: int, end: int) -> Index:
+        """Where positions lie."""
+        rows = self._place(layer).rows
+        return slice(begin, end) if end <= rows else np.arange(begin, end) % rows
+
+    def _window(self, layer: int) -> int | None:
+        return self._place(layer).window
+
+    def _place(self, layer: int) -> LayerPlace:
+        place = self.places[layer]
         if place is None:
             raise NativeError("the layer keeps no keys and values", where="state", got=layer)
-        end = place.offset + place.elements(self.capacity)
-        keys = live.keys[place.offset : end].reshape(place.kv_heads, self.capacity, place.head_dim)
-        end = place.value_offset + place.value_elements(self.capacity)
-        values = live.values[place.value_offset : end]
-        return keys, values.reshape(place.kv_heads, self.capacity, place.value_dim)
+        return place
 
-    def memory(self, slot: int) -> tuple[StateRows, StateRows]:
-        """All keys and all values of a slot, flat; a layer's begin at its place's offsets."""
+    def memory(self, slot: int) -> tuple[Bytes, Bytes]:
+        """All keys and all values of a slot, bytes; a layer's begin at its place's offsets."""
         live = self._live(slot)
         return live.keys, live.values
 
     def begin(self, batch: Batch) -> None:
-        """What lies beyond the spans' starts is no longer held. Raises NativeError unless every span begins
-        where its slot has been computed, and ends in it."""
+        """What lies beyond the spans' starts is no longer held, nor what they overwrite in rings. Raises
+        NativeError unless every span begins where its slot has been computed, and ends in it."""
         for span in batch.spans:
             length = self._live(span.slot).length
             if span.start > length or span.end > self.capacity:
@@ -168,7 +260,16 @@ class KvStore:
                     limit=f"{length}, {self.capacity}",
                 )
         for span in batch.spans:
-            self._live(span.slot).length = span.start
+            live = self._live(span.slot)
+            if self._windows and not self._sees(live, span.start):
+                raise NativeError(
+                    "this position cannot be gone back to", where="batch", got=f"{span.start} of {span.slot}"
+                )
+        for span in batch.spans:
+            live = self._live(span.slot)
+            if not span.start:
+                live.lowest = live.high = 0
+            live.length, live.high = span.start, max(live.high, span.end)
 
     def advance(self, spans: Sequence[Span]) -> None:
         """The spans were computed: their slots end where they do."""
@@ -190,9 +291,27 @@ class KvStore:
         return ResourceError("the KV cache does not fit in memory", got=got, limit=limit, hint=hint)
 
 
-def layer_places(spec: ModelSpec, capacity: int, kind: type[np.generic]) -> tuple[LayerPlace | None, ...]:
+def import_layer(
+    state: StateStore, slot: int, layer: int, rows: tuple[StateRows, StateRows], num_tokens: int
+) -> None:
+    """``StateStore.import_`` of a layer of which rows may be the end alone, after num_tokens positions."""
+    if isinstance(state, KvStore):
+        state.import_(slot, layer, *rows, num_tokens)
+    else:
+        state.import_(slot, layer, *rows)
+
+
+def zeros(num_bytes: int) -> Bytes:
+    """Aligned memory. Zeros, not empty: large ones come from fresh pages, which cost nothing until they are
+    written.
+    """
+    raw = np.zeros(num_bytes + _ALIGN_BYTES, np.uint8)
+    skip = -int(raw.ctypes.data) % _ALIGN_BYTES
+    return raw[skip : skip + num_bytes]
+
+
+def layer_places(spec: ModelSpec, capacity: int, item_bytes: int) -> tuple[LayerPlace | None, ...]:
     """Where each layer's keys and values lie in a slot, one after the other, aligned for the kernels."""
-    step = _ALIGN_BYTES // np.dtype(kind).itemsize
     places: list[LayerPlace | None] = []
     offset = value_offset = 0
     for layer in spec.layers:
@@ -200,11 +319,14 @@ def layer_places(spec: ModelSpec, capacity: int, kind: type[np.generic]) -> tupl
         if sizes is None:
             places.append(None)
             continue
-        kv_heads, head_dim, value_dim = sizes
-        place = LayerPlace(offset, kv_heads, head_dim, value_offset, value_dim)
+        kv_heads, key_channels, value_channels = sizes
+        window = layer.mixer.window if isinstance(layer.mixer, Attention) else None
+        rows = capacity if window is None else min(capacity, ring_positions(window))
+        place = LayerPlace(offset, kv_heads, key_channels, value_offset, value_channels, rows, window)
         places.append(place)
-        offset = align_up(offset + place.elements(capacity), step)
-        value_offset = align_up(value_offset + place.value_elements(capacity), step)
+        keys_bytes, values_bytes = place.num_bytes(item_bytes)
+        offset = align_up(offset + keys_bytes, _ALIGN_BYTES)
+        value_offset = align_up(value_offset + values_bytes, _ALIGN_BYTES)
     return tuple(places)
 
 
@@ -215,10 +337,3 @@ def _sizes(mixer: Mixer | None) -> tuple[int, int, int] | None:
     if isinstance(mixer, LatentAttention):
         return 1, mixer.kv_rank + mixer.rope_dim, 0
     return None
-
-
-def kv_bytes_per_token(spec: ModelSpec, dtype: str) -> int:
-    """Bytes of keys and values of one position in all layers."""
-    places = layer_places(spec, 1, np.uint8)
-    elements = sum(p.kv_heads * (p.head_dim + p.value_dim) for p in places if p)
-    return elements * np.dtype(KV_NUMPY[dtype]).itemsize

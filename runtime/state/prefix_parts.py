@@ -15,13 +15,15 @@ from krasis.formats.errors import UnsupportedModelError
 from krasis.formats.models.mixers import Attention, LatentAttention
 from krasis.formats.models.recurrent import GatedDelta
 from krasis.formats.models.spec import ModelSpec
+from krasis.runtime.backend import Backend
 from krasis.runtime.state.hybrid_store import TILE_COLUMNS
 
 FORMAT_NAME = "krasis-prefix"
 FORMAT_VERSION = "1"
 KV_TENSORS = {"f16": "F16", "bf16": "BF16", "f32": "F32"}
 KV_NAMES, FIXED_NAMES, LATENT_NAMES = ("keys", "values"), ("matrices", "columns"), ("latents",)
-GROUPS = (KV_NAMES, LATENT_NAMES, FIXED_NAMES)
+WINDOW_NAMES = ("window_keys", "window_values")
+GROUPS = (KV_NAMES, LATENT_NAMES, WINDOW_NAMES, FIXED_NAMES)
 DIGEST_PREFIX = "xxh3_128."
 
 
@@ -55,14 +57,19 @@ class Group:
         return NUMPY_DTYPES[self.dtype]
 
 
-def groups_of(spec: ModelSpec, kv_dtype: str, num_tokens: int) -> tuple[Group, ...]:
-    """What the layers keep after so many tokens: keys and values; latents; of those that overwrite a matrix,
-    it and the last columns of the convolution. Raises UnsupportedModelError where layers of a kind are not
-    alike.
+def keeps_windows(backend: Backend) -> bool:
+    """Whether of layers with a window a backend keeps no more than that; its prefixes hold it apart."""
+    return bool(getattr(backend.state, "keeps_windows", False))
+
+
+def groups_of(spec: ModelSpec, kv_dtype: str, num_tokens: int, *, windows: bool = False) -> tuple[Group, ...]:
+    """What the layers keep after so many tokens: keys and values; latents; keys and values of the last
+    positions of windows (windows: else of all, among the others); of those that overwrite a matrix, it and
+    the last columns of the convolution. Raises UnsupportedModelError where layers of a kind are not alike.
     """
     found: dict[tuple[str, ...], Group] = {}
     for index, layer in enumerate(spec.layers):
-        group = _group(layer.mixer, index, kv_dtype, num_tokens, spec)
+        group = _group(layer.mixer, index, kv_dtype, num_tokens, spec, windows)
         known = found.get(group.names)
         if known is None:
             found[group.names] = group
@@ -75,10 +82,15 @@ def groups_of(spec: ModelSpec, kv_dtype: str, num_tokens: int) -> tuple[Group, .
     return tuple(found[names] for names in GROUPS if names in found)
 
 
-def _group(mixer: object, index: int, kv_dtype: str, num_tokens: int, spec: ModelSpec) -> Group:
+def _group(
+    mixer: object, index: int, kv_dtype: str, num_tokens: int, spec: ModelSpec, windows: bool
+) -> Group:
     if isinstance(mixer, Attention):
-        shape = (mixer.kv_heads, num_tokens, mixer.head_dim)
-        return Group(KV_NAMES, KV_TENSORS[kv_dtype], (index,), (shape, shape))
+        window = mixer.window if windows else None
+        rows = num_tokens if window is None else min(num_tokens, window)
+        shape = (mixer.kv_heads, rows, mixer.head_dim)
+        names = KV_NAMES if window is None else WINDOW_NAMES
+        return Group(names, KV_TENSORS[kv_dtype], (index,), (shape, shape))
     if isinstance(mixer, GatedDelta):
         rows = mixer.key_dim * -(-mixer.value_dim // TILE_COLUMNS)
         matrices = (mixer.value_heads, rows, TILE_COLUMNS)

@@ -22,6 +22,7 @@ from krasis.runtime.state.prefix_parts import (
     Group,
     bundle_identity,
     groups_of,
+    keeps_windows,
 )
 
 _EMPTY_DIGEST = "0" * 32
@@ -35,7 +36,9 @@ class PrefixWriter:
     ) -> None:
         self._path, self._backend = path, backend
         self._num_tokens = len(tokens)
-        self._groups = groups_of(bundle.spec, backend.kv_dtype, self._num_tokens)
+        self._groups = groups_of(
+            bundle.spec, backend.kv_dtype, self._num_tokens, windows=keeps_windows(backend)
+        )
         self._texts = {
             "tokens": np.asarray(tokens, dtype="<i4").tobytes(),
             **({"conversation": conversation} if conversation else {}),

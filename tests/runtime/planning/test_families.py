@@ -30,7 +30,7 @@ from krasis.runtime.planning.placement import gpu_workspace_bytes
 from krasis.runtime.planning.presets import SHAPES, shape
 from krasis.runtime.planning.report import plan_to_json, plan_to_text
 from krasis.runtime.planning.shape import shape_of
-from krasis.runtime.state.kv_store import KvStore, kv_bytes_per_token
+from krasis.runtime.state.kv_store import KvStore
 from tests.support.planning import MIXER, mixed_spec
 
 CONFIGS = Path(__file__).parents[2] / "formats" / "models" / "configs"
@@ -305,7 +305,6 @@ def test_a_latent_is_all_that_a_token_keeps(name: str, layers: int, channels: in
     """In the plan and in the cache."""
     spec = shape(name)
     assert sizes_of_shape(spec).kv_bytes(1000, "f16") == 1000 * layers * channels * 2
-    assert kv_bytes_per_token(spec, "f16") == layers * channels * 2
     store = KvStore(spec, 128, "f16")
     assert (store.keys_bytes, store.values_bytes) == (128 * layers * channels * 2, 0)
     assert store.export(store.open(), 3, 7)[1].shape == (1, 7, 0)

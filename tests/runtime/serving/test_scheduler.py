@@ -145,7 +145,7 @@ def test_an_identical_prompt_waits_for_the_first_and_costs_one_row() -> None:
 
 def test_where_state_cannot_be_cut_passes_end_before_the_prompts_end_and_its_last_token() -> None:
     machine = Machine(company_s=0.0, pass_rows=200)
-    machine.scheduler.cuts_anywhere = False
+    machine.scheduler.cuts_tails = False
     machine.add("a", prompt(1, 301))
     assert machine.until(5) == [
         ("place", "a", 0, "none", 0),

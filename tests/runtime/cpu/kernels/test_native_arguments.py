@@ -221,6 +221,8 @@ def test_spans(pool, memory, rows, status):
         ({"head_dim": 40}, SHAPE),
         ({"max_positions": 4}, RANGE),
         ({"capacity": 4}, RANGE),
+        ({"capacity": 0, "ring": 1}, SHAPE),
+        ({"capacity": 100, "ring": 1}, SHAPE),
         ({"tokens": 2}, RANGE),
     ],
 )
@@ -245,6 +247,9 @@ def test_rope(pool, memory, changes, status):
         ({"ldq": 63}, SHAPE),
         ({"keys_offset_bytes": 2}, SHAPE),
         ({"tokens": 2**62}, RANGE),
+        ({"ring": 1, "window": 64}, SHAPE),
+        ({"ring": 1, "capacity": 128}, ARGUMENT),
+        ({"ring": 1, "capacity": 128, "window": 129}, RANGE),
         ({"workspace": None}, MEMORY),
         ({"workspace_bytes": 100}, MEMORY),
     ],

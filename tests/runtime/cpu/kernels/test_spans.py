@@ -101,6 +101,28 @@ def test_attention_equals_float64(kernels, rng, name, window, has_sinks):
         row += rows
 
 
+@pytest.mark.parametrize("window", [64, 100, 200])
+def test_a_ring_gives_the_bits_of_a_whole_cache(make_kernels, isa, rng, window):
+    """What is no longer seen is NaN in it."""
+    mix, ring = MIXES["decode"] + [(5, 600, 120), (6, 0, 90)], 320
+    sequences = Sequences(rng, np.float16, 7)
+    q = rng.standard_normal((sum(rows for _, _, rows in mix), HEADS.attention_size)).astype(np.float32)
+    whole = attend(make_kernels(isa, 2), sequences, mix, q, window=window)
+    slots = []
+    for (_, start, rows), pair in ((one, sequences.arrays[one[0]]) for one in sorted(mix)):
+        seen = np.arange(max(0, start - window + 1), start + rows)
+        rings = [np.full((HEADS.num_kv_heads, ring, HEADS.head_dim), np.nan, np.float16) for _ in pair]
+        for to, part in zip(rings, pair, strict=True):
+            to[:, seen % ring] = part[1][:, seen]
+        slots.append(SlotMemory(*rings))
+    size = slots[0].keys.nbytes
+    spans, out = Spans(len(mix), size, size), np.empty_like(whole)
+    spans.set(parts(mix), slots)
+    cache, scratch = LayerCache(0, 0, ring, "f16", is_ring=True), workspace(1 << 20)
+    make_kernels(isa, 3).attention(q, HEADS, spans, cache, 0.2, out, scratch, window=window)
+    assert out.tobytes() == whole.tobytes()
+
+
 @pytest.mark.parametrize("window", [1, 64, 100, 256, 300])
 def test_a_window_has_the_same_bits_for_any_chunking(make_kernels, isa, rng, window):
     """Blocks that some rows of a task see and others do not; keys far behind a window are never read."""
