@@ -43,7 +43,12 @@ typedef enum krasis_status {
 
 typedef enum krasis_isa { KRASIS_ISA_AUTO = 0, KRASIS_ISA_AVX2 = 1, KRASIS_ISA_AVX512_VNNI = 2 } krasis_isa;
 
-typedef enum krasis_dtype { KRASIS_F32 = 0, KRASIS_BF16 = 1, KRASIS_F16 = 2 } krasis_dtype;
+typedef enum krasis_dtype {
+    KRASIS_F32 = 0,
+    KRASIS_BF16 = 1,
+    KRASIS_F16 = 2,
+    KRASIS_I8 = 3 /* of keys and values alone: see krasis_span */
+} krasis_dtype;
 
 /* Formats of CPU weights, see formats/layouts and docs/FORMAT.md. */
 typedef enum krasis_tiles {
@@ -312,7 +317,9 @@ KRASIS_API int32_t krasis_moe(krasis_pool *pool, const krasis_moe_args *args);
 /* Consecutive rows of a call that belong to one sequence, at positions start.. of its slot's memory. The spans of a
  * call lie in the order of their rows and cover all of them; those without rows are passed over. A slot has one span at
  * most. A layer's keys are [num_kv_heads, capacity, head_dim] of kv_dtype (F32 or F16) at keys + keys_offset_bytes, its
- * values alike at values + values_offset_bytes; both offsets are multiples of the element. A sequence gets the bits of
+ * values alike at values + values_offset_bytes; both offsets are multiples of the element. With kv_dtype I8 a row is
+ * head_dim int8 codes and then a float32 scale, absmax / 127 of the row, 0 for a row of zeros; where keys hold the
+ * values two scales, of the value's channels and of the others; offsets are multiples of 4. A sequence gets the bits of
  * a call of its own. Where a call has a ring, position p lies at p % capacity, and start may be anything: a layer with
  * a window keeps its last positions alone. Then capacity % KRASIS_RING_STEP == 0, and a span's rows, with the window -
  * 1 positions before its first one, are at most capacity. */
@@ -336,7 +343,8 @@ typedef enum krasis_rope_style {
 
 /* qkv: f32 [T, (num_heads + 2*num_kv_heads) * head_dim], in this order: += bias (in place); RMS norm of q and k; q, k
  * and v cut to +-clip; q and k rotated in their first rotary_dims channels. q is left in qkv; k and v go to the spans'
- * memory. head_dim % 16 == 0, <= 512; rotary_dims even, <= head_dim, 0: no rotation. */
+ * memory (with kv_dtype I8 k is overwritten in qkv). head_dim % 16 == 0, <= 512; rotary_dims even, <= head_dim, 0: no
+ * rotation. */
 typedef struct krasis_qkv_args {
     float *qkv;
     int64_t tokens, num_heads, num_kv_heads, head_dim;
@@ -389,7 +397,7 @@ KRASIS_API int32_t krasis_attention(krasis_pool *pool, const krasis_attention_ar
  * times 1 + temperature_scale ln(1 + floor((position + temperature_shift) / temperature_period)). The first become
  * acts, token-major rows of a head each; the others the last rope_dim channels of each head of queries, whose first
  * kv_rank are left alone (krasis_gemm_int8_heads fills them). nope_dim % 32 == 0, kv_rank and rope_dim % 16 == 0;
- * rotary_dims: rope_dim, or 0 for no rotation. */
+ * rotary_dims: rope_dim, or 0 for no rotation. With kv_dtype I8 kv_rank + rope_dim <= 576. */
 typedef struct krasis_latent_args {
     const float *q;  /* [T, ldq]: num_heads x (nope_dim + rope_dim) */
     const float *kv; /* [T, ldkv] */

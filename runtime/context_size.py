@@ -12,7 +12,7 @@ from krasis.formats.bundle.reader import Bundle
 from krasis.formats.models.state import SNAPSHOTS, copy_bytes, sequence_bytes
 from krasis.formats.process.machine_limits import available_memory_bytes
 from krasis.runtime.host.filesystem import weights_to_hold_bytes
-from krasis.runtime.state.kv_store import KV_NUMPY
+from krasis.runtime.state.row_form import KV_NUMPY
 
 if TYPE_CHECKING:
     from krasis.runtime.planning.sizes import ModelSizes

@@ -15,7 +15,7 @@ ACTIVATIONS = ("int8", "float32")
 EXPERT_TIERS = ("cpu", "gpu")
 DEVICES = ("auto", "cpu", "cuda", "double")
 GPU_DTYPES = ("bf16", "f16")
-KV_DTYPES = ("f16", "f32")
+KV_DTYPES = ("f16", "f32", "int8")
 MAX_THREADS = 4096
 MAX_SLOTS = 256
 MAX_PREFILL_CHUNK = 65536
@@ -41,8 +41,9 @@ class EngineSettings:
     activations: ``int8`` (the fast kernels) or ``float32`` (a slow reference on dequantised weights).
     experts: tier the experts are taken from; ``gpu`` (the Marlin copy) needs activations ``float32`` on a
     CPU.
-    kv_dtype: ``f16`` or ``f32``. prefill_chunk: most tokens computed in one pass (memory, not results,
-    depends on it); None = 512 on a CPU, on a GPU as many as the plan finds best.
+    kv_dtype: ``f16``, ``f32`` or ``int8`` (half the memory, on a CPU alone). prefill_chunk: most tokens
+    computed in one pass (memory, not results, depends on it); None = 512 on a CPU, on a GPU as many as the
+    plan finds best.
     prefault: read the weights into memory in the background. reread: from the disk, wherever they are in
     memory before: what ``cp`` left in the page cache is read slower than what comes from the disk.
     device: ``cpu``; ``cuda``: prefill on the GPU, decode on both; ``auto``: the GPU if all it needs is there

@@ -24,6 +24,7 @@ _HINTS = {
     "f16": "the F16 KV cache may be too small for the model's values: use --kv-dtype f32 (on a GPU "
     f"--gpu-dtype bf16). Else the weights are damaged: {_VERIFY}",
     "f32": f"not for the KV cache, which is F32: the weights are damaged. {_VERIFY}; if so, the source was",
+    "int8": f"not for the KV cache, whose scales are F32: the weights are damaged. {_VERIFY}",
     "bf16": f"the weights are damaged, or their values are beyond the GPU's: try --device cpu. {_VERIFY}",
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention_tiles.h"
+#include "cache_bytes.h"
 #include "spans.h"
 
 namespace krasis::KRASIS_ISA_NAMESPACE {
@@ -100,17 +101,33 @@ void softmax_scores(float *scores, int64_t first, int64_t num_keys, int64_t dim,
 }
 
 template <class Cache>
-void load_keys(const Cache *keys, int64_t num_keys, int64_t dim, int64_t stride, float *to) {
+void load_keys(const krasis_attention_args &args, const Cache *keys, int64_t num_keys, int64_t stride, float *to) {
+    const int64_t dim = args.head_dim;
     for (int64_t key = 0; key < num_keys; ++key) {
         for (int64_t d = 0; d < dim; d += 8) load8(keys + key * dim + d).store(to + key * stride + d);
     }
 }
 
-Values load_values(const float *values, int64_t, int64_t dim, float *) { return {values, dim}; }
+void load_keys(const krasis_attention_args &args, const int8_t *keys, int64_t num_keys, int64_t stride, float *to) {
+    const int64_t dim = args.head_dim, first = value_width(args);  // of a latent's row; else all of it
+    for (int64_t key = 0; key < num_keys; ++key, keys += row_bytes(args), to += stride) {
+        load_bytes(keys, keys + dim, first, to);
+        if (first < dim) load_bytes(keys + first, keys + dim + kScaleBytes, dim - first, to + first);
+    }
+}
 
-Values load_values(const uint16_t *values, int64_t num_keys, int64_t dim, float *buffer) {
-    for (int64_t i = 0; i < num_keys * dim; i += 16) V16::load_f16(values + i).store(buffer + i);
-    return {buffer, dim};
+Values load_values(const krasis_attention_args &args, const float *values, int64_t, float *) {
+    return {values, args.head_dim};
+}
+
+Values load_values(const krasis_attention_args &args, const uint16_t *values, int64_t num_keys, float *buffer) {
+    for (int64_t i = 0; i < num_keys * args.head_dim; i += 16) V16::load_f16(values + i).store(buffer + i);
+    return {buffer, args.head_dim};
+}
+
+Values load_values(const krasis_attention_args &args, const int8_t *values, int64_t num_keys, float *buffer) {
+    load_keys(args, values, num_keys, args.head_dim, buffer);
+    return {buffer, args.head_dim};
 }
 
 // Keys [first, end) of a block that a query sees; none if first >= end.
@@ -128,16 +145,16 @@ template <class Cache, class S>
 void attend_block(const AttentionSpan &span, const AttentionTask &task, int64_t begin, int64_t end, S &scratch) {
     const krasis_attention_args &args = *span.args;
     const int64_t num_keys = smaller(end - begin, kBlockKeys);
-    const int64_t dim = args.head_dim, heads = task.num_heads, rows = task.num_tokens * heads;
+    const int64_t dim = args.head_dim, bytes = row_bytes(args), heads = task.num_heads, rows = task.num_tokens * heads;
     const int64_t width = value_width(args);
     const bool latent = args.value_dim > 0;  // a value is the beginning of its key
-    const int64_t first_row = task.kv_head * args.capacity;
-    const int64_t offset = (first_row + row_of(args, begin)) * dim;
-    const Cache *k_cache = static_cast<const Cache *>(span.keys) + offset;
-    const Cache *v_cache = static_cast<const Cache *>(span.values) + offset;
-    const int64_t row_bytes = dim * static_cast<int64_t>(sizeof(Cache));
-    load_keys(k_cache, num_keys, dim, S::kStride, scratch.keys);
-    const Ahead wanted = latent ? Ahead{} : Ahead{v_cache, num_keys, row_bytes};
+    const auto rows_of = [&](const void *memory, int64_t position) {
+        const int64_t row = task.kv_head * args.capacity + row_of(args, position);
+        return reinterpret_cast<const Cache *>(static_cast<const uint8_t *>(memory) + row * bytes);
+    };
+    const Cache *v_cache = rows_of(span.values, begin);
+    load_keys(args, rows_of(span.keys, begin), num_keys, S::kStride, scratch.keys);
+    const Ahead wanted = latent ? Ahead{} : Ahead{v_cache, num_keys, bytes};
     score_block(scratch, rows, num_keys, dim, wanted, scratch.scores);
     const int64_t position = span.start + task.first_token, last = position + task.num_tokens - 1;
     for (int64_t row = 0; row < rows; ++row) {
@@ -148,13 +165,12 @@ void attend_block(const AttentionSpan &span, const AttentionTask &task, int64_t 
     }
     const int64_t unseen = Visible(args.window, position, begin, num_keys).first;  // by any row
     const int64_t skipped = unseen > 0 ? unseen : 0;
-    Values values = latent ? Values{scratch.keys, S::kStride} : load_values(v_cache, num_keys, dim, scratch.values);
+    Values values = latent ? Values{scratch.keys, S::kStride} : load_values(args, v_cache, num_keys, scratch.values);
     values.data += skipped * values.stride;
     const float *weights = scratch.scores + skipped;
     if (position + 1 - begin >= num_keys && !Visible(args.window, last, begin, num_keys).none()) {
-        const Cache *following =
-            static_cast<const Cache *>(span.keys) + (first_row + row_of(args, begin + num_keys)) * dim;
-        const Ahead next{following, smaller(end - begin - num_keys, kBlockKeys), row_bytes};
+        const int64_t left = smaller(end - begin - num_keys, kBlockKeys);
+        const Ahead next{rows_of(span.keys, begin + num_keys), left, bytes};
         return add_values(rows, weights, values, num_keys - skipped, width, next, scratch.out);
     }
     for (int64_t token = 0; token < task.num_tokens; ++token) {  // every token sees another number of keys
@@ -182,6 +198,8 @@ void run_split(const AttentionSpan &span, const AttentionTask &task, int64_t spl
     for (int64_t begin = seen > split * kSplitKeys ? seen : split * kSplitKeys; begin < end; begin += kBlockKeys) {
         if (args.kv_dtype == KRASIS_F16) {
             attend_block<uint16_t>(span, task, begin, end, scratch);
+        } else if (args.kv_dtype == KRASIS_I8) {
+            attend_block<int8_t>(span, task, begin, end, scratch);
         } else {
             attend_block<float>(span, task, begin, end, scratch);
         }

@@ -24,6 +24,7 @@ int32_t check(const krasis_latent_args &args) {
         args.ldq < args.num_heads * (args.nope_dim + args.rope_dim) || args.ldkv < args.kv_rank + args.rope_dim) {
         return KRASIS_ERR_SHAPE;
     }
+    if (args.kv_dtype == KRASIS_I8 && args.kv_rank + args.rope_dim > krasis::kMaxLatentBytes) return KRASIS_ERR_SHAPE;
     if (const int32_t status = krasis::check_acts(args.acts)) return status;
     if (args.acts->k != args.nope_dim || args.acts->tokens != args.tokens * args.num_heads) return KRASIS_ERR_SHAPE;
     const bool rotates = args.rotary_dims > 0;

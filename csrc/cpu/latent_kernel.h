@@ -1,7 +1,9 @@
 // latent_kernel.h: norm, rotation, cache write and quantisation of latent attention, compiled once per instruction set.
 #pragma once
 
-#include "acts_block.h"
+#include <type_traits>
+
+#include "cache_bytes.h"
 #include "latent.h"
 #include "norm_sum.h"
 #include "simd.h"
@@ -34,11 +36,8 @@ void turn(const krasis_latent_args &args, const float *x, int64_t position, floa
     for (int64_t i = 2 * pairs; i < args.rope_dim; ++i) out[i] = x[i] * factor;
 }
 
-// The row's latent, normed, and the keys' common part, turned, into the cache.
 template <class Cache>
-void store_key(const krasis_latent_args &args, const krasis_span &span, int64_t row, int64_t position) {
-    const float *kv = args.kv + row * args.ldkv;
-    Cache *key = static_cast<Cache *>(layer_keys(args, span)) + position * (args.kv_rank + args.rope_dim);
+void store_key_of_floats(const krasis_latent_args &args, const float *kv, int64_t row, int64_t position, Cache *key) {
     const V8 inverse = V8::set1(inverse_rms(kv, args.kv_rank, args.eps));
     for (int64_t i = 0; i < args.kv_rank; i += 8) {
         put(mul(mul(V8::load(kv + i), inverse), V8::load(args.norm + i)), key + i);
@@ -50,6 +49,30 @@ void store_key(const krasis_latent_args &args, const krasis_span &span, int64_t 
     for (int64_t i = 0; i < args.rope_dim; i += kPiece) {
         put(V8::load(turned + i), key + args.kv_rank + i);
         put(V8::load(turned + i + 8), key + args.kv_rank + i + 8);
+    }
+}
+
+void store_key_of_bytes(const krasis_latent_args &args, const float *kv, int64_t position, int8_t *key) {
+    alignas(64) float y[kMaxLatentBytes];
+    const V8 inverse = V8::set1(inverse_rms(kv, args.kv_rank, args.eps));
+    for (int64_t i = 0; i < args.kv_rank; i += 8) {
+        mul(mul(V8::load(kv + i), inverse), V8::load(args.norm + i)).store(y + i);
+    }
+    turn(args, kv + args.kv_rank, position, 1.0f, y + args.kv_rank);
+    int8_t *scales = key + args.kv_rank + args.rope_dim;
+    store_bytes(y, args.kv_rank, key, scales);
+    store_bytes(y + args.kv_rank, args.rope_dim, key + args.kv_rank, scales + kScaleBytes);
+}
+
+// The row's latent, normed, and the keys' common part, turned, into the cache.
+template <class Cache>
+void store_key(const krasis_latent_args &args, const krasis_span &span, int64_t row, int64_t position) {
+    const float *kv = args.kv + row * args.ldkv;
+    void *place = static_cast<uint8_t *>(layer_keys(args, span)) + position * row_bytes(args);
+    if constexpr (std::is_same_v<Cache, int8_t>) {
+        store_key_of_bytes(args, kv, position, static_cast<int8_t *>(place));
+    } else {
+        store_key_of_floats(args, kv, row, position, static_cast<Cache *>(place));
     }
 }
 
@@ -75,7 +98,9 @@ void store_queries(const krasis_latent_args &args, int64_t row, int64_t position
 }  // namespace
 
 void latent_rows(const krasis_latent_args &args, const krasis_span &span, int64_t begin, int64_t end) {
-    const auto store = args.kv_dtype == KRASIS_F16 ? store_key<uint16_t> : store_key<float>;
+    const auto store = args.kv_dtype == KRASIS_F16  ? store_key<uint16_t>
+                       : args.kv_dtype == KRASIS_I8 ? store_key<int8_t>
+                                                    : store_key<float>;
     for (int64_t row = begin; row < end; ++row) {
         const int64_t position = span.start + row - span.first_row;
         store(args, span, row, position);

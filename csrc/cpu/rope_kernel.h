@@ -1,6 +1,9 @@
 // rope_kernel.h: bias, norm, rotary embedding and cache write, compiled once per instruction set.
 #pragma once
 
+#include <type_traits>
+
+#include "cache_bytes.h"
 #include "norm_sum.h"
 #include "rope.h"
 #include "simd.h"
@@ -102,25 +105,59 @@ KRASIS_INLINE void turn_heads(const krasis_qkv_args &args, const float *x, int64
     }
 }
 
-template <class Cache, bool kNorm, bool kClip>
-void rope_store_row(const krasis_qkv_args &args, const krasis_span &span, int64_t row) {
-    const int64_t dim = args.head_dim, position = span.start + row - span.first_row;
-    const int64_t size = qkv_size(args), stride = args.capacity * dim;
-    float *q = args.qkv + row * size;
-    if (args.bias) {
-        for (int64_t i = 0; i < size; i += 8) add(V8::load(q + i), V8::load(args.bias + i)).store(q + i);
+// v's head as it is kept -> out, which may be where it is read from.
+template <bool kClip, class Out>
+KRASIS_INLINE void value_head(const krasis_qkv_args &args, const float *v, Out *out) {
+    const Head<false, kClip> head{v, nullptr, V8::zero(), args.clip};
+    const V8 inverse = V8::set1(args.value_norm ? inverse_rms(v, args.head_dim, args.eps) : 1.0f);
+    for (int64_t d = 0; d < args.head_dim; d += 8) put(mul(head.at(d), inverse), out + d);
+}
+
+// A row's q in place; k and v to the cache by way of floats: v first, for it may be k as it came.
+template <bool kNorm, bool kClip>
+void store_row_of_bytes(const krasis_qkv_args &args, const krasis_span &span, int64_t position, float *q, float *k,
+                        const float *v) {
+    alignas(64) float y[kMaxHeadDim];
+    const int64_t dim = args.head_dim, bytes = row_bytes(args);
+    const int64_t offset = row_of(args, position) * bytes, stride = args.capacity * bytes;
+    int8_t *keys = static_cast<int8_t *>(layer_keys(args, span)) + offset;
+    int8_t *values = static_cast<int8_t *>(layer_values(args, span)) + offset;
+    for (int64_t i = 0; i < args.num_kv_heads; ++i) {
+        value_head<kClip>(args, v + i * dim, y);
+        store_bytes(y, dim, values + i * stride, values + i * stride + dim);
     }
-    const float *k = q + args.num_heads * dim, *v = args.shared_kv ? k : k + args.num_kv_heads * dim;
-    const int64_t offset = row_of(args, position) * dim;
+    turn_heads<kNorm, kClip>(args, q, args.num_heads, args.q_norm, position, [&](int64_t i) { return q + i * dim; });
+    turn_heads<kNorm, kClip>(args, k, args.num_kv_heads, args.k_norm, position, [&](int64_t i) { return k + i * dim; });
+    for (int64_t i = 0; i < args.num_kv_heads; ++i) {
+        store_bytes(k + i * dim, dim, keys + i * stride, keys + i * stride + dim);
+    }
+}
+
+// The same with keys and values of floats, which go to the cache as they are turned.
+template <class Cache, bool kNorm, bool kClip>
+void store_row_of_floats(const krasis_qkv_args &args, const krasis_span &span, int64_t position, float *q,
+                         const float *k, const float *v) {
+    const int64_t dim = args.head_dim, stride = args.capacity * dim, offset = row_of(args, position) * dim;
     Cache *keys = static_cast<Cache *>(layer_keys(args, span)) + offset;
     Cache *values = static_cast<Cache *>(layer_values(args, span)) + offset;
     turn_heads<kNorm, kClip>(args, q, args.num_heads, args.q_norm, position, [&](int64_t i) { return q + i * dim; });
     turn_heads<kNorm, kClip>(args, k, args.num_kv_heads, args.k_norm, position,
                              [&](int64_t i) { return keys + i * stride; });
-    for (int64_t i = 0; i < args.num_kv_heads; ++i) {
-        const Head<false, kClip> head{v + i * dim, nullptr, V8::zero(), args.clip};
-        const V8 inverse = V8::set1(args.value_norm ? inverse_rms(head.x, dim, args.eps) : 1.0f);
-        for (int64_t d = 0; d < dim; d += 8) put(mul(head.at(d), inverse), values + i * stride + d);
+    for (int64_t i = 0; i < args.num_kv_heads; ++i) value_head<kClip>(args, v + i * dim, values + i * stride);
+}
+
+template <class Cache, bool kNorm, bool kClip>
+void rope_store_row(const krasis_qkv_args &args, const krasis_span &span, int64_t row) {
+    const int64_t dim = args.head_dim, position = span.start + row - span.first_row, size = qkv_size(args);
+    float *q = args.qkv + row * size;
+    if (args.bias) {
+        for (int64_t i = 0; i < size; i += 8) add(V8::load(q + i), V8::load(args.bias + i)).store(q + i);
+    }
+    float *k = q + args.num_heads * dim, *v = args.shared_kv ? k : k + args.num_kv_heads * dim;
+    if constexpr (std::is_same_v<Cache, int8_t>) {
+        store_row_of_bytes<kNorm, kClip>(args, span, position, q, k, v);
+    } else {
+        store_row_of_floats<Cache, kNorm, kClip>(args, span, position, q, k, v);
     }
 }
 
@@ -134,7 +171,9 @@ KRASIS_INLINE auto row_function(const krasis_qkv_args &args) {
 }  // namespace
 
 void rope_store_rows(const krasis_qkv_args &args, const krasis_span &span, int64_t begin, int64_t end) {
-    const auto store = args.kv_dtype == KRASIS_F16 ? row_function<uint16_t>(args) : row_function<float>(args);
+    const auto store = args.kv_dtype == KRASIS_F16  ? row_function<uint16_t>(args)
+                       : args.kv_dtype == KRASIS_I8 ? row_function<int8_t>(args)
+                                                    : row_function<float>(args);
     for (int64_t row = begin; row < end; ++row) store(args, span, row);
 }
 

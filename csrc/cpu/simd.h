@@ -50,6 +50,9 @@ struct V8 {
         const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
         return {_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16))};
     }
+    static KRASIS_INLINE V8 load_i8(const int8_t *p) {
+        return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(p))))};
+    }
     KRASIS_INLINE void store(float *p) const { _mm256_storeu_ps(p, v); }
     KRASIS_INLINE void store_f16(uint16_t *p) const {
         _mm_storeu_si128(reinterpret_cast<__m128i *>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
@@ -101,6 +104,9 @@ struct V16 {
         const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)));
         return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
     }
+    static KRASIS_INLINE V16 load_i8(const int8_t *p) {
+        return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))))};
+    }
     KRASIS_INLINE void store(float *p) const { _mm512_storeu_ps(p, v); }
     KRASIS_INLINE void store_f16(uint16_t *p) const {
         _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
@@ -141,6 +147,7 @@ struct V16 {
     static KRASIS_INLINE V16 load(const float *p) { return {V8::load(p), V8::load(p + 8)}; }
     static KRASIS_INLINE V16 load_f16(const uint16_t *p) { return {V8::load_f16(p), V8::load_f16(p + 8)}; }
     static KRASIS_INLINE V16 load_bf16(const uint16_t *p) { return {V8::load_bf16(p), V8::load_bf16(p + 8)}; }
+    static KRASIS_INLINE V16 load_i8(const int8_t *p) { return {V8::load_i8(p), V8::load_i8(p + 8)}; }
     KRASIS_INLINE void store(float *p) const {
         a.store(p);
         b.store(p + 8);

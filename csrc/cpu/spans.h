@@ -7,7 +7,21 @@
 
 namespace krasis {
 
-inline int64_t kv_bytes(int32_t kv_dtype) { return kv_dtype == KRASIS_F16 ? 2 : 4; }
+constexpr int64_t kScaleBytes = 4;  // of a part of a row of 8-bit codes
+
+inline int64_t kv_row_bytes(int32_t kv_dtype, int64_t channels, int64_t parts) {
+    if (kv_dtype == KRASIS_I8) return channels + parts * kScaleBytes;
+    return channels * (kv_dtype == KRASIS_F16 ? 2 : 4);
+}
+
+// Bytes from one position's key to the next, and of values.
+inline int64_t row_bytes(const krasis_qkv_args &args) { return kv_row_bytes(args.kv_dtype, args.head_dim, 1); }
+inline int64_t row_bytes(const krasis_attention_args &args) {
+    return kv_row_bytes(args.kv_dtype, args.head_dim, args.value_dim > 0 ? 2 : 1);
+}
+inline int64_t row_bytes(const krasis_latent_args &args) {
+    return kv_row_bytes(args.kv_dtype, args.kv_rank + args.rope_dim, 2);
+}
 
 constexpr int64_t kMostRingPosition = int64_t{1} << 40;  // keeps sums of positions far from overflow
 
@@ -24,9 +38,11 @@ int64_t row_of(const Args &args, int64_t position) {
 // For krasis_qkv_args and krasis_attention_args. max_positions: of what else is looked up by position.
 template <class Args>
 int32_t check_spans(const Args &args, int64_t max_positions) {
-    if (args.kv_dtype != KRASIS_F32 && args.kv_dtype != KRASIS_F16) return KRASIS_ERR_ARGUMENT;
+    if (args.kv_dtype != KRASIS_F32 && args.kv_dtype != KRASIS_F16 && args.kv_dtype != KRASIS_I8) {
+        return KRASIS_ERR_ARGUMENT;
+    }
     if (args.num_spans < 0 || args.keys_offset_bytes < 0 || args.values_offset_bytes < 0) return KRASIS_ERR_ARGUMENT;
-    const int64_t bytes = kv_bytes(args.kv_dtype);
+    const int64_t bytes = args.kv_dtype == KRASIS_F16 ? 2 : 4;
     if (args.keys_offset_bytes % bytes != 0 || args.values_offset_bytes % bytes != 0) return KRASIS_ERR_SHAPE;
     if (args.num_spans > 0 && !args.spans) return KRASIS_ERR_ARGUMENT;
     if (is_ring(args) && (args.capacity <= 0 || args.capacity % KRASIS_RING_STEP != 0)) return KRASIS_ERR_SHAPE;

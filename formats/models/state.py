@@ -93,7 +93,8 @@ class State:
 
 
 def state(mixer: Mixer | None, item_bytes: int = 2) -> State:
-    """What a mixer keeps. item_bytes: of one number of a key or value (2: bfloat16 or float16)."""
+    """What a mixer keeps. item_bytes: of one number of a key or value (2: bfloat16 or float16; 1:
+    int8 with scales)."""
     return State() if mixer is None else _STATES[type(mixer)](mixer, item_bytes)
 
 
@@ -122,8 +123,13 @@ def fixed_bytes(spec: ModelSpec) -> int:
     return sum(layer_state(spec, layer).fixed_bytes for layer in spec.layers)
 
 
+def _row_bytes(item_bytes: int, *parts: int) -> int:
+    """Of channels; in 8 bits each part has a scale in float32."""
+    return sum(parts) * item_bytes + (len(parts) * _F32_BYTES if item_bytes == 1 else 0)
+
+
 def _attention(mixer: Attention, item_bytes: int) -> State:
-    per_token = mixer.kv_heads * (mixer.head_dim + mixer.value_width) * item_bytes
+    per_token = mixer.kv_heads * _row_bytes(item_bytes, mixer.head_dim, mixer.value_width)
     kept = [Kept(per_token, window=mixer.window or mixer.chunk)]
     if mixer.selection is not None and not mixer.selection.reuses:
         kept.append(Kept(mixer.selection.key_heads * mixer.selection.dim * item_bytes))
@@ -131,7 +137,7 @@ def _attention(mixer: Attention, item_bytes: int) -> State:
 
 
 def _latent(mixer: LatentAttention, item_bytes: int) -> State:
-    kept = [Kept((mixer.kv_rank + mixer.rope_dim) * item_bytes)]
+    kept = [Kept(_row_bytes(item_bytes, mixer.kv_rank, mixer.rope_dim))]
     if mixer.selection is not None and not mixer.selection.reuses:
         keys = 2 if mixer.selection.kind == "pools" else 1  # a pool needs each token's gate too
         kept.append(Kept(keys * mixer.selection.dim * item_bytes))

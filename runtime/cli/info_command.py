@@ -129,7 +129,9 @@ _AT_LEAST_1 = click.IntRange(min=1)
 @_rate("--disk-gbps", "Sequential read rate of the disk, GB/s.")
 @click.option("--context", type=_AT_LEAST_1, help="Positions of KV cache.  [default: the prompt + 2048]")
 @click.option("--prompt-tokens", type=_AT_LEAST_1, help="Length of the prompt.  [default: 10000]")
-@click.option("--kv-dtype", type=click.Choice(["f16", "bf16", "f32"]), default="f16", show_default=True)
+@click.option(
+    "--kv-dtype", type=click.Choice(["f16", "bf16", "f32", "int8"]), default="f16", show_default=True
+)
 @version_option()
 @last_resort("krasis-info")
 @ends_in_order("")

@@ -101,7 +101,10 @@ class CommandError(click.ClickException):
 @text_options
 @click.option("--seed", metavar="N", type=int, help="Makes drawing repeatable.")
 @click.option(
-    "--kv-dtype", type=click.Choice(["f16", "f32"]), default="f16", help="Precision of the KV cache."
+    "--kv-dtype",
+    type=click.Choice(["f16", "f32", "int8"]),
+    default="f16",
+    help="Precision of the KV cache (int8: half the memory; on the CPU alone).",
 )
 @click.option(
     "--activations",

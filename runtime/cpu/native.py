@@ -26,7 +26,7 @@ ACTIVATION_CODES = {
     "silu_clamped_after": 4,
     "relu_squared": 5,
 }
-KV_CODES = {"f32": 0, "f16": 2}
+KV_CODES = {"f32": 0, "f16": 2, "int8": 3}
 NORM_CODES = {"head": 1, "flat": 2, "head_after_rope": 3}
 GATE_CODES = {"silu": 0, "sigmoid": 1}
 STYLE_CODES = {"half": 0, "interleaved": 1}

@@ -11,7 +11,8 @@ from krasis.runtime.batch import Span
 from krasis.runtime.cpu.native import SpanStruct
 from krasis.runtime.cpu.native_arrays import Array, out_pointer
 
-ELEMENT_BYTES: dict[str, int] = {"f32": 4, "f16": 2}
+ELEMENT_BYTES: dict[str, int] = {"f32": 4, "f16": 2, "int8": 1}
+_SCALE_BYTES = 4
 
 
 class SlotMemory:
@@ -34,14 +35,18 @@ class LayerCache:
     keys_offset_bytes: int
     values_offset_bytes: int
     capacity: int
-    dtype: str  # f32 or f16
+    dtype: str  # f32, f16 or int8
     is_ring: bool = False
 
-    def size_bytes(self, num_kv_heads: int, head_dim: int) -> int:
-        """Of the layer's keys, and of its values. Raises NativeError for a type that kernels lack."""
+    def size_bytes(self, num_kv_heads: int, head_dim: int, num_parts: int = 1) -> int:
+        """Of the layer's keys, and of its values. num_parts: scales of a row in 8 bits. Raises NativeError
+        for a type that kernels lack."""
         if self.dtype not in ELEMENT_BYTES:
-            raise NativeError("cache must be f32 or f16", where="cache", got=self.dtype)
-        return num_kv_heads * self.capacity * head_dim * ELEMENT_BYTES[self.dtype]
+            raise NativeError("cache must be f32, f16 or int8", where="cache", got=self.dtype)
+        row_bytes = head_dim * ELEMENT_BYTES[self.dtype]
+        if self.dtype == "int8":
+            row_bytes += num_parts * _SCALE_BYTES
+        return num_kv_heads * self.capacity * row_bytes
 
 
 class Spans:
@@ -87,7 +92,7 @@ class Spans:
         sides = [("keys", cache.keys_offset_bytes, self.keys_bytes)]
         if has_values:
             sides.append(("values", cache.values_offset_bytes, self.values_bytes))
-        size_bytes = cache.size_bytes(num_kv_heads, head_dim)
+        size_bytes = cache.size_bytes(num_kv_heads, head_dim, 1 if has_values else 2)
         for name, begin, limit in sides:
             if begin < 0 or size_bytes < 0 or begin + size_bytes > limit:
                 raise NativeError(

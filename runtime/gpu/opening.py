@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 # Of a sound bundle: a damaged one is not to be run anywhere.
 _IN_THE_WAY = (MismatchError, NativeError, ResourceError, UnsupportedModelError, UsageError)
+_KV_OPTION = "--kv-dtype"
 MAX_EXPERTS, MAX_TOP_K = 1024, 64  # of the routing kernel
 MAX_LATENT, MAX_SHARED_KEY = 512, 64  # channels, of the kernel of latent attention
 DOUBLE_BYTES = 2**30
@@ -58,8 +59,11 @@ def open_gpu_backend(bundle: Bundle, settings: EngineSettings) -> Backend | None
     except _IN_THE_WAY as error:
         if insists:
             raise
-        # An idle GPU that a better installation would use is worth a line; what the user chose is not.
-        broken = has_gpu() and (isinstance(error, NativeError) or error.where.startswith("torch "))
+        # An idle GPU that a better installation, or another option, would use is worth a line; what the user
+        # chose is not.
+        broken = has_gpu() and (
+            isinstance(error, NativeError) or error.where.startswith(("torch ", _KV_OPTION))
+        )
         words = (
             "this machine's GPU is not used, everything runs on the CPU" if broken else "running on the CPU"
         )
@@ -73,6 +77,12 @@ def refuse(bundle: Bundle, settings: EngineSettings) -> None:
         raise UsageError(
             f"activations in {settings.activations} are a reference that runs on the CPU",
             hint='leave activations at "int8", or use device="cpu"',
+        )
+    if settings.kv_dtype == "int8":
+        raise UsageError(
+            "a GPU keeps no KV cache in 8 bits yet",
+            where=_KV_OPTION,
+            hint='leave kv_dtype at "f16" (a GPU\'s cache is of gpu_dtype), or use device="cpu"',
         )
     if "gpu" not in bundle.manifest.layouts:
         raise MismatchError(

@@ -113,6 +113,11 @@ def _ranks(sizes: ModelSizes, gpus: Sequence[GpuSpec], workload: Workload) -> li
             "this bundle has no GPU experts",
             hint="convert it with a GPU tier, or plan without GPUs (krasis-info --gpus none)",
         )
+    if workload.kv_dtype == "int8":
+        raise UsageError(
+            "a GPU keeps no KV cache in 8 bits yet",
+            hint="plan with --kv-dtype f16, or without GPUs (krasis-info --gpus none)",
+        )
     kv_bytes = sizes.sequence_bytes(workload.context, workload.kv_dtype, "whole")
     ranks = []
     for rank, (first, count) in enumerate(rank_experts(sizes.most_experts, len(gpus))):

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 DEFAULT_GPU_LAYOUT = "marlin-u4b8-g128-bf16"
 DEFAULT_CPU_LAYOUT = "cpu-q8-r32-b32"
 MXFP4_CPU_LAYOUT = "cpu-mxfp4-r32-b32"
-KV_DTYPE_BYTES = {"f16": 2, "bf16": 2, "f32": 4}
+KV_DTYPE_BYTES = {"f16": 2, "bf16": 2, "f32": 4, "int8": 1}
 EMBEDDING_BLOB = "embedding"
 # Norms, router and embedding keep their own precision: 16 bits in nearly every published checkpoint.
 _DTYPE_BYTES = {"I8": 1, "F32": 4, "I32": 4, None: 2}

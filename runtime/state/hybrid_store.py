@@ -20,7 +20,8 @@ from krasis.formats.models.recurrent import GatedDelta
 from krasis.formats.models.spec import ModelSpec
 from krasis.formats.models.state import SNAPSHOTS, TAIL_TOKENS, copy_bytes
 from krasis.runtime.batch import Batch, Span, StateRows
-from krasis.runtime.state.kv_store import KV_NUMPY, Bytes, Floats, KvStore, Slot
+from krasis.runtime.state.kv_store import Bytes, KvStore, Slot
+from krasis.runtime.state.row_form import KV_NUMPY, Floats
 
 TILE_COLUMNS = 16  # of a matrix that lie together: the kernels read it in tiles of so many channels of v
 _ALIGN_BYTES = 64

@@ -1,7 +1,8 @@
 """A prefix on disk: token ids with the keys and values computed for them, to go on from without a prefill.
 
 The file is a safetensors file. ``keys`` and ``values`` [num_layers, num_kv_heads, n, head_dim] in the cache's
-own dtype, ``tokens`` I32 [n], and, if a chat was saved, ``conversation`` U8: the JSON of ``/save``. Layers
+own dtype (in 8 bits U8 [.., head_dim + 4], a row's codes and then their float32 scale), ``tokens`` I32 [n],
+and, if a chat was saved, ``conversation`` U8: the JSON of ``/save``. Layers
 that overwrite a matrix with each token have it in ``matrices`` [num_layers, heads, rows, 16] and their last
 inputs in ``columns`` [num_layers, 1, n, channels], both F32, in place of keys and values; those of latent
 attention (MLA) have ``latents`` [num_layers, 1, n, channels], and those with a window, where the cache keeps
@@ -216,7 +217,7 @@ class PrefixFile:
             is_short = keys.name == WINDOW_NAMES[0]  # how short is the model's matter
             is_fit = len(keys.shape) == 4 and (is_short or keys.shape[2] == self.num_tokens)
             if not is_fit or _KV_DTYPES.get(keys.dtype) != self.kv_dtype:
-                raise self._misfit(keys, f"F16, BF16 or F32 [layers, heads, {self.num_tokens}, head_dim]")
+                raise self._misfit(keys, f"F16, BF16, F32 or U8 [layers, heads, {self.num_tokens}, head_dim]")
         for names in (KV_NAMES, WINDOW_NAMES):
             if names[0] not in self._tensors:
                 continue

@@ -9,43 +9,14 @@ import numpy as np
 import numpy.typing as npt
 
 from krasis.formats.errors import NativeError, ResourceError
-from krasis.formats.limits import align_up
-from krasis.formats.models.mixers import Attention, LatentAttention
-from krasis.formats.models.spec import Mixer, ModelSpec
-from krasis.formats.models.state import ring_positions
+from krasis.formats.models.spec import ModelSpec
 from krasis.formats.process.machine_limits import available_memory_bytes
 from krasis.runtime.batch import Batch, Span, StateRows, StateStore
+from krasis.runtime.state.places import ALIGN_BYTES, LayerPlace, layer_places
+from krasis.runtime.state.row_form import Floats
 
 Bytes = npt.NDArray[np.uint8]
-Floats = npt.NDArray[np.float32]
 Index = slice | npt.NDArray[np.intp]
-
-KV_NUMPY: dict[str, type[np.generic]] = {"f16": np.float16, "f32": np.float32}
-_ALIGN_BYTES = 64
-
-
-@dataclass(frozen=True, slots=True)
-class LayerPlace:
-    """Where a layer's keys and values lie in the memory of a slot: [kv_heads, rows, key_channels] from byte
-    ``offset_bytes`` of the keys on, [kv_heads, rows, value_channels] from ``value_offset_bytes`` of the
-    values on. value_channels: 0 where keys hold the values. rows: positions that have room. window: the
-    positions that a token sees, None for all; position p then lies at p % rows.
-    """
-
-    offset_bytes: int
-    kv_heads: int
-    key_channels: int
-    value_offset_bytes: int
-    value_channels: int
-    rows: int
-    window: int | None = None
-
-    def num_bytes(self, item_bytes: int) -> tuple[int, int]:
-        """Of keys, and of values."""
-        return tuple(
-            self.kv_heads * self.rows * channels * item_bytes
-            for channels in (self.key_channels, self.value_channels)
-        )  # type: ignore[return-value]
 
 
 @dataclass(slots=True)
@@ -74,12 +45,10 @@ class KvStore:
     def __init__(self, spec: ModelSpec, capacity: int, dtype: str, num_slots: int = 1) -> None:
         """Raises ResourceError if the slots together cannot fit in RAM."""
         self.capacity, self.dtype, self.num_slots = capacity, dtype, num_slots
-        self._numpy = np.dtype(KV_NUMPY[dtype])
-        self.places = layer_places(spec, capacity, self._numpy.itemsize)
+        self.places = layer_places(spec, capacity, dtype)
         held = [place for place in self.places if place is not None]
-        ends = [(place, *place.num_bytes(self._numpy.itemsize)) for place in held]
-        self._keys_bytes = max((place.offset_bytes + keys for place, keys, _ in ends), default=0)
-        self._values_bytes = max((place.value_offset_bytes + values for place, _, values in ends), default=0)
+        self._keys_bytes = max((place.keys_end_bytes for place in held), default=0)
+        self._values_bytes = max((place.values_end_bytes for place in held), default=0)
         self._windows = {(place.window, place.rows) for place in held if place.window is not None}
         self._slots: list[Slot] = []
         self._check_room(num_slots)
@@ -192,40 +161,33 @@ class KvStore:
     # ---- for backends ------------------------------------------------------------------------------------
 
     def layer(self, slot: int, layer: int) -> tuple[StateRows, StateRows]:
-        """Views of a layer's keys and values, each [kv_heads, rows, channels of one]; position p lies at
+        """Views of a layer's keys and values, each [kv_heads, rows, width of one]; position p lies at
         p % rows."""
         place, live = self._place(layer), self._live(slot)
-        keys, values = (
-            memory[begin : begin + size].view(self._numpy).reshape(place.kv_heads, place.rows, channels)
-            for memory, begin, size, channels in zip(
-                (live.keys, live.values),
-                (place.offset_bytes, place.value_offset_bytes),
-                place.num_bytes(self._numpy.itemsize),
-                (place.key_channels, place.value_channels),
-                strict=True,
-            )
-        )
-        return keys, values
+        keys = live.keys[place.offset_bytes : place.keys_end_bytes].view(place.key.numpy)
+        values = live.values[place.value_offset_bytes : place.values_end_bytes].view(place.value.numpy)
+        shape = (place.kv_heads, place.rows)
+        return keys.reshape(*shape, place.key.width), values.reshape(*shape, place.value.width)
 
     def extend(
         self, slot: int, layer: int, start: int, keys: Floats, values: Floats
     ) -> tuple[StateRows, StateRows, int]:
         """Writes the rows [kv_heads, n, channels] of positions start.. and gives keys and values of the
-        positions that these see, as they are kept, and the first of these positions."""
-        kept = self.layer(slot, layer)
-        window, end = self._window(layer), start + keys.shape[1]
-        if window is None:
-            kept[0][:, start:end], kept[1][:, start:end] = keys, values
-            return kept[0][:, :end], kept[1][:, :end], 0
-        first = max(0, start - window + 1)
+        positions that these see, rounded as they are kept, and the first of these positions."""
+        place, end = self._place(layer), start + keys.shape[1]
+        first = 0 if place.window is None else max(0, start - place.window + 1)
         before = self._rows(layer, first, start)
-        seen = [
-            np.concatenate([rows[:, before], new.astype(rows.dtype)], axis=1)
-            for rows, new in zip(kept, (keys, values), strict=True)
-        ]
-        taken = min(end - start, kept[0].shape[1])
-        for rows, all_seen in zip(kept, seen, strict=True):
-            rows[:, self._rows(layer, end - taken, end)] = all_seen[:, all_seen.shape[1] - taken :]
+        taken = min(end - start, place.rows)
+        seen: list[StateRows] = []
+        for rows, form, floats in zip(
+            self.layer(slot, layer), (place.key, place.value), (keys, values), strict=True
+        ):
+            new = form.kept(floats)
+            # A copy: a window may be overwritten by what sees it.
+            old = np.array(rows[:, before]) if place.window is not None else rows[:, :0]
+            rows[:, self._rows(layer, end - taken, end)] = new[:, new.shape[1] - taken :]
+            all_seen = rows[:, :end] if place.window is None else np.concatenate([old, new], axis=1)
+            seen.append(form.floats(all_seen))
         return seen[0], seen[1], first
 
     def _rows(self, layer: int, begin: int, end: int) -> Index:
@@ -287,7 +249,8 @@ class KvStore:
             raise self._no_room(f"{need} bytes", f"{available} bytes")
 
     def _no_room(self, got: str, limit: str | None = None) -> ResourceError:
-        hint = "use a smaller --ctx" + (", or --kv-dtype f16" if self.dtype == "f32" else "")
+        narrower = {"f32": ", or --kv-dtype f16", "f16": ", or --kv-dtype int8"}
+        hint = "use a smaller --ctx" + narrower.get(self.dtype, "")
         return ResourceError("the KV cache does not fit in memory", got=got, limit=limit, hint=hint)
 
 
@@ -305,35 +268,6 @@ def zeros(num_bytes: int) -> Bytes:
     """Aligned memory. Zeros, not empty: large ones come from fresh pages, which cost nothing until they are
     written.
     """
-    raw = np.zeros(num_bytes + _ALIGN_BYTES, np.uint8)
-    skip = -int(raw.ctypes.data) % _ALIGN_BYTES
+    raw = np.zeros(num_bytes + ALIGN_BYTES, np.uint8)
+    skip = -int(raw.ctypes.data) % ALIGN_BYTES
     return raw[skip : skip + num_bytes]
-
-
-def layer_places(spec: ModelSpec, capacity: int, item_bytes: int) -> tuple[LayerPlace | None, ...]:
-    """Where each layer's keys and values lie in a slot, one after the other, aligned for the kernels."""
-    places: list[LayerPlace | None] = []
-    offset = value_offset = 0
-    for layer in spec.layers:
-        sizes = _sizes(layer.mixer)
-        if sizes is None:
-            places.append(None)
-            continue
-        kv_heads, key_channels, value_channels = sizes
-        window = layer.mixer.window if isinstance(layer.mixer, Attention) else None
-        rows = capacity if window is None else min(capacity, ring_positions(window))
-        place = LayerPlace(offset, kv_heads, key_channels, value_offset, value_channels, rows, window)
-        places.append(place)
-        keys_bytes, values_bytes = place.num_bytes(item_bytes)
-        offset = align_up(offset + keys_bytes, _ALIGN_BYTES)
-        value_offset = align_up(value_offset + values_bytes, _ALIGN_BYTES)
-    return tuple(places)
-
-
-def _sizes(mixer: Mixer | None) -> tuple[int, int, int] | None:
-    """(heads, channels of a key, channels of a value) that a mixer keeps of a token."""
-    if isinstance(mixer, Attention):
-        return mixer.kv_heads, mixer.head_dim, mixer.head_dim
-    if isinstance(mixer, LatentAttention):
-        return 1, mixer.kv_rank + mixer.rope_dim, 0
-    return None

@@ -17,10 +17,11 @@ from krasis.formats.models.recurrent import GatedDelta
 from krasis.formats.models.spec import ModelSpec
 from krasis.runtime.backend import Backend
 from krasis.runtime.state.hybrid_store import TILE_COLUMNS
+from krasis.runtime.state.row_form import row_forms
 
 FORMAT_NAME = "krasis-prefix"
 FORMAT_VERSION = "1"
-KV_TENSORS = {"f16": "F16", "bf16": "BF16", "f32": "F32"}
+KV_TENSORS = {"f16": "F16", "bf16": "BF16", "f32": "F32", "int8": "U8"}
 KV_NAMES, FIXED_NAMES, LATENT_NAMES = ("keys", "values"), ("matrices", "columns"), ("latents",)
 WINDOW_NAMES = ("window_keys", "window_values")
 GROUPS = (KV_NAMES, LATENT_NAMES, WINDOW_NAMES, FIXED_NAMES)
@@ -85,17 +86,18 @@ def groups_of(spec: ModelSpec, kv_dtype: str, num_tokens: int, *, windows: bool 
 def _group(
     mixer: object, index: int, kv_dtype: str, num_tokens: int, spec: ModelSpec, windows: bool
 ) -> Group:
-    if isinstance(mixer, Attention):
+    forms = row_forms(mixer, kv_dtype) if isinstance(mixer, Attention | LatentAttention) else None
+    if isinstance(mixer, Attention) and forms is not None:
         window = mixer.window if windows else None
         rows = num_tokens if window is None else min(num_tokens, window)
-        shape = (mixer.kv_heads, rows, mixer.head_dim)
         names = KV_NAMES if window is None else WINDOW_NAMES
-        return Group(names, KV_TENSORS[kv_dtype], (index,), (shape, shape))
+        shapes = tuple((forms[0], rows, form.width) for form in forms[1:])
+        return Group(names, KV_TENSORS[kv_dtype], (index,), shapes)
     if isinstance(mixer, GatedDelta):
         rows = mixer.key_dim * -(-mixer.value_dim // TILE_COLUMNS)
         matrices = (mixer.value_heads, rows, TILE_COLUMNS)
         return Group(FIXED_NAMES, "F32", (index,), (matrices, (1, mixer.conv_width - 1, mixer.conv_channels)))
-    if isinstance(mixer, LatentAttention):
-        latents = (1, num_tokens, mixer.kv_rank + mixer.rope_dim)
+    if forms is not None:
+        latents = (1, num_tokens, forms[1].width)
         return Group(LATENT_NAMES, KV_TENSORS[kv_dtype], (index,), (latents,), (1, num_tokens, 0))
     raise UnsupportedModelError("prefixes are not saved of models of this kind", where=spec.family)

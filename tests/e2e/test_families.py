@@ -112,8 +112,9 @@ def test_logits_equal_transformers(
 
 
 @pytest.mark.parametrize("bundle", ["hf"], indirect=True)
-def test_goes_on_from_a_saved_prefix_with_the_same_bits(bundle: Path, tmp_path: Path) -> None:
-    settings = EngineSettings(device="cpu", context=64, threads=1, prefault=False)
+@pytest.mark.parametrize("kv_dtype", ["f16", "int8"])
+def test_goes_on_from_a_saved_prefix_with_the_same_bits(bundle: Path, tmp_path: Path, kv_dtype: str) -> None:
+    settings = EngineSettings(device="cpu", context=64, threads=1, prefault=False, kv_dtype=kv_dtype)
     with Engine.open(bundle, settings) as engine:
         engine.prefill(TOKENS)
         engine.save_prefix(tmp_path / "a.kv")

@@ -95,14 +95,15 @@ def test_int8_equals_transformers_in_any_chunks_with_the_same_bits(
     backend.close()
 
 
+@pytest.mark.parametrize("kv_dtype", ["f16", "int8"])
 def test_the_ring_has_the_bits_of_a_whole_cache(
-    weights: ModelWeights, monkeypatch: pytest.MonkeyPatch
+    weights: ModelWeights, monkeypatch: pytest.MonkeyPatch, kv_dtype: str
 ) -> None:
-    backend = opened(weights)
+    backend = opened(weights, kv_dtype=kv_dtype)
     found = logits_of(backend, [130, 170], backend.state.open())
     backend.close()
-    monkeypatch.setattr("krasis.runtime.state.kv_store.ring_positions", lambda _: 512)
-    backend = opened(weights)
+    monkeypatch.setattr("krasis.runtime.state.places.ring_positions", lambda _: 512)
+    backend = opened(weights, kv_dtype=kv_dtype)
     assert not backend.state.has_rings
     np.testing.assert_array_equal(logits_of(backend, [130, 170], backend.state.open()), found)
     backend.close()

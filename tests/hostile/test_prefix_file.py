@@ -94,7 +94,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], type[KrasisError], list[s
         {"latents": ("F32", np.zeros((LAYERS, 1, NUM, DIM), "<f4"))},
         {},
         FormatError,
-        ["latents", "F16, BF16 or F32"],
+        ["latents", "F16, BF16, F32 or U8"],
     ),
     "latents_of_fewer_tokens": ({"latents": ("F16", KV2)}, {}, FormatError, ["latents", "[layers, heads, 3"]),
     "latents_in_a_model_of_keys": (
@@ -134,17 +134,23 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], type[KrasisError], list[s
         FormatError,
         ["values", "as the keys"],
     ),
-    "keys_of_bytes": (
+    "keys_of_integers": (
+        {"keys": ("I32", np.zeros((LAYERS, HEADS, NUM, DIM), "<i4"))},
+        {},
+        FormatError,
+        ["keys", "F16, BF16, F32 or U8"],
+    ),
+    "keys_of_bytes_beside_values_of_floats": (
         {"keys": ("U8", np.zeros((LAYERS, HEADS, NUM, DIM), "u1"))},
         {},
         FormatError,
-        ["keys", "F16, BF16 or F32"],
+        ["values", "U8", "as the keys"],
     ),
     "keys_in_one_dimension": (
         {"keys": ("F16", KV2.reshape(-1))},
         {},
         FormatError,
-        ["keys", "F16, BF16 or F32"],
+        ["keys", "F16, BF16, F32 or U8"],
     ),
     "heads_missing": (
         {"keys": ("F16", THIN), "values": ("F16", THIN)},

@@ -77,6 +77,22 @@ def test_int8_equals_transformers(
     backend.close()
 
 
+def test_a_cache_of_8_bits(
+    weights: ModelWeights, expected: np.ndarray, relative_error: RelativeError
+) -> None:
+    """Within 1 % of the norm where nothing else is rounded; in any chunks with the same bits."""
+    wide, narrow = (
+        FloatBackend(weights, EngineSettings(context=128, kv_dtype=kv_dtype, activations="float32"))
+        for kv_dtype in ("f16", "int8")
+    )
+    assert relative_error(all_logits(narrow, [70, 5]), all_logits(wide, [75])) <= 1e-2
+    backend = CpuBackend(weights, EngineSettings(context=128, kv_dtype="int8", threads=2))
+    whole = all_logits(backend, [75])
+    assert relative_error(whole, expected) <= 2e-2
+    np.testing.assert_array_equal(all_logits(backend, [33, 1, 1, 40]), whole)
+    backend.close()
+
+
 def test_int8_gives_the_same_bits_in_any_chunks(weights: ModelWeights) -> None:
     backend = CpuBackend(weights, EngineSettings(context=128, threads=2))
     whole = all_logits(backend, [75])

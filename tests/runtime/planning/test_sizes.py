@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from krasis.formats.errors import UsageError
-from krasis.runtime.planning import ModelSizes, count_parameters, sizes_of_shape
+from krasis.runtime.planning import ModelSizes, Workload, count_parameters, make_plan, sizes_of_shape
 from krasis.runtime.planning.presets import SHAPES, shape
 
 
@@ -54,8 +54,16 @@ def test_kv_bytes_of_one_token(qwen_235b: ModelSizes, dtype: str, expected: int)
 
 
 def test_unknown_kv_dtype_is_refused(qwen_235b: ModelSizes):
-    with pytest.raises(UsageError, match="f16, bf16, f32"):
+    with pytest.raises(UsageError, match="f16, bf16, f32, int8"):
         qwen_235b.kv_bytes(1, "q8")
+
+
+def test_8_bits_have_a_scale_a_key_and_are_for_cpus(qwen_235b: ModelSizes, machine):
+    assert qwen_235b.kv_bytes(10, "int8") == 10 * 94 * 2 * 4 * (128 + 4)
+    work = Workload(8192, 4096, "int8")
+    assert make_plan(qwen_235b, machine(0), work).host.kv_bytes == 8192 * 94 * 2 * 4 * 132
+    with pytest.raises(UsageError, match="8 bits"):
+        make_plan(qwen_235b, machine(1), work)
 
 
 def test_an_unknown_shape_names_the_known_ones():

@@ -175,3 +175,24 @@ def test_the_store_takes_what_the_plan_says(
     assert measured == pytest.approx(by_hand, rel=0.01)
     copies = sizes_of_shape(spec).snapshot_bytes(capacity, "f16", "rings")
     assert store.slot_bytes == pytest.approx(planned + copies, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "token_bytes"),
+    [
+        ("qwen3-235b-a22b", 94 * 2 * 4 * (128 + 4)),
+        ("gpt-oss-120b", 18 * 2 * 8 * (64 + 4)),
+        ("deepseek-v3", 61 * (576 + 2 * 4)),
+    ],
+)
+def test_8_bits_take_half(name: str, token_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("krasis.runtime.state.kv_store.available_memory_bytes", lambda: None)
+    config = json.loads((CONFIGS / f"{name}.json").read_text("utf-8"))
+    spec, capacity = spec_from_hf(config, name), 8192
+    narrow, wide = (state_store(spec, capacity, dtype) for dtype in ("int8", "f16"))
+    sizes = sizes_of_shape(spec)
+    grown = [sizes.kv_bytes(n, "int8", "rings") for n in (1000, 2000)]
+    assert grown[1] - grown[0] == 1000 * token_bytes
+    measured = sum(memory.nbytes for memory in narrow.memory(narrow.open()))
+    assert measured == pytest.approx(sizes.kv_bytes(capacity, "int8", "rings"), rel=0.01)
+    assert narrow.slot_bytes <= 0.535 * wide.slot_bytes
