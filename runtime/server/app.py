@@ -96,7 +96,9 @@ def _route(path: str, endpoint: Endpoint, method: str) -> Route:
         try:
             return await endpoint(request)
         except ApiError as error:
-            logger.info("%s %s: %d, %s", request.method, request.url.path, error.status, error.message)
+            # That the engine is lost was said once; who comes meanwhile, such as health checks, comes often.
+            level = logging.DEBUG if error.code == "engine_lost" else logging.INFO
+            logger.log(level, "%s %s: %d, %s", request.method, request.url.path, error.status, error.message)
             return _answer(request, error)
         except ClientLeft:
             return Response(status_code=499)
