@@ -33,7 +33,8 @@ _REQUEST = re.compile(r"(\d+) tokens of prompt \((\d+) cached\), (\d+) generated
 @dataclass(frozen=True, slots=True)
 class Agent:
     """package: of npm, with its version. command: its program and what comes before the question. files: of
-    its home, by path, for a server's URL. variables: of its environment, for the URL."""
+    its home, by path, for a server's URL: texts, or what becomes JSON. variables: of its environment, for the
+    URL."""
 
     package: str
     command: tuple[str, ...]
@@ -63,6 +64,19 @@ def _opencode(url: str) -> dict[str, object]:
     return {"work/opencode.json": config}
 
 
+def _codex(url: str) -> dict[str, object]:
+    lines = (
+        f'model = "{MODEL}"',
+        'model_provider = "krasis"',
+        "model_context_window = 131072",
+        "[model_providers.krasis]",
+        'name = "Krasis"',
+        f'base_url = "{url}/v1"',
+        'wire_api = "responses"',
+    )
+    return {".codex/config.toml": "\n".join(lines)}
+
+
 def _openai(url: str) -> dict[str, str]:
     return {"OPENAI_API_KEY": "any", "OPENAI_BASE_URL": f"{url}/v1", "OPENAI_MODEL": MODEL}
 
@@ -73,6 +87,11 @@ def _anthropic(url: str) -> dict[str, str]:
 
 
 AGENTS = {
+    "codex": Agent(
+        "@openai/codex@0.171.0",
+        ("codex", "exec", "--skip-git-repo-check", "--dangerously-bypass-approvals-and-sandbox"),
+        _codex,
+    ),
     "pi": Agent(
         "@mariozechner/pi-coding-agent@0.73.1", ("pi", "-p", "--provider", "krasis", "--model", MODEL), _pi
     ),
@@ -118,7 +137,7 @@ def ask(agent: Agent, programs: Path, url: str, timeout_s: float) -> str:
         (home / "work").mkdir()
         for path, value in agent.files(url).items():
             (home / path).parent.mkdir(parents=True, exist_ok=True)
-            (home / path).write_text(json.dumps(value), "utf-8")
+            (home / path).write_text(value if isinstance(value, str) else json.dumps(value), "utf-8")
         done = subprocess.run(
             [str(programs / agent.command[0]), *agent.command[1:], QUESTION],
             check=False,
