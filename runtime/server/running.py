@@ -23,6 +23,7 @@ from krasis.runtime.server.page_files import PageFiles
 from krasis.runtime.server.patience import patient_protocol
 from krasis.runtime.server.service import Service
 from krasis.runtime.server.wire import json_response
+from krasis.runtime.serving.api import CoreClosedError
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +147,8 @@ def run(
     header_timeout_s: float = 60.0,
 ) -> None:
     """Serves until a signal comes. load: makes the service, in a thread, while requests are told to wait.
-    unload: saves and frees it, at the very end. page: what browsers may have while the model is loading.
+    unload: saves and frees it, at the very end; a second call does nothing. If the end comes before it is
+    loaded, unload may make load raise CoreClosedError. page: what browsers may have while it is loading.
     header_timeout_s: for the headers of a request to arrive.
     wait: returns when the service works no more, and says what ended it: then the server ends too.
 
@@ -186,7 +188,8 @@ def run(
             if wait is not None:
                 Thread(target=watching, args=(wait,), name="watch", daemon=True).start()
         except BaseException as error:  # noqa: BLE001  it is raised again in the main thread
-            failure.append(error)
+            if not (server.should_exit and isinstance(error, CoreClosedError)):
+                failure.append(error)
             server.end()
 
     loader = Thread(target=loading, name="load", daemon=True)
@@ -198,6 +201,8 @@ def run(
             server.run(sockets=list(listeners))
         finally:
             sys.setswitchinterval(interval)
+            if loader.is_alive():
+                unload()  # whoever wants the end does not wait for a model
             loader.join()
             unload()
     if failure:

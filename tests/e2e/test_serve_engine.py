@@ -61,6 +61,13 @@ def kill_engine(server: int) -> None:
     os.kill(engine, signal.SIGKILL)
 
 
+def wait_until_gone(pid: int | None) -> None:
+    end = time.monotonic() + 20
+    while Path(f"/proc/{pid}").exists():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
 LONG: dict[str, Any] = {"max_tokens": 1900, "ignore_eos": True, "temperature": 1, "stream": True}
 STREAMS = {
     "/v1/chat/completions": {**LONG, "messages": ASK},
@@ -106,14 +113,22 @@ def test_a_killed_engine_ends_what_it_was_asked_and_comes_again(trained_bundle: 
         usage = again["usage"]  # prefixes in files are there again
         assert usage["prompt_tokens_details"]["cached_tokens"] >= usage["prompt_tokens"] - 1
         assert "krasis_engine_restarts_total 1.0" in ask(port, "GET", "/metrics")[1]
-        # If the server dies, its engine does not stay.
+        # The weights are the engine's alone; and if the server dies, its engine does not stay.
         engine = engine_of(process.pid)
-        assert engine is not None
+        assert f"{trained_bundle}/" in Path(f"/proc/{engine}/maps").read_text()
+        assert f"{trained_bundle}/" not in Path(f"/proc/{process.pid}/maps").read_text()
         process.kill()
+        wait_until_gone(engine)
+
+
+def test_an_engine_that_loads_ends_with_its_server(trained_bundle: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", CODE, str(trained_bundle), "--port", "0"]) as process:
         end = time.monotonic() + 20
-        while Path(f"/proc/{engine}").exists():
+        while (engine := engine_of(process.pid)) is None:
             assert time.monotonic() < end
-            time.sleep(0.05)
+            time.sleep(0.01)
+        process.kill()
+        wait_until_gone(engine)
 
 
 def test_a_stopped_engine_holds_up_its_own_answers_only(trained_bundle: Path) -> None:

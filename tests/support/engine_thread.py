@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 from krasis.runtime.server.engine.channel import Channel
@@ -21,16 +21,17 @@ from tests.support.scripted_backend import NUM_LAYERS, ScriptedBackend
 class EngineThread:
     """See ``launch.Engine``. ``kill`` does what SIGKILL does, as far as the server sees."""
 
-    def __init__(self, backend: ScriptedBackend, recipe: Any = None) -> None:
+    def __init__(self, backend: ScriptedBackend, recipe: Any, loaded: Event) -> None:
         ours, theirs = socket.socketpair()
         self.backend = backend
         self.channel = Channel(ours, "orders")
         self._theirs = Channel(theirs, "answers")
         self.core = EngineCore(backend, ModelSide(backend.vocab, NUM_LAYERS, ends), CoreSettings(num_slots=2))
-        self._recipe = recipe
+        self._recipe, self._loaded = recipe, loaded
         Thread(target=self._serve, daemon=True).start()
 
     def _serve(self) -> None:
+        self._loaded.wait(10)
         self.core.start()
         EngineHost(self.core, None, self._theirs, self._recipe, leave=lambda _: None).serve()
 
@@ -43,7 +44,8 @@ class EngineThread:
 
 
 class Engines:
-    """Starts them. made: those that were. opening: called before each, and may raise."""
+    """Starts them. made: those that were. opening: called before each, and may raise. loaded: cleared, they
+    are not ready."""
 
     def __init__(self, make: Callable[[], ScriptedBackend] = ScriptedBackend) -> None:
         self._make = make
@@ -51,11 +53,13 @@ class Engines:
         self.contexts: list[int | None] = []
         self.opening: Callable[[], object] = lambda: None
         self.recipe: Any = None
+        self.loaded = Event()
+        self.loaded.set()
 
     def __call__(self, context: int | None) -> EngineThread:
         self.contexts.append(context)
         self.opening()
-        self.made.append(EngineThread(self._make(), self.recipe))
+        self.made.append(EngineThread(self._make(), self.recipe, self.loaded))
         return self.made[-1]
 
     def core(self, *, pauses_s: tuple[float, ...] | None = (0.0, 0.0), **options: Any) -> RemoteCore:

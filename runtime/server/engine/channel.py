@@ -7,6 +7,7 @@ there is, so that the tokens of a step travel together.
 from __future__ import annotations
 
 import json
+import select
 import socket
 import struct
 from collections import deque
@@ -64,6 +65,12 @@ class Channel:
         if not isinstance(head, dict):
             raise NativeError("a message of the engine is no object", got=type(head).__name__)
         return head, data
+
+    def wait_until_left(self) -> None:
+        """Returns when the other side has gone, whatever it has said before."""
+        poll = select.poll()
+        poll.register(self._socket, select.POLLRDHUP)
+        poll.poll()
 
     def finish(self) -> None:
         """Writes what is queued, and closes. Twice is once."""

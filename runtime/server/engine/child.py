@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import signal
 import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from threading import Event, Thread
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -64,9 +66,22 @@ def _run(channel: Channel, said: dict[str, object]) -> BaseException | None:
     order = EngineOrder.of_json(said)
     _configure_logging(order.log_level)
     mapping_guard.install(order.program)
-    with _opened(order) as opened:
+    is_open = Event()
+    Thread(target=_leave_early, args=(channel, is_open), name="krasis-early", daemon=True).start()
+    try:
+        core = _opened(order)
+    finally:
+        is_open.set()
+    with core as opened:
         opened.core.start()
         return EngineHost(opened.core, opened.slots, channel, _Recipes(opened)).serve()
+
+
+def _leave_early(channel: Channel, is_open: Event) -> None:
+    """Ends the process if the server ends before the model is open, which may take minutes."""
+    channel.wait_until_left()
+    if not is_open.is_set():
+        os._exit(1)
 
 
 def _opened(order: EngineOrder) -> OpenedCore:

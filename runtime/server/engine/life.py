@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from threading import Condition, Thread
 from typing import Any
 
-from krasis.formats.errors import KrasisError, NativeError
+from krasis.formats.errors import KrasisError, NativeError, ResourceError
 from krasis.runtime.server.engine.errors_told import heard
 from krasis.runtime.server.engine.launch import Engine
 from krasis.runtime.server.engine.requests import OpenRequests
@@ -172,7 +172,7 @@ class EngineLife:
         if was_closing:
             return None
         if self._ready is None or self._restarts is None:
-            self._failure = failure or EngineLostError("the engine ended", got=how)
+            self._failure = failure or _ended("the engine ended", how)
             return None
         return self._again(self._restarts, failure, how, has_answered=has_answered)
 
@@ -196,7 +196,7 @@ class EngineLife:
                 continue
             self.sums.add(num_restarts=1)
             return self._adopted(engine)
-        self._failure = failure or EngineLostError("the engine ends again and again", got=how)
+        self._failure = failure or _ended("the engine ends again and again", how)
         return None
 
     def _adopted(self, engine: Engine) -> Engine:
@@ -205,3 +205,8 @@ class EngineLife:
             if self._is_closing:  # whoever closes has not seen it
                 engine.kill()
         return engine
+
+
+def _ended(what: str, how: str) -> KrasisError:
+    hint = "the system's log (dmesg) says whether memory ran out" if "SIGKILL" in how else ""
+    return ResourceError(what, got=how, hint=hint)

@@ -198,3 +198,13 @@ def test_a_message_that_is_cut_off_is_the_end(data: bytes) -> None:
     rude.close()
     assert channel.receive() is None
     channel.abandon()
+
+
+def test_that_the_other_side_has_gone_is_seen_past_what_it_said() -> None:
+    one, other = (Channel(end, "test") for end in socket.socketpair())
+    one.send({"a": 1})
+    one.finish()
+    other.wait_until_left()
+    assert other.receive() == ({"a": 1}, b"")
+    assert other.receive() is None
+    other.abandon()

@@ -10,7 +10,9 @@ import pytest
 
 from krasis.formats.errors import KrasisError, NativeError, ResourceError, UsageError
 from krasis.runtime.batch import Batch
+from krasis.runtime.server.engine.life import EngineLife
 from krasis.runtime.server.engine.remote_core import RemoteCore
+from krasis.runtime.server.engine.restarts import Restarts
 from krasis.runtime.serving.api import (
     ContextTooLongError,
     CoreClosedError,
@@ -147,7 +149,7 @@ def test_it_is_not_started_for_ever(engines: Engines) -> None:
         engines.made[number].kill()
         assert wait_until(lambda number=number: len(engines.made) == number + 2 and core.trouble() is None)
     engines.made[2].kill()  # none of them answered anything
-    assert "killed by a test" in str(core._life.wait())
+    assert str(core._life.wait()) == "the engine ends again and again (got killed by a test)"
     with pytest.raises(CoreClosedError):
         ask(core)
 
@@ -244,3 +246,25 @@ def test_close_ends_what_is_under_way(engines: Engines) -> None:
     assert isinstance(last, Failed)
     assert isinstance(last.error, CoreClosedError)
     assert isinstance(core.trouble(), KrasisError)
+
+
+def test_close_does_not_wait_for_an_engine_that_loads(engines: Engines) -> None:
+    engines.loaded.clear()
+    life = EngineLife(engines, Restarts())
+    life.begin()
+    ended: list[Exception] = []
+
+    def wait_ready() -> None:
+        try:
+            life.wait_ready()
+        except CoreClosedError as error:
+            ended.append(error)
+
+    waiting = threading.Thread(target=wait_ready)
+    waiting.start()
+    assert life.trouble is not None
+    life.close()
+    waiting.join(5)
+    assert len(ended) == 1
+    assert life.wait() is None
+    engines.loaded.set()
