@@ -151,6 +151,10 @@ class GpuBackend:
         decoder = self._live_parts().decoder
         return None if decoder is None else decoder.last_split
 
+    def check(self) -> None:
+        """Raises what the device says of itself, if an error has left it broken for this process."""
+        self._device.synchronize()
+
     def close(self) -> None:
         """See ``backend.Backend``."""
         parts, self._parts = self._parts, None

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from threading import Condition, Event, Thread, get_ident
@@ -19,7 +19,7 @@ from krasis.runtime.batch import Logits, batch_of
 from krasis.runtime.serving.admission import check_request
 from krasis.runtime.serving.api import CoreClosedError, CoreStatus, QueueFullError, Request
 from krasis.runtime.serving.between import Between
-from krasis.runtime.serving.failures import as_krasis
+from krasis.runtime.serving.failures import as_krasis, is_lost
 from krasis.runtime.serving.model_side import BatchBackend, CoreSettings, ModelSide
 from krasis.runtime.serving.orders import Orders
 from krasis.runtime.serving.prefix_folder import PrefixFolder
@@ -268,7 +268,7 @@ class EngineCore:
             logits = self._compute(run)
         except Exception as error:
             self._fail(run, error)  # whatever it is, it ends these requests and no other
-            if isinstance(error, KrasisError) and error.is_final:
+            if (isinstance(error, KrasisError) and error.is_final) or is_lost(self._backend):
                 raise
             return
         now_s = self._clock()
@@ -388,11 +388,10 @@ class EngineCore:
         if self._closed.is_set():
             return
         self._end_all(CoreClosedError("the server is shutting down", hint="send the request again later"))
-        try:
+        with ExitStack() as last:
+            last.callback(self._closed.set)  # also if the backend cannot close
+            last.callback(self._backend.close)
             if self._spiller is not None:
                 self._spiller.close()
             if self._saves and self._folder is not None:
                 self._slots.save_all(self._scheduler.slots, self._folder)
-        finally:
-            self._backend.close()
-            self._closed.set()

@@ -293,3 +293,39 @@ def test_slots_that_memory_has_no_room_for_are_done_without(make_core: MakeCore)
     ):
         assert tokens_of(events) == expected(prompt(seed, 40), 5)
     assert len(core.status().slots) == 1
+
+
+class _Device(ScriptedBackend):
+    """Whose batches fail, and which says that it is broken from then on, or not."""
+
+    is_broken = False
+
+    def check(self) -> None:
+        if self.is_broken:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def close(self) -> None:
+        super().close()
+        self.check()
+
+
+@pytest.mark.parametrize("is_broken", [False, True])
+def test_a_device_that_is_broken_for_good_ends_the_core(make_core: MakeCore, is_broken: bool) -> None:
+    backend = _Device()
+
+    def fail(_: Batch) -> None:
+        backend.is_broken = is_broken
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    core = make_core(backend)
+    backend.before = fail
+    core.start()
+    last = list(core.submit(ask(prompt(1, 20))).events(10))[-1]
+    assert isinstance(last, Failed)
+    assert "illegal memory access" in str(last.error)
+    if is_broken:
+        assert "illegal memory access" in str(core.wait())  # though it cannot even close
+        assert backend.is_closed
+        return
+    backend.before = lambda _: None
+    assert isinstance(list(core.submit(ask(prompt(1, 20))).events(10))[-1], Finished)
