@@ -21,6 +21,7 @@ _UNREAD_YARN = (
     ("yarn_beta_slow", (1.0,)),
     ("yarn_log_multiplier", (0.0,)),
 )
+_READ_BY_LATENT_ATTENTION = ("yarn_beta_fast", "yarn_beta_slow", "yarn_log_multiplier")
 
 
 def dual_chunk_context(config: Mapping[str, Any], scaling_kind: str, where: str) -> int | None:
@@ -62,8 +63,14 @@ def hf_context_notes(config: Mapping[str, Any], spec: ModelSpec) -> Iterator[str
 
 def gguf_context_notes(metadata: Mapping[str, Any], spec: ModelSpec) -> Iterator[str]:
     """Sentences about what a GGUF says of long contexts."""
-    prefix = f"{metadata.get('general.architecture')}.rope.scaling."
-    unread = [name for name, usual in _UNREAD_YARN if metadata.get(prefix + name, usual[0]) not in usual]
+    name = metadata.get("general.architecture")
+    prefix = f"{name}.rope.scaling."
+    read = _READ_BY_LATENT_ATTENTION if f"{name}.attention.kv_lora_rank" in metadata else ()
+    unread = [
+        key
+        for key, usual in _UNREAD_YARN
+        if key not in read and metadata.get(prefix + key, usual[0]) not in usual
+    ]
     if unread and spec.rope_scaling.kind == "yarn":
         yield (
             f"the GGUF's rope.scaling.{', '.join(unread)} {'are' if len(unread) > 1 else 'is'} not applied: "

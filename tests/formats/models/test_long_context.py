@@ -79,6 +79,17 @@ def test_dual_chunk_attention_without_a_length_is_refused(changes):
         from_hf_config(hf_config(**changes), "config.json")
 
 
+def test_latent_attention_reads_settings_that_others_do_not():
+    yarn = {"scaling__type": "yarn", "scaling__factor": 4.0, "scaling__original_context_length": 512}
+    metadata, architecture = gguf(**yarn, scaling__yarn_beta_fast=8.0, scaling__yarn_log_multiplier=0.1)
+    plain = "".join(gguf_context_notes(metadata, architecture))
+    assert "yarn_beta_fast, yarn_log_multiplier are not applied" in plain
+    latent = metadata | {"qwen3moe.attention.kv_lora_rank": 64}
+    assert "not applied" not in "".join(gguf_context_notes(latent, architecture))
+    latent["qwen3moe.rope.scaling.yarn_ext_factor"] = 0.5
+    assert "yarn_ext_factor is not applied" in "".join(gguf_context_notes(latent, architecture))
+
+
 def test_a_ggufs_settings_that_llama_cpp_does_not_read_are_named():
     yarn = {"scaling__type": "yarn", "scaling__factor": 4.0, "scaling__original_context_length": 512}
     metadata, architecture = gguf(**yarn, scaling__yarn_beta_fast=8.0, scaling__yarn_beta_slow=1.0)
