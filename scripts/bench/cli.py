@@ -8,12 +8,12 @@ from typing import Any
 
 import click
 
-from scripts.bench import contention, convert, hybrid, layer, process, provision, quality, speed
+from scripts.bench import contention, convert, families, hybrid, layer, process, provision, quality, speed
 from scripts.bench.document import write_document
 from scripts.bench.facts import REPOSITORY, note_facts, note_programs
 from scripts.bench.machine import load_1m
 from scripts.bench.peers import IK, KT, LLAMA, Krasis, Program, ik_llama_cpp, llama_cpp
-from scripts.bench.record import REFERENCE, STAGES, Record
+from scripts.bench.record import FAMILIES, REFERENCE, STAGES, Record
 from scripts.bench.reference import command as reference
 from scripts.bench.speed import Model, Plan
 
@@ -34,7 +34,7 @@ def stages(_: click.Context, __: click.Parameter, value: str) -> tuple[str, ...]
     """A click callback: names of stages, or ``all``."""
     names = tuple(part.strip() for part in value.split(",") if part.strip())
     chosen = STAGES if names == ("all",) else names
-    known = (*STAGES, REFERENCE)
+    known = (*STAGES, FAMILIES, REFERENCE)
     unknown = [name for name in chosen if name not in known]
     if unknown or not chosen:
         raise click.BadParameter(f"{unknown or 'nothing'}; there are {', '.join(known)}")
@@ -93,6 +93,13 @@ def options(command: Any) -> Any:
             "--repeats", default=3, show_default=True, type=click.IntRange(1), help="Samples a round."
         ),
         click.option(
+            "--family",
+            "families",
+            multiple=True,
+            type=click.Choice([cut.name for cut in families.CUTS]),
+            help=f"For {FAMILIES}: only this model; may be repeated.",
+        ),
+        click.option(
             "--quality-model", default=TINY, type=PATH, help="Trained BF16 folder with heldout.txt."
         ),
         click.option(
@@ -101,7 +108,7 @@ def options(command: Any) -> Any:
             default="all",
             show_default=True,
             callback=stages,
-            help=", ".join((*STAGES, REFERENCE)),
+            help=", ".join((*STAGES, FAMILIES, REFERENCE)),
         ),
         click.option("--restart", is_flag=True, help="Measure the chosen stages anew."),
         click.option(
@@ -218,6 +225,9 @@ def run_stage(stage: str, context: Context, clock: speed.Clock) -> bool:
         return layer.run_stage(c.record, c.models, kt, c.plan, clock, click.echo)
     if stage == "convert":
         return convert.run_stage(c.record, c.models, c.quantize, c.plan, c.work, clock, click.echo)
+    if stage == FAMILIES:
+        chosen = [cut for cut in families.CUTS if cut.name in (c.given["families"] or {cut.name})]
+        return families.run_stage(c.record, chosen, c.programs, c.plan, c.work, clock, click.echo)
     if stage == "quality":
         return quality.run_stage(c.record, c.given["quality_model"], c.quantize, c.work, clock, click.echo)
     return hybrid.run_stage(

@@ -17,7 +17,7 @@ from scripts.bench.goals import goals
 from scripts.bench.hybrid import IK_FLAGS, LLAMA_ENV, LLAMA_FLAGS
 from scripts.bench.peers import IK, KRASIS, LLAMA
 from scripts.bench.plots import write_plots
-from scripts.bench.record import REFERENCE, STAGES, Record, Run
+from scripts.bench.record import FAMILIES, REFERENCE, STAGES, Record, Run
 from scripts.bench.reference import section
 from scripts.bench.reference.chart import write_chart
 from scripts.bench.shown import without_places
@@ -34,6 +34,7 @@ RENDERERS: dict[str, Callable[[Sequence[Run]], str]] = {
     "convert": tables.convert_table,
     "quality": tables.quality_tables,
     "hybrid": tables.hybrid_tables,
+    FAMILIES: tables.speed_tables,
 }
 
 
@@ -93,7 +94,7 @@ def render(record: Record, runs: Sequence[Run], charts: dict[str, str]) -> str:
     if lines:
         heads = ["what", "wanted", "measured", "met"]
         parts.append(f"## Goals\n\n{table(heads, [goal.cells for goal in lines])}")
-    for stage in STAGES:
+    for stage in (*STAGES, FAMILIES):
         mine = pick(runs, stage=stage)
         if not mine:
             continue
@@ -101,7 +102,9 @@ def render(record: Record, runs: Sequence[Run], charts: dict[str, str]) -> str:
         if stage in charts:
             section.append(f"![{TITLES[stage]}]({charts[stage]})")
         parts.append("\n\n".join(section))
-    parts += [_hybrid_flags(), _gaps(record, runs, STAGES)]
+    alone = {run.stage for run in runs} == {FAMILIES}
+    gaps = _gaps(record, runs, (FAMILIES,) if alone else STAGES)
+    parts += [gaps] if alone else [_hybrid_flags(), gaps]
     return "\n\n".join(parts) + "\n"
 
 
@@ -124,7 +127,7 @@ def _programs(record: Record, runs: Sequence[Run]) -> str:
         text += "\n\n" + table(["model", "what it is"], [[k, str(v)] for k, v in models.items()]).replace(
             "---:", "---"
         )
-    return f"## Programs and models\n\n{text}\n\n{_commands(record, runs, STAGES)}"
+    return f"## Programs and models\n\n{text}\n\n{_commands(record, runs, (*STAGES, FAMILIES))}"
 
 
 def _source(sources: Mapping[str, object], subject: str) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from scripts.bench import stats
 from scripts.bench.layer import ALONE
 from scripts.bench.peers import IK, KRASIS, KT, LLAMA
-from scripts.bench.record import Run
+from scripts.bench.record import FAMILIES, Run
 from scripts.bench.stats import Spread
 from scripts.bench.tables import ABSENT, first_seen, kept, percent, pick, times
 
@@ -16,6 +16,7 @@ KERNEL_SHARE = 0.9  # of the read bandwidth
 LAYER_GOAL = 2.0
 DECODE_GOALS = {(1, LLAMA): 1.3, (1, IK): 1.1, (2, LLAMA): 1.15, (2, IK): 1.0}
 PREFILL_GOALS = {LLAMA: 3.0, IK: 1.1}
+FAMILY_DECODE_GOALS = {LLAMA: 1.2, IK: 1.0}
 CONVERT_GOAL = 2.0
 FAIR_SHARE = 0.5  # of each core, beside one busy process
 CONVERT_PAIRS = tuple(
@@ -51,19 +52,25 @@ def goals(runs: Sequence[Run]) -> list[Goal]:
 
 
 def _speed(runs: Sequence[Run]) -> Iterator[Goal]:
-    for stage in ("decode", "prefill"):
+    for stage in ("decode", "prefill", FAMILIES):
         mine = pick(runs, stage=stage)
         for model in first_seen(run.model for run in mine):
             cells = sorted({(run.threads, run.case) for run in pick(mine, model=model)})
             for threads, case in cells:
                 cell = pick(mine, model=model, threads=threads, case=case)
                 for peer in (LLAMA, IK):
-                    limit = DECODE_GOALS.get((threads, peer)) if stage == "decode" else PREFILL_GOALS[peer]
+                    limit = _limit(stage, threads, case, peer)
                     if limit is not None:
                         found = stats.ratios(
                             pick(cell, subject=KRASIS), pick(cell, subject=peer), "tokens_per_s"
                         )
                         yield ratio_goal(f"{model}, {case}, {threads} thr, against {peer}", limit, found)
+
+
+def _limit(stage: str, threads: int, case: str, peer: str) -> float | None:
+    if not case.startswith("tg"):
+        return PREFILL_GOALS[peer]
+    return FAMILY_DECODE_GOALS[peer] if stage == FAMILIES else DECODE_GOALS.get((threads, peer))
 
 
 def _layers(runs: Sequence[Run]) -> Iterator[Goal]:

@@ -36,8 +36,10 @@ class Meter:
     def __init__(self, bundle: Bundle, pool: Pool) -> None:
         self._pool, self._next = pool, 0
         self._windows: list[tuple[int, int]] = []
-        for layer in range(bundle.architecture.num_layers):
-            blob = bundle.map(f"layers.{layer}.experts.cpu")
+        for stored in bundle.manifest.blobs:
+            if stored.tier != "cpu":
+                continue
+            blob = bundle.map(stored.name)
             address, size = int(blob.__array_interface__["data"][0]), min(blob.nbytes, WINDOW_BYTES)
             self._windows += [(address + i * size, size) for i in range(blob.nbytes // size)]
 
@@ -52,13 +54,15 @@ class Meter:
 
 def token_bytes(bundle: Bundle) -> int:
     """Weights that decoding one token reads: all dense ones but the embedding, and the routed experts."""
-    arch = bundle.architecture
+    experts = [layer.experts for layer in bundle.spec.layers]
     total = 0
     for blob in bundle.manifest.blobs:
         if blob.tier == "dense" and blob.name != "embedding":
             total += blob.num_bytes
         elif blob.tier == "cpu":
-            total += blob.num_bytes * arch.num_experts_per_token // arch.num_experts
+            routed = experts[int(blob.name.split(".")[1])]
+            if routed is not None:
+                total += blob.num_bytes * routed.router.top_k // routed.count
     return total
 
 
@@ -84,7 +88,7 @@ def measure(
 ) -> dict[str, Any]:
     """Samples by case."""
     rng = np.random.default_rng(0)
-    vocab = engine.architecture.vocab_size
+    vocab = engine.bundle.spec.vocab
 
     def prefill(count: int) -> int:
         engine.reset()

@@ -79,4 +79,6 @@ def failure(code: int, text: str) -> str:
     except ValueError:
         name = f"signal {-code}"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
+    # An assertion of ggml is followed by what a debugger says of it.
+    lines = [line for line in lines if "GGML_ASSERT" in line] or lines
     return f"{name}: {lines[-1][-ERROR_CHARS:]}" if lines else name

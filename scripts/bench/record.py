@@ -18,6 +18,8 @@ import numpy as np
 
 FORMAT = 1
 STAGES = ("decode", "prefill", "layer", "contention", "convert", "quality", "hybrid")
+FAMILIES = "families"
+"""A stage that is run by name only: it makes models of its own."""
 REFERENCE = "reference"
 """A stage of its own, run by name only: it takes all the memory there is."""
 

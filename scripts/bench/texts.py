@@ -25,6 +25,7 @@ TITLES = {
     "convert": "Conversion",
     "quality": "Quality of the formats",
     "hybrid": "With GPUs",
+    "families": "Other families",
 }
 
 INTRODUCTIONS = {
@@ -56,4 +57,10 @@ A prompt of N tokens goes through the GPUs in one batch, and every expert comes 
 no more GPU memory than that takes, llama.cpp keeps all experts in RAM (-ncmoe) and copies them. Decode has
 attention and the rest on the GPUs, experts on the CPU. Krasis prefills with INT4 experts (its GPU tier) in
 both forms and decodes with the bits named; llama.cpp has one file for both.""",
+    "families": """\
+Layers of real size, fewer of them and of their experts (as many serve a token), with random weights: the same
+GGUF for all programs. Each program runs all cases of a round in one process. Krasis takes a prompt in one
+pass, the peers in physical batches of 512. llama.cpp repacks weights (AMX), but not
+those of deepseek-v3: with latent attention it aborts. GB/s: the weights that Krasis reads for a token, by its
+speed.""",
 }
