@@ -51,9 +51,13 @@ KRASIS_API int32_t krasis_cuda_moe_align(const krasis_cuda_align_args *args, voi
 /* ---- the grouped product ------------------------------------------------------------------------------------------
  * For every slot s of experts [expert_begin, expert_end):  out[s] = activations[s / slots_per_row] x W_e,
  * W_e [k, n] in Marlin layout, 4 bits, at expert_base[e] + codes_offset, its scales at expert_base[e] + scales_offset.
- * gated: n = 2 * intermediate, columns gate then up, and out[s] = silu(gate) * up has intermediate columns.
+ * gated: n = 2 * intermediate, columns gate then up, and out[s] = activation(gate, up) has intermediate columns; with
+ * biases, those are added first.
+ * scale_dtype KRASIS_CUDA_E8M0: MXFP4: codes are E2M1, scales bytes e for 2^(e - 127) of groups of 32. Weights are then
+ * exact in bf16 for scales from 2^-62 to 2^65, in fp16 from 2^-19 to 2^5 (larger ones count as 2^5).
  * Sums and scales are fp32; out is rounded once. An expert whose expert_base is null is computed elsewhere: skipped.
  * k % 64 == 0; n % 64 == 0 (gated: n % 128 == 0); all addresses and strides multiples of 16 bytes. */
+#define KRASIS_CUDA_E8M0 16 /* among the dtypes: of scales alone */
 typedef struct krasis_cuda_moe_gemm_args {
     const void *activations;   /* [rows, k] of dtype */
     int64_t activation_stride; /* elements */
@@ -62,7 +66,7 @@ typedef struct krasis_cuda_moe_gemm_args {
     int32_t gated;
     const void *const *expert_base; /* [num_experts] device addresses */
     int64_t codes_offset, scales_offset;
-    int32_t scale_dtype; /* KRASIS_BF16 or KRASIS_F16 */
+    int32_t scale_dtype; /* KRASIS_BF16, KRASIS_F16 or KRASIS_CUDA_E8M0 */
     int32_t m_block;     /* as given to krasis_cuda_moe_align: 16, 32, 64 or 128 */
     int64_t group;       /* 32, 64, 128, or k: one scale a channel */
     int64_t k, n;
@@ -75,6 +79,10 @@ typedef struct krasis_cuda_moe_gemm_args {
     int32_t out_dtype;  /* dtype, or KRASIS_F32 */
     int32_t reserved;
     int64_t *num_executed; /* increased by the slots computed; may be NULL */
+    const float *bias;     /* [num_experts, n], gated: of gate, [num_experts, n/2]; NULL: none */
+    const float *up_bias;  /* gated: [num_experts, n/2]; NULL exactly where bias is */
+    int32_t activation;    /* KRASIS_CUDA_SILU (0) or another with a gate */
+    float limit, alpha;
 } krasis_cuda_moe_gemm_args;
 KRASIS_API int32_t krasis_cuda_moe_gemm(const krasis_cuda_moe_gemm_args *args, void *stream);
 

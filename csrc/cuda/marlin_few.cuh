@@ -6,15 +6,16 @@
 // scaled and added up in fp32, and so are the warps', in the order of their numbers.
 #pragma once
 
-#include "moe_worker.cuh"
+#include "moe_tiles.cuh"
 
 namespace krasis::cuda {
 
 inline constexpr int kFewRows = 16, kFewWarps = 8, kFewThreads = 32 * kFewWarps;
 
-template <class Type_, bool kGated_>
+template <class Type_, class Codes_, bool kGated_>
 struct FewWorker {
     using Type = Type_;
+    using Codes = Codes_;
     static constexpr bool kGated = kGated_;
     static constexpr int kTiles = kGated ? 2 : 1, kChunk = 8;  // k16 steps a warp takes at a time
     static constexpr int kRows = 8;
@@ -46,7 +47,7 @@ struct FewWorker {
         for (int i = 0; i < kTiles; ++i) {
             tiles[i] = at.column_block + i * p.gate_tiles;
             codes[i] = base + p.codes_offset + static_cast<int64_t>(tiles[i]) * 512 + lane * 16;
-            scales[i] = base + p.scales_offset + static_cast<int64_t>(tiles[i]) * 128;
+            scales[i] = base + p.scales_offset + static_cast<int64_t>(tiles[i]) * (Codes::kHasBlockScales ? 64 : 128);
         }
         const int slot = slots[lane / 4];
         const auto row = static_cast<uint32_t>(slot / p.slots_per_row);
@@ -104,9 +105,16 @@ struct FewWorker {
         }
     }
 
+    // Of the 32 k from an even k16 step on: byte c for column 8c + lane / 4.
+    KRASIS_DEVICE simt::Words2 block_scales(int i, int k16) const {
+        const int64_t row = static_cast<int64_t>(k16 / 2) * p.column_tiles * 64;
+        return *reinterpret_cast<const simt::Words2 *>(scales[i] + row + lane / 4 * 8);
+    }
+
     // k16 steps first..first + count, count 4 or 8.
     KRASIS_DEVICE void add_chunk(int first, int count) {
         simt::Words4 words[kTiles][kChunk];
+        simt::Words2 exponents[kTiles][kChunk / 2];
         uint32_t pairs[kChunk][2];
         KRASIS_UNROLL
         for (int k = 0; k < kChunk; ++k) {
@@ -115,6 +123,9 @@ struct FewWorker {
             for (int i = 0; i < kTiles; ++i) {
                 const int64_t offset = static_cast<int64_t>(first + k) * p.column_tiles * 512;
                 words[i][k] = *reinterpret_cast<const simt::Words4 *>(codes[i] + offset);
+                if constexpr (Codes::kHasBlockScales) {
+                    if (k % 2 == 0) exponents[i][k / 2] = block_scales(i, first + k);
+                }
             }
             KRASIS_UNROLL
             for (int half = 0; half < 2; ++half) {
@@ -129,10 +140,17 @@ struct FewWorker {
                 KRASIS_UNROLL
                 for (int word = 0; word < 4; ++word) {
                     uint32_t w[2][2];
-                    dequantize_word<Type>(words[i][k].w[word], w);
-                    simt::mma(Type{}, part[i][word], {w[0][0], w[1][0], w[0][1], w[1][1]}, pairs[k]);
+                    if constexpr (Codes::kHasBlockScales) {
+                        const uint32_t own = exponents[i][k / 2].w[word / 2] >> (16 * (word % 2));
+                        dequantize_e2m1<Type>(words[i][k].w[word], own, w);
+                    } else {
+                        dequantize_word<Type>(words[i][k].w[word], w);
+                    }
+                    float (&to)[4] = Codes::kHasBlockScales ? sum[i][word] : part[i][word];
+                    simt::mma(Type{}, to, {w[0][0], w[1][0], w[0][1], w[1][1]}, pairs[k]);
                 }
             }
+            if constexpr (Codes::kHasBlockScales) continue;
             // Groups end at even counts of k16 steps.
             if (k % 2 && p.group_shift && ((first + k + 1) & ((1 << p.group_shift) - 1)) == 0) {
                 fold_group((first + k) >> p.group_shift);
@@ -156,22 +174,35 @@ struct FewWorker {
         simt::sync_threads();
     }
 
-    KRASIS_DEVICE float total(int tile, int row, int column) const {
+    KRASIS_DEVICE float total(const Place &at, int tile, int row, int column) const {
         float value = 0;
         KRASIS_UNROLL
         for (int w = 0; w < kFewWarps; ++w) {
             value += simt::shared_load<float>(sums + w * kWarpFloats + tile * kTileFloats + row * kRowFloats + column);
         }
+        if constexpr (Codes::kHasBlockScales) value *= block_unit(Type{});
+        if (p.bias) {
+            const int64_t columns = (kGated ? p.gate_tiles : p.column_tiles) * 64;
+            const float *own = (tile ? p.up_bias : p.bias) + p.block_experts[at.row_block] * columns;
+            value += own[at.column_block * 64 + column];
+        }
         return value;
     }
 
-    KRASIS_DEVICE void store() const {
+    KRASIS_DEVICE void store(const Place &at) const {
         for (int cell = thread; cell < kRows * 64; cell += kFewThreads) {
             const int row = cell / 64, column = cell % 64;
             const int64_t slot = slots[row];
             if (slot < 0) break;  // rows behind a padding row are padding
-            float value = total(0, row, column);
-            if constexpr (kGated) value *= simt::reciprocal(1.0f + simt::exp_float(-value)) * total(1, row, column);
+            float value = total(at, 0, row, column);
+            if constexpr (kGated) {
+                const float up = total(at, 1, row, column);
+                if (p.is_silu) {
+                    value *= simt::reciprocal(1.0f + simt::exp_float(-value)) * up;
+                } else {
+                    value = moe_activate(p.activation, value, up);
+                }
+            }
             const int64_t index = slot * p.out_stride + tiles[0] * 64 + column;
             if (p.out_is_float) {
                 reinterpret_cast<float *>(p.out)[index] = value;
@@ -190,9 +221,9 @@ struct FewWorker {
         for (int first = warp * kChunk; first < steps; first += kFewWarps * kChunk) {
             add_chunk(first, steps - first < kChunk ? steps - first : kChunk);
         }
-        if (p.group_shift == 0) fold_channels();
+        if (!Codes::kHasBlockScales && p.group_shift == 0) fold_channels();
         share();
-        store();
+        store(at);
     }
 
     KRASIS_DEVICE void count_executed(const Place &at) const {
@@ -203,14 +234,14 @@ struct FewWorker {
 };
 
 // p.column_blocks: column tiles of the output.
-template <class Type, bool kGated>
-KRASIS_KERNEL(kFewThreads, 1)
+template <class Type, class Codes, bool kGated>
+KRASIS_KERNEL(kFewThreads, kGated ? 1 : 2)
 moe_few_kernel(const MoeGemmParams p) {
     MoeTiles tiles(p);
-    FewWorker<Type, kGated> worker(p);
+    FewWorker<Type, Codes, kGated> worker(p);
     Place at{};
     while (tiles.take(at)) {
-        for (int row = 0; row < kFewRows; row += FewWorker<Type, kGated>::kRows) worker.run(at, row);
+        for (int row = 0; row < kFewRows; row += FewWorker<Type, Codes, kGated>::kRows) worker.run(at, row);
         worker.count_executed(at);
     }
 }

@@ -14,12 +14,16 @@ int32_t check(const krasis_cuda_moe_gemm_args &a) {
     const bool counts = a.num_slots >= 0 && a.num_slots <= INT32_MAX && a.slots_per_row > 0 &&
                         a.slots_per_row <= INT32_MAX && a.k > 0 && a.n > 0 && a.max_blocks_launched >= 0 &&
                         a.codes_offset >= 0 && a.scales_offset >= 0;
-    const bool kinds =
-        is_16_bit(a.dtype) && is_16_bit(a.scale_dtype) && (a.out_dtype == a.dtype || a.out_dtype == KRASIS_F32);
-    if (!pointers || !counts || !kinds) return KRASIS_ERR_ARGUMENT;
+    const bool is_e2m1 = a.scale_dtype == KRASIS_CUDA_E8M0;
+    const bool kinds = is_16_bit(a.dtype) && (is_e2m1 || is_16_bit(a.scale_dtype)) &&
+                       (a.out_dtype == a.dtype || a.out_dtype == KRASIS_F32);
+    MoeActivation activation;
+    const bool biases = (a.up_bias != nullptr) == (a.bias != nullptr && a.gated);
+    if (!pointers || !counts || !kinds || !biases || !moe_activation(a, activation)) return KRASIS_ERR_ARGUMENT;
     if (a.expert_begin < 0 || a.expert_begin > a.expert_end || a.expert_end > a.num_experts) return KRASIS_ERR_RANGE;
     const bool block = a.m_block == 16 || a.m_block == 32 || a.m_block == 64 || a.m_block == 128;
-    const bool group = a.group == 32 || a.group == 64 || a.group == 128 || a.group == a.k;
+    const bool any_group = a.group == 64 || a.group == 128 || a.group == a.k;
+    const bool group = a.group == 32 || (any_group && a.scale_dtype != KRASIS_CUDA_E8M0);
     const int64_t out_columns = a.gated ? a.n / 2 : a.n;
     const bool sizes = a.k % 64 == 0 && a.n % (a.gated ? 128 : 64) == 0 && a.k <= INT32_MAX && a.n <= INT32_MAX;
     if (!block || !group || !sizes || a.k % a.group) return KRASIS_ERR_SHAPE;
@@ -60,6 +64,10 @@ MoeGemmParams parameters(const krasis_cuda_moe_gemm_args &a) {
     p.column_blocks = (p.column_tiles + 3) / 4;
     p.scale_is_bf16 = a.scale_dtype == KRASIS_BF16;
     p.out_is_float = a.out_dtype == KRASIS_F32;
+    p.bias = a.bias;
+    p.up_bias = a.up_bias;
+    p.is_silu = a.activation == KRASIS_CUDA_SILU;
+    moe_activation(a, p.activation);
     return p;
 }
 
@@ -74,32 +82,51 @@ int32_t launch_tile(const MoeGemmParams &params, int64_t tiles, void *stream) {
     return launch<kKernel>(shape, params, stream);
 }
 
-template <class Type, int kRows>
+template <class Type, class Codes, int kRows>
 int32_t launch_mma(const MoeGemmParams &params, int64_t tiles, void *stream) {
-    return launch_tile<moe_mma_kernel<Type, kRows>, MmaTile<Type, kRows>>(params, tiles, stream);
+    return launch_tile<moe_mma_kernel<Type, Codes, kRows>, MmaTile<Type, Codes, kRows>>(params, tiles, stream);
 }
 
 // Up to so many slots (eight tokens of eight choices), for which the other kernels have too few blocks.
 constexpr int64_t kFewSlots = 64;
 
-template <class Type, bool kGated>
+template <class Type, class Codes, bool kGated>
 int32_t launch_few(MoeGemmParams params, const krasis_cuda_moe_gemm_args &a, void *stream) {
     params.column_blocks = kGated ? params.gate_tiles : params.column_tiles;
     const int64_t experts = a.expert_end - a.expert_begin;
     int64_t tiles = krasis_cuda_align_max_blocks(a.num_slots, experts, kFewRows) * params.column_blocks;
     if (a.max_blocks_launched) tiles = std::min<int64_t>(tiles, a.max_blocks_launched);
     const simt::LaunchShape shape{static_cast<unsigned>(std::min(tiles, kMaxBlocks)), kFewThreads,
-                                  FewWorker<Type, kGated>::kSharedBytes};
-    return launch<moe_few_kernel<Type, kGated>>(shape, params, stream);
+                                  FewWorker<Type, Codes, kGated>::kSharedBytes};
+    return launch<moe_few_kernel<Type, Codes, kGated>>(shape, params, stream);
 }
 
-template <class Type>
-int32_t launch_type(int32_t m_block, const MoeGemmParams &params, int64_t tiles, void *stream) {
-    if (m_block == 16) return launch_mma<Type, 16>(params, tiles, stream);
-    if (m_block == 32) return launch_mma<Type, 32>(params, tiles, stream);
-    if (m_block == 64) return launch_mma<Type, 64>(params, tiles, stream);
-    if (!simt::has_wgmma()) return launch_mma<Type, 128>(params, tiles, stream);
-    return launch_tile<moe_wgmma_kernel<Type>, WgmmaTile<Type>>(params, tiles, stream);
+template <class Type, class Codes>
+int32_t launch_many(int32_t m_block, const MoeGemmParams &params, int64_t tiles, void *stream) {
+    if (m_block == 16) return launch_mma<Type, Codes, 16>(params, tiles, stream);
+    if (m_block == 32) return launch_mma<Type, Codes, 32>(params, tiles, stream);
+    if (m_block == 64) return launch_mma<Type, Codes, 64>(params, tiles, stream);
+    if (!simt::has_wgmma()) return launch_mma<Type, Codes, 128>(params, tiles, stream);
+    return launch_tile<moe_wgmma_kernel<Type, Codes>, WgmmaTile<Type, Codes>>(params, tiles, stream);
+}
+
+template <class Type, class Codes>
+int32_t launch_type(const MoeGemmParams &params, const krasis_cuda_moe_gemm_args &a, void *stream) {
+    if (a.m_block == kFewRows && a.num_slots <= kFewSlots) {
+        return a.gated ? launch_few<Type, Codes, true>(params, a, stream)
+                       : launch_few<Type, Codes, false>(params, a, stream);
+    }
+    const int64_t row_blocks = krasis_cuda_align_max_blocks(a.num_slots, a.expert_end - a.expert_begin, a.m_block);
+    int64_t tiles = row_blocks * params.column_blocks;
+    if (a.max_blocks_launched) tiles = std::min<int64_t>(tiles, a.max_blocks_launched);
+    return launch_many<Type, Codes>(a.m_block, params, tiles, stream);
+}
+
+template <class Codes>
+int32_t launch_codes(const krasis_cuda_moe_gemm_args &a, void *stream) {
+    const MoeGemmParams params = parameters(a);
+    return a.dtype == KRASIS_BF16 ? launch_type<krasis::Bf16, Codes>(params, a, stream)
+                                  : launch_type<krasis::F16, Codes>(params, a, stream);
 }
 
 }  // namespace
@@ -110,20 +137,6 @@ int32_t krasis_cuda_moe_gemm(const krasis_cuda_moe_gemm_args *args, void *stream
     if (args == nullptr) return KRASIS_ERR_ARGUMENT;
     const int32_t status = check(*args);
     if (status != KRASIS_OK || args->num_slots == 0) return status;
-    const MoeGemmParams params = parameters(*args);
-    const bool is_bf16 = args->dtype == KRASIS_BF16;
-    if (args->m_block == kFewRows && args->num_slots <= kFewSlots) {
-        if (args->gated) {
-            return is_bf16 ? launch_few<krasis::Bf16, true>(params, *args, stream)
-                           : launch_few<krasis::F16, true>(params, *args, stream);
-        }
-        return is_bf16 ? launch_few<krasis::Bf16, false>(params, *args, stream)
-                       : launch_few<krasis::F16, false>(params, *args, stream);
-    }
-    const int64_t num_experts = args->expert_end - args->expert_begin;
-    const int64_t row_blocks = krasis_cuda_align_max_blocks(args->num_slots, num_experts, args->m_block);
-    int64_t tiles = row_blocks * params.column_blocks;
-    if (args->max_blocks_launched) tiles = std::min<int64_t>(tiles, args->max_blocks_launched);
-    return is_bf16 ? launch_type<krasis::Bf16>(args->m_block, params, tiles, stream)
-                   : launch_type<krasis::F16>(args->m_block, params, tiles, stream);
+    return args->scale_dtype == KRASIS_CUDA_E8M0 ? launch_codes<E2m1Codes>(*args, stream)
+                                                 : launch_codes<BiasedCodes>(*args, stream);
 }

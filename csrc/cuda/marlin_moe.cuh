@@ -7,14 +7,15 @@
 // barrier a stage, and the freed stage is refilled at once.
 #pragma once
 
-#include "moe_worker.cuh"
+#include "moe_tiles.cuh"
 
 namespace krasis::cuda {
 
-// At most 96 KiB of shared memory, and two blocks of 64 rows in 100 KiB.
-template <class Type_, int kRows_>
-struct MmaTile : MoeTile<kRows_, kRows_ == 128 ? 256 : 128, kRows_ == 64 ? 3 : 4> {
+// At most 96 KiB of shared memory, and two blocks of 64 rows in 100 KiB; with scales of blocks 2 KiB more.
+template <class Type_, class Codes_, int kRows_>
+struct MmaTile : MoeTile<kRows_, kRows_ == 128 ? 256 : 128, kRows_ == 64 ? 3 : 4, Codes_::kHasBlockScales ? 512 : 0> {
     using Type = Type_;
+    using Codes = Codes_;
     static constexpr int kWords = 2;
     static constexpr int kRowTiles = (kRows_ == 128 ? 64 : kRows_) / 8;
     static constexpr int kAhead = MmaTile::kStages;
@@ -24,12 +25,14 @@ struct MmaTile : MoeTile<kRows_, kRows_ == 128 ? 256 : 128, kRows_ == 64 ? 3 : 4
 template <class Tile>
 struct MmaWorker : MoeWorker<Tile> {
     using Type = typename Tile::Type;
+    using Codes = typename Tile::Codes;
     using Base = MoeWorker<Tile>;
     using Base::first_word, Base::lane, Base::p, Base::pair, Base::read_stage, Base::shared, Base::sum, Base::warp_row;
     static constexpr int kRowTiles = Tile::kRowTiles;
 
     uint32_t x[2][kRowTiles / 2][4];  // [buffer][two row tiles]
     simt::Words2 codes[2][2];         // [buffer][column tile of the pair]
+    uint32_t scales[2][2];            // likewise, of blocks
 
     KRASIS_DEVICE explicit MmaWorker(const MoeGemmParams &params) : Base(params) {}
 
@@ -44,6 +47,10 @@ struct MmaWorker : MoeWorker<Tile> {
                                2 * pair * Tile::kTileBytes + lane * 16 + first_word * 4;
         KRASIS_UNROLL
         for (int i = 0; i < 2; ++i) codes[buffer][i] = simt::shared_load<simt::Words2>(words + i * Tile::kTileBytes);
+        if constexpr (Codes::kHasBlockScales) {
+            KRASIS_UNROLL
+            for (int i = 0; i < 2; ++i) scales[buffer][i] = this->block_scales(i, k16);
+        }
     }
 
     template <bool kNewGroup>
@@ -53,7 +60,11 @@ struct MmaWorker : MoeWorker<Tile> {
             KRASIS_UNROLL
             for (int word = 0; word < 2; ++word) {
                 uint32_t w[2][2];
-                dequantize_word<Type>(codes[buffer][i].w[word], w);
+                if constexpr (Codes::kHasBlockScales) {
+                    dequantize_e2m1<Type>(codes[buffer][i].w[word], scales[buffer][i] >> (16 * word), w);
+                } else {
+                    dequantize_word<Type>(codes[buffer][i].w[word], w);
+                }
                 if constexpr (kNewGroup) this->change_units(i, word);
                 const uint32_t a[4] = {w[0][0], w[1][0], w[0][1], w[1][1]};
                 KRASIS_UNROLL
@@ -76,7 +87,7 @@ struct MmaWorker : MoeWorker<Tile> {
         simt::sync_threads();
         load_fragments(0, 0);
         for (int step = 0; step < p.k_steps; ++step) run_step(step, works);
-        if (p.group_shift == 0) this->take_channel_units();
+        this->end_units();
     }
 
     KRASIS_DEVICE void run_step(int step, bool works) {
@@ -95,7 +106,8 @@ struct MmaWorker : MoeWorker<Tile> {
             if (!works) continue;
             // Groups begin only at even k16 steps.
             const int before = step * 4 + k16;
-            const bool begins = k16 % 2 == 0 && p.group_shift && before && (before & ((1 << p.group_shift) - 1)) == 0;
+            const bool begins = !Codes::kHasBlockScales && k16 % 2 == 0 && p.group_shift && before &&
+                                (before & ((1 << p.group_shift) - 1)) == 0;
             if (begins) {
                 multiply<true>(k16 % 2);
             } else {
@@ -105,10 +117,10 @@ struct MmaWorker : MoeWorker<Tile> {
     }
 };
 
-template <class Type, int kRows>
-KRASIS_KERNEL((MmaTile<Type, kRows>::kThreads), (MmaTile<Type, kRows>::kBlocksAtOnce))
+template <class Type, class Codes, int kRows>
+KRASIS_KERNEL((MmaTile<Type, Codes, kRows>::kThreads), (MmaTile<Type, Codes, kRows>::kBlocksAtOnce))
 moe_mma_kernel(const MoeGemmParams p) {
-    run_tiles<MmaWorker<MmaTile<Type, kRows>>>(p);
+    run_tiles<MmaWorker<MmaTile<Type, Codes, kRows>>>(p);
 }
 
 }  // namespace krasis::cuda

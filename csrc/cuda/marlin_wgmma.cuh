@@ -10,24 +10,26 @@
 // units. So that the tensor cores have work meanwhile, the second warpgroup is a step behind the first (kLag).
 #pragma once
 
-#include "moe_worker.cuh"
+#include "moe_tiles.cuh"
 
 namespace krasis::cuda {
 
-template <class Type_>
-struct WgmmaTile : MoeTile<128, 256, 7> {
+template <class Type_, class Codes_>
+struct WgmmaTile : MoeTile<128, 256, 7, Codes_::kHasBlockScales ? 1024 : 0> {
     using Type = Type_;
+    using Codes = Codes_;
     static constexpr int kWords = 1;
-    static constexpr int kRowTiles = kRows / 8;
+    static constexpr int kRowTiles = WgmmaTile::kRows / 8;
     static constexpr int kLag = 1;
     // A stage is refilled when the step behind the slower warpgroup's has begun: its products are done by then.
-    static constexpr int kAhead = kStages - 2 - kLag;
-    static_assert(kStageBytes % 1024 == 0);  // a tile's rows begin at multiples of 1024
+    static constexpr int kAhead = WgmmaTile::kStages - 2 - kLag;
+    static_assert(WgmmaTile::kStageBytes % 1024 == 0);  // a tile's rows begin at multiples of 1024
 };
 
 template <class Tile>
 struct WgmmaWorker : MoeWorker<Tile> {
     using Type = typename Tile::Type;
+    using Codes = typename Tile::Codes;
     using Base = MoeWorker<Tile>;
     using Base::first_word, Base::lane, Base::p, Base::pair, Base::read_stage, Base::shared, Base::sum;
 
@@ -44,11 +46,16 @@ struct WgmmaWorker : MoeWorker<Tile> {
         }
     }
 
-    KRASIS_DEVICE void dequantize(int i, const uint32_t (&codes)[2][2]) {
+    // scales: of the tile's blocks.
+    KRASIS_DEVICE void dequantize(int i, const uint32_t (&codes)[2][2], uint32_t scales) {
         KRASIS_UNROLL
         for (int k = 0; k < 2; ++k) {
             uint32_t w[2][2];
-            dequantize_word<Type>(codes[k][i], w);
+            if constexpr (Codes::kHasBlockScales) {
+                dequantize_e2m1<Type>(codes[k][i], scales, w);
+            } else {
+                dequantize_word<Type>(codes[k][i], w);
+            }
             KRASIS_UNROLL
             for (int f = 0; f < 4; ++f) {
                 fragments[i][k][f] = w[f % 2][f / 2];
@@ -63,7 +70,7 @@ struct WgmmaWorker : MoeWorker<Tile> {
         const uint8_t *stage = shared + read_stage;
         const uint8_t *words =
             stage + Tile::kXBytes + first * Tile::kK16Bytes + 2 * pair * Tile::kTileBytes + lane * 16 + first_word * 4;
-        uint32_t codes[2][2];  // [k16][column tile of the pair]
+        uint32_t codes[2][2], scales[2] = {};  // [k16][column tile of the pair]
         KRASIS_UNROLL
         for (int k = 0; k < 2; ++k) {
             KRASIS_UNROLL
@@ -71,10 +78,14 @@ struct WgmmaWorker : MoeWorker<Tile> {
                 codes[k][i] = simt::shared_load<uint32_t>(words + k * Tile::kK16Bytes + i * Tile::kTileBytes);
             }
         }
+        if constexpr (Codes::kHasBlockScales) {
+            KRASIS_UNROLL
+            for (int i = 0; i < 2; ++i) scales[i] = this->block_scales(i, first);
+        }
         KRASIS_UNROLL
         for (int i = 0; i < 2; ++i) {
             simt::wgmma_wait<1>();  // only the other tile's products are under way
-            dequantize(i, codes);
+            dequantize(i, codes, scales[i]);
             simt::wgmma_fence();
             KRASIS_UNROLL
             for (int k = 0; k < 2; ++k) {
@@ -95,7 +106,8 @@ struct WgmmaWorker : MoeWorker<Tile> {
 
     template <int kTiles>
     KRASIS_DEVICE void run_units(int lag) {
-        const int units = 2 * p.k_steps, group = p.group_shift ? 1 << (p.group_shift - 1) : units;  // of 32 k
+        const int units = 2 * p.k_steps;  // of 32 k
+        const int group = !Codes::kHasBlockScales && p.group_shift ? 1 << (p.group_shift - 1) : units;
         for (int at = 0; at < units;) {
             // Before the first group too, where it changes nothing: were the sums touched on one of two ways here, the
             // compiler would let no products run behind the threads' backs.
@@ -125,15 +137,15 @@ struct WgmmaWorker : MoeWorker<Tile> {
             run_units<Tile::kRowTiles>(lag);
         }
         for (int step = lag; step < Tile::kLag; ++step) begin_step(p.k_steps + step);
-        if (p.group_shift == 0) this->take_channel_units();
+        this->end_units();
         simt::sync_threads();  // nobody reads shared memory any more
     }
 };
 
-template <class Type>
-KRASIS_KERNEL((WgmmaTile<Type>::kThreads), 1)
+template <class Type, class Codes>
+KRASIS_KERNEL((WgmmaTile<Type, Codes>::kThreads), 1)
 moe_wgmma_kernel(const MoeGemmParams p) {
-    run_tiles<WgmmaWorker<WgmmaTile<Type>>>(p);
+    run_tiles<WgmmaWorker<WgmmaTile<Type, Codes>>>(p);
 }
 
 }  // namespace krasis::cuda

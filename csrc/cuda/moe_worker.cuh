@@ -13,12 +13,15 @@
 // units of the running group's scale: where a group begins they are multiplied by the last group's scale over the new
 // one, in fp32; at the end by the last scale. So there is one set of sums, where scaling each group by itself needs
 // two. A group without scale (0) has nothing to be measured in; it counts as 2^-60, which no other scale comes near.
+// Scales of blocks (E2m1Codes) are powers of two and part of the 16-bit weights, exactly; they come through the ring
+// beside the codes.
 //
 // Blocks are as many as run at once, each with many tiles: the first steps of the next tile are under way while the
 // sums of the last are stored.
 #pragma once
 
 #include "marlin_dequant.cuh"
+#include "moe_activation.cuh"
 
 namespace krasis::cuda {
 
@@ -38,13 +41,16 @@ struct MoeGemmParams {
     int32_t group_shift;    // a group is 16 << group_shift along k (1, 2, 3); 0: one scale a channel
     int32_t gate_tiles;     // gated: column tiles of gate; otherwise 0
     int32_t column_blocks;  // blocks along n
-    bool scale_is_bf16, out_is_float;
+    bool scale_is_bf16, out_is_float, is_silu;
+    const float *bias, *up_bias;  // [num_experts, columns of gate or of the output]
+    MoeActivation activation;     // unless is_silu
 };
 
 inline constexpr float kLeastScale = 0x1p-60f;
 
-// kRows rows of 64 k and 4 x 4 tiles of codes a step. Kernels add how warps share them.
-template <int kRows_, int kThreads_, int kStages_>
+// kRows rows of 64 k and 4 x 4 tiles of codes a step, and, if kScaleBytes, their 2 x 256 scales. Kernels add how warps
+// share them.
+template <int kRows_, int kThreads_, int kStages_, int kScaleBytes_>
 struct MoeTile {
     static constexpr int kRows = kRows_, kThreads = kThreads_, kStages = kStages_;
     static constexpr int kStepK = 64;
@@ -54,7 +60,8 @@ struct MoeTile {
     static constexpr int kTileBytes = 512;                       // 16 x 64 codes
     static constexpr int kK16Bytes = kColumnTiles * kTileBytes;  // 16 x 256 codes
     static constexpr int kCodesBytes = 4 * kK16Bytes;
-    static constexpr int kStageBytes = kXBytes + kCodesBytes;
+    static constexpr int kScalesAt = kXBytes + kCodesBytes;  // [group][column tile][64]
+    static constexpr int kStageBytes = kScalesAt + kScaleBytes_;
     static constexpr int kSharedBytes = kStages * kStageBytes;
     static constexpr int kXRowsPerThread = kRows * 8 / kThreads;
     static constexpr int kCodeChunksPerThread = kCodesBytes / 16 / kThreads;
@@ -70,6 +77,7 @@ struct Place {
 template <class Tile>
 struct MoeWorker {
     using Type = typename Tile::Type;
+    using Codes = typename Tile::Codes;
     static constexpr int kRowTiles = Tile::kRowTiles, kWords = Tile::kWords;
 
     const MoeGemmParams &p;
@@ -81,7 +89,7 @@ struct MoeWorker {
     Place place;
     int x_source[Tile::kXRowsPerThread];  // in 16 bytes from the first activation; -1: a padding row
     const uint8_t *code_source;           // past the last column: another's
-    bool has_codes;
+    bool has_codes, has_scales;
     const uint8_t *scale_source[2];   // of this lane's columns in the pair's tiles; likewise another's
     uint32_t next_scales[2][kWords];  // of the group after the running one
     int groups_left;                  // to be loaded
@@ -122,7 +130,11 @@ struct MoeWorker {
         has_codes = tile >= 0;
         const int64_t column = static_cast<int64_t>(has_codes ? tile : 0) * Tile::kTileBytes + lane * 16;
         code_source = base + p.codes_offset + thread / 128 * k16_bytes() + column;
-        begin_scales(base + p.scales_offset);
+        if constexpr (Codes::kHasBlockScales) {
+            begin_block_scales(base + p.scales_offset);
+        } else {
+            begin_scales(base + p.scales_offset);
+        }
         read_stage = write_stage = 0;
         KRASIS_UNROLL
         for (int step = 0; step < Tile::kAhead; ++step) load_step(step);
@@ -141,6 +153,29 @@ struct MoeWorker {
         }
         groups_left = p.group_shift ? p.k_steps * 4 >> p.group_shift : 0;
         load_scales();
+    }
+
+    // Each of the first 32 threads copies 16 scales a step: of group thread / 16, tile thread / 4 % 4.
+    KRASIS_DEVICE void begin_block_scales(const uint8_t *scales) {
+        const int tile = column_tile(place.column_block, thread / 4 % 4);
+        has_scales = thread < 32 && tile >= 0;
+        const int group = thread / 16 % 2, column = (tile < 0 ? 0 : tile) * 64 + thread % 4 * 16;
+        scale_source[0] = scales + static_cast<int64_t>(group) * p.column_tiles * 64 + column;
+        groups_left = 0;
+    }
+
+    KRASIS_DEVICE void load_block_scales() {
+        if (thread < 32) {
+            simt::cp_async16(shared + write_stage + Tile::kScalesAt + thread * 16, scale_source[0], has_scales);
+        }
+        scale_source[0] += static_cast<int64_t>(p.column_tiles) * 128;
+    }
+
+    // Of a k16 step's group and tile i of the pair: byte 2w + h for word w, columns 8h and on.
+    KRASIS_DEVICE uint32_t block_scales(int i, int k16) const {
+        const int at = (k16 / 2 * 4 + 2 * pair + i) * 64 + 8 * (lane / 4) + first_word / 2 * 4;
+        const auto both = simt::shared_load<uint32_t>(shared + read_stage + Tile::kScalesAt + at);
+        return both >> (16 * (first_word % 2));
     }
 
     KRASIS_DEVICE int64_t k16_bytes() const { return static_cast<int64_t>(p.column_tiles) * Tile::kTileBytes; }
@@ -168,6 +203,7 @@ struct MoeWorker {
         if (step < p.k_steps) {
             load_x(step);
             load_codes();
+            if constexpr (Codes::kHasBlockScales) load_block_scales();
             advance(write_stage);
         }
         simt::cp_async_commit();
@@ -214,7 +250,7 @@ struct MoeWorker {
     }
 
     KRASIS_DEVICE float next_unit(int i, int word, int h) const {
-        if (p.group_shift == 0) return 1.0f;  // one scale a channel: the sums stay plain until the end
+        if (Codes::kHasBlockScales || p.group_shift == 0) return 1.0f;  // the sums stay plain until the end
         const float scale = scale_to_float(next_scales[i][word], h);
         return scale < kLeastScale && scale > -kLeastScale ? kLeastScale : scale;
     }
@@ -227,6 +263,40 @@ struct MoeWorker {
             for (int word = 0; word < kWords; ++word) {
                 KRASIS_UNROLL
                 for (int h = 0; h < 2; ++h) unit[i][word][h] = next_unit(i, word, h);
+            }
+        }
+    }
+
+    // After the last step.
+    KRASIS_DEVICE void end_units() {
+        if constexpr (Codes::kHasBlockScales) {
+            KRASIS_UNROLL
+            for (int i = 0; i < 4 * kWords; ++i) unit[i / 2 / kWords][i / 2 % kWords][i % 2] = block_unit(Type{});
+        } else if (p.group_shift == 0) {
+            take_channel_units();
+        }
+    }
+
+    // Biases become part of the sums, whose unit then is 1.
+    KRASIS_DEVICE void add_biases(const Place &at) {
+        if (p.bias == nullptr) return;
+        const int columns = (p.gate_tiles ? p.gate_tiles : p.column_tiles) * 64;
+        const int64_t first = static_cast<int64_t>(p.block_experts[at.row_block]) * columns;
+        KRASIS_UNROLL
+        for (int i = 0; i < 2; ++i) {
+            const bool is_up = p.gate_tiles && i == 1;
+            const int tile = column_tile(at.column_block, 2 * pair + i) - (is_up ? p.gate_tiles : 0);
+            const float *own = (is_up ? p.up_bias : p.bias) + first + (tile < 0 ? 0 : tile) * 64;
+            KRASIS_UNROLL
+            for (int j = 0; j < 2 * kWords; ++j) {
+                const int word = j / 2, h = j % 2;
+                const float bias = own[16 * (first_word + word) + 8 * h + lane / 4];
+                KRASIS_UNROLL
+                for (int t = 0; t < 2 * kRowTiles; ++t) {
+                    float &cell = sum[i][word][t / 2][2 * h + t % 2];
+                    cell = simt::fused_multiply_add(cell, unit[i][word][h], bias);
+                }
+                unit[i][word][h] = 1;
             }
         }
     }
@@ -273,7 +343,8 @@ struct MoeWorker {
             values[e] = own;
             if (p.gate_tiles == 0) continue;
             const float up = sum[1][word][t][2 * h + e] * unit[1][word][h];
-            values[e] = own * simt::reciprocal(1.0f + simt::exp_float(-own)) * up;
+            values[e] = p.is_silu ? own * simt::reciprocal(1.0f + simt::exp_float(-own)) * up
+                                  : moe_activate(p.activation, own, up);
         }
     }
 
@@ -320,48 +391,5 @@ struct MoeWorker {
         if (count) simt::global_atomic_add(p.num_executed, count);
     }
 };
-
-// The tiles of one block: every num_blocks-th of those whose expert is present.
-struct MoeTiles {
-    const MoeGemmParams &p;
-    int first;
-    int64_t next, end;
-
-    KRASIS_DEVICE explicit MoeTiles(const MoeGemmParams &params)
-        : p(params), first(params.first_block[params.expert_begin]), next(simt::block_x()) {
-        end = static_cast<int64_t>(p.first_block[p.expert_end] - first) * p.column_blocks;
-    }
-
-    // False: no more.
-    KRASIS_DEVICE bool take(Place &at) {
-        while (next < end) {
-            at.row_block = first + static_cast<int>(next / p.column_blocks);
-            at.column_block = static_cast<int>(next % p.column_blocks);
-            next += simt::num_blocks();
-            if (p.expert_base[p.block_experts[at.row_block]] != nullptr) return true;
-        }
-        return false;
-    }
-};
-
-// All tiles of a block. Worker: with run, which adds up the tile begun and leaves shared memory free.
-template <class Worker>
-KRASIS_DEVICE void run_tiles(const MoeGemmParams &p) {
-    MoeTiles tiles(p);
-    Place at{}, ahead{};
-    bool more = tiles.take(at);
-    if (!more) return;
-    Worker worker(p);
-    worker.begin(at);
-    while (more) {
-        worker.run();
-        more = tiles.take(ahead);
-        if (more) worker.begin(ahead);
-        worker.store(at);
-        worker.count_executed(at);
-        worker.clear_sums();
-        at = ahead;
-    }
-}
 
 }  // namespace krasis::cuda

@@ -150,6 +150,11 @@ uint32_t add2(Type, uint32_t a, uint32_t b) {
     auto half = [](uint32_t word, int shift) { return Type::to_float(static_cast<uint16_t>(word >> shift)); };
     return pack2<Type>(half(a, 0) + half(b, 0), half(a, 16) + half(b, 16));
 }
+template <class Type>
+uint32_t mul2(Type, uint32_t a, uint32_t b) {
+    auto half = [](uint32_t word, int shift) { return Type::to_float(static_cast<uint16_t>(word >> shift)); };
+    return pack2<Type>(half(a, 0) * half(b, 0), half(a, 16) * half(b, 16));
+}
 template <uint32_t kMask, uint32_t kSet>
 uint32_t and_or(uint32_t a) {
     return (a & kMask) | kSet;

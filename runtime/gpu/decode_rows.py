@@ -132,5 +132,6 @@ class DecodeRows:
         )
         product.align(self.stream, step, b.routing.view(len(b.hidden)))
         table = residency.table[block.index]
-        product.run(self.stream, step, table, (), 0, self.model.shape.num_experts, self.executed)
+        num_experts = self.model.shape.num_experts
+        product.run(self.stream, step, table, (), 0, num_experts, self.executed, block.index)
         product.reduce(self.stream, step)

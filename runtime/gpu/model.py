@@ -10,6 +10,7 @@ from krasis.formats.models.spec import Layer, ModelSpec
 from krasis.runtime.device.api import Device, Stream
 from krasis.runtime.gpu.kernels.gpu_kernels import GpuKernels
 from krasis.runtime.gpu.kernels.many_rows import ManyRows
+from krasis.runtime.gpu.kernels.routing import ExpertForm
 from krasis.runtime.gpu.kv_cache import GpuKvCache
 from krasis.runtime.gpu.weights import GpuWeights
 from krasis.runtime.planning.shape import ModelShape, shape_of
@@ -32,6 +33,17 @@ class GpuModel:
     def shape(self) -> ModelShape:
         """The model's sizes."""
         return shape_of(self.spec)
+
+    def expert_forms(self) -> list[ExpertForm]:
+        """Of each layer that has experts."""
+        names = ("gate", "up", "down")
+        return [
+            ExpertForm(
+                layer.experts.activation, *(weights.optional(f"experts.{part}.bias") for part in names)
+            )
+            for layer, weights in zip(self.spec.layers, self.weights.layers, strict=True)
+            if layer.experts is not None
+        ]
 
     def layers(self) -> list[tuple[int, Layer]]:
         """Every layer with its number."""

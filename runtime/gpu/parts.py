@@ -87,7 +87,7 @@ def open_parts(bundle: Bundle, settings: EngineSettings, device: Device, paralle
         residency, staging = _open_expert_memory(model, plan, store, copy)
         if residency is not None:
             undo.callback(residency.close)
-        product = ExpertProduct(model.kernels, spec, layout, record)
+        product = ExpertProduct(model.kernels, spec, layout, record, model.expert_forms())
         streaming = Streaming(store, copy, staging, residency)
         streamed = StreamedExperts(device, spec, product, streaming, parallel)
         cpu = decoder = None

@@ -63,7 +63,7 @@ def measure(context: Context, device: Device, label: str, num_rows: int) -> dict
     arch = architecture(context, label, num_experts)
     stream = device.stream("gemm")
     problem = make_problem(context, device, stream, arch, num_rows)
-    args = (stream, problem.step, problem.table, (problem.records,), 0, num_experts, problem.executed)
+    args = (stream, problem.step, problem.table, (problem.records,), 0, num_experts, problem.executed, 0)
     grouped = time_calls(lambda: problem.product.run(*args), stream.synchronize, sizes.repeats)
     dense_s = dense_seconds(context, device, stream, arch, num_rows * num_experts)
     return {

@@ -255,7 +255,7 @@ def test_an_expert_that_two_groups_cover_is_noticed(
             self.pipeline.wait_for(group, stream)
             self.pipeline._copied[group.sequence] = stream.record()
             memory = [self.pipeline.memory_of(group)]
-            self._product.run(stream, step, table, memory, group.begin, group.end, self._counters[:1])
+            self._product.run(stream, step, table, memory, group.begin, group.end, self._counters[:1], layer)
         run_group(self, stream, layer, step, group, known)
 
     monkeypatch.setattr(StreamedExperts, "_run_group", twice)

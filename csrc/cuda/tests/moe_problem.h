@@ -19,7 +19,8 @@ struct MoeCase {
     int32_t dtype = KRASIS_BF16, scale_dtype = KRASIS_BF16, out_dtype = KRASIS_F32, m_block = 64;
     bool gated = false;
     int64_t top_k = 2;
-    bool wild_scales = false;
+    bool wild_scales = false, biased = false;
+    int32_t activation = KRASIS_CUDA_SILU;
     double count_factor = 1;  // of kCounts
     uint64_t seed = 1;
 };
@@ -31,6 +32,8 @@ class MoeProblem {
         : case_(c), random_(c.seed), codes_offset_(256), scales_offset_(512 + c.k * c.n / 2), table_(kNumExperts) {
         make_ids();
         make_experts();
+        biases_ = std::make_unique<Array<float>>(static_cast<size_t>(kNumExperts * c.n));
+        for (size_t i = 0; i < biases_->size(); ++i) (*biases_)[i] = random_.normal();
         const int64_t rows = num_slots() / c.top_k;
         activations_ = std::make_unique<Array<uint16_t>>(static_cast<size_t>(rows * stride()));
         activations_->poison();
@@ -86,6 +89,12 @@ class MoeProblem {
         a.out_stride = out_stride();
         a.out_dtype = case_.out_dtype;
         a.num_executed = executed_->device();
+        a.activation = case_.activation;
+        a.limit = kLimit;
+        a.alpha = kAlpha;
+        if (!case_.biased) return a;
+        a.bias = biases_->upload();
+        if (case_.gated) a.up_bias = a.bias + kNumExperts * out_columns();
         return a;
     }
 
@@ -114,6 +123,33 @@ class MoeProblem {
     }
 
   private:
+    static constexpr float kLimit = 3.0f, kAlpha = 1.702f;
+
+    double bias(int64_t slot, int64_t column) const {
+        if (!case_.biased) return 0;
+        const int64_t expert = (*ids_)[static_cast<size_t>(slot)], columns = out_columns();
+        const int64_t first = case_.gated && column >= columns ? kNumExperts * columns : 0;
+        return (*biases_)[static_cast<size_t>(first + expert * columns + column % columns)];
+    }
+
+    static double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
+
+    double activate(double g, double u) const {
+        const double low = std::min<double>(g, kLimit), cut = std::clamp<double>(u, -kLimit, kLimit);
+        switch (case_.activation) {
+            case KRASIS_CUDA_GELU_TANH:
+                return 0.5 * g * (1 + std::tanh(std::sqrt(2 / M_PI) * (g + 0.044715 * g * g * g))) * u;
+            case KRASIS_CUDA_SWIGLU_OFFSET:
+                return low * sigmoid(static_cast<double>(kAlpha) * low) * (cut + 1);
+            case KRASIS_CUDA_SILU_CLAMPED_BEFORE:
+                return low * sigmoid(low) * cut;
+            case KRASIS_CUDA_SILU_CLAMPED_AFTER:
+                return std::min<double>(g * sigmoid(g), kLimit) * cut;
+            default:
+                return g * sigmoid(g) * u;
+        }
+    }
+
     uint16_t &activation(int64_t row, int64_t i) { return (*activations_)[static_cast<size_t>(row * stride() + i)]; }
     double activation_value(int64_t row, int64_t i) const {
         return to_double((*activations_)[static_cast<size_t>(row * stride() + i)], case_.dtype);
@@ -140,7 +176,7 @@ class MoeProblem {
             records_.push_back(std::make_unique<Array<uint8_t>>(static_cast<size_t>(bytes)));
             uint8_t *record = records_.back()->data();
             weight.pack_codes(reinterpret_cast<uint32_t *>(record + codes_offset_));
-            weight.pack_scales(reinterpret_cast<uint16_t *>(record + scales_offset_));
+            weight.pack_scales(record + scales_offset_);
             values_.push_back(weight.values());
             table_[static_cast<size_t>(e)] = records_.back()->upload();
         }
@@ -196,13 +232,14 @@ class MoeProblem {
                                                               : 0x1.02p-11;
         for (int64_t c = 0; c < out_columns(); ++c) {
             const auto i = static_cast<size_t>(c);
-            double value = sums[i], error = kSumError * sizes[i];
+            double value = sums[i] + bias(slot, c), error = kSumError * (sizes[i] + std::fabs(value));
             if (case_.gated) {
                 const size_t u = i + static_cast<size_t>(out_columns());
-                const double silu = sums[i] / (1 + std::exp(-sums[i]));
-                value = silu * sums[u];
-                error =
-                    1.1 * error * std::fabs(sums[u]) + std::fabs(silu) * kSumError * sizes[u] + 2e-6 * std::fabs(value);
+                const double gate = value, up = sums[u] + bias(slot, c + out_columns());
+                const double up_error = kSumError * (sizes[u] + std::fabs(up));
+                value = activate(gate, up);
+                // No activation is steeper than 1.7 in the gate.
+                error = 1.7 * error * (1 + std::fabs(up)) + std::fabs(gate) * up_error + 2e-6 * std::fabs(value);
             }
             // Halves below 2^-14 have absolute steps of 2^-24.
             CHECK(std::fabs(out_value(slot, c) - value) <= error + rounding * std::fabs(value) + 0x1p-24);
@@ -217,6 +254,7 @@ class MoeProblem {
     std::vector<std::vector<double>> values_;
     Array<const void *> table_;
     std::unique_ptr<Array<uint16_t>> activations_;
+    std::unique_ptr<Array<float>> biases_;
     std::unique_ptr<Array<uint8_t>> out_;
     std::unique_ptr<Array<int64_t>> executed_;
 };

@@ -1,6 +1,7 @@
 // test_moe_gemm.cpp: the grouped product against float64 on every layout, ragged row counts and both 16-bit types.
 #include <string>
 
+#include "marlin_dequant.cuh"
 #include "moe_problem.h"
 #include "suites.h"
 
@@ -128,6 +129,75 @@ void check_few_slots() {
 #endif
 }
 
+// Biases of the first and the second product, every activation, every kernel; of plain codes and of MXFP4.
+void check_biases_and_activations() {
+    int i = 0;
+    for (int32_t m_block : {16, 16, 32, 64, 128}) {
+        for (int32_t activation = KRASIS_CUDA_SILU; activation <= KRASIS_CUDA_SILU_CLAMPED_AFTER; ++activation) {
+            Case c;
+            c.m_block = m_block;
+            c.gated = activation != KRASIS_CUDA_SILU || i % 2;
+            c.activation = activation;
+            c.biased = i % 3 != 2;
+            c.n = c.gated ? 384 : 192;
+            c.dtype = i % 2 ? KRASIS_F16 : KRASIS_BF16;
+            c.group = 32;
+            c.scale_dtype = i % 4 < 2 ? KRASIS_CUDA_E8M0 : KRASIS_BF16;
+            c.out_dtype = i % 5 < 2 ? c.dtype : KRASIS_F32;
+            c.count_factor = i < 5 ? 0.08 : 0.2;  // up to 64 slots have a kernel of their own
+            c.seed = static_cast<uint64_t>(200 + ++i);
+            check_case(c);
+        }
+    }
+}
+
+// MXFP4: scales are part of the weights. Odd numbers of steps; scales far apart, and of empty blocks.
+void check_e2m1() {
+    int i = 0;
+    for (int32_t m_block : {16, 16, 32, 64, 128}) {
+        for (int64_t k : {64, 448, 1088}) {
+            Case c;
+            c.m_block = m_block;
+            c.k = k;
+            c.gated = i % 2;
+            c.n = c.gated ? 384 : 320;
+            c.group = 32;
+            c.scale_dtype = KRASIS_CUDA_E8M0;
+            c.count_factor = i < 3 ? 0.08 : 0.2;
+            c.wild_scales = !c.gated;
+            c.seed = static_cast<uint64_t>(300 + ++i);
+            check_case(c);
+        }
+    }
+}
+
+#if !KRASIS_SIMT_DEVICE
+// Every code with every scale that a type has room for: exactly the weight.
+void check_e2m1_exactly() {
+    using krasis::Bf16, krasis::F16, krasis::cuda::block_unit, krasis::cuda::dequantize_e2m1;
+    const auto check = [](auto type, int first, int last) {
+        using Type = decltype(type);
+        for (int e = first; e <= last; ++e) {
+            for (int code = 0; code < 16; ++code) {
+                for (int nibble = 0; nibble < 8; ++nibble) {
+                    const uint32_t other = code ? 0x00000000u : 0xffffffffu;
+                    const uint32_t word = (other & ~(15u << (4 * nibble))) | static_cast<uint32_t>(code)
+                                                                                 << (4 * nibble);
+                    uint32_t b[2][2];
+                    dequantize_e2m1<Type>(word, static_cast<uint32_t>(e | e << 8), b);
+                    const uint32_t pair = b[nibble % 4 / 2][nibble % 2];
+                    const auto bits = static_cast<uint16_t>(pair >> (16 * (nibble / 4)));
+                    const double value = static_cast<double>(Type::to_float(bits)) * block_unit(type);
+                    CHECK(value == std::ldexp(kE2m1[code], e - 127));
+                }
+            }
+        }
+    };
+    check(Bf16{}, 65, 192);
+    check(F16{}, 108, 132);
+}
+#endif
+
 // Ranges of experts, fewer blocks than tiles: the same bits.
 void check_same_bits() {
     Case c;
@@ -205,6 +275,11 @@ void check_refusals() {
     refused(KRASIS_ERR_ARGUMENT, [](Args &a) { a.slots_per_row = 0; });
     refused(KRASIS_ERR_RANGE, [](Args &a) { a.expert_end = a.num_experts + 1; });
     refused(KRASIS_ERR_RANGE, [](Args &a) { a.expert_begin = -1; });
+    refused(KRASIS_ERR_ARGUMENT, [](Args &a) { a.activation = KRASIS_CUDA_RELU_SQUARED; });
+    refused(KRASIS_ERR_ARGUMENT, [](Args &a) { a.activation = -1; });
+    refused(KRASIS_ERR_ARGUMENT, [](Args &a) { a.scale_dtype = KRASIS_F32; });
+    refused(KRASIS_ERR_ARGUMENT, [](Args &a) { a.up_bias = reinterpret_cast<const float *>(a.out); });
+    refused(KRASIS_ERR_SHAPE, [](Args &a) { a.scale_dtype = KRASIS_CUDA_E8M0; });  // in groups of 128
     refused(KRASIS_ERR_SHAPE, [](Args &a) { a.k = 96; });
     refused(KRASIS_ERR_SHAPE, [](Args &a) { a.n = 160; });
     refused(KRASIS_ERR_SHAPE, [](Args &a) { a.gated = 1; });  // 192 columns: gate would be 96
@@ -222,6 +297,7 @@ void check_wide_blocks() {
         c.group = group;
         c.m_block = 128;
         c.dtype = group == 64 ? KRASIS_F16 : KRASIS_BF16;
+        if (group == 32) c.scale_dtype = KRASIS_CUDA_E8M0;
         c.gated = group == 128;
         c.n = c.gated ? 384 : 192;
         check_case(c);
@@ -229,10 +305,11 @@ void check_wide_blocks() {
 }
 
 // The kernel with a wait or a barrier left out must be noticed, whichever one it is.
-void check_races(int32_t m_block) {
+void check_races(int32_t m_block, int32_t scale_dtype = KRASIS_BF16) {
     Case c;
     c.k = 448;
-    c.group = 64;
+    c.group = scale_dtype == KRASIS_CUDA_E8M0 ? 32 : 64;
+    c.scale_dtype = scale_dtype;
     c.m_block = m_block;
     c.count_factor = 0.1;
     Problem problem(c);
@@ -262,16 +339,20 @@ void run_moe_gemm() {
     check_shapes();
     check_wild_scales();
     check_few_slots();
+    check_biases_and_activations();
+    check_e2m1();
     check_same_bits();
     check_far_records();
     check_absent_experts();
     check_refusals();
 #if !KRASIS_SIMT_DEVICE
     for (int32_t m_block : {16, 64, 128}) check_races(m_block);
+    check_e2m1_exactly();
     // Blocks of 128 rows ran by wgmma; now by mma.sync, as on targets without it.
     krasis::simt::offers_wgmma = false;
     check_wide_blocks();
     check_races(128);
+    check_races(128, KRASIS_CUDA_E8M0);
     krasis::simt::offers_wgmma = true;
 #endif
 }

@@ -41,7 +41,7 @@ class CpuExperts:
         a = shape_of(model)
         choices = (max_tokens, a.num_experts_per_token)
         self._device, self._kernels, self._product, self._shape = device, kernels, product, a
-        self._records = cpu.records()
+        self._layers = cpu.layers()
         self._cpu, self._residency, self._max_tokens = cpu, residency, max_tokens
         self._host_kernels = Kernels(cpu.pool)
         self._acts = Acts.allocate(max_tokens, a.hidden_size)
@@ -117,10 +117,10 @@ class CpuExperts:
             chosen = np.where(resident[chosen], np.int32(-1), chosen)
         self._device.host_writes(rows)
         host_rows[:] = 0
-        experts = self._records[layer]
+        one = self._layers[layer]
         self._num_on_cpu += run.moe(
-            experts, experts.shape[1], self._cpu.tiles, acts, chosen, weights.numpy(), host_rows,
-            a.expert_intermediate_size, a.num_experts, self._scratch,
+            one.records, one.records.shape[1], self._cpu.tiles, acts, chosen, weights.numpy(), host_rows,
+            a.expert_intermediate_size, a.num_experts, self._scratch, one.activation, one.biases,
         )  # fmt: skip
 
     def _run_residents(self, stream: Stream, layer: int, step: Step, residency: Residency) -> None:
@@ -133,5 +133,5 @@ class CpuExperts:
         own, product = replace(step, ids=gpu_ids), self._product
         product.align(stream, own, step.buffers.routing.view(len(ids)))
         table, num_experts = residency.table[layer], self._shape.num_experts
-        product.run(stream, own, table, residency.memory_in_use, 0, num_experts, self._executed)
+        product.run(stream, own, table, residency.memory_in_use, 0, num_experts, self._executed, layer)
         product.reduce(stream, own)

@@ -11,11 +11,12 @@ import numpy.typing as npt
 import torch
 
 from krasis.formats.errors import NativeError
+from krasis.formats.models.mlps import Activation
 from krasis.formats.native import Pool, check
 from krasis.runtime.cpu.kernels import Acts, Kernels, moe_workspace_bytes, workspace
 from krasis.runtime.cpu.native import prototype
 from krasis.runtime.cpu.program import Program
-from krasis.runtime.cpu.weights import ModelWeights
+from krasis.runtime.cpu.weights import FloatArray, ModelWeights, expert_biases
 from krasis.runtime.device.api import Event
 from krasis.runtime.gpu.experts.handover import NUM_RESULTS, Handover
 from krasis.runtime.planning.shape import AnyModel, shape_of
@@ -23,6 +24,17 @@ from krasis.runtime.planning.shape import AnyModel, shape_of
 # Idle threads of the pool spin for so long: more than the GPU needs between two layers' experts.
 SPIN_S = 1e-3
 PATIENCE_NS = 50_000_000  # before the host looks whether the GPU still lives
+
+
+@dataclass(frozen=True, slots=True)
+class HostLayer:
+    """A layer's experts as the CPU has them. records uint8 [experts, record_bytes]; biases: of gate, up and
+    down.
+    """
+
+    records: npt.NDArray[np.uint8]
+    activation: Activation
+    biases: tuple[FloatArray, FloatArray, FloatArray] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +53,13 @@ class CpuTier:
             raise NativeError("the CPU kernels run CPU tiles only", got=layout.layout_id)
         return tiles
 
-    def records(self) -> list[npt.NDArray[np.uint8]]:
-        """The experts of each layer that has some, uint8 [experts, record_bytes]."""
-        return [layer.experts for layer in self.weights.layers if layer.experts is not None]
+    def layers(self) -> list[HostLayer]:
+        """Of each layer that has experts."""
+        return [
+            HostLayer(layer.experts, layer.layer.experts.activation, expert_biases(layer))
+            for layer in self.weights.layers
+            if layer.experts is not None and layer.layer.experts is not None
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,13 +93,14 @@ class HostExperts:
         normed, ids, weights = (tensor.numpy() for tensor in self._inputs)
         self._layers: list[_Layer] = []
         results = [result[:num_rows].numpy() for result in handover.results]
-        for index, records in enumerate(tier.records()):
+        for index, layer in enumerate(tier.layers()):
             program = Program(handover.name_of(index))
             run = Kernels(tier.pool, program)
             run.quantize(normed, acts)
             run.moe(
-                records, records.shape[1], tier.tiles, acts, ids, weights,
+                layer.records, layer.records.shape[1], tier.tiles, acts, ids, weights,
                 results[index % NUM_RESULTS], a.expert_intermediate_size, a.num_experts, scratch,
+                layer.activation, layer.biases,
             )  # fmt: skip
             self._layers.append(self._layer(index, program))
         self._wait, self._store = prototype("krasis_wait_flag"), prototype("krasis_store_flag")

@@ -252,7 +252,7 @@ class StreamedExperts:
             memory.append(self.pipeline.memory_of(group))
         if memory:
             table = self._tables[layer]
-            self._product.run(stream, step, table, memory, group.begin, group.end, self._counters[:1])
+            self._product.run(stream, step, table, memory, group.begin, group.end, self._counters[:1], layer)
         if group.runs:
             self.pipeline.release(group, stream)
 

@@ -10,11 +10,16 @@ from krasis.formats.layouts import ExpertFormat, ExpertRecord
 from krasis.runtime.device.api import Stream
 from krasis.runtime.gpu.experts.stage import Step
 from krasis.runtime.gpu.kernels.gpu_kernels import ExpertMatrix, GpuKernels, Routing
+from krasis.runtime.gpu.kernels.routing import PLAIN_EXPERTS, ExpertForm
 from krasis.runtime.planning.shape import AnyModel, shape_of
+
+SCALE_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "E8M0": torch.uint8}
 
 
 class ExpertProduct:
-    """gate, up and down of one model's experts. record_bytes: of one expert."""
+    """gate, up and down of one model's experts. record_bytes: of one expert. forms: of each layer that has
+    experts; none: plain ones.
+    """
 
     def __init__(
         self,
@@ -22,11 +27,13 @@ class ExpertProduct:
         model: AnyModel,
         layout: ExpertFormat,
         record: ExpertRecord,
+        forms: Sequence[ExpertForm] = (),
     ) -> None:
         a = shape_of(model)
+        self._forms = tuple(forms) or (PLAIN_EXPERTS,) * a.num_expert_layers
         self._kernels, self._shape = kernels, a
         self.record_bytes = record.record_bytes
-        scale_dtype = {"BF16": torch.bfloat16, "F16": torch.float16}[layout.scale_dtype]
+        scale_dtype = SCALE_DTYPES[layout.scale_dtype]
         self.w13 = ExpertMatrix(
             record.w13_codes.offset_bytes,
             record.w13_scales.offset_bytes,
@@ -57,21 +64,23 @@ class ExpertProduct:
         begin: int,
         end: int,
         executed: torch.Tensor,
+        layer: int,
     ) -> None:
         """Slots of experts [begin, end) -> buffers.slots; adds their number to executed i64 [1].
 
-        table i64 [experts]: addresses of records, which lie in memory.
+        table i64 [experts]: addresses of records, which lie in memory. layer: among those that have experts.
         """
+        form = self._forms[layer]
         buffers, top_k = step.buffers, self._shape.num_experts_per_token
         routing = buffers.routing.view(len(step.ids))
         common = (routing, table, memory)
         self._kernels.moe_gemm(
             stream, step.x, *common, self.w13, begin, end, buffers.gated,
-            gated=True, slots_per_row=top_k, executed=None,
+            gated=True, slots_per_row=top_k, executed=None, form=form,
         )  # fmt: skip
         self._kernels.moe_gemm(
             stream, buffers.gated, *common, self.w2, begin, end, buffers.slots,
-            gated=False, slots_per_row=1, executed=executed,
+            gated=False, slots_per_row=1, executed=executed, form=form,
         )  # fmt: skip
 
     def reduce(self, stream: Stream, step: Step) -> None:

@@ -24,6 +24,7 @@ from krasis.runtime.gpu.kernels.arguments import (
     vector_pointer,
 )
 from krasis.runtime.gpu.kernels.launcher import Launcher, Tensors, present
+from krasis.runtime.gpu.kernels.mlp import ACTIVATION_CODES
 from krasis.runtime.gpu.kernels.native import (
     AlignArgs,
     MoeGemmArgs,
@@ -32,9 +33,11 @@ from krasis.runtime.gpu.kernels.native import (
     RouterArgs,
 )
 from krasis.runtime.gpu.kernels.router_arguments import NO_VECTORS, RouterVectors, set_router
-from krasis.runtime.gpu.kernels.routing import ExpertMatrix, Routing
+from krasis.runtime.gpu.kernels.routing import PLAIN_EXPERTS, ExpertForm, ExpertMatrix, Routing
 
 MAX_ROUTER_TOKENS = 8
+SCALE_CODES = {torch.bfloat16: CODES[torch.bfloat16], torch.float16: CODES[torch.float16], torch.uint8: 16}
+"""uint8: ``KRASIS_CUDA_E8M0``."""
 
 
 class MoeKernels(Launcher):
@@ -134,12 +137,14 @@ class MoeKernels(Launcher):
         slots_per_row: int,
         executed: torch.Tensor | None = None,
         max_blocks_launched: int = 0,
+        form: ExpertForm = PLAIN_EXPERTS,
     ) -> None:
         """out[s] = x[s / slots_per_row] x W_e for every slot s of experts begin..end-1; other rows stay.
 
         x 16 bits [slots / slots_per_row, k], out [T * K, n] of its type or float32; gated: columns of W are
-        gate then up, and out [T * K, n/2] = silu(gate) * up. slots_per_row: K where rows of x are tokens, 1
-        where they are slots. max_blocks_launched: 0: as many as run at once.
+        gate then up, and out [T * K, n/2] = activation(gate, up). slots_per_row: K where rows of x are
+        tokens, 1 where they are slots. max_blocks_launched: 0: as many as run at once. form: gives the
+        activation, and the biases added before it or, not gated, at the end.
         """
         r, m = routing, matrix
         self._check_experts(r, begin, end, slots_per_row, "moe_gemm")
@@ -155,7 +160,7 @@ class MoeKernels(Launcher):
             pointer(table, (r.num_experts,), I64, "moe_gemm.table"),
             m.codes_offset,
             m.scales_offset,
-            CODES[m.scale_dtype],
+            SCALE_CODES[m.scale_dtype],
             r.m_block,
             m.group,
             m.k,
@@ -174,8 +179,11 @@ class MoeKernels(Launcher):
             0,
             optional_pointer(executed, (1,), I64, "moe_gemm.executed"),
         )
+        biases = self._set_form(args, form, gated, r.num_experts, columns)
         if r.num_slots and end > begin:
-            reads = present(x, r.sorted_slots, r.block_experts, r.first_block, table, *memory, executed)
+            reads = present(
+                x, r.sorted_slots, r.block_experts, r.first_block, table, *memory, executed, *biases
+            )
             self.submit(stream, "moe_gemm", (byref(args),), reads, present(out, executed))
 
     def moe_reduce(
@@ -213,6 +221,20 @@ class MoeKernels(Launcher):
         if tokens:
             reads = present(slots, ids, weights, residual)
             self.submit(stream, "moe_reduce", (byref(args),), reads, (out,))
+
+    @staticmethod
+    def _set_form(
+        args: MoeGemmArgs, form: ExpertForm, gated: bool, num_experts: int, columns: int
+    ) -> list[torch.Tensor]:
+        """The biases that the product adds."""
+        bias, up_bias = (form.gate_bias, form.up_bias) if gated else (form.down_bias, None)
+        shape = (num_experts, columns)
+        args.bias = optional_pointer(bias, shape, F32, "moe_gemm.bias")
+        args.up_bias = optional_pointer(up_bias, shape, F32, "moe_gemm.up_bias")
+        if gated:
+            args.activation = ACTIVATION_CODES[form.activation.kind]
+            args.limit, args.alpha = form.activation.limit, form.activation.alpha
+        return present(bias, up_bias)
 
     @staticmethod
     def _check_experts(routing: Routing, begin: int, end: int, slots_per_row: int, where: str) -> None:

@@ -66,6 +66,11 @@ class MoeGemmArgs(ctypes.Structure):
         ("out_dtype", _I32),
         ("reserved", _I32),
         ("num_executed", _PTR),
+        ("bias", _PTR),
+        ("up_bias", _PTR),
+        ("activation", _I32),
+        ("limit", _F32),
+        ("alpha", _F32),
     )
 
 

@@ -8,17 +8,20 @@ from dataclasses import dataclass
 import torch
 
 from krasis.formats.errors import NativeError
+from krasis.formats.models.mlps import Activation
 from krasis.runtime.device.api import Device
 from krasis.runtime.gpu.kernels.native import cuda_prototype
 
 M_BLOCKS = (16, 32, 64, 128)
+SILU = Activation()
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertMatrix:
     """A Marlin matrix [k, n] of 4 bits, its bytes counted from the beginning of an expert's record.
 
-    group: weights along k that share a scale; k: one scale a column. scale_dtype: bfloat16 or float16.
+    group: weights along k that share a scale; k: one scale a column. scale_dtype: bfloat16 or float16; uint8
+    for MXFP4, whose scales are exponents of blocks of 32.
     """
 
     codes_offset: int
@@ -27,6 +30,22 @@ class ExpertMatrix:
     k: int
     n: int
     scale_dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertForm:
+    """What a layer's experts are besides their matrices.
+
+    gate_bias, up_bias float32 [num_experts, intermediate], down_bias [num_experts, hidden], or all None.
+    """
+
+    activation: Activation = SILU
+    gate_bias: torch.Tensor | None = None
+    up_bias: torch.Tensor | None = None
+    down_bias: torch.Tensor | None = None
+
+
+PLAIN_EXPERTS = ExpertForm()
 
 
 @dataclass(frozen=True, slots=True)
