@@ -79,14 +79,7 @@ GPU_RUNS = CPU_RUNS - {
     "attention heads of more than 256 channels",
     "routers that norm their input",
     "proportional rope scaling",
-    "experts with biases",
-    "attention in windows",
-    "attention sinks",
     "linear attention with heads of more than 128 channels",
-    "the activation swiglu_offset",
-    "the activation silu_clamped_before",
-    "the activation silu_clamped_after",
-    "the activation gelu_tanh",
 }
 
 

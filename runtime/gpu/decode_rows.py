@@ -70,8 +70,9 @@ class DecodeRows:
         kernels.qk_norm_rope_store(self.stream, qkv, block.heads, block.form, place)
         queries = qkv[:, : block.heads.attention_size]
         kernels.attention_decode(
-            self.stream, queries, block.heads, place, block.scale, attended, self.attention_workspace
-        )
+            self.stream, queries, block.heads, place, block.scale, attended, self.attention_workspace,
+            window=block.window or 0, sinks=block.sinks,
+        )  # fmt: skip
 
     def apply_delta(self, block: GpuGatedDelta, gates: torch.Tensor, out: torch.Tensor) -> None:
         """See ``PassRows``."""

@@ -116,7 +116,10 @@ class PrefillRows:
         for piece in chunk.pieces:
             keys, values = cache.layer(piece.slot, block.layer)
             rows, out = qkv[piece.first : piece.last], attended[piece.first : piece.last]
-            attend(self.stream, block.heads, rows, keys, values, piece.position, out, scale=block.scale)
+            attend(
+                self.stream, block.heads, rows, keys, values, piece.position, out,
+                scale=block.scale, window=block.window, sinks=block.sinks,
+            )  # fmt: skip
 
     def apply_delta(self, block: GpuGatedDelta, gates: torch.Tensor, out: torch.Tensor) -> None:
         """See ``PassRows``."""

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class GpuAttention:
-    """layer: its number. heads, form, scale: what a pass needs to attend."""
+    """layer: its number. heads, form, scale, window, sinks: what a pass needs to attend."""
 
     def __init__(self, model: GpuModel, layer: int, mixer: Attention) -> None:
         weights = model.weights.layers[layer]
@@ -25,7 +25,8 @@ class GpuAttention:
         self._norm = weights.plain("attention.norm")
         self._qkv, self._output = weights.int8("attention.qkv"), weights.int8("attention.output")
         self._output_bias = weights.optional("attention.output.bias")
-        self.layer, self.scale = layer, mixer.scale
+        self.layer, self.scale, self.window = layer, mixer.scale, mixer.window
+        self.sinks = weights.optional("attention.sinks")
         self.heads = Heads(mixer.heads, mixer.kv_heads, mixer.head_dim)
         self._gate = weights.int8("attention.gate") if mixer.output_gate == "channel" else None
         if mixer.rope is None:

@@ -15,6 +15,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from krasis.runtime.cpu.kernels import Heads
 from krasis.runtime.device.api import Stream
+from krasis.runtime.gpu.kernels.launcher import present
+from krasis.runtime.gpu.kernels.local_attention import local_attention
 from krasis.runtime.planning.assumptions import ATTENTION_PIECE_BYTES
 
 PIECE_BYTES = ATTENTION_PIECE_BYTES
@@ -43,12 +45,18 @@ def attend(
     out: torch.Tensor,
     piece_bytes: int = PIECE_BYTES,
     scale: float | None = None,
+    window: int | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> None:
     """out [T, attention_size] = attention of the queries in qkv [T, qkv_size] at positions start..start+T-1.
 
     keys, values [num_kv_heads, capacity, head_dim] hold positions 0..start+T-1, the queries' own included.
-    16-bit; q is rotated already. scale: of the scores, None for head_dim ** -0.5.
+    16-bit; q is rotated already. scale: of the scores, None for head_dim ** -0.5. window: positions that a
+    query sees, None for all; sinks float32 [num_heads]: one more logit a head.
     """
+    if window is not None or sinks is not None:
+        _attend_locally(stream, heads, qkv, keys, values, start, out, piece_bytes, scale, window, sinks)
+        return
     if scale == heads.head_dim**-0.5:
         scale = None
     for begin, end in pieces(0, len(qkv), heads.attention_size, piece_bytes):
@@ -61,6 +69,37 @@ def attend(
             out[begin:end],
             scale,
         )
+
+
+def _attend_locally(
+    stream: Stream,
+    heads: Heads,
+    qkv: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    start: int,
+    out: torch.Tensor,
+    piece_bytes: int,
+    scale: float | None,
+    window: int | None,
+    sinks: torch.Tensor | None,
+) -> None:
+    scale = heads.head_dim**-0.5 if scale is None else scale
+    for begin, end in pieces(0, len(qkv), heads.attention_size, piece_bytes // 4):  # sinks: in float32, too
+        first = 0 if window is None else max(0, start + begin - window + 1)
+        queries, to = qkv[begin:end, : heads.attention_size], out[begin:end]
+        seen = keys[:, first : start + end], values[:, first : start + end]
+
+        def action(
+            _: int,
+            queries: torch.Tensor = queries,
+            seen: tuple[torch.Tensor, torch.Tensor] = seen,
+            to: torch.Tensor = to,
+        ) -> None:
+            split = queries.view(-1, heads.num_heads, heads.head_dim)
+            to.copy_(local_attention(split, *seen, scale, window, sinks).flatten(1))
+
+        stream.launch("attention", action, reads=present(queries, *seen, sinks), writes=(to,))
 
 
 def _attend_piece(

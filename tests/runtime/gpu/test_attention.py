@@ -71,6 +71,37 @@ def test_any_pieces_equal_float64(dtype: torch.dtype, start: int, piece_tokens: 
     assert error < (4e-3 if dtype == torch.bfloat16 else 5e-4)
 
 
+@pytest.mark.parametrize(
+    ("window", "has_sinks", "start", "piece_tokens"),
+    [(None, True, 0, 100), (8, False, 0, 100), (8, True, 13, 10), (1, True, 13, 5), (100, True, 3, 100)],
+)
+def test_windows_and_sinks_equal_float64(
+    window: int | None, has_sinks: bool, start: int, piece_tokens: int
+) -> None:
+    heads, tokens, capacity, dtype = Heads(6, 2, 32), 29, 64, torch.float16
+    random = torch.Generator().manual_seed(6)
+    qkv = torch.randn((tokens, heads.qkv_size), generator=random).to(dtype)
+    keys, values = (torch.full((2, capacity, 32), float("nan"), dtype=dtype) for _ in range(2))
+    for cache in (keys, values):
+        cache[:, : start + tokens] = torch.randn((2, start + tokens, 32), generator=random).to(dtype)
+    # A sink far above the logits takes nearly everything, one far below nothing.
+    sinks = torch.tensor([-30.0, 0.5, 2.0, 30.0, -1.0, 4.0]) if has_sinks else None
+    out = torch.full((tokens, heads.attention_size), float("nan"), dtype=dtype)
+    piece_bytes = 4 * 2 * piece_tokens * heads.attention_size
+    attend(Immediate(), heads, qkv, keys, values, start, out, piece_bytes, 0.3, window, sinks)
+    right = reference.attention(
+        qkv[:, : heads.attention_size].reshape(tokens, 6, 32).double().numpy(),
+        keys.double().numpy(),
+        values.double().numpy(),
+        start,
+        0.3,
+        window,
+        None if sinks is None else sinks.double().numpy(),
+    ).reshape(tokens, -1)
+    error = np.linalg.norm(out.double().numpy() - right) / np.linalg.norm(right)
+    assert error < 5e-4
+
+
 def test_pieces_are_few_and_even() -> None:
     assert pieces(0, 10, 4, piece_bytes=8 * 4) == [(0, 3), (3, 6), (6, 10)]
     assert pieces(5, 9, 4, piece_bytes=10**9) == [(5, 9)]

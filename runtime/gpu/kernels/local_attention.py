@@ -1,0 +1,113 @@
+"""Causal attention in windows, and with sinks: through FlashAttention as torch has it on a GPU.
+
+SDPA itself knows neither. A sink is one more logit of a head, without a value: attention without it, times
+sigmoid(L - sink), where L is the logarithm of the sum of its exponentials, which FlashAttention gives.
+"""
+
+from __future__ import annotations
+
+import torch
+
+_EXACT_BYTES = 2**24  # of a piece's scores
+
+
+def local_attention(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scale: float,
+    window: int | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """[n, heads, D] of queries [n, heads, D], keys and values [kv_heads, m, D], n <= m, the last query at the
+    last key.
+
+    window: a query sees so many keys, its own the last; None: all. sinks: float32 [heads] or None.
+    """
+    if queries.device.type == "cuda" and queries.shape[-1] <= _MOST_CHANNELS:
+        return _flash(queries, keys, values, scale, window, sinks)
+    return _exact(queries, keys, values, scale, window, sinks)
+
+
+_MOST_CHANNELS = 256  # of FlashAttention
+
+
+def _flash(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scale: float,
+    window: int | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Its causal mask is aligned at the last key; key tiles before the window are skipped."""
+    n, m = queries.shape[0], keys.shape[1]
+    results: list[torch.Tensor] = torch.ops.aten._flash_attention_forward(
+        queries[None],
+        keys.transpose(0, 1)[None],
+        values.transpose(0, 1)[None],
+        None,
+        None,
+        n,
+        m,
+        0.0,
+        True,
+        False,
+        scale=scale,
+        window_size_left=None if window is None or window >= m else window - 1,
+        window_size_right=None,
+    )
+    mixed, logarithms = results[0], results[1]
+    if sinks is None:
+        return mixed[0]
+    share = torch.sigmoid(logarithms[0] - sinks[:, None])  # [heads, n]
+    return mixed[0] * share.t()[:, :, None]  # float32, to be rounded once
+
+
+def _exact(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scale: float,
+    window: int | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """In float32 sums, by products of matrices: for tests without a GPU, and heads that FlashAttention does
+    not take.
+    """
+    (n, heads, _), m = queries.shape, keys.shape[1]
+    at_once = max(1, _EXACT_BYTES // (4 * heads * m))
+    parts = []
+    for begin in range(0, n, at_once):
+        end = min(begin + at_once, n)
+        last = m - n + end
+        first = 0 if window is None else max(0, m - n + begin - window + 1)
+        parts.append(
+            _exact_piece(queries[begin:end], keys[:, first:last], values[:, first:last], scale, window, sinks)
+        )
+    return torch.cat(parts)
+
+
+def _exact_piece(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scale: float,
+    window: int | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    (n, heads, dim), (kv_heads, m, _) = queries.shape, keys.shape
+    grouped = queries.view(n, kv_heads, heads // kv_heads, dim).permute(1, 2, 0, 3).float()
+    scores = grouped.flatten(1, 2) @ keys.float().transpose(1, 2) * scale  # [kv_heads, group * n, m]
+    scores = scores.view(heads, n, m)
+    position = torch.arange(m - n, m, device=queries.device)[:, None]
+    key = torch.arange(m, device=queries.device)
+    hidden = key > position
+    if window is not None:
+        hidden |= key <= position - window
+    scores = scores.masked_fill(hidden, float("-inf"))
+    if sinks is not None:
+        scores = torch.cat([scores, sinks[:, None, None].expand(heads, n, 1)], dim=2)
+    weights = torch.softmax(scores, dim=2)[:, :, :m].reshape(kv_heads, -1, m)
+    mixed = (weights @ values.float()).view(heads, n, dim)
+    return mixed.transpose(0, 1).to(queries.dtype)
