@@ -57,7 +57,12 @@ _WHEN_CUT = "get this file again; what is finished so far is kept, and the same 
     help="Put the tokenizer, chat template and defaults of SOURCE (a folder, a GGUF, one file or a name on "
     "the hub) into a finished bundle: krasis-convert --refresh-text SOURCE model.krasis.",
 )
-@click.option("--gpu-format", type=click.Choice(list(GPU_FORMATS)), default="marlin", show_default=True)
+@click.option(
+    "--gpu-format",
+    type=click.Choice(list(GPU_FORMATS)),
+    default=None,
+    help="[default: marlin, or mxfp4 for experts that were released in MXFP4]",
+)
 @click.option("--gpu-bits", type=click.Choice(["4", "8"]), default="4", show_default=True)
 @click.option(
     "--gpu-group",
@@ -170,9 +175,8 @@ def _settings(options: dict[str, Any]) -> ConvertSettings:
     limit = options["memory_limit"]
     return ConvertSettings(
         tiers=TIERS if options["tiers"] is None else parse_tiers(options["tiers"]),
-        leaves_gpu_out=options["tiers"] is None,
         gpu_bits=8 if options["gpu_bits"] == "8" else 4,
-        gpu_format=options["gpu_format"],
+        gpu_format=options["gpu_format"] or AUTO,
         gpu_group="auto" if options["gpu_group"] is None else GPU_GROUPS[options["gpu_group"]],
         gpu_scales=options["gpu_scales"],
         cpu_format=options["cpu_format"] or AUTO,

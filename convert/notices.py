@@ -16,14 +16,18 @@ def notices(plan: ConversionPlan, inputs: OpenInputs) -> Iterator[str]:
     settings, cpu = plan.settings, plan.settings.cpu_layout
     if (note := kernels_note(plan.spec, settings.tiers)) is not None:
         yield note
-    if settings.leaves_gpu_out and "gpu" not in settings.tiers and rounds_mxfp4(plan.spec, settings):
-        yield "the bundle is for the CPU alone: no format of the GPU's experts keeps MXFP4 yet"
+    if rounds_mxfp4(plan.spec, settings):
+        yield (
+            "the GPU experts of a model that was released in MXFP4 are rounded a second time, to other 4 "
+            "bits: --gpu-format mxfp4, the default without other settings of theirs, keeps them"
+        )
     gguf_types = plan.cpu_source.expert_types() if plan.cpu_source.kind == "gguf" else ()
     rounded = ", ".join(quantised_types(gguf_types))
-    if inputs.hf is None and rounded and "gpu" in settings.tiers:
+    anew = [one for one in quantised_types(gguf_types) if settings.gpu_layout.accepts(one) != "as is"]
+    if inputs.hf is None and anew and "gpu" in settings.tiers:
         yield (
-            f"without a BF16 checkpoint the GPU experts are made from the GGUF's {rounded} weights: their "
-            f"rounding comes on top of that to {settings.gpu_bits} bits. For best quality give both"
+            f"without a BF16 checkpoint the GPU experts are made from the GGUF's {', '.join(anew)} weights: "
+            f"their rounding comes on top of that to {settings.gpu_bits} bits. For best quality give both"
         )
     rounded_dense = ", ".join(quantised_types(dense_types(plan.dense_source)))
     if inputs.hf is None and rounded_dense:

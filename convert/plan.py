@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from krasis.convert.settings import ConvertSettings
@@ -11,7 +11,7 @@ from krasis.convert.source_parts import stacked_dtype
 from krasis.convert.sources import WeightSource
 from krasis.formats.bundle.blob_names import expert_blob
 from krasis.formats.bundle.shard_plan import BlobSpec, PlacedBlob, ShardFile, ShardPlan, plan_shards
-from krasis.formats.errors import ResourceError, UnsupportedModelError, UsageError
+from krasis.formats.errors import ResourceError, UsageError
 from krasis.formats.layouts import Int8RowsLayout, padded_rows
 from krasis.formats.layouts.expert_record import ExpertRecord
 from krasis.formats.models.mlps import Experts
@@ -130,8 +130,8 @@ def plan_conversion(
         raise UsageError("no input model")
     spec = dense_source.spec
     inputs = (spec.hidden, *(one.intermediate for one in kinds_of_experts(spec)))
-    settings = settings.fitted(inputs, cpu_source.expert_types())
-    settings = _with_what_keeps_mxfp4(spec, settings, dense_source)
+    keeps_mxfp4 = released_in_mxfp4(spec) or set(dense_source.expert_types()) == {"MXFP4"}
+    settings = settings.fitted(inputs, cpu_source.expert_types(), gpu_keeps_mxfp4=keeps_mxfp4)
     check_groups(spec, settings)
     blobs = (*_dense_blobs(spec, dense_source), *_expert_blobs(spec, settings))
     units = tuple(_units(spec, settings, dense_source, {"gpu": dense_source, "cpu": cpu_source}))
@@ -149,26 +149,16 @@ def plan_conversion(
 
 
 def rounds_mxfp4(spec: ModelSpec, settings: ConvertSettings) -> bool:
-    """Whether the GPU's experts of a model that was released in MXFP4 would be rounded a second time, to
-    other 4 bits."""
-    return family_of(spec).released_in == "MXFP4" and settings.gpu_layout.bits == 4
+    """Whether the GPU's experts of a model that was released in MXFP4 are rounded a second time, to other 4
+    bits."""
+    layout = settings.gpu_layout
+    other = layout.bits == 4 and layout.accepts("MXFP4") != "as is"
+    return "gpu" in settings.tiers and released_in_mxfp4(spec) and other
 
 
-def _with_what_keeps_mxfp4(
-    spec: ModelSpec, settings: ConvertSettings, gpu_source: WeightSource
-) -> ConvertSettings:
-    """The settings, without a GPU tier that would round MXFP4. Raises UnsupportedModelError if that tier was
-    asked for."""
-    if "gpu" not in settings.tiers or not rounds_mxfp4(spec, settings):
-        return settings
-    if settings.leaves_gpu_out and "cpu" in settings.tiers:
-        return replace(settings, tiers=("cpu",))
-    raise UnsupportedModelError(
-        "no format of the GPU's experts keeps MXFP4 yet",
-        where=str(gpu_source.path),
-        got=settings.gpu_layout.layout_id,
-        hint=f"--tiers cpu converts a {spec.family} model for the CPU, without loss from MXFP4",
-    )
+def released_in_mxfp4(spec: ModelSpec) -> bool:
+    """Whether the model's family was."""
+    return family_of(spec).released_in == "MXFP4"
 
 
 def check_groups(spec: ModelSpec, settings: ConvertSettings) -> None:

@@ -24,10 +24,11 @@ MIN_SHARD_BYTES = 1 << 20
 class ConvertSettings:
     """Everything that is not an input. The first block decides the bundle's bytes; the second does not.
 
-    leaves_gpu_out: tiers were not asked for: a model whose experts no format of the GPU's keeps has the
-    CPU's alone. gpu_format, cpu_format: names of ``formats.layouts``. gpu_group: input features a scale
-    covers, None = all of them, ``auto`` = 128, or the most below that divide the model's sizes.
-    cpu_format ``auto``: ``q8``, or ``mxfp4`` for experts that the source has in MXFP4. num_threads: 0 =
+    gpu_format, cpu_format: names of ``formats.layouts``. gpu_group: input features a scale covers, None = all
+    of them, ``auto`` = 128, or the most below that divide the model's sizes. gpu_format ``auto``: ``marlin``,
+    or ``mxfp4`` for experts that were released in MXFP4, unless something was asked for that it has not;
+    cpu_format ``auto``: ``q8``, or ``mxfp4`` for
+    experts that the source has in MXFP4. num_threads: 0 =
     every CPU of this process. memory_limit_bytes: bound on memory beyond the page cache, None = what the
     machine has available. output_io: whether shards are written past the page cache. force_text: go on
     without text files that cannot be used. force_weights: weights that look damaged are told, and
@@ -35,9 +36,8 @@ class ConvertSettings:
     """
 
     tiers: tuple[Tier, ...] = TIERS
-    leaves_gpu_out: bool = False
     gpu_bits: Literal[4, 8] = 4
-    gpu_format: str = "marlin"
+    gpu_format: str = AUTO
     gpu_group: int | Literal["auto"] | None = "auto"
     gpu_scales: Literal["bf16", "f16"] = "bf16"
     cpu_format: str = AUTO
@@ -58,11 +58,17 @@ class ConvertSettings:
         if not self.tiers or any(tier not in TIERS for tier in self.tiers):
             raise UsageError("--tiers names gpu, cpu or both", got=",".join(self.tiers) or "nothing")
         for option, name, known in (
-            ("--gpu-format", self.gpu_format, GPU_FORMATS),
+            ("--gpu-format", self.gpu_format, (*GPU_FORMATS, AUTO)),
             ("--cpu-format", self.cpu_format, (*CPU_FORMATS, AUTO)),
         ):
             if name not in known:
                 raise UsageError(f"unknown {option}", got=name, limit=", ".join(known))
+        if self.gpu_format == "mxfp4" and self._names_marlin:
+            raise UsageError(
+                "--gpu-format mxfp4 has 4 bits and scales of its own for each 32",
+                got=f"{self.gpu_bits} bits, group {self.gpu_group}, scales in {self.gpu_scales}",
+                hint="leave out --gpu-bits, --gpu-group and --gpu-scales",
+            )
         if self.shard_bytes < MIN_SHARD_BYTES:
             raise UsageError(
                 "--shard-size is too small", got=f"{self.shard_bytes} bytes", limit="1 MiB or more"
@@ -73,26 +79,39 @@ class ConvertSettings:
             raise UsageError("--threads must not be negative", got=self.num_threads)
 
     @property
+    def _names_marlin(self) -> bool:
+        """Whether something was asked for that MXFP4 has not."""
+        return (self.gpu_bits, self.gpu_group, self.gpu_scales) != (4, "auto", "bf16")
+
+    @property
     def gpu_layout(self) -> ExpertFormat:
-        """How GPU experts are packed; before ``fitted``, with the largest group that ``auto`` may be."""
+        """How GPU experts are packed; before ``fitted``, ``auto`` is ``marlin``, with the largest group that
+        there may be.
+        """
         group = DEFAULT_GPU_GROUP if self.gpu_group == "auto" else self.gpu_group
-        return GPU_FORMATS[self.gpu_format](self.gpu_bits, group, GPU_SCALES[self.gpu_scales])
+        name = "marlin" if self.gpu_format == AUTO else self.gpu_format
+        return GPU_FORMATS[name](self.gpu_bits, group, GPU_SCALES[self.gpu_scales])
 
     @property
     def cpu_layout(self) -> ExpertFormat:
         """How CPU experts are packed; before ``fitted``, ``auto`` is ``q8``."""
         return CPU_FORMATS["q8" if self.cpu_format == AUTO else self.cpu_format]
 
-    def fitted(self, sizes: Iterable[int], cpu_types: Iterable[str] = ()) -> ConvertSettings:
-        """These settings with a group and a format for ``auto``. sizes: input features of the model's
-        experts; cpu_types: what the CPU's are made from.
+    def fitted(
+        self, sizes: Iterable[int], cpu_types: Iterable[str] = (), *, gpu_keeps_mxfp4: bool = False
+    ) -> ConvertSettings:
+        """These settings with a group and formats for ``auto``. sizes: input features of the model's
+        experts; cpu_types: what the CPU's are made from; gpu_keeps_mxfp4: the GPU's were released in MXFP4.
 
         Raises UnsupportedModelError if no group divides them.
         """
         if self.cpu_format == AUTO:
             chosen = "mxfp4" if set(cpu_types) == {"MXFP4"} else "q8"
-            return replace(self, cpu_format=chosen).fitted(sizes)
-        if self.gpu_group != "auto" or "gpu" not in self.tiers:
+            return replace(self, cpu_format=chosen).fitted(sizes, gpu_keeps_mxfp4=gpu_keeps_mxfp4)
+        if self.gpu_format == AUTO:
+            keeps = gpu_keeps_mxfp4 and not self._names_marlin
+            return replace(self, gpu_format="mxfp4" if keeps else "marlin").fitted(sizes)
+        if self.gpu_group != "auto" or "gpu" not in self.tiers or self.gpu_format == "mxfp4":
             return self
         return replace(self, gpu_group=self.gpu_layout.fitted(sizes).group_of(DEFAULT_GPU_GROUP))
 
@@ -117,13 +136,17 @@ class ConvertSettings:
             "shard_bytes": self.shard_bytes,
         }
         if "gpu" in self.tiers:
-            if self.gpu_format != "marlin":  # which recipes of before do not name
-                recipe["gpu_format"] = self.gpu_format
-            recipe["gpu_bits"] = self.gpu_bits
-            recipe["gpu_group"] = "channel" if self.gpu_group is None else self.gpu_group
-            recipe["gpu_scales"] = self.gpu_scales
+            recipe |= self._gpu_recipe()
         if "cpu" in self.tiers:
             recipe["cpu_format"] = self.cpu_format
+        return recipe
+
+    def _gpu_recipe(self) -> dict[str, Any]:
+        if self.gpu_format == "mxfp4":  # which leaves nothing to choose
+            return {"gpu_format": self.gpu_format}
+        recipe: dict[str, Any] = {"gpu_bits": self.gpu_bits}
+        recipe["gpu_group"] = "channel" if self.gpu_group is None else self.gpu_group
+        recipe["gpu_scales"] = self.gpu_scales
         return recipe
 
 

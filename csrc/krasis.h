@@ -185,6 +185,13 @@ KRASIS_API int32_t krasis_pack_cpu_tiles_from_mxfp4(krasis_pool *pool, const voi
                                                     int64_t part_rows, int64_t part_offset, uint8_t *dst,
                                                     krasis_pack_stats *stats);
 
+/* The same blocks as a Marlin weight of E2M1 codes, written as krasis_pack_marlin does 4 bits: code of element (k, n)
+ * in place of u; scales: bytes [k/32, n_total], permuted as 16-bit scales are. k % 64 == 0. Refuses scales above 192,
+ * which the GPU's bf16 has no room for. */
+KRASIS_API int32_t krasis_pack_marlin_from_mxfp4(krasis_pool *pool, const void *src, int64_t n, int64_t k,
+                                                 int64_t n_offset, int64_t n_total, uint32_t *codes, uint8_t *scales,
+                                                 krasis_pack_stats *stats);
+
 /* INT8 rows (dense weights): dst int8 [n/32, k/4, 32, 4], scales f32 [n] = absmax/127. n % 32 == 0, k % 32 == 0.
  * dst and scales point at the first row of this part: a fused weight is packed part by part at 32-row boundaries. */
 KRASIS_API int32_t krasis_pack_int8_rows(krasis_pool *pool, const void *src, int32_t dtype, int64_t n, int64_t k,

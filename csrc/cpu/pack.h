@@ -36,6 +36,13 @@ struct MarlinJob {
     uint16_t *scales;
 };
 
+struct MarlinMxfp4Job {
+    PackSource src;  // data are blocks, dtype and row_stride unused
+    int64_t n_offset, n_total;
+    uint32_t *codes;
+    uint8_t *scales;
+};
+
 struct TilesJob {
     PackSource src;  // of Q8_0: data are blocks, dtype and row_stride unused
     int32_t tiles;
@@ -73,6 +80,7 @@ KRASIS_PACK_KERNELS
 
 // From MXFP4 blocks; the same for both instruction sets: words are copied, nothing is computed.
 void pack_tiles_from_mxfp4(const TilesJob &job, int64_t task, PackPartial &out);
+void pack_marlin_from_mxfp4(const MarlinMxfp4Job &job, int64_t task, PackPartial &out);
 
 // ---- checks and running, shared by the entry points ------------------------------------------------------------
 

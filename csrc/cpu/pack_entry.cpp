@@ -133,6 +133,26 @@ int32_t krasis_pack_cpu_tiles_from_mxfp4(krasis_pool *pool, const void *src, int
     return run_pack_tasks(pool, num_tile_tasks(job), KRASIS_BLOCK_K, kernel, &job, n * k, stats);
 }
 
+int32_t krasis_pack_marlin_from_mxfp4(krasis_pool *pool, const void *src, int64_t n, int64_t k, int64_t n_offset,
+                                      int64_t n_total, uint32_t *codes, uint8_t *scales, krasis_pack_stats *stats) {
+    const MarlinMxfp4Job job{
+        {static_cast<const uint8_t *>(src), KRASIS_F32, k, n, k}, n_offset, n_total, codes, scales};
+    const int32_t status = check_source(pool, job.src);
+    if (status != KRASIS_OK) {
+        return status;
+    }
+    if (!codes || !scales || n_offset < 0 || n_total < n || n_offset > n_total - n) {
+        return KRASIS_ERR_ARGUMENT;
+    }
+    if (k % 64 || n % kMarlinStrip || n_offset % kMarlinStrip || n_total % kMarlinStrip) {
+        return KRASIS_ERR_SHAPE;
+    }
+    const PackTask kernel = [](const void *any, int64_t task, uint8_t *, PackPartial &out) {
+        pack_marlin_from_mxfp4(*static_cast<const MarlinMxfp4Job *>(any), task, out);
+    };
+    return run_pack_tasks(pool, n / kMarlinStrip, KRASIS_BLOCK_K, kernel, &job, n * k, stats);
+}
+
 int32_t krasis_pack_int8_rows(krasis_pool *pool, const void *src, int32_t dtype, int64_t n, int64_t k,
                               int64_t row_stride, int8_t *dst, float *scales, krasis_pack_stats *stats) {
     const RowsJob job{{static_cast<const uint8_t *>(src), dtype, row_stride, n, k}, dst, scales};

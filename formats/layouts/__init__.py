@@ -13,6 +13,7 @@ from krasis.formats.layouts.expert_format import ExpertFormat, Layout
 from krasis.formats.layouts.expert_record import ExpertImportance, ExpertRecord, Section
 from krasis.formats.layouts.int8_rows import STRIP_ROWS, Int8RowsLayout, padded_rows
 from krasis.formats.layouts.marlin import MarlinLayout
+from krasis.formats.layouts.marlin_mxfp4 import MarlinMxfp4Layout
 from krasis.formats.layouts.matrix import MatrixView, PackStats, bf16_to_float32, float32_to_bf16
 from krasis.formats.layouts.registry import (
     CPU_FORMATS,
@@ -35,6 +36,7 @@ __all__ = [
     "Int8RowsLayout",
     "Layout",
     "MarlinLayout",
+    "MarlinMxfp4Layout",
     "MatrixView",
     "PackStats",
     "Section",

@@ -38,6 +38,7 @@ from krasis.formats.layouts.expert_record import (
     pack_parts,
 )
 from krasis.formats.layouts.matrix import MatrixView, PackStats
+from krasis.formats.layouts.mxfp4_blocks import as_mxfp4
 from krasis.formats.native import Pool
 
 TILE_ROWS, BLOCK_K = 32, 32
@@ -227,7 +228,7 @@ class CpuTileLayout:
         check_record(out, spec, where, writable=True)
         section = spec.w2_codes if part == "down" else spec.w13_codes
         if self.tiles == "mxfp4" and matrix.dtype != "MXFP4":
-            blocks, lost = _as_mxfp4(matrix, where)
+            blocks, lost = as_mxfp4(matrix, where)
             packed = self.pack_part(
                 pool, part, blocks, out, hidden=hidden, intermediate=intermediate, where=where
             )
@@ -286,18 +287,6 @@ class CpuTileLayout:
         made = mxfp4.dequantize if self.tiles == "mxfp4" else dequantize
         gate, up, down = (made(*part) for part in self.unpack_codes(record, hidden, intermediate))
         return gate, up, down
-
-
-def _as_mxfp4(matrix: MatrixView, where: str) -> tuple[MatrixView, PackStats]:
-    """A matrix of floats in blocks of MXFP4, and what that lost."""
-    weights = matrix.to_float32()
-    if not np.isfinite(weights).all():
-        raise native_pack.bad_row(matrix, int((~np.isfinite(weights)).any(axis=1).argmax()), np.inf, where)
-    blocks = MatrixView(mxfp4.quantize(weights), "MXFP4")
-    error = (weights - blocks.to_float32()).astype(np.float64)
-    largest = float(np.abs(error).max())
-    squares = float(np.square(error).sum()), float(np.square(weights, dtype=np.float64).sum())
-    return blocks, PackStats(*squares, largest)
 
 
 def dequantize(codes: npt.NDArray[np.int8], scales: npt.NDArray[np.float16]) -> npt.NDArray[np.float32]:

@@ -38,14 +38,15 @@ _ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "krasis_pack_cpu_tiles": (_I32, *_MATRIX, _I64, _I64, _PTR, _PTR),
     "krasis_pack_cpu_tiles_from_q8_0": (_PTR, _I64, _I64, _I64, _I64, _PTR),
     "krasis_pack_cpu_tiles_from_mxfp4": (_PTR, _I64, _I64, _I64, _I64, _PTR),
+    "krasis_pack_marlin_from_mxfp4": (_PTR, _I64, _I64, _I64, _I64, _PTR, _PTR),
     "krasis_pack_int8_rows": (*_MATRIX, _PTR, _PTR),
 }
 
 
-# dtype of blocks -> the tiles that hold them without loss, and what packs them
+# dtype of blocks -> the tiles that hold them without loss, what packs them, and its limit for ``bad_row``
 _BLOCKS = {
-    "Q8_0": ("q8", "krasis_pack_cpu_tiles_from_q8_0"),
-    "MXFP4": ("mxfp4", "krasis_pack_cpu_tiles_from_mxfp4"),
+    "Q8_0": ("q8", "krasis_pack_cpu_tiles_from_q8_0", math.inf),
+    "MXFP4": ("mxfp4", "krasis_pack_cpu_tiles_from_mxfp4", float(mxfp4.LARGEST_SCALE)),
 }
 
 
@@ -69,13 +70,15 @@ def _call(
 
 
 def bad_row(matrix: MatrixView, row: int, limit: float, where: str) -> FormatError:
-    """What is wrong with a row that cannot be packed. limit: the largest weight that scales can hold."""
+    """What is wrong with a row that cannot be packed. limit: the largest weight that scales can hold, of
+    MXFP4 the largest scale."""
     if matrix.dtype == "MXFP4":
+        holds = "float32" if limit == mxfp4.LARGEST_SCALE else "the GPU's bfloat16"
         return FormatError(
-            "scale of an MXFP4 block is NaN, or beyond what float32 holds",
+            f"scale of an MXFP4 block is NaN, or beyond what {holds} holds",
             where=where,
             got=f"exponent {mxfp4.split_blocks(matrix.data[row : row + 1])[1].max()} in row {row}",
-            limit=mxfp4.LARGEST_SCALE,
+            limit=int(limit),
             hint="the source file is damaged",
         )
     values = MatrixView(matrix.data[row : row + 1], matrix.dtype).to_float32()[0]
@@ -215,17 +218,52 @@ def _pack_blocks(
 ) -> PackStats:
     if matrix.dtype not in _BLOCKS:
         raise NativeError(f"tiles of {tiles} take blocks of that type only", where=where, got=matrix.dtype)
-    fitting, function = _BLOCKS[matrix.dtype]
+    fitting, function, limit = _BLOCKS[matrix.dtype]
     if tiles != fitting:
         raise NativeError(
             f"{matrix.dtype} blocks fit {fitting} tiles only; dequantise them first", where=where, got=tiles
         )
+    _check_contiguous(matrix, where)
+    arguments = (matrix.address, matrix.n, matrix.k, part_rows, part_offset, target)
+    return _call(pool, function, arguments, matrix, limit, where)
+
+
+def _check_contiguous(matrix: MatrixView, where: str) -> None:
     if matrix.row_stride != matrix.data.shape[1]:
         raise NativeError(
             f"rows of {matrix.dtype} must be contiguous", where=where, got=f"row stride {matrix.row_stride}"
         )
-    arguments = (matrix.address, matrix.n, matrix.k, part_rows, part_offset, target)
-    return _call(pool, function, arguments, matrix, math.inf, where)
+
+
+def pack_marlin_from_mxfp4(
+    pool: Pool,
+    matrix: MatrixView,
+    codes: npt.NDArray[np.uint32],
+    scales: npt.NDArray[np.uint8],
+    *,
+    n_offset: int,
+    largest_scale: int,
+    where: str = "",
+) -> PackStats:
+    """Writes blocks of MXFP4 [n, k] into columns n_offset.. of a Marlin weight, without loss.
+
+    codes: uint32 [k/16, 2 * n_total]; scales: uint8 [k/32, n_total]. largest_scale: that the function takes.
+    Raises FormatError for a larger one.
+    """
+    if matrix.dtype != "MXFP4":
+        raise NativeError("blocks of MXFP4 are packed so", where=where, got=matrix.dtype)
+    _check_contiguous(matrix, where)
+    n_total = int(scales.shape[1])
+    arguments = (
+        matrix.address,
+        matrix.n,
+        matrix.k,
+        n_offset,
+        n_total,
+        writable(codes, np.uint32, (matrix.k // 16, 2 * n_total), where),
+        writable(scales, np.uint8, (matrix.k // mxfp4.BLOCK_K, n_total), where),
+    )
+    return _call(pool, "krasis_pack_marlin_from_mxfp4", arguments, matrix, float(largest_scale), where)
 
 
 def pack_int8_rows(

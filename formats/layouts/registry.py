@@ -9,12 +9,14 @@ from krasis.formats.layouts.cpu_tiles import CpuTileLayout
 from krasis.formats.layouts.expert_format import ExpertFormat, ExpertTier, Layout
 from krasis.formats.layouts.int8_rows import Int8RowsLayout
 from krasis.formats.layouts.marlin import MarlinLayout
+from krasis.formats.layouts.marlin_mxfp4 import MarlinMxfp4Layout
 
 PLAIN = "plain"
 
 # Each gives its format of a layout id, or None for an id of another's.
 _EXPERT_FORMATS: tuple[Callable[[str], ExpertFormat | None], ...] = (
     MarlinLayout.from_id,
+    MarlinMxfp4Layout.from_id,
     CpuTileLayout.from_id,
 )
 
@@ -24,7 +26,10 @@ CPU_FORMATS: Mapping[str, ExpertFormat] = {
     "mxfp4": CpuTileLayout("mxfp4"),
 }
 # Called with bits, group (None: one scale a channel) and the dtype of scales.
-GPU_FORMATS: Mapping[str, Callable[[int, int | None, str], ExpertFormat]] = {"marlin": MarlinLayout}
+GPU_FORMATS: Mapping[str, Callable[[int, int | None, str], ExpertFormat]] = {
+    "marlin": MarlinLayout,
+    "mxfp4": lambda bits, group, scale_dtype: MarlinMxfp4Layout(),
+}
 
 
 def find_expert_format(layout_id: str) -> ExpertFormat | None:

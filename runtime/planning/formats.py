@@ -9,11 +9,10 @@ from krasis.formats.layouts import CPU_FORMATS, GPU_FORMATS
 from krasis.formats.models.spec import ModelSpec
 from krasis.runtime.planning.hardware import HardwareSpec
 from krasis.runtime.planning.planner import make_plan
-from krasis.runtime.planning.sizes import ModelSizes, sizes_of_shape
+from krasis.runtime.planning.sizes import ModelSizes, default_gpu_layout, sizes_of_shape
 from krasis.runtime.planning.types import Workload
 
 GPU_GROUPS: dict[str, int | None] = {"32": 32, "64": 64, "128": 128, "channel": None}
-_DEFAULT_GROUP = 128
 _BEST, _SMALLEST = "q8", "int4"
 
 
@@ -34,13 +33,13 @@ class ChosenFormats:
 
 
 def gpu_layout(spec: ModelSpec, group: str | None) -> str:
-    """The layout id of GPU experts. group: None for the largest that divides the model's sizes.
+    """The layout id of GPU experts. group: None for the default, see ``default_gpu_layout``.
 
     Raises UsageError for one that does not divide them, UnsupportedModelError if none does.
     """
     sizes = _input_features(spec)
     if group is None:
-        return GPU_FORMATS["marlin"](4, _DEFAULT_GROUP, "BF16").fitted(sizes).layout_id
+        return default_gpu_layout(spec)
     size = GPU_GROUPS[group]
     if size is not None and (odd := next((one for one in sizes if one % size), None)) is not None:
         raise UsageError(

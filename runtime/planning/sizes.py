@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 DEFAULT_GPU_LAYOUT = "marlin-u4b8-g128-bf16"
 DEFAULT_CPU_LAYOUT = "cpu-q8-r32-b32"
 MXFP4_CPU_LAYOUT = "cpu-mxfp4-r32-b32"
+MXFP4_GPU_LAYOUT = "marlin-e2m1-g32-e8m0"
 KV_DTYPE_BYTES = {"f16": 2, "bf16": 2, "f32": 4, "int8": 1}
 EMBEDDING_BLOB = "embedding"
 # Norms, router and embedding keep their own precision: 16 bits in nearly every published checkpoint.
@@ -229,7 +230,7 @@ def sizes_of_shape(
         (blob.name, math.prod(blob.shape) * _DTYPE_BYTES[blob.dtype]) for blob in blobs(spec)
     )
     if gpu_layout is None:
-        gpu_layout = _default_gpu_layout(spec)
+        gpu_layout = default_gpu_layout(spec)
     if cpu_layout is None:
         cpu_layout = _default_cpu_layout(spec)
     records: dict[tuple[str, int, int], int] = {}
@@ -248,15 +249,23 @@ def sizes_of_shape(
 
 
 def _default_cpu_layout(spec: ModelSpec) -> str:
+    return MXFP4_CPU_LAYOUT if _released_in_mxfp4(spec) else DEFAULT_CPU_LAYOUT
+
+
+def _released_in_mxfp4(spec: ModelSpec) -> bool:
     from krasis.formats.models.registry import family_names, family_of
 
-    known = spec.family in family_names()
-    return MXFP4_CPU_LAYOUT if known and family_of(spec).released_in == "MXFP4" else DEFAULT_CPU_LAYOUT
+    return spec.family in family_names() and family_of(spec).released_in == "MXFP4"
 
 
-def _default_gpu_layout(spec: ModelSpec) -> str:
+def default_gpu_layout(spec: ModelSpec) -> str:
+    """What the GPU's experts are converted to if nothing else is asked for: what they were released in, or
+    INT4 in the largest group that divides their sizes. Raises UnsupportedModelError if none does.
+    """
     from krasis.formats.layouts import expert_format
 
+    if _released_in_mxfp4(spec):
+        return MXFP4_GPU_LAYOUT
     found = [layer.experts for layer in spec.layers if layer.experts is not None]
     widths = {spec.hidden if one.latent is None else one.latent for one in found}
     inputs = sorted(widths | {one.intermediate for one in found})

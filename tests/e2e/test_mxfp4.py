@@ -1,5 +1,5 @@
-"""gpt-oss as it was released: MXFP4 experts go from the checkpoint, or a GGUF, into the CPU's kernels bit for
-bit, and the logits are those of transformers in float32.
+"""gpt-oss as it was released: MXFP4 experts go from the checkpoint, or a GGUF, into the kernels of both sides
+bit for bit, and the logits are those of transformers in float32.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from click.testing import CliRunner
 
 from krasis.convert.cli import main as convert
 from krasis.formats.bundle.reader import Bundle
-from krasis.formats.layouts import CpuTileLayout
+from krasis.formats.layouts import CpuTileLayout, MarlinMxfp4Layout
 from krasis.runtime import Engine, EngineSettings
 from krasis.runtime.cpu.weights import load_weights
 from tests.support.random_weights import dequantised_state, transformers_logits, write_checkpoint
@@ -26,6 +26,7 @@ from tests.support.tiny_mxfp4 import tiny_mxfp4
 TOKENS = np.random.default_rng(8).integers(0, 256, 45).tolist()
 RelativeError = Callable[[np.ndarray, np.ndarray], float]
 LAYOUT = CpuTileLayout("mxfp4")
+LAYOUTS = {"cpu": LAYOUT, "gpu": MarlinMxfp4Layout()}
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def converted(source: Path, out: Path, *options: str) -> Path:
-    arguments = [str(source), "-o", str(out), "--tiers", "cpu", "--quiet", "--force-text", *options]
+    arguments = [str(source), "-o", str(out), "--quiet", "--force-text", *options]
     done = CliRunner().invoke(convert, arguments, catch_exceptions=False)
     assert done.exit_code == 0, done.output
     return out
@@ -48,39 +49,58 @@ def bundle(request: pytest.FixtureRequest, folder: Path) -> Path:
     return converted(source, folder.with_name(f"{request.param}.krasis"))
 
 
-def test_experts_keep_their_bits(bundle: Path, folder: Path) -> None:
+@pytest.mark.parametrize("tier", LAYOUTS)
+def test_experts_keep_their_bits(bundle: Path, folder: Path, tier: str) -> None:
     plain = read_tensors(folder.with_name("hf-bf16"))
     with Bundle.open(bundle) as opened:
-        assert opened.manifest.layouts == {"dense": "int8-rows-r32k4", "cpu": "cpu-mxfp4-r32-b32"}
+        assert opened.manifest.layouts == {
+            "dense": "int8-rows-r32k4",
+            "gpu": "marlin-e2m1-g32-e8m0",
+            "cpu": "cpu-mxfp4-r32-b32",
+        }
         for layer in range(4):
             root = f"model.layers.{layer}.mlp.experts."
-            for expert, record in enumerate(opened.map(f"layers.{layer}.experts.cpu")):
-                gate, up, down = LAYOUT.unpack_expert(record, 192, 64)
+            for expert, record in enumerate(opened.map(f"layers.{layer}.experts.{tier}")):
+                gate, up, down = LAYOUTS[tier].unpack_expert(record, 192, 64)
                 both = plain[f"{root}gate_up_proj"][expert].T
                 np.testing.assert_array_equal(gate, both[::2])
                 np.testing.assert_array_equal(up, both[1::2])
                 np.testing.assert_array_equal(down, plain[f"{root}down_proj"][expert].T)
 
 
-@pytest.mark.parametrize(
-    ("changes", "limit"), [({}, 2e-2), ({"activations": "float32", "kv_dtype": "f32"}, 1e-3)]
-)
+SETTINGS: list[tuple[dict[str, Any], float]] = [
+    ({"device": "cpu"}, 2e-2),
+    ({"device": "cpu", "activations": "float32", "kv_dtype": "f32"}, 1e-3),
+    ({"device": "gpu", "gpu_dtype": "bf16"}, 1e-2),
+    ({"device": "gpu", "gpu_dtype": "f16"}, 5e-3),
+]
+
+
+@pytest.mark.parametrize(("changes", "limit"), SETTINGS)
 def test_logits_equal_transformers(
-    bundle: Path, folder: Path, relative_error: RelativeError, changes: dict[str, Any], limit: float
+    bundle: Path,
+    folder: Path,
+    relative_error: RelativeError,
+    gpu_kind: str,
+    changes: dict[str, Any],
+    limit: float,
 ) -> None:
+    if on_gpu := changes["device"] == "gpu":
+        changes = changes | {"device": gpu_kind, "vram_bytes": 2**30}
     config = json.loads((folder.with_name("hf-bf16") / "config.json").read_text("utf-8"))
     with Bundle.open(bundle) as opened:
         state = dequantised_state(load_weights(opened, "cpu"))
     twin = write_checkpoint(state, config, bundle.with_suffix(".twin"))
     expected = transformers_logits(twin, TOKENS)
-    settings = EngineSettings(context=64, threads=1, prefault=False, device="cpu", **changes)
+    settings = EngineSettings(context=64, threads=1, prefault=False, **changes)
     with Engine.open(bundle, settings) as engine:
         whole = engine.prefill(TOKENS, all_logits=True)
         engine.reset()
         parts = [engine.prefill(TOKENS[begin:end], all_logits=True) for begin, end in ((0, 7), (7, 40))]
         parts += [engine.decode(token)[None] for token in TOKENS[40:]]
     assert relative_error(whole, expected) <= limit
-    assert relative_error(np.concatenate(parts), expected) <= limit
+    # There, decode has the CPU's experts, whose activations are int8.
+    assert relative_error(np.concatenate(parts), expected) <= (2e-2 if on_gpu else limit)
     # The experts were not rounded, so that the model itself is not far, though its attention has 8 bits.
     assert relative_error(whole, transformers_logits(folder.with_name("hf-bf16"), TOKENS)) <= 3e-2
 
@@ -105,19 +125,23 @@ def test_a_copy_in_floats_becomes_the_same_bundle(folder: Path, tmp_path: Path) 
                 np.testing.assert_array_equal(mine, yours)
 
 
-def test_the_gpu_is_left_out_and_refused_where_it_is_asked_for(folder: Path, tmp_path: Path) -> None:
-    """Rounding MXFP4 to other 4 bits would lose what the CPU's tiles keep."""
-    arguments = [str(folder), "-o", str(tmp_path / "x.krasis"), "--force-text"]
+def test_other_formats_of_the_gpu_are_told_to_round_again(folder: Path, tmp_path: Path) -> None:
+    arguments = [
+        str(folder),
+        "-o",
+        str(tmp_path / "x.krasis"),
+        "--force-text",
+        "--gpu-group",
+        "64",
+        "--dry-run",
+    ]
     done = CliRunner().invoke(convert, arguments)
     assert done.exit_code == 0, done.output
-    assert "for the CPU alone: no format of the GPU's experts keeps MXFP4 yet" in done.output
-    with Bundle.open(tmp_path / "x.krasis") as bundle:
-        assert set(bundle.manifest.layouts) == {"dense", "cpu"}
-    arguments[2] = str(tmp_path / "y.krasis")
-    done = CliRunner().invoke(convert, [*arguments, "--tiers", "gpu,cpu"])
-    assert done.exit_code == 4
-    assert "no format of the GPU's experts keeps MXFP4 yet" in done.output
-    assert "--tiers cpu" in done.output
+    assert "rounded a second time" in " ".join(done.output.split())
+    assert "marlin-u4b8-g64-bf16" in done.output
+    done = CliRunner().invoke(convert, [*arguments, "--gpu-format", "mxfp4"])
+    assert done.exit_code == 2
+    assert "--gpu-format mxfp4 has 4 bits and scales of its own for each 32" in done.output
 
 
 @pytest.mark.skipif(CONVERTER not in os.environ, reason=f"{CONVERTER} does not name llama.cpp's sources")

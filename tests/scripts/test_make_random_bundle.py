@@ -13,7 +13,7 @@ from krasis.convert.cli import main as convert_main
 from krasis.formats.bundle.reader import Bundle
 from krasis.formats.bundle.verify import verify_bundle
 from krasis.formats.errors import ResourceError, UsageError
-from krasis.formats.layouts import CpuTileLayout, Int8RowsLayout
+from krasis.formats.layouts import CpuTileLayout, Int8RowsLayout, MarlinMxfp4Layout
 from krasis.runtime import Engine, EngineSettings
 from krasis.runtime.cpu.kernels import Kernels
 from krasis.runtime.cpu.weights import load_weights
@@ -177,15 +177,16 @@ def test_gpt_oss(tmp_path: Path) -> None:
         }
     )
     make_bundle(
-        BundleRequest(shape, 3, ("cpu",), cpu_format="mxfp4", pool_bytes=1 << 18), tmp_path / "a.krasis"
+        BundleRequest(shape, 3, ("gpu", "cpu"), cpu_format="mxfp4", pool_bytes=1 << 18), tmp_path / "a.krasis"
     )
     assert verify_bundle(tmp_path / "a.krasis") == []
     with Bundle.open(tmp_path / "a.krasis") as opened:
         assert opened.map("layers.1.attention.sinks").dtype == np.float32
-        record = opened.map("layers.1.experts.cpu")[3]
-        gate, up, down = CpuTileLayout("mxfp4").unpack_expert(record, 192, 128)
-    assert [float(one.std()) for one in (gate, up)] == pytest.approx([192**-0.5] * 2, rel=0.15)
-    assert float(down.std()) == pytest.approx((4 * 128) ** -0.5, rel=0.15)
+        for layout in (CpuTileLayout("mxfp4"), MarlinMxfp4Layout()):
+            record = opened.map(f"layers.1.experts.{layout.tier}")[3]
+            gate, up, down = layout.unpack_expert(record, 192, 128)
+            assert [float(one.std()) for one in (gate, up)] == pytest.approx([192**-0.5] * 2, rel=0.15)
+            assert float(down.std()) == pytest.approx((4 * 128) ** -0.5, rel=0.15)
     settings = EngineSettings(context=32, threads=1, prefault=False, device="cpu")
     with Engine.open(tmp_path / "a.krasis", settings) as engine:
         assert np.isfinite(engine.prefill([1, 2, 3])).all()

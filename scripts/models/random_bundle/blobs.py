@@ -131,7 +131,10 @@ def expert_pieces(
     if blob.tier == "gpu":
         layout = request.gpu_layout
         record = layout.expert_record(hidden, inner)
-        scales = [pools.scales("BF16", RMS_4, std) for std in (w13_std, w2_std)]
+        is_fp4 = layout.scale_dtype == "E8M0"
+        scales = [
+            pools.exponents(std) if is_fp4 else pools.scales("BF16", RMS_4, std) for std in (w13_std, w2_std)
+        ]
         sources = (pools.codes4(), scales[0], pools.codes4(), scales[1])
     else:
         tiles = request.cpu_layout

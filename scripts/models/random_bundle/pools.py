@@ -80,6 +80,14 @@ class Pools:
 
         return self.get(f"scales-{dtype}-{rms}-{std}", 4 if dtype == "F32" else 2, draw)
 
+    def exponents(self, std: float) -> Pool:
+        """Scales of MXFP4 for weights of a standard deviation."""
+
+        def draw(random: np.random.Generator, count: int) -> Bytes:
+            return exponents_of(scale_values(random, count, RMS_FP4, std))
+
+        return self.get(f"exponents-{std}", 1, draw)
+
     def tiles(self, layout: CpuTileLayout, std: float) -> Pool:
         """Whole tiles of CPU experts: 32 x 32 codes, then 32 scales."""
         is_q8, is_fp4 = layout.tiles == "q8", layout.tiles == "mxfp4"
@@ -93,14 +101,18 @@ class Pools:
             tiles[:, :code_bytes] = np.frombuffer(filled, np.uint8).reshape(count, code_bytes)
             if is_fp4:
                 scales = scale_values(random, count * TILE_ROWS, RMS_FP4, std)
-                exponents = np.rint(np.log2(scales)) + 127
-                tiles[:, code_bytes:] = exponents.reshape(count, -1)
+                tiles[:, code_bytes:] = exponents_of(scales).reshape(count, -1)
                 return tiles
             scales = scale_values(random, count * TILE_ROWS, RMS_8 if is_q8 else RMS_4, std)
             tiles[:, code_bytes:] = as_bytes(scales, "F16").reshape(count, -1)
             return tiles
 
         return self.get(f"tiles-{layout.tiles}-{std}", tile_bytes, draw)
+
+
+def exponents_of(scales: npt.NDArray[np.float32]) -> Bytes:
+    """The powers of two that are nearest, as MXFP4 has them."""
+    return (np.rint(np.log2(scales)) + 127).astype(np.uint8)
 
 
 def scale_values(random: np.random.Generator, count: int, rms: float, std: float) -> npt.NDArray[np.float32]:

@@ -41,7 +41,7 @@ def test_a_model_with_dense_layers_and_a_shared_expert() -> None:
 
 def test_layouts_are_those_that_a_model_is_converted_to() -> None:
     sizes = sizes_of_shape(shape("gpt-oss-20b"))
-    assert (sizes.gpu_layout, sizes.cpu_layout) == ("marlin-u4b8-g64-bf16", "cpu-mxfp4-r32-b32")
+    assert (sizes.gpu_layout, sizes.cpu_layout) == ("marlin-e2m1-g32-e8m0", "cpu-mxfp4-r32-b32")
     sizes = sizes_of_shape(shape("qwen3-30b-a3b"))
     assert (sizes.gpu_layout, sizes.cpu_layout) == ("marlin-u4b8-g128-bf16", "cpu-q8-r32-b32")
 
