@@ -9,6 +9,7 @@ namespace bench {
 struct Model {
     const char *name;
     int64_t hidden, intermediate;
+    bool mxfp4;
 };
 
 // Slots of experts drawn so that each has `rows`, sorted by the real kernel.
@@ -42,16 +43,17 @@ struct Routing {
 struct Product {
     const Routing &routing;
     int64_t k, n, record_bytes;
-    bool gated;
+    bool gated, mxfp4;
     Buffer records, activations, out;
     test::Array<const void *> table;
 
-    Product(Routing &r, int64_t num_k, int64_t num_n, bool is_gated, int64_t num_records = 0)
+    Product(Routing &r, int64_t num_k, int64_t num_n, bool is_gated, bool is_mxfp4, int64_t num_records = 0)
         : routing(r),
           k(num_k),
           n(num_n),
-          record_bytes(k * n / 2 + k / 128 * n * 2),
+          record_bytes(k * n / 2 + (is_mxfp4 ? k / 32 * n : k / 128 * n * 2)),
           gated(is_gated),
+          mxfp4(is_mxfp4),
           records(record_bytes * std::max<int64_t>(num_records, r.num_experts), kAnyBits, 0),
           activations(r.num_slots / (gated ? kTopK : 1) * k * 2, kValueKeep, kValueSet),
           out(r.num_slots * n * 2, 0, 0),
@@ -59,8 +61,9 @@ struct Product {
         for (int64_t e = 0; e < static_cast<int64_t>(table.size()); ++e) {
             uint8_t *record = records.data() + e * record_bytes;
             table[static_cast<size_t>(e)] = record;
-            fill_kernel<<<64, 256>>>(reinterpret_cast<uint32_t *>(record + k * n / 2), k / 128 * n / 2, kValueKeep,
-                                     kScaleSet);
+            // Exponents of 116 to 119, or scales as bf16.
+            fill_kernel<<<64, 256>>>(reinterpret_cast<uint32_t *>(record + k * n / 2), (record_bytes - k * n / 2) / 4,
+                                     mxfp4 ? 0x03030303u : kValueKeep, mxfp4 ? 0x74747474u : kScaleSet);
         }
         table.upload();
     }
@@ -76,7 +79,8 @@ struct Product {
         a.expert_base = table.device() + first_expert;
         a.scales_offset = k * n / 2;
         a.m_block = routing.m_block;
-        a.group = 128;
+        a.group = mxfp4 ? 32 : 128;
+        if (mxfp4) a.scale_dtype = KRASIS_CUDA_E8M0;
         a.k = k;
         a.n = n;
         a.num_slots = routing.num_slots;
@@ -98,8 +102,8 @@ inline void bench_grouped(const Model &model, int64_t rows, int32_t m_block, dou
     const int32_t experts = rows <= 256 ? 128 : 32;
     Routing routing(rows, experts, m_block);
     const double sort_s = median_seconds([&] { routing.sort(); });
-    Product gate_up(routing, model.hidden, 2 * model.intermediate, true),
-        down(routing, model.intermediate, model.hidden, false);
+    Product gate_up(routing, model.hidden, 2 * model.intermediate, true, model.mxfp4),
+        down(routing, model.intermediate, model.hidden, false, model.mxfp4);
     const double gate_up_s = median_seconds([&] { gate_up.run(); }), down_s = median_seconds([&] { down.run(); });
     const double both = (gate_up.flops() + down.flops()) / (gate_up_s + down_s);
     std::printf(
@@ -117,8 +121,8 @@ inline void bench_token(const Model &model) {
     constexpr int32_t kRecords = 128;
     Routing routing(1, kTopK, krasis_cuda_moe_m_block(kTopK, kRecords));
     routing.sort();
-    Product gate_up(routing, model.hidden, 2 * model.intermediate, true, kRecords),
-        down(routing, model.intermediate, model.hidden, false, kRecords);
+    Product gate_up(routing, model.hidden, 2 * model.intermediate, true, model.mxfp4, kRecords),
+        down(routing, model.intermediate, model.hidden, false, model.mxfp4, kRecords);
     int64_t turn = 0;
     const auto next = [&] { return turn++ * kTopK % kRecords; };
     const double gate_up_s = median_seconds([&] { gate_up.run(next()); });
@@ -130,7 +134,8 @@ inline void bench_token(const Model &model) {
 
 // The star marks what krasis_cuda_moe_m_block chooses.
 inline void bench_experts(bool quick, double peak) {
-    const Model models[] = {{"qwen3-30b", 2048, 768}, {"qwen3-235b", 4096, 1536}};
+    const Model models[] = {
+        {"qwen3-30b", 2048, 768, false}, {"qwen3-235b", 4096, 1536, false}, {"gpt-oss", 2880, 2880, true}};
     for (const Model &model : models) {
         bench_token(model);
         for (int64_t rows : {1, 4, 8, 16, 32, 64, 128, 256, 625, 1024, 2048}) {

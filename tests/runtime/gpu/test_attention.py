@@ -9,6 +9,7 @@ import torch
 from krasis.runtime import reference
 from krasis.runtime.cpu.kernels import Heads
 from krasis.runtime.gpu.kernels.attention import attend, causal_attention, pieces
+from krasis.runtime.gpu.kernels.local_attention import local_attention
 
 
 class Immediate:
@@ -100,6 +101,30 @@ def test_windows_and_sinks_equal_float64(
     ).reshape(tokens, -1)
     error = np.linalg.norm(out.double().numpy() - right) / np.linalg.norm(right)
     assert error < 5e-4
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: torch's FlashAttention")
+@pytest.mark.parametrize(("window", "has_sinks"), [(None, True), (128, True), (128, False), (5000, True)])
+@pytest.mark.parametrize(("tokens", "start"), [(1500, 0), (700, 900), (1, 700)])
+def test_flash_attention_has_the_same_windows(
+    window: int | None, has_sinks: bool, tokens: int, start: int
+) -> None:
+    random = torch.Generator().manual_seed(9)
+    q, k, v = (
+        torch.randn(shape, generator=random).bfloat16()
+        for shape in ((tokens, 16, 64), (2, start + tokens, 64), (2, start + tokens, 64))
+    )
+    sinks = torch.randn(16, generator=random) if has_sinks else None
+    on_gpu = None if sinks is None else sinks.cuda()
+    found = local_attention(q.cuda(), k.cuda(), v.cuda(), 0.2, window, on_gpu).double().cpu().numpy()
+    right = reference.attention(
+        *(one.double().numpy() for one in (q, k, v)),
+        start,
+        0.2,
+        window,
+        None if sinks is None else sinks.double().numpy(),
+    )
+    assert np.linalg.norm(found - right) / np.linalg.norm(right) < 4e-3
 
 
 def test_pieces_are_few_and_even() -> None:
