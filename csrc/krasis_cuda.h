@@ -376,7 +376,7 @@ KRASIS_API int32_t krasis_cuda_int8_heads(const krasis_cuda_int8_heads_args *arg
 /* Attention of num_rows queries over latents, each over its cache up to its own position, which is that of rows or,
  * where rows is NULL, start + row. q_latent: queries taken to the latents, [num_rows, num_heads, kv_rank]; out, of the
  * same form, may be q_latent itself. q_rope: their rotated rest, rows q_stride and heads q_head_stride elements apart.
- * Keys are split over `splits` blocks (1 to 64), combined in a fixed order: the same bits for the same splits.
+ * Keys are split over `splits` blocks (1 to 128), combined in a fixed order: the same bits for the same splits.
  * kv_rank % 32 == rope_dim % 16 == 0, kv_rank <= 512, rope_dim <= 64. */
 typedef struct krasis_cuda_latent_attention_args {
     const void *q_latent, *q_rope; /* of dtype, KRASIS_BF16 or KRASIS_F16 */

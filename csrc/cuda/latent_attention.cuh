@@ -14,7 +14,7 @@
 
 namespace krasis::cuda {
 
-inline constexpr int kLatentMaxSplits = 64;
+inline constexpr int kLatentMaxSplits = 128;
 inline constexpr int kLatentKeys = 32;       // of a stage; a split has a multiple of so many
 inline constexpr int kLatentStatistics = 2;  // of a split of a head: the maximum, and the sum of exponentials below it
 inline constexpr int kLatentRope = 64;       // at most, of a key's channels behind the latent

@@ -6,6 +6,7 @@
 namespace krasis::cuda {
 
 inline constexpr int kLatentCombineThreads = 128;
+static_assert(kLatentMaxSplits <= kLatentCombineThreads);  // a thread keeps one weight
 
 // One block a head of a row: adds up its splits in the order of their numbers. shared: float [splits].
 template <class Type>

@@ -16,7 +16,7 @@ kernel's 32 heads a block against the expansion's product; scripts/measure_laten
 """
 EXPANDED_BYTES = 256 * 2**20
 """At most so much room for the keys and values of as many heads as fit, with their weights in 16 bits."""
-MAX_SPLITS, SPLIT_KEYS = 64, 32
+MAX_SPLITS, SPLIT_KEYS = 128, 32
 _BLOCKS = 256  # of attention over latents: enough for a GPU
 _QUERIES = 32  # of a block
 

@@ -131,7 +131,7 @@ void check_shapes() {
     Problem({20, 288, 48, 70, 3, KRASIS_BF16}, 1).run(68, 1);
     Problem({18, 256, 64, 70, 1, KRASIS_F16, 6.0f}, 1).run(69, 1);
     Problem({3, 64, 0, 70, 2, KRASIS_F16}, 1).run(69, 1);
-    Problem({2, 128, 64, 2500, 64, KRASIS_BF16}, 1).run(2400, 1);
+    Problem({2, 128, 64, 4400, 128, KRASIS_BF16}, 1).run(4300, 1);
 }
 
 // Rows in a row; and rows of several sequences, each with the bits of its own call: one belongs to nobody.
@@ -182,7 +182,7 @@ void check_refusals() {
     using Args = krasis_cuda_latent_attention_args;
     refused(KRASIS_ERR_ARGUMENT, [](Args &a) { a.cache = nullptr; });
     refused(KRASIS_ERR_ARGUMENT, [](Args &a) { a.dtype = KRASIS_F32; });
-    refused(KRASIS_ERR_ARGUMENT, [](Args &a) { a.splits = 65; });
+    refused(KRASIS_ERR_ARGUMENT, [](Args &a) { a.splits = 129; });
     refused(KRASIS_ERR_ARGUMENT, [](Args &a) { a.workspace = nullptr; });
     refused(KRASIS_ERR_SHAPE, [](Args &a) { a.kv_rank = 544; });
     refused(KRASIS_ERR_SHAPE, [](Args &a) { a.rope_dim = 80; });
