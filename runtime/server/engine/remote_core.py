@@ -42,6 +42,7 @@ class RemoteCore:
         self.folder = folder
         self._life, self._max_waiting, self._check_text = life, max_waiting, check_text
         self._num_slots = ready.num_slots
+        self._asked_status: Future[Any] | None = None
 
     def submit(self, request: Request) -> QueuedTicket:
         """See ``api.Core``."""
@@ -67,7 +68,10 @@ class RemoteCore:
         """See ``api.Core``. An engine that does not answer soon is shown as it was."""
         sums = self._life.sums
         with suppress(TimeoutError, KrasisError):
-            sums.note(to_status(self._ask({"do": "status"}).result(STATUS_WAIT_S)))
+            asked = self._asked_status
+            if asked is None or asked.done():  # one question at a time, however many want to know
+                asked = self._asked_status = self._ask({"do": "status"})
+            sums.note(to_status(asked.result(STATUS_WAIT_S)))
         return sums.status(is_closing=self._life.is_closing)
 
     def trouble(self) -> KrasisError | None:
