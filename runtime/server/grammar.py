@@ -89,6 +89,10 @@ class Grammars:
         if complaint:
             raise refused(f"'{grammar.param}' cannot be followed: {complaint[:300]}", grammar.param)
 
+    def prepare(self, grammar: Grammar) -> None:
+        """Reads the tokenizer, which takes a second if it is large, so that ``mask`` does not."""
+        self._loaded(_library(grammar.param))
+
     def mask(self, grammar: Grammar, closes: Sequence[str], decode: Callable[[Sequence[int]], str]) -> Mask:
         """A mask for one answer. closes, decode: see ``Mask``."""
         library = _library(grammar.param)

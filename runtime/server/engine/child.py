@@ -125,6 +125,7 @@ class _Recipes:
     def __call__(self, grammar: Grammar, closes: tuple[str, ...]) -> MaskRecipe:
         from krasis.runtime.server.grammar import MaskRecipe
 
+        self._grammars.prepare(grammar)  # here, where nobody waits for the next token
         return MaskRecipe(grammar, closes, self._grammars, self._decode)
 
     def _decode(self, tokens: Sequence[int]) -> str:

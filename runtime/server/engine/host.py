@@ -100,8 +100,10 @@ class EngineHost:
     def _submit(self, number: int, said: dict[str, Any], prompt: bytes) -> None:
         try:
             ticket = self._core.submit(to_request(said, prompt, self._recipe))
-        except (KrasisError, ValueError, TypeError, KeyError) as error:
-            self._tell(number, Failed(as_krasis(error)))
+        except Exception as error:
+            if not isinstance(error, KrasisError):
+                logger.exception("a request cannot be taken on")
+            self._tell(number, Failed(as_krasis(error)))  # whatever it is, it ends this request and no other
             return
         self._tickets[number] = ticket
         ticket.forward(self._teller(number))

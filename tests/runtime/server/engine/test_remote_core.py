@@ -5,7 +5,9 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import pytest
 
 from krasis.formats.errors import KrasisError, NativeError, ResourceError, UsageError
@@ -13,6 +15,7 @@ from krasis.runtime.batch import Batch
 from krasis.runtime.server.engine.life import EngineLife
 from krasis.runtime.server.engine.remote_core import RemoteCore
 from krasis.runtime.server.engine.restarts import Restarts
+from krasis.runtime.server.grammar import Grammar, MaskRecipe
 from krasis.runtime.serving.api import (
     ContextTooLongError,
     CoreClosedError,
@@ -268,3 +271,30 @@ def test_close_does_not_wait_for_an_engine_that_loads(engines: Engines) -> None:
     assert len(ended) == 1
     assert life.wait() is None
     engines.loaded.set()
+
+
+def test_a_mask_is_made_there_and_one_that_cannot_be_ends_its_request_alone(engines: Engines) -> None:
+    class _Only:
+        def allowed(self) -> np.ndarray:
+            return np.arange(64) == 7
+
+        def accept(self, token: int) -> None:
+            pass
+
+    def recipe(grammar: Grammar, closes: tuple[str, ...]) -> Any:
+        if grammar.text == "bad":
+            raise RuntimeError("no such grammar")
+        return _Only
+
+    engines.recipe = recipe
+    core = engines.core()
+
+    def asked(text: str) -> list[object]:
+        mask = MaskRecipe(Grammar("lark", text, "grammar"), ("x",), None, None)  # type: ignore[arg-type]
+        request = Request(id="x", prompt=PROMPT, max_tokens=3, ignore_ends=True, make_mask=mask)
+        return list(core.submit(request).events(10))
+
+    failed = asked("bad")[-1]
+    assert isinstance(failed, Failed)
+    assert "no such grammar" in str(failed.error)
+    assert tokens_of(asked("good")) == [7, 7, 7]
