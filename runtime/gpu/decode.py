@@ -114,6 +114,7 @@ class HybridDecoder:
         self._cpu_ids = device.empty(choices, torch.int32)
         self._table = device.empty((self.max_rows, ROW_WORDS), torch.int64)
         self._executed = device.empty((1,), torch.int64)
+        self._fetched = device.flags(1)  # that nobody waits for
         self._attention = device.empty((self._attention_bytes(),), torch.uint8)
         self._host_rows = device.pinned((self.max_rows, shape.hidden_size), torch.float32)
         self._host_table = device.pinned((self.max_rows, ROW_WORDS), torch.int64)
@@ -341,9 +342,13 @@ class HybridDecoder:
         def clear(_: int) -> None:
             executed.zero_()
 
-        stream.copy(buffers.hidden, self._host_rows[:num_rows])
-        stream.copy(self._table[:num_rows], self._host_table[:num_rows])
         stream.launch("clear executed", clear, reads=(), writes=(executed,))
+        # Read by a kernel: a copy would wait its turn behind the experts that a pass under way has copied.
+        inputs = (
+            (buffers.hidden, self._host_rows[:num_rows]),
+            (self._table[:num_rows], self._host_table[:num_rows]),
+        )
+        model.kernels.fetch(stream, inputs, self._fetched, executed)
         if self._handover is not None:
             self._handover.begin(stream)
         for blocks in self._blocks[:num_layers]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from ctypes import byref
+from functools import partial
 
 import torch
 
@@ -70,6 +71,27 @@ class DecodeKernels(Launcher):
         epoch: torch.Tensor,
     ) -> None:
         """Copies up to 4 (pinned destination, source), then flag = epoch: one launch, for kilobytes."""
+        args = self._send_args(pieces, flag, epoch)
+        reads, writes = _ends(pieces)
+        self.submit(stream, "send", (byref(args),), (*reads, epoch), (*writes, flag))
+
+    def fetch(
+        self,
+        stream: Stream,
+        pieces: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        flag: torch.Tensor,
+        epoch: torch.Tensor,
+    ) -> None:
+        """Copies up to 4 (destination, pinned source) by the kernel of ``send``, whose flag nobody waits for:
+        unlike a copy it waits for no other one that is on its way to the device."""
+        args = self._send_args(pieces, flag, epoch)
+        reads, writes = _ends(pieces)
+        run = partial(self._run, self.function("send"), "send", (byref(args),))
+        stream.launch("fetch", run, reads=(*reads, epoch), writes=(*writes, flag))
+
+    def _send_args(
+        self, pieces: Sequence[tuple[torch.Tensor, torch.Tensor]], flag: torch.Tensor, epoch: torch.Tensor
+    ) -> SendArgs:
         require(len(pieces) <= SEND_PIECES, "too many pieces", "send", len(pieces), SEND_PIECES)
         args = SendArgs(
             flag=pointer(flag, _WORD, I64, "send.flag"), epoch=pointer(epoch, _WORD, I64, "send.epoch")
@@ -81,9 +103,7 @@ class DecodeKernels(Launcher):
             args.num_bytes[index] = source.nbytes
             if source.nbytes % 4 or source.data_ptr() % 4 or destination.data_ptr() % 4:
                 raise NativeError("not whole words of 4 bytes", where="send", got=f"{source.nbytes} bytes")
-        reads = [source for _, source in pieces]
-        writes = [destination for destination, _ in pieces]
-        self.submit(stream, "send", (byref(args),), (*reads, epoch), (*writes, flag))
+        return args
 
     def receive(
         self,
@@ -115,3 +135,10 @@ class DecodeKernels(Launcher):
         )
         reads = (x, hidden, epoch, flag, timeouts)
         self.submit(stream, "receive", (byref(args),), reads, (hidden, timeouts))
+
+
+def _ends(
+    pieces: Sequence[tuple[torch.Tensor, torch.Tensor]],
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """What copies read, and what they write."""
+    return [source for _, source in pieces], [destination for destination, _ in pieces]

@@ -123,3 +123,15 @@ def test_residents_change_between_tokens(
             residency.update(rig.model.stream)
     assert residency.num_swaps > 3
     assert len(seen) > 2
+
+
+def test_a_token_waits_for_no_copy_to_the_device(open_rig: Any, tokens: list[int]) -> None:
+    """There experts of a pass may be on their way: all that is copied is logits and counts, to the host."""
+    rig = open_rig()
+    decoder = rig.decoder()
+    first = decoder.decode(tokens[0], 0).copy()
+    before = len(rig.device.executed_orders)
+    assert (decoder.decode(tokens[0], 0) == first).all()
+    executed = rig.device.executed_orders[before:]
+    assert executed.count("copy on stream compute") == 2
+    assert executed.count("fetch on stream compute") == 1

@@ -23,6 +23,19 @@ def test_add_and_fill(bench: Any) -> None:
     assert bench.get(zeroed).tolist() == [0] * 5
 
 
+def test_values_of_pinned_memory_are_fetched(bench: Any) -> None:
+    sources = [bench.random(3, 8), torch.tensor([[7, -1, 2**40]])]
+    pieces = []
+    for source in sources:
+        pinned = bench.device.pinned(source.shape, source.dtype)
+        bench.device.host_writes(pinned)
+        pinned.copy_(source)
+        pieces.append((bench.empty(*source.shape, dtype=source.dtype), pinned))
+    bench.kernels.fetch(bench.stream, pieces, bench.device.flags(1), bench.put(torch.tensor([5])))
+    for (placed, _), source in zip(pieces, sources, strict=True):
+        assert torch.equal(bench.get(placed), source)
+
+
 class Handover:
     """Sends hidden to the host, which sends back 10 times as much; in split or in fused launches."""
 
