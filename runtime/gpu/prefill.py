@@ -8,6 +8,7 @@ sequences share every product; attention alone goes through them one by one.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -37,6 +38,9 @@ from krasis.runtime.gpu.prefill_delta import apply_delta
 from krasis.runtime.gpu.weights import GpuInt8
 
 MAX_AHEAD = 2
+# Of long layers fewer are submitted ahead, for what comes between layers has to wait for them: one of this
+# many seconds and more, none of so many; then the device waits some 0.1 ms a layer for the host.
+LONG_LAYER_S, LONGER_LAYER_S = 0.01, 0.05
 
 
 class PassProgress:
@@ -44,19 +48,27 @@ class PassProgress:
     pass soon, the host is at most MAX_AHEAD layers ahead of the device while there is a callback; without one
     as far as it gets."""
 
-    def __init__(self, callback: LayerProgress | None, num_layers: int) -> None:
-        self._callback, self._num_layers = callback, num_layers
+    def __init__(
+        self, callback: LayerProgress | None, num_layers: int, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self._callback, self._num_layers, self._clock = callback, num_layers, clock
         self._running: deque[Event] = deque()
         self._num_done = 0
+        self._since_s, self._layer_s = clock(), 0.0
 
     def submitted(self, stream: Stream) -> None:
         """A layer is, to that stream. Returns when few enough of them are not done."""
         if self._callback is None:
             return
         self._running.append(stream.record())
-        while self._running and (self._running[0].is_done() or len(self._running) > MAX_AHEAD):
+        while self._running and (self._running[0].is_done() or len(self._running) > self.num_ahead):
             self._running[0].synchronize()
             self._next()
+
+    @property
+    def num_ahead(self) -> int:
+        """Layers that may be submitted and not done, by how long the last ones took."""
+        return MAX_AHEAD - (self._layer_s >= LONG_LAYER_S) - (self._layer_s >= LONGER_LAYER_S)
 
     def wait(self) -> None:
         """Returns when the last layer is done."""
@@ -67,8 +79,11 @@ class PassProgress:
     def _next(self) -> None:
         self._running.popleft()
         self._num_done += 1
+        # Layers that were done while the callback did something else say nothing of their time.
+        self._layer_s = max(self._clock() - self._since_s, 0.9 * self._layer_s)
         if self._callback is not None:
             self._callback(self._num_done, self._num_layers)
+        self._since_s = self._clock()
 
 
 @dataclass(frozen=True, slots=True)

@@ -194,6 +194,37 @@ def test_the_host_is_at_most_two_layers_ahead(
     assert max(ahead) <= 2
 
 
+@pytest.mark.parametrize(("seconds", "expected"), [(0.001, 2), (0.02, 1), (0.3, 0)])
+def test_of_long_layers_fewer_are_ahead(seconds: float, expected: int) -> None:
+    """What comes between two layers waits for those that are submitted already."""
+    now_s, in_flight, ahead = [0.0], [0], []
+
+    class Event:
+        def __init__(self) -> None:
+            in_flight[0] += 1
+
+        def is_done(self) -> bool:
+            return False
+
+        def synchronize(self) -> None:
+            in_flight[0] -= 1
+            now_s[0] += seconds
+
+    class Stream:
+        record = Event
+
+    def layer_done(done: int, total: int) -> None:
+        ahead.append(in_flight[0])
+        now_s[0] += 0.2  # a token: no layer's time
+
+    progress = prefill.PassProgress(layer_done, 9, lambda: now_s[0])
+    for _ in range(9):
+        progress.submitted(Stream())
+    progress.wait()
+    assert len(ahead) == 9
+    assert (max(ahead), max(ahead[3:])) == (2, expected)
+
+
 @pytest.mark.parametrize("at", [1, LAYERS + 1])
 def test_a_pass_stops_at_a_layer(
     open_backend: Callable[..., Any], alone: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, at: int
