@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import gguf
 
@@ -77,10 +78,15 @@ def add_metadata(writer: gguf.GGUFWriter, spec: ModelSpec) -> None:
     writer.add_layer_norm_rms_eps(spec.norm.eps)
     writer.add_vocab_size(spec.vocab)
     mixers = tuple(dict.fromkeys(layer.mixer for layer in spec.layers))
+    plain = {replace(mixer, window=None) for mixer in mixers if isinstance(mixer, Attention)}
+    if len(plain) > 1:
+        raise ValueError("no GGUFs are written of layers whose attention is of several kinds")
+    for one in plain:
+        _add_attention(writer, one)
     for mixer in mixers:
         if isinstance(mixer, Attention):
-            _add_attention(writer, mixer)
-        elif isinstance(mixer, LatentAttention):
+            continue
+        if isinstance(mixer, LatentAttention):
             _add_latent(writer, mixer)
         elif isinstance(mixer, GatedDelta):
             _add_delta(writer, mixer)
