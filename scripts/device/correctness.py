@@ -18,6 +18,8 @@ GPU_TESTS = (
     "tests/runtime/device/test_cuda_device.py",
     "tests/runtime/gpu/kernels",
     "tests/e2e/test_gpu_batches.py",
+    "tests/e2e/test_gpu_between.py",
+    "tests/e2e/test_gpu_delta.py",
     "tests/e2e/test_gpu_callers.py",
     "tests/e2e/test_gpu_families.py",
     "tests/e2e/test_gpu_prefill.py",

@@ -128,9 +128,9 @@ def test_goes_on_from_a_saved_prefix_with_the_same_bits(bundle: Path, tmp_path: 
 
 @pytest.mark.parametrize("checkpoint", ["glm_moe_dsa"], indirect=True)
 @pytest.mark.parametrize("bundle", ["hf"], indirect=True)
-def test_contexts_end_where_an_index_would_choose(bundle: Path) -> None:
+def test_contexts_end_where_an_index_would_choose(bundle: Path, gpu_kind: str) -> None:
     """Up to its budget of 80 tokens it picks all of them, and attention computes what it would."""
-    for device in ("cpu", "double"):
+    for device in ("cpu", gpu_kind):
         with Engine.open(bundle, EngineSettings(device=device, threads=1, prefault=False)) as engine:
             assert engine.context == 80
     with pytest.raises(UnsupportedModelError, match=r"--ctx.*sparse attention by an index.*got 81; limit 80"):
