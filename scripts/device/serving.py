@@ -21,6 +21,7 @@ from krasis.formats.bundle.reader import Bundle
 from krasis.runtime.backend import Backend
 from krasis.runtime.batch import Batch, batch_of
 from krasis.runtime.bundle_opening import open_bundle
+from krasis.runtime.gpu.prefill import LONG_LAYER_S, LONGER_LAYER_S, MAX_AHEAD
 from krasis.runtime.open_backend import open_backend
 from krasis.runtime.planning.cost import distinct_experts
 from krasis.runtime.planning.sizes import ExpertSizes, sizes_of_bundle
@@ -254,7 +255,7 @@ def between(work: Work, result: Record) -> Record:
     model = ModelSide(spec.vocab, len(spec.layers), ends)
     core = EngineCore(work.backend, model, CoreSettings(num_slots=2, limits=limits))
     core.start()
-    sampling = SamplingSettings(temperature=1.0, seed=1)
+    sampling = SamplingSettings(temperature=1.0, top_k=20, seed=1)
     common: Record = {"id": "", "sampling": sampling, "ignore_ends": True, "use_cache": False}
     answer = core.submit(Request(prompt=work.tokens(min(BEFORE, 8)), **common))
     times, has_begun = read_times(answer)
@@ -300,9 +301,10 @@ def read_times(answer: Any) -> tuple[list[float], Event]:
 
 
 def whole_gap_s(result: Record, step_s: float, pause_s: float) -> float:
-    """The gap with all layers of the model: the pause, till the layer then under way is done, and a step: up
-    to two layers that are submitted already, and a token through all layers."""
+    """The gap with all layers of the model: the pause, till the layer then under way is done, and a step: the
+    layers that are submitted already, and a token through all layers."""
     layer_s = result["pass"]["told_s"] / result["num_layers"]
-    ahead_s = min(step_s, 2 * layer_s)
+    num_ahead = MAX_AHEAD - (layer_s >= LONG_LAYER_S) - (layer_s >= LONGER_LAYER_S)
+    ahead_s = min(step_s, num_ahead * layer_s)
     whole_step_s = ahead_s + (step_s - ahead_s) * result["model_layers"] / result["num_layers"]
     return float(max(pause_s, min(SHARE * whole_step_s, MOST_PAUSE_S)) + layer_s + whole_step_s)
