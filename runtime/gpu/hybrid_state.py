@@ -11,7 +11,7 @@ from krasis.runtime.batch import Batch, Span, StateRows
 from krasis.runtime.device.api import Stream
 from krasis.runtime.gpu.kv_cache import GpuKvCache
 from krasis.runtime.gpu.state import GpuState
-from krasis.runtime.state.borders import TAIL_TOKENS, borders
+from krasis.runtime.state.borders import borders
 
 
 @dataclass(slots=True)
@@ -118,7 +118,7 @@ class GpuHybridState(GpuState):
         for span, length in zip(batch.spans, lengths, strict=True):
             self._lengths[span.slot] = length
             self.rewind(span.slot, span.start)
-            if span.rows > TAIL_TOKENS:
+            if span.rows > 1:  # a pass that breaks off begins again here
                 self.checkpoint(span.slot)
             self._cache.borders[span.slot] = self._numbered(span)
 

@@ -17,8 +17,8 @@ class StateCopier:
         # Of layers that overwrite what they keep; without any, till something else is seen.
         overwrites, has_windows = any(getattr(state, "recurrent", ())), getattr(state, "keeps_windows", False)
         self.cuts_anywhere = not overwrites and not has_windows
-        # A copy of what a window overwrites has some positions before as well.
-        self.keeps_tails = has_windows and not overwrites
+        # A copy of what a window overwrites has some positions before as well; or a pass makes a copy there.
+        self.keeps_tails = has_windows if not overwrites else getattr(state, "copies_inside", False)
 
     def can_be_cut(self, slot: int) -> bool:
         """Whether what a slot holds can be gone on from at every position, as keys and values can. Once seen

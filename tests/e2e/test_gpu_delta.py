@@ -20,6 +20,9 @@ from krasis.runtime.batch import batch_of, one_sequence
 from krasis.runtime.device.double import DeviceDouble
 from krasis.runtime.exclusive import CallCancelledError
 from krasis.runtime.gpu.hybrid_state import GpuHybridState
+from krasis.runtime.serving.api import Delta, Finished, Request
+from krasis.runtime.serving.model_side import CoreSettings
+from krasis.runtime.serving.opening import open_core
 from krasis.runtime.state.borders import TAIL_TOKENS
 from tests.support.tiny_checkpoints import tiny
 
@@ -121,7 +124,7 @@ def test_a_pass_that_runs_out_of_memory_begins_where_the_states_are(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The second pass of a batch breaks off behind its first layers: both are computed again."""
-    backend = open_delta(seed=5, prefill_chunk=16)._backend
+    backend = open_delta(seed=5, prefill_chunk=16, slots=2)._backend
     kernels, calls, last = backend._parts.model.kernels, [], 8
     truly = type(kernels).gated_delta
 
@@ -140,8 +143,10 @@ def test_a_pass_that_runs_out_of_memory_begins_where_the_states_are(
     assert relative_error(found, expected(TOKENS)) <= LIMIT
     calls.clear()
     last = 4
+    other = backend.state.open()
+    parts = [(other, 0, TOKENS[:9], "none"), (0, 60, TOKENS[:1], "last")]  # the latter's state is not copied
     with pytest.raises(ResourceError, match="cannot be gone back to"):
-        backend.run(one_sequence(np.array(TOKENS[:9]), 60))
+        backend.run(batch_of(parts))
 
 
 def test_a_long_prompt_is_one_pass_that_copies_the_state(
@@ -211,6 +216,31 @@ def test_the_first_copy_and_the_newest_ones_are_kept(open_delta: OpenGpu) -> Non
     for found, copied in zip(state.export(0, 0, 6), (matrices, columns), strict=True):
         np.testing.assert_array_equal(found, copied)
     assert state.restorable(0, 7) == 6
+
+
+def test_a_server_computes_a_prompt_in_one_pass(bundle: Path, open_delta: OpenGpu, gpu_kind: str) -> None:
+    """Its end, which the next turn writes in another way, is no pass of its own; each reads all experts."""
+    settings = EngineSettings(
+        device=gpu_kind, context=128, threads=1, prefault=False, slots=1, gpu_dtype="f16"
+    )
+    alone = open_delta(seed=10)
+    with open_core(bundle, settings, CoreSettings(num_slots=1)) as opened:
+        opened.core.start()
+
+        def ask(prompt: list[int]) -> tuple[list[int], int]:
+            request = Request(id="a", prompt=tuple(prompt), max_tokens=2, ignore_ends=True, conversation="a")
+            events = list(opened.core.submit(request).events(60))
+            assert isinstance(events[-1], Finished), events[-1]
+            ids = [token for event in events if isinstance(event, Delta) for token in event.tokens]
+            return ids, events[-1].usage.num_cached
+
+        for prompt, cached in ((TOKENS[:50], 0), ([*TOKENS[:48], 3, 4, 5], 50 - TAIL_TOKENS)):
+            ids, num_cached = ask(prompt)
+            assert num_cached == cached
+            alone.reset()
+            first = int(np.argmax(alone.prefill(prompt)))
+            assert ids == [first, int(np.argmax(alone.decode(first)))]
+        assert opened.core.status().counters.num_passes == 2
 
 
 def test_every_launch_names_all_it_touches(bundle: Path, open_gpu: OpenGpu, only_double: None) -> None:
