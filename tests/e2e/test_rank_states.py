@@ -30,7 +30,8 @@ INT8_TOLERANCE = 3e-2  # where three ranks decoded, on the CPU's experts: one ha
 def test_states_are_those_of_one_rank(
     tmp_path: Path, relative_error: Callable[[np.ndarray, np.ndarray], float]
 ) -> None:
-    source = tiny("qwen3_5_moe", tmp_path / "hf", num_hidden_layers=4, linear_conv_kernel_dim=4)
+    layers = {"num_hidden_layers": 3, "full_attention_interval": 3, "linear_conv_kernel_dim": 4}
+    source = tiny("qwen3_5_moe", tmp_path / "hf", **layers)
     reporter, settings = Reporter(0), ConvertSettings(num_threads=1, gpu_group=64)
     convert(prepare([source], tmp_path / "b.krasis", settings, reporter), reporter)
     plan = [(str(tmp_path / "b.krasis"), [(1, None), (3, None)])]
