@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from krasis.formats.architecture_record import Architecture
 from krasis.formats.bundle.manifest_records import BlobRecord
 from krasis.formats.layouts import layout_from_id
 from krasis.formats.layouts.expert_format import Strips
+from krasis.formats.models.spec import ModelSpec
 from krasis.formats.native import check
 from krasis.runtime.cpu.native import NumaCpu, prototype
 
@@ -56,13 +56,13 @@ def first_unit(units: int, num_nodes: int, node: int) -> int:
     return prototype("krasis_numa_first_unit")(units, num_nodes, node)
 
 
-def owned_ranges(blob: BlobRecord, architecture: Architecture, num_nodes: int) -> Iterator[OwnedRange]:
+def owned_ranges(blob: BlobRecord, spec: ModelSpec, num_nodes: int) -> Iterator[OwnedRange]:
     """The ranges of a blob, by offset in its file, that one node's threads read; none if all threads do."""
     layout = layout_from_id(blob.layout)
     if layout is None:
         return
-    hidden, intermediate = architecture.hidden_size, architecture.expert_intermediate_size
-    for strips in layout.strips(blob.shape, blob.num_bytes, hidden, intermediate):
+    intermediate = next((layer.experts.intermediate for layer in spec.layers if layer.experts is not None), 0)
+    for strips in layout.strips(blob.shape, blob.num_bytes, spec.hidden, intermediate):
         yield from _split(blob.offset_bytes, strips, num_nodes)
 
 

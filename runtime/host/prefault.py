@@ -94,13 +94,13 @@ class Prefault:
                 yield address + offset, min(PIECE_BYTES, num_bytes - offset)
 
     def _pieces_of(self, node: int) -> Iterator[MappedRange]:
-        blobs, architecture = self._bundle.manifest.blobs, self._bundle.architecture
+        blobs, spec = self._bundle.manifest.blobs, self._bundle.spec
         for file, (address, num_bytes) in zip(self._files, self._ranges, strict=True):
             ranges = (
                 item
                 for blob in blobs
                 if blob.file == file
-                for item in owned_ranges(blob, architecture, len(self._nodes))
+                for item in owned_ranges(blob, spec, len(self._nodes))
             )
             owners = piece_owners(ranges, num_bytes, HUGE_PAGE_BYTES, len(self._nodes))
             for index, owner in enumerate(owners):

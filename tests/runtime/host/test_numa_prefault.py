@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -37,7 +38,14 @@ from krasis.runtime.host.prefault import Prefault
 
 CPUS = sorted(os.sched_getaffinity(0))
 HIDDEN, INTERMEDIATE, EXPERTS = 2048, 704, 3  # 22 units of w13: not a multiple of 3 or 4 nodes
-SHAPES = SimpleNamespace(hidden_size=HIDDEN, expert_intermediate_size=INTERMEDIATE)
+# The first layer is dense: no flat record describes such a model.
+SHAPES: Any = SimpleNamespace(
+    hidden=HIDDEN,
+    layers=(
+        SimpleNamespace(experts=None),
+        SimpleNamespace(experts=SimpleNamespace(intermediate=INTERMEDIATE)),
+    ),
+)
 RECORD = CpuTileLayout("q8").expert_record(HIDDEN, INTERMEDIATE)
 START = 2 * HUGE_PAGE_BYTES  # of the experts in their file
 FILE_BYTES = START + EXPERTS * RECORD.record_bytes + 12345
@@ -67,7 +75,7 @@ class FakeBundle:
         return SimpleNamespace(blobs=self.blobs)
 
     @property
-    def architecture(self) -> SimpleNamespace:
+    def spec(self) -> Any:
         return SHAPES
 
     def mapping_of(self, file: str) -> tuple[int, int]:
