@@ -1,9 +1,10 @@
 // device_bench.cu: speed of the kernels on this GPU, beside what its tensor cores do in a bare mma.sync loop and its
-// memory in a copy. One line a shape. Arguments: parts (experts, dense, attention, delta; none: all), and --quick for
-// fewer shapes. Correctness is krasis_test_cuda_device's part.
+// memory in a copy. One line a shape. Arguments: parts (experts, dense, attention, delta, latent; none: all), and
+// --quick for fewer shapes. Correctness is krasis_test_cuda_device's part.
 #include "bench_delta.h"
 #include "bench_dense.h"
 #include "bench_experts.h"
+#include "bench_latent.h"
 
 namespace {
 
@@ -56,6 +57,7 @@ int main(int argc, char **argv) {
         device.name, device.multiProcessorCount, device.l2CacheSize >> 20, peak * 1e-12, bench::copy_rate() * 1e-9);
     if (is_wanted("attention", argc, argv)) bench_attention_shapes();
     if (is_wanted("delta", argc, argv)) bench_delta_shapes();
+    if (is_wanted("latent", argc, argv)) bench::bench_latent();
     if (is_wanted("dense", argc, argv)) bench_dense_shapes(quick, peak);
     if (is_wanted("experts", argc, argv)) bench::bench_experts(quick, peak);
     return test::finish("device bench");
