@@ -214,6 +214,21 @@ def test_many_queries_see_keys_and_values_made_of_latents(
     assert lengths == [9] * layers + [17] * layers
 
 
+@pytest.mark.parametrize("weights", LATENT[2:], indirect=True)
+def test_many_queries_where_expanded_keys_have_no_room(
+    weights: Weights,
+    open_rig: Callable[..., Rig],
+    relative_error: RelativeError,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They go over the latents, a few at a time."""
+    monkeypatch.setattr(latent_workspace, "LEAST_EXPANDED", 8)
+    monkeypatch.setattr(latent, "fits", lambda *_: False)
+    monkeypatch.setattr(latent, "attend_expanded", None)
+    found = open_rig(num_resident=5, seed=9).run(one_sequence(np.array(TOKENS), 0, "all"))
+    assert relative_error(found, weights.on_gpu) <= LIMITS[torch.float16]
+
+
 @OF_EXPERTS
 def test_routed_experts_alone_are_copied(
     weights: Weights, open_rig: Callable[..., Rig], relative_error: RelativeError
