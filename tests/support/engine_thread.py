@@ -24,6 +24,7 @@ class EngineThread:
     def __init__(self, backend: ScriptedBackend, recipe: Any, loaded: Event) -> None:
         ours, theirs = socket.socketpair()
         self.backend = backend
+        self.left: list[int] = []  # the exit code of an engine that did not wait for its step
         self.channel = Channel(ours, "orders")
         self._theirs = Channel(theirs, "answers")
         self.core = EngineCore(backend, ModelSide(backend.vocab, NUM_LAYERS, ends), CoreSettings(num_slots=2))
@@ -33,7 +34,7 @@ class EngineThread:
     def _serve(self) -> None:
         self._loaded.wait(10)
         self.core.start()
-        EngineHost(self.core, None, self._theirs, self._recipe, leave=lambda _: None).serve()
+        EngineHost(self.core, None, self._theirs, self._recipe, leave=self.left.append).serve()
 
     def ending(self) -> str:
         return "killed by a test"

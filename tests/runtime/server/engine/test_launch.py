@@ -14,7 +14,8 @@ from krasis.runtime.server.engine.launch import EngineProcess
 
 
 @pytest.mark.parametrize(("number", "words"), [(signal.SIGKILL, "killed by SIGKILL"), (None, "exit code 0")])
-def test_how_it_ended_is_told(number: int | None, words: str) -> None:
+def test_how_it_ended_is_told(number: int | None, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("krasis.runtime.server.engine.launch._LEAVE_S", 60)  # on a busy machine
     engine = EngineProcess()
     if number is None:
         engine.channel.finish()  # nobody wants anything of it

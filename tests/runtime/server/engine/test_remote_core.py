@@ -298,3 +298,28 @@ def test_a_mask_is_made_there_and_one_that_cannot_be_ends_its_request_alone(engi
     assert isinstance(failed, Failed)
     assert "no such grammar" in str(failed.error)
     assert tokens_of(asked("good")) == [7, 7, 7]
+
+
+@pytest.mark.parametrize("is_busy", [False, True])
+def test_an_engine_whose_server_has_gone_waits_for_a_step_only_so_long(
+    engines: Engines, monkeypatch: pytest.MonkeyPatch, is_busy: bool
+) -> None:
+    monkeypatch.setattr("krasis.runtime.server.engine.host.ORPHAN_S", 0.05)
+    core = engines.core()
+    engine = engines.made[0]
+    held, go_on = threading.Event(), threading.Event()
+
+    def busy(_: Batch) -> None:
+        held.set()
+        go_on.wait(10)
+
+    if is_busy:
+        engine.backend.before = busy
+        core.submit(Request(id="x", prompt=PROMPT))
+        assert held.wait(10)
+    engine.channel.abandon()
+    if is_busy:
+        assert wait_until(lambda: engine.left == [1])
+        go_on.set()
+    assert wait_until(lambda: engine.backend.is_closed)
+    assert engine.left == [1] * is_busy
