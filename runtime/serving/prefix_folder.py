@@ -84,7 +84,9 @@ class PrefixFolder:
     def __init__(self, path: Path, bundle: Bundle, backend: Any, max_bytes: int) -> None:
         self.path, self.max_bytes = path, max_bytes
         self._bundle, self._backend = bundle, backend
-        self._identity = f"{bundle_identity(bundle)[:16]}-{backend.kv_dtype}"
+        # Files that hold windows alone are another device's where contexts are kept whole, and not damaged.
+        kind = ("w" if self._rows().keeps_windows else "") + backend.kv_dtype
+        self._identity = f"{bundle_identity(bundle)[:16]}-{kind}"
         if not path.is_dir() or not os.access(path, os.R_OK | os.W_OK | os.X_OK):
             raise ResourceError(
                 "the folder for prefixes cannot be used",

@@ -6,7 +6,7 @@ import numpy as np
 
 from krasis.runtime.batch import StateStore
 from krasis.runtime.serving.prefix_store import Layers
-from krasis.runtime.state.kv_store import import_layer
+from krasis.runtime.state.kv_store import KvStore, import_layer
 
 
 class StateCopier:
@@ -30,6 +30,8 @@ class StateCopier:
 
     def num_bytes(self, slot: int, num_tokens: int) -> int:
         """What ``export`` will give: all layers are as large as the first, where all are alike."""
+        if isinstance(self._state, KvStore):
+            return self._state.exported_bytes(num_tokens)
         alike = self.cuts_anywhere
         counted = [
             self._state.export(slot, layer, num_tokens) for layer in range(1 if alike else self._num_layers)

@@ -49,6 +49,11 @@ class RecurrentPlace:
         """Of both, aligned."""
         return align_up(self.columns_bytes + int(np.prod(self.columns)) * _F32_BYTES, _ALIGN_BYTES)
 
+    @property
+    def exported_bytes(self) -> int:
+        """Of both alone."""
+        return (int(np.prod(self.matrices)) + int(np.prod(self.columns))) * _F32_BYTES
+
     def views(self, fixed: Bytes) -> tuple[Floats, Floats]:
         """Matrices and columns in a slot's fixed bytes, or in a copy of them."""
         begin, middle = self.offset_bytes, self.offset_bytes + self.columns_bytes
@@ -217,6 +222,11 @@ class HybridStore(KvStore):
         begin = max(0, num_tokens - (self._window(layer) or num_tokens))
         rows = slice(max(begin - first, 0), num_tokens - first)
         return np.ascontiguousarray(keys[:, rows]), np.ascontiguousarray(values[:, rows])
+
+    def exported_bytes(self, num_tokens: int) -> int:
+        """See ``KvStore``; with the matrices and columns."""
+        states = (place.exported_bytes for place in self.recurrent if place is not None)
+        return super().exported_bytes(num_tokens) + sum(states)
 
     def import_(
         self, slot: int, layer: int, keys: StateRows, values: StateRows, num_tokens: int | None = None

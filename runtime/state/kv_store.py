@@ -141,6 +141,16 @@ class KvStore:
         index = self._rows(layer, max(0, num_tokens - (self._window(layer) or num_tokens)), num_tokens)
         return np.ascontiguousarray(keys[:, index]), np.ascontiguousarray(values[:, index])
 
+    def exported_bytes(self, num_tokens: int) -> int:
+        """What ``export`` gives of so many positions, of all layers together."""
+        return sum(
+            place.kv_heads
+            * min(num_tokens, place.window or num_tokens)
+            * (place.key.num_bytes + place.value.num_bytes)
+            for place in self.places
+            if place is not None
+        )
+
     def import_(
         self, slot: int, layer: int, keys: StateRows, values: StateRows, num_tokens: int | None = None
     ) -> None:

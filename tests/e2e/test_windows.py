@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from krasis.runtime.serving.api import Delta, Finished, Request
 from krasis.runtime.serving.core import EngineCore
 from krasis.runtime.serving.model_side import CoreSettings
 from krasis.runtime.serving.opening import open_core
+from krasis.runtime.serving.prefix_folder import PrefixFolder
 from krasis.runtime.settings import EngineSettings
 from tests.support.random_weights import dequantised_state, transformers_logits, write_checkpoint
 from tests.support.tiny_checkpoints import tiny
@@ -250,3 +252,11 @@ def test_conversations_on_a_server_get_what_each_gets_alone(bundle: Path, tmp_pa
         with open_core(bundle, settings, CoreSettings(num_slots=1), prefix_dir=tmp_path) as opened:
             opened.core.start()
             assert ask(opened.core, [*second, *answer, 11, 13], "a")[1] >= len(second) + 5
+    # A GPU keeps whole contexts: it has no use for these files, and lets them be.
+    whole = SimpleNamespace(description="a GPU", kv_dtype="f16", capacity=512)
+    with Bundle.open(bundle) as found:
+        folder = PrefixFolder(tmp_path, found, whole, 1 << 40)
+        files = set(tmp_path.iterdir())
+        assert files
+        assert folder.prefixes() == []
+        assert set(tmp_path.iterdir()) == files

@@ -196,3 +196,18 @@ def test_8_bits_take_half(name: str, token_bytes: int, monkeypatch: pytest.Monke
     measured = sum(memory.nbytes for memory in narrow.memory(narrow.open()))
     assert measured == pytest.approx(sizes.kv_bytes(capacity, "int8", "rings"), rel=0.01)
     assert narrow.slot_bytes <= 0.535 * wide.slot_bytes
+
+
+@pytest.mark.parametrize("dtype", ["f16", "int8"])
+@pytest.mark.parametrize("name", ["gpt-oss-120b", "deepseek-v3", "qwen3.5-35b-a3b"])
+def test_what_an_export_takes_is_known_before(name: str, dtype: str) -> None:
+    config = json.loads((CONFIGS / f"{name}.json").read_text("utf-8"))
+    spec = spec_from_hf(config, name)
+    spec = dataclasses.replace(spec, layers=spec.layers[:4])
+    store = state_store(spec, 300, dtype)
+    slot = store.open()
+    batch = batch_of([(slot, 0, [0] * 250, "none")])
+    store.begin(batch)
+    store.advance(batch.spans)
+    layers = [store.export(slot, layer, 250) for layer in range(4)]
+    assert store.exported_bytes(250) == sum(keys.nbytes + values.nbytes for keys, values in layers)
