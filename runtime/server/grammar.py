@@ -15,6 +15,7 @@ import numpy.typing as npt
 from krasis.formats.names import shown
 from krasis.runtime.server.errors import refused
 from krasis.runtime.server.fields import Fields
+from krasis.runtime.server.tools.arg_keys import ARG_KEYS
 from krasis.runtime.server.tools.calls import CallFormat, Tools, function_of
 from krasis.runtime.server.tools.harmony import HARMONY
 from krasis.runtime.server.tools.xml import XML
@@ -194,7 +195,7 @@ def call_grammar(call_format: CallFormat, tools: Tools) -> Grammar:
         raise refused(
             "This model's calls cannot be forced: 'tool_choice' can be auto or none.", "tool_choice"
         )
-    write = _xml_rules if call_format is XML else _hermes_rules
+    write = {XML: _xml_rules, ARG_KEYS: _arg_key_rules}.get(call_format, _hermes_rules)
     names = [f"call{number}" for number in range(len(tools))]
     rules = [f"start: {' | '.join(names)}"]
     for name, tool in zip(names, tools, strict=True):
@@ -215,6 +216,18 @@ def _hermes_rules(rule: str, name: str, schema: dict[str, Any]) -> list[str]:
 
 
 def _xml_rules(rule: str, name: str, schema: dict[str, Any]) -> list[str]:
+    marks = (f"<tool_call>\n<function={name}>\n", "<parameter={}>\n", "\n</parameter>\n")
+    return _marked_rules(rule, schema, (*marks, "</function>\n</tool_call>"))
+
+
+def _arg_key_rules(rule: str, name: str, schema: dict[str, Any]) -> list[str]:
+    marks = (f"<tool_call>{name}\n", "<arg_key>{}</arg_key>\n<arg_value>", "</arg_value>\n")
+    return _marked_rules(rule, schema, (*marks, "</tool_call>"))
+
+
+def _marked_rules(rule: str, schema: dict[str, Any], marks: tuple[str, str, str, str]) -> list[str]:
+    """marks: what begins a call, a value (of the name in it), ends a value and a call."""
+    opens, begins, ends, closes = marks
     properties = schema.get("properties")
     known = properties if isinstance(properties, Mapping) else {}
     required = schema.get("required")
@@ -224,18 +237,13 @@ def _xml_rules(rule: str, name: str, schema: dict[str, Any]) -> list[str]:
     for number, (key, value) in enumerate(known.items()):
         part = f"{rule}_p{number}"
         parts.append(part if key in must else f"{part}?")
-        begin = _literal(f"<parameter={key}>\n")
+        begin = _literal(begins.format(key))
         if _is_text(value):
-            rules += [f"{part}: {begin} {part}_v", f"{part}_v[suffix={_literal(END_OF_VALUE)}]: /(?s:.*)/"]
+            rules += [f"{part}: {begin} {part}_v", f"{part}_v[suffix={_literal(ends)}]: /(?s:.*)/"]
         else:
-            rules += [f"{part}: {begin} {part}_v {_literal(END_OF_VALUE)}"]
+            rules += [f"{part}: {begin} {part}_v {_literal(ends)}"]
             rules.append(_json(f"{part}_v", {**value, **shared} if isinstance(value, Mapping) else {}))
-    body = " ".join(parts)
-    ends = _literal("</function>\n</tool_call>")
-    return [f"{rule}: {_literal(f'<tool_call>{chr(10)}<function={name}>{chr(10)}')} {body} {ends}", *rules]
-
-
-END_OF_VALUE = "\n</parameter>\n"
+    return [f"{rule}: {_literal(opens)} {' '.join(parts)} {_literal(closes)}", *rules]
 
 
 def _is_text(schema: object) -> bool:

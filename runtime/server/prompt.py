@@ -13,6 +13,7 @@ from typing import Any
 from krasis.formats.errors import FormatError, KrasisError, UsageError
 from krasis.runtime.server.continuing import check_begun, text_to_go_on
 from krasis.runtime.server.errors import ApiError, from_krasis, refused, too_long
+from krasis.runtime.server.tools.arg_keys import ARG_KEYS
 from krasis.runtime.server.tools.calls import CallFormat, NotJsonError, Tools, strict_json
 from krasis.runtime.server.tools.harmony import HARMONY
 from krasis.runtime.server.tools.hermes import HERMES
@@ -56,6 +57,8 @@ class Prompts:
         """How the model writes calls of tools: as its template does."""
         if "<function=" in self.source:
             return XML
+        if "<arg_key>" in self.source:
+            return ARG_KEYS
         return HARMONY if "<|channel|>commentary" in self.source else HERMES
 
     def text(

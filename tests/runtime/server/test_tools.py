@@ -83,18 +83,18 @@ def test_a_template_without_tools_is_told_of_them_all_the_same(serve: Serve) -> 
 
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_weather"}}])
-@pytest.mark.parametrize("template", [None, "qwen3", "xml"])
+@pytest.mark.parametrize("template", [None, "qwen3", "xml", "glm"])
 def test_a_forced_call_has_the_schemas_arguments(
     serve: Serve, choice: Any, template: str | None, qwen3_template: str
 ) -> None:
-    source = {None: None, "qwen3": qwen3_template, "xml": qwen3_template + "{# <function= #}"}[template]
+    marks = {"qwen3": "", "xml": "{# <function= #}", "glm": "{# <arg_key> #}"}
+    source = None if template is None else qwen3_template + marks[template]
     xml = (
         "<tool_call>\n<function=get_weather>\n<parameter=city>\nOslo\n</parameter>\n</function>\n</tool_call>"
     )
-    served = serve(
-        template=source,
-        script=says(f"I would rather not.\x1f{xml if template == 'xml' else FORCED}\x1f Sorry."),
-    )
+    glm = "<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>Oslo</arg_value>\n</tool_call>"
+    written = {"xml": xml, "glm": glm}.get(template or "", FORCED)
+    served = serve(template=source, script=says(f"I would rather not.\x1f{written}\x1f Sorry."))
     found = served.post(CHAT, ask(tool_choice=choice)).json["choices"][0]
     arguments = json.loads(found["message"]["tool_calls"][0]["function"]["arguments"])
     assert arguments == {"city": "Oslo"}

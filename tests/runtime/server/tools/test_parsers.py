@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from krasis.runtime.server.tools.arg_keys import ARG_KEYS
 from krasis.runtime.server.tools.calls import Call, CallFormat, Text
 from krasis.runtime.server.tools.coerce import read_value
 from krasis.runtime.server.tools.hermes import HERMES
@@ -149,6 +150,54 @@ def test_xml(text: str, answer: str | None, calls: list[Any]) -> None:
     check(XML, text, text if answer is None else answer, calls)
 
 
+def arg_keys(line: str = "\n", **values: str) -> str:
+    inside = "".join(
+        f"<arg_key>{key}</arg_key>{line}<arg_value>{value}</arg_value>{line}" for key, value in values.items()
+    )
+    return f"<tool_call>write{line}{inside}</tool_call>"
+
+
+@pytest.mark.parametrize("line", ["\n", ""])
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"path": "a", "mode": "5"}, {"path": "a", "mode": 5}),
+        ({}, {}),
+        ({"content": "\n  kept \n"}, {"content": "\n  kept \n"}),
+        ({"content": "</arg_value> and <arg_key>k</arg_key>"}, None),
+        ({"content": "<tool_call>f</tool_call> </arg_value>, <arg_value>"}, None),
+        ({"other": '{"a": 1}'}, {"other": '{"a": 1}'}),
+    ],
+)
+def test_arg_keys(values: dict[str, str], expected: dict[str, Any] | None, line: str) -> None:
+    """As GLM writes them, with line breaks and without."""
+    call = arg_keys(line, **values)
+    check(
+        ARG_KEYS, f"See.\n{call}\n{call}", "See.", [("write", values if expected is None else expected)] * 2
+    )
+    check(ARG_KEYS, f"{call} Done.", "Done.", [("write", values if expected is None else expected)])
+    if values:
+        check(ARG_KEYS, call.removesuffix("</tool_call>"), "", [("write", expected or values)])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<tool_call>two words\n</tool_call>",
+        "<tool_call></tool_call>",
+        '<tool_call>{"name": "write"}</tool_call>',
+        "<tool_call>write\nwords</tool_call>",
+        "<tool_call>write<arg_key>a</arg_key>words</tool_call>",
+        "<tool_call>write<arg_key>a</arg_key><arg_value>b",
+        f"<tool_call>write<arg_key>{'k' * 600}",
+        f"<tool_call>{'n' * 600}",
+        "a <tool",
+    ],
+)
+def test_what_are_no_calls_of_glm_stays_text(text: str) -> None:
+    check(ARG_KEYS, text, text, [])
+
+
 @pytest.mark.parametrize("form", [HERMES, XML])
 def test_what_is_cut_off_is_dropped(form: CallFormat) -> None:
     call = hermes('{"content": "rm -rf /tmp/build"}') if form is HERMES else xml(content="rm -rf /tmp/build")
@@ -169,19 +218,28 @@ def test_a_call_inside_of_thinking() -> None:
     assert (answered[0], answered[2]) == ("Yes.", [])
 
 
-@pytest.mark.parametrize("form", [HERMES, XML])
+def test_a_call_of_glm_that_is_cut_off_is_dropped() -> None:
+    call = arg_keys(content="rm -rf /tmp/build", path="a")
+    for size in range(len("<tool_call>"), len(call) - 1):
+        assert parse(ARG_KEYS, [("answer", "Now. " + call[:size])], truncated=True) == ("Now.", "", [])
+
+
+WRITTEN = {HERMES: hermes, XML: xml, ARG_KEYS: arg_keys}
+
+
+@pytest.mark.parametrize("form", [HERMES, XML, ARG_KEYS])
 def test_long_arguments_take_linear_time(form: CallFormat) -> None:
     """Seen: 0.1 s each; what looks again at all it has takes minutes."""
     long = "x < y, " * 12_000
     for value in (long, long.replace(", ", "\n"), "<tool_call>" * 6_000, "<" * 60_000, "\n" * 60_000):
-        call = hermes(json.dumps({"content": value})) if form is HERMES else xml(content=value)
+        call = hermes(json.dumps({"content": value})) if form is HERMES else WRITTEN[form](content=value)
         begin = time.process_time()
         pieces = [("answer", call[at : at + 7]) for at in range(0, len(call), 7)]
         assert parse(form, pieces)[2] == [("write", {"content": value})]
         assert time.process_time() - begin < 4
 
 
-@pytest.mark.parametrize("form", [HERMES, XML])
+@pytest.mark.parametrize("form", [HERMES, XML, ARG_KEYS])
 def test_nothing_breaks_it_and_nothing_is_lost(form: CallFormat) -> None:
     tokens = [
         "<tool_call>",
@@ -192,6 +250,9 @@ def test_nothing_breaks_it_and_nothing_is_lost(form: CallFormat) -> None:
         "<parameter=",
         "path>",
         "</parameter>",
+        "<tool_call>write<arg_key>a</arg_key>",
+        "<arg_value>",
+        "</arg_value>",
     ]
     tokens += [
         "\n",
