@@ -146,7 +146,9 @@ enum {
 /* For each row of qkv, in place for q, into the caches for k and v, in this order: adds the bias; norms q and k (NULL
  * weights: not); cuts all three to +-clip; rotates the first rotary_dims channels of each head of q and k by fp32
  * tables [max_positions, rotary_dims / 2] at the row's position: channel i with i + rotary_dims / 2, or, interleaved,
- * 2i with 2i + 1. qkv and caches are of one 16-bit dtype; sums in fp32. head_dim % 16 == 0, <= 256; rotary_dims even.
+ * 2i with 2i + 1. qkv and caches are of one 16-bit dtype; sums in fp32. head_dim % 16 == 0, <= 512; rotary_dims even.
+ * shared_kv: a row has no v, which is k before norm and rotation; value_norm: v is divided by its root mean square.
+ * KRASIS_CUDA_NORM_FLAT has neither, nor heads of more than 256 channels.
  *
  * Row t is at position start + t of the caches [num_kv_heads, capacity, head_dim] k_cache and v_cache, unless rows says
  * otherwise: then the caches are at rows[t].keys + keys_offset and rows[t].values + values_offset (in bytes). */
@@ -168,6 +170,7 @@ typedef struct krasis_cuda_qkv_args {
     int64_t rotary_dims;
     float clip; /* 0: none */
     int32_t interleaved;
+    int32_t shared_kv, value_norm;
 } krasis_cuda_qkv_args;
 KRASIS_API int32_t krasis_cuda_qk_norm_rope_store(const krasis_cuda_qkv_args *args, void *stream);
 
@@ -309,7 +312,7 @@ KRASIS_API int32_t krasis_cuda_route(const krasis_cuda_route_args *args, void *s
  * the last `window` of these), softmax in fp32, keys split over blocks and combined in a fixed order. Positions and
  * caches are read from device memory when the kernel runs: of rows, as in krasis_cuda_qkv_args, or, where rows is NULL,
  * those of one query. A row has the same bits whatever other rows there are. sinks: one more logit of each head in its
- * softmax, without a value. head_dim % 16 == 0, <= 256. */
+ * softmax, without a value. head_dim % 16 == 0, <= 512. */
 typedef struct krasis_cuda_attention_args {
     const void *q;                 /* [num_rows, num_heads, head_dim] of dtype, rows q_stride elements apart */
     const void *k_cache, *v_cache; /* [num_kv_heads, capacity, head_dim] of dtype; not looked at with rows */

@@ -73,12 +73,6 @@ CPU_RUNS = frozenset(
     }
 )
 GPU_RUNS = CPU_RUNS - {
-    "a soft cap on the logits",
-    "an MLP beside the experts",
-    "values that are keys, or normed",
-    "attention heads of more than 256 channels",
-    "routers that norm their input",
-    "proportional rope scaling",
     "linear attention with heads of more than 128 channels",
 }
 

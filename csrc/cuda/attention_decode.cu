@@ -76,7 +76,8 @@ template <class Type>
 int32_t launch_type(const AttentionParams &params, int64_t num_rows, void *stream) {
     if (params.head_dim <= 64) return launch_dim<Type, 64>(params, num_rows, stream);
     if (params.head_dim <= 128) return launch_dim<Type, 128>(params, num_rows, stream);
-    return launch_dim<Type, 256>(params, num_rows, stream);
+    if (params.head_dim <= 256) return launch_dim<Type, 256>(params, num_rows, stream);
+    return launch_dim<Type, 512>(params, num_rows, stream);
 }
 
 }  // namespace

@@ -15,7 +15,7 @@
 
 namespace krasis::cuda {
 
-inline constexpr int kMaxSplits = 64, kHeads = 16, kMaxHeadDim = 256;
+inline constexpr int kMaxSplits = 64, kHeads = 16, kMaxHeadDim = 512;
 inline constexpr int kSplitKeys = 64;  // a split has a multiple of so many keys
 inline constexpr int kStatistics = 2;  // of a split of a head: the maximum, and the sum of exponentials below it
 
@@ -69,7 +69,7 @@ struct AttentionTile {
     static constexpr int kDim = kDim_;  // head_dim, rounded up; the rest is zeros
     static constexpr int kWarps = 4, kThreads = 32 * kWarps;
     // A warp has the registers for sums of 128 columns.
-    static constexpr int kParts = kDim == 256 ? 2 : 1, kPartColumns = kDim / kParts;
+    static constexpr int kParts = kDim > 128 ? kDim / 128 : 1, kPartColumns = kDim / kParts;
     static constexpr int kKeyWarps = kWarps / kParts, kKeys = 16 * kKeyWarps;  // of a stage
     static constexpr int kStages = 3;
     static constexpr int kRowBytes = 2 * kDim, kRowChunks = kRowBytes / 16;
@@ -91,6 +91,7 @@ struct AttentionWorker {
     using Type = typename Tile::Type;
     static constexpr int kSteps = Tile::kDim / 16;  // along the head, 16 at a time
     static constexpr int kPartSteps = kSteps / Tile::kParts;
+    static constexpr bool kHoldsQ = Tile::kDim <= 256;  // there are registers for no more: it is read again each stage
 
     const AttentionParams &p;
     uint8_t *shared;
@@ -100,7 +101,7 @@ struct AttentionWorker {
     const uint8_t *query;
     const uint8_t *keys, *values;  // of this key/value head
     Keys range;
-    uint32_t q[kSteps][4];
+    uint32_t q[kHoldsQ ? kSteps : 1][4];
     float out[2 * kPartSteps][4];  // [8 columns][fragment], unscaled
     float maximum[2], sum[2];      // of rows lane / 4 and lane / 4 + 8; sum: of this lane's keys
 
@@ -125,16 +126,20 @@ struct AttentionWorker {
     }
 
     // The query as fragments; heads and columns past the last are zeros.
-    KRASIS_DEVICE void load_q() {
+    KRASIS_DEVICE void load_q_step(int step, uint32_t (&to)[4]) const {
         KRASIS_UNROLL
-        for (int step = 0; step < kSteps; ++step) {
+        for (int i = 0; i < 4; ++i) {
+            const int head = lane / 4 + 8 * (i % 2), column = 16 * step + 8 * (i / 2) + 2 * (lane % 4);
+            const uint8_t *at = query + (static_cast<int64_t>(first_head + head) * p.head_dim + column) * 2;
+            const bool exists = head < num_heads && column < p.head_dim;
+            to[i] = exists ? *reinterpret_cast<const uint32_t *>(at) : 0;
+        }
+    }
+
+    KRASIS_DEVICE void load_q() {
+        if constexpr (kHoldsQ) {
             KRASIS_UNROLL
-            for (int i = 0; i < 4; ++i) {
-                const int head = lane / 4 + 8 * (i % 2), column = 16 * step + 8 * (i / 2) + 2 * (lane % 4);
-                const uint8_t *at = query + (static_cast<int64_t>(first_head + head) * p.head_dim + column) * 2;
-                const bool exists = head < num_heads && column < p.head_dim;
-                q[step][i] = exists ? *reinterpret_cast<const uint32_t *>(at) : 0;
-            }
+            for (int step = 0; step < kSteps; ++step) load_q_step(step, q[step]);
         }
     }
 
@@ -165,14 +170,23 @@ struct AttentionWorker {
     // scores[t]: of this warp's keys 8t..8t+7 of the stage; past the end kLowest.
     KRASIS_DEVICE void score(int index, float (&scores)[2][4]) const {
         const uint8_t *at = stage(index);
+        uint32_t anew = 0;  // known to be so only here: else the query would be read once, into registers
+        simt::hold(anew);
         KRASIS_UNROLL
         for (int i = 0; i < 8; ++i) scores[i / 4][i % 4] = 0;
-        KRASIS_UNROLL
+        KRASIS_UNROLL_BY(kHoldsQ ? kSteps : 4)
         for (int step = 0; step < kSteps; ++step) {
             uint32_t b[4];
             simt::ldmatrix_x4(b, at + place(16 * key_warp + lane % 8 + lane / 16 * 8, 2 * step + lane / 8 % 2));
-            simt::mma(Type{}, scores[0], q[step], {b[0], b[1]});
-            simt::mma(Type{}, scores[1], q[step], {b[2], b[3]});
+            uint32_t own[4];
+            if constexpr (kHoldsQ) {
+                KRASIS_UNROLL
+                for (int i = 0; i < 4; ++i) own[i] = q[step][i];
+            } else {
+                load_q_step(step + static_cast<int>(anew), own);
+            }
+            simt::mma(Type{}, scores[0], own, {b[0], b[1]});
+            simt::mma(Type{}, scores[1], own, {b[2], b[3]});
         }
         const int left = range.end - range.begin - index * Tile::kKeys - 16 * key_warp;
         KRASIS_UNROLL

@@ -6,8 +6,9 @@ namespace krasis::cuda {
 namespace {
 
 constexpr int kNormThreads = 256, kNormWarps = kNormThreads / 32;
-constexpr int kHeadThreads = 128, kMaxPairs = 4;  // a head of 256 is 128 pairs, four a lane
-constexpr int kMaxHeadDim = 2 * 32 * kMaxPairs;
+constexpr int kHeadThreads = 128;
+constexpr int kPairs = 4, kMostPairs = 8;  // a head of 256 is 128 pairs, four a lane
+constexpr int kHeadDim = 2 * 32 * kPairs, kMaxHeadDim = 2 * 32 * kMostPairs;
 constexpr int kFlatThreads = 256;
 constexpr int64_t kMaxNormedHeads = 8192;
 
@@ -65,10 +66,12 @@ KRASIS_DEVICE bool fits(const krasis_cuda_qkv_args &p, int64_t position) {
     return position >= 0 && position < p.capacity && position < p.max_positions;
 }
 
-// One head of a token in one warp, as pairs of channels: q heads, then k heads, then v heads.
+// One head of a token in one warp, as pairs of channels: q heads, then k heads, then v heads (shared_kv: k's once
+// more).
+template <int kMaxPairs>
 struct Head {
     const krasis_cuda_qkv_args &p;
-    int64_t head, at;  // the first channel: in a row, in qkv
+    int64_t head, source, at;  // source: the head in a row of qkv; at: its first channel in qkv
     int lane, half, num_rotated;
     bool is_q, is_k;
     float low[kMaxPairs], high[kMaxPairs];
@@ -79,7 +82,8 @@ struct Head {
         num_rotated = static_cast<int>(p.rotary_dims / 2);
         is_q = head < p.num_heads;
         is_k = !is_q && head < p.num_heads + p.num_kv_heads;
-        at = (token * (p.num_heads + 2 * p.num_kv_heads) + head) * p.head_dim;
+        source = p.shared_kv && !is_q && !is_k ? head - p.num_kv_heads : head;
+        at = (token * (p.num_heads + (p.shared_kv ? 1 : 2) * p.num_kv_heads) + source) * p.head_dim;
     }
 
     // The channels of pair i: those that are turned together first, then what is left.
@@ -90,7 +94,7 @@ struct Head {
 
     KRASIS_DEVICE float channel(int i) const {
         const float value = load1(p.qkv, at + i, p.dtype);
-        return p.bias ? value + p.bias[head * p.head_dim + i] : value;
+        return p.bias ? value + p.bias[source * p.head_dim + i] : value;
     }
 
     // Returns this lane's part of the sum of squares.
@@ -153,6 +157,9 @@ struct Head {
             if (weights) {
                 x *= scale * load1(weights, weights_at + first(i), p.norm_dtype);
                 y *= scale * load1(weights, weights_at + second(i), p.norm_dtype);
+            } else if (p.value_norm && !is_q && !is_k) {
+                x *= scale;
+                y *= scale;
             }
             if (!is_turned) {
                 x = cut(x);
@@ -166,6 +173,7 @@ struct Head {
 };
 
 // One warp a head of a token, each normed by itself.
+template <int kMaxPairs>
 KRASIS_KERNEL(kHeadThreads, 1)
 qk_norm_rope_kernel(const krasis_cuda_qkv_args p) {
     const int64_t heads = p.num_heads + 2 * p.num_kv_heads;
@@ -173,7 +181,7 @@ qk_norm_rope_kernel(const krasis_cuda_qkv_args p) {
     if (item >= p.tokens * heads) return;  // the whole warp
     const Place place = place_of(p, item / heads);
     if (!fits(p, place.position)) return;
-    Head head(p, item / heads, item % heads);
+    Head<kMaxPairs> head(p, item / heads, item % heads);
     float square = head.load();
     if (head.norms_after()) square = head.turn_first(place);
     const float scale = simt::reciprocal_sqrt(warp_sum(square) / static_cast<float>(p.head_dim) + p.eps);
@@ -189,7 +197,7 @@ qk_flat_norm_rope_kernel(const krasis_cuda_qkv_args p) {
     if (!fits(p, place.position)) return;  // the whole block
     auto *squares = reinterpret_cast<float *>(simt::shared_memory());
     for (int64_t index = warp; index < normed; index += kFlatThreads / 32) {
-        Head head(p, token, index);
+        Head<kPairs> head(p, token, index);
         const float square = warp_sum(head.load());
         if (lane == 0) simt::shared_store(squares + index, square);
     }
@@ -203,7 +211,7 @@ qk_flat_norm_rope_kernel(const krasis_cuda_qkv_args p) {
     };
     const float scale_q = scale_of(sum_q, p.num_heads), scale_k = scale_of(sum_k, p.num_kv_heads);
     for (int64_t index = warp; index < normed + p.num_kv_heads; index += kFlatThreads / 32) {
-        Head head(p, token, index);
+        Head<kPairs> head(p, token, index);
         head.load();
         head.finish(place, head.is_q ? scale_q : scale_k);
     }
@@ -218,6 +226,8 @@ int32_t check_qkv(const krasis_cuda_qkv_args &a) {
                        a.norm_kind == KRASIS_CUDA_NORM_HEAD_AFTER;
     if (!a.qkv || !tables || !caches || !counts || !kinds || !is_16_bit(a.dtype) || !is_dtype(a.norm_dtype))
         return KRASIS_ERR_ARGUMENT;
+    const bool flat = a.norm_kind == KRASIS_CUDA_NORM_FLAT && (a.q_norm || a.k_norm);
+    if (flat && (a.shared_kv || a.value_norm || a.head_dim > kHeadDim)) return KRASIS_ERR_SHAPE;
     if (a.head_dim % 16 || a.head_dim > kMaxHeadDim || a.num_heads + a.num_kv_heads > kMaxNormedHeads)
         return KRASIS_ERR_SHAPE;
     if (a.rotary_dims < 0 || a.rotary_dims % 2 || a.rotary_dims > a.head_dim) return KRASIS_ERR_SHAPE;
@@ -254,5 +264,7 @@ int32_t krasis_cuda_qk_norm_rope_store(const krasis_cuda_qkv_args *args, void *s
         return launch<qk_flat_norm_rope_kernel>({static_cast<unsigned>(a.tokens), kFlatThreads, shared_bytes}, a,
                                                 stream);
     }
-    return launch<qk_norm_rope_kernel>({static_cast<unsigned>(blocks), kHeadThreads, 0}, a, stream);
+    const krasis::simt::LaunchShape shape{static_cast<unsigned>(blocks), kHeadThreads, 0};
+    return a.head_dim > kHeadDim ? launch<qk_norm_rope_kernel<kMostPairs>>(shape, a, stream)
+                                 : launch<qk_norm_rope_kernel<kPairs>>(shape, a, stream);
 }

@@ -48,6 +48,8 @@ class Buffers:
     mlp_gated: torch.Tensor  # [P, mlp_intermediate] 16-bit
     shared: torch.Tensor  # [P, hidden] 16-bit, a gated shared expert's output
     shared_gate: torch.Tensor  # [P, 1] f32
+    added: torch.Tensor  # [P, hidden] f32, what is normed before it is added
+    residual: torch.Tensor  # [P, hidden] f32, meanwhile
     gated: torch.Tensor  # [G * top_k, intermediate] 16-bit
     slots: torch.Tensor  # [G * top_k, hidden] 16-bit
     partial: torch.Tensor | None  # [G, hidden] 16-bit, with several ranks
@@ -76,6 +78,8 @@ _LOCAL = (
     "mlp_gated",
     "shared",
     "shared_gate",
+    "added",
+    "residual",
 )
 
 
@@ -154,6 +158,8 @@ class Workspace:
             mlp_gated=rows("mlp_gated", half),
             shared=rows("shared", half),
             shared_gate=rows("shared_gate", torch.float32),
+            added=rows("added", torch.float32),
+            residual=rows("residual", torch.float32),
             gated=rows("gated", half),
             slots=rows("slots", half),
             partial=None if alone else rows("partial", half),

@@ -28,6 +28,7 @@ from krasis.runtime.gpu.experts.host_experts import CpuTier, HostExperts
 from krasis.runtime.gpu.experts.residency import Residency
 from krasis.runtime.gpu.kernels.attention_rows import ROW_WORDS
 from krasis.runtime.gpu.kernels.grouped_product import ExpertProduct
+from krasis.runtime.gpu.kernels.head import cap_logits
 from krasis.runtime.gpu.kernels.moe import MAX_ROUTER_TOKENS
 from krasis.runtime.gpu.model import GpuModel
 
@@ -357,5 +358,6 @@ class HybridDecoder:
         eps = model.spec.norm.eps
         model.kernels.rms_norm(stream, buffers.hidden, model.weights.final_norm, eps, buffers.x)
         rows.product(buffers.x, model.weights.lm_head, buffers.logits)
+        cap_logits(stream, buffers.logits, model.spec.logits_cap)
         stream.copy(self._host_logits[:num_rows], buffers.logits)
         stream.copy(self._host_executed, executed)

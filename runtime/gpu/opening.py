@@ -17,7 +17,7 @@ from krasis.formats.errors import (
 )
 from krasis.formats.layouts import expert_format
 from krasis.formats.models.mixers import Attention, LatentAttention
-from krasis.formats.models.mlps import Experts, GatedMlp
+from krasis.formats.models.mlps import Experts, GatedMlp, MlpBesideExperts
 from krasis.formats.models.recurrent import GatedDelta
 from krasis.formats.models.spec import ModelSpec
 from krasis.runtime.backend import Backend
@@ -135,7 +135,8 @@ def _granular_sizes(spec: ModelSpec) -> Iterator[tuple[str, int, int]]:
         if isinstance(layer.mixer, Attention):
             yield "attention size", layer.mixer.query_rows, 64
             yield "head size", layer.mixer.head_dim, 16
-            yield "size of q, k and v", layer.mixer.query_rows + 2 * layer.mixer.key_rows, 32
+            parts = 1 if layer.mixer.shared_kv else 2
+            yield "size of q, k and v", layer.mixer.query_rows + parts * layer.mixer.key_rows, 32
         if isinstance(layer.mixer, GatedDelta):
             values = layer.mixer.value_heads * layer.mixer.value_dim
             yield "size of linear attention", values, 64
@@ -143,6 +144,8 @@ def _granular_sizes(spec: ModelSpec) -> Iterator[tuple[str, int, int]]:
         if isinstance(layer.mixer, LatentAttention):
             yield from _latent_sizes(layer.mixer)
         mlp = layer.mlp.shared if isinstance(layer.mlp, Experts) else layer.mlp
+        if isinstance(mlp, MlpBesideExperts):
+            mlp = mlp.mlp
         if isinstance(mlp, GatedMlp):
             yield "MLP's width", mlp.intermediate, 64
 

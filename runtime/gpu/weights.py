@@ -113,7 +113,8 @@ def load_gpu_weights(weights: ModelWeights, device: Device, stream: Stream, num_
     lm_head = _weight(block, weights.lm_head)
     final_norm = block.array(weights.final_norm)
     ropes = {
-        rope: tuple(block.array(table) for table in rope_tables(rope, num_positions)) for rope in _ropes(spec)
+        rope: tuple(block.array(table) for table in rope_tables(rope, num_positions, head_dim=head_dim))
+        for rope, head_dim in _ropes(spec).items()
     }
     block.fill(device, stream)
     shape = shape_of(spec)
@@ -132,10 +133,12 @@ def load_gpu_weights(weights: ModelWeights, device: Device, stream: Stream, num_
     )
 
 
-def _ropes(spec: ModelSpec) -> list[Rope]:
-    mixers = (layer.mixer for layer in spec.layers)
-    found = [mixer.rope for mixer in mixers if isinstance(mixer, Attention | LatentAttention)]
-    return [rope for rope in dict.fromkeys(found) if rope is not None]
+def _ropes(spec: ModelSpec) -> dict[Rope, int]:
+    """Each rotation with the channels of a head that it may turn."""
+    mixers = [layer.mixer for layer in spec.layers]
+    found = {mixer.rope: mixer.head_dim for mixer in mixers if isinstance(mixer, Attention)}
+    found |= {mixer.rope: mixer.rope_dim for mixer in mixers if isinstance(mixer, LatentAttention)}
+    return {rope: channels for rope, channels in found.items() if rope is not None}
 
 
 def _weight(block: _Block, weight: object) -> Callable[[], GpuInt8 | torch.Tensor]:

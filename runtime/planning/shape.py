@@ -26,7 +26,7 @@ class ModelShape:
     shared_gate: whether shared experts are gated. delta_channels, delta_heads: of the gated delta rule's
     convolution, and its heads, 0 without any. qkv_columns: 16-bit columns of a token between a mixer's
     projections on a GPU. latent_heads, latent_rank: of latent attention, and expanded_bytes what its heads'
-    keys and values take at a time, 0 without any.
+    keys and values take at a time, 0 without any. post_norms: whether there are norms after blocks.
     """
 
     max_context: int
@@ -48,6 +48,7 @@ class ModelShape:
     latent_heads: int = 0
     latent_rank: int = 0
     expanded_bytes: int = 0
+    post_norms: bool = False
 
     @property
     def num_expert_layers(self) -> int:
@@ -115,6 +116,7 @@ def largest_shape(model: AnyModel) -> ModelShape:
         expanded_bytes=max(
             (latent_workspace.expanded_bytes(mixer, spec.max_context) for mixer in latent), default=0
         ),
+        post_norms=any(layer.post_norms for layer in kinds),
     )
 
 

@@ -16,7 +16,8 @@ begins:
 
 Beside them live, through the whole layer: the f32 residual stream, its 16-bit norm, expert ids and weights,
 the gates of the delta rule (made of the router's input, before the projections take its place);
-with several ranks the gathered 16-bit norms, ids and weights of all tokens. The tables of slots sorted by
+with several ranks the gathered 16-bit norms, ids and weights of all tokens; with norms after blocks two more
+f32 rows. The tables of slots sorted by
 expert are memory of their own (``Routing.allocate``): ``routing_bytes``.
 """
 
@@ -92,6 +93,9 @@ def workspace_layout(model: AnyModel, num_tokens: int, num_ranks: int) -> Worksp
         cursor.add("gathered_weights", gathered, top_k, F32)
     if a.delta_heads:
         cursor.add("delta_gates", own, 2 * a.delta_heads, F32)
+    if a.post_norms:
+        cursor.add("added", own, a.hidden_size, F32)
+        cursor.add("residual", own, a.hidden_size, F32)
     phases = cursor.end_bytes
     cursor.add("qkv", own, a.qkv_columns, HALF)
     cursor.add("attended", own, a.attention_size, HALF)

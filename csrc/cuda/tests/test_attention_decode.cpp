@@ -139,9 +139,10 @@ void check_lengths() {
 void check_heads() {
     // One head a kv head; more than a tile of 16; sizes that leave part of the tile's columns unused.
     const Case cases[] = {
-        {3, 3, 128, 200, KRASIS_F16}, {20, 1, 64, 150, KRASIS_BF16},       {16, 1, 80, 150, KRASIS_F16},
-        {6, 2, 96, 150, KRASIS_BF16}, {8, 1, 256, 300, KRASIS_BF16},       {34, 2, 208, 100, KRASIS_F16},
-        {4, 2, 16, 100, KRASIS_BF16}, {8, 2, 128, 400, KRASIS_F16, 12.0f}, {8, 2, 256, 200, KRASIS_BF16, 12.0f}};
+        {3, 3, 128, 200, KRASIS_F16},  {20, 1, 64, 150, KRASIS_BF16},       {16, 1, 80, 150, KRASIS_F16},
+        {6, 2, 96, 150, KRASIS_BF16},  {8, 1, 256, 300, KRASIS_BF16},       {34, 2, 208, 100, KRASIS_F16},
+        {4, 2, 16, 100, KRASIS_BF16},  {8, 2, 128, 400, KRASIS_F16, 12.0f}, {8, 2, 256, 200, KRASIS_BF16, 12.0f},
+        {8, 2, 512, 200, KRASIS_BF16}, {18, 1, 400, 130, KRASIS_F16}};
     for (const Case &c : cases) {
         Problem problem(c);
         problem.run(c.capacity - 1);
@@ -224,7 +225,7 @@ void check_refusals() {
     refused(KRASIS_ERR_ARGUMENT, [](Args &a) { a.window = -1; });
     refused(KRASIS_ERR_SHAPE, [](Args &a) { a.q_stride = 12; });
     refused(KRASIS_ERR_SHAPE, [](Args &a) { a.head_dim = 72; });
-    refused(KRASIS_ERR_SHAPE, [](Args &a) { a.head_dim = 272; });
+    refused(KRASIS_ERR_SHAPE, [](Args &a) { a.head_dim = 528; });
     refused(KRASIS_ERR_SHAPE, [](Args &a) { a.num_heads = 5; });
     refused(KRASIS_ERR_RANGE, [](Args &a) { a.workspace_bytes -= 4; });
     CHECK(krasis_cuda_attention_decode(nullptr, nullptr) == KRASIS_ERR_ARGUMENT);

@@ -41,6 +41,7 @@ struct Heads {
     int64_t rotary_dims;
     bool flat = false, interleaved = false, with_bias = false;
     float clip = 0;
+    bool shared_kv = false, value_norm = false;
 };
 
 // The same launch again with its position in device memory: the same bits. A position beyond the cache: nothing
@@ -83,7 +84,7 @@ size_t size_of(int64_t count) { return static_cast<size_t>(count); }
 // Rows of q, k and v, weights, tables and one cache, all random.
 struct HeadsProblem {
     Heads c;
-    int64_t heads, pairs;
+    int64_t heads, stored, pairs;  // stored: heads of a row, without those that others are the values of
     size_t dim;
     Matrix qkv, before, q_norm, k_norm, k_cache, v_cache;
     Array<float> cosines, sines, bias;
@@ -91,10 +92,11 @@ struct HeadsProblem {
     explicit HeadsProblem(const Heads &given)
         : c(given),
           heads(c.num_heads + 2 * c.num_kv_heads),
+          stored(c.num_heads + (c.shared_kv ? 1 : 2) * c.num_kv_heads),
           pairs(c.rotary_dims / 2),
           dim(size_of(c.head_dim)),
-          qkv(size_of(c.tokens * heads) * dim, c.dtype),
-          before(size_of(c.tokens * heads) * dim, c.dtype),
+          qkv(size_of(c.tokens * stored) * dim, c.dtype),
+          before(size_of(c.tokens * stored) * dim, c.dtype),
           q_norm(dim * size_of(c.flat ? c.num_heads : 1), c.norm_dtype),
           k_norm(dim * size_of(c.flat ? c.num_kv_heads : 1), c.norm_dtype),
           k_cache(size_of(c.num_kv_heads * kCapacity) * dim, c.dtype),
@@ -103,7 +105,7 @@ struct HeadsProblem {
           sines(size_of(kPositions * pairs + 1)),
           bias(size_of(heads) * dim) {
         Random random(static_cast<uint64_t>(c.head_dim));
-        for (size_t i = 0; i < size_of(c.tokens * heads) * dim; ++i) before.set(i, random.normal());
+        for (size_t i = 0; i < size_of(c.tokens * stored) * dim; ++i) before.set(i, random.normal());
         for (size_t i = 0; i < dim * size_of(c.flat ? c.num_heads : 1); ++i) q_norm.set(i, random.normal());
         for (size_t i = 0; i < dim * size_of(c.flat ? c.num_kv_heads : 1); ++i) k_norm.set(i, random.normal());
         for (size_t i = 0; i < bias.size(); ++i) bias[i] = random.normal();
@@ -145,15 +147,18 @@ struct HeadsProblem {
         a.rotary_dims = c.rotary_dims;
         a.clip = c.clip;
         a.interleaved = c.interleaved;
+        a.shared_kv = c.shared_kv;
+        a.value_norm = c.value_norm;
         return a;
     }
 
     bool is_q(int64_t h) const { return h < c.num_heads; }
     bool is_v(int64_t h) const { return h >= c.num_heads + c.num_kv_heads; }
-    size_t at(int64_t t, int64_t h) const { return size_of(t * heads + h) * dim; }
+    int64_t source(int64_t h) const { return c.shared_kv && is_v(h) ? h - c.num_kv_heads : h; }
+    size_t at(int64_t t, int64_t h) const { return size_of(t * stored + source(h)) * dim; }
 
     double biased(int64_t t, int64_t h, size_t i) const {
-        return before.get(at(t, h) + i) + (c.with_bias ? double{bias[size_of(h) * dim + i]} : 0.0);
+        return before.get(at(t, h) + i) + (c.with_bias ? double{bias[size_of(source(h)) * dim + i]} : 0.0);
     }
 
     double mean_square(int64_t t, int64_t h) const {
@@ -173,6 +178,7 @@ struct HeadsProblem {
             const int64_t own = is_q(h) ? h : h - c.num_heads;
             value *= (is_q(h) ? q_norm : k_norm).get(size_of(c.flat ? own : 0) * dim + i) / std::sqrt(square + kEps);
         }
+        if (c.value_norm && is_v(h)) value /= std::sqrt(square + kEps);
         return c.clip > 0 ? std::fmin(std::fmax(value, -c.clip), c.clip) : value;
     }
 
@@ -208,7 +214,7 @@ void check_rows(HeadsProblem &problem, const krasis_cuda_qkv_args &single) {
     const Heads &c = problem.c;
     constexpr size_t kOffset = 64;  // of this layer's part in a slot's memory
     const size_t slot = problem.k_cache.bytes.size() + kOffset, slots = size_of(c.tokens);
-    const size_t row_bytes = size_of(problem.heads) * problem.dim * 2;
+    const size_t row_bytes = size_of(problem.stored) * problem.dim * 2;
     const std::vector<uint8_t> expected(problem.qkv.bytes.data(), problem.qkv.bytes.data() + problem.qkv.bytes.size());
     const std::vector<uint8_t> expected_keys(problem.k_cache.bytes.data(),
                                              problem.k_cache.bytes.data() + problem.k_cache.bytes.size());
@@ -284,7 +290,7 @@ void check_head_refusals() {
     };
     using Args = krasis_cuda_qkv_args;
     refused(KRASIS_ERR_RANGE, [](Args &a) { a.start = kCapacity - 1; });
-    refused(KRASIS_ERR_SHAPE, [](Args &a) { a.head_dim = 272; });
+    refused(KRASIS_ERR_SHAPE, [](Args &a) { a.head_dim = 528; });
     refused(KRASIS_ERR_SHAPE, [](Args &a) { a.rotary_dims = 66; });
     refused(KRASIS_ERR_SHAPE, [](Args &a) { a.rotary_dims = 31; });
     refused(KRASIS_ERR_SHAPE, [](Args &a) { a.keys_offset = 8; });
@@ -310,6 +316,11 @@ void run_attention_rows() {
     check_heads({2, 1, 2, 2, 256, KRASIS_BF16, KRASIS_F32, true, 256, false, true});
     check_heads({2, 1, 2, 1, 48, KRASIS_F16, KRASIS_F32, true, 0});
     check_heads({3, 2, 4, 2, 64, KRASIS_BF16, KRASIS_F32, true, 64, true, false, false, 0.75f});
+    // Heads of up to 512 channels; values that are keys, and normed.
+    check_heads({3, 4, 2, 1, 512, KRASIS_BF16, KRASIS_BF16, true, 512});
+    check_heads({3, 4, 4, 2, 512, KRASIS_BF16, KRASIS_F32, true, 512, false, false, false, 0, true, true});
+    check_heads({2, 5, 2, 1, 272, KRASIS_F16, KRASIS_F32, true, 64, false, true, true, 0.9f, true});
+    check_heads({3, 2, 4, 2, 64, KRASIS_F16, KRASIS_F32, false, 64, false, false, true, 0, false, true});
     check_heads({4, 2, 40, 10, 32, KRASIS_F16, KRASIS_BF16, true, 16, true, false, true, 1.0f});
     check_heads({2, 3, 3, 3, 32, KRASIS_BF16, KRASIS_F32, false, 32, false, false, true, 0.5f});
     check_head_refusals();

@@ -27,7 +27,8 @@ class GpuAttention:
         self._output_bias = weights.optional("attention.output.bias")
         self.layer, self.scale, self.window = layer, mixer.scale, mixer.window
         self.sinks = weights.optional("attention.sinks")
-        self.heads = Heads(mixer.heads, mixer.kv_heads, mixer.head_dim)
+        self._post_norm = weights.optional("attention.post_norm")
+        self.heads = Heads(mixer.heads, mixer.kv_heads, mixer.head_dim, shared_kv=mixer.shared_kv)
         self._gate = weights.int8("attention.gate") if mixer.output_gate == "channel" else None
         if mixer.rope is None:
             cos = sin = model.device.empty((model.cache.capacity, 0), torch.float32)
@@ -43,6 +44,7 @@ class GpuAttention:
             bias=weights.optional("attention.qkv.bias"),
             clip=mixer.clip or 0.0,
             interleaved=mixer.rope is not None and mixer.rope.style == "interleaved",
+            value_norm=mixer.value_norm,
         )
 
     def run(self, rows: PassRows) -> None:
@@ -59,9 +61,21 @@ class GpuAttention:
         rows.attend(self, qkv, attended)
         if gates is not None:
             self._kernels.gate_rows(rows.stream, attended, gates)
+        if self._post_norm is not None:
+            self._add_normed(rows, attended, self._post_norm)
+            return
         rows.product(attended, self._output, b.hidden, residual=b.hidden)
         if self._output_bias is not None:
             self._kernels.add_rows(rows.stream, b.hidden, None, bias=self._output_bias)
+
+    def _add_normed(self, rows: PassRows, attended: torch.Tensor, norm: torch.Tensor) -> None:
+        """hidden += norm(output(attended))."""
+        b = rows.own
+        rows.product(attended, self._output, b.added)
+        if self._output_bias is not None:
+            self._kernels.add_rows(rows.stream, b.added, None, bias=self._output_bias)
+        self._kernels.rms_norm(rows.stream, b.added, norm, self._eps, b.added)
+        self._kernels.add_rows(rows.stream, b.hidden, b.added)
 
 
 def _norm_kind(mixer: Attention) -> Literal["head", "flat", "head_after_rope"]:

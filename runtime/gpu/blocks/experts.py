@@ -24,7 +24,8 @@ class GpuExperts:
         weights = model.weights.layers[layer]
         self._kernels, self._eps = model.kernels, model.spec.norm.eps
         self._norm, self._router = weights.plain("experts.norm"), weights.plain("experts.router")
-        self.index = sum(isinstance(one.mlp, Experts) for one in model.spec.layers[:layer])
+        self._router_norm = _router_norm(model, layer) if mlp.router.input_norm else None
+        self.index = sum(one.experts is not None for one in model.spec.layers[:layer])
         self.router, self.top_k = mlp.router, mlp.router.top_k
         self.vectors = RouterVectors(
             bias=weights.optional("experts.router.bias"),
@@ -37,15 +38,22 @@ class GpuExperts:
     def run(self, rows: PassRows) -> None:
         """See ``Block``."""
         b = rows.own
-        self._kernels.rms_norm(rows.stream, b.hidden, self._norm, self._eps, b.normed)
-        rows.small_product(b.normed, self._router, b.router_logits)
-        rows.route(self)
+        self._choose(rows)
         if rows.takes_x or self._shared is not None:
             # hidden still is what the norm above saw: the same rows, rounded.
             self._kernels.rms_norm(rows.stream, b.hidden, self._norm, self._eps, b.x)
         if self._shared is not None:
             self._run_shared(rows, self._shared)
         rows.run_experts(self)
+
+    def _choose(self, rows: PassRows) -> None:
+        """normed, and the choice that the router makes of it, or of the residual itself."""
+        b, norm = rows.own, self._norm if self._router_norm is None else self._router_norm
+        self._kernels.rms_norm(rows.stream, b.hidden, norm, self._eps, b.normed)
+        rows.small_product(b.normed, self._router, b.router_logits)
+        if self._router_norm is not None:
+            self._kernels.rms_norm(rows.stream, b.hidden, self._norm, self._eps, b.normed)
+        rows.route(self)
 
     def _run_shared(self, rows: PassRows, shared: MlpProducts) -> None:
         b = rows.own
@@ -55,3 +63,15 @@ class GpuExperts:
         shared.run(rows, b.x, b.shared)
         rows.small_product(b.normed, self._shared_gate, b.shared_gate)
         self._kernels.add_rows(rows.stream, b.hidden, b.shared, b.shared_gate, shared.bias2)
+
+
+def _router_norm(model: GpuModel, layer: int) -> torch.Tensor:
+    """The weights of the norm that a router has of its own: its scale / sqrt(hidden)."""
+    scale = model.weights.layers[layer].plain("experts.router.scale")
+    norm = model.device.empty(tuple(scale.shape), torch.float32)
+
+    def action(_: int) -> None:
+        torch.mul(scale, model.spec.hidden**-0.5, out=norm)
+
+    model.stream.launch("scale of a router", action, reads=(scale,), writes=(norm,))
+    return norm

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from krasis.formats.errors import UnsupportedModelError
 from krasis.formats.models.mixers import Attention, LatentAttention
-from krasis.formats.models.mlps import Experts, GatedMlp
+from krasis.formats.models.mlps import Experts, GatedMlp, MlpBesideExperts
 from krasis.formats.models.recurrent import GatedDelta
 from krasis.runtime.gpu.blocks.attention import GpuAttention
+from krasis.runtime.gpu.blocks.beside import GpuMlpBesideExperts
 from krasis.runtime.gpu.blocks.experts import GpuExperts
 from krasis.runtime.gpu.blocks.gated_delta import GpuGatedDelta
 from krasis.runtime.gpu.blocks.latent import GpuLatentAttention
@@ -28,6 +29,7 @@ BLOCKS: dict[type, Callable[[GpuModel, int, Any], Block]] = {
     LatentAttention: GpuLatentAttention,
     GatedMlp: GpuMlp,
     Experts: GpuExperts,
+    MlpBesideExperts: GpuMlpBesideExperts,
 }
 
 

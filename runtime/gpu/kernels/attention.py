@@ -16,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from krasis.runtime.cpu.kernels import Heads
 from krasis.runtime.device.api import Stream
 from krasis.runtime.gpu.kernels.launcher import present
-from krasis.runtime.gpu.kernels.local_attention import local_attention
+from krasis.runtime.gpu.kernels.local_attention import MOST_CHANNELS, local_attention
 from krasis.runtime.planning.assumptions import ATTENTION_PIECE_BYTES
 
 PIECE_BYTES = ATTENTION_PIECE_BYTES
@@ -52,9 +52,10 @@ def attend(
 
     keys, values [num_kv_heads, capacity, head_dim] hold positions 0..start+T-1, the queries' own included.
     16-bit; q is rotated already. scale: of the scores, None for head_dim ** -0.5. window: positions that a
-    query sees, None for all; sinks float32 [num_heads]: one more logit a head.
+    query sees, None for all; sinks float32 [num_heads]: one more logit a head. SDPA knows neither, and would
+    keep all scores of heads wider than FlashAttention's.
     """
-    if window is not None or sinks is not None:
+    if window is not None or sinks is not None or heads.head_dim > MOST_CHANNELS:
         _attend_locally(stream, heads, qkv, keys, values, start, out, piece_bytes, scale, window, sinks)
         return
     if scale == heads.head_dim**-0.5:

@@ -42,6 +42,7 @@ class QkvForm:
     cos, sin float32 [positions, rotary dims / 2], of the first channels of each head. q_norm, k_norm
     [head_dim], or, if ``flat``, [num_heads * head_dim] and [num_kv_heads * head_dim]; None: no norm. bias
     float32 [qkv_size] or None. clip: to +-clip, 0 for none. interleaved: pairs are neighbours, not halves.
+    value_norm: v is normed, too, without weights.
     """
 
     eps: float
@@ -53,6 +54,7 @@ class QkvForm:
     bias: torch.Tensor | None = None
     clip: float = 0.0
     interleaved: bool = False
+    value_norm: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +216,7 @@ def _set_form(args: QkvArgs, form: QkvForm, heads: Heads, where: str) -> list[to
     args.max_positions, args.rotary_dims = positions, 2 * pairs
     args.bias = optional_pointer(form.bias, (heads.qkv_size,), F32, f"{where}.bias")
     args.interleaved = 1 if form.interleaved else 0
+    args.shared_kv, args.value_norm = int(heads.shared_kv), int(form.value_norm)
     return present(form.q_norm, form.k_norm, form.bias)
 
 

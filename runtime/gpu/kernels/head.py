@@ -91,11 +91,23 @@ class Head:
         logits, host = buffers.logits[: len(x)], self._host[: len(x)]
         weight = m.weights.lm_head
         m.kernels.int8_gemm(m.stream, x, weight.codes, weight.scales, logits)
+        cap_logits(m.stream, logits, m.spec.logits_cap)
         m.device.host_writes(host)
         m.stream.copy(host, logits)
         m.stream.synchronize()
         m.device.host_reads(host)
         return host.numpy()[:, : self._vocab]
+
+
+def cap_logits(stream: Stream, logits: torch.Tensor, cap: float | None) -> None:
+    """logits = cap tanh(logits / cap), in place; as they are without a cap."""
+    if cap is None:
+        return
+
+    def action(_: int) -> None:
+        logits.div_(cap).tanh_().mul_(cap)
+
+    stream.launch("cap logits", action, reads=(logits,), writes=(logits,))
 
 
 def gathers(chunk: Chunk) -> bool:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 
 _EXACT_BYTES = 2**24  # of a piece's scores
+MOST_CHANNELS = 256
+"""Of a head of FlashAttention."""
 
 
 def local_attention(
@@ -24,12 +26,9 @@ def local_attention(
 
     window: a query sees so many keys, its own the last; None: all. sinks: float32 [heads] or None.
     """
-    if queries.device.type == "cuda" and queries.shape[-1] <= _MOST_CHANNELS:
+    if queries.device.type == "cuda" and queries.shape[-1] <= MOST_CHANNELS:
         return _flash(queries, keys, values, scale, window, sinks)
     return _exact(queries, keys, values, scale, window, sinks)
-
-
-_MOST_CHANNELS = 256  # of FlashAttention
 
 
 def _flash(

@@ -158,6 +158,8 @@ class QkvArgs(ctypes.Structure):
         ("rotary_dims", _I64),
         ("clip", _F32),
         ("interleaved", _I32),
+        ("shared_kv", _I32),
+        ("value_norm", _I32),
     )
 
 
