@@ -5,7 +5,7 @@ A pass takes seconds to a minute; without such steps every other stream would st
 
 from __future__ import annotations
 
-MOST_PAUSE_S = 0.4  # what a reader of a stream may have to wait beside the step itself
+MOST_PAUSE_S = 0.3  # what a reader of a stream may have to wait beside the step itself
 SHARE = 2.0  # a pause is so many steps long, up to that
 
 
