@@ -41,7 +41,7 @@ struct Sequences {
         for (const Part &part : parts) {
             rows += part.rows;
             longest = part.start + part.rows > longest ? part.start + part.rows : longest;
-            const int64_t bytes = kKvHeads * kCapacity * v.head_dim * (v.kv_dtype == KRASIS_F16 ? 2 : 4);
+            const int64_t bytes = kKvHeads * kCapacity * row_bytes();
             keys.emplace_back(bytes);
             values.emplace_back(bytes);
         }
@@ -53,9 +53,13 @@ struct Sequences {
         fill(sin, longest * v.rotary_dims / 2);
         fill(sinks, kHeads);
     }
+    int64_t row_bytes() const {
+        if (v.kv_dtype == KRASIS_I8) return v.head_dim + 4;
+        return v.head_dim * (v.kv_dtype == KRASIS_F16 ? 2 : 4);
+    }
     // The memory of each part as a ring, which holds what the first row sees before the part; elsewhere NaN.
     std::vector<Buffer<uint8_t>> as_rings(const std::vector<Buffer<uint8_t>> &whole, int64_t ring) const {
-        const int64_t row = v.head_dim * (v.kv_dtype == KRASIS_F16 ? 2 : 4);
+        const int64_t row = row_bytes();
         std::vector<Buffer<uint8_t>> found;
         for (size_t i = 0; i < parts.size(); ++i) {
             Buffer<uint8_t> &to = found.emplace_back(kKvHeads * ring * row);
@@ -139,6 +143,7 @@ void rings_have_the_same_bits() {
         {48, 20, 100, KRASIS_QK_NORM_FLAT, KRASIS_ROPE_HALF, KRASIS_F32, true, true, 1.5f},
         {32, 32, 64, KRASIS_QK_NORM_HEAD, KRASIS_ROPE_HALF, KRASIS_F16, false, false, 0.0f},
         {512, 32, 1, KRASIS_QK_NORM_NONE, KRASIS_ROPE_HALF, KRASIS_F16, false, false, 0.0f},
+        {16, 16, 70, KRASIS_QK_NORM_HEAD, KRASIS_ROPE_HALF, KRASIS_I8, false, true, 0.0f},
     };
     Random random(13);
     for (const Variant &variant : variants) {
@@ -159,6 +164,7 @@ void each_alone_and_together() {
         {48, 20, 100, KRASIS_QK_NORM_FLAT, KRASIS_ROPE_HALF, KRASIS_F32, true, true, 1.5f},
         {64, 32, 0, KRASIS_QK_NORM_NONE, KRASIS_ROPE_INTERLEAVED, KRASIS_F16, true, false, 0.0f},
         {16, 0, 64, KRASIS_QK_NORM_HEAD, KRASIS_ROPE_HALF, KRASIS_F32, false, true, 0.0f},
+        {48, 48, 0, KRASIS_QK_NORM_FLAT, KRASIS_ROPE_HALF, KRASIS_I8, true, false, 1.0f},
     };
     Random random(12);
     for (const Variant &variant : variants) {
