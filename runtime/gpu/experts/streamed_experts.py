@@ -14,6 +14,7 @@ from krasis.runtime.device.api import Device, Stream
 from krasis.runtime.gpu.experts.copies_ahead import CopiesAhead
 from krasis.runtime.gpu.experts.copy_pipeline import CopyPipeline
 from krasis.runtime.gpu.experts.habits import ExpertHabits
+from krasis.runtime.gpu.experts.paths import AHEAD_SHARE
 from krasis.runtime.gpu.experts.resident_views import ResidentViews
 from krasis.runtime.gpu.experts.schedule import (
     Group,
@@ -29,8 +30,6 @@ from krasis.runtime.gpu.kernels.grouped_product import ExpertProduct
 from krasis.runtime.gpu.parallel import Parallel
 from krasis.runtime.host_memory.api import ExpertStore
 from krasis.runtime.planning.shape import AnyModel, shape_of
-
-AHEAD_SHARE = 4  # the part of a buffer's places that is kept for experts ahead of their layer's choice
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,10 +34,11 @@ def test_without_a_cpu_tier_few_tokens_stream_what_they_chose() -> None:
     paths = model()
     few = paths.choose(2, 0, 0, ("streamed", "routed"))
     assert few.path == "routed"
-    # 94 layers x 15.1 distinct experts x 9.73 MB over 13 GB/s, then read at 224 GB/s, and little else
-    assert few.expected_s["routed"] == pytest.approx(94 * 15.1 * 9.732e6 * (1 / 13e9 + 1 / 224e9), rel=0.06)
+    # 94 layers: 15.5 distinct experts x 9.73 MB over 13 GB/s, then read at 224 GB/s, the host, little else
+    layer_s = 15.5 * 9.732e6 * (1 / 13e9 + 1 / 224e9) + 1.5e-3
+    assert few.expected_s["routed"] == pytest.approx(94 * layer_s, rel=0.06)
     assert few.expected_s["streamed"] == pytest.approx(94 * 128 * 9.732e6 / 13e9, rel=0.01)
-    # All 128 by chance, which no router is: either way costs the same but for what is not chosen.
+    # All 128 by chance, which prompts do not choose: either way costs the same but for what is not chosen.
     middle = paths.choose(500, 0, 0, ("streamed", "routed"))
     assert middle.path == "routed"
     assert middle.expected_s["routed"] == pytest.approx(middle.expected_s["streamed"], rel=0.05)
@@ -80,9 +81,9 @@ def test_a_long_prompt_takes_as_long_as_the_planner_says() -> None:
 
 
 def test_prompts_that_choose_few_experts_stream_what_they_chose() -> None:
-    """By what was seen before."""
+    """By what was seen before, and where nearly all are expected: those of a prompt may be fewer."""
     paths, ways = model(), ("streamed", "routed")
-    assert paths.choose(500, 0, 0, ways, 128.0).path == "streamed"
+    assert paths.choose(500, 0, 0, ways, 128.0).path == "routed"
     seen = paths.choose(500, 0, 0, ways, 96.0)
     assert seen.path == "routed"
     assert seen.expected_s["routed"] == pytest.approx(0.75 * seen.expected_s["streamed"], rel=0.08)
