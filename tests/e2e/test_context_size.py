@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from krasis.runtime.cli.run import main
 from krasis.runtime.context_size import tokens_in_ram, tokens_in_vram
 from krasis.runtime.host.filesystem import filesystem_of_path
 from krasis.runtime.planning import assumptions, sizes_of_bundle
+from krasis.runtime.planning.presets import shape
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 -- a file in RAM is what is wanted
 TIERS = ("dense", "cpu")
@@ -55,6 +58,27 @@ def test_half_of_the_ram_that_weights_leave(bundle: Bundle, memory: Callable[...
         assert tokens_in_ram(bundle, TIERS, "f32") == 10240
         memory(held + room - 2, filesystem)
         assert tokens_in_ram(bundle, TIERS, "f16") == 20480 - 1024
+
+
+def test_windows_take_no_more_with_a_longer_context(
+    memory: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """gpt-oss-120b: 18 of 36 layers keep all, 2 x 8 heads of 64; the others 192 positions, and four copies of
+    the last 143."""
+    spec = shape("gpt-oss-120b")
+    monkeypatch.setattr(context_size, "weights_to_hold_bytes", lambda *_: 0)
+    layers = 18 * 2 * 8 * 64 * 2
+    memory(2 * layers * (20480 + 192 + 4 * 143))
+    assert tokens_in_ram(SimpleNamespace(spec=spec), TIERS, "f16") == 20480  # type: ignore[arg-type]
+    memory(2 * layers * (20480 + 192 + 4 * 143) - 2)
+    assert tokens_in_ram(SimpleNamespace(spec=spec), TIERS, "f16") == 20480 - 1024  # type: ignore[arg-type]
+    alike = dataclasses.replace(spec, layers=spec.layers[:1] * 36)  # all have a window
+    assert tokens_in_ram(SimpleNamespace(spec=alike), TIERS, "f16") >= spec.max_context  # type: ignore[arg-type]
+
+
+def test_8_bits_have_room_for_nearly_twice_as_much(bundle: Bundle, memory: Callable[..., None]) -> None:
+    memory(2 * 18432 * 2 * 2 * 2 * (32 + 4), "tmpfs")
+    assert tokens_in_ram(bundle, TIERS, "int8") == 18432
 
 
 def test_not_less_than_a_prompt_of_8192_by_itself(
