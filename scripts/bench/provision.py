@@ -27,6 +27,8 @@ LLAMA_CMAKE = (
     "-DLLAMA_BUILD_SERVER=OFF",
 )
 BUILD_TIMEOUT_S = 7200
+# Without it llama.cpp dies of SIGILL on CPUs with AMX, if GCC 12 built it.
+HEADER = Path(__file__).with_name("ldtilecfg.h")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,8 @@ def llama_bench(choice: str, work: Path, cuda: str = "") -> Found:
     build = root / (f"build-sm{cuda}" if cuda else "build")
     options = (*LLAMA_CMAKE, "-DGGML_CUDA=ON", f"-DCMAKE_CUDA_ARCHITECTURES={cuda}") if cuda else LLAMA_CMAKE
     binary = build / "bin" / "llama-bench"
-    recipe = f"{LLAMA_PACKAGE} (its sdist), cmake {' '.join(options)}"
+    recipe = f"{LLAMA_PACKAGE} (its sdist), cmake {' '.join(options)}, with scripts/bench/{HEADER.name}"
+    options = (*options, f"-DCMAKE_CXX_FLAGS=-include {HEADER}")
     if not binary.exists():
         # A build for GPUs takes minutes on many cores: only what is run there.
         targets = ["llama-bench"] if cuda else ["llama-bench", "llama-quantize"]

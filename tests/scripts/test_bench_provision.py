@@ -141,3 +141,15 @@ def test_every_variant_is_told_where_it_comes_from(tmp_path: Path) -> None:
     run = Run(stage="layer", model="m", case="8 bit", threads=1, subject="kt-kernel q8_0 (avx2)", round=0)
     record.add([run])
     assert "| kt-kernel q8_0 (avx2) | \u2013 | the wheel |" in render(record, record.runs(), {})
+
+
+def test_llama_cpp_is_built_with_a_tile_configuration_that_is_whole(
+    tools: Callable[..., FakeTools], tmp_path: Path
+) -> None:
+    """GCC 12's own tells the compiler of 8 of its 64 bytes."""
+    fake = tools()
+    found = provision.llama_bench("auto", tmp_path)
+    configure = next(command for command in fake.commands if "-S" in command)
+    header = next(Path(one.split()[-1]) for one in configure if one.startswith("-DCMAKE_CXX_FLAGS=-include "))
+    assert "unsigned char(*)[64]" in header.read_text("utf-8")
+    assert header.name in found.recipe
