@@ -41,7 +41,13 @@ typedef enum krasis_status {
     KRASIS_ERR_TIMEOUT = 9    /* something waited for did not come in time */
 } krasis_status;
 
-typedef enum krasis_isa { KRASIS_ISA_AUTO = 0, KRASIS_ISA_AVX2 = 1, KRASIS_ISA_AVX512_VNNI = 2 } krasis_isa;
+/* AMX_INT8: the kernels of AVX512_VNNI, but AMX tiles for int8 products of many rows. The bits are the same in all. */
+typedef enum krasis_isa {
+    KRASIS_ISA_AUTO = 0,
+    KRASIS_ISA_AVX2 = 1,
+    KRASIS_ISA_AVX512_VNNI = 2,
+    KRASIS_ISA_AMX_INT8 = 3
+} krasis_isa;
 
 typedef enum krasis_dtype {
     KRASIS_F32 = 0,
@@ -82,13 +88,16 @@ typedef struct krasis_pool krasis_pool;
 KRASIS_API int32_t krasis_abi_version(void);
 KRASIS_API const char *krasis_status_name(int32_t status);
 KRASIS_API int32_t krasis_cpu_probe(krasis_cpu_info *info);
+/* Asks the operating system for AMX tiles. 0: this process may use them; else an errno, ENODEV if the CPU has none. */
+KRASIS_API int32_t krasis_amx_declined(void);
 
 /* num_threads counts the calling thread; 0 = all CPUs of the affinity mask. On a machine with several NUMA nodes the
  * pool's own threads are bound to nodes, in proportion to their CPUs, and take a node's own rows of a weight first. */
 KRASIS_API int32_t krasis_pool_create(int32_t num_threads, int32_t isa, krasis_pool **pool);
 KRASIS_API void krasis_pool_destroy(krasis_pool *pool);
 KRASIS_API int32_t krasis_pool_num_threads(const krasis_pool *pool);
-KRASIS_API int32_t krasis_pool_isa(const krasis_pool *pool); /* the one chosen, never AUTO */
+KRASIS_API int32_t krasis_pool_isa(const krasis_pool *pool);     /* of its vectors: AVX2 or AVX512_VNNI */
+KRASIS_API int32_t krasis_pool_has_amx(const krasis_pool *pool); /* 1 if its isa is AMX_INT8, else 0 */
 /* How long idle threads look for work before they sleep: 40000 at first; at most 1e9. For callers that take turns with
  * a GPU: waking sleepers costs tens of microseconds. A pool with more threads than CPUs never spins. */
 KRASIS_API int32_t krasis_pool_set_spin(krasis_pool *pool, int64_t spin_ns);

@@ -39,7 +39,7 @@ _STATUS_TEXT = {
     9: "something waited for did not come in time",
 }
 
-ISA_CODES = {"auto": 0, "avx2": 1, "avx512_vnni": 2}
+ISA_CODES = {"auto": 0, "avx2": 1, "avx512_vnni": 2, "amx_int8": 3}
 ISA_NAMES = {code: name for name, code in ISA_CODES.items()}
 DTYPE_CODES = {"F32": 0, "BF16": 1, "F16": 2}
 
@@ -127,7 +127,9 @@ class Pool:
 
     num_threads: threads including the caller; 0 = every CPU this process may run on, within the time that its
     control groups allow.
-    isa: ``auto``, ``avx2`` or ``avx512_vnni``. Raises NativeError if the CPU lacks it.
+    isa: ``auto``, ``avx2``, ``avx512_vnni`` or ``amx_int8`` (AVX-512 VNNI, with AMX tiles for int8 products
+    of many rows, which the operating system has to allow). All give the same bits. Raises NativeError if the
+    CPU lacks it.
     """
 
     __slots__ = ("_handle", "_library", "_pid", "isa", "num_threads")
@@ -147,7 +149,8 @@ class Pool:
         check(create(num_threads, ISA_CODES[isa], ctypes.byref(handle)), "krasis_pool_create")
         self._handle = handle.value
         self.num_threads = int(self._call("krasis_pool_num_threads"))
-        self.isa = ISA_NAMES[int(self._call("krasis_pool_isa"))]
+        has_amx = self._call("krasis_pool_has_amx")
+        self.isa = "amx_int8" if has_amx else ISA_NAMES[int(self._call("krasis_pool_isa"))]
 
     def _call(self, name: str) -> int:
         function = getattr(self._library, name)

@@ -10,7 +10,7 @@ from krasis.formats.errors import UsageError
 from krasis.runtime.template_values import check_variables
 
 CPU_PREFILL_CHUNK = 512
-ISAS = ("auto", "avx2", "avx512_vnni")
+ISAS = ("auto", "avx2", "avx512_vnni", "amx_int8")
 ACTIVATIONS = ("int8", "float32")
 EXPERT_TIERS = ("cpu", "gpu")
 DEVICES = ("auto", "cpu", "cuda", "double")
@@ -37,7 +37,7 @@ class EngineSettings:
 
     context: tokens the KV cache holds; None = the model's maximum, or what memory has room for if that is
     less.
-    threads: of the CPU kernels; 0 = every CPU of the affinity mask. isa: ``auto``, ``avx2``, ``avx512_vnni``.
+    threads: of the CPU kernels; 0 = every CPU of the affinity mask. isa: one of ISAS.
     activations: ``int8`` (the fast kernels) or ``float32`` (a slow reference on dequantised weights).
     experts: tier the experts are taken from; ``gpu`` (the Marlin copy) needs activations ``float32`` on a
     CPU.

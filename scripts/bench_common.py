@@ -25,6 +25,7 @@ from krasis.formats.native import Pool, check
 from krasis.runtime.cpu.native import ActsStruct, MoeArgs, prototype
 
 RECORD_ALIGNMENT_BYTES = 4096
+INSTRUCTION_SETS = ("avx2", "avx512_vnni", "amx_int8")  # each CPU has those before its best
 LEAST_STACK_BYTES = 2 << 30  # far beyond any cache
 BANDWIDTH_WINDOW_BYTES = 256 << 20
 
@@ -239,13 +240,13 @@ def instruction_sets(choice: str) -> list[str]:
     if choice != "all":
         return [choice]
     with Pool(1) as pool:
-        return ["avx2", "avx512_vnni"] if pool.isa == "avx512_vnni" else ["avx2"]
+        return list(INSTRUCTION_SETS[: INSTRUCTION_SETS.index(pool.isa) + 1])
 
 
 def common_options(command: Callable[..., None]) -> Callable[..., None]:
     """The options of both scripts."""
     path = click.Path(path_type=Path)
-    isas, formats = click.Choice(["all", "avx2", "avx512_vnni"]), click.Choice(["both", *TILE_BYTES])
+    isas, formats = click.Choice(["all", *INSTRUCTION_SETS]), click.Choice(["both", *TILE_BYTES])
     for option in (
         click.option("--json", "json_path", type=path, help="Write all samples there."),
         click.option("--repeats", default=15, show_default=True, type=click.IntRange(1), help="Samples."),

@@ -28,6 +28,7 @@ step "native tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 "$bin/cmake" -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM="$bin/ninja" -DKRASIS_SANITIZE=ON -DKRASIS_NATIVE_TESTS=ON -DKRASIS_CUDA=off >/dev/null
 "$bin/cmake" --build build/sanitize
 "$bin/ctest" --test-dir build/sanitize --output-on-failure
+grep -h "^AMX kernels" build/sanitize/Testing/Temporary/LastTest.log | sort -u # by what they were checked on this machine
 
 step "CUDA kernels compile (they run as host C++ above; no GPU is needed here)"
 "$bin/cmake" -S . -B build/cuda -G Ninja -DCMAKE_MAKE_PROGRAM="$bin/ninja" -DKRASIS_CUDA=auto -DKRASIS_NATIVE_TESTS=ON >/dev/null

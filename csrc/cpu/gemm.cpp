@@ -23,14 +23,15 @@ struct RowsJob {
     const float *scales;
     float *out;
     int64_t n, ldo;
-    int32_t isa;
     bool accumulate;
 };
 
-void run_rows_chunk(PoolSession &session, const RowsJob &job, int64_t first, int64_t tokens, uint8_t *panels) {
+void run_rows_chunk(krasis_pool *pool, PoolSession &session, const RowsJob &job, int64_t first, int64_t tokens,
+                    uint8_t *panels) {
     const int64_t k = job.acts->k;
-    const PanelCut cut(tokens, k, panel_tokens(job.isa));
-    const int32_t factor = offset_factor(job.isa, StripFormat::kRows);
+    const int32_t isa = product_isa(pool, tokens);
+    const PanelCut cut = cut_panels(isa, tokens, k);
+    const int32_t factor = offset_factor(isa, StripFormat::kRows);
     auto pack = [&](int64_t begin, int64_t end, int32_t) {
         for (int64_t p = begin; p < end; ++p) {
             pack_panel(*job.acts, nullptr, first + cut.first(p), cut.width(p), factor, panels + cut.offset_bytes(p));
@@ -50,7 +51,7 @@ void run_rows_chunk(PoolSession &session, const RowsJob &job, int64_t first, int
             unit.out = job.out + first * job.ldo + strip * kStripRows;
             unit.ldo = job.ldo;
             unit.accumulate = job.accumulate;
-            job.isa == KRASIS_ISA_AVX512_VNNI ? avx512::gemm_rows_unit(unit) : avx2::gemm_rows_unit(unit);
+            gemm_rows_unit(isa, unit);
         }
     };
     const int64_t unit_macs = kStripRows * k * std::min(tokens, kUnitPanels * cut.width(0));
@@ -98,9 +99,9 @@ int32_t krasis_gemm_int8_rows(krasis_pool *pool, const krasis_acts *acts, const 
     const int64_t most = std::min(acts->tokens, kChunkTokens);
     uint8_t *panels = static_cast<uint8_t *>(session.scratch(static_cast<size_t>(panel_bytes(most, acts->k))));
     if (!panels) return KRASIS_ERR_MEMORY;
-    const RowsJob job{acts, weight, scales, out, n, ldo, krasis_pool_isa(pool), accumulate != 0};
+    const RowsJob job{acts, weight, scales, out, n, ldo, accumulate != 0};
     for (int64_t first = 0; first < acts->tokens; first += kChunkTokens) {
-        run_rows_chunk(session, job, first, std::min(kChunkTokens, acts->tokens - first), panels);
+        run_rows_chunk(pool, session, job, first, std::min(kChunkTokens, acts->tokens - first), panels);
     }
     return KRASIS_OK;
 }

@@ -24,7 +24,7 @@ struct HeadsJob {
 // Tokens [first, first + tokens) of every head.
 void run_chunk(PoolSession &session, const HeadsJob &job, int64_t first, int64_t tokens, uint8_t *panels) {
     const int64_t k = job.acts->k, heads = job.num_heads;
-    const PanelCut cut(tokens, k, panel_tokens(job.isa));
+    const PanelCut cut = cut_panels(job.isa, tokens, k);
     const int32_t factor = offset_factor(job.isa, StripFormat::kRows);
     const int64_t head_bytes = panel_bytes(tokens, k);
     auto pack = [&](int64_t begin, int64_t end, int32_t) {
@@ -51,7 +51,7 @@ void run_chunk(PoolSession &session, const HeadsJob &job, int64_t first, int64_t
             unit.end_panel = std::min(panel + kUnitPanels, cut.count);
             unit.out = job.out + first * job.ldo + head * job.ldh + strip % strips * kStripRows;
             unit.ldo = job.ldo;
-            job.isa == KRASIS_ISA_AVX512_VNNI ? avx512::gemm_rows_unit(unit) : avx2::gemm_rows_unit(unit);
+            gemm_rows_unit(job.isa, unit);
         }
     };
     const int64_t unit_macs = kStripRows * k * std::min(tokens, kUnitPanels * cut.width(0));
@@ -83,7 +83,7 @@ int32_t krasis_gemm_int8_heads(krasis_pool *pool, const krasis_acts *acts, const
     uint8_t *panels =
         static_cast<uint8_t *>(session.scratch(static_cast<size_t>(num_heads * panel_bytes(chunk, acts->k))));
     if (!panels) return KRASIS_ERR_MEMORY;
-    const HeadsJob job{acts, weight, scales, num_heads, n, out, ldh, ldo, krasis_pool_isa(pool)};
+    const HeadsJob job{acts, weight, scales, num_heads, n, out, ldh, ldo, product_isa(pool, chunk)};
     for (int64_t first = 0; first < tokens; first += chunk) {
         run_chunk(session, job, first, std::min(chunk, tokens - first), panels);
     }

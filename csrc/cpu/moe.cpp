@@ -78,16 +78,26 @@ int64_t grain_of(int64_t k) { return std::max<int64_t>(kMinUnitMacs / (kStripRow
 
 // A range of output columns as its two phases see it.
 struct Range : MoeColumns {
-    bool wide = false;
-
     int64_t reduce_units() const { return (count() + kReduceColumns - 1) / kReduceColumns; }
 };
+
+void multiply_gate_up(const MoeJob &job, int64_t group, int64_t block) {
+    const int32_t isa = job.isa_of(job.groups[group]);
+    if (isa == KRASIS_ISA_AMX_INT8) return amx::moe_gate_up(job, group, block);
+    isa == KRASIS_ISA_AVX512_VNNI ? avx512::moe_gate_up(job, group, block) : avx2::moe_gate_up(job, group, block);
+}
+
+void multiply_down(const MoeColumns &columns, int64_t group, int64_t strip) {
+    const int32_t isa = columns.job->isa_of(columns.job->groups[group]);
+    if (isa == KRASIS_ISA_AMX_INT8) return amx::moe_down(columns, group, strip);
+    isa == KRASIS_ISA_AVX512_VNNI ? avx512::moe_down(columns, group, strip) : avx2::moe_down(columns, group, strip);
+}
 
 void run_down(void *context, int64_t begin, int64_t end, int32_t) {
     const Range &range = *static_cast<Range *>(context);
     const int64_t strips = range.count() / kStripRows;
     for (int64_t u = begin; u < end; ++u) {
-        range.wide ? avx512::moe_down(range, u / strips, u % strips) : avx2::moe_down(range, u / strips, u % strips);
+        multiply_down(range, u / strips, u % strips);
     }
 }
 
@@ -97,7 +107,8 @@ void run_reduce(void *context, int64_t begin, int64_t end, int32_t) {
     for (int64_t u = begin; u < end; ++u) {
         const int64_t from = range.begin + u % units * kReduceColumns;
         const int64_t to = std::min(from + kReduceColumns, range.end), token = u / units;
-        range.wide ? avx512::moe_reduce(range, token, from, to) : avx2::moe_reduce(range, token, from, to);
+        range.job->isa == KRASIS_ISA_AVX512_VNNI ? avx512::moe_reduce(range, token, from, to)
+                                                 : avx2::moe_reduce(range, token, from, to);
     }
 }
 
@@ -121,7 +132,6 @@ class Chunk {
     Sizes sizes_;
     Workspace workspace_;
     int64_t first_;
-    bool wide_;  // AVX-512
     MoeJob job_;
     int64_t num_pairs_ = 0, num_panels_ = 0;
 };
@@ -129,10 +139,10 @@ class Chunk {
 Chunk::Chunk(krasis_pool *pool, const krasis_moe_args &args, const Sizes &sizes, int64_t first, int64_t tokens)
     : pool_(pool), args_(args), sizes_(sizes), workspace_(sizes), first_(first) {
     const int32_t isa = krasis_pool_isa(pool);
-    wide_ = isa == KRASIS_ISA_AVX512_VNNI;
     job_.format = strip_format(args.tiles);
     job_.offset_factor = offset_factor(isa, job_.format);
-    job_.panel_width = panel_tokens(isa);
+    job_.isa = isa;
+    if (krasis_pool_has_amx(pool)) job_.least_tile_tokens = kTileTokens;
     job_.activation = args.activation;
     job_.limit = args.limit;
     job_.alpha = args.alpha;
@@ -182,9 +192,9 @@ void Chunk::make_groups() {
     for (int64_t e = 0; e < sizes_.num_experts; ++e) {
         const int32_t begin = e > 0 ? counts[e - 1] : 0;
         if (counts[e] == begin) continue;
-        const PanelCut cut(counts[e] - begin, job_.hidden, job_.panel_width);
-        groups[job_.num_groups] = {static_cast<int32_t>(e), begin, counts[e] - begin,
-                                   static_cast<int32_t>(num_panels_)};
+        MoeGroup &group = groups[job_.num_groups];
+        group = {static_cast<int32_t>(e), begin, counts[e] - begin, static_cast<int32_t>(num_panels_)};
+        const PanelCut cut = job_.cut(group, job_.hidden);
         for (int64_t p = 0; p < cut.count; ++p) panel_group[num_panels_++] = static_cast<int32_t>(job_.num_groups);
         ++job_.num_groups;
     }
@@ -196,7 +206,7 @@ void Chunk::pack(int64_t begin, int64_t end) {
     const int32_t *rows = at<int32_t>(workspace_.rows), *panel_group = at<int32_t>(workspace_.panel_group);
     for (int64_t panel = begin; panel < end; ++panel) {
         const MoeGroup &group = job_.groups[panel_group[panel]];
-        const PanelCut cut(group.tokens, job_.hidden, job_.panel_width);
+        const PanelCut cut = job_.cut(group, job_.hidden);
         const int64_t p = panel - group.first_panel;
         uint8_t *to = const_cast<uint8_t *>(job_.input_of(group)) + cut.offset_bytes(p);
         pack_panel(*args_.acts, rows + group.first + cut.first(p), 0, cut.width(p), job_.offset_factor, to);
@@ -211,7 +221,7 @@ int64_t Chunk::run() {
     auto pack_panels = [&](int64_t begin, int64_t end, int32_t) { pack(begin, end); };
     auto gate_up = [&](int64_t begin, int64_t end, int32_t) {
         for (int64_t u = begin; u < end; ++u) {
-            wide_ ? avx512::moe_gate_up(job_, u / blocks, u % blocks) : avx2::moe_gate_up(job_, u / blocks, u % blocks);
+            multiply_gate_up(job_, u / blocks, u % blocks);
         }
     };
     Phase phases[2 + 2 * kMaxRanges];
@@ -232,7 +242,6 @@ int64_t Chunk::run() {
         range.job = &job_;
         range.begin = begin;
         range.end = std::min(begin + columns, job_.hidden);
-        range.wide = wide_;
         const int64_t grain = grain_of(job_.intermediate), strips = range.count() / kStripRows;
         // Mirrored, so that the rows of w13 and w2 that lie side by side in a record are of one node. With several
         // ranges this splits each of them, and so not quite as the weights lie; that is prefill, which computes more

@@ -19,7 +19,8 @@ struct MoeJob {
     int32_t activation = KRASIS_ACT_SILU;
     float limit = 0.0f, alpha = 0.0f;
     const float *gate_bias = nullptr, *up_bias = nullptr, *down_bias = nullptr;  // of all experts
-    int64_t panel_width = 1;
+    int32_t isa = KRASIS_ISA_AVX2;                                               // of groups of few tokens
+    int64_t least_tile_tokens = INT64_MAX;                                       // of groups that use AMX
     int64_t hidden = 0, intermediate = 0, top_k = 0, tokens = 0;
     const uint8_t *blob = nullptr;
     int64_t expert_stride_bytes = 0, w2_offset_bytes = 0;
@@ -33,6 +34,10 @@ struct MoeJob {
     const float *weights = nullptr;         // [tokens, top_k]
     float *out = nullptr;                   // [tokens, hidden]
 
+    int32_t isa_of(const MoeGroup &group) const {
+        return group.tokens >= least_tile_tokens ? KRASIS_ISA_AMX_INT8 : isa;
+    }
+    PanelCut cut(const MoeGroup &group, int64_t k) const { return cut_panels(isa_of(group), group.tokens, k); }
     const uint8_t *input_of(const MoeGroup &group) const {
         return input_panels + (one_token ? 0 : panel_bytes(group.first, hidden));
     }
@@ -57,6 +62,7 @@ struct MoeColumns {
     /* out[token, from..to) += the weighted partials in slot order; from and to are multiples of 32. */  \
     void moe_reduce(const MoeColumns &columns, int64_t token, int64_t from, int64_t to);                 \
     }
+KRASIS_DECLARE_MOE(amx) /* without moe_reduce */
 KRASIS_DECLARE_MOE(avx2)
 KRASIS_DECLARE_MOE(avx512)
 #undef KRASIS_DECLARE_MOE

@@ -1,4 +1,4 @@
-// moe_units.h: the pieces of krasis_moe. Included once by cpu/avx2/moe.cpp and once by cpu/avx512/moe.cpp.
+// moe_units.h: the products of krasis_moe. Included once by the moe.cpp of cpu/avx2, cpu/avx512 and cpu/amx.
 #pragma once
 
 #include <cstring>
@@ -53,8 +53,8 @@ KRASIS_INLINE void add_gate_up_biases(const MoeJob &job, int64_t expert, int64_t
 
 void moe_gate_up(const MoeJob &job, int64_t group_index, int64_t block) {
     const MoeGroup &group = job.groups[group_index];
-    const PanelCut cut(group.tokens, job.hidden, job.panel_width);
-    const PanelCut middle_cut(group.tokens, job.intermediate, job.panel_width);
+    const PanelCut cut = job.cut(group, job.hidden);
+    const PanelCut middle_cut = job.cut(group, job.intermediate);
     const int64_t strip_bytes = cut.blocks * strip_block_bytes(job.format);
     const uint8_t *strips = job.blob + group.expert * job.expert_stride_bytes + 2 * block * strip_bytes;
     alignas(64) float even[kMoePanels * kPanelTokens * kStripRows], odd[kMoePanels * kPanelTokens * kStripRows];
@@ -80,7 +80,7 @@ void moe_gate_up(const MoeJob &job, int64_t group_index, int64_t block) {
 void moe_down(const MoeColumns &columns, int64_t group_index, int64_t strip) {
     const MoeJob &job = *columns.job;
     const MoeGroup &group = job.groups[group_index];
-    const PanelCut cut(group.tokens, job.intermediate, job.panel_width);
+    const PanelCut cut = job.cut(group, job.intermediate);
     const int64_t strip_bytes = cut.blocks * strip_block_bytes(job.format);
     const uint8_t *weight = job.blob + group.expert * job.expert_stride_bytes + job.w2_offset_bytes +
                             (columns.begin / kStripRows + strip) * strip_bytes;
@@ -98,25 +98,6 @@ void moe_down(const MoeColumns &columns, int64_t group_index, int64_t strip) {
             V16::load(acc + t * kStripRows).store(to);
             V16::load(acc + t * kStripRows + 16).store(to + 16);
         }
-    }
-}
-
-void moe_reduce(const MoeColumns &columns, int64_t token, int64_t from, int64_t to) {
-    const MoeJob &job = *columns.job;
-    const int32_t *position = job.position + token * job.top_k;
-    const float *weights = job.weights + token * job.top_k;
-    float *out = job.out + token * job.hidden;
-    for (int64_t c = from; c < to; c += kStripRows) {
-        V16 sum0 = V16::zero(), sum1 = V16::zero();
-        for (int64_t j = 0; j < job.top_k; ++j) {
-            if (position[j] < 0) continue;
-            const float *value = job.partial + position[j] * columns.count() + (c - columns.begin);
-            const V16 weight = V16::set1(weights[j]);
-            sum0 = fma(weight, V16::load(value), sum0);
-            sum1 = fma(weight, V16::load(value + 16), sum1);
-        }
-        add(V16::load(out + c), sum0).store(out + c);
-        add(V16::load(out + c + 16), sum1).store(out + c + 16);
     }
 }
 

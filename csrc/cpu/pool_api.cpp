@@ -73,14 +73,15 @@ int32_t krasis::create_pool(int32_t num_threads, int32_t isa, const Topology &to
     if (!pool) return KRASIS_ERR_ARGUMENT;
     *pool = nullptr;
     if (num_threads < 0 || num_threads > kMaxThreads) return KRASIS_ERR_ARGUMENT;
-    if (isa < KRASIS_ISA_AUTO || isa > KRASIS_ISA_AVX512_VNNI) return KRASIS_ERR_ARGUMENT;
+    if (isa < KRASIS_ISA_AUTO || isa > KRASIS_ISA_AMX_INT8) return KRASIS_ERR_ARGUMENT;
     const int32_t chosen = resolve_isa(isa);
     if (chosen == KRASIS_ISA_AUTO) return KRASIS_ERR_ISA;
     krasis_pool *made = new (std::nothrow) krasis_pool;
     if (!made) return KRASIS_ERR_MEMORY;
     const int32_t cpus = num_available_cpus();
     made->num_threads = num_threads > 0 ? num_threads : std::min(cpus, kMaxThreads);
-    made->isa = chosen;
+    made->has_amx = chosen == KRASIS_ISA_AMX_INT8;
+    made->isa = made->has_amx ? static_cast<int32_t>(KRASIS_ISA_AVX512_VNNI) : chosen;
     made->spins = made->num_threads <= cpus;
     if (!made->start(topology)) {
         delete made;
@@ -106,6 +107,7 @@ int32_t krasis_pool_set_spin(krasis_pool *pool, int64_t spin_ns) {
     return KRASIS_OK;
 }
 int32_t krasis_pool_isa(const krasis_pool *pool) { return pool ? pool->isa : KRASIS_ISA_AUTO; }
+int32_t krasis_pool_has_amx(const krasis_pool *pool) { return pool && pool->has_amx; }
 
 namespace krasis {
 

@@ -55,7 +55,8 @@ struct Claim {
 
 struct krasis_pool {
     int32_t num_threads = 1;
-    int32_t isa = KRASIS_ISA_AVX2;
+    int32_t isa = KRASIS_ISA_AVX2;  // of its vectors
+    bool has_amx = false;
     bool spins = true;
     std::atomic<int64_t> spin_ns{krasis::kSpinNs};
     std::vector<std::thread> workers;

@@ -8,6 +8,7 @@
 #include <cstdio>
 #include <cstring>
 
+#include "amx_permission.h"
 #include "topology.h"
 
 namespace krasis {
@@ -111,9 +112,17 @@ int32_t resolve_isa(int32_t requested) {
     read_features(&info);
     const bool avx2 = info.has_avx2 && info.has_fma && info.has_f16c;
     const bool avx512 = avx2 && info.has_avx512f && info.has_avx512bw && info.has_avx512vl && info.has_avx512_vnni;
+    const bool tiles = avx512 && (requested == KRASIS_ISA_AUTO || requested == KRASIS_ISA_AMX_INT8);
+    if (tiles && ask_for_tiles() == 0) return KRASIS_ISA_AMX_INT8;
     if (avx512 && (requested == KRASIS_ISA_AUTO || requested == KRASIS_ISA_AVX512_VNNI)) return KRASIS_ISA_AVX512_VNNI;
     if (avx2 && (requested == KRASIS_ISA_AUTO || requested == KRASIS_ISA_AVX2)) return KRASIS_ISA_AVX2;
     return KRASIS_ISA_AUTO;
+}
+
+bool has_tiles() {
+    krasis_cpu_info info{};
+    read_features(&info);
+    return info.has_amx_int8 != 0;
 }
 
 bool follows_streams() {

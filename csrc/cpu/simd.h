@@ -1,8 +1,8 @@
-// simd.h: the vector wrapper shared by the files of both instruction sets.
+// simd.h: the vector wrapper shared by the files of all instruction sets.
 //
-// Only files under cpu/avx2 and cpu/avx512 may include this header (directly or through a *_kernel.h): everything lies
-// in the namespace of the instruction set being compiled, so that no AVX-512 copy can be linked into a baseline
-// function.
+// Only files under cpu/avx2, cpu/avx512 and cpu/amx may include this header (directly or through a *_kernel.h):
+// everything lies in the namespace of the instruction set being compiled, so that no AVX-512 copy can be linked into a
+// baseline function.
 //
 //   V    the native vector, kLanes floats (8 or 16).
 //   V16  16 floats in both sets (a pair of V for AVX2): reductions written with it give the same bits in both.
@@ -23,12 +23,14 @@
 
 #include <cstdint>
 
-#if defined(__AVX512F__)
+#if defined(KRASIS_AMX)  // which CMake defines for cpu/amx
+#define KRASIS_ISA_NAMESPACE amx
+#elif defined(__AVX512F__)
 #define KRASIS_ISA_NAMESPACE avx512
 #elif defined(__AVX2__)
 #define KRASIS_ISA_NAMESPACE avx2
 #else
-#error "simd.h is for the files under cpu/avx2 and cpu/avx512"
+#error "simd.h is for the files under cpu/avx2, cpu/avx512 and cpu/amx"
 #endif
 
 #define KRASIS_INLINE inline __attribute__((always_inline))

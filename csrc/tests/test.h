@@ -91,10 +91,26 @@ class Pool {
     krasis_pool *pool_ = nullptr;
 };
 
+// Whether this program runs AMX's kernels on the twin of cpu/amx/tiles.h.
+#if defined(KRASIS_AMX_TWIN)
+constexpr bool kAmxTwin = true;
+#else
+constexpr bool kAmxTwin = false;
+#endif
+
+// Says by what the kernels for AMX were checked here; scripts/check.sh shows it.
+inline void say_amx() {
+    krasis_pool *pool = nullptr;
+    const bool ran = krasis_pool_create(1, KRASIS_ISA_AMX_INT8, &pool) == KRASIS_OK;
+    krasis_pool_destroy(pool);
+    std::printf("AMX kernels, %s: %s\n", kAmxTwin ? "twin in C++" : "the processor's tiles",
+                ran ? "checked" : "NOT checked, this machine lacks what they need");
+}
+
 // The instruction sets of this CPU.
 inline std::vector<int32_t> available_isas() {
     std::vector<int32_t> isas;
-    for (int32_t isa : {KRASIS_ISA_AVX2, KRASIS_ISA_AVX512_VNNI}) {
+    for (int32_t isa : {KRASIS_ISA_AVX2, KRASIS_ISA_AVX512_VNNI, KRASIS_ISA_AMX_INT8}) {
         krasis_pool *pool = nullptr;
         if (krasis_pool_create(1, isa, &pool) == KRASIS_OK) isas.push_back(isa);
         krasis_pool_destroy(pool);

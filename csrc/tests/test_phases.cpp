@@ -10,6 +10,7 @@ struct krasis_pool {
 };
 
 int32_t krasis_pool_isa(const krasis_pool *pool) { return pool->isa; }
+int32_t krasis_pool_has_amx(const krasis_pool *) { return 0; }
 int32_t krasis_pool_num_threads(const krasis_pool *) { return 1; }
 
 namespace krasis {

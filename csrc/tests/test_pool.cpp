@@ -152,7 +152,16 @@ void arguments() {
     CHECK(krasis_pool_create(0, KRASIS_ISA_AUTO, &pool) == KRASIS_OK);
     CHECK(krasis_pool_num_threads(pool) == info.num_logical_cpus);
     CHECK(krasis_pool_isa(pool) == (info.has_avx512_vnni ? KRASIS_ISA_AVX512_VNNI : KRASIS_ISA_AVX2));
+    CHECK(krasis_pool_has_amx(pool) == (info.has_avx512_vnni && krasis_amx_declined() == 0));
     krasis_pool_destroy(pool);
+    CHECK((krasis_pool_create(1, KRASIS_ISA_AMX_INT8, &pool) == KRASIS_OK) ==
+          (info.has_avx512_vnni && krasis_amx_declined() == 0));
+    krasis_pool_destroy(pool);
+    CHECK(krasis_pool_create(1, KRASIS_ISA_AVX2, &pool) == KRASIS_OK);
+    CHECK(krasis_pool_isa(pool) == KRASIS_ISA_AVX2 && krasis_pool_has_amx(pool) == 0);
+    krasis_pool_destroy(pool);
+    CHECK(krasis_pool_has_amx(nullptr) == 0);
+    CHECK(info.has_amx_int8 || krasis_amx_declined() != 0);
 }
 
 }  // namespace

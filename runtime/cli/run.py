@@ -87,7 +87,10 @@ class CommandError(click.ClickException):
 )
 @click.option("--threads", metavar="N", type=int, default=0, help="CPU threads. [default: all]")
 @click.option(
-    "--isa", type=click.Choice(["auto", "avx2", "avx512_vnni"]), default="auto", help="Instruction set."
+    "--isa",
+    type=click.Choice(["auto", "avx2", "avx512_vnni", "amx_int8"]),
+    default="auto",
+    help="Instruction set.",
 )
 @click.option("--temperature", metavar="X", type=float, help="0 picks the most likely token.")
 @click.option("--top-k", metavar="N", type=int, help="Draw from the N most likely tokens; 0 = all.")

@@ -8,6 +8,7 @@ imports torch.
 from __future__ import annotations
 
 import ctypes
+import errno
 import importlib.util
 import os
 import re
@@ -174,13 +175,14 @@ def probe_cpu(root: Path = Path("/")) -> Cpu:
         features, brand = _proc_cpuinfo(root)
         nodes = _cpu_list_length(_read(root / "sys/devices/system/node/online")) or 1
         l2, l3 = 0, 0
-    isa, reason = choose_isa(features)
+    declined = _amx_declined() if "amx_int8" in features else 0
+    isa, reason = choose_isa(features, declined)
     return Cpu(brand, features, isa, reason, usable, online, nodes, l2, l3)
 
 
-def choose_isa(features: tuple[str, ...]) -> tuple[str, str]:
+def choose_isa(features: tuple[str, ...], amx_declined: int = 0) -> tuple[str, str]:
     """(instruction set, why) for CPU features by their names in ``krasis_cpu_info``; ("", why) if none can
-    run.
+    run. amx_declined: the errno with which the operating system declines AMX's tiles, 0 if it grants them.
     """
     missing = [name for name in _NEEDED if name not in features]
     if missing:
@@ -188,7 +190,21 @@ def choose_isa(features: tuple[str, ...]) -> tuple[str, str]:
     missing = [name for name in _VNNI_NEEDED if name not in features]
     if missing:
         return "avx2", f"AVX-512 VNNI is not there (lacks {', '.join(missing)})"
-    return "avx512_vnni", "the CPU has AVX-512 VNNI, the fastest kernels built in"
+    if "amx_int8" not in features:
+        return "avx512_vnni", "the CPU has AVX-512 VNNI, and no AMX"
+    if amx_declined:
+        return "avx512_vnni", f"the operating system declines AMX ({os.strerror(amx_declined)})"
+    return "amx_int8", "the CPU has AVX-512 VNNI and AMX, the fastest kernels built in"
+
+
+def _amx_declined() -> int:
+    try:
+        function = native.library().krasis_amx_declined
+    except (KrasisError, AttributeError):
+        return errno.ENOSYS
+    function.argtypes = []
+    function.restype = ctypes.c_int32
+    return int(function())
 
 
 def _native_cpu_info() -> _CpuInfo | None:

@@ -30,18 +30,7 @@ KRASIS_INLINE __m256 broadcast_float(const uint8_t *p) {
 // that claims to change the sum keeps the chain.
 KRASIS_INLINE void keep_in_chain(__m256i &sum) { __asm__("" : "+x"(sum)); }
 
-template <StripFormat kFormat>
-constexpr bool kFourBits = kFormat == StripFormat::kI4 || kFormat == StripFormat::kFp4;
-template <StripFormat kFormat>
-constexpr int64_t kCodeBytes = kFourBits<kFormat> ? 512 : 1024;
-template <StripFormat kFormat>
-constexpr int64_t kScaleBytes = kFormat == StripFormat::kRows  ? 0
-                                : kFormat == StripFormat::kFp4 ? 32
-                                                               : 64;
-template <StripFormat kFormat>
-constexpr int64_t kBlockBytes = kCodeBytes<kFormat> + kScaleBytes<kFormat>;
-
-// Eight scales of a block. Of E8M0 see avx512/gemm.cpp.
+// Eight scales of a block. Of E8M0 see gemm_strip.h.
 template <StripFormat kFormat>
 KRASIS_INLINE V8 load_scales(const uint8_t *scales, int row) {
     if constexpr (kFormat == StripFormat::kFp4) {
@@ -227,4 +216,6 @@ const StripKernel *strip_kernels(StripFormat format) {
 
 }  // namespace krasis::avx2
 
+#include "../gemm_float.h"
+#include "../gemm_groups.h"
 #include "../gemm_units.h"

@@ -58,32 +58,6 @@ KRASIS_INLINE void load_codes(const uint8_t *block, int k4, __m512i *w0, __m512i
     }
 }
 
-template <StripFormat kFormat>
-constexpr bool kFourBits = kFormat == StripFormat::kI4 || kFormat == StripFormat::kFp4;
-template <StripFormat kFormat>
-constexpr int64_t kCodeBytes = kFourBits<kFormat> ? 512 : 1024;
-template <StripFormat kFormat>
-constexpr int64_t kScaleBytes = kFormat == StripFormat::kRows  ? 0
-                                : kFormat == StripFormat::kFp4 ? 32
-                                                               : 64;
-template <StripFormat kFormat>
-constexpr int64_t kBlockBytes = kCodeBytes<kFormat> + kScaleBytes<kFormat>;
-
-// Sixteen scales of a block.
-template <StripFormat kFormat>
-KRASIS_INLINE V16 load_scales(const uint8_t *scales, int64_t first) {
-    if constexpr (kFormat == StripFormat::kFp4) {
-        const __m512i e = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(scales + first)));
-        const __m512i one = _mm512_set1_epi32(1);
-        // 2^(e - 128): the exponent's bits, or below 2^-126 a bit of the mantissa, whose formula is the smaller above.
-        const __m512i normal = _mm512_slli_epi32(_mm512_sub_epi32(e, one), 23);
-        const __m512i denormal = _mm512_slli_epi32(_mm512_add_epi32(e, one), 21);
-        return V16{_mm512_castsi512_ps(_mm512_max_epi32(normal, denormal))};
-    } else {
-        return V16::load_f16(reinterpret_cast<const uint16_t *>(scales) + first);
-    }
-}
-
 // How far ahead of the multiplication a lone stream of weights is fetched. 4-bit blocks go by too fast for any CPU's
 // own prefetcher; 8-bit ones are left to it where it is good enough (fetching only some of the lines is worst of all).
 // Never a multiple of 4096: loads and prefetches that share their low twelve address bits disturb each other (10 %).
@@ -179,4 +153,6 @@ const StripKernel *strip_kernels(StripFormat format) {
 
 }  // namespace krasis::avx512
 
+#include "../gemm_float.h"
+#include "../gemm_groups.h"
 #include "../gemm_units.h"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -122,12 +123,17 @@ def test_an_old_kernel_has_no_file_huge_pages(root: Path):
     assert probe_memory(root).file_huge_pages == "not supported by this kernel"
 
 
+VNNI = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_vnni")
+
+
 @pytest.mark.parametrize(
     ("features", "isa", "reason"),
     [
         (("avx2", "fma", "f16c"), "avx2", "lacks avx512f, avx512bw, avx512vl, avx512_vnni"),
         (("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl"), "avx2", "lacks avx512_vnni"),
-        (("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_vnni"), "avx512_vnni", "VNNI"),
+        (VNNI, "avx512_vnni", "no AMX"),
+        ((*VNNI, "amx_int8"), "amx_int8", "AMX"),
+        (("avx2", "fma", "f16c", "amx_int8"), "avx2", "lacks avx512f"),
         (("avx2", "fma"), "", "lacks f16c"),
         ((), "", "lacks avx2, fma, f16c"),
     ],
@@ -136,6 +142,12 @@ def test_the_instruction_set_and_why(features: tuple[str, ...], isa: str, reason
     chosen, why = choose_isa(features)
     assert chosen == isa
     assert reason in why
+
+
+def test_amx_that_the_system_declines_is_not_chosen():
+    chosen, why = choose_isa((*VNNI, "amx_int8"), errno.EPERM)
+    assert chosen == "avx512_vnni"
+    assert "declines AMX (Operation not permitted)" in why
 
 
 def test_the_choice_is_the_native_pools_choice():
