@@ -6,6 +6,7 @@ Example: python -m scripts.bench_prefill --shape qwen3-30b-a3b --tokens 512 --th
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +18,39 @@ from scripts import bench_common as common
 NUM_ROUTINGS = 3
 
 
-def measure(pool: Pool, stack: common.ExpertStack, tokens: int, repeats: int) -> dict[str, Any]:
-    """Samples of one pool and stack: tokens/s, 10^9 multiply-adds a second, read bandwidth."""
+def measure(
+    pools: dict[str, Pool], stack: common.ExpertStack, tokens: int, repeats: int
+) -> dict[str, dict[str, Any]]:
+    """Samples by instruction set: tokens/s, 10^9 multiply-adds a second, read bandwidth.
+
+    The pools take turns, so that whatever else the machine does meets all of them alike.
+    """
     shape = stack.shape
     batch = common.MoeBatch(shape, tokens, NUM_ROUTINGS)
-    meter = common.BandwidthMeter(pool, stack)
-    batch.run(pool, [batch.arguments(stack, stack.num_layers - 1)])
-    rates, gmacs, bandwidth = [], [], [meter.gbps()]
+    meters = {name: common.BandwidthMeter(pool, stack) for name, pool in pools.items()}
+    found: dict[str, dict[str, Any]] = {}
+    for name, pool in pools.items():
+        batch.run(pool, [batch.arguments(stack, stack.num_layers - 1)])
+        found[name] = {"tokens_per_s": [], "gmacs": [], "read_gbps": [meters[name].gbps()]}
     for _ in range(repeats):
-        calls = [batch.arguments(stack, i) for i in range(shape.num_layers)]
-        seconds = batch.run(pool, calls)
-        rates.append(tokens / seconds)
-        gmacs.append(len(calls) * tokens * shape.top_k * shape.expert_weights / seconds / 1e9)
-        bandwidth.append(meter.gbps())
-    return {"tokens_per_s": rates, "gmacs": gmacs, "read_gbps": bandwidth}
+        for name, pool in pools.items():
+            calls = [batch.arguments(stack, i) for i in range(shape.num_layers)]
+            seconds = batch.run(pool, calls)
+            gmacs = len(calls) * tokens * shape.top_k * shape.expert_weights / seconds / 1e9
+            found[name]["tokens_per_s"].append(tokens / seconds)
+            found[name]["gmacs"].append(gmacs)
+            found[name]["read_gbps"].append(meters[name].gbps())
+    return found
+
+
+def against(rows: list[dict[str, Any]]) -> str:
+    """The last set's rate over that of the one before it, turn by turn: median and quartiles; "" for one."""
+    if len(rows) < 2:
+        return ""
+    before, last = rows[-2], rows[-1]
+    ratios = [a / b for a, b in zip(last["tokens_per_s"], before["tokens_per_s"], strict=True)]
+    low, middle, high = common.quartiles(ratios)
+    return f"{'':<22} {last['isa']} / {before['isa']}: {middle:.2f} ({low:.2f}-{high:.2f})"
 
 
 def row_text(row: dict[str, Any]) -> str:
@@ -67,17 +87,22 @@ def main(
     )
     for case in common.cases(shapes, layers, formats, bundle_path):
         stack = case.stack()
-        for name in common.instruction_sets(isa):
-            for count in threads:
-                with Pool(count, name) as pool:
-                    for num_tokens in tokens:
-                        samples = measure(pool, stack, num_tokens, repeats)
-                        rows.append(
-                            {"shape": case.shape.name, "tiles": case.tiles, "isa": name, "threads": count}
-                            | {"layers": case.shape.num_layers, "tokens": num_tokens}
-                            | samples
-                        )
-                        click.echo(row_text(rows[-1]))
+        names = common.instruction_sets(isa)
+        for count in threads:
+            with ExitStack() as opened:
+                pools = {name: opened.enter_context(Pool(count, name)) for name in names}
+                for num_tokens in tokens:
+                    found = measure(pools, stack, num_tokens, repeats)
+                    these = [
+                        {"shape": case.shape.name, "tiles": case.tiles, "isa": name, "threads": count}
+                        | {"layers": case.shape.num_layers, "tokens": num_tokens}
+                        | samples
+                        for name, samples in found.items()
+                    ]
+                    click.echo("\n".join(row_text(row) for row in these))
+                    if ratio := against(these):
+                        click.echo(ratio)
+                    rows.extend(these)
         stack.close()
     common.write_json(json_path, "prefill", rows)
 
