@@ -20,7 +20,7 @@
 extern "C" {
 #endif
 
-#define KRASIS_ABI_VERSION 3
+#define KRASIS_ABI_VERSION 4
 
 #if defined(_WIN32)
 #define KRASIS_API __declspec(dllexport)

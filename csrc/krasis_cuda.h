@@ -18,7 +18,7 @@
 extern "C" {
 #endif
 
-#define KRASIS_CUDA_ABI_VERSION 3
+#define KRASIS_CUDA_ABI_VERSION 4
 #define KRASIS_ERR_CUDA 100 /* a CUDA call failed */
 
 KRASIS_API int32_t krasis_cuda_abi_version(void);

@@ -21,7 +21,7 @@ from krasis.formats.errors import NativeError, ResourceError
 from krasis.formats.process.control_groups import cpu_quota
 from krasis.formats.process.machine_limits import address_space_hint, usable_cpus
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 LIBRARY_NAME = "libkrasis_cpu.so"
 
 STATUS_OK = 0
