@@ -36,15 +36,20 @@ KRASIS_DEVICE uint8_t *tile_cell(uint8_t *tile, int row, int column) {
     return tile + (row * kUnits + at) * 16 + column % 8 * 2;
 }
 
-// Starts copying rows [64, columns] that lie stride elements apart; those from count on are cleared.
+// Starts copying rows [64, columns] that lie stride elements apart; those from count on are cleared. A thread's rows
+// have their unit in the same place: each address is the one before and a constant.
 template <int kUnits, int kThreads>
 KRASIS_DEVICE void fetch_rows(uint8_t *tile, const void *from, int64_t stride, int count, int columns) {
-    const int units = columns / 8;
-    for (int i = static_cast<int>(simt::thread_x()); i < kChunk * kUnits; i += kThreads) {
-        const int row = i / kUnits, unit = i % kUnits;
-        const bool valid = row < count && unit < units;
-        const auto *source = static_cast<const uint16_t *>(from) + (valid ? row * stride + unit * 8 : 0);
-        simt::cp_async16(tile_cell<kUnits>(tile, row, unit * 8), source, valid);
+    constexpr int kStep = kThreads / kUnits;
+    static_assert(kStep % 8 == 0 && kChunk % kStep == 0);
+    const int thread = static_cast<int>(simt::thread_x()), first = thread / kUnits, unit = thread % kUnits;
+    const auto *begin = static_cast<const uint16_t *>(from), *source = begin + first * stride + unit * 8;
+    uint8_t *cell = tile_cell<kUnits>(tile, first, unit * 8);
+    KRASIS_UNROLL
+    for (int row = 0; row < kChunk; row += kStep) {
+        const bool valid = first + row < count && unit * 8 < columns;
+        simt::cp_async16(cell + row * kUnits * 16, valid ? source : begin, valid);
+        source += kStep * stride;
     }
 }
 
@@ -118,17 +123,17 @@ KRASIS_DEVICE void solve_column(const float *system, uint16_t *inverse, int colu
     float x[kChunk];
     KRASIS_UNROLL
     for (int i = 0; i < kChunk; ++i) {
-        float sum = i == column ? 1.0f : 0.0f;
+        float sums[4] = {i == column ? 1.0f : 0.0f, 0, 0, 0};  // four chains
         KRASIS_UNROLL
         for (int j = 0; j < i; j += 4) {
             const auto words = simt::shared_load<simt::Words4>(system + i * kChunk + j);
             KRASIS_UNROLL
             for (int m = 0; m < 4; ++m) {
-                if (j + m < i) sum = simt::fused_multiply_add(-bits_float(words.w[m]), x[j + m], sum);
+                if (j + m < i) sums[m] = simt::fused_multiply_add(-bits_float(words.w[m]), x[j + m], sums[m]);
             }
         }
-        x[i] = sum;
-        inverse[i * kChunk + column] = Type::from_float(sum);
+        x[i] = sums[0] + sums[1] + (sums[2] + sums[3]);
+        inverse[i * kChunk + column] = Type::from_float(x[i]);
     }
 }
 

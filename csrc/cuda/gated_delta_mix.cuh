@@ -51,16 +51,29 @@ struct MixRows {
         }
     }
 
-    // silu of the convolution.
-    KRASIS_DEVICE void mix(int64_t token, int at, float (&sum)[2]) const {
-        const int64_t before = p.conv_width - 1;
-        const float *taps = p.conv + (channel + at) * p.conv_width;
+    KRASIS_DEVICE void load_taps(int at, float (&taps)[kMaxConvWidth][2]) const {
+        const float *from = p.conv + (channel + at) * p.conv_width;
+        KRASIS_UNROLL
+        for (int j = 0; j < kMaxConvWidth; ++j) {
+            const bool exists = j < p.conv_width;
+            taps[j][0] = exists ? from[j] : 0.0f;
+            taps[j][1] = exists ? from[p.conv_width + j] : 0.0f;
+        }
+    }
+
+    // silu of the convolution. All loads before the first sum: each waits for memory.
+    KRASIS_DEVICE void mix(int64_t token, int at, const float (&taps)[kMaxConvWidth][2], float (&sum)[2]) const {
+        float pairs[kMaxConvWidth][2];
+        KRASIS_UNROLL
+        for (int j = 0; j < kMaxConvWidth; ++j) {
+            pairs[j][0] = pairs[j][1] = 0;
+            if (j < p.conv_width) load(token - (p.conv_width - 1) + j, at, pairs[j]);
+        }
         sum[0] = sum[1] = 0;
-        for (int64_t j = 0; j <= before; ++j) {
-            float pair[2];
-            load(token - before + j, at, pair);
-            sum[0] = simt::fused_multiply_add(pair[0], taps[j], sum[0]);
-            sum[1] = simt::fused_multiply_add(pair[1], taps[p.conv_width + j], sum[1]);
+        KRASIS_UNROLL
+        for (int j = 0; j < kMaxConvWidth; ++j) {
+            sum[0] = simt::fused_multiply_add(pairs[j][0], taps[j][0], sum[0]);
+            sum[1] = simt::fused_multiply_add(pairs[j][1], taps[j][1], sum[1]);
         }
         sum[0] *= delta_sigmoid(sum[0]);
         sum[1] *= delta_sigmoid(sum[1]);
@@ -99,13 +112,19 @@ delta_mix_kernel(const krasis_cuda_gated_delta_args p) {
     const int64_t channel =
         is_value ? 2 * p.key_heads * p.key_dim + (unit - 2 * p.key_heads) * p.value_dim : unit * p.key_dim;
     const MixRows rows{p, state, p.rows ? first : 0, p.rows ? 1 : p.tokens, channel};
+    float taps[kMixPairs][kMaxConvWidth][2] = {};
+    KRASIS_UNROLL
+    for (int m = 0; m < kMixPairs; ++m) {
+        const int at = 2 * lane + 2 * simt::kWarp * m;
+        if (at < dim) rows.load_taps(at, taps[m]);
+    }
     for (int64_t row = first; row < last; ++row) {
         float sums[kMixPairs][2], square = 0;
         KRASIS_UNROLL
         for (int m = 0; m < kMixPairs; ++m) {
             const int at = 2 * lane + 2 * simt::kWarp * m;
             sums[m][0] = sums[m][1] = 0;
-            if (at < dim) rows.mix(row - rows.first_row, at, sums[m]);
+            if (at < dim) rows.mix(row - rows.first_row, at, taps[m], sums[m]);
             square = simt::fused_multiply_add(sums[m][0], sums[m][0], square);
             square = simt::fused_multiply_add(sums[m][1], sums[m][1], square);
         }

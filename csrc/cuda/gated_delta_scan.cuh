@@ -155,8 +155,9 @@ struct Scan {
     // k S by the first four warps, q S by the others, 16 rows each.
     KRASIS_DEVICE void recall(ScanTiles &sums, int64_t chunk) const {
         uint8_t *rows = warp < 4 ? memory.k(chunk) : memory.q();
-        KRASIS_UNROLL_BY(2)
-        for (int step = 0; step < key_dim; step += 16) {
+        KRASIS_UNROLL
+        for (int step = 0; step < kMaxDeltaDim; step += 16) {
+            if (step >= key_dim) continue;
             uint32_t left[4];
             left_tile<kWideUnits>(left, rows, 16 * (warp % 4), step, lane);
             multiply(sums, left, memory.matrix(), step);
@@ -187,7 +188,9 @@ struct Scan {
     KRASIS_DEVICE void put_added(int64_t chunk) const {
         const int first = 16 * (warp % 4), pair = warp / 4;
         float sums[2][4] = {};
-        for (int step = 0; step <= first; step += 16) {
+        KRASIS_UNROLL
+        for (int step = 0; step < kChunk; step += 16) {
+            if (step > first) continue;  // above the diagonal
             uint32_t left[4], b[2][2];
             left_tile<kSquareUnits>(left, memory.inverse(), first, step, lane);
             right_tiles<kNarrowUnits>(b, memory.missing(), step, 16 * pair, lane);
@@ -221,7 +224,9 @@ struct Scan {
                 sums[n][2 * half + 1] *= decay;
             }
         }
-        for (int step = 0; step <= first; step += 16) {
+        KRASIS_UNROLL
+        for (int step = 0; step < kChunk; step += 16) {
+            if (step > first) continue;  // above the diagonal
             uint32_t left[4];
             left_tile<kSquareUnits>(left, memory.seen(chunk), first, step, lane);
             multiply(sums, left, memory.added(), step);
