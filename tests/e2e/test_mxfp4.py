@@ -105,6 +105,30 @@ def test_logits_equal_transformers(
     assert relative_error(whole, transformers_logits(folder.with_name("hf-bf16"), TOKENS)) <= 3e-2
 
 
+@pytest.mark.parametrize("bundle", ["hf"], indirect=True)
+@pytest.mark.parametrize("num_resident", [0, 2])
+def test_experts_of_both_sides_share_a_token(
+    bundle: Path,
+    folder: Path,
+    relative_error: RelativeError,
+    open_gpu: Callable[..., Any],
+    vram_for: Callable[..., int],
+    num_resident: int,
+) -> None:
+    """Streamed in prefill; in decode some on the GPU, others with their biases and activation on the CPU."""
+    config = json.loads((folder.with_name("hf-bf16") / "config.json").read_text("utf-8"))
+    with Bundle.open(bundle) as opened:
+        state = dequantised_state(load_weights(opened, "gpu"))
+    twin = write_checkpoint(state, config, bundle.with_suffix(f".twin{num_resident}"))
+    expected = transformers_logits(twin, TOKENS)
+    vram_bytes = vram_for(bundle, 64, group_experts=2, resident=num_resident)
+    engine = open_gpu(bundle, context=64, gpu_dtype="f16", vram_bytes=vram_bytes)
+    found = [engine.prefill(TOKENS[:40], all_logits=True), *(engine.decode(t)[None] for t in TOKENS[40:])]
+    assert "CPU experts" in engine._backend._parts.decoder.description
+    assert relative_error(found[0], expected[:40]) <= 5e-3
+    assert relative_error(np.concatenate(found[1:]), expected[40:]) <= 2e-2
+
+
 def test_other_formats_of_the_cpu_can_be_asked_for(folder: Path, tmp_path: Path) -> None:
     eight = converted(folder, tmp_path / "eight.krasis", "--cpu-format", "q8")
     with Bundle.open(eight) as opened:
