@@ -222,7 +222,7 @@ class StreamedExperts:
         ready, total = store.load_progress()
         if ready < total:
             return  # an expert that is not loaded yet would block the host
-        experts = self.habits.likely(layer, self._copyable[layer], count)
+        experts = self.habits.likely(layer, self._copyable[layer], count, self._num_tokens)
         if experts.size:
             self.ahead.send(layer, experts)
 

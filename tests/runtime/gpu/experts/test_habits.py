@@ -22,18 +22,27 @@ def skewed(num_tokens: int) -> np.ndarray:
 def test_nothing_is_known_at_first() -> None:
     habits = ExpertHabits(LAYERS, EXPERTS, TOP_K)
     assert habits.num_chosen(10, ALL) is None
-    assert habits.likely(0, ALL[0], 3).tolist() == [0, 1, 2]
+    assert habits.likely(0, ALL[0], 3, 100).tolist() == [0, 1, 2]
 
 
 def test_what_was_chosen_most_is_likely() -> None:
     habits = ExpertHabits(LAYERS, EXPERTS, TOP_K)
     habits.note(skewed(4000), 4000)
-    assert habits.likely(1, ALL[1], 1).tolist() == [5]
-    assert habits.likely(1, ALL[1], 3).tolist() == [0, 1, 5]
+    assert habits.likely(1, ALL[1], 1, 100).tolist() == [5]
+    assert habits.likely(1, ALL[1], 3, 100).tolist() == [0, 1, 5]
     allowed = ALL[1].copy()
     allowed[[0, 5]] = False
-    assert habits.likely(1, allowed, 3).tolist() == [1, 2, 3]
-    assert habits.likely(1, np.zeros(EXPERTS, bool), 3).size == 0
+    assert habits.likely(1, allowed, 3, 100).tolist() == [1, 2, 3]
+    assert habits.likely(1, np.zeros(EXPERTS, bool), 3, 100).size == 0
+
+
+def test_what_is_rather_not_chosen_is_not_likely() -> None:
+    """One token of those that have seen nothing, and one that knows: expert 5 always, others one in four."""
+    habits = ExpertHabits(LAYERS, EXPERTS, TOP_K)
+    assert habits.likely(0, ALL[0], 3, 1).size == 0
+    habits.note(skewed(4000), 4000)
+    assert habits.likely(0, ALL[0], 3, 1).tolist() == [5]
+    assert habits.likely(0, ALL[0], 9, 4).tolist() == [0, 1, 2, 3, 5]
 
 
 def test_how_many_will_be_chosen() -> None:
@@ -60,4 +69,4 @@ def test_old_habits_fade() -> None:
     other = np.roll(skewed(4000), 8, axis=1)
     for _ in range(3):
         habits.note(other, 4000)
-    assert habits.likely(0, ALL[0], 1).tolist() == [13]
+    assert habits.likely(0, ALL[0], 1, 100).tolist() == [13]
