@@ -65,13 +65,29 @@ class RecurrentPlace:
 
 
 @dataclass(slots=True)
+class _Window:
+    """Of a layer with a window the positions first.. before a copy's: keys and values [kv_heads, n, width],
+    of which the first num_saved are here; the others are in the ring still."""
+
+    first: int
+    keys: StateRows
+    values: StateRows
+    num_saved: int = 0
+
+    @property
+    def end(self) -> int:
+        """The copy's position."""
+        return self.first + int(self.keys.shape[1])
+
+
+@dataclass(slots=True)
 class _Copy:
-    """What a sequence had overwritten later: fixed bytes, and of each layer with a window (keys, values) of
-    the positions before the copy's. lowest: the first position that it can be gone back to with it.
+    """What a sequence overwrites later: fixed bytes, and what of windows is overwritten, when it is. lowest:
+    the first position that it can be gone back to with it.
     """
 
     fixed: Bytes
-    windows: dict[int, tuple[StateRows, StateRows]]
+    windows: dict[int, _Window]
     lowest: int
 
 
@@ -158,10 +174,11 @@ class HybridStore(KvStore):
             end, copy = found
             fixed.bytes[...] = copy.fixed
             fixed.is_current = True
-            for layer, copied in copy.windows.items():
-                index = self._rows(layer, end - copied[0].shape[1], end)
-                for rows, own in zip(self.layer(slot, layer), copied, strict=True):
-                    rows[:, index] = own
+            for layer, window in copy.windows.items():
+                index = self._rows(layer, window.first, window.first + window.num_saved)
+                for rows, own in zip(self.layer(slot, layer), (window.keys, window.values), strict=True):
+                    rows[:, index] = own[:, : window.num_saved]
+                window.num_saved = 0
             live.lowest, live.high = copy.lowest, end
         fixed.copies = {at: one for at, one in fixed.copies.items() if at <= position}
         live.length = position
@@ -180,26 +197,37 @@ class HybridStore(KvStore):
         kept[...] = fixed.bytes
         lowest = at if self.fixed_bytes else max(at - TAIL_TOKENS, self._lowest(live))
         windows = {
-            layer: self._copied(slot, layer, max(0, lowest - place.window + 1), at, given_up)
+            layer: self._window_copy(slot, layer, max(0, lowest - place.window + 1), at, given_up)
             for layer, place in enumerate(self.places)
             if place is not None and place.window is not None and place.rows < self.capacity
         }
         fixed.copies[at] = _Copy(kept, windows, lowest)
 
-    def _copied(
-        self, slot: int, layer: int, begin: int, end: int, given_up: _Copy | None
-    ) -> tuple[StateRows, StateRows]:
-        """A layer's positions, in the memory of a copy that is given up where that is as large: fresh pages
-        would cost more than what is copied."""
-        index = self._rows(layer, begin, end)
-        found: list[StateRows] = []
-        for number, rows in enumerate(self.layer(slot, layer)):
-            to = None if given_up is None else given_up.windows[layer][number]
-            if to is None or to.shape[1] != end - begin:
-                to = np.empty((len(rows), end - begin, rows.shape[2]), rows.dtype)
-            to[...] = rows[:, index]
-            found.append(to)
-        return found[0], found[1]
+    def _window_copy(self, slot: int, layer: int, first: int, end: int, given_up: _Copy | None) -> _Window:
+        """Nothing yet of a layer's positions, in the memory of a copy that is given up where that is as
+        large: fresh pages cost more than what is copied."""
+        old = None if given_up is None else given_up.windows[layer]
+        if old is not None and old.keys.shape[1] == end - first:
+            return _Window(first, old.keys, old.values)
+        made = [
+            np.empty((len(rows), end - first, rows.shape[2]), rows.dtype) for rows in self.layer(slot, layer)
+        ]
+        return _Window(first, made[0], made[1])
+
+    def _save_windows(self, slot: int, end: int) -> None:
+        """Before positions up to end are written: copies take what these overwrite of theirs."""
+        high = max(self._live(slot).high, end)
+        for copy in self._fixed[slot].copies.values():
+            for layer, window in copy.windows.items():
+                begin = window.first + window.num_saved
+                stop = min(high - self._place(layer).rows, window.end)
+                if begin >= stop:
+                    continue
+                index = self._rows(layer, begin, stop)
+                saved = slice(window.num_saved, stop - window.first)
+                for rows, own in zip(self.layer(slot, layer), (window.keys, window.values), strict=True):
+                    own[:, saved] = rows[:, index]
+                window.num_saved = stop - window.first
 
     def export(self, slot: int, layer: int, num_tokens: int) -> tuple[StateRows, StateRows]:
         """See ``StateStore``. Of a layer with a matrix: it, [value_heads, n, 16], and the convolution's
@@ -217,11 +245,18 @@ class HybridStore(KvStore):
             return matrices.reshape(len(matrices), -1, TILE_COLUMNS), columns[None]
         if found is None or layer not in found[1].windows:
             return super().export(slot, layer, num_tokens)
-        end, (keys, values) = found[0], found[1].windows[layer]
-        first = end - keys.shape[1]
-        begin = max(0, num_tokens - (self._window(layer) or num_tokens))
-        rows = slice(max(begin - first, 0), num_tokens - first)
-        return np.ascontiguousarray(keys[:, rows]), np.ascontiguousarray(values[:, rows])
+        window = found[1].windows[layer]
+        begin, middle = max(window.first, num_tokens - self._seen(layer)), window.first + window.num_saved
+        saved = slice(begin - window.first, min(num_tokens, middle) - window.first)
+        rest = self._rows(layer, max(begin, middle), max(num_tokens, middle))
+        keys, values = (
+            np.concatenate([own[:, saved] if begin < middle else own[:, :0], rows[:, rest]], axis=1)
+            for rows, own in zip(self.layer(slot, layer), (window.keys, window.values), strict=True)
+        )
+        return keys, values
+
+    def _seen(self, layer: int) -> int:
+        return self._window(layer) or self.capacity
 
     def exported_bytes(self, num_tokens: int) -> int:
         """See ``KvStore``; with the matrices and columns."""
@@ -267,6 +302,7 @@ class HybridStore(KvStore):
         for span in batch.spans:
             if span.start <= self._live(span.slot).length and span.end <= self.capacity:
                 self.rewind(span.slot, span.start)
+                self._save_windows(span.slot, span.end)
         super().begin(batch)
         for span in batch.spans:
             self._fixed[span.slot].is_current = False

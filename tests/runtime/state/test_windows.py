@@ -99,6 +99,27 @@ def test_goes_back_to_copies_and_somewhat_before(store: HybridStore) -> None:
     np.testing.assert_array_equal(store.export(slot, 0, 320)[1][0, :, 0], np.arange(220, 320) / 2)
 
 
+def test_a_copy_takes_what_is_overwritten_when_it_is(store: HybridStore) -> None:
+    """Nothing at first, so that no prompt waits for it; then as many positions as are written; and whatever
+    was there is there again, wherever in between the sequence went back to."""
+    slot = store.open()
+    run(store, slot, 0, 300)
+    store.checkpoint(slot)
+    (window,) = store._fixed[slot].copies[300].windows.values()
+    assert (window.first, window.num_saved) == (300 - TAIL_TOKENS - 99, 0)
+    spare = ROWS - 99 - TAIL_TOKENS
+    run(store, slot, 300, spare)
+    assert window.num_saved == 0
+    for count in (5, 20, 60, 300):
+        run(store, slot, 300 + spare, count)
+        assert window.num_saved == min(count, 99 + TAIL_TOKENS)
+        exported = store.export(slot, 0, 295)[0]
+        np.testing.assert_array_equal(exported[0, :, 0], np.arange(195, 295))
+        store.rewind(slot, 300)
+        assert window.num_saved in (0, count)
+        run(store, slot, 300, spare)
+
+
 def test_a_pass_that_broke_off_spoils_what_it_overwrote(store: HybridStore) -> None:
     slot = store.open()
     run(store, slot, 0, 300)
@@ -211,3 +232,45 @@ def test_what_an_export_takes_is_known_before(name: str, dtype: str) -> None:
     store.advance(batch.spans)
     layers = [store.export(slot, layer, 250) for layer in range(4)]
     assert store.exported_bytes(250) == sum(keys.nbytes + values.nbytes for keys, values in layers)
+
+
+def test_whatever_is_done_what_is_seen_is_right() -> None:
+    """Random turns, broken passes and returns, of layers with several windows; each token has a value of its
+    own, so that one of another branch is told apart."""
+    mixers = [dataclasses.replace(FULL, window=window) for window in (30, 100)]
+    spec = dataclasses.replace(SPEC, layers=tuple(Layer(mixer, EXPERTS) for mixer in (*mixers, FULL)))
+    random = np.random.default_rng(3)
+    for _ in range(12):
+        store = state_store(spec, 700, "f32", 2)
+        slot, other = store.open(), store.open()
+        values: list[float] = []
+        for _ in range(60):
+            action = random.integers(0, 5)
+            if action == 0:
+                store.checkpoint(slot)
+            if action == 1:
+                at = store.restorable(slot, int(random.integers(0, len(values) + 1)))
+                store.rewind(slot, at)
+                del values[at:]
+            if action == 2 and values:
+                at = store.restorable(slot, int(random.integers(0, len(values) + 1)))
+                for layer in range(3):
+                    rows = store.export(slot, layer, at)
+                    np.testing.assert_array_equal(rows[0][0, :, 0], values[at - rows[0].shape[1] : at])
+                    import_layer(store, other, layer, rows, at)
+            count = int(random.choice([1, 7, 60]))
+            start = store.restorable(slot, len(values))
+            del values[start:]
+            if len(values) + count > 700:
+                continue
+            batch = batch_of([(slot, start, [0] * count, "none")])
+            store.begin(batch)
+            fresh = random.random(count).astype(np.float32)
+            seen_by = [*values, *fresh]
+            rows = np.broadcast_to(fresh[None, :, None], (1, count, 32))
+            for layer in range(3):
+                keys, _, first = store.extend(slot, layer, start, rows, rows)
+                np.testing.assert_array_equal(keys[0, :, 0], np.float32(seen_by[first:]))
+            if action != 4:  # else the pass breaks off behind the last layer
+                store.advance(batch.spans)
+                values = seen_by
