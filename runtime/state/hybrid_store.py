@@ -26,6 +26,8 @@ from krasis.runtime.state.row_form import KV_NUMPY, Floats
 TILE_COLUMNS = 16  # of a matrix that lie together: the kernels read it in tiles of so many channels of v
 _ALIGN_BYTES = 64
 _F32_BYTES = 4
+_SAVED_AHEAD = 31  # positions
+_NEVER = 1 << 62
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,12 +85,14 @@ class _Window:
 @dataclass(slots=True)
 class _Copy:
     """What a sequence overwrites later: fixed bytes, and what of windows is overwritten, when it is. lowest:
-    the first position that it can be gone back to with it.
+    the first position that it can be gone back to with it. due: the end of a pass from which on something is
+    overwritten that is not here.
     """
 
     fixed: Bytes
     windows: dict[int, _Window]
     lowest: int
+    due: int = 0
 
 
 @dataclass(slots=True)
@@ -178,7 +182,6 @@ class HybridStore(KvStore):
                 index = self._rows(layer, window.first, window.first + window.num_saved)
                 for rows, own in zip(self.layer(slot, layer), (window.keys, window.values), strict=True):
                     rows[:, index] = own[:, : window.num_saved]
-                window.num_saved = 0
             live.lowest, live.high = copy.lowest, end
         fixed.copies = {at: one for at, one in fixed.copies.items() if at <= position}
         live.length = position
@@ -215,19 +218,27 @@ class HybridStore(KvStore):
         return _Window(first, made[0], made[1])
 
     def _save_windows(self, slot: int, end: int) -> None:
-        """Before positions up to end are written: copies take what these overwrite of theirs."""
+        """Before positions up to end are written: copies take what these overwrite of theirs, and a few more,
+        so that most tokens have nothing to do here."""
         high = max(self._live(slot).high, end)
         for copy in self._fixed[slot].copies.values():
+            if high < copy.due:
+                continue
+            copy.due = _NEVER
             for layer, window in copy.windows.items():
-                begin = window.first + window.num_saved
-                stop = min(high - self._place(layer).rows, window.end)
-                if begin >= stop:
-                    continue
-                index = self._rows(layer, begin, stop)
-                saved = slice(window.num_saved, stop - window.first)
-                for rows, own in zip(self.layer(slot, layer), (window.keys, window.values), strict=True):
-                    own[:, saved] = rows[:, index]
-                window.num_saved = stop - window.first
+                overwritten = high - self._place(layer).rows
+                if window.first + window.num_saved < overwritten:
+                    self._save_window(slot, layer, window, min(overwritten + _SAVED_AHEAD, window.end))
+                if window.first + window.num_saved < window.end:
+                    due = window.first + window.num_saved + self._place(layer).rows + 1
+                    copy.due = min(copy.due, due)
+
+    def _save_window(self, slot: int, layer: int, window: _Window, stop: int) -> None:
+        index = self._rows(layer, window.first + window.num_saved, stop)
+        saved = slice(window.num_saved, stop - window.first)
+        for rows, own in zip(self.layer(slot, layer), (window.keys, window.values), strict=True):
+            own[:, saved] = rows[:, index]
+        window.num_saved = stop - window.first
 
     def export(self, slot: int, layer: int, num_tokens: int) -> tuple[StateRows, StateRows]:
         """See ``StateStore``. Of a layer with a matrix: it, [value_heads, n, 16], and the convolution's
