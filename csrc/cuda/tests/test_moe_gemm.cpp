@@ -136,6 +136,7 @@ void check_biases_and_activations() {
         for (int32_t activation = KRASIS_CUDA_SILU; activation <= KRASIS_CUDA_SILU_CLAMPED_AFTER; ++activation) {
             Case c;
             c.m_block = m_block;
+            c.k = 128;
             c.gated = activation != KRASIS_CUDA_SILU || i % 2;
             c.activation = activation;
             c.biased = i % 3 != 2;
@@ -144,7 +145,7 @@ void check_biases_and_activations() {
             c.group = 32;
             c.scale_dtype = i % 4 < 2 ? KRASIS_CUDA_E8M0 : KRASIS_BF16;
             c.out_dtype = i % 5 < 2 ? c.dtype : KRASIS_F32;
-            c.count_factor = i < 5 ? 0.08 : 0.2;  // up to 64 slots have a kernel of their own
+            c.count_factor = i < 5 ? 0.08 : 0.15;  // up to 64 slots have a kernel of their own
             c.seed = static_cast<uint64_t>(200 + ++i);
             check_case(c);
         }
@@ -156,6 +157,7 @@ void check_e2m1() {
     int i = 0;
     for (int32_t m_block : {16, 16, 32, 64, 128}) {
         for (int64_t k : {64, 448, 1088}) {
+            if (k == 1088 && m_block != 16) continue;  // longer than all warps take at a time
             Case c;
             c.m_block = m_block;
             c.k = k;
@@ -163,7 +165,7 @@ void check_e2m1() {
             c.n = c.gated ? 384 : 320;
             c.group = 32;
             c.scale_dtype = KRASIS_CUDA_E8M0;
-            c.count_factor = i < 3 ? 0.08 : 0.2;
+            c.count_factor = i < 3 ? 0.08 : 0.15;
             c.wild_scales = !c.gated;
             c.seed = static_cast<uint64_t>(300 + ++i);
             check_case(c);
