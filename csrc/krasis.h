@@ -98,6 +98,16 @@ KRASIS_API void krasis_pool_destroy(krasis_pool *pool);
 KRASIS_API int32_t krasis_pool_num_threads(const krasis_pool *pool);
 KRASIS_API int32_t krasis_pool_isa(const krasis_pool *pool);     /* of its vectors: AVX2 or AVX512_VNNI */
 KRASIS_API int32_t krasis_pool_has_amx(const krasis_pool *pool); /* 1 if its isa is AMX_INT8, else 0 */
+/* For finding where the threads' time goes. Between time_start and time_end, which give it to one caller at a time,
+ * jobs note what they took; noting costs a piece about 50 ns. Starting again begins anew. */
+typedef struct krasis_pool_times {
+    int64_t num_jobs, num_phases, num_pieces;
+    double job_s;             /* of all jobs, as their callers wait for them */
+    double first_phases_s[4]; /* work of all threads in a job's phases 0, 1, 2 and all later ones */
+} krasis_pool_times;
+KRASIS_API int32_t krasis_pool_time_start(krasis_pool *pool);
+/* busy_s: of each thread, [num_threads]. The rest of job_s it waited: for the others, for work, or to be run. */
+KRASIS_API int32_t krasis_pool_time_end(krasis_pool *pool, krasis_pool_times *times, double *busy_s);
 /* How long idle threads look for work before they sleep: 40000 at first; at most 1e9. For callers that take turns with
  * a GPU: waking sleepers costs tens of microseconds. A pool with more threads than CPUs never spins. */
 KRASIS_API int32_t krasis_pool_set_spin(krasis_pool *pool, int64_t spin_ns);

@@ -224,6 +224,10 @@ int32_t krasis_pool::home_of_caller() const {
 }
 
 void krasis_pool::run(const Phase *list, int64_t length) {
+    times ? times->run(*this, list, length) : run_phases(list, length);
+}
+
+void krasis_pool::run_phases(const Phase *list, int64_t length) {
     bool worth_waking = false;
     for (int64_t i = 0; i < length; ++i) worth_waking |= list[i].count > std::max<int64_t>(list[i].grain, 1);
     if (num_threads == 1 || !worth_waking) {

@@ -2,11 +2,13 @@
 #pragma once
 
 #include <atomic>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
 
 #include "pool.h"
+#include "pool_times.h"
 
 namespace krasis {
 
@@ -70,6 +72,8 @@ struct krasis_pool {
     std::vector<int32_t> homes;   // of each thread
     std::vector<int32_t> node_of_cpu;
 
+    std::unique_ptr<krasis::PoolTimes> times;  // while they are noted; changed by who holds callers
+
     // Of the running job; touched by whoever opens a phase.
     const krasis::Phase *phases = nullptr;
     int64_t num_phases = 0, next_phase = 0;
@@ -85,6 +89,7 @@ struct krasis_pool {
     bool start(const krasis::Topology &topology);
     void dismiss();  // tells the workers to end
     void run(const krasis::Phase *list, int64_t length);
+    void run_phases(const krasis::Phase *list, int64_t length);
 
   private:
     std::atomic<uint64_t> &ticket() { return queues[0].ticket; }

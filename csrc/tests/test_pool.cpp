@@ -1,5 +1,7 @@
 // test_pool.cpp: every index exactly once, phases in order, no hang and no loss under stress.
 #include <atomic>
+#include <chrono>
+#include <cmath>
 #include <thread>
 
 #include "cpu/pool.h"
@@ -127,6 +129,31 @@ void spinning() {
     CHECK(std::chrono::steady_clock::now() - start < std::chrono::milliseconds(900));
 }
 
+// Every piece of every phase is noted, with its time, and nothing after the end.
+void times() {
+    Pool pool(2, KRASIS_ISA_AUTO);
+    krasis_pool_times found;
+    double busy[2] = {-1, -1};
+    CHECK(krasis_pool_time_end(pool, &found, busy) == KRASIS_ERR_RANGE);
+    CHECK(krasis_pool_time_start(nullptr) == KRASIS_ERR_ARGUMENT);
+    CHECK_OK(krasis_pool_time_start(pool));
+    std::atomic<int64_t> sum{0};
+    auto work = [&](int64_t begin, int64_t end, int32_t) {
+        std::this_thread::sleep_for(std::chrono::microseconds(20));
+        sum += end - begin;
+    };
+    const krasis::Phase phases[2] = {krasis::make_phase(work, 10, 1), krasis::make_phase(work, 7, 2)};
+    for (int i = 0; i < 3; ++i) krasis::parallel_phases(pool, phases, 2);
+    CHECK(krasis_pool_time_end(pool, nullptr, busy) == KRASIS_ERR_ARGUMENT);
+    CHECK_OK(krasis_pool_time_end(pool, &found, busy));
+    CHECK(sum == 3 * 17 && found.num_jobs == 3 && found.num_phases == 6 && found.num_pieces == 3 * 14);
+    CHECK(busy[0] >= 0 && busy[1] >= 0 && busy[0] + busy[1] > 0 && busy[0] <= found.job_s && busy[1] <= found.job_s);
+    const double by_phase = found.first_phases_s[0] + found.first_phases_s[1];
+    CHECK(found.first_phases_s[0] > 0 && found.first_phases_s[1] > 0 && found.first_phases_s[2] == 0);
+    CHECK(std::abs(by_phase - busy[0] - busy[1]) < 1e-9);
+    CHECK(krasis_pool_time_end(pool, &found, busy) == KRASIS_ERR_RANGE);
+}
+
 void scratch() {
     Pool pool(2, KRASIS_ISA_AUTO);
     krasis::PoolSession session(pool);
@@ -174,5 +201,6 @@ int main() {
     many_small_jobs();
     spinning();
     scratch();
+    times();
     return test::finish("pool");
 }

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from krasis.formats.native import Pool
-from scripts import bench_common, bench_decode, bench_prefill
+from scripts import bench_common, bench_decode, bench_prefill, profile_threads
 
 TINY = bench_common.SHAPES["tiny"]
 
@@ -45,6 +45,28 @@ def test_prefill_reports_every_case(tmp_path: Path) -> None:
     for row in rows:
         for rate, gmacs in zip(row["tokens_per_s"], row["gmacs"], strict=True):
             assert math.isclose(gmacs * 1e9, rate * 3 * TINY.top_k * TINY.expert_weights)
+
+
+def test_instruction_sets_are_compared_turn_by_turn() -> None:
+    rows = [{"isa": "a", "tokens_per_s": [1.0, 2.0, 4.0]}, {"isa": "b", "tokens_per_s": [2.0, 6.0, 4.0]}]
+    assert "b / a: 2.00 (1.50-2.50)" in bench_prefill.against(rows)
+    assert bench_prefill.against(rows[:1]) == ""
+
+
+def test_the_threads_profile_accounts_for_the_time(tmp_path: Path) -> None:
+    out = tmp_path / "threads.json"
+    options = ["--shape", "tiny", "--repeats", "2", "--threads", "1,2", "--format", "q8", "--json", str(out)]
+    result = CliRunner().invoke(profile_threads.main, options)
+    assert result.exit_code == 0, result.output
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["threads"] for row in rows] == [1, 2]
+    for row in rows:
+        for sample in row["samples"]:
+            assert 0 <= sample["least_busy"] <= sample["busy"] <= sample["most_busy"] <= 1
+            # work of the phases, a thread = the threads' share of a layer's time
+            assert math.isclose(sum(sample["phase_us"]), sample["busy"] * sample["layer_us"])
+            assert sample["pieces"] >= 3
+    assert len(result.output.splitlines()) == 3 * len(rows)
 
 
 def test_unknown_shape_is_refused() -> None:
