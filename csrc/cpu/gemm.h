@@ -101,7 +101,7 @@ KRASIS_DECLARE_GEMM(avx512)
 #undef KRASIS_DECLARE_GEMM
 
 // The fewest rows of activations for which tiles are used.
-constexpr int64_t kTileTokens = 24;
+constexpr int64_t kTileTokens = 32;
 
 // What multiplies `tokens` rows by int8 strips. Unlike krasis_pool_isa it may be AMX.
 inline int32_t product_isa(const krasis_pool *pool, int64_t tokens) {
