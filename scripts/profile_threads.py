@@ -26,7 +26,7 @@ NUM_ROUTINGS = 61
 PHASES = ("gate and up", "down", "sum", "later")
 
 
-class _Times(ctypes.Structure):
+class PoolTimes(ctypes.Structure):
     """``krasis_pool_times`` of csrc/krasis.h."""
 
     _fields_ = (
@@ -45,9 +45,9 @@ def start(pool: Pool) -> None:
     check(function(pool.handle), "krasis_pool_time_start")
 
 
-def end(pool: Pool) -> tuple[_Times, list[float]]:
+def end(pool: Pool) -> tuple[PoolTimes, list[float]]:
     """What was noted, and each thread's seconds of work."""
-    times, busy = _Times(), (ctypes.c_double * pool.num_threads)()
+    times, busy = PoolTimes(), (ctypes.c_double * pool.num_threads)()
     function = library().krasis_pool_time_end
     function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
     check(function(pool.handle, ctypes.byref(times), busy), "krasis_pool_time_end")

@@ -103,7 +103,7 @@ def dense_of(family: str, layer: int, tensors: dict[str, np.ndarray]) -> dict[st
 
 
 def latent_of(family: str, attention: str, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Of latent attention: 4 heads of 32 channels without rotation and values, latents of 96."""
+    """Of latent attention: 4 heads of 64 channels without rotation, and of values, latents of 128."""
     names = {"kv_a": "kv_a_proj_with_mqa", "kv_a_norm": "kv_a_layernorm", "output": "o_proj"}
     own = {"q": "q_proj"}
     if family != "deepseek_v2":
@@ -113,9 +113,10 @@ def latent_of(family: str, attention: str, tensors: dict[str, np.ndarray]) -> di
     }
     both = tensors[f"{attention}kv_b_proj.weight"]
     heads = np.split(both, 4)
-    found["attention.k_b"] = np.concatenate([head[:32].T for head in heads])
-    found["attention.v_b"] = np.concatenate([head[32:] for head in heads])
-    assert found["attention.k_b"].shape == (4 * 96, 32)
+    found["attention.k_b"] = np.concatenate([head[:64].T for head in heads])
+    found["attention.v_b"] = np.concatenate([head[64:] for head in heads])
+    assert found["attention.k_b"].shape == (4 * 128, 64)
+    assert found["attention.v_b"].shape == (len(both) - 4 * 64, 128)
     found["attention.norm"] = tensors[f"{attention.removesuffix('self_attn.')}input_layernorm.weight"]
     return found
 

@@ -14,49 +14,9 @@ import pytest
 
 from krasis.formats.layouts import MarlinLayout, MatrixView, bf16_to_float32, float32_to_bf16
 from krasis.formats.native import DTYPE_CODES, Pool
+from krasis.runtime.gpu.kernels.native import AlignArgs, MoeGemmArgs, MoeReduceArgs
 
 HIDDEN, INTERMEDIATE, NUM_EXPERTS, TOP_K, TOKENS = 256, 128, 6, 3, 37
-I32, I64, POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
-
-
-def struct(name: str, *fields: tuple[str, Any]) -> type[ctypes.Structure]:
-    return type(name, (ctypes.Structure,), {"_fields_": list(fields)})
-
-
-def fields(kind: Any, names: str) -> list[tuple[str, Any]]:
-    return [(name, kind) for name in names.split()]
-
-
-AlignArgs = struct(
-    "AlignArgs",
-    *fields(POINTER, "ids"),
-    *fields(I64, "num_slots"),
-    *fields(I32, "num_experts m_block"),
-    *fields(POINTER, "sorted_slots block_experts first_block counts num_invalid"),
-)
-GemmArgs = struct(
-    "GemmArgs",
-    *fields(POINTER, "activations"),
-    *fields(I64, "activation_stride slots_per_row"),
-    *fields(I32, "dtype gated"),
-    *fields(POINTER, "expert_base"),
-    *fields(I64, "codes_offset scales_offset"),
-    *fields(I32, "scale_dtype m_block"),
-    *fields(I64, "group k n num_slots"),
-    *fields(I32, "num_experts expert_begin expert_end max_blocks_launched"),
-    *fields(POINTER, "sorted_slots block_experts first_block out"),
-    *fields(I64, "out_stride"),
-    *fields(I32, "out_dtype reserved"),
-    *fields(POINTER, "num_executed"),
-)
-ReduceArgs = struct(
-    "ReduceArgs",
-    *fields(POINTER, "slots"),
-    *fields(I32, "slots_dtype out_dtype"),
-    *fields(POINTER, "ids weights residual out"),
-    *fields(I64, "tokens top_k n"),
-    *fields(I32, "num_experts reserved"),
-)
 
 
 def to_16(values: np.ndarray, dtype: str) -> np.ndarray:
@@ -147,14 +107,14 @@ class Layer:
         }
         for begin in range(0, NUM_EXPERTS, NUM_EXPERTS // groups):
             part = common | {"expert_begin": begin, "expert_end": begin + NUM_EXPERTS // groups}
-            w13 = GemmArgs(
+            w13 = MoeGemmArgs(
                 activations=self.at(x), activation_stride=HIDDEN, slots_per_row=TOP_K, gated=1,
                 codes_offset=record.w13_codes.offset_bytes, scales_offset=record.w13_scales.offset_bytes,
                 group=self.layout.group_of(HIDDEN), k=HIDDEN, n=2 * INTERMEDIATE,
                 out=self.at(middle), out_stride=INTERMEDIATE, out_dtype=self.dtype, **part,
             )  # fmt: skip
             self.call("krasis_cuda_moe_gemm", w13)
-            w2 = GemmArgs(
+            w2 = MoeGemmArgs(
                 activations=self.at(middle), activation_stride=INTERMEDIATE, slots_per_row=1,
                 codes_offset=record.w2_codes.offset_bytes, scales_offset=record.w2_scales.offset_bytes,
                 group=self.layout.group_of(INTERMEDIATE), k=INTERMEDIATE, n=HIDDEN,
@@ -164,7 +124,7 @@ class Layer:
             self.call("krasis_cuda_moe_gemm", w2)
         assert executed[0] == np.count_nonzero(ids >= 0)
         out = self.array((TOKENS, HIDDEN), np.float32)
-        reduce = ReduceArgs(
+        reduce = MoeReduceArgs(
             slots=self.at(slots), ids=self.at(ids), weights=self.at(weights), out=self.at(out),
             tokens=TOKENS, top_k=TOP_K, n=HIDDEN, num_experts=NUM_EXPERTS,
         )  # fmt: skip

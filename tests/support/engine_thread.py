@@ -51,6 +51,7 @@ class Engines:
     def __init__(self, make: Callable[[], ScriptedBackend] = ScriptedBackend) -> None:
         self._make = make
         self.made: list[EngineThread] = []
+        self._lives: list[EngineLife] = []
         self.contexts: list[int | None] = []
         self.opening: Callable[[], object] = lambda: None
         self.recipe: Any = None
@@ -66,5 +67,13 @@ class Engines:
     def core(self, *, pauses_s: tuple[float, ...] | None = (0.0, 0.0), **options: Any) -> RemoteCore:
         """A core that they compute for."""
         life = EngineLife(self, None if pauses_s is None else Restarts(pauses_s))
+        self._lives.append(life)
         life.begin()
         return RemoteCore(life, **{"max_waiting": 4, **options})
+
+    def close(self) -> None:
+        """Ends them, so that none is started again; no thread of theirs is left."""
+        for life in self._lives:
+            life.close(save_prefixes=False)
+        for one in self.made:
+            one.core.close()

@@ -12,6 +12,7 @@ from krasis.formats import native as formats_native
 from krasis.formats.layouts import native_pack
 from krasis.runtime.cpu import native
 from krasis.runtime.host import environment
+from scripts import profile_threads
 
 HEADER = Path(__file__).parents[4] / "csrc" / "krasis.h"
 TYPES = {
@@ -35,6 +36,7 @@ STRUCTURES: dict[str, type[ctypes.Structure]] = {
     "activation_args": native.ActivationArgs,
     "add_rows_args": native.AddRowsArgs,
     "gated_delta_args": native.GatedDeltaArgs,
+    "pool_times": profile_threads.PoolTimes,
 }
 
 

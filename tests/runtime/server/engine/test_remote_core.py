@@ -37,8 +37,7 @@ PROMPT = [1, 2, 3, 4]
 def engines() -> Iterator[Engines]:
     made = Engines(lambda: ScriptedBackend(token_s=0.001))
     yield made
-    for one in made.made:
-        one.core.close()
+    made.close()
 
 
 def ask(core: RemoteCore, num_tokens: int = 8, prompt: list[int] = PROMPT) -> list[object]:
