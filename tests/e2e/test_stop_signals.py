@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pty
-import select
 import signal
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from terminal_session import readable
 
 from krasis.runtime import Engine
 
@@ -142,8 +142,7 @@ class Chat:
         """Reads until text has come; more: and something after it."""
         seen, deadline = b"", time.monotonic() + seconds
         while text not in seen or (more and seen.endswith(text)):
-            ready, _, _ = select.select([self.master], [], [], max(0, deadline - time.monotonic()))
-            assert ready, seen
+            assert readable(self.master, deadline - time.monotonic()), seen
             seen += os.read(self.master, 65536)
 
     def ended(self) -> int:

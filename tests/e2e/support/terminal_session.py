@@ -30,6 +30,14 @@ _WITH_TERMINAL = (
 )
 
 
+def readable(descriptor: int, seconds: float) -> bool:
+    """Whether there is something to read, or the other side has gone, within that time. By poll: select takes
+    no descriptor above 1,023, and a process of many tests has some."""
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(1000 * max(0.0, seconds)))
+
+
 class Session:
     """A krasis-run on a terminal of so many rows and columns. home: where it keeps its history.
 
@@ -82,7 +90,7 @@ class Session:
         """Everything up to and including what matches. Fails when it does not come in time."""
         deadline = time.monotonic() + seconds
         while not (match := re.search(pattern, self.unread)):
-            ready, _, _ = select.select([self.master], [], [], max(deadline - time.monotonic(), 0))
+            ready = readable(self.master, deadline - time.monotonic())
             if not ready:
                 pytest.fail(f"waited for {pattern!r}, saw {self.unread[-2000:]!r}")
             if not self._read():
@@ -136,7 +144,7 @@ class Session:
         """The exit code, once it has ended."""
         deadline = time.monotonic() + 20
         while self.process.poll() is None and time.monotonic() < deadline:
-            ready, _, _ = select.select([self.master], [], [], 0.05)
+            ready = readable(self.master, 0.05)
             if ready:
                 with contextlib.suppress(OSError):
                     self._read()
