@@ -40,10 +40,9 @@ from krasis.formats.printable import printable_lines
 from krasis.formats.process.command_line import StreamsCommand, version_option
 from krasis.formats.process.last_resort import last_resort
 from krasis.formats.process.standard_streams import write_output
-from krasis.formats.process.stop_signals import ends_in_order
+from krasis.formats.process.stop_signals import INTERRUPTED, ends_in_order
 from krasis.formats.units import format_bytes, format_seconds, parse_bytes
 
-EXIT_INTERRUPTED = 130
 JSON_VERSION = 1
 _WHEN_CUT = "get this file again; what is finished so far is kept, and the same command goes on from there"
 
@@ -61,21 +60,22 @@ _WHEN_CUT = "get this file again; what is finished so far is kept, and the same 
     "--gpu-format",
     type=click.Choice(list(GPU_FORMATS)),
     default=None,
-    help="[default: marlin, or mxfp4 for experts that were released in MXFP4]",
+    help="[default: marlin, or mxfp4 for experts that are in MXFP4, or were released in it]",
 )
 @click.option("--gpu-bits", type=click.Choice(["4", "8"]), default="4", show_default=True)
 @click.option(
     "--gpu-group",
     type=click.Choice(list(GPU_GROUPS)),
     default=None,
-    help="Input features that share a scale [default: 128, or the most below that divide the model's sizes].",
+    help="Input features that share a scale [default: 128, or the most below that divide the model's sizes "
+    "and the groups of 4-bit codes that are kept].",
 )
 @click.option("--gpu-scales", type=click.Choice(["bf16", "f16"]), default="bf16", show_default=True)
 @click.option(
     "--cpu-format",
     type=click.Choice(list(CPU_FORMATS)),
     default=None,
-    help="[default: q8, or mxfp4 for experts that the source has in MXFP4]",
+    help="[default: q8, or mxfp4 or int4 for experts that the source has in such codes, which they keep]",
 )
 @click.option(
     "--tiers",
@@ -101,6 +101,11 @@ _WHEN_CUT = "get this file again; what is finished so far is kept, and the same 
     "--drop-sources",
     is_flag=True,
     help="Download models named on the hub piece by piece while they are converted, and keep no source.",
+)
+@click.option(
+    "--mtp",
+    is_flag=True,
+    help="Take the layer for multi-token prediction, too: krasis-run drafts with it.",
 )
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle (at the very end, atomically).")
@@ -162,7 +167,7 @@ def main(
         held = output is not None and not dry_run and is_begun(output)
         text = "run the same command to continue" if held else "nothing was written"
         print(f"krasis-convert: stopped; {text}", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
+        sys.exit(INTERRUPTED)
     except KrasisError as error:
         _fail(error)
     except OSError as error:
@@ -182,6 +187,7 @@ def _settings(options: dict[str, Any]) -> ConvertSettings:
         cpu_format=options["cpu_format"] or AUTO,
         shard_bytes=parse_bytes(options["shard_size"], "--shard-size"),
         calibration=options["calibration"],
+        mtp=options["mtp"],
         num_threads=options["threads"],
         output_io=options["output_io"],
         memory_limit_bytes=None if limit is None else parse_bytes(limit, "--memory-limit"),

@@ -41,7 +41,7 @@ from krasis.convert.resources import (
 from krasis.convert.settings import ConvertSettings
 from krasis.convert.text_check import sound_text
 from krasis.convert.verify import verify_checksums, verify_sample
-from krasis.formats.bundle.manifest import MANIFEST_NAME, AssetRecord, Manifest, SourceRecord
+from krasis.formats.bundle.manifest import MANIFEST_NAME, AssetRecord, Manifest, SourceRecord, minor_of
 from krasis.formats.bundle.publish import check_replaceable
 from krasis.formats.errors import UsageError
 from krasis.formats.files.file_ops import FileOps
@@ -125,7 +125,7 @@ def prepare(
         out = Path(os.path.abspath(out))  # noqa: PTH100 -- resolve would follow links
     recognised = recognise(paths)
     check_output(out, recognised.paths(), settings)
-    inputs = open_inputs(recognised, streamed)
+    inputs = open_inputs(recognised, streamed, mtp=settings.mtp)
     for source in inputs.sources():
         reporter.detail(f"{source.kind}: {source.path}, {len(source.files)} files")
     inputs = replace(inputs, assets=_sound_text(inputs, settings, reporter), unreadable={})
@@ -379,4 +379,5 @@ def _manifest(prepared: Prepared, result: PipelineResult, assets: Sequence[Asset
         sources=tuple(sources),
         recipe=recipe(prepared),
         quality=_quality(prepared, result),
+        format_minor=minor_of(plan.spec),
     )

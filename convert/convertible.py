@@ -42,7 +42,7 @@ def kernels_note(spec: ModelSpec, tiers: Collection[str]) -> str | None:
     """A sentence for a model that can be converted but not be run by this version, or not everywhere."""
     if missing := lacking(spec, CPU_RUNS):
         return f"this version can make the bundle but not run it yet: there are no kernels for {missing[0]}"
-    if (longest := spec.densest_context) is not None:
+    if (longest := spec.block_context) is not None:
         return (
             f"this version runs the model on the CPU, in contexts of up to {longest} tokens: "
             "there are no kernels yet for the index that chooses among more"
@@ -61,15 +61,9 @@ def _unpackable(spec: ModelSpec) -> Iterator[str]:
     for layer in dict.fromkeys(spec.layers):
         if isinstance(layer.experts, Experts):
             yield from _unpackable_experts(layer.experts)
-        if layer.ngram:
-            yield "hashed n-gram tables"
 
 
 def _unpackable_experts(experts: Experts) -> Iterator[str]:
-    if experts.latent is not None:
-        yield "experts between two projections"
-    if not experts.activation.gated:
-        yield "experts without a gate"
     if experts.router.by_token:
         yield "experts chosen by the token's id"
 
@@ -80,6 +74,7 @@ def _sizes(spec: ModelSpec) -> Iterator[tuple[str, int, int]]:
     for layer in dict.fromkeys(spec.layers):
         if layer.experts is not None:
             yield "expert size", layer.experts.intermediate, SIZE_MULTIPLE
+            yield "experts' inputs", layer.experts.width(spec.hidden), SIZE_MULTIPLE
     for _, tensor in dense_tensors(spec):
         if tensor.store == "int8_rows":
             yield f"columns of {tensor.name}", tensor.shape[1], K_MULTIPLE

@@ -15,7 +15,6 @@ from krasis.convert.slices import TensorSlice
 from krasis.convert.source_parts import SourcePart
 from krasis.convert.sources import WeightSource
 from krasis.formats.errors import FormatError, MismatchError
-from krasis.formats.layouts.expert_record import PARTS
 from krasis.formats.layouts.matrix import PackStats
 from krasis.formats.models.record import Record
 from krasis.formats.models.spec import ModelSpec
@@ -66,7 +65,17 @@ _LOOSEST_LIMIT = 0.9  # types of fewer than 2 bits
 
 # What a GGUF's metadata cannot say or says in another way; the checkpoint's word counts.
 _NOT_COMPARED = frozenset(
-    {"draft_layers", "family", "max_positions", "renormalise", "scaling", "sum_epsilon", "sum_floor", "tied"}
+    {
+        "draft_layers",
+        "family",
+        "max_positions",
+        "min_step",
+        "renormalise",
+        "scaling",
+        "sum_epsilon",
+        "sum_floor",
+        "tied",
+    }
 )
 
 
@@ -186,7 +195,7 @@ def _pairs(hf: WeightSource, gguf: WeightSource) -> Iterator[tuple[SourcePart, S
     layers = spec.expert_layers
     for layer in (layers[i] for i in spread(len(layers), NUM_SAMPLED_LAYERS)):
         for expert in spread(spec.experts_of(layer).count, NUM_SAMPLED_EXPERTS):
-            for part in PARTS:
+            for part in hf.parts(layer):
                 pair = (source.expert(layer, expert, part) for source in (hf, gguf))
                 ours, theirs = (SourcePart(piece) for piece in pair)
                 yield ours, theirs, True

@@ -12,9 +12,10 @@ import numpy.typing as npt
 
 from krasis.convert.alarms import Alarms
 from krasis.convert.digests import ContentDigests
+from krasis.convert.hashed_tables import in_dtype, table_dtype
 from krasis.convert.plan import CHUNK_BYTES, Unit
 from krasis.convert.quality import UnitQuality
-from krasis.convert.slices import TensorSlice, first_nonfinite_row
+from krasis.convert.slices import FLOAT_BYTES, TensorSlice, first_nonfinite_row
 from krasis.convert.source_parts import SourcePart, stacked_dtype
 from krasis.convert.sources import WeightSource
 from krasis.convert.writer_thread import WriterThread
@@ -23,7 +24,7 @@ from krasis.formats.errors import FormatError
 from krasis.formats.files.aligned import aligned_empty
 from krasis.formats.layouts import STRIP_ROWS, Int8RowsLayout, padded_rows
 from krasis.formats.layouts.matrix import MatrixView, bf16_to_float32
-from krasis.formats.models.tensors import blob_name, dense_tensors_of
+from krasis.formats.models.tensors import blob_name, dense_tensors_of, table_tensors
 from krasis.formats.native import Pool
 
 
@@ -51,6 +52,30 @@ class DensePacker:
                 dtype = "F32" if tensor.store == "f32" else stacked_dtype(parts)
                 digests |= self._plain(name, parts, dtype, looked_at=not tensor.is_bias)
         return digests, quality
+
+    def pack_table(self, unit: Unit) -> tuple[dict[str, str], UnitQuality]:
+        """Writes a layer's hashed table, block after block: rows that the source has, then zeros up to what
+        the model says. The digest."""
+        for layer, tensor in table_tensors(self.source.spec):
+            if layer != unit.layer:
+                continue
+            parts = self.source.tables.parts(layer)
+            dtype, name = table_dtype(parts), blob_name(tensor, layer)
+            with self.writer.open_blob(name) as sink:
+                for part in parts:
+                    for raw in _row_blocks(part, 1):
+                        self._read(raw)
+                        block = in_dtype(raw, dtype)
+                        _check_finite(block, part.piece)
+                        self.thread.write(sink, block.raw)
+                    self.source.release([part.piece])
+                missing = tensor.shape[0] - sum(part.num_rows for part in parts)
+                if missing:
+                    row_bytes = tensor.shape[1] * FLOAT_BYTES[dtype]
+                    self.thread.write(sink, np.zeros(missing * row_bytes, np.uint8))
+                self.thread.flush()
+                return {name: sink.close()}, UnitQuality(unit.layer)
+        raise FormatError("the layer has no hashed table", where=unit.name)
 
     def _read(self, piece: TensorSlice) -> None:
         piece.touch()

@@ -10,7 +10,7 @@ import numpy as np
 from krasis.convert.digests import ContentDigests
 from krasis.convert.expert_reader import ExpertReader
 from krasis.convert.plan import ConversionPlan, expert_record
-from krasis.formats.layouts.expert_record import PARTS
+from krasis.formats.layouts.expert_record import parts_of
 from krasis.formats.native import Pool
 
 SAMPLE_SECONDS = 0.5
@@ -30,6 +30,7 @@ def estimate(plan: ConversionPlan) -> Estimate:
     Dense tensors count as experts of their size.
     """
     spec, settings = plan.spec, plan.settings
+    experts = spec.experts_of(spec.expert_layers[0])
     first, counts = spec.expert_layers[0], [spec.experts_of(i).count for i in spec.expert_layers]
     total_s, expert_bytes = 0.0, 0
     with (
@@ -42,14 +43,17 @@ def estimate(plan: ConversionPlan) -> Estimate:
             source = plan.expert_source(tier)
             begin, times = time.perf_counter(), list[float]()
             for expert in reader.experts(source, first, layout):
-                for part, view, piece in zip(PARTS, expert.views, expert.pieces, strict=True):
+                for part, view, piece in zip(
+                    parts_of(experts.gated), expert.views, expert.pieces, strict=True
+                ):
                     layout.pack_part(
                         pool,
                         part,
                         view,
                         out,
-                        hidden=spec.hidden,
-                        intermediate=spec.experts_of(first).intermediate,
+                        hidden=experts.width(spec.hidden),
+                        intermediate=experts.intermediate,
+                        gated=experts.gated,
                         where=piece.where,
                     )
                 times.append(time.perf_counter())

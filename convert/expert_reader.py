@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from krasis.convert.digests import ContentDigests
 from krasis.convert.slices import TensorSlice
 from krasis.convert.sources import WeightSource
 from krasis.formats.layouts import ExpertFormat
-from krasis.formats.layouts.expert_record import PARTS
+from krasis.formats.layouts.given_steps import STEP_K
 from krasis.formats.layouts.matrix import MatrixView
 from krasis.formats.process.machine_limits import usable_cpus
 
@@ -22,11 +23,12 @@ READ_AHEAD_EXPERTS = 3
 # NumPy code holds the interpreter lock half of the time: more threads only need more memory.
 MAX_DECODE_THREADS = 16
 _ROWS_PER_TASK = 64
+_BLOCK_BYTES = {"MXFP4": 17, "Q8_0": 34}
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertWeights:
-    """One expert, ready to pack: gate, up and down with the slices they came from and the stretches of one
+    """One expert, ready to pack: its matrices with the slices they came from and the stretches of one
     weight in these."""
 
     views: tuple[MatrixView, ...]
@@ -73,7 +75,7 @@ class ExpertReader:
             yield decodes.popleft().result()
 
     def _read(self, source: WeightSource, layer: int, expert: int) -> _Read:
-        pieces = [source.expert(layer, expert, part) for part in PARTS]
+        pieces = [source.expert(layer, expert, part) for part in source.parts(layer)]
         for piece in pieces:
             piece.touch()
             self._digests.add(source.kind, piece)
@@ -94,32 +96,49 @@ class _Decode:
         self._futures: list[Future[None]] = []
         self._views = [self._start(piece, pool, layout) for piece in read.pieces]
 
-    def _start(self, piece: TensorSlice, pool: ThreadPoolExecutor, layout: ExpertFormat) -> MatrixView:
+    def _start(
+        self, piece: TensorSlice, pool: ThreadPoolExecutor, layout: ExpertFormat
+    ) -> Callable[[], MatrixView]:
+        """Called when all is done, the result gives the matrix."""
         if layout.accepts(piece.dtype) == "as is":
-            return piece.matrix() if piece.is_float else piece.blocks()
-        if layout.accepts("Q8_0") == "as is" and piece.steps() is not None:
-            return self._start_blocks(piece, pool)
-        out = np.empty(piece.shape, np.float32)
+            return piece.matrix if piece.is_float else functools.partial(piece.blocks, piece.dtype)
+        for dtype, block_bytes in _BLOCK_BYTES.items():
+            if layout.accepts(dtype) == "as is" and piece.keeps(dtype):
+                return self._start_blocks(piece, pool, dtype, block_bytes)
+        rows, columns = piece.shape
+        out = np.empty((rows, columns), np.float32)
+        steps = np.empty((rows, columns // STEP_K), np.float32)
+        unknown: list[int] = []
 
         def decode(start: int) -> None:
-            block = piece.rows(start, start + _ROWS_PER_TASK)
-            out[start : start + block.shape[0]] = block.decode()
+            block = piece.rows(start, start + _ROWS_PER_TASK).matrix()
+            out[start : start + block.n] = block.data
+            if block.steps is None:
+                unknown.append(start)
+            else:
+                steps[start : start + block.n] = block.steps
 
-        self._futures.extend(pool.submit(decode, start) for start in range(0, piece.shape[0], _ROWS_PER_TASK))
-        return MatrixView(out, "F32")
+        self._submit(pool, decode, rows)
+        return lambda: MatrixView(out, "F32", None if unknown else steps)
 
-    def _start_blocks(self, piece: TensorSlice, pool: ThreadPoolExecutor) -> MatrixView:
-        """Weights that are whole steps of their scales become blocks of Q8_0, which keep them."""
-        out = np.empty((piece.shape[0], piece.shape[1] // 32 * 34), np.uint8)
+    def _start_blocks(
+        self, piece: TensorSlice, pool: ThreadPoolExecutor, dtype: str, block_bytes: int
+    ) -> Callable[[], MatrixView]:
+        """Weights become blocks of a type that keeps them."""
+        out = np.empty((piece.shape[0], piece.shape[1] // 32 * block_bytes), np.uint8)
 
         def fill(start: int) -> None:
             block = piece.rows(start, start + _ROWS_PER_TASK)
-            out[start : start + block.shape[0]] = block.blocks().data
+            out[start : start + block.shape[0]] = block.blocks(dtype).data
 
-        self._futures.extend(pool.submit(fill, start) for start in range(0, piece.shape[0], _ROWS_PER_TASK))
-        return MatrixView(out, "Q8_0")
+        self._submit(pool, fill, piece.shape[0])
+        return lambda: MatrixView(out, dtype)
+
+    def _submit(self, pool: ThreadPoolExecutor, work: Callable[[int], None], num_rows: int) -> None:
+        self._futures.extend(pool.submit(work, start) for start in range(0, num_rows, _ROWS_PER_TASK))
 
     def result(self) -> ExpertWeights:
         for future in self._futures:
             future.result()
-        return ExpertWeights(tuple(self._views), tuple(self._read.pieces), self._read.runs)
+        views = tuple(view() for view in self._views)
+        return ExpertWeights(views, tuple(self._read.pieces), self._read.runs)

@@ -28,7 +28,6 @@ from krasis.formats.bundle.publish import remove_bundle
 from krasis.formats.bundle.reader import Bundle
 from krasis.formats.errors import FormatError, MismatchError
 from krasis.formats.files.file_ops import FileOps, io_errors, sync_directory
-from krasis.formats.layouts.expert_record import PARTS
 from krasis.formats.models.tensors import dense_tensors_of
 
 
@@ -140,10 +139,13 @@ def _digests(plan: ConversionPlan, reporter: Reporter) -> ContentDigests:
             for tensor in dense_tensors_of(spec, layer):
                 for one in plan.dense_source.dense(tensor, layer):
                     add(plan.dense_source, one.piece)
+            if layer is not None and spec.layers[layer].ngram:
+                for one in plan.dense_source.tables.parts(layer):
+                    add(plan.dense_source, one.piece)
             for tier in plan.settings.tiers if layer in spec.expert_layers else ():
                 source = plan.expert_source(tier)
                 for expert in range(spec.experts_of(layer).count):
-                    for part in PARTS:
+                    for part in source.parts(layer):
                         add(source, source.expert(layer, expert, part))
     finally:
         reporter.end()

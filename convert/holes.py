@@ -12,7 +12,6 @@ from krasis.convert.alarms import Alarms, PackedPart
 from krasis.convert.constant_runs import LONG_BYTES, constant_runs
 from krasis.convert.slices import TensorSlice
 from krasis.convert.sources import WeightSource
-from krasis.formats.layouts.expert_record import PARTS
 from krasis.formats.layouts.matrix import PackStats
 
 
@@ -50,7 +49,7 @@ def look_into_holes(source: WeightSource, alarms: Alarms) -> None:
     for layer in source.spec.expert_layers:
         num_experts = source.spec.experts_of(layer).count
         for expert in range(num_experts):
-            pieces = [source.expert(layer, expert, part) for part in PARTS]
+            pieces = [source.expert(layer, expert, part) for part in source.parts(layer)]
             if not suspects.isdisjoint(piece.tensor for piece in pieces):
                 alarms.look_at_expert(f"layer {layer} expert {expert}", [_unpacked(one) for one in pieces])
         alarms.end_layer(num_experts)

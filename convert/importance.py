@@ -41,7 +41,11 @@ class Calibration:
     digest: str
 
     def expert(self, layer: int, expert: int) -> ExpertImportance | None:
-        """One expert's weights; None for an expert that the calibration text never reached."""
+        """One expert's weights; None for an expert that the calibration text never reached, and for those of
+        a layer that drafts, which no text passes.
+        """
+        if layer not in self.layers:
+            return None
         hidden, intermediate = (rows[expert] for rows in self.layers[layer])
         if not hidden.any() or not intermediate.any():
             return None
@@ -59,7 +63,7 @@ def load_calibration(path: Path, spec: ModelSpec) -> Calibration:
                 file.array(f"layers/{layer}/hidden", (experts.count, spec.hidden)),
                 file.array(f"layers/{layer}/intermediate", (experts.count, experts.intermediate)),
             )
-            for layer in spec.expert_layers
+            for layer in spec.main.expert_layers
             for experts in (spec.experts_of(layer),)
         }
     finally:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import xxhash
 
 from krasis.convert.convertible import check_convertible
+from krasis.convert.drafting import drafting_spec
 from krasis.convert.inputs import Inputs
 from krasis.convert.mxfp4_table import Mxfp4Table, is_mxfp4
 from krasis.convert.own_head import has_own_head
@@ -31,6 +32,7 @@ from krasis.formats.errors import FormatError, KrasisError
 from krasis.formats.files.file_kinds import refuse_text
 from krasis.formats.files.regular_file import read_small_file
 from krasis.formats.limits import MAX_CONFIG_BYTES
+from krasis.formats.models.family import DRAFTING
 from krasis.formats.models.long_context import gguf_context_notes, hf_context_notes
 from krasis.formats.models.registry import family_of, spec_from_gguf
 from krasis.formats.strict_json import parse_json_object
@@ -131,16 +133,16 @@ class _Table:
         return SourceFile(path, path.name, status.st_size, status.st_mtime_ns, digest, tuple(names), version)
 
 
-def open_inputs(inputs: Inputs, streamed: StreamedSources | None = None) -> OpenInputs:
+def open_inputs(inputs: Inputs, streamed: StreamedSources | None = None, *, mtp: bool = False) -> OpenInputs:
     """Opens and checks every header, shape and type; reads no weights. Raises KrasisError.
 
-    streamed: gets what is not on the disk.
+    streamed: gets what is not on the disk. mtp: with the layer that drafts, which must be there then.
     """
     hf, (hf_assets, unreadable), notes = (
-        _open_hf(inputs.hf, streamed) if inputs.hf is not None else (None, ({}, {}), ())
+        _open_hf(inputs.hf, streamed, mtp=mtp) if inputs.hf is not None else (None, ({}, {}), ())
     )
     notes = (*inputs.notes, *notes)
-    gguf, metadata = _open_gguf(inputs.gguf, streamed) if inputs.gguf is not None else (None, {})
+    gguf, metadata = _open_gguf(inputs.gguf, streamed, mtp=mtp) if inputs.gguf is not None else (None, {})
     if gguf is not None:
         notes = (*notes, *_gguf_notes(hf, gguf, metadata))
     if "tokenizer.json" in (*hf_assets, *unreadable) or gguf is None:
@@ -169,14 +171,16 @@ def _gguf_notes(
 
 def _left_out_notes(source: WeightSource) -> tuple[str, ...]:
     """A sentence for every kind of tensors that are left out."""
+    can_draft = family_of(source.spec).drafts is not None and not source.spec.layers[-1].drafts
     return tuple(
         f"{count} tensors of {what} are left out: the model makes the same of text without them"
+        + (" (--mtp takes such a layer, to draft with it)" if what == DRAFTING and can_draft else "")
         for what, count in source.left_out.items()
     )
 
 
 def _open_hf(
-    path: Path, streamed: StreamedSources | None
+    path: Path, streamed: StreamedSources | None, *, mtp: bool
 ) -> tuple[WeightSource, tuple[dict[str, bytes], dict[str, KrasisError]], tuple[str, ...]]:
     folder = path if path.is_dir() else path.parent
     config_path = folder / "config.json"
@@ -200,6 +204,8 @@ def _open_hf(
             "config.json ties the output head to the embedding, but the checkpoint has a head of its own: "
             "that one is used, as transformers does"
         )
+    if mtp:
+        spec = drafting_spec("hf", path, spec, family, table.infos())
     try:
         made = Mxfp4Table(table) if mxfp4 else None
         files = table.files() if made is None else made.files(table.files())
@@ -220,13 +226,17 @@ def _quantised_note(quantisation: Quantisation, *, is_quantised: bool) -> str:
     )
 
 
-def _open_gguf(path: Path, streamed: StreamedSources | None) -> tuple[WeightSource, Mapping[str, object]]:
+def _open_gguf(
+    path: Path, streamed: StreamedSources | None, *, mtp: bool
+) -> tuple[WeightSource, Mapping[str, object]]:
     checkpoint = GgufCheckpoint.open(path, None if streamed is None else streamed.need)
     check_is_model(checkpoint.metadata, checkpoint.tensors, str(path))
     spec = spec_from_gguf(checkpoint.metadata, checkpoint.tensors, str(path))
     check_convertible(spec, str(path))
     check_gguf_tokens(checkpoint.metadata, spec.vocab, str(path))
     table = _Table(checkpoint, streamed)
+    if mtp:
+        spec = drafting_spec("gguf", path, spec, family_of(spec), table.infos())
     source = WeightSource("gguf", path, spec, family_of(spec), _as_table(table), table.files())
     return source, checkpoint.metadata
 

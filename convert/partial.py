@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from krasis.formats.errors import MismatchError, ResourceError, UsageError
 from krasis.formats.files.file_ops import FileOps, io_errors
 
 _log = logging.getLogger(__name__)
+LOCK_PATIENCE_S = 0.5
 
 
 def partial_path(out: Path) -> Path:
@@ -127,7 +129,7 @@ def lock_folder(folder: Path) -> int:
     with io_errors("opening the unfinished bundle", folder):
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        _flock(fd, folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock_soon(fd, folder)
         if not folder.exists() or not os.path.samestat(os.fstat(fd), folder.stat()):
             raise ResourceError(
                 "another conversion has just finished here", where=str(folder), hint="try again"
@@ -136,6 +138,18 @@ def lock_folder(folder: Path) -> int:
         os.close(fd)
         raise
     return fd
+
+
+def _lock_soon(fd: int, folder: Path) -> None:
+    """A child that a killed conversion had just begun has its lock until it runs a program of its own."""
+    end = time.monotonic() + LOCK_PATIENCE_S
+    while True:
+        try:
+            return _flock(fd, folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ResourceError:
+            if time.monotonic() > end:
+                raise
+        time.sleep(LOCK_PATIENCE_S / 20)
 
 
 def _flock(fd: int, folder: Path, operation: int) -> None:

@@ -22,9 +22,10 @@ from krasis.convert.resumption import check_finished
 from krasis.convert.writer_thread import Bytes, StagingRing, WriterThread
 from krasis.formats.bundle.writer import BlobSink, BundleWriter
 from krasis.formats.errors import FormatError
-from krasis.formats.layouts.expert_record import PARTS, ExpertImportance, clear_padding
+from krasis.formats.layouts.expert_record import ExpertImportance, clear_padding, parts_of
 from krasis.formats.layouts.matrix import PackStats
 from krasis.formats.native import Pool
+from krasis.formats.process import stop_signals
 
 if TYPE_CHECKING:
     from krasis.convert.hub.streamed import StreamedSources
@@ -127,6 +128,8 @@ class _Worker:
         """Writes the unit's blobs. Their digests and errors."""
         if unit.kind == "dense":
             return self._dense.pack(unit)
+        if unit.kind == "table":
+            return self._dense.pack_table(unit)
         return self._pack_experts(unit)
 
     def _pack_experts(self, unit: Unit) -> tuple[dict[str, str], UnitQuality]:
@@ -161,12 +164,14 @@ class _Worker:
         self, unit: Unit, number: int, expert: ExpertWeights, out: Bytes, quality: UnitQuality
     ) -> None:
         plan, tier = self._plan, unit.kind
-        hidden, intermediate = plan.spec.hidden, expert.views[0].n
+        hidden, intermediate = expert.views[0].k, expert.views[0].n
+        gated = plan.spec.experts_of(unit.layer or 0).gated
         layout = plan.settings.layout(tier)
         importance = self._importance(unit, number)
-        clear_padding(out, layout.expert_record(hidden, intermediate))
+        clear_padding(out, layout.expert_record(hidden, intermediate, gated))
         w13, packed = PackStats(), []
-        for part, view, piece, runs in zip(PARTS, expert.views, expert.pieces, expert.runs, strict=True):
+        parts = zip(parts_of(gated), expert.views, expert.pieces, expert.runs, strict=True)
+        for part, view, piece, runs in parts:
             stats = layout.pack_part(
                 self._pool,
                 part,
@@ -174,6 +179,7 @@ class _Worker:
                 out,
                 hidden=hidden,
                 intermediate=intermediate,
+                gated=gated,
                 importance=None if importance is None else importance.of(part),
                 where=piece.where,
             )
@@ -192,5 +198,6 @@ class _Worker:
         return self._calibration.expert(unit.layer, number)
 
     def _advance(self, num_bytes: int) -> None:
+        stop_signals.check()
         self._result.peak_bytes = max(self._result.peak_bytes, anonymous_bytes())
         self._reporter.advance(num_bytes)

@@ -6,18 +6,22 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from krasis.convert.hashed_tables import table_dtype
+from krasis.convert.kept_codes import kept_codes
 from krasis.convert.settings import ConvertSettings
 from krasis.convert.source_parts import stacked_dtype
 from krasis.convert.sources import WeightSource
 from krasis.formats.bundle.blob_names import expert_blob
+from krasis.formats.bundle.manifest_records import TABLE_TIER
 from krasis.formats.bundle.shard_plan import BlobSpec, PlacedBlob, ShardFile, ShardPlan, plan_shards
+from krasis.formats.checkpoints.quantised.kept import KeptCodes
 from krasis.formats.errors import ResourceError, UsageError
 from krasis.formats.layouts import Int8RowsLayout, padded_rows
 from krasis.formats.layouts.expert_record import ExpertRecord
 from krasis.formats.models.mlps import Experts
 from krasis.formats.models.registry import family_of
 from krasis.formats.models.spec import ModelSpec
-from krasis.formats.models.tensors import blobs_of, dense_tensors, dense_tensors_of
+from krasis.formats.models.tensors import blob_name, blobs_of, dense_tensors, dense_tensors_of, table_tensors
 
 _MIB = 1 << 20
 # The interpreter, NumPy, HDF5, thread stacks, the parsed headers of thousands of tensors.
@@ -33,12 +37,12 @@ CHUNK_BYTES = 32 * _MIB  # of float32 decoded at once from a dense tensor
 class Unit:
     """The smallest piece of work that a resume skips: written, synced and journalled as a whole.
 
-    kind: ``dense`` (layer None: the model's own tensors), ``gpu`` or ``cpu``. source_bytes: read for it;
-    new_bytes: of these, what no unit before it reads.
+    kind: ``dense`` (layer None: the model's own tensors), ``gpu``, ``cpu`` or ``table`` (hashed n-grams).
+    source_bytes: read for it; new_bytes: of these, what no unit before it reads.
     """
 
     name: str
-    kind: Literal["dense", "gpu", "cpu"]
+    kind: Literal["dense", "gpu", "cpu", "table"]
     layer: int | None
     blobs: tuple[str, ...]
     source_bytes: int
@@ -100,7 +104,10 @@ class ConversionPlan:
 
 def expert_record(spec: ModelSpec, layer: int, settings: ConvertSettings, tier: str) -> ExpertRecord:
     """Sections and size of one packed expert of a layer."""
-    return settings.layout(tier).expert_record(spec.hidden, spec.experts_of(layer).intermediate)
+    experts = spec.experts_of(layer)
+    return settings.layout(tier).expert_record(
+        experts.width(spec.hidden), experts.intermediate, experts.gated
+    )
 
 
 def kinds_of_experts(spec: ModelSpec) -> dict[Experts, int]:
@@ -129,11 +136,14 @@ def plan_conversion(
     if dense_source is None or cpu_source is None:
         raise UsageError("no input model")
     spec = dense_source.spec
-    inputs = (spec.hidden, *(one.intermediate for one in kinds_of_experts(spec)))
-    keeps_mxfp4 = released_in_mxfp4(spec) or set(dense_source.expert_types()) == {"MXFP4"}
-    settings = settings.fitted(inputs, cpu_source.expert_types(), gpu_keeps_mxfp4=keeps_mxfp4)
+    kinds = kinds_of_experts(spec)
+    inputs = (*(one.width(spec.hidden) for one in kinds), *(one.intermediate for one in kinds))
+    gpu_codes = kept_codes(dense_source)
+    if released_in_mxfp4(spec):
+        gpu_codes = KeptCodes(mxfp4=True)
+    settings = settings.fitted(inputs, kept_codes(cpu_source), gpu_codes)
     check_groups(spec, settings)
-    blobs = (*_dense_blobs(spec, dense_source), *_expert_blobs(spec, settings))
+    blobs = (*_dense_blobs(spec, dense_source), *_expert_blobs(spec, settings), *_table_blobs(dense_source))
     units = tuple(_units(spec, settings, dense_source, {"gpu": dense_source, "cpu": cpu_source}))
     return ConversionPlan(
         spec=spec,
@@ -166,8 +176,9 @@ def check_groups(spec: ModelSpec, settings: ConvertSettings) -> None:
     group = settings.gpu_group
     if "gpu" not in settings.tiers or group is None or group == "auto":
         return
-    experts = [("expert size", one.intermediate) for one in kinds_of_experts(spec)]
-    sizes = [("hidden size", spec.hidden), *experts]
+    kinds = kinds_of_experts(spec)
+    experts = [("expert size", one.intermediate) for one in kinds]
+    sizes = [*(("hidden size", one.width(spec.hidden)) for one in kinds), *experts]
     for what, size in sizes:
         if size % group:
             fitting = [g for g in (128, 64, 32) if all(other % g == 0 for _, other in sizes)]
@@ -250,12 +261,26 @@ def _expert_blobs(spec: ModelSpec, settings: ConvertSettings) -> Iterable[BlobSp
             yield BlobSpec(expert_blob(i, tier), tier, "U8", shape, ids[tier])
 
 
+def _table_blobs(source: WeightSource) -> Iterable[BlobSpec]:
+    for layer, tensor in table_tensors(source.spec):
+        dtype = table_dtype(source.tables.parts(layer))
+        yield BlobSpec(blob_name(tensor, layer), TABLE_TIER, dtype, tensor.shape, "plain")
+
+
+def _table_unit(layer: int, source: WeightSource) -> Unit:
+    num_bytes = sum(part.piece.raw.nbytes for part in source.tables.parts(layer))
+    blobs = tuple(blob_name(tensor, at) for at, tensor in table_tensors(source.spec) if at == layer)
+    return Unit(f"layers.{layer}.table", "table", layer, blobs, num_bytes, num_bytes)
+
+
 def _units(
     spec: ModelSpec, settings: ConvertSettings, dense: WeightSource, experts: dict[str, WeightSource]
 ) -> Iterable[Unit]:
     yield _dense_unit("model", None, dense)
     for i in range(len(spec.layers)):
         yield _dense_unit(f"layers.{i}.dense", i, dense)
+        if spec.layers[i].ngram:
+            yield _table_unit(i, dense)
         if spec.layers[i].experts is None:
             continue
         seen: list[WeightSource] = []

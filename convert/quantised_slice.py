@@ -11,8 +11,10 @@ import numpy.typing as npt
 
 from krasis.convert.slices import FLOAT_BYTES, Bytes, Floats, TensorSlice
 from krasis.formats.checkpoints.ggml_blocks import block_size
+from krasis.formats.checkpoints.quantised.steps import fit_float16
 from krasis.formats.checkpoints.quantised.weight import QuantisedWeight
 from krasis.formats.errors import FormatError
+from krasis.formats.layouts import mxfp4
 from krasis.formats.layouts.matrix import MatrixView
 
 
@@ -62,17 +64,32 @@ class QuantisedSlice(TensorSlice):
         return self.weight.decode(self.first, self.shape[0])
 
     def matrix(self) -> MatrixView:
-        """The slice for a packer, dequantised."""
-        return TensorSlice.matrix(self) if self.is_float else MatrixView(self.decode(), "F32")
-
-    def steps(self) -> QuantisedSlice | None:
-        """Itself if ``blocks`` has its weights without loss."""
-        return self if not self.is_float and self.weight.is_steps(self.first, self.shape[0]) else None
-
-    def blocks(self) -> MatrixView:
-        """The weights as blocks of Q8_0."""
+        """The slice for a packer, dequantised, with the scales of codes of 4 bits."""
+        if self.is_float:
+            return TensorSlice.matrix(self)
         self._check_bytes()
-        return MatrixView(self.weight.steps(self.first, self.shape[0]).q8_0(), "Q8_0")
+        rows = self.first, self.shape[0]
+        if self.weight.step_scales(*rows) is None:
+            return MatrixView(self.decode(), "F32")
+        steps = self.weight.steps(*rows)
+        return MatrixView(steps.values(), "F32", steps.scales if steps.fit_4_bits else None)
+
+    def keeps(self, dtype: str) -> bool:
+        """See ``TensorSlice``."""
+        if self.is_float:
+            return False
+        if dtype == "MXFP4":
+            return self.weight.pairs(self.first, 1) is not None
+        scales = self.weight.step_scales(self.first, self.shape[0])
+        return scales is not None and fit_float16(scales)
+
+    def blocks(self, dtype: str) -> MatrixView:
+        """The weights as blocks of a type that ``keeps`` them."""
+        self._check_bytes()
+        rows = self.first, self.shape[0]
+        if dtype == "MXFP4" and (pairs := self.weight.pairs(*rows)) is not None:
+            return MatrixView(mxfp4.blocks_of_pairs(*pairs), dtype)
+        return MatrixView(self.weight.steps(*rows).q8_0(), "Q8_0")
 
     def at_rows(self, places: npt.NDArray[np.int64]) -> TensorSlice:
         """The rows at these places, in their order and in float32."""

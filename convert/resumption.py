@@ -40,7 +40,7 @@ def _is_quality(plan: ConversionPlan, unit: Unit, record: UnitRecord) -> bool:
     rows = [*quality.kinds.values(), *(stats for experts in quality.experts.values() for stats in experts)]
     return (
         quality.layer == unit.layer
-        and set(quality.experts) == (set() if unit.kind == "dense" else set(quality.kinds))
+        and set(quality.experts) == (set() if unit.kind in ("dense", "table") else set(quality.kinds))
         and all(len(experts) == _num_experts(plan, unit) for experts in quality.experts.values())
         and all(math.isfinite(one.squared_error + one.squared_sum + one.max_abs_error) for one in rows)
         and quality.to_json() == record.quality

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from krasis.formats.bundle.shard_output import OUTPUT_IO, OutputIo
+from krasis.formats.checkpoints.quantised.kept import NO_CODES, KeptCodes
 from krasis.formats.errors import UsageError
 from krasis.formats.layouts import CPU_FORMATS, GPU_FORMATS, ExpertFormat, Int8RowsLayout
 
@@ -25,14 +26,14 @@ class ConvertSettings:
     """Everything that is not an input. The first block decides the bundle's bytes; the second does not.
 
     gpu_format, cpu_format: names of ``formats.layouts``. gpu_group: input features a scale covers, None = all
-    of them, ``auto`` = 128, or the most below that divide the model's sizes. gpu_format ``auto``: ``marlin``,
+    of them, ``auto`` = 128, or the most below that divide the model's sizes and the group of a source's
+    symmetric codes of 4 bits. gpu_format ``auto``: ``marlin``,
     or ``mxfp4`` for experts that were released in MXFP4, unless something was asked for that it has not;
-    cpu_format ``auto``: ``q8``, or ``mxfp4`` for
-    experts that the source has in MXFP4. num_threads: 0 =
-    every CPU of this process. memory_limit_bytes: bound on memory beyond the page cache, None = what the
-    machine has available. output_io: whether shards are written past the page cache. force_text: go on
-    without text files that cannot be used. force_weights: weights that look damaged are told, and
-    converted as they are.
+    cpu_format ``auto``: ``q8``, or ``mxfp4`` or ``int4`` for experts that the source has in such codes,
+    which these keep. num_threads: 0 = every CPU of this process. memory_limit_bytes: bound on memory beyond
+    the page cache, None = what the machine has available. output_io: whether shards are written past the page
+    cache. force_text: go on without text files that cannot be used. force_weights: weights that look damaged
+    are told, and converted as they are. mtp: take the layer that drafts, too.
     """
 
     tiers: tuple[Tier, ...] = TIERS
@@ -43,6 +44,7 @@ class ConvertSettings:
     cpu_format: str = AUTO
     shard_bytes: int = 32 << 30
     calibration: Path | None = None
+    mtp: bool = False
 
     num_threads: int = 0
     memory_limit_bytes: int | None = None
@@ -98,22 +100,24 @@ class ConvertSettings:
         return CPU_FORMATS["q8" if self.cpu_format == AUTO else self.cpu_format]
 
     def fitted(
-        self, sizes: Iterable[int], cpu_types: Iterable[str] = (), *, gpu_keeps_mxfp4: bool = False
+        self, sizes: Iterable[int], cpu: KeptCodes = NO_CODES, gpu: KeptCodes = NO_CODES
     ) -> ConvertSettings:
         """These settings with a group and formats for ``auto``. sizes: input features of the model's
-        experts; cpu_types: what the CPU's are made from; gpu_keeps_mxfp4: the GPU's were released in MXFP4.
+        experts; cpu, gpu: the codes of what they are made from.
 
         Raises UnsupportedModelError if no group divides them.
         """
+        chosen = self
         if self.cpu_format == AUTO:
-            chosen = "mxfp4" if set(cpu_types) == {"MXFP4"} else "q8"
-            return replace(self, cpu_format=chosen).fitted(sizes, gpu_keeps_mxfp4=gpu_keeps_mxfp4)
+            chosen = replace(chosen, cpu_format=cpu.cpu_format or "q8")
         if self.gpu_format == AUTO:
-            keeps = gpu_keeps_mxfp4 and not self._names_marlin
-            return replace(self, gpu_format="mxfp4" if keeps else "marlin").fitted(sizes)
-        if self.gpu_group != "auto" or "gpu" not in self.tiers or self.gpu_format == "mxfp4":
-            return self
-        return replace(self, gpu_group=self.gpu_layout.fitted(sizes).group_of(DEFAULT_GPU_GROUP))
+            keeps = gpu.mxfp4 and not self._names_marlin
+            chosen = replace(chosen, gpu_format="mxfp4" if keeps else "marlin")
+        if self.gpu_group != "auto" or "gpu" not in self.tiers or chosen.gpu_format == "mxfp4":
+            return chosen
+        if gpu.group in (32, 64) and self.gpu_bits == 4:
+            chosen = replace(chosen, gpu_group=gpu.group)
+        return replace(chosen, gpu_group=chosen.gpu_layout.fitted(sizes).group_of(DEFAULT_GPU_GROUP))
 
     def layout(self, tier: str) -> ExpertFormat:
         """How a tier's experts are packed."""
@@ -139,6 +143,8 @@ class ConvertSettings:
             recipe |= self._gpu_recipe()
         if "cpu" in self.tiers:
             recipe["cpu_format"] = self.cpu_format
+        if self.mtp:
+            recipe["mtp"] = True
         return recipe
 
     def _gpu_recipe(self) -> dict[str, Any]:

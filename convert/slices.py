@@ -85,21 +85,27 @@ class TensorSlice:
         return bf16_to_float32(values) if self.dtype == "BF16" else values.astype(np.float32)
 
     def matrix(self) -> MatrixView:
-        """The slice for a packer, dequantised to float32 where it is not a plain float type."""
+        """The slice for a packer, dequantised to float32 where it is not a plain float type, with the scales
+        of codes of 4 bits.
+        """
         if self.is_float:
             values = self.floats()
             # A safetensors header may end anywhere; native code wants aligned elements.
             return MatrixView(values if values.flags.aligned else values.copy(), self.dtype)
-        return MatrixView(self.decode(), "F32")
+        steps = None
+        if self.dtype == "Q4_0":  # blocks of a float16 scale and 16 bytes of codes, which are -8..7
+            blocks = self.raw.reshape(self.shape[0], -1, self.block[1])
+            steps = np.ascontiguousarray(blocks[:, :, :2]).view("<f2")[:, :, 0].astype(np.float32)
+        return MatrixView(self.decode(), "F32", steps)
 
-    def steps(self) -> TensorSlice | None:
-        """Itself if it is quantised otherwise than to Q8_0, and ``blocks`` has its weights without loss."""
-        return None
+    def keeps(self, dtype: str) -> bool:
+        """Whether ``blocks`` of another type than its own, Q8_0 or MXFP4, have its weights without loss."""
+        return False
 
-    def blocks(self) -> MatrixView:
-        """The raw blocks of Q8_0 or MXFP4 for the lossless packer."""
-        if self.dtype not in ("Q8_0", "MXFP4"):
-            raise FormatError("not a tensor of Q8_0 or MXFP4", where=self.where, got=self.dtype)
+    def blocks(self, dtype: str) -> MatrixView:
+        """Its blocks of Q8_0 or MXFP4 for the lossless packer."""
+        if self.dtype != dtype or dtype not in ("Q8_0", "MXFP4"):
+            raise FormatError(f"not a tensor of {dtype}", where=self.where, got=self.dtype)
         return MatrixView(self.raw.reshape(self.shape[0], -1), self.dtype)
 
     def is_zero(self, block: int) -> bool:

@@ -8,6 +8,7 @@ from typing import Literal
 
 from krasis.formats.errors import UnsupportedModelError
 from krasis.formats.layouts.expert_record import Part
+from krasis.formats.models.drafting import COPIES
 from krasis.formats.models.family import DRAFTING, Family, Source
 from krasis.formats.models.spec import ModelSpec
 
@@ -57,33 +58,45 @@ class SourceNames:
     def source(self, ours: str) -> Source:
         """What the family says of a tensor or part. Raises UnsupportedModelError if it says nothing."""
         source = self._family.names.get(ours)
+        if source is None and self._family.drafts is not None:
+            source = self._family.drafts.names.get(ours)
         if source is None:
             raise UnsupportedModelError(
                 "the converter does not know the name of this tensor yet", where=self._family.name, got=ours
             )
         return source
 
-    def _templates(self, ours: str) -> tuple[str, ...]:
+    def _templates(self, ours: str, layer: int | None = None) -> tuple[str, ...]:
         source = self.source(ours)
-        return source.hf if self._kind == "hf" else source.gguf
+        if self._kind == "gguf":
+            return source.gguf
+        drafts = self._family.drafts
+        if layer is None or drafts is None or drafts.root is None or not self._spec.layers[layer].drafts:
+            return source.hf
+        rooted = {name: name.partition("layers.{i}.")[2] for name in source.hf}
+        return tuple(dict.fromkeys(drafts.root + rest if rest else name for name, rest in rooted.items()))
 
     def tensor(self, ours: str, layer: int | None) -> str:
         """The first of its names that is there, else the usual one."""
-        templates = self._templates(ours)
+        templates = self._templates(ours, layer)
         if self._spec.tied and ours in ("lm_head", "embedding"):
             # A tied checkpoint may hold the one matrix under either name.
             templates = (*self._templates("embedding"), *self._templates("lm_head"))
         names = [template if layer is None else template.format(i=layer) for template in templates]
         return next((name for name in names if name in self._present), names[0])
 
+    def all_of(self, ours: str, layer: int) -> tuple[str, ...]:
+        """All names that a tensor of a layer may have."""
+        return tuple(template.format(i=layer) for template in self._templates(ours))
+
     def expert(self, layer: int, expert: int, part: Part) -> ExpertPlace:
         """Where a matrix lies: in a tensor of all experts, in one with gate and up, or in its own."""
-        templates = self._templates(f"experts.{part}")
+        templates = self._templates(f"experts.{part}", layer)
         for template in templates:
             if "{e}" not in template and (name := template.format(i=layer)) in self._present:
                 return ExpertPlace(name, expert, holds_all=True)
         if part != "down" and "experts.gate_up" in self._family.names:
-            for template in self._templates("experts.gate_up"):
+            for template in self._templates("experts.gate_up", layer):
                 if (name := template.format(i=layer)) in self._present:
                     turns = self._kind == "hf" and self.source("experts.gate_up").interleaved
                     number = 2 * expert + (part == "up")
@@ -99,7 +112,14 @@ class SourceNames:
     def is_needless(self, name: str) -> bool:
         """Whether a tensor says nothing that the configuration does not say, or is a tied head's copy."""
         tied_head = (*self._templates("lm_head"), *self._templates("embedding")) if self._spec.tied else ()
-        return name.endswith(_NEEDLESS_SUFFIXES) or name in tied_head
+        return name.endswith(_NEEDLESS_SUFFIXES) or name in tied_head or self._is_draft_copy(name)
+
+    def _is_draft_copy(self, name: str) -> bool:
+        """Whether a tensor is the model's embedding or head once more, beside the layer that drafts."""
+        count = len(self._spec.layers)
+        return self._spec.layers[-1].drafts and name in {
+            f"{root}{end}" for root in (f"{self._layer_root()}{count - 1}.", "mtp.") for end in COPIES
+        }
 
     def left_out(self, name: str) -> str | None:
         """What a tensor is of that the language model does without, None for others."""
@@ -111,7 +131,9 @@ class SourceNames:
 
     def _drafting_prefixes(self) -> tuple[str, ...]:
         """Of the layers behind the last one, as many as the model says that it has for drafting."""
+        root, end = self._layer_root(), len(self._spec.main.layers) + self._spec.draft_layers
+        return tuple(f"{root}{i}." for i in range(len(self._spec.layers), end))
+
+    def _layer_root(self) -> str:
         sources = (source.hf if self._kind == "hf" else source.gguf for source in self._family.names.values())
-        root = next(name.partition("{i}")[0] for names in sources for name in names if "{i}" in name)
-        count = len(self._spec.layers)
-        return tuple(f"{root}{i}." for i in range(count, count + self._spec.draft_layers))
+        return next(name.partition("{i}")[0] for names in sources for name in names if "{i}" in name)

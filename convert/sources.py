@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, Protocol
 
 from krasis.convert.fused_experts import interleaved, made, transposed
+from krasis.convert.hashed_tables import HashedTables
 from krasis.convert.latent_parts import LatentPart, held_shape
 from krasis.convert.quantised_slice import quantised_slice
-from krasis.convert.slices import FLOAT_BYTES, Bytes, TensorSlice
+from krasis.convert.slices import Bytes, TensorSlice
 from krasis.convert.source_names import SourceNames
 from krasis.convert.source_parts import COLUMNS, SourcePart
+from krasis.convert.tensor_types import check_type
 from krasis.convert.vocabulary import check_vocabulary
-from krasis.formats.checkpoints.foreign_ggml_types import INSTEAD
-from krasis.formats.checkpoints.ggml_blocks import SUPPORTED_TYPES, tensor_bytes
+from krasis.formats.checkpoints.ggml_blocks import tensor_bytes
 from krasis.formats.checkpoints.quantised.weight import QuantisedWeight
-from krasis.formats.checkpoints.quantised_checkpoint import type_hint
 from krasis.formats.errors import FormatError, MismatchError, UnsupportedModelError
-from krasis.formats.layouts.expert_record import PARTS, Part
+from krasis.formats.layouts.expert_record import Part, parts_of
 from krasis.formats.models.family import Family, Transform
 from krasis.formats.models.latent_names import TOGETHER
 from krasis.formats.models.mixers import Attention, LatentAttention
@@ -138,7 +140,7 @@ class WeightSource:
         self._infos = table.infos()
         self._names = SourceNames(kind, family, spec, self._infos)
         self._transposed = self._names.may_be_transposed and self._experts_are_transposed()
-        self._expert_types: tuple[str, ...] | None = None
+        self.tables = HashedTables(spec, self._names, table, self._slice)
         self.left_out: Counter[str] = Counter()
         self._check_complete()
 
@@ -209,11 +211,14 @@ class WeightSource:
             return interleaved(self._slice, place, rows, columns)
         return self._slice(place.tensor, (rows, columns), place.first_matrix * rows)
 
-    def tensors_of(self, layer: int | None, *, experts: bool) -> set[str]:
-        """The names of what the experts of a layer are made of, or the rest of it (None: of the model)."""
-        if experts and layer is not None:
-            count = self.spec.experts_of(layer).count
-            places = (self._names.expert(layer, one, part) for part in PARTS for one in range(count))
+    def tensors_of(self, layer: int | None, *, experts: bool, tables: bool = False) -> set[str]:
+        """The names of what the experts of a layer are made of, its hashed table, or the rest of it (None:
+        of the model)."""
+        if tables and layer is not None:
+            names = set(self.tables.tensors(layer))
+        elif experts and layer is not None:
+            count, parts = self.spec.experts_of(layer).count, self.parts(layer)
+            places = (self._names.expert(layer, one, part) for part in parts for one in range(count))
             names = {place.tensor for place in places}
         else:
             tensors = dense_tensors_of(self.spec, layer)
@@ -242,21 +247,24 @@ class WeightSource:
                 for name, _ in piece.companions():
                     self._table.release(name)
 
+    @cached_property
+    def expert_infos(self) -> tuple[TensorInfo, ...]:
+        """All expert tensors."""
+        tensors = {
+            self._names.expert(layer, expert, part).tensor
+            for layer in self.spec.expert_layers
+            for part in self.parts(layer)
+            for expert in range(self.spec.experts_of(layer).count)
+        }
+        return tuple(self._infos[tensor] for tensor in tensors)
+
     def expert_types(self) -> tuple[str, ...]:
         """The types of all expert tensors, sorted."""
-        if self._expert_types is None:
-            tensors = {
-                self._names.expert(layer, expert, part).tensor
-                for layer in self.spec.expert_layers
-                for part in PARTS
-                for expert in range(self.spec.experts_of(layer).count)
-            }
-            self._expert_types = tuple(sorted({self._infos[tensor].dtype for tensor in tensors}))
-        return self._expert_types
+        return tuple(sorted({info.dtype for info in self.expert_infos}))
 
     def expert_bytes(self, layer: int) -> int:
         """Source bytes of one layer's experts."""
-        one = sum(self.expert(layer, 0, part).raw.nbytes for part in PARTS)
+        one = sum(self.expert(layer, 0, part).raw.nbytes for part in self.parts(layer))
         return self.spec.experts_of(layer).count * one
 
     # ---- where things lie -------------------------------------------------------------------------------
@@ -264,9 +272,14 @@ class WeightSource:
     def _is_tied_head(self, ours: str) -> bool:
         return ours == "lm_head" and self.spec.tied
 
+    def parts(self, layer: int) -> tuple[Part, ...]:
+        """The matrices that an expert of the layer has."""
+        return parts_of(self.spec.experts_of(layer).gated)
+
     def _expert_shape(self, layer: int, part: Part) -> tuple[int, int]:
         """``(n, k)`` of one matrix: gate, up ``[intermediate, hidden]``, down ``[hidden, intermediate]``."""
-        hidden, intermediate = self.spec.hidden, self.spec.experts_of(layer).intermediate
+        experts = self.spec.experts_of(layer)
+        hidden, intermediate = experts.width(self.spec.hidden), experts.intermediate
         return (hidden, intermediate) if part == "down" else (intermediate, hidden)
 
     def _slice(self, tensor: str, shape: tuple[int, ...], first_row: int) -> TensorSlice:
@@ -290,7 +303,7 @@ class WeightSource:
     def _experts_are_transposed(self) -> bool:
         """By the shapes of the first layer with experts; of a square matrix only the other one tells."""
         layer = self.spec.expert_layers[0]
-        for part in ("down", "gate"):
+        for part in ("down", self.parts(layer)[0]):
             place = self._names.expert(layer, 0, part)
             rows, columns = self._expert_shape(layer, part)
             rows *= place.matrices
@@ -312,8 +325,9 @@ class WeightSource:
                 self._check_tensor(name, held, ours)
                 expected.add(name)
         for layer in self.spec.expert_layers:
-            for part in PARTS:
+            for part in self.parts(layer):
                 expected.update(self._check_experts(layer, part))
+        expected |= self.tables.check(self._check_tensor)
         self._check_no_others(expected)
 
     def _check_experts(self, layer: int, part: Part) -> set[str]:
@@ -339,31 +353,15 @@ class WeightSource:
             )
         where = self._table.where(tensor)
         found = self._infos[tensor].shape
-        if found != shape and _without_ones(found) != _without_ones(shape):
+        if found != shape and not self._lies_as(found, shape):
             check_vocabulary(ours, found, shape, where, is_hf=self.kind == "hf")
             raise FormatError("wrong shape", where=where, got=list(found), limit=list(shape))
         dtype = self._infos[tensor].dtype
         if self._infos[tensor].quantised is not None:
             return
-        if self.kind == "hf" and dtype not in FLOAT_BYTES and (ours or dtype != MXFP4):
-            raise FormatError(
-                "unsupported weight type",
-                where=where,
-                got=dtype,
-                limit=", ".join(FLOAT_BYTES),
-                hint=type_hint(dtype),
-            )
-        if self.kind == "gguf" and dtype not in SUPPORTED_TYPES:
-            raise FormatError(
-                f"tensors of type {dtype} hold no weights, or nothing here decodes them",
-                where=where,
-                limit=", ".join(SUPPORTED_TYPES),
-                hint=f"take {INSTEAD}",
-            )
-        if len(shape) == 1 and dtype not in FLOAT_BYTES:
-            raise FormatError(
-                "a vector must not be quantised", where=where, got=dtype, limit=", ".join(FLOAT_BYTES)
-            )
+        is_hf = self.kind == "hf"
+        if not is_hf or ours or dtype != MXFP4:
+            check_type(dtype, where, is_hf=is_hf, is_vector=len(shape) == 1)
 
     def _is_empty_bias(self, name: str) -> bool:
         """Some quantisers give every matrix that they quantise a bias, of zeros where the model has none."""
@@ -385,16 +383,7 @@ class WeightSource:
                 hint="it has a feature (a bias, shared experts, dense layers, ...) that would be dropped",
             )
 
-
-def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(size for size in shape if size != 1)
-
-
-def quantised_types(types: Iterable[str]) -> list[str]:
-    """The types that lose precision against BF16 weights."""
-    return [name for name in types if name not in FLOAT_BYTES]
-
-
-def dense_types(source: WeightSource) -> list[str]:
-    """The types of all dense tensors, sorted."""
-    return sorted({part.piece.dtype for _, _, parts in source.all_dense() for part in parts})
+    def _lies_as(self, found: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+        """Sizes of 1 do not count; llama.cpp has some vectors in rows."""
+        by_rows = self.kind == "gguf" and len(shape) == 1 and math.prod(found) == shape[0]
+        return by_rows or [size for size in found if size != 1] == [size for size in shape if size != 1]

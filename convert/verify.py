@@ -16,7 +16,7 @@ from krasis.convert.quality import UnitQuality
 from krasis.formats.errors import ChecksumError
 from krasis.formats.files.file_ops import io_errors
 from krasis.formats.files.regular_file import Bytes, open_regular, read_range
-from krasis.formats.layouts.expert_record import PARTS
+from krasis.formats.layouts.expert_record import PARTS, parts_of
 
 NUM_SAMPLED_LAYERS = 2
 NUM_SAMPLED_EXPERTS = 2
@@ -33,7 +33,7 @@ def verify_sample(plan: ConversionPlan, folder: Path, quality: Mapping[str, Unit
     with_experts = spec.expert_layers
     layers = {with_experts[i] for i in spread(len(with_experts), NUM_SAMPLED_LAYERS)}
     for unit in plan.units:
-        if unit.kind == "dense" or unit.layer is None or unit.layer not in layers:
+        if unit.kind in ("dense", "table") or unit.layer is None or unit.layer not in layers:
             continue
         file, blob = places[unit.blobs[0]]
         record_bytes = expert_record(spec, unit.layer, plan.settings, unit.kind).record_bytes
@@ -53,10 +53,15 @@ def verify_sample(plan: ConversionPlan, folder: Path, quality: Mapping[str, Unit
 
 def _compare(plan: ConversionPlan, unit: Unit, expert: int, record: Bytes, measured: float) -> None:
     layer, layout = unit.layer or 0, plan.settings.layout(unit.kind)
-    unpacked = layout.unpack_expert(record, plan.spec.hidden, plan.spec.experts_of(layer).intermediate)
+    experts = plan.spec.experts_of(layer)
+    unpacked = layout.unpack_expert(
+        record, experts.width(plan.spec.hidden), experts.intermediate, experts.gated
+    )
     source = plan.expert_source(unit.kind)
     error = total = 0.0
     for part, values in zip(PARTS, unpacked, strict=True):
+        if part not in parts_of(experts.gated):
+            continue
         expected = source.expert(layer, expert, part).decode().astype(np.float64)
         error += float(np.square(expected - values).sum())
         total += float(np.square(expected).sum())

@@ -1,4 +1,4 @@
-/* krasis.h: the whole C ABI of libkrasis_cpu.
+/* krasis.h: the whole C ABI of libkrasis_cpu: what computes stands here, the rest in the headers that this includes.
  *
  * Plain pointers and sizes in, an error code out. The library knows neither torch nor Python, keeps no
  * global state but the CPU probe and the guard of mapped files, and prints nothing but what the guard was
@@ -13,208 +13,17 @@
 #ifndef KRASIS_H
 #define KRASIS_H
 
-#include <stddef.h>
-#include <stdint.h>
+#include "krasis_files.h"
+#include "krasis_pack.h"
+#include "krasis_pool.h"
+#include "krasis_streams.h"
+#include "krasis_types.h"
 
 #ifdef __cplusplus
 extern "C" {
 #endif
 
 #define KRASIS_ABI_VERSION 4
-
-#if defined(_WIN32)
-#define KRASIS_API __declspec(dllexport)
-#else
-#define KRASIS_API __attribute__((visibility("default")))
-#endif
-
-typedef enum krasis_status {
-    KRASIS_OK = 0,
-    KRASIS_ERR_ARGUMENT = 1,  /* null pointer, negative size, unknown enum value */
-    KRASIS_ERR_SHAPE = 2,     /* a size is not a multiple of the layout's tile */
-    KRASIS_ERR_NONFINITE = 3, /* NaN or infinity among the weights */
-    KRASIS_ERR_ISA = 4,       /* this CPU lacks the instruction set asked for */
-    KRASIS_ERR_MEMORY = 5,    /* allocation failed or workspace too small */
-    KRASIS_ERR_THREAD = 6,    /* a thread could not be started */
-    KRASIS_ERR_SYSTEM = 7,    /* a system call failed: errno is set */
-    KRASIS_ERR_RANGE = 8,     /* an index (expert id, position) is out of range */
-    KRASIS_ERR_TIMEOUT = 9    /* something waited for did not come in time */
-} krasis_status;
-
-/* AMX_INT8: the kernels of AVX512_VNNI, but AMX tiles for int8 products of many rows. The bits are the same in all. */
-typedef enum krasis_isa {
-    KRASIS_ISA_AUTO = 0,
-    KRASIS_ISA_AVX2 = 1,
-    KRASIS_ISA_AVX512_VNNI = 2,
-    KRASIS_ISA_AMX_INT8 = 3
-} krasis_isa;
-
-typedef enum krasis_dtype {
-    KRASIS_F32 = 0,
-    KRASIS_BF16 = 1,
-    KRASIS_F16 = 2,
-    KRASIS_I8 = 3 /* of keys and values alone: see krasis_span */
-} krasis_dtype;
-
-/* Formats of CPU weights, see formats/layouts and docs/FORMAT.md. */
-typedef enum krasis_tiles {
-    KRASIS_TILES_Q8 =
-        0, /* cpu-q8-r32-b32: 32 rows x 32 k: int8 [8 k4][32 rows][4 k], then f16 scales [32 rows] (1088 B) */
-    KRASIS_TILES_I4 = 1,   /* cpu-i4-r32-b32: 32 rows x 32 k: u8 [8 k4][16][4 k], low nibble = row j, high = row 16+j,
-                              code u = q + 8; then f16 scales [32 rows] (576 B) */
-    KRASIS_TILES_MXFP4 = 2 /* cpu-mxfp4-r32-b32: nibbles as in I4, each an E2M1 (sign, 2 bits of exponent, 1 of
-                              mantissa); then E8M0 scales u8 [32 rows], 2^(e - 127), e <= 252 (544 B) */
-} krasis_tiles;
-
-#define KRASIS_TILE_ROWS 32
-#define KRASIS_BLOCK_K 32
-#define KRASIS_Q8_TILE_BYTES 1088
-#define KRASIS_I4_TILE_BYTES 576
-#define KRASIS_MXFP4_TILE_BYTES 544
-
-/* ---- library, CPU, pool -------------------------------------------------------------------------------- */
-
-typedef struct krasis_cpu_info {
-    int32_t has_avx2, has_fma, has_f16c, has_avx512f, has_avx512bw, has_avx512vl, has_avx512_vnni, has_avx_vnni,
-        has_avx512_bf16, has_amx_int8;
-    int32_t num_logical_cpus; /* that this process may run on (affinity mask) */
-    int32_t num_numa_nodes;
-    int64_t l2_bytes, l3_bytes; /* 0 if unknown */
-    char brand[64];
-} krasis_cpu_info;
-
-typedef struct krasis_pool krasis_pool;
-
-KRASIS_API int32_t krasis_abi_version(void);
-KRASIS_API const char *krasis_status_name(int32_t status);
-KRASIS_API int32_t krasis_cpu_probe(krasis_cpu_info *info);
-/* Asks the operating system for AMX tiles. 0: this process may use them; else an errno, ENODEV if the CPU has none. */
-KRASIS_API int32_t krasis_amx_declined(void);
-
-/* num_threads counts the calling thread; 0 = all CPUs of the affinity mask. On a machine with several NUMA nodes the
- * pool's own threads are bound to nodes, in proportion to their CPUs, and take a node's own rows of a weight first. */
-KRASIS_API int32_t krasis_pool_create(int32_t num_threads, int32_t isa, krasis_pool **pool);
-KRASIS_API void krasis_pool_destroy(krasis_pool *pool);
-KRASIS_API int32_t krasis_pool_num_threads(const krasis_pool *pool);
-KRASIS_API int32_t krasis_pool_isa(const krasis_pool *pool);     /* of its vectors: AVX2 or AVX512_VNNI */
-KRASIS_API int32_t krasis_pool_has_amx(const krasis_pool *pool); /* 1 if its isa is AMX_INT8, else 0 */
-/* For finding where the threads' time goes. Between time_start and time_end, which give it to one caller at a time,
- * jobs note what they took; noting costs a piece about 50 ns. Starting again begins anew. */
-typedef struct krasis_pool_times {
-    int64_t num_jobs, num_phases, num_pieces;
-    double job_s;             /* of all jobs, as their callers wait for them */
-    double first_phases_s[4]; /* work of all threads in a job's phases 0, 1, 2 and all later ones */
-} krasis_pool_times;
-KRASIS_API int32_t krasis_pool_time_start(krasis_pool *pool);
-/* busy_s: of each thread, [num_threads]. The rest of job_s it waited: for the others, for work, or to be run. */
-KRASIS_API int32_t krasis_pool_time_end(krasis_pool *pool, krasis_pool_times *times, double *busy_s);
-/* How long idle threads look for work before they sleep: 40000 at first; at most 1e9. For callers that take turns with
- * a GPU: waking sleepers costs tens of microseconds. A pool with more threads than CPUs never spins. */
-KRASIS_API int32_t krasis_pool_set_spin(krasis_pool *pool, int64_t spin_ns);
-
-/* ---- NUMA ------------------------------------------------------------------------------------------------ */
-
-typedef struct krasis_numa_cpu {
-    int32_t cpu;
-    int32_t node; /* 0, 1, ...: counts the nodes that have CPUs in the affinity mask */
-    int32_t id;   /* the kernel's number of that node */
-} krasis_numa_cpu;
-
-/* The CPUs of the affinity mask, node by node. *count: how many there are; no more than capacity are written. All are
- * of one node where the system does not tell. */
-KRASIS_API int32_t krasis_numa_cpus(int64_t capacity, krasis_numa_cpu *cpus, int64_t *count);
-/* Rows are split by node: of a run of `units` units, node i of n owns those from first_unit(units, n, i) to
- * first_unit(units, n, i + 1). The runs are: w13 of an expert, units of 64 rows, nodes in order; w2 of an expert, units
- * of 32 rows, nodes in reverse order; a weight in int8 rows, units of 32 rows, nodes in order. -1 for impossible
- * arguments. */
-KRASIS_API int64_t krasis_numa_first_unit(int64_t units, int64_t num_nodes, int64_t node);
-/* The kernel's number of the node each page lies on; a negative errno for a page that is not in memory or not mapped.
- */
-KRASIS_API int32_t krasis_numa_page_nodes(const void *const *addresses, int64_t count, int32_t *ids);
-/* Whether reading a huge page of a mapped file brings in that page alone, and not the next one too, which would then
- * lie on the reader's node whoever owns it. Without huge pages nothing changes: reading would be page by page. */
-KRASIS_API int32_t krasis_numa_read_exactly(void *address, int64_t bytes, int32_t exactly);
-
-/* ---- files and memory ---------------------------------------------------------------------------------- */
-
-/* Maps a whole file read-only and shared at an address that is a multiple of alignment_bytes (a power of two, >= 4096),
- * with MADV_HUGEPAGE. bytes is the file's size; the mapping must be released with krasis_unmap_file(address, bytes). */
-KRASIS_API int32_t krasis_map_file(int32_t fd, int64_t bytes, int64_t alignment_bytes, void **address);
-KRASIS_API int32_t krasis_unmap_file(void *address, int64_t bytes);
-/* Brings a mapped range into memory (MADV_POPULATE_READ, else touching); blocks; safe from any thread. */
-KRASIS_API int32_t krasis_prefault(const void *address, int64_t bytes);
-/* Moves the whole 2 MiB pieces of a mapped range into huge pages (MADV_COLLAPSE, Linux 6.1); blocks; others may read
- * the range meanwhile. *declined: 0, or the errno with which the kernel declined, EINVAL if it never does that for such
- * memory; some pieces may lie in huge pages all the same. */
-KRASIS_API int32_t krasis_collapse(const void *address, int64_t bytes, int32_t *declined);
-/* A page of a mapped file that was cut short, or that its disk does not give, raises SIGBUS in whatever thread reads
- * it. install: for whole programs, not for libraries; the first call counts. From then on such a fault inside a mapping
- * that was added writes prefix, the mapping's name and the text cut (unreadable, if path still leads to the file in its
- * old size) as one line to standard error and ends the process at once with that code; every other SIGBUS goes where it
- * went before. add: path is looked up when it happens and should be absolute; texts are copied. remove: before the
- * mapping is released; KRASIS_ERR_RANGE if none was added there. Both are safe from any thread. */
-KRASIS_API int32_t krasis_guard_install(const char *prefix, const char *cut, int32_t cut_code, const char *unreadable,
-                                        int32_t unreadable_code);
-KRASIS_API int32_t krasis_guard_add(const void *address, int64_t bytes, int32_t fd, const char *path, const char *name);
-KRASIS_API int32_t krasis_guard_remove(const void *address);
-/* Reads the range once with all threads of the pool and returns the seconds: the ceiling for decode. */
-KRASIS_API int32_t krasis_read_bandwidth(krasis_pool *pool, const void *address, int64_t bytes, double *seconds);
-
-/* ---- packing (converter) --------------------------------------------------------------------------------
- * src is [n, k] of dtype, rows row_stride elements apart. stats may be NULL; otherwise it is ADDED to (squared_error
- * against src after dequantisation). On KRASIS_ERR_NONFINITE stats->nonfinite_row names the first bad row of src. */
-
-typedef struct krasis_pack_stats {
-    double squared_error, squared_sum;
-    double max_abs_error;
-    int64_t count;
-    int64_t nonfinite_row; /* -1: none */
-} krasis_pack_stats;
-
-/* Marlin, bits 4 or 8, written into columns [n_offset, n_offset + n) of a weight of n_total columns.
- * codes: uint32 [k/16, n_total*bits/2] (4 bits: 2*n_total words a row; 8 bits: 4*n_total). scales: 16-bit floats of
- * scale_dtype (BF16 or F16), [k/group, n_total], permuted as Marlin wants. group: 32, 64, 128, or k (one scale a
- * channel). k % 16 == 0, n % 64 == 0, n_offset % 64 == 0, k % group == 0. importance: NULL or float [k], weights of the
- * squared error. 4 bits: scale by an MSE grid over magnitude and both signs; codes u = q + 8. 8 bits: absmax/127, u = q
- * + 128. */
-KRASIS_API int32_t krasis_pack_marlin(krasis_pool *pool, const void *src, int32_t dtype, int64_t n, int64_t k,
-                                      int64_t row_stride, int32_t bits, int64_t group, int64_t n_offset,
-                                      int64_t n_total, const float *importance, uint32_t *codes, uint16_t *scales,
-                                      int32_t scale_dtype, krasis_pack_stats *stats);
-
-/* CPU tiles. Row r of src goes to row (r / part_rows) * KRASIS_TILE_ROWS + part_offset + r % part_rows of the packed
- * weight: part_rows = 32, part_offset = 0 packs a plain weight; gate and up are fused with part_rows = 16 and
- * part_offset 0 / 16; other values are refused. Two parts of one I4 weight share bytes and must not be packed at the
- * same time. dst holds n * 32 / part_rows rows in all: tile t (32 rows) is a strip of k/32 consecutive tiles. k % 32 ==
- * 0, n % part_rows == 0. Scales are f16: Q8 absmax/127 as Q8_0 does; I4 by the MSE grid, importance as above. */
-KRASIS_API int32_t krasis_pack_cpu_tiles(krasis_pool *pool, int32_t tiles, const void *src, int32_t dtype, int64_t n,
-                                         int64_t k, int64_t row_stride, int64_t part_rows, int64_t part_offset,
-                                         const float *importance, uint8_t *dst, krasis_pack_stats *stats);
-
-/* Lossless: src is ggml Q8_0, [n, k/32] blocks of {f16 scale; int8 q[32]} (34 B), rows contiguous. Refuses non-finite
- * scales. */
-KRASIS_API int32_t krasis_pack_cpu_tiles_from_q8_0(krasis_pool *pool, const void *src, int64_t n, int64_t k,
-                                                   int64_t part_rows, int64_t part_offset, uint8_t *dst,
-                                                   krasis_pack_stats *stats);
-
-/* Lossless: src is ggml MXFP4, [n, k/32] blocks of {E8M0 scale; u8 [16], byte j = elements j (low) and j + 16} (17 B),
- * rows contiguous. Refuses scales above 252, whose weights float32 cannot all hold. As with I4, two parts of one weight
- * must not be packed at the same time. */
-KRASIS_API int32_t krasis_pack_cpu_tiles_from_mxfp4(krasis_pool *pool, const void *src, int64_t n, int64_t k,
-                                                    int64_t part_rows, int64_t part_offset, uint8_t *dst,
-                                                    krasis_pack_stats *stats);
-
-/* The same blocks as a Marlin weight of E2M1 codes, written as krasis_pack_marlin does 4 bits: code of element (k, n)
- * in place of u; scales: bytes [k/32, n_total], permuted as 16-bit scales are. k % 64 == 0. Refuses scales above 192,
- * which the GPU's bf16 has no room for. */
-KRASIS_API int32_t krasis_pack_marlin_from_mxfp4(krasis_pool *pool, const void *src, int64_t n, int64_t k,
-                                                 int64_t n_offset, int64_t n_total, uint32_t *codes, uint8_t *scales,
-                                                 krasis_pack_stats *stats);
-
-/* INT8 rows (dense weights): dst int8 [n/32, k/4, 32, 4], scales f32 [n] = absmax/127. n % 32 == 0, k % 32 == 0.
- * dst and scales point at the first row of this part: a fused weight is packed part by part at 32-row boundaries. */
-KRASIS_API int32_t krasis_pack_int8_rows(krasis_pool *pool, const void *src, int32_t dtype, int64_t n, int64_t k,
-                                         int64_t row_stride, int8_t *dst, float *scales, krasis_pack_stats *stats);
 
 /* ---- compute (runtime) -----------------------------------------------------------------------------------
  * Activations are quantised to int8 per block of 32: x ~ q * scale[block], scale = absmax/127 (0 for a zero block),
@@ -281,7 +90,7 @@ typedef enum krasis_activation {
     KRASIS_ACT_SWIGLU_OFFSET = 2,       /* h sigmoid(alpha h) (clip(u) + 1), h = min(g, limit) */
     KRASIS_ACT_SILU_CLAMPED_BEFORE = 3, /* silu(min(g, limit)) clip(u) */
     KRASIS_ACT_SILU_CLAMPED_AFTER = 4,  /* min(silu(g), limit) clip(u) */
-    KRASIS_ACT_RELU_SQUARED = 5         /* relu(u)^2, without a gate: not for krasis_moe */
+    KRASIS_ACT_RELU_SQUARED = 5         /* relu(u)^2, without a gate */
 } krasis_activation;
 
 /* The activation of a dense MLP. x: [T, 2 I], gate columns, then up columns; without a gate [T, I]. I % 16 == 0. out,
@@ -311,15 +120,16 @@ typedef struct krasis_add_rows_args {
 KRASIS_API int32_t krasis_add_rows(krasis_pool *pool, const krasis_add_rows_args *args);
 
 /* The routed experts of one layer: out[T, hidden] += sum_j weights[t, j] * W2_e activation(gate, up), e = ids[t, j].
- * blob: [E, expert_stride_bytes]; within an expert w13 tiles (2*intermediate rows x hidden, gate/up interleaved by 16),
- * then w2 tiles (hidden rows x intermediate). An id of -1 is skipped. Terms are added in the order j = 0..top_k-1.
- * The intermediate is quantised to int8 per 32 again. *executed (may be NULL) is increased by the number of (token,
- * expert) pairs computed. workspace: krasis_moe_workspace_bytes(...) bytes, 64-byte aligned. */
+ * blob: [E, expert_stride_bytes]; within an expert w13 tiles (2*intermediate rows x hidden, gate/up interleaved by 16;
+ * intermediate rows of up for an activation without a gate), then w2 tiles (hidden rows x intermediate). An id of -1 is
+ * skipped. Terms are added in the order j = 0..top_k-1. The intermediate is quantised to int8 per 32 again. *executed
+ * (may be NULL) is increased by the number of (token, expert) pairs computed. workspace:
+ * krasis_moe_workspace_bytes(...) bytes, 64-byte aligned. */
 typedef struct krasis_moe_args {
     const uint8_t *blob;
     int64_t expert_stride_bytes;
     int32_t tiles;      /* krasis_tiles */
-    int32_t activation; /* krasis_activation, with a gate */
+    int32_t activation; /* krasis_activation */
     int64_t num_experts, hidden, intermediate, top_k;
     const krasis_acts *acts; /* [T, hidden] */
     const int32_t *ids;      /* [T, top_k] */
@@ -452,10 +262,51 @@ KRASIS_API int32_t krasis_gemm_int8_heads(krasis_pool *pool, const krasis_acts *
                                           const float *scales, int64_t num_heads, int64_t n, float *out, int64_t ldh,
                                           int64_t ldo);
 
+/* An index over tokens (DSA) says which keys a query attends to. A token's key: k after a layer norm with eps, its
+ * first rotary_dims channels rotated, is kept in its span's values. q, where it is given, is rotated alike, in place.
+ * dim % 16 == 0, <= 256; heads * dim <= 32768. */
+typedef struct krasis_index_args {
+    const float *k; /* [T, dim] */
+    float *q;       /* [T, heads * dim] or NULL */
+    int64_t tokens, heads, dim;
+    const float *norm, *bias; /* [dim] */
+    float eps;
+    int32_t rope_style;
+    const float *cos, *sin; /* [max_positions, rotary_dims / 2] */
+    int64_t max_positions, rotary_dims;
+    const krasis_span *spans;
+    int64_t num_spans, keys_offset_bytes, values_offset_bytes, capacity;
+    int32_t kv_dtype, reserved;
+} krasis_index_args;
+KRASIS_API int32_t krasis_index_store(krasis_pool *pool, const krasis_index_args *args);
+
+/* chosen: of each row the positions that it attends to, ascending: all that it sees if these are budget at most, else
+ * the budget best by sum over heads of weight * max(q . key, 0), of equals the first (-0 equals 0), in any call.
+ * workspace: 4 bytes a position of the longest span beyond budget, in blocks of 64; 16 times that is of use. */
+typedef struct krasis_choose_args {
+    const float *q;       /* [T, heads * dim], rotated */
+    const float *weights; /* [T, heads] */
+    int64_t tokens, heads, dim;
+    const krasis_span *spans;
+    int64_t num_spans, keys_offset_bytes, values_offset_bytes, capacity;
+    int32_t kv_dtype, reserved;
+    int32_t *chosen; /* [T, budget] */
+    int64_t budget;
+    void *workspace;
+    int64_t workspace_bytes;
+} krasis_choose_args;
+KRASIS_API int32_t krasis_choose(krasis_pool *pool, const krasis_choose_args *args);
+
+/* krasis_attention of values that are the beginning of their keys (one head of keys, no window), over the positions
+ * that krasis_choose gave: a row of which all are chosen gets the same bits. workspace: budget keys, in whole lines of
+ * 64 bytes, and krasis_attention_workspace_bytes(1, budget, ...), the same; 16 times as much is of use. */
+KRASIS_API int32_t krasis_attention_chosen(krasis_pool *pool, const krasis_attention_args *args, const int32_t *chosen,
+                                           int64_t budget);
+
 /* A gate on what a mixer gives. */
 typedef enum krasis_gate { KRASIS_GATE_SILU = 0, KRASIS_GATE_SIGMOID = 1 } krasis_gate;
 
-/* The gated delta rule with one decay a head, between its projections. x: f32 [T, ldx], a row is q and k of each key
+/* The gated delta rule, between its projections. x: f32 [T, ldx], a row is q and k of each key
  * head, v and z of each value head; overwritten. gates: f32 [T, 2 * value_heads], b and a; overwritten. Then:
  * q, k and v are convolved by channel over the last conv_width tokens, and silu; q and k are brought to length 1 (1e-6
  * is added in the root), q times key_dim^-1/2. Of each value head, with q and k of key head h / (value_heads /
@@ -464,7 +315,10 @@ typedef enum krasis_gate { KRASIS_GATE_SILU = 0, KRASIS_GATE_SIGMOID = 1 } krasi
  * A sequence's state lies in its span's keys: S at matrices_offset_bytes as [value_heads, value_dim/16, key_dim, 16],
  * the conv_width - 1 last tokens' q, k, v before the convolution at columns_offset_bytes, the oldest first, all f32; at
  * start 0 it is zero, whatever is there. key_dim and value_dim % 16 == 0, <= 256; conv_width <= 8. A sequence gets the
- * same bits however it is cut into calls. */
+ * same bits however it is cut into calls.
+ * With decays each channel of a key has a decay of its own (Kimi Delta Attention): they hold a of all channels, gates
+ * hold b alone, and row i of S is multiplied by exp(-rate softplus(a_i + dt_bias_i)), or with a lower_bound by
+ * exp(lower_bound sigmoid(rate (a_i + dt_bias_i))). */
 typedef struct krasis_gated_delta_args {
     float *x;
     int64_t ldx, tokens, key_heads, value_heads, key_dim, value_dim, conv_width;
@@ -477,8 +331,50 @@ typedef struct krasis_gated_delta_args {
     const krasis_span *spans;
     int64_t num_spans, matrices_offset_bytes, columns_offset_bytes;
     float *out;
+    float *decays;     /* NULL; or [T, value_heads * key_dim], overwritten; then dt_bias is [value_heads * key_dim] */
+    const float *z;    /* NULL: behind v in x; or [T, value_heads * value_dim] */
+    float lower_bound; /* 0: none */
+    int32_t reserved;
 } krasis_gated_delta_args;
 KRASIS_API int32_t krasis_gated_delta(krasis_pool *pool, const krasis_gated_delta_args *args);
+
+/* A gated short convolution between its projections: out = c * conv(b * x), by channel over the last `width` tokens. x:
+ * f32 [T, ldx], a row is b, c and x of all channels. A sequence's width - 1 last products b * x lie in its span's keys
+ * at columns_offset_bytes, [width - 1, channels] f32, the oldest first; at start 0 they are zero, whatever is there.
+ * channels % 16 == 0, width <= 8. A sequence gets the same bits however it is cut into calls. */
+typedef struct krasis_short_conv_args {
+    const float *x;
+    int64_t ldx, tokens, channels, width;
+    const float *conv; /* [width, channels], the oldest token's weights first */
+    const krasis_span *spans;
+    int64_t num_spans, columns_offset_bytes;
+    float *out; /* [T, channels] */
+} krasis_short_conv_args;
+KRASIS_API int32_t krasis_short_conv(krasis_pool *pool, const krasis_short_conv_args *args);
+
+/* A Mamba-2 scan between its projections. x: f32 [T, ldx], a row is z [heads, head_dim], x of the same, B and C
+ * [groups, state_dim]; overwritten. steps: f32 [T, heads]; overwritten. Then: x, B and C are convolved by channel over
+ * the last conv_width tokens, += conv_bias, and silu; a step is d = max(softplus(step + dt_bias), min_step). Of each
+ * head, with B and C of group head / (heads / groups) and a matrix S [state_dim, head_dim]: S = exp(-rate d) S + B (d
+ * x)^T; o = S^T C + skip x. out: f32 [T, heads * head_dim] = h / rms(h) * gate_norm, h = o silu(z), rms by group.
+ * A sequence's state lies in its span's keys as that of krasis_gated_delta, S as [heads, head_dim/16, state_dim, 16].
+ * head_dim and state_dim % 16 == 0, <= 1024; conv_width <= 8. A sequence gets the same bits however it is cut into
+ * calls. */
+typedef struct krasis_mamba2_args {
+    float *x;
+    int64_t ldx, tokens, heads, head_dim, state_dim, groups, conv_width;
+    float *steps;
+    const float *conv;                   /* [conv_width, channels of x, B, C], the oldest token's weights first */
+    const float *conv_bias;              /* [channels] or NULL */
+    const float *rates, *dt_bias, *skip; /* [heads] */
+    const float *gate_norm;              /* [heads * head_dim] */
+    float eps;                           /* of the norm */
+    float min_step;
+    const krasis_span *spans;
+    int64_t num_spans, matrices_offset_bytes, columns_offset_bytes;
+    float *out;
+} krasis_mamba2_args;
+KRASIS_API int32_t krasis_mamba2(krasis_pool *pool, const krasis_mamba2_args *args);
 
 /* x[t] *= gate(g[t]), both f32 [T, k]. k % 16 == 0. */
 KRASIS_API int32_t krasis_gate_rows(krasis_pool *pool, float *x, const float *g, int64_t tokens, int64_t k,

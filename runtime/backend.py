@@ -18,8 +18,9 @@ class Backend(Protocol):
     """One model and the state of some sequences of it.
 
     description: one line for logs: the path chosen. prefill_chunk: most rows of one batch. capacity:
-    positions of a sequence. kv_dtype: what keys and values are kept in, ``f16``, ``bf16`` or ``f32``.
-    layer_done: if set, called during ``run`` with how many layers of how many are done. spec: the model.
+    positions of a sequence. kv_dtype: what keys and values are kept in, ``f16``, ``bf16``, ``f32`` or
+    ``int8``. layer_done: if set, called during ``run`` with how many layers of how many are done. spec: the
+    model.
     """
 
     description: str

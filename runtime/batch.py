@@ -21,7 +21,8 @@ WantedLogits = Literal["last", "all", "none"]
 class Span:
     """Consecutive tokens of one sequence: rows first_row.. of the batch, at positions start.. of a slot.
 
-    logits: of which tokens they are wanted.
+    logits: of which tokens they are wanted. cuts: the state can be taken back to behind each of the tokens
+    afterwards, as long as no other pass is made of the slot.
     """
 
     slot: int
@@ -29,6 +30,7 @@ class Span:
     rows: int
     start: int
     logits: WantedLogits = "last"
+    cuts: bool = False
 
     @property
     def end_row(self) -> int:
@@ -86,9 +88,11 @@ def batch_of(parts: Sequence[tuple[int, int, Sequence[int] | TokenIds, WantedLog
     return Batch(np.concatenate([np.asarray(part[2], np.int64) for part in parts]), tuple(spans))
 
 
-def one_sequence(tokens: TokenIds, start: int, logits: WantedLogits = "last", slot: int = 0) -> Batch:
+def one_sequence(
+    tokens: TokenIds, start: int, logits: WantedLogits = "last", slot: int = 0, *, cuts: bool = False
+) -> Batch:
     """A batch of one span."""
-    return Batch(tokens, (Span(slot, 0, len(tokens), start, logits),))
+    return Batch(tokens, (Span(slot, 0, len(tokens), start, logits, cuts),))
 
 
 class StateStore(Protocol):

@@ -48,15 +48,16 @@ def tokens_in_ram(bundle: Bundle, tiers: tuple[str, ...], kv_dtype: str) -> int:
     return _at_least(fitting, spec.max_context, "RAM")
 
 
-def tokens_in_vram(sizes: ModelSizes, vram_bytes: int, kv_dtype: str) -> int:
-    """Tokens whose keys and values have room on a GPU with that much memory beside the dense weights."""
+def tokens_in_vram(sizes: ModelSizes, vram_bytes: int, kv_dtype: str, num_gpus: int = 1) -> int:
+    """Tokens whose keys and values have room on each of so many GPUs with that much memory beside the dense
+    weights.
+    """
     # The planner's modules take 50 ms to import: a start on the CPU does without.
     from krasis.runtime.planning import assumptions as assumed
 
     spare = vram_bytes - assumed.GPU_RESERVE_BYTES - sizes.dense_bytes
     room = min(SHARE_OF_VRAM * vram_bytes, SHARE_OF_SPARE_RAM * spare)
-    room -= sizes.snapshot_bytes(0, kv_dtype, "whole")
-    return _at_least(sizes.tokens_within(room, kv_dtype), sizes.spec.max_context, "VRAM")
+    return _at_least(sizes.tokens_within(room, kv_dtype, num_gpus), sizes.spec.max_context, "VRAM")
 
 
 def _at_least(fitting: int, longest: int, memory: str) -> int:

@@ -9,41 +9,34 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, cast
-
-import numpy as np
-import numpy.typing as npt
+from typing import Any
 
 from krasis.formats.architecture_record import Architecture
 from krasis.formats.bundle.reader import Bundle
 from krasis.formats.errors import UsageError
-from krasis.formats.models.state import fixed_bytes
-from krasis.runtime.backend import Backend
-from krasis.runtime.batch import one_sequence
+from krasis.formats.process.stages import stage
+from krasis.runtime.backend import Backend, Logits
 from krasis.runtime.bundle_opening import open_bundle
 from krasis.runtime.exclusive import Cancellation, Claim, Exclusive
 from krasis.runtime.generation import Answer, Generation, GenerationPlan, Piece, StopStrings, run
+from krasis.runtime.held_tokens import HeldTokens
 from krasis.runtime.host.prefault import Prefault, files_of_tiers, start_prefault
 from krasis.runtime.layer_progress import Progress as Progress
-from krasis.runtime.layer_progress import layer_progress
+from krasis.runtime.loading import Loads
 from krasis.runtime.open_backend import open_backend
 from krasis.runtime.sampler import Sampler
 from krasis.runtime.settings import EngineSettings, SamplingSettings
-from krasis.runtime.state.borders import pieces
-from krasis.runtime.state.kv_file import PrefixFile, save_prefix
 from krasis.runtime.stops import stop_texts
 from krasis.runtime.template_values import Variables, merged_variables, refuse_variables
 from krasis.runtime.text.assets import TextAssets
 from krasis.runtime.text.chat import Message, missing_template
 from krasis.runtime.text.ends import TextEnds, ends_of_text
 from krasis.runtime.text.messages import read_messages, render_chat, token_ids
-from krasis.runtime.text.token_ids import checked_ids
 from krasis.runtime.user_files import check_length
-from krasis.runtime.wider_cache import is_number, usable, widened
+from krasis.runtime.wider_cache import usable
 
 logger = logging.getLogger(__name__)
 
-Logits = npt.NDArray[np.float32]
 MakeBackend = Callable[[Bundle, EngineSettings], Backend]
 Prompt = str | Sequence[int] | Sequence[Message] | Sequence[Mapping[str, Any]]
 
@@ -64,16 +57,11 @@ class Engine:
         self, bundle: Bundle, backend: Backend, settings: EngineSettings, text: TextAssets | None = None
     ) -> None:
         """text: what was begun to be read already; None: read from the bundle when it is needed."""
-        self.bundle, self.settings = bundle, settings
-        self._vocab_size = bundle.spec.vocab
+        self.bundle = bundle
         self.text = text or TextAssets(bundle, settings.chat_template)
         self.load_s = 0.0
-        self._backend = backend
-        backend.state.open()  # slot 0, the only one that an engine uses
-        self._reopen: Callable[[EngineSettings], Backend] | None = None
-        self._tokens: list[int] = []
-        self._snapshots = fixed_bytes(bundle.spec) > 0  # of what each token overwrites: prompts are cut
         self._gate = Exclusive()
+        self._held = HeldTokens(bundle, backend, settings, self._gate)
         self._prefault: Prefault | None = None
 
     @classmethod
@@ -89,22 +77,33 @@ class Engine:
         settings = settings or EngineSettings()
         begin = time.perf_counter()
         with ExitStack() as undo:
-            bundle = undo.enter_context(open_bundle(Path(path), settings))
-            text = TextAssets(bundle, settings.chat_template)
-            text.prepare()
+            with stage("open the bundle"):
+                bundle = undo.enter_context(open_bundle(Path(path), settings))
+                text = TextAssets(bundle, settings.chat_template)
+                text.prepare()
             tiers = ("dense", settings.experts)
             if settings.reread:
                 bundle.drop_cached(files_of_tiers(bundle, tiers))  # before anything is mapped
-            backend = (make_backend or open_backend)(bundle, settings)
+            with stage("open the backend"):
+                backend = (make_backend or open_backend)(bundle, settings)
             undo.callback(backend.close)
             engine = cls(bundle, backend, settings, text)
-            engine._reopen = functools.partial(make_backend or open_backend, bundle)
+            engine._held.reopen = functools.partial(make_backend or open_backend, bundle)
             if settings.prefault:
-                engine._prefault = start_prefault(bundle, tiers)
+                engine._prefault = start_prefault(bundle, tiers, backend)
             undo.pop_all()
         engine.load_s = time.perf_counter() - begin
         logger.info("opened %s in %.3f s: %s", path, engine.load_s, engine._backend.description)
         return engine
+
+    @property
+    def settings(self) -> EngineSettings:
+        """What it was opened with; another ``kv_dtype`` once an F16 cache has overflowed."""
+        return self._held.settings
+
+    @property
+    def _backend(self) -> Backend:
+        return self._held.backend
 
     @property
     def architecture(self) -> Architecture:
@@ -122,6 +121,15 @@ class Engine:
         prefault = self._prefault  # another thread may close the engine meanwhile, which ends the reading
         if prefault is not None:
             prefault.wait()
+
+    @property
+    def loading(self) -> tuple[str, int, int] | None:
+        """What is loaded in the background now, and how much of it: (what, bytes, bytes in all)."""
+        backend, prefault = self._backend, self._prefault
+        if isinstance(backend, Loads) and backend.is_loading:
+            return "experts pinned", *backend.load_progress()
+        read = None if prefault is None else prefault.progress()
+        return None if read is None else ("weights read", *read)
 
     @property
     def huge_page_share(self) -> float | None:
@@ -149,7 +157,7 @@ class Engine:
     @property
     def tokens(self) -> tuple[int, ...]:
         """The ids computed so far."""
-        return tuple(self._tokens)
+        return tuple(self._held.tokens)
 
     def prefill(
         self, tokens: Sequence[int], *, all_logits: bool = False, progress: Progress | None = None
@@ -161,38 +169,7 @@ class Engine:
         CallCancelledError after ``cancel``: then the passes done so far are held.
         """
         cancellation = Cancellation()
-        return self._gate.run(cancellation, self._prefill, tokens, cancellation, all_logits, progress)
-
-    def _prefill(
-        self, tokens: Sequence[int], cancellation: Cancellation, all_logits: bool, progress: Progress | None
-    ) -> Logits:
-        ids = self._checked(tokens)
-        chunks: list[Logits] = []
-        last: Logits | None = None
-        most = self._backend.prefill_chunk
-        if self._tokens:
-            self._backend.state.checkpoint(0)
-        try:
-            # Some backends copy what tokens overwrite inside a pass; more passes would read experts again.
-            cuts = self._snapshots and not getattr(self._backend.state, "copies_inside", False)
-            for begin, end in pieces(len(ids), most, snapshots=cuts):
-                cancellation.check()
-                chunk = ids[begin:end]
-                self._backend.layer_done = layer_progress(cancellation, progress, begin, len(chunk), len(ids))
-                last = self._run(chunk, all_logits)
-                if not is_number(last[-1]) and self._widen():
-                    last = self._run(chunk, all_logits)
-                self._gate.num_changes += 1
-                self._tokens.extend(chunk.tolist())
-                if end < len(ids) if self._snapshots else end == len(ids):
-                    self._backend.state.checkpoint(0)  # of the end, if windows alone are overwritten
-                if all_logits:
-                    chunks.append(last.copy())
-                if progress is not None:
-                    progress(begin + len(chunk), len(ids))
-        finally:
-            self._backend.layer_done = None
-        return np.concatenate(chunks) if all_logits else cast("Logits", last)[-1].copy()
+        return self._gate.run(cancellation, self._held.prefill, tokens, cancellation, all_logits, progress)
 
     def decode(self, token: int) -> Logits:
         """Computes one token; gives its logits [vocab]. Raises as ``prefill``."""
@@ -200,36 +177,7 @@ class Engine:
 
     def _decode_copy(self, token: int) -> Logits:
         # Another thread's call may overwrite the backend's own before this caller has looked at them.
-        return self._decode(token).copy()
-
-    def _decode(self, token: int) -> Logits:
-        """Logits as a view that the next call overwrites."""
-        position = len(self._tokens)
-        if position >= self._backend.capacity or type(token) is not int or not 0 <= token < self._vocab_size:
-            token = self._checked_one(token)
-        logits: Logits = self._run(np.array([token], np.int64))[0]
-        if not is_number(logits) and self._widen():
-            logits = self._run(np.array([token], np.int64))[0]
-        self._gate.num_changes += 1
-        self._tokens.append(token)
-        return logits
-
-    def _run(self, tokens: npt.NDArray[np.int64], all_logits: bool = False) -> Logits:
-        """Computes tokens after those held."""
-        self._mend()
-        logits: Logits = self._backend.run(
-            one_sequence(tokens, len(self._tokens), "all" if all_logits else "last")
-        )
-        return logits
-
-    def _mend(self) -> None:
-        """Computes again, of the tokens held, what a pass that broke off has spoilt."""
-        held, state = len(self._tokens), self._backend.state
-        if (kept := state.restorable(0, held)) < held:
-            state.rewind(0, kept)
-            for begin in range(kept, held, self._backend.prefill_chunk):
-                again = np.array(self._tokens[begin : begin + self._backend.prefill_chunk], np.int64)
-                self._backend.run(one_sequence(again, begin, "none"))
+        return self._held.decode(token).copy()
 
     def cancel(self) -> None:
         """Ends the answer or the prefill in progress, soon (a prompt: after a layer); does not wait for it.
@@ -244,35 +192,18 @@ class Engine:
         """Forgets all but the first num_tokens tokens, or some more where the model's state cannot be taken
         back to there. Raises UsageError if fewer are held.
         """
-        self._gate.run(None, self._truncate, num_tokens)
-
-    def _truncate(self, num_tokens: int) -> None:
-        if not 0 <= num_tokens <= len(self._tokens):
-            raise UsageError("cannot keep more tokens than are held", got=num_tokens, limit=len(self._tokens))
-        if num_tokens < len(self._tokens):
-            self._gate.num_changes += 1
-            kept = self._backend.state.restorable(0, num_tokens)
-            self._backend.state.rewind(0, kept)
-            del self._tokens[kept:]
+        self._gate.run(None, self._held.truncate, num_tokens)
 
     def reset(self) -> None:
         """Forgets everything."""
-        self._gate.run(None, self._truncate, 0)
+        self._gate.run(None, self._held.truncate, 0)
 
     def keep_prefix(self, tokens: Sequence[int]) -> int:
         """Keeps what the cache shares with tokens, but not the last of them; gives how many were kept.
 
         The last token is always left to compute: its logits are what comes next.
         """
-        return self._gate.run(None, self._keep_prefix, tokens)
-
-    def _keep_prefix(self, tokens: Sequence[int]) -> int:
-        count = 0
-        limit = min(len(self._tokens), len(tokens) - 1)
-        while count < limit and self._tokens[count] == tokens[count]:
-            count += 1
-        self._truncate(max(count, 0))
-        return len(self._tokens)
+        return self._gate.run(None, self._held.keep_prefix, tokens)
 
     def save_prefix(self, path: str | Path, *, conversation: bytes = b"") -> None:
         """Writes the tokens held and their keys and values to a file, which appears complete or not at all.
@@ -281,11 +212,7 @@ class Engine:
         replaced. Raises UsageError if there is nothing to save or another file of that name, ResourceError if
         the system refuses.
         """
-        self._gate.run(None, self._save_prefix, path, conversation)
-
-    def _save_prefix(self, path: str | Path, conversation: bytes) -> None:
-        self._mend()
-        save_prefix(path, self.bundle, self._backend, self._tokens, conversation=conversation)
+        self._gate.run(None, self._held.save_prefix, path, conversation)
 
     def load_prefix(self, path: str | Path) -> bytes:
         """Goes on from a saved prefix instead of what is held now; gives the conversation saved along.
@@ -294,21 +221,7 @@ class Engine:
         prefix of another bundle or KV dtype, UsageError if it is longer than the context, FormatError
         (ChecksumError, VersionError) for a file that is not a sound one; what is held is then still held.
         """
-        return self._gate.run(None, self._load_prefix, path)
-
-    def _load_prefix(self, path: str | Path) -> bytes:
-        with PrefixFile(path) as file:
-            file.check(self.bundle, self._backend)
-            file.verify()
-            tokens, conversation = file.tokens(self.bundle.spec), file.conversation()
-            # From here on the cache is being overwritten: a failure to read must not leave old ids on new
-            # keys.
-            self._gate.num_changes += 1
-            self._tokens.clear()
-            file.restore(self._backend)
-            self._tokens.extend(tokens)
-            logger.info("restored %d tokens from %s (computed by: %s)", len(tokens), path, file.computed_by)
-        return conversation
+        return self._gate.run(None, self._held.load_prefix, path)
 
     def encode(self, prompt: Prompt, *, template_vars: Variables | None = None) -> list[int]:
         """Token ids of plain text, of messages (by the chat template), or of ids (as they are).
@@ -359,7 +272,7 @@ class Engine:
         stop = stop_texts(stop)
         ids = self.encode(prompt, template_vars=template_vars)
         if not ids or len(ids) > self.context:
-            self._refuse_length(len(ids), 0)
+            self._held.refuse_length(len(ids), 0)
         stats = Generation(num_prompt_tokens=len(ids))
         limit = self.context if max_tokens is None else max_tokens
         if limit < 1:
@@ -384,13 +297,14 @@ class Engine:
     ) -> Generator[Piece]:
         """Goes on only inside ``_gate``, and only with what it has left in the cache."""
         claim = Claim(self._gate)
-        stats.num_cached_tokens = kept = self._keep_prefix(ids)
+        stats.num_cached_tokens = kept = self._held.keep_prefix(ids)
+        stats.drafts = self._held.count_drafts()
         plan = GenerationPlan(
             first=lambda: usable(
-                claim.begin(self._prefill, ids[kept:], cancellation, False, progress), self._backend
+                claim.begin(self._held.prefill, ids[kept:], cancellation, False, progress), self._backend
             ),
-            step=lambda token: usable(claim.go_on(self._decode, token), self._backend),
-            context=self._tokens,
+            step=lambda token: usable(claim.go_on(self._held.decode, token), self._backend),
+            context=self._held.tokens,
             room=self.context - len(ids),
             sampler=Sampler(sampling),
             stream=ends.stream,
@@ -413,7 +327,7 @@ class Engine:
         self._gate.close(self._free)
 
     def _free(self) -> None:
-        with ExitStack() as undo:  # each of them, whatever the others raise
+        with stage("close the engine"), ExitStack() as undo:  # each of them, whatever the others raise
             undo.callback(self.bundle.close)
             undo.callback(self._backend.close)
             prefault, self._prefault = self._prefault, None
@@ -425,31 +339,3 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _widen(self) -> bool:
-        """Goes on with an F32 cache in place of an F16 one that overflowed. False if that cannot be."""
-        found = self._reopen and widened(self._backend, self.settings, self._reopen, self._tokens)
-        if not found:
-            return False
-        self._backend.close()
-        self._backend, self.settings = found
-        return True
-
-    def _checked(self, tokens: Sequence[int]) -> npt.NDArray[np.int64]:
-        ids = checked_ids(tokens, self._vocab_size)
-        if not ids.size or len(self._tokens) + ids.size > self.context:
-            self._refuse_length(ids.size, len(self._tokens))
-        return ids
-
-    def _checked_one(self, token: int) -> int:
-        return int(self._checked([token])[0])
-
-    def _refuse_length(self, count: int, held: int) -> None:
-        if not count:
-            raise UsageError("the prompt is empty")
-        raise UsageError(
-            "the context is full",
-            got=f"{count} tokens" + (f" after {held}" if held else ""),
-            limit=f"{self.context} tokens",
-            hint="shorten the prompt, or open with a larger context (--ctx)",
-        )

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from krasis.runtime.drafting import DraftCount
 from krasis.runtime.exclusive import CallCancelledError, Cancellation, Exclusive
 from krasis.runtime.sampler import Sampler
 from krasis.runtime.text.thinking import ANSWER, MarkedStream, Segment, ThinkingSplitter
@@ -35,7 +36,8 @@ class Generation:
 
     num_prompt_tokens: of the whole prompt; num_cached_tokens: of these, found in the KV cache and not
     computed again.
-    text: the answer. reasoning: what the model thought, apart from it. tokens: of both.
+    text: the answer. reasoning: what the model thought, apart from it. tokens: of both. drafts: the guesses
+    that passes went ahead on.
     stop_reason: ``end`` (an end token), ``stop`` (a stop string), ``length`` (max_tokens), ``context`` (the
     cache is full), ``interrupted`` (the caller stopped reading, or an error ended it), ``cancelled``
     (``cancel``), and ``""`` before its first token.
@@ -51,6 +53,7 @@ class Generation:
     tokens: list[int] = field(default_factory=list)
     text: str = ""
     reasoning: str = ""
+    drafts: DraftCount = field(default_factory=DraftCount)
 
     @property
     def prefill_tokens_per_s(self) -> float:

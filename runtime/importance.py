@@ -2,11 +2,12 @@
 
 ``krasis-convert --calibration`` weighs the squared error of every weight by it. The file is HDF5:
 
-    layers/{i}/hidden        float32 [num_experts, hidden_size]: of the inputs of gate and up
-    layers/{i}/intermediate  float32 [num_experts, expert_intermediate_size]: of the inputs of down
-    layers/{i}/tokens        int64 [num_experts]: how many tokens were routed to the expert
+    layers/{i}/hidden        float32 [experts, hidden]: of the inputs of gate and up
+    layers/{i}/intermediate  float32 [experts, intermediate]: of the inputs of down
+    layers/{i}/tokens        int64 [experts]: how many tokens were routed to the expert
 
-and says in its attributes where it comes from. Rows of experts that no token reached are zero.
+for each layer that has experts, and says in its attributes where it comes from. Rows of experts that no token
+reached are zero.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from krasis.formats.architecture_record import Architecture
 from krasis.formats.bundle.reader import Bundle
 from krasis.formats.errors import UsageError
 from krasis.formats.files.atomic_file import AtomicFile
+from krasis.formats.models.spec import ModelSpec
 from krasis.formats.process.tool import tool_version
 from krasis.runtime.cpu.float_backend import FloatBackend
 from krasis.runtime.cpu.native_arrays import Array
@@ -47,17 +48,17 @@ class LayerSums:
     tokens: npt.NDArray[np.int64]
 
     @classmethod
-    def zero(cls, architecture: Architecture) -> LayerSums:
+    def zero(cls, spec: ModelSpec, layer: int) -> LayerSums:
         """Sums over no tokens: all zero."""
-        experts = architecture.num_experts
+        experts = spec.experts_of(layer)
         return cls(
-            np.zeros((experts, architecture.hidden_size)),
-            np.zeros((experts, architecture.expert_intermediate_size)),
-            np.zeros(experts, np.int64),
+            np.zeros((experts.count, spec.hidden)),
+            np.zeros((experts.count, experts.intermediate)),
+            np.zeros(experts.count, np.int64),
         )
 
     def add(self, expert: int, hidden: Array, intermediate: Array) -> None:
-        """Inputs of an expert: [tokens, hidden_size] and [tokens, expert_intermediate_size]."""
+        """Inputs of an expert: [tokens, hidden] and [tokens, intermediate]."""
         self.hidden[expert] += np.square(hidden, dtype=np.float64).sum(axis=0)
         self.intermediate[expert] += np.square(intermediate, dtype=np.float64).sum(axis=0)
         self.tokens[expert] += len(hidden)
@@ -70,15 +71,15 @@ class LayerSums:
 
 @dataclass(frozen=True, slots=True)
 class Importance:
-    """What a text gave. provenance: attributes of the file."""
+    """What a text gave. layers: by number, those with experts. provenance: attributes of the file."""
 
-    layers: tuple[LayerSums, ...]
+    layers: Mapping[int, LayerSums]
     provenance: Mapping[str, str | int]
 
     @property
     def num_unreached(self) -> int:
         """Experts of all layers that no token was routed to: their features will all count alike."""
-        return sum(int((layer.tokens == 0).sum()) for layer in self.layers)
+        return sum(int((layer.tokens == 0).sum()) for layer in self.layers.values())
 
     def to_bytes(self) -> bytes:
         """The file. The same sums give the same bytes."""
@@ -87,7 +88,7 @@ class Importance:
             file.attrs["kind"], file.attrs["format"] = KIND, FORMAT
             for name, value in self.provenance.items():
                 file.attrs[name] = value
-            for index, layer in enumerate(self.layers):
+            for index, layer in self.layers.items():
                 hidden, intermediate = layer.means()
                 group = file.create_group(f"layers/{index}")
                 group.create_dataset("hidden", data=hidden)
@@ -124,13 +125,13 @@ def collect(
     if not tokens:
         raise UsageError("the text is empty: there is nothing to calibrate on")
     settings = EngineSettings(
-        context=min(context, bundle.architecture.max_context),
+        context=min(context, bundle.spec.max_context),
         activations="float32",
         experts=tier,
         kv_dtype="f32",
         prefault=False,
     )
-    sums = tuple(LayerSums.zero(bundle.architecture) for _ in range(bundle.architecture.num_layers))
+    sums = {layer: LayerSums.zero(bundle.spec, layer) for layer in bundle.spec.expert_layers}
     backend = FloatBackend(load_weights(bundle, tier), settings)
     done = 0
 
@@ -148,7 +149,7 @@ def collect(
         backend.observe_experts(_windows(tokens, backend.capacity), observe)
     finally:
         backend.close()
-    reach(len(sums))
+    reach(len(bundle.spec.layers))
     return Importance(sums, _provenance(bundle, text, len(tokens), backend.capacity, tier))
 
 
@@ -162,7 +163,7 @@ def _provenance(bundle: Bundle, text: str, num_tokens: int, context: int, tier: 
         "tool_version": tool_version(),
         "bundle": bundle.path.name,
         "bundle_digest": xxhash.xxh3_128_hexdigest(manifest.to_bytes()),
-        "model_type": manifest.architecture.model_type,
+        "model_type": manifest.spec.family,
         "experts": f"{tier}: {manifest.layouts[tier]}",
         "text_digest": xxhash.xxh3_128_hexdigest(text.encode()),
         "text_bytes": len(text.encode()),

@@ -11,10 +11,12 @@ from krasis.formats.layouts.int8_rows import STRIP_ROWS
 from krasis.formats.models.mixers import Attention, CompressedAttention, LatentAttention
 from krasis.formats.models.mlps import Activation, Experts, GatedMlp, MlpBesideExperts, Router
 from krasis.formats.models.recurrent import ChannelDelta, GatedDelta, Mamba2, ShortConv
+from krasis.formats.models.selection import Selection
 from krasis.formats.models.spec import Layer, ModelSpec
 
 _HEAD_MULTIPLE = 16  # channels
 _MAX_WIDE_HEAD = 512
+_MAX_INDEX_SIZE = 32768  # channels of the heads of an index together
 _MAX_LATENT_WIDTH = 576  # of a latent and the keys' common part
 _MOST_TAPS = 8  # of a convolution
 _MAX_DELTA_DIM = 128  # channels of a head of the delta rule on a GPU
@@ -35,7 +37,13 @@ _QK_NORMS = {
 
 CPU_RUNS = frozenset(
     {
+        "gated residual streams",
+        "hashed n-gram tables",
         "latent attention (MLA)",
+        "Mamba-2 layers",
+        "layers of one block",
+        "experts between two projections",
+        "the activation relu_squared",
         "a soft cap on the logits",
         "an MLP beside the experts",
         "values that are keys, or normed",
@@ -59,7 +67,9 @@ CPU_RUNS = frozenset(
         "shared experts",
         "gated attention",
         "linear attention (Gated DeltaNet)",
+        "linear attention (Kimi Delta Attention)",
         "linear attention with heads of more than 128 channels",
+        "layers of short convolutions",
         "the activation swiglu_offset",
         "the activation silu_clamped_before",
         "the activation silu_clamped_after",
@@ -73,6 +83,10 @@ CPU_RUNS = frozenset(
     }
 )
 GPU_RUNS = CPU_RUNS - {
+    "Mamba-2 layers",
+    "layers of one block",
+    "experts between two projections",
+    "the activation relu_squared",
     "linear attention with heads of more than 128 channels",
 }
 
@@ -91,12 +105,23 @@ def refuse_missing_kernels(spec: ModelSpec, where: str, runs: frozenset[str] = C
         )
 
 
-def refuse_long_context(spec: ModelSpec, context: int | None) -> None:
-    """Raises UnsupportedModelError for a context in which an index would have to choose."""
-    longest = spec.densest_context
+def refuse_ranks(spec: ModelSpec, num_ranks: int) -> None:
+    """Raises UnsupportedModelError for a model that runs on one GPU only."""
+    if num_ranks > 1 and spec.residual is not None:
+        raise UnsupportedModelError(
+            "models with several residual streams run on one GPU only, yet",
+            where="--gpus",
+            got=num_ranks,
+            limit=1,
+        )
+
+
+def refuse_long_blocks(spec: ModelSpec, context: int | None) -> None:
+    """Raises UnsupportedModelError for a context in which an index over blocks would have to choose."""
+    longest = spec.block_context
     if longest is not None and context is not None and context > longest:
         raise UnsupportedModelError(
-            "no kernels yet for sparse attention by an index, which chooses beyond that many tokens",
+            "no kernels yet for sparse attention by an index over blocks, which chooses beyond the limit",
             where="--ctx",
             got=context,
             limit=longest,
@@ -120,8 +145,11 @@ def needed_kernels(spec: ModelSpec) -> Iterator[str]:
 
 
 def _of_model(spec: ModelSpec) -> Iterator[str]:
+    if not _has_indices(spec):
+        yield "layers that take the choice of an index from no layer before, or of another budget"
     if spec.residual is not None:
-        yield "several residual streams"
+        is_gated = spec.residual.kind == "gated" and spec.residual.end == "mixer"
+        yield "gated residual streams" if is_gated else "several residual streams"
     if spec.ngram is not None:
         yield "hashed n-gram tables"
     if spec.norm.kind == "layer":
@@ -134,13 +162,30 @@ def _of_model(spec: ModelSpec) -> Iterator[str]:
         yield "factors on embedding, residual or logits"
 
 
+def _has_indices(spec: ModelSpec) -> bool:
+    """Whether each layer that reuses an index over tokens finds the choice of one of its own budget."""
+    budget: int | None = None
+    for layer in spec.layers:
+        index = layer.mixer.selection if isinstance(layer.mixer, LatentAttention) else None
+        if index is None or index.kind != "tokens":
+            continue
+        if (budget is not None and index.budget != budget) or (budget is None and index.reuses):
+            return False
+        budget = index.budget
+    return True
+
+
 def _of_layer(layer: Layer) -> Iterator[str]:
     if isinstance(layer.mixer, Attention):
         yield from _of_attention(layer.mixer)
     if isinstance(layer.mixer, LatentAttention):
         yield from _of_latent(layer.mixer)
-    if isinstance(layer.mixer, GatedDelta):
+    if isinstance(layer.mixer, GatedDelta | ChannelDelta):
         yield from _of_delta(layer.mixer)
+    if isinstance(layer.mixer, ShortConv):
+        yield from _of_short_conv(layer.mixer)
+    if isinstance(layer.mixer, Mamba2):
+        yield from _of_mamba(layer.mixer)
     if layer.mixer is None or layer.mlp is None:
         yield "layers of one block"
     if layer.parallel:
@@ -159,7 +204,7 @@ def _of_layer(layer: Layer) -> Iterator[str]:
 
 
 def _of_attention(mixer: Attention) -> Iterator[str]:
-    if mixer.selection is not None:
+    if mixer.selection is not None and mixer.selection.kind != "block_mean":  # up to its budget it picks all
         yield "sparse attention by an index"
     if mixer.chunk is not None:
         yield "attention in chunks"
@@ -197,6 +242,8 @@ def _of_attention(mixer: Attention) -> Iterator[str]:
 def _of_latent(mixer: LatentAttention) -> Iterator[str]:
     if mixer.selection is not None and mixer.selection.kind != "tokens":  # up to its budget it picks all
         yield "sparse attention by an index"
+    if mixer.index_dim:
+        yield from _of_token_index(mixer.selection)
     if mixer.head_gate:
         yield "latent attention with a gate for each head"
     if mixer.rope is not None and mixer.rope.place != "first":
@@ -211,12 +258,42 @@ def _of_latent(mixer: LatentAttention) -> Iterator[str]:
         yield f"{mixer.rope.scaling.kind} rope scaling"
 
 
-def _of_delta(mixer: GatedDelta) -> Iterator[str]:
+def _of_token_index(index: Selection | None) -> Iterator[str]:
+    if index is None:
+        return
+    if index.dim % _HEAD_MULTIPLE or index.dim > MAX_HEAD_DIM or index.heads * index.dim > _MAX_INDEX_SIZE:
+        yield f"an index of {index.heads} heads of {index.dim} channels"
+    if index.rope is not None and (index.rope.place != "first" or index.rope.dims > index.dim):
+        yield "an index that turns other than its first channels"
+
+
+def _of_delta(mixer: GatedDelta | ChannelDelta) -> Iterator[str]:
+    if isinstance(mixer, ChannelDelta) and (mixer.decay_rank is None or mixer.gate_rank is None):
+        yield "linear attention with gates of full rank"
     for dim in (mixer.key_dim, mixer.value_dim):
         if dim > MAX_HEAD_DIM or dim % _HEAD_MULTIPLE:
             yield f"linear attention with heads of {dim} channels"
         elif dim > _MAX_DELTA_DIM:
             yield f"linear attention with heads of more than {_MAX_DELTA_DIM} channels"
+    if mixer.conv_width > _MOST_TAPS:
+        yield f"convolutions of {mixer.conv_width} tokens"
+
+
+def _of_short_conv(mixer: ShortConv) -> Iterator[str]:
+    if mixer.bias:
+        yield "short convolutions with biases"
+    if mixer.channels % STRIP_ROWS:
+        yield f"short convolutions of {mixer.channels} channels (a multiple of {STRIP_ROWS} is needed)"
+    if mixer.width > _MOST_TAPS:
+        yield f"convolutions of {mixer.width} tokens"
+
+
+def _of_mamba(mixer: Mamba2) -> Iterator[str]:
+    if mixer.bias:
+        yield "Mamba-2 layers with biases"
+    for dim in (mixer.head_dim, mixer.state_dim):
+        if dim > MAX_HEAD_DIM or dim % _HEAD_MULTIPLE:
+            yield f"Mamba-2 layers with heads or states of {dim} channels"
     if mixer.conv_width > _MOST_TAPS:
         yield f"convolutions of {mixer.conv_width} tokens"
 

@@ -10,8 +10,14 @@ from krasis.formats.bundle.reader import Bundle
 from krasis.runtime.backend import Backend
 from krasis.runtime.context_size import tokens_in_ram
 from krasis.runtime.cpu.weights import ModelWeights, load_weights
+from krasis.runtime.draft_option import not_on_gpus, num_drafts
 from krasis.runtime.host import visible_gpus
-from krasis.runtime.missing_kernels import GPU_RUNS, lacking, refuse_long_context, refuse_missing_kernels
+from krasis.runtime.missing_kernels import (
+    GPU_RUNS,
+    lacking,
+    refuse_long_blocks,
+    refuse_missing_kernels,
+)
 from krasis.runtime.settings import EngineSettings
 
 logger = logging.getLogger(__name__)
@@ -25,11 +31,16 @@ def open_backend(bundle: Bundle, settings: EngineSettings) -> Backend:
     """
     where = str(bundle.path)
     refuse_missing_kernels(bundle.spec, where)
-    refuse_long_context(bundle.spec, settings.context)
+    refuse_long_blocks(bundle.spec, settings.context)
     on_gpu = _on_gpu(bundle, settings)
     if on_gpu is not None:
+        if settings.draft:
+            on_gpu.close()
+            raise not_on_gpus()
         return on_gpu
-    weights = load_weights(bundle, settings.experts)
+    drafts = num_drafts(bundle, settings)
+    weights = load_weights(bundle, settings.experts, draft=drafts > 0)
+    settings = replace(settings, draft=drafts)
     if settings.context is None:
         fitting = tokens_in_ram(bundle, ("dense", settings.experts), settings.kv_dtype)
         settings = replace(settings, context=settings.context_for(bundle.spec.max_context, fitting))

@@ -144,11 +144,13 @@ def attention(
     scale: float,
     window: int | None = None,
     sinks: Array | None = None,
+    chosen: Array | None = None,
 ) -> Array:
     """Causal grouped-query attention: q [T, heads, D] at positions start.., caches [kv_heads, capacity, D].
 
-    window: keys j with 0 <= i - j < window are seen. sinks: [heads], one more logit in each softmax. Values
-    may be of another width than keys. Returns [T, heads, width of a value].
+    window: keys j with 0 <= i - j < window are seen. sinks: [heads], one more logit in each softmax. chosen:
+    bool [T, keys], those that are seen at all. Values may be of another width than keys. Returns [T, heads,
+    width of a value].
     """
     tokens, num_heads, dim = q.shape
     num_kv_heads, width = len(k_cache), v_cache.shape[2]
@@ -165,6 +167,8 @@ def attention(
         positions = np.repeat(np.arange(start + first, start + last), group)
         away = positions[:, None] - np.arange(num_keys)[None, :]
         scores[:, (away < 0) if window is None else ((away < 0) | (away >= window))] = -np.inf
+        if chosen is not None:
+            scores[:, ~np.repeat(chosen[first:last, :num_keys], group, axis=0)] = -np.inf
         if sinks is None:
             shares = softmax(scores)
         else:
@@ -256,7 +260,9 @@ def gated(gate: Array, up: Array, activation: Activation) -> Array:
     limit, alpha = (np.asarray(value, gate.dtype) for value in (activation.limit, activation.alpha))
     kind = activation.kind
     out: Array
-    if kind == "silu":
+    if kind == "relu_squared":  # without a gate, which has no columns
+        out = np.square(np.maximum(up, 0))
+    elif kind == "silu":
         out = silu(gate) * up
     elif kind == "gelu_tanh":
         inner = np.asarray(np.sqrt(2 / np.pi), gate.dtype) * (

@@ -85,6 +85,10 @@ def rescaled_model(spec: ModelSpec, scaling: RopeScaling, where: str = "") -> Mo
         mixer = layer.mixer
         if isinstance(mixer, Attention | LatentAttention | CompressedAttention) and mixer.rope is not None:
             scaled = replace(mixer, rope=replace(mixer.rope, scaling=new))
+            index = mixer.selection
+            if index is not None and index.rope is not None:  # it turns by the same angles
+                index = replace(index, rope=replace(index.rope, scaling=new))
+                scaled = replace(scaled, selection=index)
             layers[layer] = replace(layer, mixer=scaled)
         else:
             layers[layer] = layer

@@ -18,6 +18,8 @@ GPU_DTYPES = ("bf16", "f16")
 KV_DTYPES = ("f16", "f32", "int8")
 MAX_THREADS = 4096
 MAX_SLOTS = 256
+MAX_LAYERS = 10_000
+MAX_DRAFTS = 8
 MAX_PREFILL_CHUNK = 65536
 
 
@@ -41,19 +43,23 @@ class EngineSettings:
     activations: ``int8`` (the fast kernels) or ``float32`` (a slow reference on dequantised weights).
     experts: tier the experts are taken from; ``gpu`` (the Marlin copy) needs activations ``float32`` on a
     CPU.
-    kv_dtype: ``f16``, ``f32`` or ``int8`` (half the memory, on a CPU alone). prefill_chunk: most tokens
-    computed in one pass (memory, not results, depends on it); None = 512 on a CPU, on a GPU as many as the
-    plan finds best.
+    kv_dtype: ``f16``, ``f32`` or ``int8`` (half the memory); a GPU's is ``int8`` or of gpu_dtype.
+    prefill_chunk: most tokens computed in one pass (memory, not results, depends on it); None = 512 on a CPU,
+    on a GPU as many as the plan finds best.
     prefault: read the weights into memory in the background. reread: from the disk, wherever they are in
     memory before: what ``cp`` left in the page cache is read slower than what comes from the disk.
     device: ``cpu``; ``cuda``: prefill on the GPU, decode on both; ``auto``: the GPU if all it needs is there
     (the log says what is missing); ``double``: the GPU's code on the CPU, checked and slow, for tests.
     rope_scaling: instead of the bundle's own: ``none``, ``linear,FACTOR`` or ``yarn,FACTOR,ORIGINAL``, as
     ``rope_option.parse_rope_scaling`` reads it; None = the bundle's.
-    gpu_dtype: of the GPU's activations and KV cache. vram_bytes: use no more of a GPU's memory; None = what
-    is free. chat_template: a file whose template takes the place of the bundle's. template_vars: what every
-    conversation's chat template is told beside, such as enable_thinking. slots: sequences whose state is kept
-    at once, each of ``context`` tokens.
+    gpu_dtype: of the GPU's activations, and of its KV cache unless that is ``int8``. vram_bytes: use no more
+    of a GPU's memory; None = what is free. chat_template: a file whose template takes the place of the
+    bundle's. template_vars: what every conversation's chat template is told beside, such as enable_thinking.
+    slots: sequences whose state is kept
+    at once, each of ``context`` tokens. host_kv_layers: of at least so many layers a GPU's keys and values
+    lie in RAM, of which a token reads them over the link; 0 = of as many as VRAM has no room for. draft:
+    tokens that the bundle's layer for multi-token prediction guesses ahead of each pass; 0 = none, None = one
+    where that pays, if the bundle has such a layer.
     """
 
     context: int | None = None
@@ -72,12 +78,17 @@ class EngineSettings:
     template_vars: Mapping[str, object] = field(default_factory=dict)
     rope_scaling: str | None = None
     slots: int = 1
+    host_kv_layers: int = 0
+    draft: int | None = None
 
     def __post_init__(self) -> None:
         if self.context is not None:
             _between("context", self.context, 1, 2**31 - 1)
         _between("threads", self.threads, 0, MAX_THREADS)
         _between("slots", self.slots, 1, MAX_SLOTS)
+        _between("host_kv_layers", self.host_kv_layers, 0, MAX_LAYERS)
+        if self.draft is not None:
+            _between("draft", self.draft, 0, MAX_DRAFTS)
         if self.prefill_chunk is not None:
             _between("prefill_chunk", self.prefill_chunk, 1, MAX_PREFILL_CHUNK)
         _one_of("isa", self.isa, ISAS)

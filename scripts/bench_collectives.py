@@ -52,7 +52,9 @@ class Exchange:
         self.all_ids = device.empty((gathered, TOP_K), torch.int32)
         self.partial = self.upload(self.by_rank(self.parts[parallel.rank]), gathered)
         self.scratch = device.empty((gathered, hidden), torch.bfloat16)
-        self.hidden = self.upload(torch.zeros(rows, hidden), rows)
+        self.hidden, self.exact = (self.upload(torch.zeros(rows, hidden), rows) for _ in range(2))
+        self.wide = self.upload(self.by_rank(self.parts[parallel.rank].float()), gathered)
+        self.wide_scratch = device.empty((gathered, hidden), torch.float32)
         self.cache = [self.upload(torch.zeros(shape, dtype=torch.bfloat16), shape[0]) for _ in range(2)]
         self.begin_kv()
 
@@ -97,6 +99,10 @@ class Exchange:
                 lambda: p.scatter_sum(s, self.partial, self.hidden, n, self.scratch),
                 others * row_bytes,
             ),
+            "scatter_sum in f32": (
+                lambda: p.scatter_sum(s, self.wide, self.exact, n, self.wide_scratch),
+                others * 2 * row_bytes,
+            ),
             "share_kv": (lambda: p.share_kv(s, [KvPart(*self.cache, START, START + n)]), others * kv_bytes),
             "send_kv": (
                 lambda: p.send_kv(s, [KvPart(*self.cache, 0, START)]),
@@ -116,6 +122,7 @@ class Exchange:
             "gather_tokens": (self.all_x, self.by_rank(self.x)),
             "gather_ids": (self.all_ids, ids.masked_fill(~mine, -1)),
             "scatter_sum": (self.hidden[:own], self.own_rows(expected_sum)),
+            "scatter_sum in f32": (self.exact[:own], self.own_rows(expected_sum)),
             "share_kv: keys": (self.cache[0], self.keys),
             "share_kv: values": (self.cache[1], self.values),
         }
@@ -130,7 +137,7 @@ def rank_main(place: Place, tokens: list[int], hidden: int, device_name: str, re
     control.on_failure(abort_group)
     control.agree(0)
     join_group(place, device.torch_device)
-    parallel = TorchParallel(place, control, NUM_EXPERTS, torch.bfloat16)
+    parallel = TorchParallel(place, control, NUM_EXPERTS)
     report: dict[str, Any] = {"ranks": place.num_ranks, "device": device.description, "hidden": hidden}
     wrong: list[str] = []
     for num_tokens in tokens:

@@ -1,14 +1,32 @@
 #!/usr/bin/env bash
 # Sets up and passes every check: lint, types, native tests under the sanitizers, the Python suite, parts of it under
-# -O, and both ways of installing. This is what CI runs.
+# -O, and both ways of installing. This is what CI runs. What is native runs beside the rest: check_native.sh.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 venv=${KRASIS_VENV:-.venv}
 step() { printf '\n== %s (%s s)\n' "$1" "$SECONDS"; }
 
+native_log=build/native.log
+double_built=$PWD/build/double.built
+mkdir -p build
+rm -f "$double_built"
+set -m # a process group of its own, to be ended as a whole
+scripts/check_native.sh "$double_built" >"$native_log" 2>&1 </dev/null &
+native=$!
+set +m
+editable=$(mktemp -d)
+trap 'kill -- "-$native" 2>/dev/null || true; rm -rf "$editable"' EXIT
+
+native_failed() {
+    cat "$native_log"
+    echo "check.sh: the native checks failed" >&2
+    exit 1
+}
+
 step "set-up"
-scripts/setup.sh lint
+# Modules are compiled when they are imported: most of what is installed never is.
+PIP_NO_COMPILE=0 scripts/setup.sh lint
 bin="$PWD/$venv/bin"
 
 step "the README's first command"
@@ -23,37 +41,23 @@ mkdir -p build/typing/krasis
 for part in formats convert runtime; do ln -sfn "../../../$part" "build/typing/krasis/$part"; done
 "$bin/mypy" -p krasis.formats -p krasis.convert -p krasis.runtime
 
-step "native tests under AddressSanitizer and UndefinedBehaviorSanitizer"
-"$bin/python" -m pip --disable-pip-version-check --quiet install cmake ninja
-"$bin/cmake" -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM="$bin/ninja" -DKRASIS_SANITIZE=ON -DKRASIS_NATIVE_TESTS=ON -DKRASIS_CUDA=off >/dev/null
-"$bin/cmake" --build build/sanitize
-"$bin/ctest" --test-dir build/sanitize --output-on-failure -j 2
-grep -h "^AMX kernels" build/sanitize/Testing/Temporary/LastTest.log | sort -u # by what they were checked on this machine
-
-step "CUDA kernels compile (they run as host C++ above; no GPU is needed here)"
-# For the oldest architecture and for Hopper's own instructions; a wheel is built for all.
-"$bin/cmake" -S . -B build/cuda -G Ninja -DCMAKE_MAKE_PROGRAM="$bin/ninja" -DKRASIS_CUDA=auto -DKRASIS_NATIVE_TESTS=ON \
-    -DCMAKE_CUDA_ARCHITECTURES="80-real;90a-real" >/dev/null
-"$bin/cmake" --build build/cuda --target krasis_cuda_double
-export KRASIS_CUDA_DOUBLE="$PWD/build/cuda/csrc/cuda/tests/libkrasis_cuda_double.so"
-if grep -q '^build krasis_cuda:' build/cuda/build.ninja; then
-    "$bin/cmake" --build build/cuda --target krasis_cuda
-else
-    echo "not compiled: no CUDA compiler on this machine"
-fi
-
 step "Python suite"
+until [ -e "$double_built" ]; do
+    kill -0 "$native" 2>/dev/null || native_failed
+    sleep 1
+done
+export KRASIS_CUDA_DOUBLE="$PWD/build/cuda/csrc/cuda/tests/libkrasis_cuda_double.so"
 "$bin/python" -m pytest -n 2 --dist worksteal -q --durations=15
 
-# Nothing of the product may rest on assert (ruff forbids it there): what reads strangers' files and what computes.
-step "Python suite under -O: files of strangers, the converter, the CPU's backends"
-"$bin/python" -O -m pytest -n 2 --dist worksteal -q -m "not slow" tests/formats tests/convert tests/hostile tests/runtime/cpu
+# Nothing of the product may rest on assert: ruff and tests/test_asserts.py find none. That the rest of what -O changes
+# is nothing show those who refuse: files of strangers, arguments of native calls, command lines.
+step "refusals under -O"
+"$bin/python" -O -m pytest -n 2 --dist worksteal -q -m "not slow" tests/hostile tests/convert/test_refusals.py \
+    tests/runtime/cpu/kernels/test_wrappers.py tests/formats/bundle/test_bundle.py tests/e2e/test_run_cli.py
 
 step "editable install"
-editable=$(mktemp -d)
-trap 'rm -rf "$editable"' EXIT
 "$bin/python" -m venv "$editable/venv"
-"$bin/python" -m pip --disable-pip-version-check --quiet install scikit-build-core
+"$bin/python" -m pip --disable-pip-version-check --quiet install scikit-build-core cmake ninja
 "$bin/python" - "$editable/venv" <<'PY'
 import pathlib, sys, sysconfig
 # The new environment sees this one's packages, but its own krasis comes first.
@@ -69,4 +73,8 @@ with Pool(2) as pool:
     print("editable install:", native.__file__, native.library_path(), pool.isa)
 PY
 )
+
+step "native checks: waiting for their end"
+wait "$native" || native_failed
+grep -E '^(-- |AMX kernels|100% tests passed|not compiled)' "$native_log"
 step "done"

@@ -36,8 +36,8 @@ Pass = dict[str, float]  # seconds by stage
 class StageClock:
     """Adds up the seconds of every native call by stage."""
 
-    def __init__(self, clock: Clock, qkv_rows: int) -> None:
-        self._clock, self._qkv_rows = clock, qkv_rows
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
         self.seconds: defaultdict[str, float] = defaultdict(float)
 
     def wrap(self, name: str, function: NativeFunction) -> NativeFunction:
@@ -56,9 +56,7 @@ class StageClock:
         short = name.removeprefix("krasis_")
         if short == "gemm_int8_rows":
             *_, rows, _, _, accumulate = arguments
-            if accumulate:
-                return "gemm_int8_rows: attention output"
-            return "gemm_int8_rows: " + ("q, k, v" if rows == self._qkv_rows else "output head")
+            return f"gemm_int8_rows: {rows} rows" + (", added" if accumulate else "")
         return {"gemm_float": "gemm_float: router", "moe": "moe: experts"}.get(short, short)
 
     def measure(self, work: Callable[[], object]) -> Pass:
@@ -79,7 +77,7 @@ def medians(passes: list[Pass]) -> Pass:
 def profile(engine: Engine, stages: StageClock, tokens: int, repeats: int) -> dict[str, Pass]:
     """Median seconds by stage of a prompt of `tokens` tokens, and of a token decoded after it."""
     rng = np.random.default_rng(5)
-    vocab = engine.architecture.vocab_size
+    vocab = engine.bundle.spec.vocab
     prompts, decoded = [], []
     for repeat in range(repeats + 1):
         engine.reset()
@@ -122,7 +120,7 @@ def main(
             backend = engine._backend
             if not isinstance(backend, CpuBackend):
                 raise click.ClickException(f"nothing to profile in {engine.description}")
-            stages = StageClock(time.thread_time if cpu else time.perf_counter, engine.architecture.qkv_rows)
+            stages = StageClock(time.thread_time if cpu else time.perf_counter)
             backend.watch(stages.wrap)
             found = profile(engine, stages, tokens, repeats)
             click.echo(engine.description)

@@ -237,7 +237,7 @@ class Caller:
         held = engine.tokens
         if len(held) + 8 < engine.context:
             engine.prefill([1, 2, 3], all_logits=self._random.random() < 0.5)
-            if engine.decode(4).shape != (engine.architecture.vocab_size,):
+            if engine.decode(4).shape != (engine.bundle.spec.vocab,):
                 self._stress.fail("logits of another shape")
 
     def change(self) -> None:

@@ -22,15 +22,15 @@ PACKAGES = ("formats", "convert", "runtime")
 # runtime/, lowest first: each knows only what stands before it in this list; those of one line do not know
 # each other. ``runtime`` itself is the library's face, its __init__.py.
 LAYERS = (
-    ("batch", "device", "early", "exclusive", "rope_option", "stops", "template_values"),
-    ("backend", "missing_kernels", "reference", "settings"),
+    ("batch", "device", "early", "exclusive", "loading", "rope_option", "stops", "template_values"),
+    ("backend", "drafting", "missing_kernels", "reference", "settings"),
     ("generation_defaults", "layer_progress", "sampler"),
     ("bundle_opening", "planning", "state", "text"),
-    ("cpu", "generation", "user_files"),
+    ("cpu", "draft_option", "generation", "user_files"),
     ("host", "importance", "wider_cache"),
     ("context_size", "host_memory"),
     ("gpu", "this_machine"),
-    ("open_backend",),
+    ("held_tokens", "open_backend"),
     ("serving",),
     ("engine",),
     ("runtime", "distributed"),

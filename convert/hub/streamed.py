@@ -84,8 +84,9 @@ class StreamedSources:
         self._fetcher.allowed_bytes = _allowed(self._needs)
 
     def _needs_of(self, plan: ConversionPlan, unit: Unit) -> dict[Path, Spans]:
-        source = plan.dense_source if unit.kind == "dense" else plan.expert_source(unit.kind)
-        names = source.tensors_of(unit.layer, experts=unit.kind != "dense")
+        is_dense = unit.kind in ("dense", "table")
+        source = plan.dense_source if is_dense else plan.expert_source(unit.kind)
+        names = source.tensors_of(unit.layer, experts=not is_dense, tables=unit.kind == "table")
         places = _places(source)
         found: dict[Path, list[tuple[int, int]]] = {}
         for name in names:

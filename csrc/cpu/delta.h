@@ -19,6 +19,11 @@ inline int64_t delta_conv_units(const krasis_gated_delta_args &args) { return 2 
 // Value channels that one call of delta_scan does; a matrix lies in tiles of so many.
 constexpr int64_t kDeltaTile = 16;
 
+// Columns of gates: b of each head, and a unless each channel has its own.
+inline int64_t delta_gate_columns(const krasis_gated_delta_args &args) {
+    return (args.decays ? 1 : 2) * args.value_heads;
+}
+
 inline float *delta_matrices(const krasis_gated_delta_args &args, const krasis_span &span) {
     return reinterpret_cast<float *>(static_cast<uint8_t *>(span.keys) + args.matrices_offset_bytes);
 }

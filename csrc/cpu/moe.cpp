@@ -155,7 +155,9 @@ Chunk::Chunk(krasis_pool *pool, const krasis_moe_args &args, const Sizes &sizes,
     job_.tokens = tokens;
     job_.blob = args.blob;
     job_.expert_stride_bytes = args.expert_stride_bytes;
-    job_.w2_offset_bytes = 2 * args.intermediate / kStripRows * (args.hidden / kBlock) * strip_block_bytes(job_.format);
+    job_.matrices = has_gate(args.activation) ? 2 : 1;
+    job_.w2_offset_bytes =
+        job_.matrices * args.intermediate / kStripRows * (args.hidden / kBlock) * strip_block_bytes(job_.format);
     job_.one_token = tokens == 1;
     job_.groups = at<MoeGroup>(workspace_.groups);
     job_.input_panels = at<uint8_t>(workspace_.input);
@@ -234,7 +236,7 @@ int64_t Chunk::run() {
         phases[num_phases++] = make_phase(pack_panels, num_packed, 4, 32);
     }
     const int64_t longest = job_.tokens == 1 ? 16 : 4;  // pieces of many tokens are long enough
-    phases[num_phases] = make_phase(gate_up, job_.num_groups * blocks, grain_of(2 * job_.hidden), longest);
+    phases[num_phases] = make_phase(gate_up, job_.num_groups * blocks, grain_of(job_.matrices * job_.hidden), longest);
     phases[num_phases++].period = blocks;
     const int64_t columns = sizes_.columns();
     for (int64_t begin = 0; begin < job_.hidden; begin += columns) {
@@ -257,13 +259,13 @@ int32_t check(const krasis_moe_args &args, const Sizes &sizes) {
     const int32_t status = check_acts(args.acts);
     if (status != KRASIS_OK) return status;
     if (args.tiles < KRASIS_TILES_Q8 || args.tiles > KRASIS_TILES_MXFP4) return KRASIS_ERR_ARGUMENT;
-    if (check_activation(args.activation, args.limit, args.alpha) || !has_gate(args.activation)) {
-        return KRASIS_ERR_ARGUMENT;
-    }
+    if (check_activation(args.activation, args.limit, args.alpha)) return KRASIS_ERR_ARGUMENT;
+    if (args.gate_bias && !has_gate(args.activation)) return KRASIS_ERR_ARGUMENT;
     if (!sizes.valid() || args.acts->k != args.hidden) return KRASIS_ERR_ARGUMENT;
     if (!sizes.tiled()) return KRASIS_ERR_SHAPE;
     const int64_t tile_bytes = strip_block_bytes(strip_format(args.tiles));
-    const int64_t expert_bytes = 3 * (args.intermediate / kStripRows) * (args.hidden / kBlock) * tile_bytes;
+    const int64_t matrices = has_gate(args.activation) ? 3 : 2;
+    const int64_t expert_bytes = matrices * (args.intermediate / kStripRows) * (args.hidden / kBlock) * tile_bytes;
     if (args.expert_stride_bytes < expert_bytes) return KRASIS_ERR_SHAPE;
     if (args.expert_stride_bytes > INT64_MAX / args.num_experts) return KRASIS_ERR_SHAPE;
     if (sizes.tokens == 0) return KRASIS_OK;

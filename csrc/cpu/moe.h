@@ -18,6 +18,7 @@ struct MoeJob {
     int32_t offset_factor = 0;
     int32_t activation = KRASIS_ACT_SILU;
     float limit = 0.0f, alpha = 0.0f;
+    int64_t matrices = 2;                                                        // of w13: gate and up, or up alone
     const float *gate_bias = nullptr, *up_bias = nullptr, *down_bias = nullptr;  // of all experts
     int32_t isa = KRASIS_ISA_AVX2;                                               // of groups of few tokens
     int64_t least_tile_tokens = INT64_MAX;                                       // of groups that use AMX
@@ -55,7 +56,7 @@ struct MoeColumns {
 #define KRASIS_DECLARE_MOE(isa)                                                                          \
     namespace isa {                                                                                      \
     /* Intermediate elements [32 block, 32 block + 32) of a group: activation(gate, up), quantised, into \
-     * middle_panels. */                                                                                 \
+     * middle_panels. Without a gate their strip of w13 is one of up alone. */                           \
     void moe_gate_up(const MoeJob &job, int64_t group, int64_t block);                                   \
     /* Output columns [begin + 32 strip, + 32) of a group, into partial. */                              \
     void moe_down(const MoeColumns &columns, int64_t group, int64_t strip);                              \

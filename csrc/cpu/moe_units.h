@@ -17,18 +17,23 @@ KRASIS_INLINE int64_t tokens_between(const PanelCut &cut, int64_t begin, int64_t
     return (end < cut.count ? cut.first(end) : cut.tokens) - cut.first(begin);
 }
 
-// even/odd: [tokens][16 gate, 16 up] of two neighbouring strips -> 32 intermediate elements of a token.
-template <int32_t kKind>
-KRASIS_INLINE void write_middle(const MoeJob &job, const float *even, const float *odd, uint8_t *q, uint8_t *scale,
-                                uint8_t *offset) {
-    const V16 first = activate<kKind>(V16::load(even), V16::load(even + 16), job.limit, job.alpha);
-    const V16 second = activate<kKind>(V16::load(odd), V16::load(odd + 16), job.limit, job.alpha);
+// 32 intermediate elements of a token, quantised.
+KRASIS_INLINE void write_block(const MoeJob &job, V16 first, V16 second, uint8_t *q, uint8_t *scale, uint8_t *offset) {
     float step;
     int32_t sum;
     quantize_block(low(first), high(first), low(second), high(second), reinterpret_cast<int8_t *>(q), &step, &sum);
     sum *= -job.offset_factor;
     std::memcpy(scale, &step, sizeof step);
     std::memcpy(offset, &sum, sizeof sum);
+}
+
+// even/odd: [tokens][16 gate, 16 up] of two neighbouring strips -> 32 intermediate elements of a token.
+template <int32_t kKind>
+KRASIS_INLINE void write_middle(const MoeJob &job, const float *even, const float *odd, uint8_t *q, uint8_t *scale,
+                                uint8_t *offset) {
+    const V16 first = activate<kKind>(V16::load(even), V16::load(even + 16), job.limit, job.alpha);
+    const V16 second = activate<kKind>(V16::load(odd), V16::load(odd + 16), job.limit, job.alpha);
+    write_block(job, first, second, q, scale, offset);
 }
 
 // values: [tokens][32] += first [16], second [16]; null: nothing is added.
@@ -51,8 +56,33 @@ KRASIS_INLINE void add_gate_up_biases(const MoeJob &job, int64_t expert, int64_t
     add_biases(odd, tokens, gate ? gate + 16 : nullptr, up ? up + 16 : nullptr);
 }
 
+// As moe_gate_up, of experts without a gate: relu(up)^2.
+KRASIS_INLINE void up_alone(const MoeJob &job, const MoeGroup &group, int64_t block) {
+    const PanelCut cut = job.cut(group, job.hidden), middle_cut = job.cut(group, job.intermediate);
+    const uint8_t *strip =
+        job.blob + group.expert * job.expert_stride_bytes + block * cut.blocks * strip_block_bytes(job.format);
+    const float *bias = job.up_bias ? job.up_bias + group.expert * job.intermediate + block * kBlock : nullptr;
+    alignas(64) float up[kMoePanels * kPanelTokens * kStripRows];
+    for (int64_t begin = 0; begin < cut.count; begin += kMoePanels) {
+        const int64_t end = std::min(begin + kMoePanels, cut.count);
+        multiply_strip(job.format, strip, job.input_of(group), cut, begin, end, up);
+        if (bias) add_biases(up, tokens_between(cut, begin, end), bias, bias + 16);
+        const float *from = up;
+        for (int64_t p = begin; p < end; ++p) {
+            const int64_t width = cut.width(p);
+            uint8_t *to = job.middle_of(group) + middle_cut.offset_bytes(p) + block * width * kPanelTokenBytes;
+            for (int64_t t = 0; t < width; ++t, from += kStripRows) {
+                const V16 first = max(V16::zero(), V16::load(from)), second = max(V16::zero(), V16::load(from + 16));
+                write_block(job, mul(first, first), mul(second, second), to + t * kBlock, to + width * kBlock + t * 4,
+                            to + width * (kBlock + 4) + t * 4);
+            }
+        }
+    }
+}
+
 void moe_gate_up(const MoeJob &job, int64_t group_index, int64_t block) {
     const MoeGroup &group = job.groups[group_index];
+    if (job.matrices == 1) return up_alone(job, group, block);
     const PanelCut cut = job.cut(group, job.hidden);
     const PanelCut middle_cut = job.cut(group, job.intermediate);
     const int64_t strip_bytes = cut.blocks * strip_block_bytes(job.format);

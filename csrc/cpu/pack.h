@@ -34,6 +34,7 @@ struct MarlinJob {
     const float *importance;  // [k] in 0..1, or null
     uint32_t *codes;
     uint16_t *scales;
+    const float *steps;  // [n, k / group], the scales of 4 bits if they are given, or null
 };
 
 struct MarlinMxfp4Job {
@@ -50,6 +51,7 @@ struct TilesJob {
     int64_t chunk_k;
     const float *importance;
     uint8_t *dst;
+    const float *steps;  // as above, [n, k / 32], of I4
 };
 
 struct RowsJob {
@@ -87,8 +89,14 @@ void pack_marlin_from_mxfp4(const MarlinMxfp4Job &job, int64_t task, PackPartial
 // KRASIS_OK, or why the source cannot be packed: null, unknown dtype, sizes that are not positive or overflow.
 int32_t check_source(const krasis_pool *pool, const PackSource &src);
 
+// The same of the Marlin weight that a job writes.
+int32_t check_marlin(const MarlinJob &job);
+
 // The same of the tiles that a job writes.
 int32_t check_tiles(const TilesJob &job);
+
+// ARGUMENT unless there are scales, all finite. count: of them.
+int32_t check_steps(const float *steps, int64_t count);
 
 // Divides importance by its largest entry. ARGUMENT if any is negative or not finite, or none is positive.
 int32_t normalise_importance(const float *importance, int64_t k, std::vector<float> &out);

@@ -5,44 +5,81 @@
 
 using namespace krasis;
 
+int32_t krasis::check_marlin(const MarlinJob &job) {
+    const int64_t n = job.src.n, k = job.src.k, group = job.group;
+    if (!job.codes || !job.scales || (job.bits != 4 && job.bits != 8) ||
+        (job.scale_dtype != KRASIS_BF16 && job.scale_dtype != KRASIS_F16)) {
+        return KRASIS_ERR_ARGUMENT;
+    }
+    if ((group != 32 && group != 64 && group != 128 && group != k) || job.n_offset < 0 || job.n_total < n ||
+        job.n_offset > job.n_total - n) {
+        return KRASIS_ERR_ARGUMENT;
+    }
+    const bool fits = k % 16 == 0 && n % kMarlinStrip == 0 && job.n_offset % kMarlinStrip == 0 &&
+                      job.n_total % kMarlinStrip == 0 && k % group == 0;
+    return fits ? KRASIS_OK : KRASIS_ERR_SHAPE;
+}
+
+namespace {
+
+int32_t run_marlin(krasis_pool *pool, MarlinJob &job, krasis_pack_stats *stats) {
+    job.chunk_k = job.group >= kTaskColumns ? job.group : kTaskColumns;
+    const int64_t num_tasks = (job.src.n / kMarlinStrip) * ceil_div(job.src.k, job.chunk_k);
+    const PackTask kernel = choose_kernel<MarlinJob, avx2::pack_marlin, avx512::pack_marlin>(pool);
+    return run_pack_tasks(pool, num_tasks, job.group, kernel, &job, job.src.n * job.src.k, stats);
+}
+
+}  // namespace
+
 int32_t krasis_pack_marlin(krasis_pool *pool, const void *src, int32_t dtype, int64_t n, int64_t k, int64_t row_stride,
                            int32_t bits, int64_t group, int64_t n_offset, int64_t n_total, const float *importance,
                            uint32_t *codes, uint16_t *scales, int32_t scale_dtype, krasis_pack_stats *stats) {
-    MarlinJob job{};
-    job.src = {static_cast<const uint8_t *>(src), dtype, row_stride, n, k};
-    const int32_t status = check_source(pool, job.src);
-    if (status != KRASIS_OK) {
-        return status;
-    }
-    if (!codes || !scales || (bits != 4 && bits != 8) || (scale_dtype != KRASIS_BF16 && scale_dtype != KRASIS_F16)) {
-        return KRASIS_ERR_ARGUMENT;
-    }
-    if ((group != 32 && group != 64 && group != 128 && group != k) || n_offset < 0 || n_total < n ||
-        n_offset > n_total - n) {
-        return KRASIS_ERR_ARGUMENT;
-    }
-    if (k % 16 || n % kMarlinStrip || n_offset % kMarlinStrip || n_total % kMarlinStrip || k % group) {
-        return KRASIS_ERR_SHAPE;
+    MarlinJob job{{static_cast<const uint8_t *>(src), dtype, row_stride, n, k},
+                  bits,
+                  scale_dtype,
+                  group,
+                  n_offset,
+                  n_total,
+                  0,
+                  nullptr,
+                  codes,
+                  scales,
+                  nullptr};
+    int32_t status = check_source(pool, job.src);
+    if (status == KRASIS_OK) {
+        status = check_marlin(job);
     }
     std::vector<float> normalised;
-    if (importance) {
-        const int32_t fault = normalise_importance(importance, k, normalised);
-        if (fault != KRASIS_OK) {
-            return fault;
-        }
+    if (status == KRASIS_OK && importance) {
+        status = normalise_importance(importance, k, normalised);
         job.importance = normalised.data();
     }
-    job.bits = bits;
-    job.scale_dtype = scale_dtype;
-    job.group = group;
-    job.n_offset = n_offset;
-    job.n_total = n_total;
-    job.chunk_k = group >= kTaskColumns ? group : kTaskColumns;
-    job.codes = codes;
-    job.scales = scales;
-    const int64_t num_tasks = (n / kMarlinStrip) * ceil_div(k, job.chunk_k);
-    const PackTask kernel = choose_kernel<MarlinJob, avx2::pack_marlin, avx512::pack_marlin>(pool);
-    return run_pack_tasks(pool, num_tasks, group, kernel, &job, n * k, stats);
+    return status == KRASIS_OK ? run_marlin(pool, job, stats) : status;
+}
+
+int32_t krasis_pack_marlin_steps(krasis_pool *pool, const void *src, int32_t dtype, int64_t n, int64_t k,
+                                 int64_t row_stride, int64_t group, int64_t n_offset, int64_t n_total,
+                                 const float *steps, uint32_t *codes, uint16_t *scales, int32_t scale_dtype,
+                                 krasis_pack_stats *stats) {
+    MarlinJob job{{static_cast<const uint8_t *>(src), dtype, row_stride, n, k},
+                  4,
+                  scale_dtype,
+                  group,
+                  n_offset,
+                  n_total,
+                  0,
+                  nullptr,
+                  codes,
+                  scales,
+                  steps};
+    int32_t status = check_source(pool, job.src);
+    if (status == KRASIS_OK) {
+        status = check_marlin(job);
+    }
+    if (status == KRASIS_OK) {
+        status = check_steps(steps, n * (k / group));
+    }
+    return status == KRASIS_OK ? run_marlin(pool, job, stats) : status;
 }
 
 int32_t krasis::check_tiles(const TilesJob &job) {
@@ -60,6 +97,11 @@ namespace {
 
 int64_t num_tile_tasks(const TilesJob &job) { return (job.src.n / job.part_rows) * ceil_div(job.src.k, job.chunk_k); }
 
+int32_t run_tiles(krasis_pool *pool, const TilesJob &job, krasis_pack_stats *stats) {
+    const PackTask kernel = choose_kernel<TilesJob, avx2::pack_tiles, avx512::pack_tiles>(pool);
+    return run_pack_tasks(pool, num_tile_tasks(job), KRASIS_BLOCK_K, kernel, &job, job.src.n * job.src.k, stats);
+}
+
 }  // namespace
 
 int32_t krasis_pack_cpu_tiles(krasis_pool *pool, int32_t tiles, const void *src, int32_t dtype, int64_t n, int64_t k,
@@ -71,7 +113,8 @@ int32_t krasis_pack_cpu_tiles(krasis_pool *pool, int32_t tiles, const void *src,
                  part_offset,
                  kTaskColumns,
                  nullptr,
-                 dst};
+                 dst,
+                 nullptr};
     int32_t status = check_source(pool, job.src);
     if (status == KRASIS_OK) {
         status = check_tiles(job);
@@ -84,11 +127,28 @@ int32_t krasis_pack_cpu_tiles(krasis_pool *pool, int32_t tiles, const void *src,
         status = normalise_importance(importance, k, normalised);
         job.importance = normalised.data();
     }
-    if (status != KRASIS_OK) {
-        return status;
+    return status == KRASIS_OK ? run_tiles(pool, job, stats) : status;
+}
+
+int32_t krasis_pack_cpu_tiles_steps(krasis_pool *pool, const void *src, int32_t dtype, int64_t n, int64_t k,
+                                    int64_t row_stride, int64_t part_rows, int64_t part_offset, const float *steps,
+                                    uint8_t *dst, krasis_pack_stats *stats) {
+    const TilesJob job{{static_cast<const uint8_t *>(src), dtype, row_stride, n, k},
+                       KRASIS_TILES_I4,
+                       part_rows,
+                       part_offset,
+                       kTaskColumns,
+                       nullptr,
+                       dst,
+                       steps};
+    int32_t status = check_source(pool, job.src);
+    if (status == KRASIS_OK) {
+        status = check_tiles(job);
     }
-    const PackTask kernel = choose_kernel<TilesJob, avx2::pack_tiles, avx512::pack_tiles>(pool);
-    return run_pack_tasks(pool, num_tile_tasks(job), KRASIS_BLOCK_K, kernel, &job, n * k, stats);
+    if (status == KRASIS_OK) {
+        status = check_steps(steps, n * (k / KRASIS_BLOCK_K));
+    }
+    return status == KRASIS_OK ? run_tiles(pool, job, stats) : status;
 }
 
 int32_t krasis_pack_cpu_tiles_from_q8_0(krasis_pool *pool, const void *src, int64_t n, int64_t k, int64_t part_rows,
@@ -99,7 +159,8 @@ int32_t krasis_pack_cpu_tiles_from_q8_0(krasis_pool *pool, const void *src, int6
                  part_offset,
                  kTaskColumns,
                  nullptr,
-                 dst};
+                 dst,
+                 nullptr};
     int32_t status = check_source(pool, job.src);
     if (status == KRASIS_OK) {
         status = check_tiles(job);
@@ -119,7 +180,8 @@ int32_t krasis_pack_cpu_tiles_from_mxfp4(krasis_pool *pool, const void *src, int
                  part_offset,
                  kTaskColumns,
                  nullptr,
-                 dst};
+                 dst,
+                 nullptr};
     int32_t status = check_source(pool, job.src);
     if (status == KRASIS_OK) {
         status = check_tiles(job);

@@ -24,6 +24,18 @@ int32_t check_source(const krasis_pool *pool, const PackSource &src) {
     return src.row_stride > most / src.n ? KRASIS_ERR_ARGUMENT : KRASIS_OK;
 }
 
+int32_t check_steps(const float *steps, int64_t count) {
+    if (!steps) {
+        return KRASIS_ERR_ARGUMENT;
+    }
+    for (int64_t i = 0; i < count; ++i) {
+        if (!std::isfinite(steps[i])) {
+            return KRASIS_ERR_ARGUMENT;
+        }
+    }
+    return KRASIS_OK;
+}
+
 int32_t normalise_importance(const float *importance, int64_t k, std::vector<float> &out) {
     float largest = 0;
     for (int64_t i = 0; i < k; ++i) {

@@ -156,6 +156,18 @@ inline Scale absmax_scale(const Group &group) {
     return {magnitude, div(V::set1(1), magnitude), V::zero()};
 }
 
+// Scales that are given, of kLanes rows whose scales are `stride` apart: as stored.
+inline Scale given_scale(const float *steps, int64_t stride, int32_t scale_dtype) {
+    alignas(64) float values[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) {
+        values[lane] = steps[lane * stride];
+    }
+    const V step = V::load(values);
+    const V magnitude = stored_scale(abs(step), scale_dtype);
+    const V sign = where_less(step, V::zero(), V::set1(-1), V::set1(1));
+    return {magnitude, div(sign, magnitude), V::zero()};
+}
+
 // Sums of one pass over a group: squares in units of the scale, so that they cannot overflow.
 struct GroupSums {
     V squared_error, squared_sum, max_abs_error;

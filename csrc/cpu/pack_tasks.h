@@ -114,7 +114,11 @@ inline void marlin_task(const MarlinJob &job, int64_t task, uint8_t *scratch, Pa
             }
             const Group group{w, job.group, job.importance ? job.importance + column : nullptr, V::load(absmax),
                               job.scale_dtype};
-            const Scale scale = job.bits == 4 ? search_scale(group) : absmax_scale(group);
+            const int64_t num_groups = job.src.k / job.group;
+            const Scale scale = job.steps       ? given_scale(job.steps + (row + r) * num_groups + column / job.group,
+                                                              num_groups, job.scale_dtype)
+                                : job.bits == 4 ? search_scale(group)
+                                                : absmax_scale(group);
             GroupSums sums;
             store_scales(scales + r, quantise(group, scale, job.bits, codes + r, 64, sums), job.scale_dtype);
             add_sums(sums, scale.magnitude, out);
@@ -166,10 +170,13 @@ inline void q8_rows(const float *w, V absmax, uint8_t *codes, uint16_t *scales, 
     add_sums(sums, d, out);
 }
 
-inline void i4_rows(const TilesJob &job, const float *w, int64_t column, V absmax, uint8_t *codes, uint16_t *scales,
+inline void i4_rows(const TilesJob &job, const float *w, Place at, V absmax, uint8_t *codes, uint16_t *scales,
                     PackPartial &out) {
-    const Group group{w, KRASIS_BLOCK_K, job.importance ? job.importance + column : nullptr, absmax, KRASIS_F16};
-    const Scale scale = search_scale(group);
+    const int64_t num_blocks = job.src.k / KRASIS_BLOCK_K;
+    const Group group{w, KRASIS_BLOCK_K, job.importance ? job.importance + at.column : nullptr, absmax, KRASIS_F16};
+    const Scale scale =
+        job.steps ? given_scale(job.steps + at.row * num_blocks + at.column / KRASIS_BLOCK_K, num_blocks, KRASIS_F16)
+                  : search_scale(group);
     GroupSums sums;
     store_scales(scales, quantise(group, scale, 4, codes, 64, sums), KRASIS_F16);
     add_sums(sums, scale.magnitude, out);
@@ -198,7 +205,7 @@ inline void tiles_task(const TilesJob &job, int64_t task, uint8_t *scratch, Pack
             if (q8) {
                 q8_rows(w, V::load(absmax), tile + (job.part_offset + r) * 4, scales + r, out);
             } else {
-                i4_rows(job, w, column, V::load(absmax), codes + r, scales + r, out);
+                i4_rows(job, w, at, V::load(absmax), codes + r, scales + r, out);
             }
         }
         if (!q8) {

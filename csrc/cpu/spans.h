@@ -22,12 +22,17 @@ inline int64_t row_bytes(const krasis_attention_args &args) {
 inline int64_t row_bytes(const krasis_latent_args &args) {
     return kv_row_bytes(args.kv_dtype, args.kv_rank + args.rope_dim, 2);
 }
+// Of an index's keys, which are kept as values.
+inline int64_t row_bytes(const krasis_index_args &args) { return kv_row_bytes(args.kv_dtype, args.dim, 1); }
+inline int64_t row_bytes(const krasis_choose_args &args) { return kv_row_bytes(args.kv_dtype, args.dim, 1); }
 
 constexpr int64_t kMostRingPosition = int64_t{1} << 40;  // keeps sums of positions far from overflow
 
 inline bool is_ring(const krasis_qkv_args &args) { return args.ring != 0; }
 inline bool is_ring(const krasis_attention_args &args) { return args.ring != 0; }
 inline bool is_ring(const krasis_latent_args &) { return false; }
+inline bool is_ring(const krasis_index_args &) { return false; }
+inline bool is_ring(const krasis_choose_args &) { return false; }
 
 // Where a position lies among a head's rows.
 template <class Args>

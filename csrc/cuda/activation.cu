@@ -43,6 +43,7 @@ KRASIS_DEVICE float activate(const krasis_cuda_activation_args &p, float g, floa
 // Eight columns a thread.
 KRASIS_KERNEL(kThreads, 1)
 gated_activation_kernel(const krasis_cuda_activation_args p) {
+    simt::follow();
     const bool gated = p.kind != KRASIS_CUDA_RELU_SQUARED;
     const int64_t columns = p.n / kVector, count = p.tokens * columns;
     const int64_t step = static_cast<int64_t>(simt::num_blocks()) * kThreads;
@@ -70,6 +71,7 @@ gated_activation_kernel(const krasis_cuda_activation_args p) {
 
 KRASIS_KERNEL(kThreads, 1)
 add_rows_kernel(const krasis_cuda_add_rows_args p) {
+    simt::follow();
     const int64_t columns = p.n / kVector, count = p.tokens * columns;
     const int64_t step = static_cast<int64_t>(simt::num_blocks()) * kThreads;
     for (int64_t cell = static_cast<int64_t>(simt::block_x()) * kThreads + simt::thread_x(); cell < count;
@@ -103,7 +105,7 @@ int32_t krasis_cuda_gated_activation(const krasis_cuda_activation_args *args, vo
     const int64_t columns = a.kind == KRASIS_CUDA_RELU_SQUARED ? a.n : 2 * a.n;
     const bool strides = a.x_stride % kVector == 0 && a.out_stride % kVector == 0;
     if (!aligned || !strides || a.n % kVector || a.x_stride < columns || a.out_stride < a.n) return KRASIS_ERR_SHAPE;
-    return launch<gated_activation_kernel>({blocks_for(a.tokens, a.n), kThreads, 0}, a, stream);
+    return launch_rows<gated_activation_kernel>(a.tokens, {blocks_for(a.tokens, a.n), kThreads, 0}, a, stream);
 }
 
 int32_t krasis_cuda_add_rows(const krasis_cuda_add_rows_args *args, void *stream) {
@@ -113,5 +115,5 @@ int32_t krasis_cuda_add_rows(const krasis_cuda_add_rows_args *args, void *stream
     if (!a.hidden || a.tokens < 0 || a.tokens > kMaxBlocks || a.n <= 0 || !is_dtype(a.x_dtype))
         return KRASIS_ERR_ARGUMENT;
     if (a.n % kVector || !is_aligned(a.hidden) || !is_aligned(a.x) || !is_aligned(a.bias)) return KRASIS_ERR_SHAPE;
-    return launch<add_rows_kernel>({blocks_for(a.tokens, a.n), kThreads, 0}, a, stream);
+    return launch_rows<add_rows_kernel>(a.tokens, {blocks_for(a.tokens, a.n), kThreads, 0}, a, stream);
 }

@@ -12,6 +12,7 @@ inline constexpr int kCombineThreads = 512;
 template <class Type, int kDim>
 KRASIS_KERNEL(kCombineThreads, 1)
 attention_combine_kernel(const AttentionParams p) {
+    simt::follow();
     static_assert(kMaxSplits == 64);
     constexpr int kAtOnce = kCombineThreads / kDim;
     const int row = static_cast<int>(simt::block_x()) / p.num_heads;

@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "attention_combine.cuh"
+#include "attention_split.cuh"
 #include "status.h"
 
 namespace krasis::cuda {
@@ -22,6 +23,9 @@ int32_t check(const krasis_cuda_attention_args &a) {
     if (a.num_heads > kMaxBlocks / kMaxSplits || a.num_rows > kMaxBlocks / kMaxSplits / a.num_heads)
         return KRASIS_ERR_ARGUMENT;
     if (a.capacity > kMaxCapacity || a.window < 0) return KRASIS_ERR_ARGUMENT;
+    if (a.ring < 0 || a.ring > kMaxCapacity || (a.ring > 0 && a.window == 0)) return KRASIS_ERR_ARGUMENT;
+    if (a.ring > 0 && a.window > a.ring) return KRASIS_ERR_RANGE;
+    if (a.kv_dtype != 0 && a.kv_dtype != KRASIS_I8) return KRASIS_ERR_ARGUMENT;
     if (a.head_dim % 16 || a.head_dim > kMaxHeadDim || a.num_heads % a.num_kv_heads) return KRASIS_ERR_SHAPE;
     const int64_t row = a.num_heads * a.head_dim;
     if (a.num_rows > 1 && (a.q_stride < row || a.out_stride < row)) return KRASIS_ERR_SHAPE;
@@ -45,6 +49,7 @@ AttentionParams params_of(const krasis_cuda_attention_args &a) {
     p.values_offset = a.values_offset;
     p.q_stride = 2 * a.q_stride;
     p.out_stride = 2 * a.out_stride;
+    p.scales_offset = a.kv_dtype == KRASIS_I8 ? a.num_kv_heads * (a.ring ? a.ring : a.capacity) * a.head_dim : 0;
     p.capacity = static_cast<int32_t>(a.capacity);
     p.num_heads = static_cast<int32_t>(a.num_heads);
     p.heads_per_kv = static_cast<int32_t>(a.num_heads / a.num_kv_heads);
@@ -54,30 +59,43 @@ AttentionParams params_of(const krasis_cuda_attention_args &a) {
     p.window = static_cast<int32_t>(std::min(a.window, a.capacity));
     p.blocks_per_row = static_cast<int32_t>(a.num_kv_heads) * p.head_tiles * p.splits;
     p.scale = a.scale;
+    p.ring = static_cast<int32_t>(a.ring);
     p.statistics = static_cast<float *>(a.workspace);
     const int64_t sums_at = statistics_bytes(a.num_rows, a.num_heads, p.splits);
     p.sums = reinterpret_cast<float *>(static_cast<uint8_t *>(a.workspace) + sums_at);
     return p;
 }
 
-template <class Type, int kDim>
+template <class Type, int kDim, bool kCodes, bool kRing>
 int32_t launch_dim(const AttentionParams &params, int64_t num_rows, void *stream) {
-    using Tile = AttentionTile<Type, kDim>;
+    using Tile = AttentionTile<Type, kDim, kCodes>;
     const simt::LaunchShape shape{static_cast<unsigned>(num_rows * params.blocks_per_row), Tile::kThreads,
                                   Tile::kSharedBytes};
-    const int32_t status = launch<attention_split_kernel<Type, kDim>>(shape, params, stream);
+    const int32_t status = launch_beside<attention_split_kernel<Type, kDim, kCodes, kRing>>(shape, params, stream);
     if (status != KRASIS_OK || params.splits == 1) return status;
     const simt::LaunchShape combine{static_cast<unsigned>(num_rows * params.num_heads), kCombineThreads,
                                     kCombineThreads * sizeof(float)};
-    return launch<attention_combine_kernel<Type, kDim>>(combine, params, stream);
+    return launch_beside<attention_combine_kernel<Type, kDim>>(combine, params, stream);
+}
+
+template <class Type, bool kCodes, bool kRing>
+int32_t launch_type(const AttentionParams &params, int64_t num_rows, void *stream) {
+    if (params.head_dim <= 64) return launch_dim<Type, 64, kCodes, kRing>(params, num_rows, stream);
+    if (params.head_dim <= 128) return launch_dim<Type, 128, kCodes, kRing>(params, num_rows, stream);
+    if (params.head_dim <= 256) return launch_dim<Type, 256, kCodes, kRing>(params, num_rows, stream);
+    return launch_dim<Type, 512, kCodes, kRing>(params, num_rows, stream);
+}
+
+template <class Type, bool kRing>
+int32_t launch_cache(const krasis_cuda_attention_args &a, void *stream) {
+    const AttentionParams params = params_of(a);
+    return a.kv_dtype == KRASIS_I8 ? launch_type<Type, true, kRing>(params, a.num_rows, stream)
+                                   : launch_type<Type, false, kRing>(params, a.num_rows, stream);
 }
 
 template <class Type>
-int32_t launch_type(const AttentionParams &params, int64_t num_rows, void *stream) {
-    if (params.head_dim <= 64) return launch_dim<Type, 64>(params, num_rows, stream);
-    if (params.head_dim <= 128) return launch_dim<Type, 128>(params, num_rows, stream);
-    if (params.head_dim <= 256) return launch_dim<Type, 256>(params, num_rows, stream);
-    return launch_dim<Type, 512>(params, num_rows, stream);
+int32_t launch_places(const krasis_cuda_attention_args &a, void *stream) {
+    return a.ring ? launch_cache<Type, true>(a, stream) : launch_cache<Type, false>(a, stream);
 }
 
 }  // namespace
@@ -96,6 +114,5 @@ int32_t krasis_cuda_attention_decode(const krasis_cuda_attention_args *args, voi
     const krasis_cuda_attention_args &a = *args;
     const int32_t status = check(a);
     if (status != KRASIS_OK) return status;
-    return a.dtype == KRASIS_BF16 ? launch_type<krasis::Bf16>(params_of(a), a.num_rows, stream)
-                                  : launch_type<krasis::F16>(params_of(a), a.num_rows, stream);
+    return a.dtype == KRASIS_BF16 ? launch_places<krasis::Bf16>(a, stream) : launch_places<krasis::F16>(a, stream);
 }

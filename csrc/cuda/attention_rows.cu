@@ -1,49 +1,26 @@
 // attention_rows.cu: what happens to rows around attention: RMSNorm; norm and rotation of q and k, storing of k and v.
+#include "row_norm.cuh"
 #include "status.h"
-#include "vector8.cuh"
 
 namespace krasis::cuda {
 namespace {
 
-constexpr int kNormThreads = 256, kNormWarps = kNormThreads / 32;
 constexpr int kHeadThreads = 128;
 constexpr int kPairs = 4, kMostPairs = 8;  // a head of 256 is 128 pairs, four a lane
 constexpr int kHeadDim = 2 * 32 * kPairs, kMaxHeadDim = 2 * 32 * kMostPairs;
 constexpr int kFlatThreads = 256;
 constexpr int64_t kMaxNormedHeads = 8192;
 
-// The sum over a warp, in every lane, added in the same order whatever the launch.
-KRASIS_DEVICE float warp_sum(float value) {
-    for (int distance = 16; distance; distance /= 2) value += simt::shuffle_xor(value, distance);
-    return value;
-}
-
 // One block a token. shared: float [kNormWarps].
 KRASIS_KERNEL(kNormThreads, 1)
 rms_norm_kernel(const krasis_cuda_rms_norm_args p) {
-    const int thread = static_cast<int>(simt::thread_x());
+    simt::follow();
     const int64_t row = static_cast<int64_t>(simt::block_x()) * p.k;
-    float square = 0;
-    for (int64_t i = thread * kVector; i < p.k; i += kNormThreads * kVector) {
-        float values[kVector];
-        load8(p.x, row + i, p.x_dtype, values);
-        KRASIS_UNROLL
-        for (int j = 0; j < kVector; ++j) square = simt::fused_multiply_add(values[j], values[j], square);
-    }
     auto *sums = reinterpret_cast<float *>(simt::shared_memory());
-    square = warp_sum(square);
-    if (thread % 32 == 0) simt::shared_store(sums + thread / 32, square);
-    simt::sync_threads();
-    float total = 0;
-    KRASIS_UNROLL
-    for (int w = 0; w < kNormWarps; ++w) total += simt::shared_load<float>(sums + w);
-    const float scale = simt::reciprocal_sqrt(total / static_cast<float>(p.k) + p.eps);
-    for (int64_t i = thread * kVector; i < p.k; i += kNormThreads * kVector) {
-        float values[kVector], weights[kVector];
-        load8(p.x, row + i, p.x_dtype, values);
-        load8(p.weight, i, p.weight_dtype, weights);
-        KRASIS_UNROLL
-        for (int j = 0; j < kVector; ++j) values[j] = values[j] * scale * weights[j];
+    const float scale = row_scale(p.x, row, p.k, p.x_dtype, p.eps, sums);
+    for (int64_t i = static_cast<int64_t>(simt::thread_x()) * kVector; i < p.k; i += kNormThreads * kVector) {
+        float values[kVector];
+        load_normed8(p.x, row, i, p.x_dtype, p.weight, p.weight_dtype, scale, values);
         store8(p.out, row + i, p.out_dtype, values);
     }
 }
@@ -68,7 +45,7 @@ KRASIS_DEVICE bool fits(const krasis_cuda_qkv_args &p, int64_t position) {
 
 // One head of a token in one warp, as pairs of channels: q heads, then k heads, then v heads (shared_kv: k's once
 // more).
-template <int kMaxPairs>
+template <int kMaxPairs, bool kRing>
 struct Head {
     const krasis_cuda_qkv_args &p;
     int64_t head, source, at;  // source: the head in a row of qkv; at: its first channel in qkv
@@ -141,19 +118,19 @@ struct Head {
         return x > p.clip ? p.clip : x < -p.clip ? -p.clip : x;
     }
 
-    // scale: of the norm, one over the root of the mean square.
-    KRASIS_DEVICE void finish(const Place &place, float scale) const {
+    // Among those of its kind.
+    KRASIS_DEVICE int64_t number() const { return is_q ? head : head - p.num_heads - (is_k ? 0 : p.num_kv_heads); }
+
+    // scale: of the norm, one over the root of the mean square. Channels that a lane does not have stay 0.
+    KRASIS_DEVICE void finish(const Place &place, float scale) {
         const void *weights = norm();
-        const int64_t own = is_q ? head : head - p.num_heads - (is_k ? 0 : p.num_kv_heads);
-        const int64_t weights_at = p.norm_kind == KRASIS_CUDA_NORM_FLAT ? own * p.head_dim : 0;
+        const int64_t weights_at = p.norm_kind == KRASIS_CUDA_NORM_FLAT ? number() * p.head_dim : 0;
         const bool is_turned = norms_after();
-        void *to = is_q ? p.qkv : is_k ? place.keys : place.values;
-        const int64_t to_at = is_q ? at : (own * p.capacity + place.position) * p.head_dim;
         KRASIS_UNROLL
         for (int m = 0; m < kMaxPairs; ++m) {
             const int i = lane + 32 * m;
             if (i >= half) continue;
-            float x = low[m], y = high[m];
+            float &x = low[m], &y = high[m];
             if (weights) {
                 x *= scale * load1(weights, weights_at + first(i), p.norm_dtype);
                 y *= scale * load1(weights, weights_at + second(i), p.norm_dtype);
@@ -166,38 +143,92 @@ struct Head {
                 y = cut(y);
                 if (is_q || is_k) turn(place, i, x, y);
             }
-            store1(to, to_at + first(i), p.dtype, x);
-            store1(to, to_at + second(i), p.dtype, y);
         }
+    }
+
+    // Of a head.
+    KRASIS_DEVICE int64_t num_places() const { return kRing ? p.ring : p.capacity; }
+
+    // To where it belongs.
+    KRASIS_DEVICE void store(const Place &place) const {
+        void *to = is_q ? p.qkv : is_k ? place.keys : place.values;
+        const int64_t row = number() * num_places() + (kRing ? place.position % p.ring : place.position);
+        if (!is_q && p.kv_dtype == KRASIS_I8) return store_codes(static_cast<uint8_t *>(to), row);
+        const int64_t to_at = is_q ? at : row * p.head_dim;
+        KRASIS_UNROLL
+        for (int m = 0; m < kMaxPairs; ++m) {
+            const int i = lane + 32 * m;
+            if (i >= half) continue;
+            store1(to, to_at + first(i), p.dtype, low[m]);
+            store1(to, to_at + second(i), p.dtype, high[m]);
+        }
+    }
+
+    // Bits of magnitudes are compared, so that what is no number is in the scale.
+    KRASIS_DEVICE void store_codes(uint8_t *to, int64_t row) const {
+        uint32_t largest = 0;
+        KRASIS_UNROLL
+        for (int m = 0; m < kMaxPairs; ++m) {
+            const uint32_t x = float_bits(low[m]) & 0x7fffffffu, y = float_bits(high[m]) & 0x7fffffffu;
+            largest = x > largest ? x : largest;
+            largest = y > largest ? y : largest;
+        }
+        KRASIS_UNROLL
+        for (int distance = 16; distance; distance /= 2) {
+            const uint32_t other = simt::shuffle_xor(largest, distance);
+            largest = other > largest ? other : largest;
+        }
+        const float scale = simt::divide(bits_float(largest), 127.0f);
+        if (lane == 0) reinterpret_cast<float *>(to + p.num_kv_heads * num_places() * p.head_dim)[row] = scale;
+        to += row * p.head_dim;
+        KRASIS_UNROLL
+        for (int m = 0; m < kMaxPairs; ++m) {
+            const int i = lane + 32 * m;
+            if (i >= half) continue;
+            to[first(i)] = code(low[m], scale);
+            to[second(i)] = code(high[m], scale);
+        }
+    }
+
+    // The bits of an int8.
+    KRASIS_DEVICE static uint8_t code(float x, float scale) {
+        if (scale == 0.0f) return 0;
+        const float nearest = simt::round_even(simt::divide(x, scale));
+        const float whole = nearest < 127.0f ? (nearest > -127.0f ? nearest : -127.0f) : 127.0f;
+        return static_cast<uint8_t>(static_cast<int8_t>(whole));
     }
 };
 
 // One warp a head of a token, each normed by itself.
-template <int kMaxPairs>
+template <int kMaxPairs, bool kRing>
 KRASIS_KERNEL(kHeadThreads, 1)
 qk_norm_rope_kernel(const krasis_cuda_qkv_args p) {
+    simt::follow();
     const int64_t heads = p.num_heads + 2 * p.num_kv_heads;
     const int64_t item = static_cast<int64_t>(simt::block_x()) * (kHeadThreads / 32) + simt::thread_x() / 32;
     if (item >= p.tokens * heads) return;  // the whole warp
     const Place place = place_of(p, item / heads);
     if (!fits(p, place.position)) return;
-    Head<kMaxPairs> head(p, item / heads, item % heads);
+    Head<kMaxPairs, kRing> head(p, item / heads, item % heads);
     float square = head.load();
     if (head.norms_after()) square = head.turn_first(place);
     const float scale = simt::reciprocal_sqrt(warp_sum(square) / static_cast<float>(p.head_dim) + p.eps);
     head.finish(place, scale);
+    head.store(place);
 }
 
 // One block a token: the norms of q and k see all of their heads. shared: float [num_heads + num_kv_heads].
+template <bool kRing>
 KRASIS_KERNEL(kFlatThreads, 1)
 qk_flat_norm_rope_kernel(const krasis_cuda_qkv_args p) {
+    simt::follow();
     const int lane = static_cast<int>(simt::thread_x() % 32), warp = static_cast<int>(simt::thread_x() / 32);
     const int64_t token = simt::block_x(), normed = p.num_heads + p.num_kv_heads;
     const Place place = place_of(p, token);
     if (!fits(p, place.position)) return;  // the whole block
     auto *squares = reinterpret_cast<float *>(simt::shared_memory());
     for (int64_t index = warp; index < normed; index += kFlatThreads / 32) {
-        Head<kPairs> head(p, token, index);
+        Head<kPairs, kRing> head(p, token, index);
         const float square = warp_sum(head.load());
         if (lane == 0) simt::shared_store(squares + index, square);
     }
@@ -211,9 +242,10 @@ qk_flat_norm_rope_kernel(const krasis_cuda_qkv_args p) {
     };
     const float scale_q = scale_of(sum_q, p.num_heads), scale_k = scale_of(sum_k, p.num_kv_heads);
     for (int64_t index = warp; index < normed + p.num_kv_heads; index += kFlatThreads / 32) {
-        Head<kPairs> head(p, token, index);
+        Head<kPairs, kRing> head(p, token, index);
         head.load();
         head.finish(place, head.is_q ? scale_q : scale_k);
+        head.store(place);
     }
 }
 
@@ -226,14 +258,29 @@ int32_t check_qkv(const krasis_cuda_qkv_args &a) {
                        a.norm_kind == KRASIS_CUDA_NORM_HEAD_AFTER;
     if (!a.qkv || !tables || !caches || !counts || !kinds || !is_16_bit(a.dtype) || !is_dtype(a.norm_dtype))
         return KRASIS_ERR_ARGUMENT;
+    if (a.kv_dtype != 0 && a.kv_dtype != KRASIS_I8) return KRASIS_ERR_ARGUMENT;
     const bool flat = a.norm_kind == KRASIS_CUDA_NORM_FLAT && (a.q_norm || a.k_norm);
     if (flat && (a.shared_kv || a.value_norm || a.head_dim > kHeadDim)) return KRASIS_ERR_SHAPE;
     if (a.head_dim % 16 || a.head_dim > kMaxHeadDim || a.num_heads + a.num_kv_heads > kMaxNormedHeads)
         return KRASIS_ERR_SHAPE;
     if (a.rotary_dims < 0 || a.rotary_dims % 2 || a.rotary_dims > a.head_dim) return KRASIS_ERR_SHAPE;
     if (a.keys_offset % 16 || a.values_offset % 16) return KRASIS_ERR_SHAPE;
+    if (a.ring < 0) return KRASIS_ERR_ARGUMENT;
     if (a.rows) return KRASIS_OK;
+    if (a.ring > 0 && a.tokens > a.ring) return KRASIS_ERR_RANGE;
     return start + a.tokens > a.max_positions || start + a.tokens > a.capacity ? KRASIS_ERR_RANGE : KRASIS_OK;
+}
+
+template <bool kRing>
+int32_t launch_heads(const krasis_cuda_qkv_args &a, int64_t blocks, void *stream) {
+    if (a.norm_kind == KRASIS_CUDA_NORM_FLAT && (a.q_norm || a.k_norm)) {
+        const size_t shared_bytes = static_cast<size_t>(a.num_heads + a.num_kv_heads) * sizeof(float);
+        return launch_rows<qk_flat_norm_rope_kernel<kRing>>(
+            a.tokens, {static_cast<unsigned>(a.tokens), kFlatThreads, shared_bytes}, a, stream);
+    }
+    const simt::LaunchShape shape{static_cast<unsigned>(blocks), kHeadThreads, 0};
+    return a.head_dim > kHeadDim ? launch_rows<qk_norm_rope_kernel<kMostPairs, kRing>>(a.tokens, shape, a, stream)
+                                 : launch_rows<qk_norm_rope_kernel<kPairs, kRing>>(a.tokens, shape, a, stream);
 }
 
 }  // namespace
@@ -247,8 +294,8 @@ int32_t krasis_cuda_rms_norm(const krasis_cuda_rms_norm_args *args, void *stream
     if (!kinds || !a.x || !a.weight || !a.out || a.tokens < 0 || a.tokens > kMaxBlocks || a.k <= 0)
         return KRASIS_ERR_ARGUMENT;
     if (a.k % kVector || !is_aligned(a.x) || !is_aligned(a.weight) || !is_aligned(a.out)) return KRASIS_ERR_SHAPE;
-    return launch<rms_norm_kernel>({static_cast<unsigned>(a.tokens), kNormThreads, kNormWarps * sizeof(float)}, a,
-                                   stream);
+    const krasis::simt::LaunchShape shape{static_cast<unsigned>(a.tokens), kNormThreads, kNormWarps * sizeof(float)};
+    return launch_rows<rms_norm_kernel>(a.tokens, shape, a, stream);
 }
 
 int32_t krasis_cuda_qk_norm_rope_store(const krasis_cuda_qkv_args *args, void *stream) {
@@ -259,12 +306,5 @@ int32_t krasis_cuda_qk_norm_rope_store(const krasis_cuda_qkv_args *args, void *s
     if (status != KRASIS_OK) return status;
     const int64_t warps = a.tokens * (a.num_heads + 2 * a.num_kv_heads), blocks = ceil_div(warps, kHeadThreads / 32);
     if (blocks > kMaxBlocks) return KRASIS_ERR_ARGUMENT;
-    if (a.norm_kind == KRASIS_CUDA_NORM_FLAT && (a.q_norm || a.k_norm)) {
-        const size_t shared_bytes = static_cast<size_t>(a.num_heads + a.num_kv_heads) * sizeof(float);
-        return launch<qk_flat_norm_rope_kernel>({static_cast<unsigned>(a.tokens), kFlatThreads, shared_bytes}, a,
-                                                stream);
-    }
-    const krasis::simt::LaunchShape shape{static_cast<unsigned>(blocks), kHeadThreads, 0};
-    return a.head_dim > kHeadDim ? launch<qk_norm_rope_kernel<kMostPairs>>(shape, a, stream)
-                                 : launch<qk_norm_rope_kernel<kPairs>>(shape, a, stream);
+    return a.ring ? launch_heads<true>(a, blocks, stream) : launch_heads<false>(a, blocks, stream);
 }

@@ -13,6 +13,7 @@ constexpr int64_t kMostBlocks = 4096;  // each thread goes on from there
 // Eight channels a thread.
 KRASIS_KERNEL(kThreads, 1)
 gate_rows_kernel(const krasis_cuda_gate_rows_args p) {
+    simt::follow();
     const int64_t count = p.count / kVector, step = static_cast<int64_t>(simt::num_blocks()) * kThreads;
     for (int64_t cell = static_cast<int64_t>(simt::block_x()) * kThreads + simt::thread_x(); cell < count;
          cell += step) {
@@ -35,5 +36,5 @@ int32_t krasis_cuda_gate_rows(const krasis_cuda_gate_rows_args *args, void *stre
     if (!a.x || !a.gates || a.count < 0 || !is_dtype(a.dtype)) return KRASIS_ERR_ARGUMENT;
     if (a.count % kVector || !is_aligned(a.x) || !is_aligned(a.gates)) return KRASIS_ERR_SHAPE;
     const auto blocks = static_cast<unsigned>(std::min(ceil_div(a.count / kVector, kThreads), kMostBlocks));
-    return launch<gate_rows_kernel>({blocks, kThreads, 0}, a, stream);
+    return launch_rows<gate_rows_kernel>(blocks, {blocks, kThreads, 0}, a, stream);
 }

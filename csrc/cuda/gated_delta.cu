@@ -19,6 +19,7 @@ int32_t check_delta(const krasis_cuda_gated_delta_args &a) {
     const bool kinds = is_16_bit(a.dtype) && is_dtype(a.norm_dtype) &&
                        (a.gate == KRASIS_CUDA_GATE_SILU || a.gate == KRASIS_CUDA_GATE_SIGMOID);
     const bool arrays = a.x && a.gates && a.mixed && a.out && a.conv && a.a_log && a.dt_bias && a.gate_norm;
+    if (!a.decays != !a.z) return KRASIS_ERR_ARGUMENT;
     if (!counts || !kinds || !arrays || !(a.rows || (a.matrices && a.columns))) return KRASIS_ERR_ARGUMENT;
     const bool heads = a.key_heads <= kMostHeads && a.value_heads <= kMostHeads && a.value_heads % a.key_heads == 0;
     const bool dims = a.key_dim % kDeltaTile == 0 && a.value_dim % kDeltaTile == 0 && a.key_dim <= kMaxDeltaDim &&
@@ -50,6 +51,13 @@ int32_t launch_chunks(const krasis_cuda_gated_delta_args &a, void *stream) {
     return launch<delta_norm_kernel>({norms, kDeltaThreads, 0}, a, stream);
 }
 
+int32_t launch_steps(const krasis_cuda_gated_delta_args &a, void *stream) {
+    const auto steps = static_cast<unsigned>(a.value_heads * (a.rows ? a.tokens : 1));
+    const simt::LaunchShape shape{steps, kDeltaThreads, 2 * kDeltaWarps * sizeof(float)};
+    if (a.decays) return launch<delta_step_kernel<true>>(shape, a, stream);
+    return launch<delta_step_kernel<false>>(shape, a, stream);
+}
+
 }  // namespace
 }  // namespace krasis::cuda
 
@@ -62,9 +70,8 @@ int32_t krasis_cuda_gated_delta(const krasis_cuda_gated_delta_args *args, void *
     const auto mixes = static_cast<unsigned>(ceil_div(mix_units(a) * mix_runs(a), kDeltaWarps));
     status = launch<delta_mix_kernel>({mixes, kDeltaThreads, 0}, a, stream);
     if (status != KRASIS_OK) return status;
-    if (a.chunks && !a.rows && a.tokens >= kFewestChunked) {
+    if (a.chunks && !a.rows && !a.decays && a.tokens >= kFewestChunked) {
         return a.dtype == KRASIS_BF16 ? launch_chunks<krasis::Bf16>(a, stream) : launch_chunks<krasis::F16>(a, stream);
     }
-    const auto steps = static_cast<unsigned>(a.value_heads * (a.rows ? a.tokens : 1));
-    return launch<delta_step_kernel>({steps, kDeltaThreads, 2 * kDeltaWarps * sizeof(float)}, a, stream);
+    return launch_steps(a, stream);
 }

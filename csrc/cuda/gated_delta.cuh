@@ -14,9 +14,13 @@ inline constexpr int kDeltaThreads = 256;  // 8 warps: one for each tile of the 
 KRASIS_BOTH int64_t delta_channels(const krasis_cuda_gated_delta_args &p) {
     return 2 * p.key_heads * p.key_dim + p.value_heads * p.value_dim;
 }
-// Elements from row to row of x: q, k, v and z.
+// Elements from row to row of x: q, k, v and z, unless z is apart.
 KRASIS_BOTH int64_t delta_columns(const krasis_cuda_gated_delta_args &p) {
-    return delta_channels(p) + p.value_heads * p.value_dim;
+    return delta_channels(p) + (p.z ? 0 : p.value_heads * p.value_dim);
+}
+// From row to row of gates: b of each head, and a unless each channel has its own.
+KRASIS_BOTH int64_t delta_gate_columns(const krasis_cuda_gated_delta_args &p) {
+    return (p.decays ? 1 : 2) * p.value_heads;
 }
 
 // A sequence's state of this layer, and how many of its tokens came before.

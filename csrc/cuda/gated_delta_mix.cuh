@@ -14,7 +14,10 @@ inline constexpr float kLeastDecay = -100.0f;  // leaves nothing of fp32; sums o
 inline constexpr int kMixPairs = kMaxDeltaDim / 64;
 static_assert(kMixRun >= kMaxConvWidth - 1);
 
-KRASIS_BOTH int64_t mix_units(const krasis_cuda_gated_delta_args &p) { return 2 * p.key_heads + p.value_heads + 1; }
+// Heads of q, k and v, the gates, and heads of decays by channel.
+KRASIS_BOTH int64_t mix_units(const krasis_cuda_gated_delta_args &p) {
+    return 2 * p.key_heads + p.value_heads + 1 + (p.decays ? p.value_heads : 0);
+}
 KRASIS_BOTH int64_t mix_runs(const krasis_cuda_gated_delta_args &p) {
     return p.rows ? p.tokens : (p.tokens + kMixRun - 1) / kMixRun;
 }
@@ -80,15 +83,29 @@ struct MixRows {
     }
 };
 
+// The logarithm of a decay.
+KRASIS_DEVICE float mix_decay(float x, float a_log, float lower_bound) {
+    const float rate = simt::exp_float(a_log);
+    if (lower_bound != 0.0f) return lower_bound * delta_sigmoid(rate * x);
+    const float decay = -rate * (x > 20.0f ? x : simt::log1p_float(simt::exp_float(x)));
+    return decay < kLeastDecay ? kLeastDecay : decay;
+}
+
 // b becomes the step's size, a the logarithm of the decay.
 KRASIS_DEVICE void mix_gates(const krasis_cuda_gated_delta_args &p, int64_t row, int lane) {
-    float *b = p.gates + row * 2 * p.value_heads, *a = b + p.value_heads;
+    float *b = p.gates + row * delta_gate_columns(p), *a = b + p.value_heads;
     for (int64_t head = lane; head < p.value_heads; head += simt::kWarp) {
-        const float x = a[head] + p.dt_bias[head];
-        const float softened = x > 20.0f ? x : simt::log1p_float(simt::exp_float(x));
-        const float decay = -simt::exp_float(p.a_log[head]) * softened;
-        a[head] = decay < kLeastDecay ? kLeastDecay : decay;
+        if (!p.decays) a[head] = mix_decay(a[head] + p.dt_bias[head], p.a_log[head], 0.0f);
         b[head] = delta_sigmoid(b[head]);
+    }
+}
+
+// The same of the channels of a head.
+KRASIS_DEVICE void mix_decays(const krasis_cuda_gated_delta_args &p, int64_t row, int64_t head, int lane) {
+    const float *biases = p.dt_bias + head * p.key_dim;
+    float *a = p.decays + (row * p.value_heads + head) * p.key_dim;
+    for (int64_t i = lane; i < p.key_dim; i += simt::kWarp) {
+        a[i] = mix_decay(a[i] + biases[i], p.a_log[head], p.lower_bound);
     }
 }
 
@@ -101,8 +118,10 @@ delta_mix_kernel(const krasis_cuda_gated_delta_args p) {
     if (unit >= mix_units(p)) return;  // the whole warp
     const int64_t length = p.rows ? 1 : kMixRun, first = run * length;
     const int64_t last = first + length < p.tokens ? first + length : p.tokens;
-    if (unit == mix_units(p) - 1) {
-        for (int64_t row = first; row < last; ++row) mix_gates(p, row, lane);
+    if (const int64_t beyond = unit - 2 * p.key_heads - p.value_heads; beyond >= 0) {
+        for (int64_t row = first; row < last; ++row) {
+            beyond == 0 ? mix_gates(p, row, lane) : mix_decays(p, row, beyond - 1, lane);
+        }
         return;
     }
     const DeltaState state = delta_state(p, first);

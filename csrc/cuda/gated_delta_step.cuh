@@ -39,6 +39,17 @@ struct StepTile {
         }
     }
 
+    // from: the logarithms of how much stays of each row.
+    KRASIS_DEVICE void decay(const float *from, int key_dim, int lane) {
+        KRASIS_UNROLL
+        for (int i = 0; i < kStepRows; ++i) {
+            const int row = lane / 4 + 8 * i;
+            const float kept = row < key_dim ? simt::exp_float(from[row]) : 0.0f;
+            KRASIS_UNROLL
+            for (int j = 0; j < 4; ++j) rows[i][j] *= kept;
+        }
+    }
+
     // One token; all lanes of a column get its sum. k, q: the lane's rows; v: its columns.
     KRASIS_DEVICE void step(const float (&k)[kStepRows], const float (&q)[kStepRows], const float (&v)[4], float decay,
                             float beta, float (&out)[4]) {
@@ -82,6 +93,8 @@ KRASIS_DEVICE void load_four(const void *from, int64_t index, int32_t dtype, flo
 }
 
 // shared: float [2][warps], the squares of a head's tiles, of every second token.
+// kByChannel: with decays, and z apart.
+template <bool kByChannel>
 KRASIS_KERNEL(kDeltaThreads, 1)
 delta_step_kernel(const krasis_cuda_gated_delta_args p) {
     constexpr int kWarps = kDeltaThreads / simt::kWarp;
@@ -101,14 +114,20 @@ delta_step_kernel(const krasis_cuda_gated_delta_args p) {
     if (works) matrix.load(own, key_dim, lane, state.start == 0);
     for (int64_t t = 0; t < count; ++t) {
         const int64_t row = first + t, mixed = row * delta_channels(p);
-        const float *gates = p.gates + row * 2 * p.value_heads;
+        const float *gates = p.gates + row * delta_gate_columns(p);
         float out[4] = {};
         if (works) {
             float k[kStepRows], q[kStepRows], v[4];
             step_rows(p, mixed + key_head * p.key_dim, lane, q);
             step_rows(p, mixed + keys + key_head * p.key_dim, lane, k);
             load_four(p.mixed, mixed + 2 * keys + head * p.value_dim + column, p.dtype, v);
-            matrix.step(k, q, v, simt::exp_float(gates[p.value_heads + head]), gates[head], out);
+            float kept = 1.0f;
+            if constexpr (kByChannel) {
+                matrix.decay(p.decays + (row * p.value_heads + head) * p.key_dim, key_dim, lane);
+            } else {
+                kept = simt::exp_float(gates[p.value_heads + head]);
+            }
+            matrix.step(k, q, v, kept, gates[head], out);
         }
         float square = 0;
         KRASIS_UNROLL
@@ -124,7 +143,12 @@ delta_step_kernel(const krasis_cuda_gated_delta_args p) {
         const float scale = simt::reciprocal_sqrt(total / static_cast<float>(p.value_dim) + p.eps);
         const int64_t at = head * p.value_dim + column;
         float z[4];
-        load_four(p.x, row * delta_columns(p) + delta_channels(p) + at, p.dtype, z);
+        if constexpr (kByChannel) {
+            KRASIS_UNROLL
+            for (int j = 0; j < 4; ++j) z[j] = p.z[row * p.value_heads * p.value_dim + at + j];
+        } else {
+            load_four(p.x, row * delta_columns(p) + delta_channels(p) + at, p.dtype, z);
+        }
         KRASIS_UNROLL
         for (int j = 0; j < 4; ++j) {
             out[j] *= scale * load1(p.gate_norm, column + j, p.norm_dtype) * delta_gate(p, z[j]);

@@ -5,14 +5,16 @@
 
 namespace krasis::cuda {
 
-// out[0]: bytes 0 and 1, out[1]: bytes 2 and 3.
+// out[0]: bytes 0 and 1, out[1]: bytes 2 and 3; crossed: bytes 0 and 2, bytes 1 and 3.
 //
 // bf16 has room for seven bits below an exponent of 128: with m the low seven bits and s the sign bit of a byte, the
 // byte's value is (128 + m) - (128 or 256), and both are 0x4300 or-ed with bits of the byte itself.
+template <bool kCrossed = false>
 KRASIS_DEVICE void int8_to_floats(Bf16 type, uint32_t word, uint32_t (&out)[2]) {
+    constexpr uint32_t kFirst = kCrossed ? 0x4240u : 0x4140u, kSecond = kCrossed ? 0x4341u : 0x4342u;
     KRASIS_UNROLL
     for (int i = 0; i < 2; ++i) {
-        const uint32_t bytes = simt::byte_permute(word, 0x43434343u, i ? 0x4342u : 0x4140u);
+        const uint32_t bytes = simt::byte_permute(word, 0x43434343u, i ? kSecond : kFirst);
         out[i] = simt::add2(type, bytes & 0xff7fff7fu, (bytes & 0xff80ff80u) | 0x80008000u);
     }
 }

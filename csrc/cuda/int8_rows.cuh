@@ -10,6 +10,7 @@
 #pragma once
 
 #include "int8_dequant.cuh"
+#include "row_norm.cuh"
 
 namespace krasis::cuda {
 
@@ -23,6 +24,7 @@ struct Int8Params {
     int64_t tokens;
     int32_t k, strips;
     int32_t column_blocks;
+    int32_t prefetch_bytes;  // of each strip
     bool out_is_float;
 };
 
@@ -214,6 +216,7 @@ struct Int8Worker {
 template <class Type, int kWarpsM, int kTilesM, int kStrips, int kStages>
 KRASIS_KERNEL(128 * kWarpsM, 1)
 int8_gemm_kernel(const Int8Params p) {
+    simt::follow();
     const unsigned columns = static_cast<unsigned>(p.column_blocks);
     Int8Worker<Int8Tile<Type, kWarpsM, kTilesM, kStrips, kStages>> worker(p, simt::block_x() / columns,
                                                                           static_cast<int>(simt::block_x() % columns));
@@ -221,9 +224,21 @@ int8_gemm_kernel(const Int8Params p) {
     worker.store();
 }
 
-// One strip in one block, up to kTokens tokens. shared: float [kWarps][kTokens][32].
-template <class Type, int kTokens, int kWarps>
-KRASIS_DEVICE void int8_gemv(const Int8Params &p, int strip) {
+// Four k of a token: from memory, or of the only token from shared memory.
+struct GlobalRows {
+    const Int8Params &p;
+    KRASIS_DEVICE simt::Words2 load(int t, int byte) const {
+        return *reinterpret_cast<const simt::Words2 *>(p.x + t * p.x_stride_bytes + byte);
+    }
+};
+struct SharedRow {
+    const uint8_t *row;
+    KRASIS_DEVICE simt::Words2 load(int, int byte) const { return simt::shared_load<simt::Words2>(row + byte); }
+};
+
+// One strip in one block, up to kTokens tokens. sums: shared, float [kWarps][kTokens][32].
+template <class Type, int kTokens, int kWarps, class Rows>
+KRASIS_DEVICE void int8_gemv(const Int8Params &p, int strip, const Rows &rows, float *sums) {
     const int thread = static_cast<int>(simt::thread_x()), lane = thread % 32, warp = thread / 32;
     const int j = lane % 8;
     const uint8_t *codes = p.weight + static_cast<int64_t>(strip) * p.k * 32 + lane * 16;
@@ -238,8 +253,7 @@ KRASIS_DEVICE void int8_gemv(const Int8Params &p, int strip) {
         KRASIS_UNROLL
         for (int t = 0; t < kTokens; ++t) {
             if (t >= p.tokens) continue;
-            const auto x =
-                *reinterpret_cast<const simt::Words2 *>(p.x + t * p.x_stride_bytes + k16 * 32 + lane / 8 * 8);
+            const simt::Words2 x = rows.load(t, k16 * 32 + lane / 8 * 8);
             KRASIS_UNROLL
             for (int c = 0; c < 4; ++c) {
                 const float value = Type::to_float(static_cast<uint16_t>(x.w[c / 2] >> (16 * (c % 2))));
@@ -248,7 +262,6 @@ KRASIS_DEVICE void int8_gemv(const Int8Params &p, int strip) {
             }
         }
     }
-    auto *sums = reinterpret_cast<float *>(simt::shared_memory());
     KRASIS_UNROLL
     for (int t = 0; t < kTokens; ++t) {
         KRASIS_UNROLL
@@ -278,9 +291,58 @@ KRASIS_DEVICE void int8_gemv(const Int8Params &p, int strip) {
 }
 
 template <class Type, int kTokens, int kWarps>
+KRASIS_DEVICE void int8_gemv(const Int8Params &p, int strip) {
+    auto *sums = reinterpret_cast<float *>(simt::shared_memory());
+    int8_gemv<Type, kTokens, kWarps>(p, strip, GlobalRows{p}, sums);
+}
+
+// Of a strip, towards the cache while the launch ahead still runs.
+template <int kWarps>
+KRASIS_DEVICE void prefetch_strip(const Int8Params &p, int strip) {
+    const uint8_t *weight = p.weight + static_cast<int64_t>(strip) * p.k * 32;
+    simt::prefetch_before_wait(weight, p.prefetch_bytes, static_cast<int>(simt::thread_x()), 32 * kWarps);
+}
+
+template <class Type, int kTokens, int kWarps>
 KRASIS_KERNEL(32 * kWarps, 1)
 int8_gemv_kernel(const Int8Params p) {
-    int8_gemv<Type, kTokens, kWarps>(p, static_cast<int>(simt::block_x()));
+    const int strip = static_cast<int>(simt::block_x());
+    simt::let_next_begin();
+    prefetch_strip<kWarps>(p, strip);
+    simt::wait_for_previous();
+    int8_gemv<Type, kTokens, kWarps>(p, strip);
+}
+
+struct NormInt8Params : Int8Params {
+    const float *hidden;
+    const void *norm;
+    int32_t norm_dtype;
+    float eps;
+};
+
+// The product of a row's norm: every block norms the row by itself. shared: 16 bits [k], the normed row; float
+// [kWarps][32]; [kNormWarps].
+template <class Type, int kWarps>
+KRASIS_KERNEL(32 * kWarps, 1)
+norm_int8_gemv_kernel(const NormInt8Params p) {
+    static_assert(32 * kWarps >= kNormThreads);
+    const int strip = static_cast<int>(simt::block_x()), thread = static_cast<int>(simt::thread_x());
+    uint8_t *row = simt::shared_memory();
+    auto *sums = reinterpret_cast<float *>(row + 2 * p.k);
+    simt::let_next_begin();
+    prefetch_strip<kWarps>(p, strip);
+    simt::wait_for_previous();
+    const float scale = row_scale(p.hidden, 0, p.k, KRASIS_F32, p.eps, sums + 32 * kWarps);
+    for (int64_t i = thread * kVector; i < p.k; i += 32 * kWarps * kVector) {
+        float values[kVector];
+        load_normed8(p.hidden, 0, i, KRASIS_F32, p.norm, p.norm_dtype, scale, values);
+        simt::Words4 words;
+        KRASIS_UNROLL
+        for (int j = 0; j < 4; ++j) words.w[j] = pack2<Type>(values[2 * j], values[2 * j + 1]);
+        simt::shared_store(row + 2 * i, words);
+    }
+    simt::sync_threads();
+    int8_gemv<Type, 1, kWarps>(p, strip, SharedRow{row}, sums);
 }
 
 }  // namespace krasis::cuda

@@ -16,6 +16,7 @@ int32_t check(const krasis_cuda_latent_attention_args &a) {
     const bool pointers = a.q_latent && a.q_rope && a.out && (a.rows || a.cache) && (a.workspace || a.splits == 1);
     if (!pointers || !counts || a.start < 0 || !is_16_bit(a.dtype) || a.capacity > kMaxCapacity)
         return KRASIS_ERR_ARGUMENT;
+    if (a.chosen && (a.budget <= 0 || a.budget > kMaxCapacity)) return KRASIS_ERR_ARGUMENT;
     if (a.splits < 1 || a.splits > kLatentMaxSplits) return KRASIS_ERR_ARGUMENT;
     if (a.num_heads > kMaxBlocks / a.splits || a.num_rows > kMaxBlocks / a.splits / a.num_heads)
         return KRASIS_ERR_ARGUMENT;
@@ -34,6 +35,9 @@ LatentParams params_of(const krasis_cuda_latent_attention_args &a) {
     p.out = static_cast<uint8_t *>(a.out);
     p.cache = static_cast<const uint8_t *>(a.cache);
     p.rows = a.rows;
+    p.chosen = a.chosen;
+    p.budget = a.chosen ? static_cast<int32_t>(a.budget) : 0;
+    p.by_row = a.rows || a.chosen;
     p.start = a.start;
     p.keys_offset = a.keys_offset;
     p.rope_stride = 2 * a.q_stride;
@@ -53,29 +57,35 @@ LatentParams params_of(const krasis_cuda_latent_attention_args &a) {
     return p;
 }
 
-template <class Type, int kRank, int kRowTiles>
+template <class Type, int kRank, int kRowTiles, bool kChosen>
 int32_t launch_tile(LatentParams params, int64_t num_rows, void *stream) {
     using Tile = LatentTile<Type, kRank, kRowTiles>;
     params.tile_queries = Tile::kHeads;
     params.tiles_per_row = (params.num_heads + Tile::kHeads - 1) / Tile::kHeads;
-    const int64_t tiles = params.rows ? num_rows * params.tiles_per_row : ceil_div(params.num_queries, Tile::kHeads);
+    const int64_t tiles = params.by_row ? num_rows * params.tiles_per_row : ceil_div(params.num_queries, Tile::kHeads);
     const simt::LaunchShape shape{static_cast<unsigned>(tiles * params.splits), Tile::kThreads, Tile::kSharedBytes};
-    const int32_t status = launch<latent_attention_kernel<Type, kRank, kRowTiles>>(shape, params, stream);
+    const int32_t status = launch<latent_attention_kernel<Type, kRank, kRowTiles, kChosen>>(shape, params, stream);
     if (status != KRASIS_OK || params.splits == 1) return status;
     const simt::LaunchShape combine{static_cast<unsigned>(num_rows * params.num_heads), kLatentCombineThreads,
                                     kLatentMaxSplits * sizeof(float)};
     return launch<latent_combine_kernel<Type>>(combine, params, stream);
 }
 
+template <class Type, bool kChosen>
+int32_t launch_rank(const LatentParams &params, int64_t num_rows, void *stream) {
+    const bool few = (params.by_row ? params.num_heads : params.num_queries) <= 16;
+    if (params.kv_rank <= kSmallRank) {
+        return few ? launch_tile<Type, kSmallRank, 1, kChosen>(params, num_rows, stream)
+                   : launch_tile<Type, kSmallRank, 2, kChosen>(params, num_rows, stream);
+    }
+    return few ? launch_tile<Type, kMaxRank, 1, kChosen>(params, num_rows, stream)
+               : launch_tile<Type, kMaxRank, 2, kChosen>(params, num_rows, stream);
+}
+
 template <class Type>
 int32_t launch_type(const LatentParams &params, int64_t num_rows, void *stream) {
-    const bool few = (params.rows ? params.num_heads : params.num_queries) <= 16;
-    if (params.kv_rank <= kSmallRank) {
-        return few ? launch_tile<Type, kSmallRank, 1>(params, num_rows, stream)
-                   : launch_tile<Type, kSmallRank, 2>(params, num_rows, stream);
-    }
-    return few ? launch_tile<Type, kMaxRank, 1>(params, num_rows, stream)
-               : launch_tile<Type, kMaxRank, 2>(params, num_rows, stream);
+    return params.chosen ? launch_rank<Type, true>(params, num_rows, stream)
+                         : launch_rank<Type, false>(params, num_rows, stream);
 }
 
 }  // namespace

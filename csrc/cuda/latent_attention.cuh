@@ -9,90 +9,9 @@
 // channels of the keys: they are in shared memory already.
 #pragma once
 
-#include "krasis_cuda.h"
-#include "simt.h"
+#include "latent_tile.cuh"
 
 namespace krasis::cuda {
-
-inline constexpr int kLatentMaxSplits = 128;
-inline constexpr int kLatentKeys = 32;       // of a stage; a split has a multiple of so many
-inline constexpr int kLatentStatistics = 2;  // of a split of a head: the maximum, and the sum of exponentials below it
-inline constexpr int kLatentRope = 64;       // at most, of a key's channels behind the latent
-inline constexpr float kNothing = -__builtin_inff();  // the maximum of no scores
-
-struct LatentParams {
-    const uint8_t *q_latent, *q_rope;  // 16-bit
-    uint8_t *out;
-    const uint8_t *cache;                                // of all rows, if rows is null
-    const krasis_cuda_row *rows;                         // [num_rows]
-    float *statistics;                                   // [num_rows, num_heads, splits, 2]
-    float *sums;                                         // [num_rows, num_heads, splits, kv_rank]
-    int64_t start, keys_offset, rope_stride, rope_head;  // in bytes but for start
-    int64_t num_queries;                                 // of all rows
-    int32_t capacity, num_heads, tiles_per_row, tile_queries, kv_rank, rope_dim, splits;
-    float scale;
-};
-
-// Queries [begin, end), counted as row * num_heads + head.
-struct LatentQueries {
-    int64_t begin, end;
-};
-
-// Those of a tile.
-KRASIS_DEVICE LatentQueries latent_queries(const LatentParams &p, int64_t tile) {
-    const int64_t row = p.rows ? tile / p.tiles_per_row : 0, last = p.rows ? (row + 1) * p.num_heads : p.num_queries;
-    const int64_t begin = row * p.num_heads + (p.rows ? tile % p.tiles_per_row : tile) * p.tile_queries;
-    return {begin, begin + p.tile_queries < last ? begin + p.tile_queries : last};
-}
-
-KRASIS_DEVICE int64_t latent_tile(const LatentParams &p, int64_t query) {
-    if (!p.rows) return query / p.tile_queries;
-    return query / p.num_heads * p.tiles_per_row + query % p.num_heads / p.tile_queries;
-}
-
-// How many keys a row's query sees; a position outside of the cache counts as its nearest end.
-KRASIS_DEVICE int latent_keys(const LatentParams &p, int64_t row) {
-    const int64_t position = p.rows ? p.rows[row].position : p.start + row;
-    return position < 0 ? 0 : position < p.capacity ? static_cast<int>(position) + 1 : p.capacity;
-}
-
-// How many a tile's last row sees: no other sees more.
-KRASIS_DEVICE int latent_tile_keys(const LatentParams &p, const LatentQueries &queries) {
-    return latent_keys(p, (queries.end - 1) / p.num_heads);
-}
-
-KRASIS_DEVICE int latent_keys_per_split(int count, int splits) {
-    return ((count - 1) / splits / kLatentKeys + 1) * kLatentKeys;
-}
-
-KRASIS_DEVICE int latent_active_splits(int count, int splits) {
-    return count == 0 ? 0 : (count - 1) / latent_keys_per_split(count, splits) + 1;
-}
-
-// exp(x - maximum), where the maximum of nothing is kNothing.
-KRASIS_DEVICE float below(float x, float maximum) { return x == kNothing ? 0.0f : simt::exp_float(x - maximum); }
-
-template <class Type_, int kRank_, int kRowTiles_>
-struct LatentTile {
-    using Type = Type_;
-    static constexpr int kRank = kRank_, kRowTiles = kRowTiles_;  // the latent's channels, rounded up; 16 queries each
-    static constexpr int kWidth = kRank + kLatentRope, kSteps = kWidth / 16;
-    static constexpr int kQuarterSteps = kSteps / 4;
-    static constexpr int kWarps = 8, kThreads = 32 * kWarps;
-    static constexpr int kHeads = 16 * kRowTiles;
-    static constexpr int kStages = 2;
-    static constexpr int kRowBytes = 2 * kWidth, kRowChunks = kRowBytes / 16;
-    static constexpr int kStageBytes = kLatentKeys * kRowBytes;
-    static constexpr int kCopies = kLatentKeys * kRowChunks / kThreads;
-    static constexpr int kColumns = kRank / kWarps, kColumnSteps = kColumns / 16;  // of a warp
-    static constexpr int kPartsAt = kStages * kStageBytes;                         // float [quarter][head][key]
-    static constexpr int kWeightsAt = kPartsAt + 4 * kHeads * kLatentKeys * 4;     // 16-bit [value, rest][head][key]
-    static constexpr int kWeightBytes = kHeads * kLatentKeys * 2;
-    static constexpr int kFactorsAt = kWeightsAt + 2 * kWeightBytes;  // float [head]
-    static constexpr int kSharedBytes = kFactorsAt + kHeads * 4;
-    static_assert(kSteps % 4 == 0 && kRowChunks % 8 == 0 && kLatentKeys * kRowChunks % kThreads == 0);
-    static_assert(kColumns % 16 == 0 && kSharedBytes <= 96 * 1024);  // what every target has
-};
 
 template <class Tile>
 struct LatentWorker {
@@ -104,7 +23,8 @@ struct LatentWorker {
     uint8_t *shared;
     int thread, lane, warp, quarter, half;  // half: of the keys of a stage
     LatentQueries queries;
-    const uint8_t *keys;  // of this split
+    const uint8_t *keys;    // of this split; of the whole cache where some are chosen
+    const int32_t *chosen;  // of this split
     int begin, count;
     uint32_t q[kRowTiles][kQuarterSteps][4];
     float out[kRowTiles][2 * kColumnSteps][4];  // [8 columns][fragment], unscaled
@@ -129,7 +49,8 @@ struct LatentWorker {
         seen = seen < count ? seen : count;
         const uint8_t *cache = p.cache;
         if (p.rows) cache = static_cast<const uint8_t *>(p.rows[queries.begin / p.num_heads].keys) + p.keys_offset;
-        keys = cache + static_cast<int64_t>(begin) * (p.kv_rank + p.rope_dim) * 2;
+        keys = Tile::kChosen ? cache : cache + static_cast<int64_t>(begin) * (p.kv_rank + p.rope_dim) * 2;
+        chosen = Tile::kChosen ? p.chosen + queries.begin / p.num_heads * p.budget + begin : nullptr;
         KRASIS_UNROLL
         for (int m = 0; m < kRowTiles; ++m) {
             KRASIS_UNROLL
@@ -176,8 +97,13 @@ struct LatentWorker {
             for (int i = 0; i < Tile::kCopies; ++i) {
                 const int cell = i * Tile::kThreads + thread, key = cell / Tile::kRowChunks;
                 const int chunk = cell % Tile::kRowChunks;
-                const bool valid = first + key < count && chunk * 16 < row_bytes;
-                const uint8_t *from = keys + static_cast<int64_t>(first + key) * row_bytes + chunk * 16;
+                bool valid = first + key < count && chunk * 16 < row_bytes;
+                int64_t at = first + key;
+                if constexpr (Tile::kChosen) {
+                    at = valid ? chosen[at] : 0;
+                    valid = valid && at >= 0 && at < p.capacity;  // what a kernel wrote could not be checked before
+                }
+                const uint8_t *from = keys + at * row_bytes + chunk * 16;
                 simt::cp_async16(stage(index) + place(key, chunk), valid ? from : keys, valid);
             }
         }
@@ -378,7 +304,7 @@ struct LatentWorker {
 };
 
 // Blocks: [tile][split].
-template <class Type, int kRank, int kRowTiles>
+template <class Type, int kRank, int kRowTiles, bool kChosen>
 KRASIS_KERNEL((LatentTile<Type, kRank, kRowTiles>::kThreads), 1)
 latent_attention_kernel(const LatentParams p) {
     const int split = static_cast<int>(simt::block_x()) % p.splits;
@@ -388,8 +314,8 @@ latent_attention_kernel(const LatentParams p) {
     const int each = latent_keys_per_split(count, p.splits), begin = split * each;
     if (begin >= count) return;
     const bool only = latent_active_splits(count, p.splits) == 1;
-    LatentWorker<LatentTile<Type, kRank, kRowTiles>> worker(p, queries, begin,
-                                                            begin + each < count ? begin + each : count);
+    LatentWorker<LatentTile<Type, kRank, kRowTiles, kChosen>> worker(p, queries, begin,
+                                                                     begin + each < count ? begin + each : count);
     worker.run();
     worker.share_sums(split);
     worker.store(split, only);

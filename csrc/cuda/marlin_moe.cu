@@ -9,8 +9,23 @@
 namespace krasis::cuda {
 namespace {
 
+// Up to so many slots (eight tokens of eight choices), for which the other kernels have too few blocks.
+constexpr int64_t kFewSlots = 64;
+
+bool is_few(const krasis_cuda_moe_gemm_args &a) { return a.m_block == kFewRows && a.num_slots <= kFewSlots; }
+
+int32_t check_ids(const krasis_cuda_moe_gemm_args &a) {
+    if (a.hidden && !a.ids) return KRASIS_ERR_ARGUMENT;
+    if (a.ids == nullptr) return KRASIS_OK;
+    if (!is_few(a)) return KRASIS_ERR_SHAPE;
+    if (a.hidden == nullptr) return KRASIS_OK;
+    const bool sums = a.slot_weights && a.arrivals && a.top_k > 0 && a.num_slots % a.top_k == 0;
+    return sums && !a.gated && is_16_bit(a.out_dtype) ? KRASIS_OK : KRASIS_ERR_ARGUMENT;
+}
+
 int32_t check(const krasis_cuda_moe_gemm_args &a) {
-    const bool pointers = a.activations && a.expert_base && a.sorted_slots && a.block_experts && a.first_block && a.out;
+    const bool routing = a.ids || (a.sorted_slots && a.block_experts && a.first_block);
+    const bool pointers = a.activations && a.expert_base && routing && a.out;
     const bool counts = a.num_slots >= 0 && a.num_slots <= INT32_MAX && a.slots_per_row > 0 &&
                         a.slots_per_row <= INT32_MAX && a.k > 0 && a.n > 0 && a.max_blocks_launched >= 0 &&
                         a.codes_offset >= 0 && a.scales_offset >= 0;
@@ -30,10 +45,11 @@ int32_t check(const krasis_cuda_moe_gemm_args &a) {
     if (a.activation_stride < a.k || a.activation_stride % 8) return KRASIS_ERR_SHAPE;
     // Kernels count 16 bytes at a time, in 32 bits.
     if (ceil_div(a.num_slots, a.slots_per_row) > INT32_MAX / (a.activation_stride / 8)) return KRASIS_ERR_RANGE;
+    if (is_few(a) && a.k > INT32_MAX / (a.n / 2)) return KRASIS_ERR_RANGE;
     if (a.out_stride < out_columns || a.out_stride % 8) return KRASIS_ERR_SHAPE;
     const bool aligned =
         is_aligned(a.activations) && is_aligned(a.out) && a.codes_offset % 16 == 0 && a.scales_offset % 16 == 0;
-    return aligned ? KRASIS_OK : KRASIS_ERR_SHAPE;
+    return aligned ? check_ids(a) : KRASIS_ERR_SHAPE;
 }
 
 int32_t group_shift(const krasis_cuda_moe_gemm_args &a) {
@@ -68,6 +84,11 @@ MoeGemmParams parameters(const krasis_cuda_moe_gemm_args &a) {
     p.up_bias = a.up_bias;
     p.is_silu = a.activation == KRASIS_CUDA_SILU;
     moe_activation(a, p.activation);
+    p.ids = a.ids;
+    p.slot_weights = a.slot_weights;
+    p.hidden = a.hidden;
+    p.arrivals = a.arrivals;
+    p.top_k = static_cast<int32_t>(a.top_k);
     return p;
 }
 
@@ -87,18 +108,18 @@ int32_t launch_mma(const MoeGemmParams &params, int64_t tiles, void *stream) {
     return launch_tile<moe_mma_kernel<Type, Codes, kRows>, MmaTile<Type, Codes, kRows>>(params, tiles, stream);
 }
 
-// Up to so many slots (eight tokens of eight choices), for which the other kernels have too few blocks.
-constexpr int64_t kFewSlots = 64;
-
 template <class Type, class Codes, bool kGated>
 int32_t launch_few(MoeGemmParams params, const krasis_cuda_moe_gemm_args &a, void *stream) {
+    using Worker = FewWorker<Type, Codes, kGated>;
     params.column_blocks = kGated ? params.gate_tiles : params.column_tiles;
-    const int64_t experts = a.expert_end - a.expert_begin;
-    int64_t tiles = krasis_cuda_align_max_blocks(a.num_slots, experts, kFewRows) * params.column_blocks;
-    if (a.max_blocks_launched) tiles = std::min<int64_t>(tiles, a.max_blocks_launched);
-    const simt::LaunchShape shape{static_cast<unsigned>(std::min(tiles, kMaxBlocks)), kFewThreads,
-                                  FewWorker<Type, Codes, kGated>::kSharedBytes};
-    return launch<moe_few_kernel<Type, Codes, kGated>>(shape, params, stream);
+    int64_t tiles = a.num_slots * params.column_blocks;
+    if (a.ids == nullptr) {
+        const int64_t experts = a.expert_end - a.expert_begin;
+        tiles = krasis_cuda_align_max_blocks(a.num_slots, experts, kFewRows) * params.column_blocks;
+        if (a.max_blocks_launched) tiles = std::min<int64_t>(tiles, a.max_blocks_launched);
+    }
+    const simt::LaunchShape shape{static_cast<unsigned>(tiles), Worker::kThreads, Worker::kSharedBytes};
+    return launch_beside<moe_few_kernel<Type, Codes, kGated>>(shape, params, stream);
 }
 
 template <class Type, class Codes>
@@ -112,7 +133,7 @@ int32_t launch_many(int32_t m_block, const MoeGemmParams &params, int64_t tiles,
 
 template <class Type, class Codes>
 int32_t launch_type(const MoeGemmParams &params, const krasis_cuda_moe_gemm_args &a, void *stream) {
-    if (a.m_block == kFewRows && a.num_slots <= kFewSlots) {
+    if (is_few(a)) {
         return a.gated ? launch_few<Type, Codes, true>(params, a, stream)
                        : launch_few<Type, Codes, false>(params, a, stream);
     }

@@ -34,6 +34,7 @@ KRASIS_DEVICE int inclusive_sum(int value) {
 // shared: int32 [num_experts + 1]: counts, then first blocks; the last cell counts invalid ids.
 KRASIS_KERNEL(kCountThreads, 1)
 align_count_kernel(const AlignParams p) {
+    simt::follow();
     auto *cells = reinterpret_cast<int32_t *>(simt::shared_memory());
     const int thread = static_cast<int>(simt::thread_x());
     for (int e = thread; e <= p.num_experts; e += kCountThreads) simt::shared_store(cells + e, 0);
@@ -64,6 +65,7 @@ align_count_kernel(const AlignParams p) {
 // One block an expert. shared: int32 [2][kPlaceWarps], double buffered: one barrier an iteration.
 KRASIS_KERNEL(kPlaceThreads, 1)
 align_place_kernel(const AlignParams p) {
+    simt::follow();
     const int expert = static_cast<int>(simt::block_x());
     const int first = p.first_block[expert], last = p.first_block[expert + 1];
     if (first == last) return;
@@ -128,7 +130,8 @@ int32_t krasis_cuda_moe_align(const krasis_cuda_align_args *args, void *stream) 
                              a.block_experts, a.first_block, a.counts,      a.num_invalid};
     const auto experts = static_cast<unsigned>(a.num_experts);
     const int32_t status =
-        launch<align_count_kernel>({1, kCountThreads, (experts + 1) * sizeof(int32_t)}, params, stream);
+        launch_beside<align_count_kernel>({1, kCountThreads, (experts + 1) * sizeof(int32_t)}, params, stream);
     if (status != KRASIS_OK) return status;
-    return launch<align_place_kernel>({experts, kPlaceThreads, 2 * kPlaceWarps * sizeof(int32_t)}, params, stream);
+    return launch_beside<align_place_kernel>({experts, kPlaceThreads, 2 * kPlaceWarps * sizeof(int32_t)}, params,
+                                             stream);
 }

@@ -12,6 +12,7 @@ constexpr int kThreads = 256;
 // One block a token.
 KRASIS_KERNEL(kThreads, 1)
 moe_reduce_kernel(const krasis_cuda_moe_reduce_args p) {
+    simt::follow();
     const int64_t token = simt::block_x();
     for (int64_t column = static_cast<int64_t>(simt::thread_x()) * kVector; column < p.n;
          column += kThreads * kVector) {
@@ -42,5 +43,6 @@ int32_t krasis_cuda_moe_reduce(const krasis_cuda_moe_reduce_args *args, void *st
     if (a.tokens > 0 && (!a.slots || !a.ids || !a.weights || !a.out)) return KRASIS_ERR_ARGUMENT;
     const bool aligned = is_aligned(a.slots) && is_aligned(a.out) && is_aligned(a.residual);
     if (a.n % kVector || !aligned) return KRASIS_ERR_SHAPE;
-    return launch<moe_reduce_kernel>({static_cast<unsigned>(a.tokens), kThreads, 0}, a, stream);
+    const krasis::simt::LaunchShape shape{static_cast<unsigned>(a.tokens), kThreads, 0};
+    return launch_rows<moe_reduce_kernel>(a.tokens, shape, a, stream);
 }

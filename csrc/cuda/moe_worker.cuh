@@ -44,6 +44,11 @@ struct MoeGemmParams {
     bool scale_is_bf16, out_is_float, is_silu;
     const float *bias, *up_bias;  // [num_experts, columns of gate or of the output]
     MoeActivation activation;     // unless is_silu
+    const int32_t *ids;           // this and what follows is marlin_few.cuh's alone
+    const float *slot_weights;
+    float *hidden;
+    uint32_t *arrivals;
+    int32_t top_k;
 };
 
 inline constexpr float kLeastScale = 0x1p-60f;

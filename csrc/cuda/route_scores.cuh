@@ -3,17 +3,12 @@
 #pragma once
 
 #include "krasis_cuda.h"
-#include "simt.h"
+#include "row_norm.cuh"
 
 namespace krasis::cuda {
 
 inline constexpr int kRouteThreads = 128, kRouteWarps = kRouteThreads / 32;
 inline constexpr int kMaxGroups = 64;
-
-KRASIS_DEVICE float warp_sum(float value) {
-    for (int distance = 16; distance; distance /= 2) value += simt::shuffle_xor(value, distance);
-    return value;
-}
 
 // e^x by the polynomial of csrc/cpu/simd.h, operation for operation: x is at most 0 here.
 KRASIS_DEVICE float exp_as_cpu(float x) {
@@ -41,7 +36,10 @@ struct Softmax {
 
     KRASIS_DEVICE void run(const float *logits) {
         float largest = -bits_float(0x7f800000u);
-        for (int64_t e = lane; e < num_experts; e += 32) largest = largest < logits[e] ? logits[e] : largest;
+        for (int64_t e = lane; e < num_experts; e += 32) {
+            const float logit = simt::load_written(logits + e);
+            largest = largest < logit ? logit : largest;
+        }
         for (int distance = 16; distance; distance /= 2) {
             const float other = simt::shuffle_xor(largest, distance);
             largest = largest < other ? other : largest;
@@ -49,7 +47,7 @@ struct Softmax {
         float sum = 0;
         for (int64_t begin = 0; begin < num_experts; begin += 32) {
             const int64_t e = begin + lane;
-            const float value = e < num_experts ? exp_as_cpu(logits[e] - largest) : 0;
+            const float value = e < num_experts ? exp_as_cpu(simt::load_written(logits + e) - largest) : 0;
             if (e < num_experts) simt::shared_store(row + e, value);
             sum += value;
             sum += simt::shuffle_xor(value, 16);
@@ -75,9 +73,9 @@ KRASIS_DEVICE uint64_t warp_max(uint64_t value) {
 KRASIS_DEVICE void write_choice(const krasis_cuda_route_args &p, int64_t slot, int32_t id, float weight) {
     p.ids[slot] = id;
     p.weights[slot] = weight;
-    const bool resident = p.resident && p.resident[id];
-    if (p.gpu_ids) p.gpu_ids[slot] = resident ? id : -1;
-    if (p.cpu_ids) p.cpu_ids[slot] = resident ? -1 : id;
+    const uint8_t holder = p.resident ? p.resident[id] : 0;  // 2: another GPU
+    if (p.gpu_ids) p.gpu_ids[slot] = holder == 1 ? id : -1;
+    if (p.cpu_ids) p.cpu_ids[slot] = holder == 0 ? id : -1;
     if (p.counts) simt::global_atomic_add(reinterpret_cast<unsigned long long *>(p.counts + id), 1ull);
 }
 
@@ -111,7 +109,7 @@ struct Scores {
     }
 
     KRASIS_DEVICE float logit(int64_t e) const {
-        const float x = p.logit_bias ? logits[e] + p.logit_bias[e] : logits[e];
+        const float own = simt::load_written(logits + e), x = p.logit_bias ? own + p.logit_bias[e] : own;
         return p.logit_cap > 0 ? capped(x, p.logit_cap) : x;
     }
 
@@ -211,13 +209,56 @@ KRASIS_DEVICE void weigh(const krasis_cuda_route_args &p, int lane, const int32_
     }
 }
 
-// Any scores. One warp a token. shared: float [kRouteWarps][2][num_experts]: keys, then scores.
-KRASIS_KERNEL(kRouteThreads, 1)
-route_scores_kernel(const krasis_cuda_route_args p) {
-    const int lane = static_cast<int>(simt::thread_x() % 32), warp = static_cast<int>(simt::thread_x() / 32);
-    const int64_t wanted = static_cast<int64_t>(simt::block_x()) * kRouteWarps + warp;
-    const int64_t token = wanted < p.tokens ? wanted : p.tokens - 1;  // all warps come to the barriers
-    float *keys = reinterpret_cast<float *>(simt::shared_memory()) + 2 * warp * p.num_experts;
+// A softmax without extras, of one token in one warp. row: shared, float [num_experts], the experts not yet chosen.
+KRASIS_DEVICE void route_softmax(const krasis_cuda_route_args &p, int64_t token, float *row, int lane) {
+    Softmax softmax{row, p.num_experts, lane};
+    softmax.run(p.logits + token * p.num_experts);
+
+    constexpr float kTaken = -1;  // less than any probability
+    uint64_t best = 0;            // of this lane's experts
+    auto find_best = [&] {
+        best = 0;
+        for (int64_t e = lane; e < p.num_experts; e += 32) {
+            const float value = simt::shared_load<float>(softmax.row + e);
+            const uint64_t rank = value == kTaken ? 0 : rank_of(value, e);
+            best = best < rank ? rank : best;
+        }
+    };
+    for (int64_t e = lane; e < p.num_experts; e += 32) {
+        const float value = simt::shared_load<float>(softmax.row + e);
+        simt::shared_store(softmax.row + e, simt::divide(value, softmax.total));
+    }
+    find_best();
+    int32_t id[2] = {0, 0};  // choices lane and lane + 32
+    float weight[2] = {0, 0}, sum = 0;
+    for (int choice = 0; choice < p.top_k; ++choice) {
+        const uint64_t rank = warp_max(best);
+        const auto chosen = static_cast<int32_t>(~static_cast<uint32_t>(rank));
+        const float value = bits_float(static_cast<uint32_t>(rank >> 32));
+        sum += value;
+        KRASIS_UNROLL
+        for (int i = 0; i < 2; ++i) {
+            if (choice == lane + 32 * i) {
+                id[i] = chosen;
+                weight[i] = value;
+            }
+        }
+        if (chosen % 32 == lane) {
+            simt::shared_store(softmax.row + chosen, kTaken);
+            find_best();
+        }
+    }
+    KRASIS_UNROLL
+    for (int i = 0; i < 2; ++i) {
+        const int64_t choice = lane + 32 * i;
+        if (choice >= p.top_k) continue;
+        write_choice(p, token * p.top_k + choice, id[i], p.normalize ? simt::divide(weight[i], sum) : weight[i]);
+    }
+}
+
+// Any scores, of one token in one warp. keys: shared, float [2][num_experts]: keys, then scores. is_wanted: false for a
+// warp that only comes to the barriers, which there are where groups are chosen.
+KRASIS_DEVICE void route_scores(const krasis_cuda_route_args &p, int64_t token, bool is_wanted, float *keys, int lane) {
     Scores scores{p, p.logits + token * p.num_experts, keys, keys + p.num_experts, lane};
     scores.run();
     uint64_t groups = ~uint64_t{0};
@@ -259,7 +300,7 @@ route_scores_kernel(const krasis_cuda_route_args p) {
     KRASIS_UNROLL
     for (int i = 0; i < 2; ++i) {
         const int64_t choice = lane + 32 * i;
-        if (choice < p.top_k && wanted < p.tokens) write_choice(p, token * p.top_k + choice, id[i], weight[i]);
+        if (choice < p.top_k && is_wanted) write_choice(p, token * p.top_k + choice, id[i], weight[i]);
     }
 }
 

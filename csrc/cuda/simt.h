@@ -58,3 +58,13 @@ struct alignas(16) Words4 {
 #else
 #include "simt_host.h"
 #endif
+
+namespace krasis::simt {
+
+// What a kernel begins with that is launched beside the one ahead of it and has nothing to do before that one's end.
+KRASIS_DEVICE void follow() {
+    let_next_begin();
+    wait_for_previous();
+}
+
+}  // namespace krasis::simt

@@ -49,6 +49,42 @@ KRASIS_DEVICE int32_t shared_atomic_add(int32_t *shared, int32_t value) { return
 KRASIS_DEVICE void global_atomic_add(int32_t *global, int32_t value) { atomicAdd(global, value); }
 KRASIS_DEVICE void global_atomic_add(unsigned long long *global, unsigned long long value) { atomicAdd(global, value); }
 
+// What another block of this launch wrote, behind arrive_last: not from a cache that does not know of it.
+KRASIS_DEVICE float load_written(const float *global) { return __ldcg(global); }
+KRASIS_DEVICE uint16_t load_written(const uint16_t *global) { return __ldcg(global); }
+
+// Counts this block among `expected` ones; true for the last, which from then on may load_written what the others
+// wrote. One thread calls it, behind a barrier after the block's own writes; the counter, 0 at first, ends as 0.
+KRASIS_DEVICE bool arrive_last(uint32_t *counter, uint32_t expected) {
+    __threadfence();
+    const bool last = atomicInc(counter, expected - 1) == expected - 1;
+    __threadfence();
+    return last;
+}
+
+// Bits that are read once: past the nearest cache, and issued where they stand. Zeros if not valid.
+KRASIS_DEVICE Words4 load_once(const uint8_t *global, bool valid) {
+    Words4 r{};
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %5, 0; @p ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4]; }"
+                 : "+r"(r.w[0]), "+r"(r.w[1]), "+r"(r.w[2]), "+r"(r.w[3])
+                 : "l"(__cvta_generic_to_global(global)), "r"(static_cast<uint32_t>(valid)));
+    return r;
+}
+// Likewise, eight and four bytes that others will read again.
+KRASIS_DEVICE Words2 load_early2(const uint8_t *global, bool valid) {
+    Words2 r{};
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %3, 0; @p ld.global.v2.u32 {%0, %1}, [%2]; }"
+                 : "+r"(r.w[0]), "+r"(r.w[1])
+                 : "l"(__cvta_generic_to_global(global)), "r"(static_cast<uint32_t>(valid)));
+    return r;
+}
+KRASIS_DEVICE uint32_t load_early1(const uint8_t *global, bool valid) {
+    uint32_t r = 0;
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %2, 0; @p ld.global.u32 %0, [%1]; }"
+                 : "+r"(r)
+                 : "l"(__cvta_generic_to_global(global)), "r"(static_cast<uint32_t>(valid)));
+    return r;
+}
 KRASIS_DEVICE uint32_t shared_address(const void *shared) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
@@ -64,6 +100,34 @@ KRASIS_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" :::
 template <int kPending>
 KRASIS_DEVICE void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// ---- launches that begin before the one ahead of them has ended (launch_beside): sm_90 and later
+
+// Until then only what no launch ahead writes may be touched. Every thread calls it.
+KRASIS_DEVICE void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// Asks for bytes that no launch ahead writes, as far as the cache that all multiprocessors share, before
+// wait_for_previous: where there is no such wait, nothing. By thread `thread` of num_threads, which all call it.
+KRASIS_DEVICE void prefetch_before_wait(const uint8_t *global, int64_t num_bytes, int thread, int num_threads) {
+#if __CUDA_ARCH__ >= 900
+    constexpr int64_t kPiece = 2048;
+    for (int64_t at = thread * kPiece; at < num_bytes; at += num_threads * kPiece) {
+        const auto bytes = static_cast<uint32_t>(num_bytes - at < kPiece ? num_bytes - at : kPiece);
+        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(global + at)),
+                     "r"(bytes)
+                     : "memory");
+    }
+#endif
+}
+// The next launch may begin, as far as there is room: it waits for the end of this one by itself.
+KRASIS_DEVICE void let_next_begin() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
 }
 
 // ---- words that the host reads and writes at the same time
@@ -254,6 +318,49 @@ bool launch(const LaunchShape &shape, const Params &params, void *stream, const 
     if (status == cudaSuccess) {
         kKernel<<<shape.blocks, shape.threads, shape.shared_bytes, static_cast<cudaStream_t>(stream)>>>(params);
         status = cudaGetLastError();
+    }
+    if (status != cudaSuccess) *error = cudaGetErrorString(status);
+    return status == cudaSuccess;
+}
+
+// Off: launch_beside is launch. For comparisons.
+inline bool launches_beside = true;
+
+// Whether a kernel's code on this device waits for the launch ahead of it, and the driver keeps such launches in
+// graphs.
+template <auto kKernel>
+bool can_begin_early() {
+    static PerDevice known;  // 1: no, 2: yes
+    int device = 0, driver = 0, major = 0;
+    if (cudaGetDevice(&device) != cudaSuccess) return false;
+    if (known.get(device)) return known.get(device) == 2;
+    cudaFuncAttributes attributes;
+    const bool yes = cudaDriverGetVersion(&driver) == cudaSuccess && driver >= 12040 &&
+                     cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+                     major >= 9 && cudaFuncGetAttributes(&attributes, kKernel) == cudaSuccess &&
+                     attributes.ptxVersion >= 90;
+    known.set(device, yes ? 2 : 1);
+    return yes;
+}
+
+// As launch, but the blocks may begin as soon as those of the kernel ahead have all called let_next_begin: the kernel
+// must call wait_for_previous before it touches anything that a launch ahead of it writes, or writes itself.
+template <auto kKernel, class Params>
+bool launch_beside(const LaunchShape &shape, const Params &params, void *stream, const char **error) {
+    if (!launches_beside || !can_begin_early<kKernel>()) return launch<kKernel>(shape, params, stream, error);
+    cudaError_t status = allow_shared<kKernel>(shape.shared_bytes);
+    if (status == cudaSuccess) {
+        cudaLaunchAttribute attribute{};
+        attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attribute.val.programmaticStreamSerializationAllowed = 1;
+        cudaLaunchConfig_t config{};
+        config.gridDim = dim3(shape.blocks);
+        config.blockDim = dim3(shape.threads);
+        config.dynamicSmemBytes = shape.shared_bytes;
+        config.stream = static_cast<cudaStream_t>(stream);
+        config.attrs = &attribute;
+        config.numAttrs = 1;
+        status = cudaLaunchKernelEx(&config, kKernel, params);
     }
     if (status != cudaSuccess) *error = cudaGetErrorString(status);
     return status == cudaSuccess;

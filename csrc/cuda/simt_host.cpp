@@ -124,6 +124,7 @@ void yield(bool forever = false) {
 }
 
 void finish_thread() {
+    if (block.is_beside && !current->has_waited) fail("ended without having waited for the launches ahead");
     current->wait = Wait::kDone;
     if (block.num_at_barrier) fail("ended while others wait at a barrier");
     yield(true);
@@ -249,7 +250,9 @@ uint32_t ballot(bool predicate) {
     return own.out;
 }
 
-bool run(const LaunchShape &shape, void (*entry)(const void *), const void *params) {
+void wait_for_previous() { current->has_waited = true; }
+
+bool run(const LaunchShape &shape, void (*entry)(const void *), const void *params, bool beside) {
     report[0] = 0;
     if (!shape.blocks) return true;
     if (!shape.threads || shape.threads > 1024 || shape.threads % kWarp) {
@@ -260,6 +263,7 @@ bool run(const LaunchShape &shape, void (*entry)(const void *), const void *para
     entry_params = params;
     stacks.reserve(shape.threads);
     block.num_blocks = shape.blocks;
+    block.is_beside = beside;
     block.num_threads = shape.threads;
     block.threads.resize(shape.threads);
     block.shared_bytes = shape.shared_bytes;

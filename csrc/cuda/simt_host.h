@@ -31,7 +31,8 @@ struct FaultPlan {
 };
 extern FaultPlan planned_fault;
 
-bool run(const LaunchShape &shape, void (*entry)(const void *), const void *params);
+// beside: the launch may begin before those ahead of it have ended, so every thread must wait for them.
+bool run(const LaunchShape &shape, void (*entry)(const void *), const void *params, bool beside = false);
 // What went wrong in the last launch; empty if nothing did.
 const char *last_report();
 
@@ -97,6 +98,28 @@ void shared_store(void *shared, T value) {
 int32_t shared_atomic_add(int32_t *shared, int32_t value);
 inline void global_atomic_add(int32_t *global, int32_t value) { *global += value; }
 inline void global_atomic_add(unsigned long long *global, unsigned long long value) { *global += value; }
+
+inline float load_written(const float *global) { return *global; }
+inline uint16_t load_written(const uint16_t *global) { return *global; }
+// Blocks run one after another: the last to come is the last of all, or not.
+inline bool arrive_last(uint32_t *counter, uint32_t expected) {
+    *counter = *counter + 1 == expected ? 0 : *counter + 1;
+    return *counter == 0;
+}
+template <class Words>
+Words load_if(const uint8_t *global, bool valid) {
+    Words words{};
+    if (valid) memcpy(&words, global, sizeof(words));
+    return words;
+}
+inline Words4 load_once(const uint8_t *global, bool valid) { return load_if<Words4>(global, valid); }
+inline Words2 load_early2(const uint8_t *global, bool valid) { return load_if<Words2>(global, valid); }
+inline uint32_t load_early1(const uint8_t *global, bool valid) { return load_if<uint32_t>(global, valid); }
+inline void prefetch_before_wait(const uint8_t *, int64_t, int, int) {}
+
+// A thread that ends without having waited is an error where the launch may have begun early.
+void wait_for_previous();
+inline void let_next_begin() {}
 
 // The bytes arrive when the group is waited for; until then the destination holds NaNs and may not be touched.
 void cp_async16(void *shared, const void *global, bool valid);
@@ -185,6 +208,13 @@ int64_t resident_blocks(const LaunchShape &, const char **) {
 template <auto kKernel, class Params>
 bool launch(const LaunchShape &shape, const Params &params, void *, const char **error) {
     const bool ok = run(shape, [](const void *p) { kKernel(*static_cast<const Params *>(p)); }, &params);
+    if (!ok) *error = last_report();
+    return ok;
+}
+
+template <auto kKernel, class Params>
+bool launch_beside(const LaunchShape &shape, const Params &params, void *, const char **error) {
+    const bool ok = run(shape, [](const void *p) { kKernel(*static_cast<const Params *>(p)); }, &params, true);
     if (!ok) *error = last_report();
     return ok;
 }

@@ -32,6 +32,7 @@ struct Thread {
     const char *collective_name = nullptr;
     void *argument = nullptr;
     unsigned num_barriers = 0, num_waits = 0;
+    bool has_waited = false;                        // for the launches ahead
     unsigned num_lanes_waiting = 0;                 // of the warp; lane 0's counts
     const char *warp_collective = nullptr;          // in which they wait
     std::vector<AsyncCopy> open;                    // issued, not committed
@@ -54,7 +55,8 @@ struct Cell {
 struct Block {
     unsigned index = 0, num_blocks = 0, num_threads = 0;
     unsigned num_at_barrier = 0;
-    uint32_t interval = 1;  // counts barriers
+    bool is_beside = false;  // began before the launches ahead had ended
+    uint32_t interval = 1;   // counts barriers
     std::vector<Thread> threads;
     uint8_t *shared = nullptr;
     size_t shared_bytes = 0;

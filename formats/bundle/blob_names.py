@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from krasis.formats.bundle.manifest import FORMAT_MINOR, Manifest
 from krasis.formats.errors import FormatError, VersionError
 from krasis.formats.models.spec import ModelSpec
-from krasis.formats.models.tensors import blobs
+from krasis.formats.models.tensors import blob_name, blobs, table_tensors
 from krasis.formats.names import shown
 
 
@@ -17,8 +17,10 @@ def expert_blob(layer: int, tier: str) -> str:
 
 
 def blob_names(spec: ModelSpec, tiers: Iterable[str]) -> Iterator[str]:
-    """The names of all blobs of a model. tiers: of the bundle; ``dense`` is always there."""
+    """The names of all blobs of a model. tiers: of the bundle; ``dense`` is always there, and so
+    are hashed tables."""
     yield from (blob.name for blob in blobs(spec))
+    yield from (blob_name(tensor, layer) for layer, tensor in table_tensors(spec))
     layers = spec.expert_layers
     for tier in tiers:
         if tier != "dense":

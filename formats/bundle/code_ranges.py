@@ -70,7 +70,8 @@ def code_range(manifest: Manifest, blob: BlobRecord) -> CodeRange | None:
     experts = _experts(manifest, blob)
     if experts is None:
         return None
-    record = packed.expert_record(manifest.spec.hidden, experts.intermediate)
+    width = experts.width(manifest.spec.hidden)
+    record = packed.expert_record(width, experts.intermediate, experts.gated)
     if blob.shape != (experts.count, record.record_bytes):
         return None  # opening it for a run says what is wrong
     sections = tuple((one.offset_bytes, one.end_bytes, tile) for one in record.sections)

@@ -53,8 +53,9 @@ __all__ = [
 MANIFEST_NAME = "manifest.json"
 FORMAT_NAME = "krasis-bundle"
 FORMAT_MAJOR = 1
-FORMAT_MINOR = 1
+FORMAT_MINOR = 2
 _MINOR_OF_MODEL = 1  # from here on a model is described by ``model``, before by ``architecture``
+_MINOR_OF_TABLES = 2  # hashed tables, a tier of their own
 
 _MAX_TEXT = 1000
 _KEYS = {
@@ -87,7 +88,7 @@ class Manifest:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     quality: Mapping[str, Any] = field(default_factory=dict)
     format_major: int = FORMAT_MAJOR
-    format_minor: int = FORMAT_MINOR
+    format_minor: int = _MINOR_OF_MODEL
 
     @property
     def architecture(self) -> Architecture:
@@ -178,6 +179,11 @@ class Manifest:
         check_blobs(self.blobs, self.files, where)
         check_assets(self.assets, where)
         check_sources(self.sources, where)
+
+
+def minor_of(spec: ModelSpec) -> int:
+    """The least minor version whose readers know all that a bundle of the model has."""
+    return _MINOR_OF_TABLES if any(layer.ngram for layer in spec.layers) else _MINOR_OF_MODEL
 
 
 def canonical_json(value: Mapping[str, Any]) -> bytes:

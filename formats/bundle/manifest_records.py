@@ -19,13 +19,14 @@ from krasis.formats.limits import (
 )
 from krasis.formats.names import check_file_name, check_tensor_name, shown
 
-TIERS = ("dense", "gpu", "cpu")
+TABLE_TIER = "table"  # hashed tables, of which a token reads a few rows from the disk
+TIERS = ("dense", "gpu", "cpu", TABLE_TIER)
 ASSET_SUFFIX = ".zst"
 FILLER_PREFIX = "_padding."  # names of the zero-filled ranges between blobs, in a shard's header
 
 _DIGEST = re.compile(r"[0-9a-f]{32}")
 _LAYOUT_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
-_SHARD_NAME = re.compile(r"(dense|gpu|cpu)-\d{3,6}\.safetensors")
+_SHARD_NAME = re.compile(r"(dense|gpu|cpu|table)-\d{3,6}\.safetensors")
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,6 +64,7 @@ class Bundle:
         self._num_users = 0
         self._is_closed = False
         self._run_as: ModelSpec | None = None
+        self._main: ModelSpec | None = None
         self._architecture: Architecture | None = None
 
     @classmethod
@@ -129,8 +130,10 @@ class Bundle:
 
     @property
     def spec(self) -> ModelSpec:
-        """The model: the manifest's, or as it is to be run."""
-        return self._run_as or self.manifest.spec
+        """The model: the manifest's without a layer that drafts, or as it is to be run."""
+        if self._main is None:
+            self._main = self.manifest.spec.main
+        return self._run_as or self._main
 
     @property
     def architecture(self) -> Architecture:
@@ -144,7 +147,7 @@ class Bundle:
 
         What was computed so is of another model: ``kv_file`` tells them apart.
         """
-        self._run_as = None if spec == self.manifest.spec else spec
+        self._run_as = None if spec == self.manifest.spec.main else spec
         self._architecture = None
 
     def blob(self, name: str) -> BlobRecord:

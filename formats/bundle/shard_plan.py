@@ -31,7 +31,7 @@ from krasis.formats.names import check_tensor_name, shown
 
 DEFAULT_SHARD_BYTES = 32 * GIB
 # Expert tiers are mapped in huge pages; dense blobs only need what direct I/O needs.
-TIER_ALIGNMENT = {"dense": PAGE_BYTES, "gpu": HUGE_PAGE_BYTES, "cpu": HUGE_PAGE_BYTES}
+TIER_ALIGNMENT = {"dense": PAGE_BYTES, "gpu": HUGE_PAGE_BYTES, "cpu": HUGE_PAGE_BYTES, "table": PAGE_BYTES}
 _LENGTH_BYTES = 8
 # More than any entry of a blob and the filler after it adds to a header, beside its name and shape.
 _ENTRY_BYTES = 256

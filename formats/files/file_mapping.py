@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import numpy.typing as npt
 
 from krasis.formats.errors import ResourceError
 from krasis.formats.files import mapping_guard
-from krasis.formats.limits import HUGE_PAGE_BYTES
+from krasis.formats.limits import HUGE_PAGE_BYTES, PAGE_BYTES
 from krasis.formats.native import STATUS_SYSTEM, check, library
 
 
@@ -74,3 +76,18 @@ def prefault(address: int, num_bytes: int) -> None:
     if status == STATUS_SYSTEM and ctypes.get_errno() == errno.EFAULT:  # what a read would be SIGBUS for
         raise ResourceError("a mapped file was cut short, or its disk does not give it")
     check(status, "krasis_prefault")
+
+
+def advise(address: int, num_bytes: int, advice: int) -> None:
+    """Tells the kernel how a mapped range will be used (``mmap.MADV_...``): whole pages around it. What it
+    makes of that is its own matter, so nothing is raised.
+    """
+    begin = address - address % PAGE_BYTES
+    _madvise()(begin, address + num_bytes - begin, advice)
+
+
+@functools.cache
+def _madvise() -> Callable[[int, int, int], int]:
+    function = ctypes.CDLL(None).madvise
+    function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return function

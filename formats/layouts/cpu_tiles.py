@@ -28,14 +28,13 @@ from krasis.formats.layouts.expert_format import (
     rounding_error,
 )
 from krasis.formats.layouts.expert_record import (
-    ExpertImportance,
+    ExpertPacker,
     ExpertRecord,
     Part,
     check_expert_sizes,
     check_part,
     check_record,
     lay_out,
-    pack_parts,
 )
 from krasis.formats.layouts.matrix import MatrixView, PackStats
 from krasis.formats.layouts.mxfp4_blocks import as_mxfp4
@@ -109,7 +108,7 @@ def split_rows(fused: Array) -> tuple[Array, Array]:
 
 
 @dataclass(frozen=True, slots=True)
-class CpuTileLayout:
+class CpuTileLayout(ExpertPacker):
     """Experts for the CPU. tiles: ``q8``, ``i4`` or ``mxfp4``. Raises UnsupportedModelError for others."""
 
     tiles: str = "q8"
@@ -181,10 +180,10 @@ class CpuTileLayout:
         return rounding_error(self.bits, BLOCK_K)
 
     def strips(
-        self, shape: tuple[int, ...], num_bytes: int, hidden: int, intermediate: int
+        self, shape: tuple[int, ...], num_bytes: int, hidden: int, intermediate: int, gated: bool = True
     ) -> Iterator[Strips]:
         """Of each expert the rows of w13, and mirrored those of w2."""
-        record = self.expert_record(hidden, intermediate)
+        record = self.expert_record(hidden, intermediate, gated)
         w13, w2 = record.w13_codes, record.w2_codes
         for begin in range(0, num_bytes, record.record_bytes):
             yield Strips(begin + w13.offset_bytes, w13.num_bytes, intermediate // GATE_UP_ROWS)
@@ -194,12 +193,12 @@ class CpuTileLayout:
         """Bytes of a tiled weight [n, k]."""
         return (n // TILE_ROWS) * (k // BLOCK_K) * TILE_BYTES[self.tiles]
 
-    def expert_record(self, hidden: int, intermediate: int) -> ExpertRecord:
+    def expert_record(self, hidden: int, intermediate: int, gated: bool = True) -> ExpertRecord:
         """Sections of one expert; scales are inside the tiles. Raises UnsupportedModelError for odd sizes."""
         check_expert_sizes(hidden, intermediate, self.layout_id)
         return lay_out(
             {
-                "w13_codes": self.weight_bytes(2 * intermediate, hidden),
+                "w13_codes": self.weight_bytes((2 if gated else 1) * intermediate, hidden),
                 "w13_scales": 0,
                 "w2_codes": self.weight_bytes(hidden, intermediate),
                 "w2_scales": 0,
@@ -216,6 +215,7 @@ class CpuTileLayout:
         *,
         hidden: int,
         intermediate: int,
+        gated: bool = True,
         importance: npt.NDArray[np.float32] | None = None,
         where: str = "",
     ) -> PackStats:
@@ -224,13 +224,20 @@ class CpuTileLayout:
         importance: not for ``mxfp4``, whose scales are powers of two.
         """
         check_part(part, matrix, hidden, intermediate, where)
-        spec = self.expert_record(hidden, intermediate)
+        spec = self.expert_record(hidden, intermediate, gated)
         check_record(out, spec, where, writable=True)
         section = spec.w2_codes if part == "down" else spec.w13_codes
         if self.tiles == "mxfp4" and matrix.dtype != "MXFP4":
             blocks, lost = as_mxfp4(matrix, where)
             packed = self.pack_part(
-                pool, part, blocks, out, hidden=hidden, intermediate=intermediate, where=where
+                pool,
+                part,
+                blocks,
+                out,
+                hidden=hidden,
+                intermediate=intermediate,
+                gated=gated,
+                where=where,
             )
             return replace(lost, count=packed.count)
         return native_pack.pack_cpu_tiles(
@@ -238,54 +245,39 @@ class CpuTileLayout:
             matrix,
             section.of(out),
             tiles=self.tiles,
-            part_rows=32 if part == "down" else 16,
-            part_offset=16 if part == "up" else 0,
+            part_rows=16 if gated and part != "down" else 32,
+            part_offset=16 if gated and part == "up" else 0,
             importance=importance,
             where=where,
         )
 
-    def pack_expert(
-        self,
-        pool: Pool,
-        gate: MatrixView,
-        up: MatrixView,
-        down: MatrixView,
-        out: npt.NDArray[np.uint8],
-        importance: ExpertImportance | None = None,
-        *,
-        where: str = "",
-    ) -> PackStats:
-        """Packs gate, up [intermediate, hidden] and down [hidden, intermediate] into a record, padding too.
-
-        Matrices of Q8_0 keep their codes and scales (``q8`` tiles only), those of MXFP4 too (``mxfp4``).
-        Raises FormatError, naming the row, for weights that are not finite or too large for float16 scales.
-        """
-        return pack_parts(self, pool, {"gate": gate, "up": up, "down": down}, out, importance, where)
-
     def unpack_codes(
-        self, record: npt.NDArray[np.uint8], hidden: int, intermediate: int
+        self, record: npt.NDArray[np.uint8], hidden: int, intermediate: int, gated: bool = True
     ) -> tuple[tuple[Array, Array], tuple[Array, Array], tuple[Array, Array]]:
         """(codes int8 [n, k], scales float16 [n, k/32]) of gate, up and down, exactly as stored; of ``mxfp4``
-        both uint8.
+        both uint8. Without a gate that has no rows.
         """
-        spec = self.expert_record(hidden, intermediate)
+        spec = self.expert_record(hidden, intermediate, gated)
         check_record(record, spec, self.layout_id, writable=False)
         tile_bytes = TILE_BYTES[self.tiles]
-        w13 = spec.w13_codes.of(record).reshape(2 * intermediate // 32, hidden // 32, tile_bytes)
+        w13 = spec.w13_codes.of(record).reshape(-1, hidden // 32, tile_bytes)
         w2 = spec.w2_codes.of(record).reshape(hidden // 32, intermediate // 32, tile_bytes)
         both, down = [
             mxfp4.unpack_tiles(one) if self.tiles == "mxfp4" else unpack_tiles(one, self.tiles)
             for one in (w13, w2)
         ]
+        if not gated:
+            return (both[0][:0], both[1][:0]), both, down
         (gate, up), (gate_scales, up_scales) = split_rows(both[0]), split_rows(both[1])
         return (gate, gate_scales), (up, up_scales), down
 
     def unpack_expert(
-        self, record: npt.NDArray[np.uint8], hidden: int, intermediate: int
+        self, record: npt.NDArray[np.uint8], hidden: int, intermediate: int, gated: bool = True
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         """gate, up [intermediate, hidden] and down [hidden, intermediate], dequantised."""
         made = mxfp4.dequantize if self.tiles == "mxfp4" else dequantize
-        gate, up, down = (made(*part) for part in self.unpack_codes(record, hidden, intermediate))
+        parts = self.unpack_codes(record, hidden, intermediate, gated)
+        gate, up, down = (made(*part) for part in parts)
         return gate, up, down
 
 

@@ -53,11 +53,11 @@ class Layout(Protocol):
         """The squared error, relative to the squared weights, that rounding can leave of k columns."""
 
     def strips(
-        self, shape: tuple[int, ...], num_bytes: int, hidden: int, intermediate: int
+        self, shape: tuple[int, ...], num_bytes: int, hidden: int, intermediate: int, gated: bool = True
     ) -> Iterator[Strips]:
         """What the NUMA nodes share of a blob of this shape and size; nothing if no CPU kernel reads it.
 
-        hidden, intermediate: sizes of the model's experts.
+        hidden, intermediate, gated: of the model's experts.
         """
 
 
@@ -96,8 +96,10 @@ class ExpertFormat(Layout, Protocol):
     def accepts(self, dtype: str) -> Acceptance:
         """Whether ``pack_part`` takes weights of a source's dtype as they are, or decoded to float32."""
 
-    def expert_record(self, hidden: int, intermediate: int) -> ExpertRecord:
-        """Sections of one expert. Raises UnsupportedModelError for sizes that do not fit."""
+    def expert_record(self, hidden: int, intermediate: int, gated: bool = True) -> ExpertRecord:
+        """Sections of one expert, which has no gate unless gated: its w13 is up alone. Raises
+        UnsupportedModelError for sizes that do not fit.
+        """
 
     def pack_part(
         self,
@@ -108,6 +110,7 @@ class ExpertFormat(Layout, Protocol):
         *,
         hidden: int,
         intermediate: int,
+        gated: bool = True,
         importance: npt.NDArray[np.float32] | None = None,
         where: str = "",
     ) -> PackStats:
@@ -116,7 +119,7 @@ class ExpertFormat(Layout, Protocol):
     def pack_expert(
         self,
         pool: Pool,
-        gate: MatrixView,
+        gate: MatrixView | None,
         up: MatrixView,
         down: MatrixView,
         out: npt.NDArray[np.uint8],
@@ -124,12 +127,16 @@ class ExpertFormat(Layout, Protocol):
         *,
         where: str = "",
     ) -> PackStats:
-        """Packs gate, up [intermediate, hidden] and down [hidden, intermediate] into a record."""
+        """Packs gate (None: experts without), up [intermediate, hidden] and down [hidden, intermediate]
+        into a record.
+        """
 
     def unpack_expert(
-        self, record: npt.NDArray[np.uint8], hidden: int, intermediate: int
+        self, record: npt.NDArray[np.uint8], hidden: int, intermediate: int, gated: bool = True
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        """gate, up [intermediate, hidden] and down [hidden, intermediate], dequantised."""
+        """gate, up [intermediate, hidden] and down [hidden, intermediate], dequantised; a gate of no rows
+        for an expert without.
+        """
 
 
 def accepts_floats(dtype: str) -> Acceptance:

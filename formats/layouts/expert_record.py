@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,11 @@ SIZE_MULTIPLE = 64
 
 Part = Literal["gate", "up", "down"]
 PARTS: tuple[Part, ...] = ("gate", "up", "down")
+
+
+def parts_of(gated: bool) -> tuple[Part, ...]:
+    """The matrices of an expert: without a gate it has two."""
+    return PARTS if gated else PARTS[1:]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +45,9 @@ class Section:
 
 @dataclass(frozen=True, slots=True)
 class ExpertRecord:
-    """One expert: w13 (gate and up fused) and w2 (down). Scales inside tiles: their sections are empty."""
+    """One expert: w13 (gate and up fused, or up alone) and w2 (down). Scales inside tiles: their sections are
+    empty.
+    """
 
     w13_codes: Section
     w13_scales: Section
@@ -68,11 +76,16 @@ class ExpertImportance:
         return self.intermediate if part == "down" else self.hidden
 
 
-class PartPacker(Protocol):
-    """What ``pack_parts`` needs of an expert format."""
+class ExpertPacker(ABC):
+    """An expert format that packs whole experts out of their parts."""
 
-    def expert_record(self, hidden: int, intermediate: int) -> ExpertRecord: ...
+    __slots__ = ()
 
+    @abstractmethod
+    def expert_record(self, hidden: int, intermediate: int, gated: bool = True) -> ExpertRecord:
+        """See ``ExpertFormat``."""
+
+    @abstractmethod
     def pack_part(
         self,
         pool: Pool,
@@ -82,9 +95,49 @@ class PartPacker(Protocol):
         *,
         hidden: int,
         intermediate: int,
+        gated: bool = True,
         importance: npt.NDArray[np.float32] | None = None,
         where: str = "",
-    ) -> PackStats: ...
+    ) -> PackStats:
+        """See ``ExpertFormat``."""
+
+    def pack_expert(
+        self,
+        pool: Pool,
+        gate: MatrixView | None,
+        up: MatrixView,
+        down: MatrixView,
+        out: npt.NDArray[np.uint8],
+        importance: ExpertImportance | None = None,
+        *,
+        where: str = "",
+    ) -> PackStats:
+        """Packs gate (None: experts without), up [intermediate, hidden] and down [hidden, intermediate] into
+        a record, padding included, and adds up what was lost. Raises as ``pack_part`` does.
+        """
+        gated = gate is not None
+        parts: dict[Part, MatrixView] = {"up": up, "down": down}
+        if gate is not None:
+            parts = {"gate": gate, **parts}
+        first = gate or up
+        intermediate, hidden = first.n, first.k
+        record = self.expert_record(hidden, intermediate, gated)
+        check_record(out, record, where, writable=True)
+        clear_padding(out, record)
+        stats = PackStats()
+        for part, matrix in parts.items():
+            stats += self.pack_part(
+                pool,
+                part,
+                matrix,
+                out,
+                hidden=hidden,
+                intermediate=intermediate,
+                gated=gated,
+                importance=None if importance is None else importance.of(part),
+                where=f"{where}.{part}" if where else part,
+            )
+        return stats
 
 
 def lay_out(sizes_bytes: Mapping[str, int], alignment_bytes: int) -> ExpertRecord:
@@ -143,31 +196,3 @@ def clear_padding(out: npt.NDArray[np.uint8], record: ExpertRecord) -> None:
         out[end : section.offset_bytes] = 0
         end = max(end, section.end_bytes)
     out[end:] = 0
-
-
-def pack_parts(
-    layout: PartPacker,
-    pool: Pool,
-    parts: Mapping[Part, MatrixView],
-    out: npt.NDArray[np.uint8],
-    importance: ExpertImportance | None,
-    where: str,
-) -> PackStats:
-    """Packs gate, up and down into one record, padding included, and adds up what was lost."""
-    intermediate, hidden = parts["gate"].n, parts["gate"].k
-    record = layout.expert_record(hidden, intermediate)
-    check_record(out, record, where, writable=True)
-    clear_padding(out, record)
-    stats = PackStats()
-    for part, matrix in parts.items():
-        stats += layout.pack_part(
-            pool,
-            part,
-            matrix,
-            out,
-            hidden=hidden,
-            intermediate=intermediate,
-            importance=None if importance is None else importance.of(part),
-            where=f"{where}.{part}" if where else part,
-        )
-    return stats

@@ -62,7 +62,7 @@ class Int8RowsLayout:
         return rounding_error(8, k)
 
     def strips(
-        self, shape: tuple[int, ...], num_bytes: int, hidden: int, intermediate: int
+        self, shape: tuple[int, ...], num_bytes: int, hidden: int, intermediate: int, gated: bool = True
     ) -> Iterator[Strips]:
         """The strips of codes; scales are read by all."""
         if len(shape) == 4:

@@ -27,14 +27,13 @@ from krasis.formats.layouts.expert_format import (
     rounding_error,
 )
 from krasis.formats.layouts.expert_record import (
-    ExpertImportance,
+    ExpertPacker,
     ExpertRecord,
     Part,
     check_expert_sizes,
     check_part,
     check_record,
     lay_out,
-    pack_parts,
 )
 from krasis.formats.layouts.matrix import MatrixView, PackStats, bf16_to_float32
 from krasis.formats.native import Pool
@@ -107,7 +106,7 @@ def unpermute_scales(scales: Array, k: int, group: int) -> Array:
 
 
 @dataclass(frozen=True, slots=True)
-class MarlinLayout:
+class MarlinLayout(ExpertPacker):
     """Experts for the GPU. bits: 4 or 8. group: 32, 64 or 128 input features a scale; None: one a channel.
 
     scale_dtype: ``BF16`` or ``F16``, the type the kernel computes in. Others raise UnsupportedModelError.
@@ -170,7 +169,7 @@ class MarlinLayout:
         return rounding_error(self.bits, self.group or k)
 
     def strips(
-        self, shape: tuple[int, ...], num_bytes: int, hidden: int, intermediate: int
+        self, shape: tuple[int, ...], num_bytes: int, hidden: int, intermediate: int, gated: bool = True
     ) -> Iterator[Strips]:
         """Nothing: no CPU kernel reads them."""
         return iter(())
@@ -205,31 +204,33 @@ class MarlinLayout:
             )
         return group
 
-    def expert_record(self, hidden: int, intermediate: int) -> ExpertRecord:
+    def expert_record(self, hidden: int, intermediate: int, gated: bool = True) -> ExpertRecord:
         """Sections of one expert. Raises UnsupportedModelError for sizes that do not fit tiles or groups."""
         check_expert_sizes(hidden, intermediate, self.layout_id)
-        codes_bytes = 2 * intermediate * hidden * self.bits // 8
+        w13_rows = (2 if gated else 1) * intermediate
         return lay_out(
             {
-                "w13_codes": codes_bytes,
-                "w13_scales": hidden // self.group_of(hidden) * 2 * intermediate * 2,
-                "w2_codes": codes_bytes // 2,
+                "w13_codes": w13_rows * hidden * self.bits // 8,
+                "w13_scales": hidden // self.group_of(hidden) * w13_rows * 2,
+                "w2_codes": intermediate * hidden * self.bits // 8,
                 "w2_scales": intermediate // self.group_of(intermediate) * hidden * 2,
             },
             SECTION_ALIGNMENT_BYTES,
         )
 
     def views(
-        self, record: npt.NDArray[np.uint8], hidden: int, intermediate: int
+        self, record: npt.NDArray[np.uint8], hidden: int, intermediate: int, gated: bool = True
     ) -> tuple[
         npt.NDArray[np.uint32], npt.NDArray[np.uint16], npt.NDArray[np.uint32], npt.NDArray[np.uint16]
     ]:
-        """w13 codes [hidden/16, intermediate*bits] and scales [groups, 2*intermediate], then w2's: views."""
-        spec = self.expert_record(hidden, intermediate)
+        """w13 codes [hidden/16, intermediate*bits] and scales [groups, 2*intermediate], then w2's: views.
+        Without a gate w13 has half as many.
+        """
+        spec = self.expert_record(hidden, intermediate, gated)
         check_record(record, spec, self.layout_id, writable=False)
         return (
             spec.w13_codes.of(record).view(np.uint32).reshape(hidden // 16, -1),
-            spec.w13_scales.of(record).view(np.uint16).reshape(-1, 2 * intermediate),
+            spec.w13_scales.of(record).view(np.uint16).reshape(-1, (2 if gated else 1) * intermediate),
             spec.w2_codes.of(record).view(np.uint32).reshape(intermediate // 16, -1),
             spec.w2_scales.of(record).view(np.uint16).reshape(-1, hidden),
         )
@@ -259,13 +260,14 @@ class MarlinLayout:
         *,
         hidden: int,
         intermediate: int,
+        gated: bool = True,
         importance: npt.NDArray[np.float32] | None = None,
         where: str = "",
     ) -> PackStats:
         """Packs one matrix of an expert into its columns of the record ``out``; padding is left alone."""
         check_part(part, matrix, hidden, intermediate, where)
-        check_record(out, self.expert_record(hidden, intermediate), where, writable=True)
-        w13, w13_scales, w2, w2_scales = self.views(out, hidden, intermediate)
+        check_record(out, self.expert_record(hidden, intermediate, gated), where, writable=True)
+        w13, w13_scales, w2, w2_scales = self.views(out, hidden, intermediate, gated)
         codes, scales = (w2, w2_scales) if part == "down" else (w13, w13_scales)
         return native_pack.pack_marlin(
             pool,
@@ -275,33 +277,16 @@ class MarlinLayout:
             bits=self.bits,
             group=self.group_of(matrix.k),
             scale_dtype=self.scale_dtype,
-            n_offset=intermediate if part == "up" else 0,
+            n_offset=intermediate if gated and part == "up" else 0,
             importance=importance,
             where=where,
         )
 
-    def pack_expert(
-        self,
-        pool: Pool,
-        gate: MatrixView,
-        up: MatrixView,
-        down: MatrixView,
-        out: npt.NDArray[np.uint8],
-        importance: ExpertImportance | None = None,
-        *,
-        where: str = "",
-    ) -> PackStats:
-        """Packs gate, up [intermediate, hidden] and down [hidden, intermediate] into a record, padding too.
-
-        Raises FormatError, naming the row, for weights that are not finite or too large for the scales.
-        """
-        return pack_parts(self, pool, {"gate": gate, "up": up, "down": down}, out, importance, where)
-
     def unpack_expert(
-        self, record: npt.NDArray[np.uint8], hidden: int, intermediate: int
+        self, record: npt.NDArray[np.uint8], hidden: int, intermediate: int, gated: bool = True
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         """gate, up [intermediate, hidden] and down [hidden, intermediate], dequantised."""
-        w13, w13_scales, w2, w2_scales = self.views(record, hidden, intermediate)
+        w13, w13_scales, w2, w2_scales = self.views(record, hidden, intermediate, gated)
         fused = np.ascontiguousarray(self.dequantize(w13, w13_scales).T)
         down = np.ascontiguousarray(self.dequantize(w2, w2_scales).T)
-        return fused[:intermediate], fused[intermediate:], down
+        return fused[:-intermediate], fused[-intermediate:], down

@@ -23,14 +23,13 @@ from krasis.formats.layouts.expert_format import (
     rounding_error,
 )
 from krasis.formats.layouts.expert_record import (
-    ExpertImportance,
+    ExpertPacker,
     ExpertRecord,
     Part,
     check_expert_sizes,
     check_part,
     check_record,
     lay_out,
-    pack_parts,
 )
 from krasis.formats.layouts.matrix import MatrixView, PackStats
 from krasis.formats.layouts.mxfp4_blocks import as_mxfp4
@@ -45,7 +44,7 @@ Words = npt.NDArray[np.uint32]
 
 
 @dataclass(frozen=True, slots=True)
-class MarlinMxfp4Layout:
+class MarlinMxfp4Layout(ExpertPacker):
     """Experts of MXFP4 for the GPU; there is one such layout."""
 
     @property
@@ -114,32 +113,36 @@ class MarlinMxfp4Layout:
         return rounding_error(4, mxfp4.BLOCK_K)
 
     def strips(
-        self, shape: tuple[int, ...], num_bytes: int, hidden: int, intermediate: int
+        self, shape: tuple[int, ...], num_bytes: int, hidden: int, intermediate: int, gated: bool = True
     ) -> Iterator[Strips]:
         """Nothing: no CPU kernel reads them."""
         return iter(())
 
-    def expert_record(self, hidden: int, intermediate: int) -> ExpertRecord:
+    def expert_record(self, hidden: int, intermediate: int, gated: bool = True) -> ExpertRecord:
         """Sections of one expert. Raises UnsupportedModelError for sizes that do not fit tiles."""
         check_expert_sizes(hidden, intermediate, self.layout_id)
-        num = hidden * intermediate
+        num, matrices = hidden * intermediate, 2 if gated else 1
         return lay_out(
             {
-                "w13_codes": num,
-                "w13_scales": 2 * num // mxfp4.BLOCK_K,
+                "w13_codes": matrices * num // 2,
+                "w13_scales": matrices * num // mxfp4.BLOCK_K,
                 "w2_codes": num // 2,
                 "w2_scales": num // mxfp4.BLOCK_K,
             },
             marlin.SECTION_ALIGNMENT_BYTES,
         )
 
-    def views(self, record: Bytes, hidden: int, intermediate: int) -> tuple[Words, Bytes, Words, Bytes]:
-        """w13 codes [hidden/16, 4*intermediate] and scales [hidden/32, 2*intermediate], then w2's: views."""
-        spec = self.expert_record(hidden, intermediate)
+    def views(
+        self, record: Bytes, hidden: int, intermediate: int, gated: bool = True
+    ) -> tuple[Words, Bytes, Words, Bytes]:
+        """w13 codes [hidden/16, 4*intermediate] and scales [hidden/32, 2*intermediate], then w2's: views.
+        Without a gate w13 has half as many.
+        """
+        spec = self.expert_record(hidden, intermediate, gated)
         check_record(record, spec, self.layout_id, writable=False)
         return (
             spec.w13_codes.of(record).view(np.uint32).reshape(hidden // 16, -1),
-            spec.w13_scales.of(record).reshape(-1, 2 * intermediate),
+            spec.w13_scales.of(record).reshape(-1, (2 if gated else 1) * intermediate),
             spec.w2_codes.of(record).view(np.uint32).reshape(intermediate // 16, -1),
             spec.w2_scales.of(record).reshape(-1, hidden),
         )
@@ -153,6 +156,7 @@ class MarlinMxfp4Layout:
         *,
         hidden: int,
         intermediate: int,
+        gated: bool = True,
         importance: npt.NDArray[np.float32] | None = None,
         where: str = "",
     ) -> PackStats:
@@ -162,53 +166,39 @@ class MarlinMxfp4Layout:
         are not finite and scales above 192.
         """
         check_part(part, matrix, hidden, intermediate, where)
-        check_record(out, self.expert_record(hidden, intermediate), where, writable=True)
+        check_record(out, self.expert_record(hidden, intermediate, gated), where, writable=True)
         lost = None
         if matrix.dtype != "MXFP4":
             matrix, lost = as_mxfp4(matrix, where)
-        w13, w13_scales, w2, w2_scales = self.views(out, hidden, intermediate)
+        w13, w13_scales, w2, w2_scales = self.views(out, hidden, intermediate, gated)
         codes, scales = (w2, w2_scales) if part == "down" else (w13, w13_scales)
         packed = native_pack.pack_marlin_from_mxfp4(
             pool,
             matrix,
             codes,
             scales,
-            n_offset=intermediate if part == "up" else 0,
+            n_offset=intermediate if gated and part == "up" else 0,
             largest_scale=LARGEST_SCALE,
             where=where,
         )
         return packed if lost is None else replace(lost, count=packed.count)
 
-    def pack_expert(
-        self,
-        pool: Pool,
-        gate: MatrixView,
-        up: MatrixView,
-        down: MatrixView,
-        out: Bytes,
-        importance: ExpertImportance | None = None,
-        *,
-        where: str = "",
-    ) -> PackStats:
-        """Packs gate, up [intermediate, hidden] and down [hidden, intermediate] into a record, padding too;
-        matrices of MXFP4 without loss.
-        """
-        return pack_parts(self, pool, {"gate": gate, "up": up, "down": down}, out, importance, where)
-
     def unpack_codes(
-        self, record: Bytes, hidden: int, intermediate: int
+        self, record: Bytes, hidden: int, intermediate: int, gated: bool = True
     ) -> tuple[tuple[Bytes, Bytes], tuple[Bytes, Bytes], tuple[Bytes, Bytes]]:
         """(codes [n, k], scales [n, k/32]) of gate, up and down, exactly as stored."""
-        w13, w13_scales, w2, w2_scales = self.views(record, hidden, intermediate)
+        w13, w13_scales, w2, w2_scales = self.views(record, hidden, intermediate, gated)
         both, down = (_unpacked(*one) for one in ((w13, w13_scales), (w2, w2_scales)))
-        gate, up = ((both[0][cut], both[1][cut]) for cut in (slice(intermediate), slice(intermediate, None)))
+        cuts = slice(-intermediate), slice(-intermediate, None)
+        gate, up = ((both[0][cut], both[1][cut]) for cut in cuts)
         return gate, up, down
 
     def unpack_expert(
-        self, record: Bytes, hidden: int, intermediate: int
+        self, record: Bytes, hidden: int, intermediate: int, gated: bool = True
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         """gate, up [intermediate, hidden] and down [hidden, intermediate], dequantised."""
-        gate, up, down = (mxfp4.dequantize(*part) for part in self.unpack_codes(record, hidden, intermediate))
+        parts = self.unpack_codes(record, hidden, intermediate, gated)
+        gate, up, down = (mxfp4.dequantize(*part) for part in parts)
         return gate, up, down
 
 

@@ -45,12 +45,14 @@ class MatrixView:
 
     data: two-dimensional, rows may be strided, elements of a row adjacent. float32 for ``F32``, uint16
     for ``BF16``, float16 or uint16 for ``F16``; for ``Q8_0`` uint8 [n, k/32*34] and for ``MXFP4`` uint8
-    [n, k/32*17], blocks as ggml stores them.
+    [n, k/32*17], blocks as ggml stores them. steps: of ``F32``, the scales [n, k/32] that each 32 weights are
+    -8..7 whole steps of, where they are known: packers to 4 bits keep them if they can.
     Raises FormatError if data is not of that form.
     """
 
     data: Array
     dtype: str
+    steps: npt.NDArray[np.float32] | None = None
 
     def __post_init__(self) -> None:
         allowed = _NUMPY_DTYPES.get(self.dtype)
@@ -80,6 +82,9 @@ class MatrixView:
                 got=f"{data.shape[1]} bytes",
                 limit=f"multiple of {block_bytes}",
             )
+
+        if self.steps is not None:
+            _check_steps(self.steps, self.dtype, data)
 
     @property
     def n(self) -> int:
@@ -117,6 +122,13 @@ class MatrixView:
         if self.dtype == "MXFP4":
             return mxfp4.dequantize(*mxfp4.split_blocks(np.ascontiguousarray(self.data)))
         return self.data.astype(np.float32, copy=True)
+
+
+def _check_steps(steps: Array, dtype: str, data: Array) -> None:
+    n, k = data.shape
+    if dtype != "F32" or k % 32 or steps.dtype != np.float32 or steps.shape != (n, k // 32):
+        got = f"{steps.dtype} {steps.shape} for {dtype} {data.shape}"
+        raise FormatError("steps do not fit the matrix", got=got)
 
 
 @dataclass(frozen=True, slots=True)

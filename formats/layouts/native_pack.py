@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from krasis.formats.errors import FormatError, NativeError
 from krasis.formats.layouts import mxfp4
+from krasis.formats.layouts.given_steps import STEP_K, given_steps
 from krasis.formats.layouts.matrix import MatrixView, PackStats
 from krasis.formats.native import DTYPE_CODES, STATUS_NONFINITE, Pool, check, library
 
@@ -35,7 +36,9 @@ class _Stats(ctypes.Structure):
 _MATRIX = (_PTR, _I32, _I64, _I64, _I64)
 _ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "krasis_pack_marlin": (*_MATRIX, _I32, _I64, _I64, _I64, _PTR, _PTR, _PTR, _I32),
+    "krasis_pack_marlin_steps": (*_MATRIX, _I64, _I64, _I64, _PTR, _PTR, _PTR, _I32),
     "krasis_pack_cpu_tiles": (_I32, *_MATRIX, _I64, _I64, _PTR, _PTR),
+    "krasis_pack_cpu_tiles_steps": (*_MATRIX, _I64, _I64, _PTR, _PTR),
     "krasis_pack_cpu_tiles_from_q8_0": (_PTR, _I64, _I64, _I64, _I64, _PTR),
     "krasis_pack_cpu_tiles_from_mxfp4": (_PTR, _I64, _I64, _I64, _I64, _PTR),
     "krasis_pack_marlin_from_mxfp4": (_PTR, _I64, _I64, _I64, _I64, _PTR, _PTR),
@@ -156,25 +159,26 @@ def pack_marlin(
     """Quantises a matrix [n, k] into columns n_offset.. of a Marlin weight.
 
     codes: uint32 [k/16, n_total*bits/2]. scales: bit patterns of scale_dtype (BF16, F16), [k/group, n_total].
-    group: 32, 64, 128 or k. importance: float32 [k] or None. Raises FormatError for weights not finite.
+    group: 32, 64, 128 or k. importance: float32 [k] or None; it has no say where 4 bits take the matrix's
+    own steps. Raises FormatError for weights not finite.
     """
     if bits not in (4, 8) or scale_dtype not in ("BF16", "F16") or group <= 0 or scales.ndim != 2:
         raise NativeError(
             "unknown Marlin parameters", where=where, got=f"{bits} bits, group {group}, {scale_dtype}"
         )
     n_total = int(scales.shape[1])
-    arguments = (
-        *_floats(matrix, where),
-        bits,
-        group,
-        n_offset,
-        n_total,
-        _importance(importance, matrix.k, where),
+    source, weigh = _floats(matrix, where), _importance(importance, matrix.k, where)
+    target = (
         writable(codes, np.uint32, (matrix.k // 16, n_total * bits // 2), where),
         writable(scales, np.uint16, (matrix.k // group, n_total), where),
         DTYPE_CODES[scale_dtype],
     )
     limit = _F16_LARGEST * (8 if bits == 4 else 127) if scale_dtype == "F16" else math.inf
+    steps = given_steps(matrix, group, scale_dtype) if bits == 4 else None
+    if steps is not None:
+        given = (*source, group, n_offset, n_total, steps.ctypes.data, *target)
+        return _call(pool, "krasis_pack_marlin_steps", given, matrix, limit, where)
+    arguments = (*source, bits, group, n_offset, n_total, weigh, *target)
     return _call(pool, "krasis_pack_marlin", arguments, matrix, limit, where)
 
 
@@ -201,15 +205,13 @@ def pack_cpu_tiles(
     target = writable(out, np.uint8, (num_tiles * tile_bytes,), where)
     if matrix.dtype in _BLOCKS or tiles == "mxfp4":
         return _pack_blocks(pool, matrix, tiles, part_rows, part_offset, target, where)
-    arguments = (
-        TILE_CODES[tiles],
-        *_floats(matrix, where),
-        part_rows,
-        part_offset,
-        _importance(importance, matrix.k, where),
-        target,
-    )
+    source, weigh = _floats(matrix, where), _importance(importance, matrix.k, where)
     limit = _F16_LARGEST * (8 if tiles == "i4" else 127)
+    steps = given_steps(matrix, STEP_K, "F16") if tiles == "i4" else None
+    if steps is not None:
+        given = (*source, part_rows, part_offset, steps.ctypes.data, target)
+        return _call(pool, "krasis_pack_cpu_tiles_steps", given, matrix, limit, where)
+    arguments = (TILE_CODES[tiles], *source, part_rows, part_offset, weigh, target)
     return _call(pool, "krasis_pack_cpu_tiles", arguments, matrix, limit, where)
 
 

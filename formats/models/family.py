@@ -48,6 +48,16 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
+class DraftNames:
+    """Of a family whose drafting layer is read. names: sources of its own tensors. root: what stands before
+    the hub's names of its layer; None: what stands before those of the layers, of which it is the next.
+    """
+
+    names: Mapping[str, Source]
+    root: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Family:
     """A model family: how its checkpoints are recognised and read.
 
@@ -57,7 +67,8 @@ class Family:
     tests compare with. names: sources by bundle tensor or part, empty while the converter does not take the
     family. left_out: what tensors of the hub whose names begin so are of, where the language model computes
     the same without them. released_in: the type of the experts' weights in checkpoints as they were released,
-    where that is not a float: what is made of them keeps it.
+    where that is not a float: what is made of them keeps it. drafts: where its drafting layer is, if that is
+    read.
     """
 
     name: str
@@ -71,3 +82,4 @@ class Family:
     names: Mapping[str, Source] = field(default_factory=dict)
     left_out: Mapping[str, str] = field(default_factory=dict)
     released_in: Literal["MXFP4"] | None = None
+    drafts: DraftNames | None = None

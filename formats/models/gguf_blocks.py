@@ -31,10 +31,15 @@ def refuse_gguf_features(keys: Keys, *names: str) -> None:
 
 
 def gguf_attention(
-    keys: Keys, *, partial: bool = False, style: Literal["half", "interleaved"] = "half", **changes: Any
+    keys: Keys,
+    *,
+    kv_heads: int | None = None,
+    partial: bool = False,
+    style: Literal["half", "interleaved"] = "half",
+    **changes: Any,
 ) -> Attention:
-    """Attention by the usual keys. partial: fewer channels than a head has may be rotated. style: of the
-    rotation, which the architecture implies."""
+    """Attention by the usual keys. kv_heads: of the layer, where there is a number for each. partial: fewer
+    channels than a head has may be rotated. style: of the rotation, which the architecture implies."""
     heads = keys.size("attention.head_count")
     hidden = keys.size("embedding_length")
     head_dim = keys.size("attention.key_length", default=max(1, hidden // heads))
@@ -45,7 +50,8 @@ def gguf_attention(
                 "differs from the size of attention's keys", where=keys.path(key), got=other, limit=head_dim
             )
     dims = keys.size("rope.dimension_count", default=head_dim)
-    kv_heads = keys.size("attention.head_count_kv", default=heads)
+    if kv_heads is None:
+        kv_heads = keys.size("attention.head_count_kv", default=heads)
     return Attention(heads, kv_heads, head_dim, keys.rope(dims, style), head_dim**-0.5, **changes)
 
 
@@ -90,21 +96,25 @@ def gguf_sigmoid_router(keys: Keys) -> Router:
 def gguf_layers(keys: Keys, mixer: Mixer, routed: Experts) -> list[Layer]:
     """All main layers: dense ones first; the drafting layers at the end of the blocks do not count."""
     drafting = keys.size("nextn_predict_layers", default=0, least=0)
-    count = keys.size("block_count") - drafting
+    return gguf_layers_of(keys, [mixer] * (keys.size("block_count") - drafting), routed)
+
+
+def gguf_layers_of(keys: Keys, mixers: Sequence[Mixer], routed: Experts) -> list[Layer]:
+    """A layer a mixer, dense ones first."""
     first = keys.size("leading_dense_block_count", default=0, least=0)
-    dense = Layer(mixer, GatedMlp(keys.size("feed_forward_length"))) if first else None
-    return [dense if dense is not None and i < first else Layer(mixer, routed) for i in range(count)]
+    mlp = GatedMlp(keys.size("feed_forward_length")) if first else None
+    return [Layer(mixer, mlp if mlp and i < first else routed) for i, mixer in enumerate(mixers)]
 
 
-def gguf_model(keys: Keys, family: str, layers: Sequence[Layer]) -> ModelSpec:
-    """The model of these layers."""
+def gguf_model(keys: Keys, family: str, layers: Sequence[Layer], norm: Norm | None = None) -> ModelSpec:
+    """The model of these layers. norm: where the usual key of its eps is not there."""
     hidden = keys.size("embedding_length")
     return ModelSpec(
         family=family,
         hidden=hidden,
         vocab=keys.vocab(hidden),
         max_positions=keys.size("context_length"),
-        norm=Norm(keys.number("attention.layer_norm_rms_epsilon")),
+        norm=norm or Norm(keys.number("attention.layer_norm_rms_epsilon")),
         layers=tuple(layers),
         tied=keys.tied,
         draft_layers=keys.size("nextn_predict_layers", default=0, least=0),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal
 
 from krasis.formats.errors import FormatError
 from krasis.formats.models.gguf import Keys
@@ -12,6 +14,7 @@ from krasis.formats.models.gguf_blocks import (
     SOFTMAX,
     gguf_experts,
     gguf_layers,
+    gguf_layers_of,
     gguf_model,
     refuse_gguf_features,
 )
@@ -19,6 +22,7 @@ from krasis.formats.models.hf_blocks import R3_EPSILON
 from krasis.formats.models.mixers import LatentAttention
 from krasis.formats.models.mlps import Router
 from krasis.formats.models.rope import QueryTemperature, Rope
+from krasis.formats.models.selection import Selection
 from krasis.formats.models.spec import ModelSpec
 
 _LOG_MULTIPLIER = "rope.scaling.yarn_log_multiplier"
@@ -70,6 +74,29 @@ def gguf_latent(keys: Keys) -> LatentAttention:
         scale=key_width**-0.5 * factor**2,
         temperature=temperature,
     )
+
+
+def gguf_indexed_model(
+    keys: Keys, family: str, style: Literal["half", "interleaved"], is_full: Sequence[bool] | None = None
+) -> ModelSpec:
+    """The same with an index over tokens. style: of its rotation. is_full: the layers that have one of their
+    own, None for all; the others take the choice of the one before."""
+    refuse_gguf_features(keys)
+    own = gguf_latent(keys)
+    count = keys.size("block_count") - keys.size("nextn_predict_layers", default=0, least=0)
+    full = [True] * count if is_full is None else is_full
+    if own.q_rank is None:
+        raise FormatError("an index needs the query's latent", where=keys.path("attention.q_lora_rank"))
+    index = Selection(
+        "tokens",
+        heads=keys.size("attention.indexer.head_count"),
+        dim=keys.size("attention.indexer.key_length"),
+        budget=keys.size("attention.indexer.top_k"),
+        rope=None if own.rope is None else replace(own.rope, style=style),
+    )
+    mixers = [replace(own, selection=replace(index, reuses=not has_own)) for has_own in full[:count]]
+    routed = gguf_experts(keys, router=gguf_latent_router(keys, by_best_two=False))
+    return gguf_model(keys, family, gguf_layers_of(keys, mixers, routed))
 
 
 def _rope(keys: Keys, dims: int) -> tuple[Rope, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from krasis.formats.models.family import Source
 from krasis.formats.models.names import CORRECTION, decoder_names
@@ -19,26 +20,29 @@ _PARTS = {
     "output": ("o_proj", "attn_output"),
 }
 _INDEX = {
-    "index.q": "wq_b.weight",
-    "index.k": "wk.weight",
-    "index.k_norm": "k_norm.weight",
-    "index.k_norm.bias": "k_norm.bias",
-    "index.weights": "weights_proj.weight",
+    "index.q": ("wq_b.weight", "attn_q_b.weight"),
+    "index.k": ("wk.weight", "attn_k.weight"),
+    "index.k_norm": ("k_norm.weight", "k_norm.weight"),
+    "index.k_norm.bias": ("k_norm.bias", "k_norm.bias"),
+    "index.weights": ("weights_proj.weight", "proj.weight"),
 }
 TOGETHER = "kv_b"
 """In the names of tensors that hold keys and values of a head together, as the hub does and old GGUFs do."""
 
 
-def latent_decoder_names(*, correction: bool = True, nested: str | None = None) -> Mapping[str, Source]:
+def latent_decoder_names(
+    *, correction: bool = True, nested: str | None = None, **changes: Any
+) -> Mapping[str, Source]:
     """Sources by bundle tensor or part of a decoder of latent attention, dense first layers, and experts with
     shared ones beside them. correction: whether routers have a correction bias. nested: what else stands
-    before the hub's names, in models of pictures and text.
+    before the hub's names, in models of pictures and text. changes: other arguments of ``decoder_names``.
     """
     names = decoder_names(
         qk_norm=False,
         shared="shared_experts",
         dense=True,
         correction=CORRECTION if correction else None,
+        **changes,
     )
     names = {ours: source for ours, source in names.items() if ours not in ("attention.k", "attention.v")}
     layer = f"model.layers.{{i}}.{_HF}"
@@ -54,8 +58,8 @@ def latent_decoder_names(*, correction: bool = True, nested: str | None = None) 
             transform=transform,  # type: ignore[arg-type]
             gguf_transform=transform,  # type: ignore[arg-type]
         )
-    for ours, hf in _INDEX.items():
-        names[ours] = Source((f"{layer}indexer.{hf}",), ())
+    for ours, (hf, gguf) in _INDEX.items():
+        names[ours] = Source((f"{layer}indexer.{hf}",), (f"{_GGUF}indexer.{gguf}",))
     if nested is None:
         return names
     return {

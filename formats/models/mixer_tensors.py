@@ -142,7 +142,8 @@ def _channel_delta(mixer: ChannelDelta, hidden: int) -> Iterator[Tensor]:
     rows = mixer.heads * mixer.dim
     yield Tensor("delta.qkv", (3 * rows, hidden), "int8_rows", ("delta.q", "delta.k", "delta.v"))
     yield Tensor("delta.output", (hidden, rows), "int8_rows")
-    yield Tensor("delta.conv", (3 * rows, mixer.conv_width), "f32", ("delta.q", "delta.k", "delta.v"))
+    convs = ("delta.conv_q", "delta.conv_k", "delta.conv_v")
+    yield Tensor("delta.conv", (3 * rows, mixer.conv_width), "f32", convs)
     for part, rank in (("decay", mixer.decay_rank), ("gate", mixer.gate_rank)):
         if rank is None:
             yield Tensor(f"delta.{part}", (rows, hidden), "int8_rows")
@@ -156,8 +157,10 @@ def _channel_delta(mixer: ChannelDelta, hidden: int) -> Iterator[Tensor]:
 
 
 def _mamba2(mixer: Mamba2, hidden: int) -> Iterator[Tensor]:
-    rows = mixer.inner + mixer.conv_channels + mixer.heads
+    rows = mixer.inner + mixer.conv_channels
     yield Tensor("mamba.input", (rows, hidden), "int8_rows")
+    # Apart, for what goes through an exponential is not rounded.
+    yield Tensor("mamba.dt", (mixer.heads, hidden), "plain")
     yield Tensor("mamba.output", (hidden, mixer.inner), "int8_rows")
     yield Tensor("mamba.conv", (mixer.conv_channels, mixer.conv_width), "f32")
     if mixer.conv_bias:

@@ -118,6 +118,12 @@ class LatentAttention(Record):
         if self.selection is not None and self.q_rank is None:
             raise fail("an index needs the query's latent", self, "selection", "no q_rank", "q_rank")
 
+    @property
+    def index_dim(self) -> int:
+        """Channels of the key that an index of the layer's own keeps of each token; 0 without one."""
+        index = self.selection
+        return index.dim if index is not None and index.kind == "tokens" and not index.reuses else 0
+
 
 @dataclass(frozen=True, slots=True)
 class CompressedAttention(Record):

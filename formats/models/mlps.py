@@ -115,6 +115,15 @@ class Experts(Record):
         if self.shared_gate and self.shared is None:
             raise fail("a gate without a shared expert", self, "shared_gate", True, False)
 
+    @property
+    def gated(self) -> bool:
+        """Whether each expert has a gate matrix."""
+        return self.activation.gated
+
+    def width(self, hidden: int) -> int:
+        """Of what experts work on, in a model of that hidden size."""
+        return hidden if self.latent is None else self.latent
+
 
 @dataclass(frozen=True, slots=True)
 class MlpBesideExperts(Record):

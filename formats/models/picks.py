@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from krasis.formats.models.mixers import Attention
-from krasis.formats.models.recurrent import GatedDelta
+from krasis.formats.models.recurrent import GatedDelta, Mamba2
 
 Places = npt.NDArray[np.int64]
 
@@ -76,6 +76,18 @@ def side_by_side(part: str, *, tiled: bool = False) -> PickOf:
         return Pick(2 * key + _tiled(mixer, mixer.value_dim), found.of)
 
     return pick
+
+
+def mamba_input(mixer: Mamba2) -> Pick:
+    """Rows of z, x, B and C of a projection that has those of the time steps after them."""
+    rows = mixer.inner + mixer.conv_channels
+    return Pick(np.arange(rows), rows + mixer.heads)
+
+
+def mamba_steps(mixer: Mamba2) -> Pick:
+    """Rows of the time steps of the same."""
+    rows = mixer.inner + mixer.conv_channels
+    return Pick(rows + np.arange(mixer.heads), rows + mixer.heads)
 
 
 def tiled_heads(width: Callable[[GatedDelta], int], axis: Literal[0, 1] = 0) -> PickOf:

@@ -57,6 +57,36 @@ class ChannelDelta(Record):
     gate_rank: int | None = size(MAX_HIDDEN)
     lower_bound: float | None = number(-1e3, 0.0, None)
 
+    @property
+    def key_heads(self) -> int:
+        """As ``GatedDelta`` has it, like those that follow: heads and dims are all alike."""
+        return self.heads
+
+    @property
+    def value_heads(self) -> int:
+        """See ``key_heads``."""
+        return self.heads
+
+    @property
+    def key_dim(self) -> int:
+        """See ``key_heads``."""
+        return self.dim
+
+    @property
+    def value_dim(self) -> int:
+        """See ``key_heads``."""
+        return self.dim
+
+    @property
+    def gate(self) -> Literal["sigmoid"]:
+        """See ``key_heads``."""
+        return "sigmoid"
+
+    @property
+    def conv_channels(self) -> int:
+        """Channels of the convolutions: all of q, k and v."""
+        return 3 * self.heads * self.dim
+
 
 @dataclass(frozen=True, slots=True)
 class Mamba2(Record):

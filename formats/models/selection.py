@@ -8,6 +8,9 @@ from typing import Literal
 from krasis.formats.models.record import MAX_HEAD_DIM, MAX_HEADS, MAX_POSITIONS, Record, size
 from krasis.formats.models.rope import Rope
 
+INDEX_NORM_EPS = 1e-6
+"""Of the layer norm of keys of an index over tokens: no config says it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Selection(Record):

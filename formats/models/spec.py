@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 from krasis.formats.errors import FormatError
@@ -70,6 +70,7 @@ class NgramTable(Record):
 
     heads: hashes of each n-gram size from 2 on. rows: of one layer's table; each has dim / (heads * sizes)
     channels. base: the first candidate for the prime moduli. conv_width, dilation: of the convolution.
+    boundary: the token id that stands for those before the sequence, and that n-grams do not reach beyond.
     """
 
     longest: int = size(16, 2)
@@ -80,6 +81,17 @@ class NgramTable(Record):
     seed: int = size((1 << 63) - 1, 0)
     conv_width: int = size(64)
     dilation: int = size(64)
+    boundary: int = size(MAX_VOCAB, 0)
+
+    @property
+    def row_dim(self) -> int:
+        """Channels of a row."""
+        return self.dim // (self.heads * (self.longest - 1))
+
+    @property
+    def past_rows(self) -> int:
+        """Earlier positions that the convolution reaches."""
+        return (self.conv_width - 1) * self.dilation
 
     def check(self) -> None:
         if self.dim % (self.heads * (self.longest - 1)):
@@ -93,6 +105,8 @@ class Layer(Record):
 
     post_norms: their outputs are normed too. parallel: both read one norm of the residual. ngram: rows of the
     model's table are added first. output_scale: the residual is multiplied by one stored number at the end.
+    drafts: it is no part of the model, but guesses the token after the next from the model's last hidden
+    state and the next token (multi-token prediction), with the model's embedding and head.
     """
 
     KIND: ClassVar[str] = "layer"
@@ -102,6 +116,7 @@ class Layer(Record):
     parallel: bool = False
     ngram: bool = False
     output_scale: bool = False
+    drafts: bool = False
 
     def check(self) -> None:
         if self.mixer is None and self.mlp is None:
@@ -119,7 +134,8 @@ class Layer(Record):
 class ModelSpec(Record):
     """A language model. Sizes in elements.
 
-    draft_layers: layers of the multi-token prediction heads, which drafting alone uses. embedding_scale,
+    layers: of which the last one may draft. draft_layers: how many layers the source says that it has for
+    drafting (multi-token prediction), whether one of them was taken or not. embedding_scale,
     residual_scale, logits_scale: factors on the embedding, on what blocks add and on the logits. logits_cap:
     cap * tanh(logits / cap).
     """
@@ -146,6 +162,15 @@ class ModelSpec(Record):
             raise fail("size is out of range", self, "layers", 0, f"1..{MAX_LAYERS}")
         if self.ngram is None and any(layer.ngram for layer in self.layers):
             raise fail("layers use a table that is not described", self, "ngram", "none", "a table")
+        if any(layer.drafts for layer in self.layers[:-1]) or self.layers[0].drafts:
+            raise fail("only a last layer behind others can draft", self, "layers", "another", "the last")
+        if self.ngram is not None and self.ngram.boundary >= self.vocab:
+            raise fail("size is out of range", self, "ngram.boundary", self.ngram.boundary, f"< {self.vocab}")
+
+    @property
+    def main(self) -> ModelSpec:
+        """The model without the layer that drafts, if it has one."""
+        return replace(self, layers=self.layers[:-1]) if self.layers[-1].drafts else self
 
     @property
     def expert_layers(self) -> tuple[int, ...]:
@@ -158,6 +183,11 @@ class ModelSpec(Record):
         if experts is None:
             raise FormatError("the layer has no experts", where=self.family, got=layer)
         return experts
+
+    @property
+    def residual_width(self) -> int:
+        """Channels of the residual: ``hidden`` in each stream."""
+        return self.hidden * (1 if self.residual is None else self.residual.streams)
 
     @property
     def rope_scaling(self) -> RopeScaling:
@@ -184,15 +214,24 @@ class ModelSpec(Record):
                     scaling.kind, 0
                 )
                 longest = max(longest, int(reach * scaling.factor))
-        return min(longest, self.densest_context or longest, MAX_POSITIONS)
+        return min(longest, self.block_context or longest, MAX_POSITIONS)
 
     @property
     def densest_context(self) -> int | None:
         """Tokens up to which an index over tokens picks all of them, so that attention needs none; None for
-        models without. Contexts end there, until there are kernels for the index.
+        models without.
         """
         selections = [getattr(layer.mixer, "selection", None) for layer in dict.fromkeys(self.layers)]
         budgets = [one.budget for one in selections if one is not None and one.kind == "tokens"]
+        return min(budgets, default=None)
+
+    @property
+    def block_context(self) -> int | None:
+        """Tokens up to which an index over means of blocks picks every block; None for models without.
+        Contexts end there, until there are kernels for that index.
+        """
+        selections = [getattr(layer.mixer, "selection", None) for layer in dict.fromkeys(self.layers)]
+        budgets = [one.budget for one in selections if one is not None and one.kind == "block_mean"]
         return min(budgets, default=None)
 
     def to_json(self) -> dict[str, Any]:

@@ -57,7 +57,7 @@ class Kept:
         """Of a copy that can be gone back to: what a window overwrites in a context of so many positions."""
         if self.window is None or positions <= ring_positions(self.window):
             return 0
-        return (self.window + TAIL_TOKENS - 1) * self.entry_bytes
+        return (self.window + TAIL_TOKENS) * self.entry_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,13 +99,19 @@ def state(mixer: Mixer | None, item_bytes: int = 2) -> State:
 
 
 def layer_state(spec: ModelSpec, layer: Layer, item_bytes: int = 2) -> State:
-    """What a layer keeps: its mixer's state and, for an n-gram table, the columns of its convolution."""
+    """What a layer keeps: its mixer's state and, for an n-gram table, what its convolution and its hashes
+    reach back to."""
     own = state(layer.mixer, item_bytes)
     if not layer.ngram or spec.ngram is None:
         return own
-    wide = (spec.residual.streams if spec.residual is not None else 1) * spec.hidden
-    columns = (spec.ngram.conv_width - 1) * spec.ngram.dilation
-    return State(own.kept, own.fixed_bytes + columns * wide * item_bytes + 8 * (spec.ngram.longest - 1))
+    return State(own.kept, own.fixed_bytes + table_numbers(spec) * _F32_BYTES)
+
+
+def table_numbers(spec: ModelSpec) -> int:
+    """Numbers of 4 bytes that a layer with an n-gram table keeps: earlier inputs of the convolution, then the
+    last token ids."""
+    table = spec.ngram
+    return 0 if table is None else table.past_rows * spec.residual_width + table.longest - 1
 
 
 def sequence_bytes(spec: ModelSpec, positions: int, item_bytes: int = 2, windows: Windows = "seen") -> int:
@@ -140,7 +146,7 @@ def _latent(mixer: LatentAttention, item_bytes: int) -> State:
     kept = [Kept(_row_bytes(item_bytes, mixer.kv_rank, mixer.rope_dim))]
     if mixer.selection is not None and not mixer.selection.reuses:
         keys = 2 if mixer.selection.kind == "pools" else 1  # a pool needs each token's gate too
-        kept.append(Kept(keys * mixer.selection.dim * item_bytes))
+        kept.append(Kept(_row_bytes(item_bytes, *keys * (mixer.selection.dim,))))
     return State(tuple(kept))
 
 
@@ -164,17 +170,17 @@ def _gated_delta(mixer: GatedDelta, item_bytes: int) -> State:
 
 
 def _channel_delta(mixer: ChannelDelta, item_bytes: int) -> State:
-    matrix = mixer.heads * mixer.dim * mixer.dim * _F32_BYTES
-    return State(fixed_bytes=matrix + 3 * mixer.heads * mixer.dim * (mixer.conv_width - 1) * item_bytes)
+    numbers = mixer.heads * mixer.dim * mixer.dim
+    return State(fixed_bytes=(numbers + mixer.conv_channels * (mixer.conv_width - 1)) * _F32_BYTES)
 
 
 def _mamba2(mixer: Mamba2, item_bytes: int) -> State:
     matrix = mixer.inner * mixer.state_dim * _F32_BYTES
-    return State(fixed_bytes=matrix + mixer.conv_channels * (mixer.conv_width - 1) * item_bytes)
+    return State(fixed_bytes=matrix + mixer.conv_channels * (mixer.conv_width - 1) * _F32_BYTES)
 
 
 def _short_conv(mixer: ShortConv, item_bytes: int) -> State:
-    return State(fixed_bytes=mixer.channels * (mixer.width - 1) * item_bytes)
+    return State(fixed_bytes=mixer.channels * (mixer.width - 1) * _F32_BYTES)
 
 
 _STATES: dict[type, Callable[[Any, int], State]] = {

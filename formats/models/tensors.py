@@ -26,9 +26,11 @@ __all__ = [
     "dense_tensors",
     "dense_tensors_of",
     "layer_tensors",
+    "table_tensors",
     "top_tensors",
 ]
 
+TABLE = "ngram.table"
 ROW_TILE = 32  # of the INT8 rows layout
 _ROW_BYTES = 4
 
@@ -57,6 +59,8 @@ def layer_tensors(spec: ModelSpec, layer: Layer) -> tuple[Tensor, ...]:
 
 
 def _layer_tensors(spec: ModelSpec, layer: Layer) -> Iterator[Tensor]:
+    if layer.drafts:
+        yield from _draft_tensors(spec)
     if layer.ngram:
         yield from _ngram_tensors(spec)
     normed = spec.residual is None or spec.residual.kind != "gated"
@@ -74,6 +78,16 @@ def _layer_tensors(spec: ModelSpec, layer: Layer) -> Iterator[Tensor]:
             yield from _residual_tensors("mlp.residual", spec.residual, spec.hidden)
     if layer.output_scale:
         yield Tensor("output_scale", (1,), "f32")
+
+
+def _draft_tensors(spec: ModelSpec) -> Iterator[Tensor]:
+    """What stands around a layer that drafts: its input is the projection of [norm of the embedding, norm of
+    the model's hidden state], and its output is normed before the head.
+    """
+    yield norm("draft.embedding_norm", spec)
+    yield norm("draft.hidden_norm", spec)
+    yield Tensor("draft.projection", (spec.hidden, 2 * spec.hidden), "int8_rows")
+    yield norm("draft.norm", spec)
 
 
 def top_tensors(spec: ModelSpec) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
@@ -124,8 +138,8 @@ def _ngram_tensors(spec: ModelSpec) -> Iterator[Tensor]:
     table = spec.ngram
     if table is None:
         return
-    wide = (spec.residual.streams if spec.residual is not None else 1) * spec.hidden
-    yield Tensor("ngram.table", (table.rows, table.dim // (table.heads * (table.longest - 1))), "table")
+    wide = spec.residual_width
+    yield Tensor(TABLE, (table.rows, table.row_dim), "table")
     yield Tensor("ngram.key", (wide, table.dim), "int8_rows")
     yield Tensor("ngram.value", (spec.hidden, table.dim), "int8_rows")
     for part in ("key_norm", "query_norm", "conv_norm"):
@@ -181,10 +195,18 @@ def blobs_of(tensor: Tensor, layer: int | None) -> Iterator[Blob]:
         yield Blob(name, dtypes.get(tensor.store), tensor.shape, "plain")
 
 
+def table_tensors(spec: ModelSpec) -> Iterator[tuple[int, Tensor]]:
+    """The hashed tables with their layers: blobs of a tier of their own."""
+    for i, layer in enumerate(spec.layers):
+        if layer.ngram:
+            yield from ((i, tensor) for tensor in _ngram_tensors(spec) if tensor.store == "table")
+
+
 def count_parameters(spec: ModelSpec) -> Parameters:
-    """The model's weights without its drafting layers. Of the embedding and of hashed tables a token looks
-    up single rows: they count as active by those alone. Raises FormatError for absurd numbers.
+    """The model's weights without those of a layer that drafts. Of the embedding and of hashed tables a token
+    looks up single rows: they count as active by those alone. Raises FormatError for absurd numbers.
     """
+    spec = spec.main
     before, after = top_tensors(spec)
     totals, actives = [], []
     for tensor in (*before, *after):

@@ -1,15 +1,16 @@
-"""What all commands have in common: streams of any state, and --version."""
+"""What all commands have in common: streams of any state, how errors end them, and --version."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import click
 
-from krasis.formats.process.standard_streams import finish_output, prepare_streams
+from krasis.formats.errors import KrasisError
+from krasis.formats.process.standard_streams import finish_output, output_error, prepare_streams
 from krasis.formats.process.tool import tool_version
 
 _Decorated = TypeVar("_Decorated", bound=Callable[..., Any])
@@ -27,10 +28,27 @@ class StreamsCommand(click.Command):
             return super().main(*args, **extra)
         except (OSError, SystemExit) as ending:
             failed = finish_output()
+            if failed is None and isinstance(ending, OSError):
+                # A text longer than the stream's buffer is lost when it is refused: nothing is left to fail
+                # again. Errors of the command's own work do not come here, but click's printing does.
+                failed = output_error(ending)
             if failed is None or (isinstance(ending, SystemExit) and ending.code not in (0, None)):
                 raise
             click.echo(f"{extra.get('prog_name') or Path(sys.argv[0]).name}: {failed}", err=True)
             sys.exit(failed.exit_code)
+
+
+class CommandError(click.ClickException):
+    """A KrasisError on its way out of a program: one line on stderr and the class's exit code."""
+
+    def __init__(self, program: str, error: KrasisError) -> None:
+        super().__init__(" ".join(str(error).split()))
+        self.program = program
+        self.exit_code = error.exit_code  # type: ignore[misc]  # click declares it a constant of the class
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        """Prints the line."""
+        click.echo(f"{self.program}: {self.message}", file=file or sys.stderr)
 
 
 def version_option() -> Callable[[_Decorated], _Decorated]:

@@ -86,11 +86,12 @@ def write_output(text: str) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
     except OSError as error:
-        raise _output_error(error) from error
+        raise output_error(error) from error
 
 
-def _output_error(error: OSError) -> OutputError:
-    """Also gives up stdout: what is still in its buffer would fail again when the program ends."""
+def output_error(error: OSError) -> OutputError:
+    """What it is for the user. Also gives up stdout: what is still in its buffer would fail again when the
+    program ends."""
     with suppress(OSError, ValueError):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, sys.stdout.fileno())

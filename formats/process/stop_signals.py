@@ -20,7 +20,7 @@ from typing import ParamSpec
 
 _P = ParamSpec("_P")
 _SIGNALS = (signal.SIGTERM, signal.SIGHUP)
-INTERRUPTED = 130
+INTERRUPTED = 130  # what a shell reports for a command that Ctrl-C ended
 
 _received: signal.Signals | None = None
 
@@ -28,6 +28,16 @@ _received: signal.Signals | None = None
 def received() -> signal.Signals | None:
     """The signal that asked this command to end; None if none did. A loop that goes on after Ctrl-C asks."""
     return _received
+
+
+def check() -> None:
+    """Raises KeyboardInterrupt if this command was asked to end.
+
+    A loop that may last long asks at each step: Python drops an exception that a signal raises inside a
+    finalizer or a weak reference's callback, and lets a running event loop swallow it.
+    """
+    if _received is not None:
+        raise KeyboardInterrupt
 
 
 def ends_in_order(program: str) -> Callable[[Callable[_P, None]], Callable[_P, None]]:

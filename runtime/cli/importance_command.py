@@ -60,7 +60,7 @@ def main(
         text = "\n\n".join(read_user_file(path, "the text", MAX_TEXT_BYTES).decode() for path in texts)
         with (
             Bundle.open(bundle) as opened,
-            tqdm(total=opened.architecture.num_layers, unit="layer", disable=not sys.stderr.isatty()) as bar,
+            tqdm(total=len(opened.spec.layers), unit="layer", disable=not sys.stderr.isatty()) as bar,
         ):
             found = collect(
                 opened,
@@ -81,7 +81,7 @@ def main(
 
 def summary(found: Importance, output: Path) -> str:
     """What was collected, in a sentence or two."""
-    tokens = [int(layer.tokens.min()) for layer in found.layers]
+    tokens = [int(layer.tokens.min()) for layer in found.layers.values()]
     text = (
         f"{output}: {found.provenance['num_tokens']} tokens; the least used expert saw {min(tokens)} of them"
     )

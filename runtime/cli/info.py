@@ -21,7 +21,7 @@ from krasis.runtime.planning.planner import (
 from krasis.runtime.planning.sizes import ModelSizes, count_parameters, sizes_of_bundle
 from krasis.runtime.planning.types import Workload
 
-TIER_NAMES = {"dense": "dense weights", "gpu": "GPU experts", "cpu": "CPU experts"}
+TIER_NAMES = {"dense": "dense weights", "gpu": "GPU experts", "cpu": "CPU experts", "table": "n-gram table"}
 
 
 def bundle_to_json(manifest: Manifest, path: str, workload: Workload | None = None) -> dict[str, Any]:
@@ -103,6 +103,7 @@ def needs_to_json(sizes: ModelSizes, workload: Workload) -> dict[str, Any]:
         "decoded_token_reads_bytes": {
             "dense": sizes.dense_bytes,
             "cpu_experts": sizes.routed_cpu_bytes,
+            "table": sizes.looked_up_bytes,
         },
     }
 
@@ -171,6 +172,8 @@ def _need_fields(needs: Mapping[str, Any]) -> list[tuple[str, str]]:
     per_token = (
         f"{format_bytes(reads['dense'])} dense and {format_bytes(reads['cpu_experts'])} of CPU experts"
     )
+    if reads["table"]:
+        per_token += f", {format_bytes(reads['table'])} of the n-gram table (from the disk)"
     return [*fields, ("a token reads", per_token)]
 
 

@@ -26,18 +26,20 @@ def model_to_json(spec: ModelSpec) -> dict[str, Any]:
     """The manifest's description, and what is easier to ask of a summary than of it: how many layers there
     are with and without experts, and which kinds of experts and attention.
     """
+    description, has_draft, spec = spec.to_json(), spec.layers[-1].drafts, spec.main
     with_experts = spec.expert_layers
     return {
         "family": spec.family,
         "num_layers": len(spec.layers),
         "num_expert_layers": len(with_experts),
         "num_dense_layers": len(spec.layers) - len(with_experts),
-        "num_draft_layers_left_out": spec.draft_layers,
+        "has_draft_layer": has_draft,
+        "num_draft_layers_left_out": max(spec.draft_layers - has_draft, 0),
         "rope_scaling": spec.rope_scaling.to_json(),
         "experts": _counted(_experts, spec),
         "dense_mlps": _counted(_dense, spec),
         "mixers": _counted(_mixer, spec),
-        "description": spec.to_json(),
+        "description": description,
     }
 
 
@@ -65,6 +67,7 @@ def model_fields(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         *(("attention", one["text"]) for one in model["mixers"]),
         ("vocabulary", f"{description['vocab']:,}{', tied head' if description.get('tied') else ''}"),
         ("context", context),
+        *([("drafting", "a layer for multi-token prediction")] if model["has_draft_layer"] else []),
         *([("left out", f"drafting layers: {draft}")] if draft else []),
     ]
 

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
+from krasis.formats.checkpoints.quantised.kept import NO_CODES, KeptCodes
 from krasis.formats.models.spec import ModelSpec
 from krasis.formats.text_tables import text_fields
 from krasis.formats.units import format_bytes, format_rate, parse_bytes, parse_gpus
@@ -74,8 +75,10 @@ def add_plan(
     if hardware.gpus and (missing := lacking(spec, GPU_RUNS)):
         notes = (*notes, f"the GPU has no kernels yet for {missing[0]}: the plan is what they would give")
     if isinstance(model, PlannedModel):
-        chosen = _chosen(request, spec, hardware, workload)
+        chosen = _chosen(request, spec, hardware, workload, model.kept)
         sizes = chosen.sizes
+        if model.refused is not None:
+            notes = (*notes, f"krasis-convert refuses this checkpoint: {model.refused}")
         record["conversion"] = _conversion(model, chosen)
         texts.append(_conversion_text(model, chosen))
     elif model.source == "shape":
@@ -117,11 +120,14 @@ def _flags(request: PlanRequest) -> HardwareFlags:
 
 
 def _chosen(
-    request: PlanRequest, spec: ModelSpec, hardware: HardwareSpec, workload: Workload
+    request: PlanRequest,
+    spec: ModelSpec,
+    hardware: HardwareSpec,
+    workload: Workload,
+    kept: KeptCodes = NO_CODES,
 ) -> ChosenFormats:
-    return choose_formats(
-        spec, hardware, workload, cpu_format=request.cpu_format, gpu_group=request.gpu_group
-    )
+    formats = {"cpu_format": request.cpu_format, "gpu_group": request.gpu_group}
+    return choose_formats(spec, hardware, workload, kept=kept, **formats)
 
 
 def _conversion(model: PlannedModel, chosen: ChosenFormats) -> dict[str, Any]:
@@ -148,12 +154,16 @@ def _conversion_text(model: PlannedModel, chosen: ChosenFormats) -> str:
         f"dense {format_bytes(dense)}, GPU experts {format_bytes(sizes.gpu_experts_bytes)}, CPU experts "
         f"{format_bytes(sizes.cpu_experts_bytes)}"
     )
+    if sizes.table_bytes:
+        parts += f", n-gram table {format_bytes(sizes.table_bytes)}"
     fields = [("bundle", f"{format_bytes(chosen.bundle_bytes)} on disk: {parts}")]
     fields.append(("CPU experts", f"{chosen.cpu_format}: {chosen.reason}"))
     if model.download_bytes is not None:
         kept = f"{format_bytes(model.download_bytes)} (krasis-convert --drop-sources keeps none of it)"
         fields.insert(0, ("download", kept))
-    option = "" if chosen.cpu_format == "q8" else f" --cpu-format {chosen.cpu_format}"
+    option = (
+        "" if chosen.cpu_format == "q8" or model.kept != NO_CODES else f" --cpu-format {chosen.cpu_format}"
+    )
     fields.append(("command", f"krasis-convert {model.name}{option} -o model.krasis"))
     return f"Conversion of {model.name}\n" + text_fields(fields)
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from krasis.formats.errors import FormatError, UsageError
+from krasis.formats.checkpoints.quantised.kept import NO_CODES, KeptCodes
+from krasis.formats.errors import FormatError, KrasisError, UsageError
 from krasis.formats.hub.name import HubName, hub_name
 from krasis.formats.limits import MAX_CONFIG_BYTES
 from krasis.formats.models.spec import ModelSpec
@@ -20,13 +21,16 @@ _BESIDE = re.compile(r"(adapter|consolidated|optimizer|scheduler).*\.safetensors
 @dataclass(frozen=True, slots=True)
 class PlannedModel:
     """A model that a plan is asked for. name: as the user gave it. download_bytes: of its weights on the hub,
-    None if it is on the disk. commit: on the hub.
+    None if it is on the disk. commit: on the hub. kept: what a bundle can keep of quantised weights. refused:
+    why they cannot be converted.
     """
 
     spec: ModelSpec
     name: str
     download_bytes: int | None = None
     commit: str | None = None
+    kept: KeptCodes = NO_CODES
+    refused: str | None = None
 
 
 def planned_model(text: str) -> PlannedModel | None:
@@ -47,17 +51,26 @@ def planned_model(text: str) -> PlannedModel | None:
     if path.suffix == ".gguf" and path.is_file():
         return _gguf(path)
     if path.suffix == ".json" and path.name != MANIFEST:
-        return PlannedModel(_spec(path, str(path)), text)
+        return _of_config(path, str(path), text)
     return None
 
 
-def _spec(path: Path, where: str) -> ModelSpec:
+def _of_config(path: Path, where: str, text: str, *, is_gguf: bool = False) -> PlannedModel:
     from krasis.formats.checkpoints.hf_config import read_hf_config
+    from krasis.formats.checkpoints.quantised.registry import quantisation_of
     from krasis.formats.files.regular_file import read_small_file
     from krasis.formats.strict_json import parse_json_object
 
     data = read_small_file(path, MAX_CONFIG_BYTES, follow_links=True)
-    return read_hf_config(parse_json_object(data, where, max_bytes=MAX_CONFIG_BYTES), where)
+    config = parse_json_object(data, where, max_bytes=MAX_CONFIG_BYTES)
+    spec = read_hf_config(config, where)
+    if is_gguf:
+        return PlannedModel(spec, text)
+    try:
+        quantised = quantisation_of(config, where)
+    except KrasisError as error:
+        return PlannedModel(spec, text, refused=str(error))
+    return PlannedModel(spec, text, kept=NO_CODES if quantised is None else quantised.kept)
 
 
 def _gguf(path: Path) -> PlannedModel:
@@ -76,7 +89,7 @@ def _on_the_hub(name: HubName, text: str) -> PlannedModel:
     if isinstance(found, Path):
         if not (found / "config.json").is_file():
             raise FormatError("the cache holds no config.json of this model", where=str(name), got=str(found))
-        return PlannedModel(_spec(found / "config.json", str(name)), text)
+        return _of_config(found / "config.json", str(name), text, is_gguf=name.variant is not None)
     if "config.json" not in found.files:
         raise UsageError(
             "this model has no config.json on the hub, which a plan is made from",
@@ -85,12 +98,13 @@ def _on_the_hub(name: HubName, text: str) -> PlannedModel:
         )
     if found.file("config.json").num_bytes > MAX_CONFIG_BYTES:
         raise FormatError("its config.json is too large", where=str(name), limit=f"{MAX_CONFIG_BYTES} bytes")
-    spec = _spec(found.fetch("config.json"), f"{name}: config.json")
+    config, where = found.fetch("config.json"), f"{name}: config.json"
+    model = _of_config(config, where, text, is_gguf=name.variant is not None)
     if name.variant is not None:
         weights: Iterable[str] = choose_gguf(found.files, name.variant, str(name))
     else:
         weights = _weights(found.files)
-    return PlannedModel(spec, text, found.num_bytes(weights), found.commit)
+    return replace(model, download_bytes=found.num_bytes(weights), commit=found.commit)
 
 
 def _weights(names: Iterable[str]) -> list[str]:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 import sys
+import time
 from typing import TYPE_CHECKING, Any
 
 from krasis.formats.printable import printable_lines
+from krasis.formats.process import stop_signals
 from krasis.formats.process.standard_streams import write_output
+from krasis.formats.units import format_bytes
 from krasis.runtime.cli.thinking_view import ThinkingView
 from krasis.runtime.generation import Answer, Generation
 
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
 
     from krasis.runtime.engine import Engine
 
+LEAST_RATED_S = 0.2  # of watching, for a rate that means something
 _BIDI = "\u202a-\u202e\u2066-\u2069"  # embeddings, overrides and isolates: they reorder what is read
 # C0 but newline, tab and carriage return; DEL; C1; lone surrogates; the line separators that editors obey.
 _CONTROL = re.compile(f"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\u2028\u2029{_BIDI}]")
@@ -54,15 +58,17 @@ def write_text(text: str) -> None:
 
 class PrefillBar:
     """A bar on stderr while a long prompt is computed; nothing where stderr is no terminal. It says what
-    computes.
+    computes, and what it waits for while weights are still being loaded.
     """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._bar: tqdm[Any] | None = None
+        self._loaded: dict[str, tuple[float, int]] = {}  # when it was first seen, and the bytes then
 
     def update(self, done: int, total: int) -> None:
-        """A prefill's progress callback."""
+        """A prefill's progress callback. Raises KeyboardInterrupt if a signal asked the command to end."""
+        stop_signals.check()
         if self._bar is None and done < total and sys.stderr.isatty():
             from tqdm import tqdm
 
@@ -71,8 +77,22 @@ class PrefillBar:
             self._bar = tqdm(total=total, initial=done, unit="tok", desc=label, leave=False, file=sys.stderr)
         if self._bar is not None:
             self._bar.update(done - self._bar.n)
+            waits = self._loading()
+            if waits or self._bar.postfix:
+                self._bar.set_postfix_str(waits)
             if done == total:
                 self.close()
+
+    def _loading(self) -> str:
+        """``waits for weights read: 12.1 of 117 GB, 3.0 GB/s``; empty if nothing is loaded."""
+        found = self._engine.loading
+        if found is None:
+            return ""
+        what, ready, total = found
+        begin_s, first = self._loaded.setdefault(what, (time.monotonic(), ready))
+        seconds = time.monotonic() - begin_s
+        rate = f", {(ready - first) / seconds / 1e9:.1f} GB/s" if seconds > LEAST_RATED_S else ""
+        return f"waits for {what}: {format_bytes(ready)} of {format_bytes(total)}{rate}"
 
     def close(self) -> None:
         """Removes the bar."""
@@ -97,6 +117,7 @@ def stream_answer(
     view = ThinkingView(show_thinking)
     try:
         for piece in answer:
+            stop_signals.check()
             bar.close()
             if show:
                 view.write(piece)

@@ -23,7 +23,8 @@ def summary_line(stats: Generation, engine: Engine) -> str:
         f"load {engine.load_s:.2f} s; "
         f"prompt {stats.num_prompt_tokens} tokens{cached}, "
         f"{stats.prefill_tokens_per_s:.1f} tok/s on {prefilled_on}; "
-        f"answer {len(stats.tokens)} tokens, {stats.decode_tokens_per_s:.1f} tok/s on {decoded_on}; "
+        f"answer {len(stats.tokens)} tokens, {stats.decode_tokens_per_s:.1f} tok/s on {decoded_on}"
+        f"{_drafts(stats)}; "
         f"first token {stats.time_to_first_token_s:.2f} s"
     )
 
@@ -33,10 +34,17 @@ def speed_line(stats: Generation, engine: Engine) -> str:
     prefilled_on, decoded_on = engine.placement
     cached = f" ({stats.num_cached_tokens} cached)" if stats.num_cached_tokens else ""
     return (
-        f"[{len(stats.tokens)} tokens, {stats.decode_tokens_per_s:.1f} tok/s on {decoded_on}; "
+        f"[{len(stats.tokens)} tokens, {stats.decode_tokens_per_s:.1f} tok/s on {decoded_on}"
+        f"{_drafts(stats)}; "
         f"prompt {stats.num_prompt_tokens} tokens{cached}, "
         f"{stats.prefill_tokens_per_s:.1f} tok/s on {prefilled_on}]"
     )
+
+
+def _drafts(stats: Generation) -> str:
+    """`` (30 of 40 guesses right)``; empty where none were made."""
+    drafts = stats.drafts
+    return f" ({drafts.num_accepted} of {drafts.num_drafted} guesses right)" if drafts.num_drafted else ""
 
 
 def banner(engine: Engine) -> str:
@@ -79,6 +87,8 @@ def json_report(
         "num_prompt_tokens": stats.num_prompt_tokens,
         "num_cached_tokens": stats.num_cached_tokens,
         "num_tokens": len(stats.tokens),
+        "num_drafted_tokens": stats.drafts.num_drafted,
+        "num_accepted_tokens": stats.drafts.num_accepted,
         "load_s": engine.load_s,
         "huge_page_share": engine.huge_page_share,
         "prefill_s": stats.prefill_s,

@@ -6,17 +6,18 @@ import logging
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from krasis.formats.errors import KrasisError, UsageError
-from krasis.formats.process.command_line import StreamsCommand, version_option
+from krasis.formats.process.command_line import CommandError, StreamsCommand, version_option
 from krasis.formats.process.last_resort import last_resort
 from krasis.formats.process.log_lines import PrintableFormatter
-from krasis.formats.process.standard_streams import OutputError, check_stdout
+from krasis.formats.process.stages import stage
+from krasis.formats.process.standard_streams import check_stdout
 from krasis.formats.process.starting import starting
-from krasis.formats.process.stop_signals import deferred, ends_in_order, received
+from krasis.formats.process.stop_signals import INTERRUPTED, ends_in_order, received
 from krasis.runtime.cli.arguments import read_texts
 from krasis.runtime.cli.text_options import (
     PENALTY_OPTIONS,
@@ -27,24 +28,10 @@ from krasis.runtime.cli.text_options import (
 )
 
 if TYPE_CHECKING:
-    from krasis.runtime.cli.conversation import Conversation
     from krasis.runtime.engine import Engine
     from krasis.runtime.settings import EngineSettings, SamplingSettings
 
-INTERRUPTED = 130  # what a shell reports for a command that Ctrl-C ended
 SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", *PENALTY_OPTIONS)
-
-
-class CommandError(click.ClickException):
-    """A KrasisError on its way out: one line on stderr and the class's exit code."""
-
-    def __init__(self, error: KrasisError) -> None:
-        super().__init__(" ".join(str(error).split()))
-        self.exit_code = error.exit_code  # type: ignore[misc]  # click declares it a constant of the class
-
-    def show(self, file: IO[Any] | None = None) -> None:
-        """Prints the line."""
-        click.echo(f"krasis-run: {self.message}", file=file or sys.stderr)
 
 
 @click.command(
@@ -107,7 +94,7 @@ class CommandError(click.ClickException):
     "--kv-dtype",
     type=click.Choice(["f16", "f32", "int8"]),
     default="f16",
-    help="Precision of the KV cache (int8: half the memory; on the CPU alone).",
+    help="Precision of the KV cache (int8: half the memory; else a GPU's is of --gpu-dtype).",
 )
 @click.option(
     "--activations",
@@ -139,6 +126,12 @@ class CommandError(click.ClickException):
     "--vram",
     metavar="SIZE",
     help="Use at most so much of a GPU's memory, such as 14GiB. [default: what is free]",
+)
+@click.option(
+    "--draft",
+    metavar="N",
+    type=int,
+    help="Guess N tokens ahead of each pass with the bundle's layer for that. [default: 1 where it pays]",
 )
 @click.option(
     "--reread",
@@ -186,14 +179,15 @@ def main(bundle: Path, prompt: str | None, prompt_file: Path | None, verbose: in
         if not _is_worker():
             check_stdout()
             _start_worker()
-        text = None if _is_worker() else _prompt_text(prompt, prompt_file)
+            _wake_gpu(options["device"])
+        text = None if _is_worker() else _prompt(prompt, prompt_file)
         if text is None and (options["raw"] or options["as_json"]) and not _is_worker():
             raise UsageError(
                 "--raw and --json answer one prompt", hint="give it by --prompt, --file or a pipe"
             )
         code = _run(bundle, text, options)
     except KrasisError as error:
-        raise CommandError(error) from error
+        raise CommandError("krasis-run", error) from error
     except KeyboardInterrupt:  # while loading; a chat and an answer handle their own
         code = INTERRUPTED
     if code:
@@ -206,16 +200,25 @@ def _run(bundle: Path, text: str | None, options: dict[str, Any]) -> int:
         opened = _opened(bundle, options)
     if opened is None:  # a rank that has served its time
         return 0
+    from krasis.runtime.cli.engine_notes import tell_changes, tell_idle_options
+    from krasis.runtime.cli.one_answer import answer_once
+
     with opened as engine:
-        _tell_idle_options(engine, options)
+        tell_idle_options(engine, options)
         sampling = _sampling(engine, options)
         note_sampling(engine, sampling, options)
         try:
             if text is None:
                 return _chat(engine, sampling, options)
-            return _answer_once(engine, text, sampling, options)
+            return answer_once(engine, text, sampling, options)
         finally:
-            _tell_changes(engine)
+            tell_changes(engine)
+
+
+def _prompt(prompt: str | None, path: Path | None) -> str | None:
+    from krasis.runtime.cli.prompt_text import prompt_text
+
+    return prompt_text(prompt, path)
 
 
 def _start_worker() -> None:
@@ -223,6 +226,16 @@ def _start_worker() -> None:
     from krasis.runtime.text.sandbox import shared_sandbox
 
     shared_sandbox().start()
+
+
+def _wake_gpu(device: str) -> None:
+    """So does the driver, which takes seconds where nothing keeps the GPUs awake."""
+    from krasis.runtime.host.visible_gpus import has_gpu
+
+    if device in ("auto", "cuda") and has_gpu():
+        from krasis.runtime.device.driver import wake
+
+        wake()
 
 
 def _opened(bundle: Path, options: dict[str, Any]) -> Engine | None:
@@ -248,6 +261,7 @@ def _opened(bundle: Path, options: dict[str, Any]) -> Engine | None:
         chat_template=None if options["chat_template"] is None else str(options["chat_template"]),
         template_vars=given_variables(options),
         rope_scaling=options["rope_scaling"],
+        draft=options["draft"],
     )
     mapping_guard.install("krasis-run")
     return _open(bundle, settings, options["gpus"])
@@ -275,27 +289,23 @@ def _open(bundle: Path, settings: EngineSettings, num_gpus: int | None) -> Engin
     if ignored := ignored_note():
         click.echo(f"note: {ignored}", err=True)
     if num_gpus is None and not is_launched_rank():
-        from krasis.runtime.engine import Engine
+        with stage("import the engine"):
+            from krasis.runtime.engine import Engine
 
         return Engine.open(bundle, settings)
-    from krasis.runtime.distributed.launch import open_engine
+    if settings.draft:
+        from krasis.runtime.draft_option import not_on_gpus
+
+        raise not_on_gpus()
+    with stage("import the engine for several ranks"):
+        from krasis.runtime.distributed.launch import open_engine
 
     return open_engine(bundle, settings, num_gpus)
 
 
-def _tell_idle_options(engine: Engine, options: dict[str, Any]) -> None:
-    """A note if options for GPUs were given and none is used."""
-    from krasis.runtime.host.visible_gpus import idle_options_note
-
-    if not engine.description.startswith(("CPU", "NumPy")):
-        return
-    given = [flag for flag, name in (("--gpus", "gpus"), ("--vram", "vram")) if options[name] is not None]
-    if idle := idle_options_note(given, options["device"]):
-        click.echo(f"note: {idle}", err=True)
-
-
 def _chat(engine: Engine, sampling: SamplingSettings, options: dict[str, Any]) -> int:
     from krasis.runtime.cli.conversation import Conversation
+    from krasis.runtime.cli.one_answer import save_tokens
     from krasis.runtime.cli.output import note
     from krasis.runtime.cli.terminal import Terminal
     from krasis.runtime.text.chat import missing_template
@@ -324,122 +334,13 @@ def _chat(engine: Engine, sampling: SamplingSettings, options: dict[str, Any]) -
             raise
     finally:  # whatever ended it: a terminal that is gone too, or answers that can no longer be written
         if options["save_kv"] is not None:
-            _save(engine, options["save_kv"], conversation)
+            save_tokens(engine, options["save_kv"], conversation)
     return 0
-
-
-def _answer_once(engine: Engine, text: str, sampling: SamplingSettings, options: dict[str, Any]) -> int:
-    import json
-
-    from krasis.runtime.cli.conversation import Conversation
-    from krasis.runtime.cli.output import PrefillBar, note, stream_answer, write_text
-    from krasis.runtime.cli.report import json_report, memory_note, summary_line
-    from krasis.runtime.cli.thinking_view import unfinished_note, write_whole
-    from krasis.runtime.text.chat import Message
-
-    if options["raw"] and options["system"]:
-        raise UsageError("--system needs the chat template", hint="leave out --raw or --system")
-    system = [Message("system", options["system"])] if options["system"] else []
-    prompt = text if options["raw"] else [*system, Message("user", text)]
-    streaming = not (options["as_json"] or options["no_stream"])
-    variables = think_switch(engine, options)
-    if options["load_kv"] is not None:
-        engine.load_prefix(options["load_kv"])
-    with PrefillBar(engine) as bar:
-        answer = engine.generate(
-            prompt,
-            sampling,
-            max_tokens=options["max_tokens"],
-            stop=options["stop"],
-            progress=bar.update,
-            template_vars=variables or None,
-        )
-        lost: OutputError | None = None
-        try:
-            stats = stream_answer(answer, bar, show=streaming, show_thinking=options["show_thinking"])
-            if options["as_json"]:
-                report = json_report(engine, stats, sampling, options["max_tokens"])
-                report["settings"]["template_vars"] = {**engine.settings.template_vars, **variables}
-                write_text(json.dumps(report) + "\n")
-            elif not streaming:
-                write_whole(stats, options["show_thinking"])
-        except OutputError as error:
-            stats, lost = answer.stats, error  # what was computed is saved before it is told
-    if advice := unfinished_note(stats):
-        note(advice)
-    if stats.stop_reason == "context":
-        note(f"the context of {engine.context} tokens is full: a larger --ctx makes longer answers possible")
-    if options["save_kv"] is not None:
-        conversation = Conversation(engine, sampling, options["max_tokens"], options["system"])
-        if not options["raw"]:
-            conversation.turns = [Message("user", text), Message("assistant", stats.text)]
-        _save(engine, options["save_kv"], conversation)
-    if lost is not None:
-        raise lost
-    note(summary_line(stats, engine))
-    if advice := memory_note(engine):
-        logging.getLogger(__name__).info(advice)
-    return INTERRUPTED if stats.stop_reason == "interrupted" else 0
-
-
-def _save(engine: Engine, path: Path, conversation: Conversation) -> None:
-    from krasis.runtime.cli.output import note
-
-    if not engine.tokens:
-        note(f"nothing was computed: {path} is not written")
-        return
-    with deferred():
-        engine.save_prefix(path, conversation=conversation.to_json() if conversation.turns else b"")
-    note(f"saved {len(engine.tokens)} tokens to {path}")
-
-
-def _tell_changes(engine: Engine) -> None:
-    from krasis.runtime.cli.output import note
-
-    if changed := engine.bundle.changed_files():
-        where = ", ".join(str(engine.bundle.path / name) for name in changed)
-        note(
-            f"{where}: written to while the model ran: what it said may be wrong. krasis-info --verify checks"
-        )
 
 
 def _sampling(engine: Engine, options: dict[str, Any]) -> SamplingSettings:
     given = {name: options[name] for name in SAMPLING_OPTIONS if options[name] is not None}
     return replace(engine.text.sampling, **given)
-
-
-def _prompt_text(prompt: str | None, path: Path | None) -> str | None:
-    """The one prompt to answer: a text piped in, then that of the file, then that of --prompt; None for a
-    chat. Raises UsageError if there is none or one is unreadable.
-    """
-    from krasis.runtime.cli.piped_text import is_piped, join_prompt, read_piped
-    from krasis.runtime.user_files import MAX_PROMPT_BYTES, read_stdin, read_user_file
-
-    from_stdin = path is not None and str(path) == "-"
-    alone = prompt is None and path is None
-    if alone and sys.stdin is not None and sys.stdin.isatty():
-        return None
-    if sys.stdin is None and (alone or from_stdin):
-        raise UsageError("there is no prompt: stdin is closed", hint="give it by --prompt or --file")
-    pieces = []
-    if alone or from_stdin or is_piped():
-        pieces.append(_decode(read_piped(read_stdin, alone=alone or from_stdin), "stdin"))
-    if path is not None and not from_stdin:
-        pieces.append(_decode(read_user_file(path, "the prompt", MAX_PROMPT_BYTES), str(path)))
-    text = join_prompt([*pieces, prompt or ""])
-    if not text:
-        what = "there is no prompt: stdin is empty" if alone else "the prompt is empty"
-        raise UsageError(what, hint="give it by --prompt or --file" if alone else "")
-    return text
-
-
-def _decode(data: bytes, where: str) -> str:
-    try:
-        return data.decode("utf-8-sig")  # a byte order mark is no part of the text
-    except UnicodeDecodeError as error:
-        raise UsageError(
-            "the prompt is not UTF-8 text", where=where, got=f"bad byte at {error.start}"
-        ) from error
 
 
 def _configure_logging(verbose: int) -> None:

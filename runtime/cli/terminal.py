@@ -89,6 +89,8 @@ class Terminal:
             note("(Ctrl-C again, Ctrl-D or /quit leaves)")
             return True
         self._interrupted = False
+        if stop_signals.received() is not None:  # while it was typed, and the reader did not tell
+            return False
         try:
             self._handle(typed)
         except QuitError:

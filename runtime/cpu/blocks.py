@@ -16,18 +16,24 @@ import numpy.typing as npt
 from krasis.formats.errors import NativeError, UnsupportedModelError
 from krasis.formats.models.mixers import Attention, LatentAttention
 from krasis.formats.models.mlps import Experts, GatedMlp, MlpBesideExperts
-from krasis.formats.models.recurrent import GatedDelta
+from krasis.formats.models.recurrent import ChannelDelta, GatedDelta, Mamba2, ShortConv
 from krasis.formats.models.rope import Rope
 from krasis.formats.models.spec import Mixer, Mlp, ModelSpec
 from krasis.runtime.cpu.acts import Acts
+from krasis.runtime.cpu.block_input import BlockInput
 from krasis.runtime.cpu.buffers import Buffers
-from krasis.runtime.cpu.delta_kernels import DeltaPlace, DeltaWeights, gate_rows, gated_delta
+from krasis.runtime.cpu.channel_delta import CpuChannelDelta
+from krasis.runtime.cpu.delta_kernels import DeltaPlace, gate_rows
+from krasis.runtime.cpu.gated_delta import CpuGatedDelta
 from krasis.runtime.cpu.heads import Heads, QkNorms, Rotation
 from krasis.runtime.cpu.kernels import Kernels
 from krasis.runtime.cpu.latent import CpuLatentAttention
+from krasis.runtime.cpu.latent_experts import LatentProducts
+from krasis.runtime.cpu.mamba import CpuMamba2
 from krasis.runtime.cpu.native_arrays import Array
 from krasis.runtime.cpu.rope import RopeTables
-from krasis.runtime.cpu.spans import LayerCache, Round, Rounds, Spans
+from krasis.runtime.cpu.short_conv import CpuShortConv
+from krasis.runtime.cpu.spans import LayerCache, Round, Rounds, RowByRow, Spans
 from krasis.runtime.cpu.weights import Int8Weight, LayerWeights, expert_biases
 
 FloatArray = npt.NDArray[np.float32]
@@ -36,8 +42,8 @@ FloatArray = npt.NDArray[np.float32]
 @dataclass(frozen=True, slots=True)
 class CpuContext:
     """What the blocks of a model share. tiles: of the experts. ropes: tables by the record of a rotation.
-    caches: where each layer's keys and values lie in a slot, fixed: where its matrices. scratch: the kernels'
-    workspace.
+    caches: where each layer's keys and values lie in a slot, fixed: where its matrices; fixed_begin:
+    where those of the first layer begin. scratch: the kernels' workspace.
     """
 
     spec: ModelSpec
@@ -47,18 +53,28 @@ class CpuContext:
     buffers: Buffers
     scratch: Array
     fixed: tuple[DeltaPlace | None, ...] = ()
+    fixed_begin: int = 0
+
+    def chooses(self, cache: LayerCache) -> bool:
+        """Whether in a layer's cache there is room for more tokens than an index picks."""
+        return self.spec.densest_context is not None and cache.capacity > self.spec.densest_context
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
     """The rows of one pass: how many, whose they are, and the residual [num, hidden]. rounds: the same in
-    parts; None where a sequence has one row at most.
+    parts; None where a sequence has one row at most. chooses: some row sees more than an index picks. mixed:
+    what blocks between streams read, [num, hidden]; hidden is then zeros, which they add to. trail: for rows
+    behind which a sequence's fixed bytes are to be copied, these and their copy.
     """
 
     num: int
     spans: Spans
     hidden: FloatArray
-    rounds: Rounds | None = None
+    rounds: Rounds | RowByRow | None = None
+    chooses: bool = False
+    mixed: FloatArray | None = None
+    trail: Mapping[int, tuple[Array, Array]] | None = None
 
 
 class Block(Protocol):
@@ -82,7 +98,7 @@ class CpuAttention:
         if mixer.rope is not None:
             tables = context.ropes[mixer.rope]
             self._rotation = Rotation(tables.cos, tables.sin, mixer.rope.style)
-        self._norm = weights.vector("attention.norm")
+        self._input = BlockInput(weights, "attention.norm", context.spec.norm.eps)
         self._qk_norms = _qk_norms(context.spec, mixer, weights)
         self._qkv, self._output = weights.int8("attention.qkv"), weights.int8("attention.output")
         self._qkv_bias = weights.optional_vector("attention.qkv.bias")
@@ -105,7 +121,7 @@ class CpuAttention:
         qkv = buffers.rows("wide", rows.num, heads.qkv_size)
         attended = buffers.rows("attended", rows.num, heads.attention_size)
         attended_acts = buffers.acts(rows.num, heads.attention_size)
-        kernels.rms_norm(rows.hidden, self._norm, context.spec.norm.eps, acts=acts)
+        self._input.read(kernels, rows.hidden, rows.mixed, acts)
         kernels.gemm_int8_rows(acts, self._qkv.codes, self._qkv.scales, qkv)
         if self._gate is not None:
             gate = buffers.rows("output_gate", rows.num, heads.attention_size)
@@ -155,48 +171,6 @@ class CpuAttention:
         kernels.add_rows(rows.hidden, added)
 
 
-class CpuGatedDelta:
-    """hidden += output(gated delta rule(norm(hidden)))."""
-
-    def __init__(self, context: CpuContext, index: int, mixer: GatedDelta, weights: LayerWeights) -> None:
-        place = context.fixed[index]
-        if place is None:
-            raise NativeError("the state has no place for this layer", where="gated delta", got=index)
-        self._context, self._mixer, self._place = context, mixer, place
-        self._norm = weights.vector("attention.norm")
-        self._qkvz, self._output = weights.int8("delta.qkvz"), weights.int8("delta.output")
-        self._ba = weights.matrix("delta.ba").data
-        self._weights = DeltaWeights(
-            conv=np.ascontiguousarray(weights.vector("delta.conv").T),
-            rates=np.exp(weights.vector("delta.a_log")),
-            dt_bias=weights.vector("delta.dt_bias"),
-            gate_norm=weights.vector("delta.gate_norm"),
-            eps=context.spec.norm.eps,
-        )
-        self._size = mixer.value_heads * mixer.value_dim
-        buffers = context.buffers
-        buffers.reserve("normed", context.spec.hidden)
-        buffers.reserve("wide", self._qkvz.num_rows)
-        buffers.reserve("delta_gates", 2 * mixer.value_heads)
-        buffers.reserve("attended", self._size)
-        buffers.reserve_acts(self._size)
-
-    def run(self, kernels: Kernels, rows: Rows) -> None:
-        """See ``Block``."""
-        context, buffers = self._context, self._context.buffers
-        acts = buffers.acts(rows.num, context.spec.hidden)
-        normed = buffers.rows("normed", rows.num, context.spec.hidden)
-        projected = buffers.rows("wide", rows.num, self._qkvz.num_rows)
-        gates = buffers.rows("delta_gates", rows.num, 2 * self._mixer.value_heads)
-        out, out_acts = buffers.rows("attended", rows.num, self._size), buffers.acts(rows.num, self._size)
-        kernels.rms_norm(rows.hidden, self._norm, context.spec.norm.eps, normed, acts)
-        kernels.gemm_int8_rows(acts, self._qkvz.codes, self._qkvz.scales, projected)
-        kernels.gemm_float(normed, self._ba, gates)
-        gated_delta(kernels, projected, gates, self._mixer, self._weights, rows.spans, self._place, out)
-        kernels.quantize(out, out_acts)
-        _add_product(kernels, out_acts, self._output, rows.hidden)
-
-
 class GatedProducts:
     """out += down(activation(gate x, up x)), of a dense MLP or a shared expert. prefix: of its tensors."""
 
@@ -226,14 +200,15 @@ class CpuMlp:
     """hidden += down(activation(gate x, up x)), x = norm(hidden)."""
 
     def __init__(self, context: CpuContext, index: int, mlp: GatedMlp, weights: LayerWeights) -> None:
-        self._context, self._norm = context, weights.vector("mlp.norm")
+        self._context = context
+        self._input = BlockInput(weights, "mlp.norm", context.spec.norm.eps)
         self._products = GatedProducts(context.buffers, mlp, weights, "mlp")
 
     def run(self, kernels: Kernels, rows: Rows) -> None:
         """See ``Block``."""
         spec = self._context.spec
         acts = self._context.buffers.acts(rows.num, spec.hidden)
-        kernels.rms_norm(rows.hidden, self._norm, spec.norm.eps, acts=acts)
+        self._input.read(kernels, rows.hidden, rows.mixed, acts)
         self._products.run(kernels, acts, rows.hidden)
 
 
@@ -242,7 +217,8 @@ class CpuExperts:
 
     def __init__(self, context: CpuContext, index: int, mlp: Experts, weights: LayerWeights) -> None:
         self._context, self._mlp = context, mlp
-        self._norm, self._router = weights.vector("experts.norm"), weights.matrix("experts.router").data
+        self._input = BlockInput(weights, "experts.norm", context.spec.norm.eps)
+        self._router = weights.matrix("experts.router").data
         self._records = weights.records()
         self._router_norm: FloatArray | None = None
         if mlp.router.input_norm:
@@ -261,6 +237,7 @@ class CpuExperts:
         self._shared = (
             GatedProducts(buffers, mlp.shared, weights, "shared") if mlp.shared is not None else None
         )
+        self._latent = LatentProducts(buffers, mlp.latent, weights) if mlp.latent is not None else None
         self._gate = weights.matrix("shared.gate").data if mlp.shared_gate else None
         if self._gate is not None:
             buffers.reserve("gate", 1)
@@ -275,19 +252,22 @@ class CpuExperts:
         normed = buffers.rows("normed", rows.num, context.spec.hidden)
         logits = buffers.rows("router", rows.num, mlp.count)
         ids, weights = (buffers.rows(name, rows.num, mlp.router.top_k) for name in ("ids", "weights"))
-        kernels.rms_norm(rows.hidden, self._norm, context.spec.norm.eps, normed, acts)
+        normed = self._input.read(kernels, rows.hidden, rows.mixed, acts, normed)
         if self._router_norm is not None:
             kernels.rms_norm(rows.hidden, self._router_norm, context.spec.norm.eps, normed)
         kernels.gemm_float(normed, self._router, logits)
         kernels.route(logits, mlp.router, ids, weights, *self._biases)
+        inputs, added = acts, rows.hidden if out is None else out
+        if self._latent is not None:
+            inputs, added = self._latent.begin(kernels, acts)
         executed = kernels.moe(
             self._records,
             self._records.shape[1],
             context.tiles,
-            acts,
+            inputs,
             ids,
             weights,
-            rows.hidden if out is None else out,
+            added,
             mlp.intermediate,
             mlp.count,
             context.scratch,
@@ -298,6 +278,10 @@ class CpuExperts:
             raise NativeError(
                 "not every routed expert was run", where="krasis_moe", got=executed, limit=ids.size
             )
+        if self._latent is not None:
+            self._latent.end(kernels, added, rows.hidden)
+            if mlp.latent == context.spec.hidden:  # which the shared expert's input shares its memory with
+                kernels.quantize(normed, acts)
         if self._shared is not None:
             self._add_shared(kernels, self._shared, rows, normed, acts)
 
@@ -346,6 +330,9 @@ BLOCKS: dict[type, Callable[..., Block]] = {
     Attention: CpuAttention,
     LatentAttention: CpuLatentAttention,
     GatedDelta: CpuGatedDelta,
+    ChannelDelta: CpuChannelDelta,
+    ShortConv: CpuShortConv,
+    Mamba2: CpuMamba2,
     GatedMlp: CpuMlp,
     Experts: CpuExperts,
     MlpBesideExperts: CpuMlpBesideExperts,

@@ -8,7 +8,7 @@ from krasis.formats.errors import NativeError
 from krasis.runtime.cpu.acts import Acts
 from krasis.runtime.cpu.native_arrays import Array, aligned_empty
 
-_DTYPES: dict[str, type[np.generic]] = {"ids": np.int32}
+_DTYPES: dict[str, type[np.generic]] = {"ids": np.int32, "chosen": np.int32}
 _MAX_VIEWS = 64
 
 
@@ -16,7 +16,7 @@ class Buffers:
     """Buffers by name and number of columns, and views of their first rows, the same object when asked again.
 
     Blocks reserve what they need before anything is computed; ``make`` takes the memory. Several blocks that
-    reserve a name share it, as wide as the widest: nothing in it outlives a block.
+    reserve a name share it, as wide as the widest: nothing in it outlives a block but ``chosen``.
     """
 
     def __init__(self, max_rows: int) -> None:
@@ -28,7 +28,7 @@ class Buffers:
         self._views: dict[tuple[str, int, int], Array] = {}
 
     def reserve(self, name: str, columns: int) -> None:
-        """Room for [max_rows, columns] under a name (f32, ``ids`` int32)."""
+        """Room for [max_rows, columns] under a name (f32, ``ids`` and ``chosen`` int32)."""
         self._columns[name] = max(columns, self._columns.get(name, 0))
 
     def reserve_acts(self, columns: int) -> None:
@@ -53,6 +53,11 @@ class Buffers:
             found = self._flat[name][: num_rows * columns].reshape(num_rows, columns)
             self._views[key] = found
         return found
+
+    def rows_if_any(self, name: str, num_rows: int) -> Array | None:
+        """The whole rows of a buffer; None if no block reserved it."""
+        columns = self._columns.get(name)
+        return None if columns is None else self.rows(name, num_rows, columns)
 
     def acts(self, num_rows: int, columns: int) -> Acts:
         """int8 activations [num_rows, columns]."""

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from krasis.formats.models.recurrent import GatedDelta
+from krasis.formats.models.recurrent import ChannelDelta, GatedDelta
 from krasis.runtime import reference
 
 Array = npt.NDArray[Any]
@@ -49,37 +49,67 @@ def gated_delta(
     """
     if is_first:
         matrices[...], columns[...] = 0, 0
-    channels, keys = mixer.conv_channels, mixer.key_heads * mixer.key_dim
-    mixed = short_conv(projected[:, :channels], vectors.conv, columns)
-    rows = len(mixed)
-    share = mixer.value_heads // mixer.key_heads
+    channels = mixer.conv_channels
+    q, k, v = mixed_heads(projected[:, :channels], mixer, vectors.conv, columns)
+    b, a = np.split(gates, 2, axis=1)
+    rates = -np.exp(vectors.a_log.astype(a.dtype))
+    decays = np.exp(rates * np.logaddexp(np.asarray(0, a.dtype), a + vectors.dt_bias.astype(a.dtype)))
+    out = over_tiles(q, k, v, reference.sigmoid(b), decays[:, :, None], matrices)
+    return gated_norm(out, projected[:, channels:], vectors.gate_norm, vectors.eps, mixer.gate)
+
+
+def mixed_heads(
+    x: Array, mixer: GatedDelta | ChannelDelta, conv: Array, columns: Array
+) -> tuple[Array, Array, Array]:
+    """q, k [T, value_heads, key_dim] of length 1, q scaled, and v [T, value_heads, value_dim] of x [T,
+    channels]: convolved with columns, see ``causal_conv``, and silu."""
+    mixed, rows = reference.silu(causal_conv(x, conv, columns)), len(x)
+    keys, share = mixer.key_heads * mixer.key_dim, mixer.value_heads // mixer.key_heads
     q, k = (
         np.repeat(unit(part.reshape(rows, mixer.key_heads, mixer.key_dim)), share, axis=1)
         for part in (mixed[:, :keys], mixed[:, keys : 2 * keys])
     )
     q = q * np.asarray(mixer.key_dim**-0.5, q.dtype)
-    v = mixed[:, 2 * keys :].reshape(rows, mixer.value_heads, mixer.value_dim)
-    b, a = np.split(gates, 2, axis=1)
-    rates = -np.exp(vectors.a_log.astype(a.dtype))
-    decays = np.exp(rates * np.logaddexp(np.asarray(0, a.dtype), a + vectors.dt_bias.astype(a.dtype)))
-    state = _untiled(matrices, mixer.value_dim)
-    out = delta_rule(q, k, v, reference.sigmoid(b), decays, state)
+    return q, k, mixed[:, 2 * keys :].reshape(rows, mixer.value_heads, mixer.value_dim)
+
+
+def channel_decays(a: Array, mixer: ChannelDelta, a_log: Array, dt_bias: Array) -> Array:
+    """What stays of the state's rows, [T, heads, dim], of projections a [T, heads * dim]."""
+    a = (a + dt_bias.astype(a.dtype)).reshape(len(a), mixer.heads, mixer.dim)
+    rates = np.exp(a_log.astype(a.dtype))[:, None]
+    if mixer.lower_bound is None:
+        logarithms = -rates * np.logaddexp(np.asarray(0, a.dtype), a)
+    else:
+        logarithms = np.asarray(mixer.lower_bound, a.dtype) * reference.sigmoid(rates * a)
+    kept: Array = np.exp(logarithms)
+    return kept
+
+
+def over_tiles(q: Array, k: Array, v: Array, betas: Array, decays: Array, matrices: Array) -> Array:
+    """``delta_rule`` on a state as stores keep it."""
+    state = _untiled(matrices, v.shape[2])
+    out = delta_rule(q, k, v, betas, decays, state)
     matrices[...] = _tiled(state, matrices.shape)
-    z = projected[:, channels:].reshape(out.shape)
-    gated = reference.rms_norm(out, vectors.gate_norm, vectors.eps)
-    gated = gated * (reference.silu(z) if mixer.gate == "silu" else reference.sigmoid(z))
-    return gated.reshape(rows, -1)
+    return out
 
 
-def short_conv(x: Array, weight: Array, columns: Array) -> Array:
-    """silu of a causal depthwise convolution of x [T, channels]; columns: the tokens before, the oldest
-    first, which become the last ones."""
+def gated_norm(out: Array, z: Array, weight: Array, eps: float, gate: str) -> Array:
+    """[T, heads * value_dim] of out [T, heads, value_dim]: normed by head, times the gate of z."""
+    z = z.reshape(out.shape)
+    gated = reference.rms_norm(out, weight, eps)
+    gated = gated * (reference.silu(z) if gate == "silu" else reference.sigmoid(z))
+    return gated.reshape(len(out), -1)
+
+
+def causal_conv(x: Array, weight: Array, columns: Array) -> Array:
+    """A causal depthwise convolution of x [T, channels]; columns: the tokens before, the oldest first, which
+    become the last ones."""
     before = len(columns)
     whole = np.concatenate([columns.astype(x.dtype), x])
     taps = weight.astype(x.dtype)
     total = sum(whole[tap : tap + len(x)] * taps[:, tap] for tap in range(before + 1))
     columns[...] = whole[len(whole) - before :]
-    return reference.silu(np.asarray(total))
+    return np.asarray(total)
 
 
 def unit(x: Array) -> Array:
@@ -90,14 +120,15 @@ def unit(x: Array) -> Array:
 
 
 def delta_rule(q: Array, k: Array, v: Array, betas: Array, decays: Array, state: Array) -> Array:
-    """[T, heads, value_dim] of q, k [T, heads, key_dim], v [T, heads, value_dim], betas, decays [T, heads].
+    """[T, heads, value_dim] of q, k [T, heads, key_dim], v [T, heads, value_dim], betas [T, heads], decays
+    [T, heads, key_dim or 1].
 
     state [heads, key_dim, value_dim], overwritten. Of each token: S = decay S; S += k (beta (v - S^T k))^T;
     S^T q.
     """
     out = np.empty_like(v)
     for t in range(len(q)):
-        state *= decays[t, :, None, None]
+        state *= decays[t, :, :, None]
         missing = (v[t] - np.einsum("hkv,hk->hv", state, k[t])) * betas[t, :, None]
         state += k[t, :, :, None] * missing[:, None, :]
         out[t] = np.einsum("hkv,hk->hv", state, q[t])

@@ -15,16 +15,14 @@ import numpy.typing as npt
 from krasis.formats.errors import NativeError
 from krasis.runtime import reference
 from krasis.runtime.backend import LayerProgress
-from krasis.runtime.batch import Batch, Logits, Span, TokenIds
+from krasis.runtime.batch import Batch, Logits, TokenIds, one_sequence
 from krasis.runtime.cpu.factors import cap_logits, without_factors
 from krasis.runtime.cpu.float_blocks import (
-    FloatBlock,
     FloatContext,
-    FloatExperts,
-    FloatMlpBesideExperts,
     UnpackedCache,
-    float_block,
 )
+from krasis.runtime.cpu.float_streams import LayerPart, float_end, float_layer, has_experts
+from krasis.runtime.cpu.hashed_table import hashed_tables
 from krasis.runtime.cpu.native_arrays import Array
 from krasis.runtime.cpu.rope import tables_of
 from krasis.runtime.cpu.weights import ModelWeights
@@ -34,6 +32,7 @@ from krasis.runtime.state.hybrid_store import state_store
 FloatArray = npt.NDArray[np.float32]
 # Called with layer, expert, what gate and up multiply [tokens, hidden], what down multiplies [tokens, I].
 LayerObserver = Callable[[int, int, Array, Array], None]
+Text = tuple[TokenIds, FloatArray]  # ids, and the residual of their rows
 CACHE_BYTES = 2**30
 TOKENS_AT_ONCE = 4096
 
@@ -58,12 +57,11 @@ class FloatBackend:
             unpacked=UnpackedCache(CACHE_BYTES),
         )
         self._context = context
-        self._layers: list[list[FloatBlock]] = [
-            [
-                float_block(context, index, part, layer)
-                for part in (layer.layer.mixer, layer.layer.mlp)
-                if part is not None
-            ]
+        self._picked: dict[int, npt.NDArray[np.bool_]] = {}  # by windows that are observed
+        self._tables = hashed_tables(weights, self.state)
+        self._streams = 1 if self.spec.residual is None else self.spec.residual.streams
+        self._layers = [
+            list(float_layer(context, self._tables, index, layer))
             for index, layer in enumerate(weights.layers)
         ]
         self.description = (
@@ -75,14 +73,18 @@ class FloatBackend:
         """See ``backend.Backend``."""
         weights = self._live_weights()
         self.state.begin(batch)
-        hidden = weights.embedding.rows(batch.tokens)
-        for index, blocks in enumerate(self._layers):
-            for block in blocks:
-                hidden += block.run(hidden, batch.spans)
-            if self.layer_done is not None:
-                self.layer_done(index + 1, len(self._layers))
+        before = self._tables.begin(batch)
+        hidden = np.tile(weights.embedding.rows(batch.tokens), self._streams)
+        try:
+            for index, blocks in enumerate(self._layers):
+                for block in blocks:
+                    hidden += block.run(hidden, batch.spans)
+                if self.layer_done is not None:
+                    self.layer_done(index + 1, len(self._layers))
+        finally:
+            self._tables.end(before)
         self.state.advance(batch.spans)
-        normed = self._context.norm(hidden[batch.wanted_rows()], weights.final_norm)
+        normed = float_end(self._context, weights, hidden[batch.wanted_rows()])
         logits = reference.gemm(normed, self._context.int8("lm_head", weights.lm_head))[:, : self.spec.vocab]
         cap_logits(logits, self.spec.logits_cap)
         return logits
@@ -95,25 +97,43 @@ class FloatBackend:
         slot's contents are lost.
         """
         slot = self.state.open()
-        hidden = [self._live_weights().embedding.rows(tokens) for tokens in windows]
+        embedding = self._live_weights().embedding
+        texts = [(tokens, np.tile(embedding.rows(tokens), self._streams)) for tokens in windows]
         for index, blocks in enumerate(self._layers):
             see = functools.partial(observe, index)
-            for group in _groups(hidden, TOKENS_AT_ONCE):
+            for group in _groups(texts, TOKENS_AT_ONCE):
                 self._observe_group(blocks, group, slot, see)
+        self._picked.clear()
         self.state.close(slot)
 
     def _observe_group(
-        self, blocks: Sequence[FloatBlock], group: list[FloatArray], slot: int, see: reference.ExpertObserver
+        self, blocks: Sequence[LayerPart], group: list[Text], slot: int, see: reference.ExpertObserver
     ) -> None:
-        ends = np.cumsum([len(rows) for rows in group])[:-1]
+        ends = np.cumsum([len(tokens) for tokens, _ in group])[:-1]
         for block in blocks:
-            if isinstance(block, FloatExperts | FloatMlpBesideExperts):
-                added = block.run(np.concatenate(group), (), see)
+            if has_experts(block):
+                added = block.run(np.concatenate([rows for _, rows in group]), (), see)
                 parts = np.split(added, ends)
             else:
-                parts = [block.run(rows, (Span(slot, 0, len(rows), 0, "none"),)) for rows in group]
-            for rows, part in zip(group, parts, strict=True):
+                parts = [self._mixed(block, text, slot) for text in group]
+            for (_, rows), part in zip(group, parts, strict=True):
                 np.add(rows, part, out=rows)
+
+    def _mixed(self, block: LayerPart, text: Text, slot: int) -> FloatArray:
+        """What a block adds to a window, which finds what an index picked for it in a layer before."""
+        tokens, rows = text
+        chosen, window = self._context.chosen, id(rows)
+        if window in self._picked:
+            chosen[slot] = self._picked[window]
+        batch = one_sequence(tokens, 0, "none", slot)
+        before = self._tables.begin(batch)
+        try:
+            added = block.run(rows, batch.spans)
+        finally:
+            self._tables.end(before)
+        if slot in chosen:
+            self._picked[window] = chosen[slot]
+        return added
 
     def close(self) -> None:
         """See ``backend.Backend``."""
@@ -126,13 +146,13 @@ class FloatBackend:
         return self._weights
 
 
-def _groups(windows: Sequence[FloatArray], most_rows: int) -> Iterator[list[FloatArray]]:
-    """Windows in order, together of at most most_rows rows, but at least one."""
-    group: list[FloatArray] = []
-    for rows in windows:
-        if group and sum(map(len, group)) + len(rows) > most_rows:
+def _groups(texts: Sequence[Text], most_rows: int) -> Iterator[list[Text]]:
+    """Texts in order, together of at most most_rows rows, but at least one."""
+    group: list[Text] = []
+    for text in texts:
+        if group and sum(len(tokens) for tokens, _ in group) + len(text[0]) > most_rows:
             yield group
             group = []
-        group.append(rows)
+        group.append(text)
     if group:
         yield group

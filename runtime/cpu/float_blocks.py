@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -14,13 +14,16 @@ from krasis.formats.errors import NativeError, UnsupportedModelError
 from krasis.formats.layouts import ExpertFormat, Int8RowsLayout
 from krasis.formats.models.mixers import Attention, LatentAttention
 from krasis.formats.models.mlps import Experts, GatedMlp, MlpBesideExperts
-from krasis.formats.models.recurrent import GatedDelta
+from krasis.formats.models.recurrent import ChannelDelta, GatedDelta, Mamba2, ShortConv
 from krasis.formats.models.rope import Rope
 from krasis.formats.models.spec import Mixer, Mlp, ModelSpec
 from krasis.runtime import reference
 from krasis.runtime.batch import Span
 from krasis.runtime.cpu import delta_reference as delta
+from krasis.runtime.cpu.float_conv import FloatShortConv
+from krasis.runtime.cpu.float_delta import FloatChannelDelta
 from krasis.runtime.cpu.float_latent import FloatLatentAttention
+from krasis.runtime.cpu.float_mamba import FloatMamba2
 from krasis.runtime.cpu.native_arrays import Array
 from krasis.runtime.cpu.rope import RopeTables
 from krasis.runtime.cpu.weights import Int8Weight, LayerWeights, expert_biases, to_float32
@@ -58,13 +61,16 @@ class UnpackedCache:
 
 @dataclass(frozen=True, slots=True)
 class FloatContext:
-    """What the blocks of a model share. ropes: tables by the record of a rotation."""
+    """What the blocks of a model share. ropes: tables by the record of a rotation. chosen: by slot, the
+    positions that an index last picked, bool [rows, positions].
+    """
 
     spec: ModelSpec
     layout: ExpertFormat
     store: KvStore
     ropes: Mapping[Rope, RopeTables]
     unpacked: UnpackedCache
+    chosen: dict[int, npt.NDArray[np.bool_]] = field(default_factory=dict)
 
     def dense(self, index: int, weights: LayerWeights, name: str) -> FloatArray:
         """[n, k] of an INT8 weight, without padding rows being cut off."""
@@ -73,6 +79,11 @@ class FloatContext:
     def int8(self, key: Hashable, weight: Int8Weight) -> FloatArray:
         """[n, k] of an INT8 weight, kept under a key."""
         return self.unpacked.get(key, lambda: (Int8RowsLayout().unpack(weight.codes, weight.scales),))[0]
+
+    def block_input(self, hidden: FloatArray, weights: LayerWeights, name: str) -> FloatArray:
+        """What a block reads: the norm of the residual, or, where streams were mixed for it, that itself."""
+        weight = weights.optional_vector(name)
+        return hidden if weight is None else self.norm(hidden, weight)
 
     def norm(self, x: FloatArray, weight: FloatArray) -> FloatArray:
         """The model's norm of rows."""
@@ -88,7 +99,7 @@ class FloatAttention:
     def run(self, hidden: FloatArray, spans: tuple[Span, ...]) -> FloatArray:
         """What the block adds to hidden [T, hidden]."""
         context, mixer, weights = self._context, self._mixer, self._weights
-        normed = context.norm(hidden, weights.vector("attention.norm"))
+        normed = context.block_input(hidden, weights, "attention.norm")
         rows = mixer.query_rows + (1 if mixer.shared_kv else 2) * mixer.key_rows
         qkv = reference.gemm(normed, context.dense(self._index, weights, "attention.qkv"))[:, :rows]
         attended = np.concatenate([self._attend(qkv[s.first_row : s.end_row], s) for s in spans])
@@ -141,7 +152,7 @@ class FloatMlp:
 
     def run(self, hidden: FloatArray, spans: tuple[Span, ...]) -> FloatArray:
         """What the block adds to hidden [T, hidden]."""
-        normed = self._context.norm(hidden, self._weights.vector("mlp.norm"))
+        normed = self._context.block_input(hidden, self._weights, "mlp.norm")
         return gated_mlp(self._context, self._index, self._mlp, self._weights, "mlp", normed)
 
 
@@ -156,7 +167,7 @@ class FloatExperts:
     ) -> FloatArray:
         """What the block adds to hidden [T, hidden]. observe: see ``reference.moe``."""
         context, mlp, weights = self._context, self._mlp, self._weights
-        normed = context.norm(hidden, weights.vector("experts.norm"))
+        normed = context.block_input(hidden, weights, "experts.norm")
         router = weights.matrix("experts.router")
         scored = normed
         if mlp.router.input_norm:
@@ -170,7 +181,10 @@ class FloatExperts:
         )
         ids, shares = reference.route(logits, mlp.router, vectors)
         biases = expert_biases(weights)
-        added = reference.moe(normed, ids, shares, self._expert, observe, mlp.activation, biases)
+        inputs = normed if mlp.latent is None else self._projected(normed, "experts.latent_input", mlp.latent)
+        added = reference.moe(inputs, ids, shares, self._expert, observe, mlp.activation, biases)
+        if mlp.latent is not None:
+            added = self._projected(added, "experts.latent_output", context.spec.hidden)
         if mlp.shared is None:
             return added
         shared = gated_mlp(context, self._index, mlp.shared, weights, "shared", normed)
@@ -179,9 +193,12 @@ class FloatExperts:
             shared = shared * reference.sigmoid(reference.gemm(normed, to_float32(gate.data, gate.dtype)))
         return added + shared
 
+    def _projected(self, x: FloatArray, name: str, rows: int) -> FloatArray:
+        return reference.gemm(x, self._context.dense(self._index, self._weights, name)[:rows])
+
     def _expert(self, number: int) -> tuple[Array, Array, Array]:
         context, records = self._context, self._weights.records()
-        sizes = (context.spec.hidden, self._mlp.intermediate)
+        sizes = (self._mlp.width(context.spec.hidden), self._mlp.intermediate, self._mlp.gated)
         unpack = functools.partial(context.layout.unpack_expert, records[number], *sizes)
         gate, up, down = context.unpacked.get((self._index, number), unpack)
         return gate, up, down
@@ -235,7 +252,7 @@ class FloatGatedDelta:
     def run(self, hidden: FloatArray, spans: tuple[Span, ...]) -> FloatArray:
         """What the block adds to hidden [T, hidden]."""
         context, mixer, weights = self._context, self._mixer, self._weights
-        normed = context.norm(hidden, weights.vector("attention.norm"))
+        normed = context.block_input(hidden, weights, "attention.norm")
         rows = mixer.conv_channels + mixer.value_heads * mixer.value_dim
         projected = reference.gemm(normed, context.dense(self._index, weights, "delta.qkvz")[:rows])
         ba = weights.matrix("delta.ba")
@@ -263,12 +280,23 @@ class FloatGatedDelta:
 
 
 FloatBlock = (
-    FloatAttention | FloatLatentAttention | FloatGatedDelta | FloatMlp | FloatExperts | FloatMlpBesideExperts
+    FloatAttention
+    | FloatLatentAttention
+    | FloatGatedDelta
+    | FloatChannelDelta
+    | FloatShortConv
+    | FloatMamba2
+    | FloatMlp
+    | FloatExperts
+    | FloatMlpBesideExperts
 )
 BLOCKS: dict[type, Callable[..., FloatBlock]] = {
     Attention: FloatAttention,
     LatentAttention: FloatLatentAttention,
     GatedDelta: FloatGatedDelta,
+    ChannelDelta: FloatChannelDelta,
+    ShortConv: FloatShortConv,
+    Mamba2: FloatMamba2,
     GatedMlp: FloatMlp,
     Experts: FloatExperts,
     MlpBesideExperts: FloatMlpBesideExperts,

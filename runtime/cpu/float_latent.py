@@ -10,6 +10,7 @@ import numpy.typing as npt
 from krasis.formats.models.mixers import LatentAttention
 from krasis.runtime import reference
 from krasis.runtime.batch import Span
+from krasis.runtime.cpu.float_index import FloatIndex
 from krasis.runtime.cpu.weights import LayerWeights
 
 if TYPE_CHECKING:
@@ -25,16 +26,21 @@ class FloatLatentAttention:
         self, context: FloatContext, index: int, mixer: LatentAttention, weights: LayerWeights
     ) -> None:
         self._context, self._index, self._mixer, self._weights = context, index, mixer, weights
+        own = mixer.selection if mixer.index_dim else None
+        self._chooser = None if own is None else FloatIndex(context, own, weights)
 
     def run(self, hidden: FloatArray, spans: tuple[Span, ...]) -> FloatArray:
         """What the block adds to hidden [T, hidden]."""
         mixer = self._mixer
         normed = self._context.norm(hidden, self._weights.vector("attention.norm"))
-        queries = self._queries(normed).reshape(len(hidden), mixer.heads, mixer.nope_dim + mixer.rope_dim)
+        latents = self._query_latents(normed)
+        queries = self._product("q" if mixer.q_rank is None else "q_b", latents, self._query_rows)
+        queries = queries.reshape(len(hidden), mixer.heads, mixer.nope_dim + mixer.rope_dim)
         kv = self._product("kv_a", normed, mixer.kv_rank + mixer.rope_dim)
-        parts = [
-            self._attend(queries[s.first_row : s.end_row], kv[s.first_row : s.end_row], s) for s in spans
-        ]
+        parts = []
+        for s in spans:
+            own = slice(s.first_row, s.end_row)
+            parts.append(self._attend(queries[own], kv[own], normed[own], latents[own], s))
         return self._product("output", np.concatenate(parts), self._context.spec.hidden)
 
     def _product(self, name: str, x: FloatArray, rows: int) -> FloatArray:
@@ -45,15 +51,21 @@ class FloatLatentAttention:
     def _matrix(self, name: str, rows: int) -> FloatArray:
         return self._context.dense(self._index, self._weights, f"attention.{name}")[:rows]
 
-    def _queries(self, normed: FloatArray) -> FloatArray:
-        mixer, rows = self._mixer, self._mixer.heads * (self._mixer.nope_dim + self._mixer.rope_dim)
-        if mixer.q_rank is None:
-            return self._product("q", normed, rows)
-        latent = self._product("q_a", normed, mixer.q_rank)
-        norm = self._weights.vector("attention.q_a_norm")
-        return self._product("q_b", reference.rms_norm(latent, norm, mixer.latent_eps), rows)
+    @property
+    def _query_rows(self) -> int:
+        return self._mixer.heads * (self._mixer.nope_dim + self._mixer.rope_dim)
 
-    def _attend(self, q: FloatArray, kv: FloatArray, span: Span) -> FloatArray:
+    def _query_latents(self, normed: FloatArray) -> FloatArray:
+        """What queries are made of: normed latents, or the normed residual itself."""
+        if self._mixer.q_rank is None:
+            return normed
+        latent = self._product("q_a", normed, self._mixer.q_rank)
+        norm = self._weights.vector("attention.q_a_norm")
+        return reference.rms_norm(latent, norm, self._mixer.latent_eps)
+
+    def _attend(
+        self, q: FloatArray, kv: FloatArray, normed: FloatArray, latents: FloatArray, span: Span
+    ) -> FloatArray:
         """Attention of one sequence's rows, [rows, heads * value_dim]; their latents and keys are kept."""
         context, mixer = self._context, self._mixer
         latent = reference.rms_norm(
@@ -70,9 +82,14 @@ class FloatLatentAttention:
         if mixer.temperature is not None:
             queries = queries * reference.temperatures(mixer.temperature, span.start, span.end)[:, None, None]
         rows = np.concatenate([latent, shared[:, 0]], axis=-1)[None]
-        kept, _, _ = context.store.extend(span.slot, self._index, span.start, rows, rows[..., :0])
+        beside = rows[..., :0] if self._chooser is None else self._chooser.keys(normed, span)[None]
+        kept, index_keys, _ = context.store.extend(span.slot, self._index, span.start, rows, beside)
+        if self._chooser is not None:
+            found = self._chooser.chosen(normed, latents, index_keys[0].astype(np.float32), span)
+            context.chosen[span.slot] = found
+        chosen = None if mixer.selection is None else context.chosen[span.slot]
         keys, values = self._expanded(kept[0].astype(np.float32))
-        attended = reference.attention(queries, keys, values, span.start, mixer.scale)
+        attended = reference.attention(queries, keys, values, span.start, mixer.scale, chosen=chosen)
         return attended.reshape(span.rows, mixer.heads * mixer.value_dim)
 
     def _expanded(self, kept: FloatArray) -> tuple[FloatArray, FloatArray]:

@@ -13,14 +13,13 @@ from collections.abc import Callable
 
 from krasis.formats.errors import NativeError
 from krasis.formats.layouts import STRIP_ROWS
-from krasis.formats.layouts.cpu_tiles import BLOCK_K, TILE_BYTES, TILE_ROWS
 from krasis.formats.layouts.native_pack import TILE_CODES
 from krasis.formats.models.mlps import Activation, Router
 from krasis.formats.native import Pool, check
 from krasis.runtime.cpu.acts import Acts
+from krasis.runtime.cpu.argument_checks import activation_code, check_acts, check_blob
 from krasis.runtime.cpu.heads import Heads, QkNorms, Rotation
 from krasis.runtime.cpu.native import (
-    ACTIVATION_CODES,
     KV_CODES,
     NORM_CODES,
     SCORE_CODES,
@@ -82,7 +81,7 @@ class Kernels:
     ) -> None:
         """out and/or acts = x / rms(x) * weight; x, out float32 [T, k] (out may be x), weight float32 [k]."""
         tokens, k = shape_2d(x, "rms_norm.x")
-        _check_acts(acts, tokens, k, "rms_norm")
+        check_acts(acts, tokens, k, "rms_norm")
         arguments = (
             pointer(x, (tokens, k), F32, "rms_norm.x"),
             tokens,
@@ -253,13 +252,13 @@ class Kernels:
         """
         tokens, columns = shape_2d(x, "gated_activation.x")
         size = columns // 2 if activation.gated else columns
-        _check_acts(acts, tokens, size, "gated_activation")
+        check_acts(acts, tokens, size, "gated_activation")
         width = 2 * size if activation.gated else size
         args = ActivationArgs(
             x=pointer(x, (tokens, width), F32, "gated_activation.x"),
             tokens=tokens,
             intermediate=size,
-            kind=_activation_code(activation, "gated_activation"),
+            kind=activation_code(activation, "gated_activation"),
             limit=activation.limit,
             alpha=activation.alpha,
             out=None if out is None else out_pointer(out, (tokens, size), F32, "gated_activation.out"),
@@ -312,7 +311,8 @@ class Kernels:
         """
         hidden = acts.k
         tokens, top_k = shape_2d(ids, "moe.ids")
-        _check_blob(blob, expert_stride_bytes, tiles, hidden, intermediate, num_experts)
+        sizes = (hidden, intermediate, num_experts)
+        check_blob(blob, expert_stride_bytes, tiles, *sizes, activation.gated)
         if tokens != acts.tokens:
             raise NativeError("ids do not fit acts", where="moe.ids", got=tokens, limit=acts.tokens)
         program = self._program or Program()
@@ -320,7 +320,7 @@ class Kernels:
             blob=pointer(blob, blob.shape, U8, "moe.blob"),
             expert_stride_bytes=expert_stride_bytes,
             tiles=TILE_CODES[tiles],
-            activation=_activation_code(activation, "moe"),
+            activation=activation_code(activation, "moe"),
             limit=activation.limit,
             alpha=activation.alpha,
             num_experts=num_experts,
@@ -348,6 +348,18 @@ class Kernels:
         """As the methods here, for those that have a file of their own and have checked the arguments."""
         self._make(name, arguments, *keeps)
 
+    def step(self, name: str, work: Callable[[], None]) -> None:
+        """Does something between native calls, now or whenever the program runs."""
+        if self._program is None:
+            work()
+            return
+
+        def run() -> int:
+            work()
+            return 0
+
+        self._program.add(Call(run, (), name))
+
     def _make(self, name: str, arguments: tuple[object, ...], *keeps: object, num_pairs: int = 0) -> None:
         """Runs a call of the named function with the pool and these arguments, or adds it to the program."""
         function = self._functions.get(name)
@@ -373,29 +385,3 @@ def _place(args: QkvArgs | AttentionArgs, heads: Heads, spans: Spans, cache: Lay
 
 def _optional(array: Array | None, shape: tuple[int, ...], name: str) -> int | None:
     return None if array is None else pointer(array, shape, F32, name)
-
-
-def _check_acts(acts: Acts | None, tokens: int, k: int, where: str) -> None:
-    if acts is not None and (acts.tokens != tokens or acts.k != k):
-        raise NativeError("acts do not fit x", where=where, got=acts.q.shape, limit=(tokens, k))
-
-
-def _activation_code(activation: Activation, where: str) -> int:
-    code = ACTIVATION_CODES.get(activation.kind)
-    if code is None:
-        raise NativeError("the CPU kernels lack this activation", where=where, got=activation.kind)
-    return code
-
-
-def _check_blob(
-    blob: Array, stride_bytes: int, tiles: str, hidden: int, intermediate: int, num_experts: int
-) -> None:
-    if tiles not in TILE_CODES:
-        raise NativeError("unknown tiles", where="moe.tiles", got=tiles, limit=", ".join(TILE_CODES))
-    need_bytes = 3 * hidden * intermediate // (TILE_ROWS * BLOCK_K) * TILE_BYTES[tiles]
-    if stride_bytes < need_bytes:
-        raise NativeError("expert record is too short", where="moe", got=stride_bytes, limit=need_bytes)
-    if num_experts * stride_bytes > blob.nbytes:
-        raise NativeError(
-            "blob is too short", where="moe.blob", got=blob.nbytes, limit=num_experts * stride_bytes
-        )

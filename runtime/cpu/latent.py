@@ -10,9 +10,12 @@ from krasis.formats.errors import NativeError
 from krasis.formats.models.mixers import LatentAttention
 from krasis.runtime.cpu.acts import Acts
 from krasis.runtime.cpu.heads import Heads, Rotation
+from krasis.runtime.cpu.index import CHOSEN, CpuIndex
+from krasis.runtime.cpu.index_kernels import attention_chosen
 from krasis.runtime.cpu.kernels import Kernels
 from krasis.runtime.cpu.latent_kernels import gemm_int8_heads, latent_store
 from krasis.runtime.cpu.native_arrays import Array
+from krasis.runtime.cpu.spans import LayerCache
 from krasis.runtime.cpu.weights import Int8Weight, LayerWeights
 
 if TYPE_CHECKING:
@@ -34,7 +37,18 @@ class CpuLatentAttention:
         if mixer.rope is not None:
             tables = context.ropes[mixer.rope]
             self._rotation = Rotation(tables.cos, tables.sin, mixer.rope.style)
-        buffers = context.buffers
+        self._index = self._own_index(cache)
+        self._reserve()
+
+    def _own_index(self, cache: LayerCache) -> CpuIndex | None:
+        """The layer's index over tokens, if it has one that it does not take from the layer before."""
+        mixer = self._mixer
+        if mixer.selection is None or mixer.q_rank is None or not mixer.index_dim:
+            return None
+        return CpuIndex(self._context, mixer.selection, mixer.q_rank, self._weights, cache)
+
+    def _reserve(self) -> None:
+        mixer, buffers = self._mixer, self._context.buffers
         names = ("kv_a", "q") if mixer.q_rank is None else ("kv_a", "q_a", "q_b")
         for name in names:
             buffers.reserve(f"latent_{name}", self._weight(name).num_rows)
@@ -46,15 +60,19 @@ class CpuLatentAttention:
         buffers.reserve_acts(mixer.heads * mixer.nope_dim)
         buffers.reserve_acts(self._heads.output_size)
         buffers.reserve_acts(mixer.heads * mixer.value_dim)
+        if mixer.selection is not None and self._context.chooses(self._cache):
+            buffers.reserve(CHOSEN, mixer.selection.budget)
 
     def run(self, kernels: Kernels, rows: Rows) -> None:
         """See ``Block``."""
         context, mixer, heads, buffers = self._context, self._mixer, self._heads, self._context.buffers
         acts = buffers.acts(rows.num, context.spec.hidden)
         norm = self._weights.vector("attention.norm")
-        kernels.rms_norm(rows.hidden, norm, context.spec.norm.eps, acts=acts)
+        normed = None if self._index is None else buffers.rows("normed", rows.num, context.spec.hidden)
+        kernels.rms_norm(rows.hidden, norm, context.spec.norm.eps, normed, acts)
         kv = self._product(kernels, "kv_a", acts)
-        q = self._queries(kernels, acts)
+        q = self._queries(kernels, acts, rows.chooses)
+        chosen = self._chosen(kernels, rows, normed)
         queries = buffers.rows("wide", rows.num, heads.attention_size)
         of_heads = buffers.acts(rows.num, mixer.heads * mixer.nope_dim).by_head(mixer.heads)
         latent_norm = self._weights.vector("attention.kv_a_norm")
@@ -65,7 +83,11 @@ class CpuLatentAttention:
         width = heads.head_dim
         gemm_int8_heads(kernels, of_heads, to_latent.codes, to_latent.scales, mixer.heads, queries, width)
         attended = buffers.rows("attended", rows.num, heads.output_size)
-        kernels.attention(queries, heads, rows.spans, self._cache, mixer.scale, attended, context.scratch)
+        place = heads, rows.spans, self._cache, mixer.scale
+        if chosen is None:
+            kernels.attention(queries, *place, attended, context.scratch)
+        else:
+            attention_chosen(kernels, queries, *place, chosen, attended, context.scratch)
         gathered = buffers.acts(rows.num, heads.output_size)
         kernels.quantize(attended, gathered)
         values = buffers.rows("latent_values", rows.num, mixer.heads * mixer.value_dim)
@@ -80,15 +102,29 @@ class CpuLatentAttention:
         if (bias := self._weights.optional_vector("attention.output.bias")) is not None:
             kernels.add_rows(rows.hidden, bias=bias)
 
-    def _queries(self, kernels: Kernels, acts: Acts) -> Array:
-        """[T, >= heads * (nope_dim + rope_dim)] of the normed residual."""
+    def _chosen(self, kernels: Kernels, rows: Rows, normed: Array | None) -> Array | None:
+        """What rows attend to where they see more than that, [T, budget], by the layer's index or by that of
+        a layer before. The index keeps its keys in any case."""
+        index, selection = self._index, self._mixer.selection
+        if selection is None or not rows.chooses:
+            if index is not None and normed is not None:
+                index.store(kernels, rows, normed)
+            return None
+        chosen = self._context.buffers.rows(CHOSEN, rows.num, selection.budget)
+        if index is not None and normed is not None:
+            index.choose(kernels, rows, normed, chosen)
+        return chosen
+
+    def _queries(self, kernels: Kernels, acts: Acts, chooses: bool) -> Array:
+        """[T, >= heads * (nope_dim + rope_dim)] of the normed residual. chooses: the index gets latents."""
         mixer = self._mixer
         if mixer.q_rank is None:
             return self._product(kernels, "q", acts)
         latent = self._product(kernels, "q_a", acts)
         inner = self._context.buffers.acts(acts.tokens, mixer.q_rank)
         norm = self._weights.vector("attention.q_a_norm")
-        kernels.rms_norm(latent, norm, mixer.latent_eps, acts=inner)
+        floats = None if self._index is None or not chooses else self._index.latent(acts.tokens)
+        kernels.rms_norm(latent, norm, mixer.latent_eps, floats, inner)
         return self._product(kernels, "q_b", inner)
 
     def _product(self, kernels: Kernels, name: str, acts: Acts) -> Array:

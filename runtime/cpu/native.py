@@ -139,6 +139,56 @@ class LatentArgs(ctypes.Structure):
     )
 
 
+class IndexArgs(ctypes.Structure):
+    """``krasis_index_args``."""
+
+    _fields_ = (
+        ("k", _PTR),
+        ("q", _PTR),
+        ("tokens", _I64),
+        ("heads", _I64),
+        ("dim", _I64),
+        ("norm", _PTR),
+        ("bias", _PTR),
+        ("eps", _F32),
+        ("rope_style", _I32),
+        ("cos", _PTR),
+        ("sin", _PTR),
+        ("max_positions", _I64),
+        ("rotary_dims", _I64),
+        ("spans", _PTR),
+        ("num_spans", _I64),
+        ("keys_offset_bytes", _I64),
+        ("values_offset_bytes", _I64),
+        ("capacity", _I64),
+        ("kv_dtype", _I32),
+        ("reserved", _I32),
+    )
+
+
+class ChooseArgs(ctypes.Structure):
+    """``krasis_choose_args``."""
+
+    _fields_ = (
+        ("q", _PTR),
+        ("weights", _PTR),
+        ("tokens", _I64),
+        ("heads", _I64),
+        ("dim", _I64),
+        ("spans", _PTR),
+        ("num_spans", _I64),
+        ("keys_offset_bytes", _I64),
+        ("values_offset_bytes", _I64),
+        ("capacity", _I64),
+        ("kv_dtype", _I32),
+        ("reserved", _I32),
+        ("chosen", _PTR),
+        ("budget", _I64),
+        ("workspace", _PTR),
+        ("workspace_bytes", _I64),
+    )
+
+
 class RouteArgs(ctypes.Structure):
     """``krasis_route_args``."""
 
@@ -247,6 +297,27 @@ class GatedDeltaArgs(ctypes.Structure):
         ("matrices_offset_bytes", _I64),
         ("columns_offset_bytes", _I64),
         ("out", _PTR),
+        ("decays", _PTR),
+        ("z", _PTR),
+        ("lower_bound", _F32),
+        ("reserved", _I32),
+    )
+
+
+class ShortConvArgs(ctypes.Structure):
+    """``krasis_short_conv_args``."""
+
+    _fields_ = (
+        ("x", _PTR),
+        ("ldx", _I64),
+        ("tokens", _I64),
+        ("channels", _I64),
+        ("width", _I64),
+        ("conv", _PTR),
+        ("spans", _PTR),
+        ("num_spans", _I64),
+        ("columns_offset_bytes", _I64),
+        ("out", _PTR),
     )
 
 
@@ -280,9 +351,18 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "krasis_attention_workspace_bytes": (_I64, (_I64, _I64, _I64, _I64)),
     "krasis_attention": (_I32, (_PTR, _PTR)),
     "krasis_latent_store": (_I32, (_PTR, _PTR)),
+    "krasis_index_store": (_I32, (_PTR, _PTR)),
+    "krasis_choose": (_I32, (_PTR, _PTR)),
+    "krasis_attention_chosen": (_I32, (_PTR, _PTR, _PTR, _I64)),
     "krasis_gemm_int8_heads": (_I32, (_PTR, _PTR, _PTR, _PTR, _I64, _I64, _PTR, _I64, _I64)),
     "krasis_gated_delta": (_I32, (_PTR, _PTR)),
+    "krasis_short_conv": (_I32, (_PTR, _PTR)),
+    "krasis_mamba2": (_I32, (_PTR, _PTR)),
     "krasis_gate_rows": (_I32, (_PTR, _PTR, _PTR, _I64, _I64, _I32)),
+    "krasis_stream_norm": (_I32, (_PTR, _PTR, _I64, _I64, _I64, _PTR, _F32, _PTR)),
+    "krasis_stream_squash": (_I32, (_PTR, _PTR, _I64, _I64, _F32)),
+    "krasis_stream_mix": (_I32, (_PTR, _PTR, _PTR, _I64, _I64, _I64, _PTR)),
+    "krasis_stream_add": (_I32, (_PTR, _PTR, _PTR, _PTR, _I64, _I64, _I64)),
     "krasis_wait_flag": (_I32, (_PTR, ctypes.c_uint64, _I64)),
     "krasis_store_flag": (_I32, (_PTR, ctypes.c_uint64)),
 }

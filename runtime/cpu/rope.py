@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -50,13 +51,18 @@ class RopeTables:
 
 def tables_of(spec: ModelSpec, num_positions: int) -> dict[Rope, RopeTables]:
     """Tables for each rotation that the model's layers have."""
-    rotating = (layer.mixer for layer in spec.layers if isinstance(layer.mixer, Attention | LatentAttention))
+    rotating = [layer.mixer for layer in spec.layers if isinstance(layer.mixer, Attention | LatentAttention)]
     widths = {
         mixer.rope: mixer.head_dim if isinstance(mixer, Attention) else mixer.rope_dim for mixer in rotating
     }
-    return {
-        rope: RopeTables(rope, num_positions, width) for rope, width in widths.items() if rope is not None
-    }
+    widths = {index.rope: index.dim for mixer in rotating if (index := mixer.selection) is not None} | widths
+    made: dict[tuple[Rope, int], RopeTables] = {}  # an index may turn other pairs by the same angles
+    tables = {}
+    for rope, width in widths.items():
+        if rope is not None:
+            key = replace(rope, style="half"), rotated_dims(rope, width)
+            tables[rope] = made.setdefault(key, RopeTables(rope, num_positions, width))
+    return tables
 
 
 def rope_of(spec: ModelSpec) -> Rope:

@@ -159,6 +159,29 @@ class Rounds:
             begin += parts[-1].end_row
 
 
+class RowByRow:
+    """The rows of one sequence, as a whole and one by one: as ``Rounds`` for calls that are kept, which read
+    what ``set`` wrote last.
+    """
+
+    def __init__(self, num_rows: int, keys_bytes: int, values_bytes: int) -> None:
+        self.whole = Spans(1, keys_bytes, values_bytes)
+        self._num = num_rows
+        self._single = [Spans(1, keys_bytes, values_bytes) for _ in range(num_rows)]
+
+    def of(self, most_rows: int) -> tuple[Round, ...]:
+        """The parts, in order."""
+        if self._num <= most_rows:
+            return (Round(0, self._num, self.whole),)
+        return tuple(Round(row, row + 1, spans) for row, spans in enumerate(self._single))
+
+    def set(self, span: Span, slots: Mapping[int, SlotMemory]) -> None:
+        """Where the rows are. Raises as ``Spans.set``."""
+        self.whole.set((span,), slots)
+        for row, spans in enumerate(self._single):
+            spans.set((Span(span.slot, 0, 1, span.start + row),), slots)
+
+
 def cut_spans(spans: Sequence[Span], most_rows: int) -> list[list[Span]]:
     """Spans in parts of consecutive rows, counted from 0 in each, of which no sequence has more than
     most_rows."""

@@ -8,7 +8,7 @@ says.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -123,7 +123,10 @@ class LayerWeights:
 
 @dataclass(frozen=True, slots=True)
 class ModelWeights:
-    """A model with the experts of one tier, whose layout is expert_layout."""
+    """A model with the experts of one tier, whose layout is expert_layout. final_norm: empty where another
+    end takes its place, of which ``end`` has the tensors by name. draft: the layer that drafts,
+    if that is wanted.
+    """
 
     spec: ModelSpec
     embedding: FloatWeight
@@ -131,6 +134,8 @@ class ModelWeights:
     final_norm: FloatArray
     lm_head: Int8Weight
     expert_layout: ExpertFormat
+    end: Mapping[str, Weight] = field(default_factory=dict)
+    draft: LayerWeights | None = None
 
     @property
     def architecture(self) -> Architecture:
@@ -155,8 +160,9 @@ def to_float32(data: Array, dtype: str) -> FloatArray:
     return data.astype(np.float32)
 
 
-def load_weights(bundle: Bundle, tier: str) -> ModelWeights:
-    """Maps the dense weights and the experts of tier (``cpu`` or ``gpu``).
+def load_weights(bundle: Bundle, tier: str, *, draft: bool = False) -> ModelWeights:
+    """Maps the dense weights and the experts of tier (``cpu`` or ``gpu``). draft: and the layer that drafts,
+    which the bundle must have.
 
     Raises FormatError where the manifest contradicts the model, MismatchError if the bundle lacks the tier.
     """
@@ -164,12 +170,14 @@ def load_weights(bundle: Bundle, tier: str) -> ModelWeights:
     layout = _expert_layout(bundle, tier)
     before, after = top_tensors(spec)
     top = {tensor.name: reader.read(tensor, tensor.name) for tensor in (*before, *after)}
-    embedding, final_norm, head = top["embedding"], top["final_norm"], top["lm_head"]
+    embedding, head = top["embedding"], top["lm_head"]
+    final_norm = top.get("final_norm", np.empty(0, np.float32))
     if not isinstance(embedding, FloatWeight) or not isinstance(head, Int8Weight):
         raise FormatError("embedding or head are of another kind", where=str(bundle.path))
-    tensors = {layer: layer_tensors(spec, layer) for layer in dict.fromkeys(spec.layers)}
+    wanted = (*spec.layers, *(bundle.manifest.spec.layers[-1:] if draft else ()))
+    tensors = {layer: layer_tensors(spec, layer) for layer in dict.fromkeys(wanted)}
     layers = []
-    for index, layer in enumerate(spec.layers):
+    for index, layer in enumerate(wanted):
         prefix = f"layers.{index}."
         found = {
             tensor.name: reader.read(tensor, prefix + tensor.name)
@@ -179,7 +187,8 @@ def load_weights(bundle: Bundle, tier: str) -> ModelWeights:
         layers.append(
             LayerWeights(layer, found, _records(reader, spec, layer, layout, f"{prefix}experts.{tier}"))
         )
-    return ModelWeights(spec, embedding, tuple(layers), final_norm, head, layout)  # type: ignore[arg-type]
+    drafting = layers.pop() if draft else None
+    return ModelWeights(spec, embedding, tuple(layers), final_norm, head, layout, top, drafting)  # type: ignore[arg-type]
 
 
 def _records(
@@ -188,8 +197,8 @@ def _records(
     experts = layer.experts
     if experts is None:
         return None
-    width = spec.hidden if experts.latent is None else experts.latent
-    record_bytes = layout.expert_record(width, experts.intermediate).record_bytes
+    width = experts.width(spec.hidden)
+    record_bytes = layout.expert_record(width, experts.intermediate, experts.gated).record_bytes
     return reader.raw(blob, ("U8",), (experts.count, record_bytes), layout.layout_id)
 
 
@@ -221,7 +230,7 @@ class _Reader:
             return biases
         if tensor.store == "f32":
             return np.array(self.raw(name, ("F32",), tensor.shape, PLAIN))
-        if tensor.store != "plain":
+        if tensor.store not in ("plain", "table"):
             raise FormatError("weights of this kind are not read", where=name, got=tensor.store)
         weight = self.float_weight(name, tensor.shape)
         return weight if len(tensor.shape) > 1 else to_float32(weight.data, weight.dtype)

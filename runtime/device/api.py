@@ -11,6 +11,7 @@ Tensors are torch tensors. A device tensor may be sliced freely: what counts is 
 from __future__ import annotations
 
 import ctypes
+import mmap
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
@@ -106,6 +107,11 @@ class Device(Protocol):
     def pinned(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """Uninitialised pinned host memory of exactly that size, which device code may also address directly
         (same address). For small buffers; experts live in ``host_memory``."""
+        ...
+
+    def adopt(self, memory: mmap.mmap) -> torch.Tensor:
+        """Pins memory that other processes map too, whole pages of it, until ``close``: uint8 [bytes], which
+        device code may also address directly. What others do to it is not checked."""
         ...
 
     def free_bytes(self) -> int:

@@ -168,8 +168,9 @@ class CudaDevice:
 
     vram_bytes: use no more than that on top of what the process holds already; None: no limit but the GPU's
     own. outside_bytes: of these, what is left to the CUDA context and to libraries: torch's limit for this
-    process, by which it is done, counts what torch's allocator reserves. Raises ResourceError if there is no
-    such GPU or nothing is left, NativeError if libkrasis_cuda is missing.
+    process, by which it is done, counts what torch's allocator reserves. pinned_addresses: beginnings of what
+    is known to be pinned. Raises ResourceError if there is no such GPU or nothing is left, NativeError if
+    libkrasis_cuda is missing.
     """
 
     def __init__(self, index: int = 0, vram_bytes: int | None = None, outside_bytes: int = 0) -> None:
@@ -179,7 +180,7 @@ class CudaDevice:
         self.torch_device = torch.device("cuda", index)
         self._is_closed = False
         self._registered: dict[int, mmap.mmap] = {}
-        self._pinned: set[int] = set()
+        self.pinned_addresses: set[int] = set()
         properties = torch.cuda.get_device_properties(index)
         all_bytes = int(properties.total_memory)
         self.total_bytes = all_bytes if vram_bytes is None else min(vram_bytes, all_bytes)
@@ -206,7 +207,7 @@ class CudaDevice:
 
     def stream(self, name: str) -> Stream:
         """A new stream."""
-        return CudaStream(self.torch_device, self._pinned, name)
+        return CudaStream(self.torch_device, self.pinned_addresses, name)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """Uninitialised device memory. Raises OutOfDeviceMemoryError."""
@@ -228,6 +229,12 @@ class CudaDevice:
         array = np.frombuffer(memory, np.uint8)
         self._register(int(array.ctypes.data), mapped_bytes, memory)
         return torch.from_numpy(array)[:num_bytes].view(dtype).view(tuple(shape))
+
+    def adopt(self, memory: mmap.mmap) -> torch.Tensor:
+        """Its bytes, pinned until ``close``. Raises ResourceError."""
+        array = np.frombuffer(memory, np.uint8)
+        self._register(int(array.ctypes.data), len(array), memory)
+        return torch.from_numpy(array)
 
     def free_bytes(self) -> int:
         """VRAM that can still be allocated: what the driver has left, and what torch keeps for later."""
@@ -288,7 +295,7 @@ class CudaDevice:
         self.synchronize()
         unregister = self.library.krasis_cuda_host_unregister
         unregister.restype, unregister.argtypes = ctypes.c_int32, [ctypes.c_void_p]
-        self._pinned.clear()
+        self.pinned_addresses.clear()
         while self._registered:
             address, _ = self._registered.popitem()
             with torch.cuda.device(self.index):
@@ -320,7 +327,7 @@ class CudaDevice:
                 limit=address,
                 hint="this platform lacks unified addressing of registered memory, which Krasis needs",
             )
-        self._pinned.add(address)
+        self.pinned_addresses.add(address)
 
 
 def _check_gpu(index: int) -> None:

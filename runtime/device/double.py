@@ -10,6 +10,7 @@ and guarded at both ends.
 from __future__ import annotations
 
 import ctypes
+import mmap
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -62,6 +63,7 @@ class DeviceDouble:
         self._memory = DoubleMemory(total_bytes)
         self._checks = Checks()
         self._streams: list[DoubleStream] = []
+        self._adopted: list[mmap.mmap] = []
         self._is_closed = False
 
     @property
@@ -121,6 +123,13 @@ class DeviceDouble:
             found = self._memory.registered(memory)
             self._checks.host_touches([(found, [(0, found.num_bytes)])], writes=True)
             self._memory.unregister(found)
+
+    def adopt(self, memory: mmap.mmap) -> torch.Tensor:
+        """Memory that other processes write too, counted as written already."""
+        tensor = torch.frombuffer(memory, dtype=torch.uint8)
+        self.register_host(tensor)
+        self._adopted.append(memory)
+        return tensor
 
     def free_bytes(self) -> int:
         """Memory that can still be allocated."""

@@ -1,7 +1,8 @@
 """A backend on several ranks that looks like one: rank 0 commands, the others follow (``serve``).
 
-Prefill is done by all in step, whatever sequences a batch has. Decode is rank 0's alone, so its keys and
-values are missing elsewhere; they are sent before the next joint prefill of that sequence, and so is whatever
+Prefill is done by all in step, whatever sequences a batch has. Tokens are decoded by rank 0, for which the
+others on its host compute the experts they hold (``joint_decode``): their keys and values are missing
+elsewhere, and are sent before the next joint prefill of that sequence, and so is whatever
 else rank 0 wrote alone (a prefix read from a file or another slot, a short prompt). Which slots are open and
 how long they are only rank 0 needs to know: a command says where each of its sequences begins.
 """
@@ -9,11 +10,7 @@ how long they are only rank 0 needs to know: a command says where each of its se
 from __future__ import annotations
 
 import logging
-import signal
-import threading
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,10 +19,13 @@ from krasis.formats.errors import NativeError, OutOfDeviceMemoryError
 from krasis.runtime.backend import LayerProgress, Logits
 from krasis.runtime.batch import Batch, Span
 from krasis.runtime.distributed.control import Control
+from krasis.runtime.distributed.interrupts import interrupts_deferred
+from krasis.runtime.distributed.joint_decode import JointDecode, follow_decode
 from krasis.runtime.distributed.ranked import RankedBackend
 from krasis.runtime.distributed.state import FirstRanksState
 from krasis.runtime.gpu.chunk import part_of
 from krasis.runtime.gpu.parallel import KvPart, Parallel
+from krasis.runtime.loading import Loads, is_loading
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +43,7 @@ class DistributedBackend:
         self.description = f"{parallel.num_ranks} ranks; rank 0: {inner.description}"
         self.kv_dtype, self.spec = inner.kv_dtype, inner.spec
         self.state = FirstRanksState(inner.state)
+        self._decode = JointDecode(inner, control)
         self._layer_done: LayerProgress | None = None
         self._is_passing = False
         self._raised: BaseException | None = None  # by layer_done, in a joint pass
@@ -78,7 +79,16 @@ class DistributedBackend:
     def placement(self) -> tuple[str, str]:
         """Where prefill and decode run, in a few words."""
         prefill, decode = self._inner.placement
-        return f"{self._parallel.num_ranks} ranks: {prefill}", f"rank 0: {decode}"
+        return f"{self._parallel.num_ranks} ranks: {prefill}", f"{self._decode.who}: {decode}"
+
+    @property
+    def is_loading(self) -> bool:
+        """Whether rank 0 still pins its share of the experts."""
+        return is_loading(self._inner)
+
+    def load_progress(self) -> tuple[int, int]:
+        """Rank 0's (bytes ready, bytes in all)."""
+        return self._inner.load_progress() if isinstance(self._inner, Loads) else (0, 0)
 
     @property
     def last_prefill(self) -> object:
@@ -96,7 +106,10 @@ class DistributedBackend:
             self._inner.state.begin(batch)  # an error here is no other rank's business
             if is_alone:
                 self.state.begin(batch)
-                return self._inner.run(batch, alone=True)
+                if is_between:
+                    return self._inner.run(batch, alone=True)
+                with self._decode.token(batch):
+                    return self._inner.run(batch, alone=True)
             return self._run_in_step(batch)
         finally:
             self._is_passing = is_between
@@ -123,7 +136,8 @@ class DistributedBackend:
         self._raised = None
         self._inner.layer_done = None if self._layer_done is None else self._tell
         try:
-            with _interrupts_deferred():
+            with interrupts_deferred():
+                self._decode.end()
                 self._control.send("run", **written(batch), shared=shared)
                 logits = run_in_step(self._inner, self._parallel, self._control, batch, shared)
         finally:
@@ -143,6 +157,7 @@ class DistributedBackend:
         close, self._close = self._close, None
         try:
             if self._control.failure is None:
+                self._decode.end()
                 self._control.send("close")
         finally:
             close()
@@ -156,6 +171,9 @@ def serve(backend: RankedBackend, parallel: Parallel, control: Control) -> None:
         logger.debug("rank %d: %s", parallel.rank, name)
         if name == "close":
             return
+        if name == "decode":
+            follow_decode(backend, control)
+            continue
         batch, shared = read_batch(command), command["shared"]
         for span in batch.spans:
             backend.state.continue_at(span.slot, span.start)
@@ -187,17 +205,17 @@ def run_in_step(
 def send_lacking(backend: RankedBackend, parallel: Parallel, batch: Batch, shared: Sequence[int]) -> None:
     """Gives all ranks the keys and values that only rank 0 has of a batch's sequences, and its states: others
     may have those of other positions."""
-    stream = backend.compute_stream
+    stream, idle = backend.compute_stream, backend.idle_memory
     lacking = [
         (backend.kv_layers(span.slot), begin, span.start)
         for span, begin in zip(batch.spans, shared, strict=True)
         if begin < span.start
     ]
     for parts in zip(*([(*kv, begin, end) for kv in layers] for layers, begin, end in lacking), strict=True):
-        parallel.send_kv(stream, [KvPart(*part) for part in parts])
+        parallel.send_kv(stream, [KvPart(*part) for part in parts], idle)
     for span in batch.spans:
         for low, high in backend.state_layers(span.slot) if span.start else ():
-            parallel.send_kv(stream, [KvPart(low, high, 0, low.shape[1])])
+            parallel.send_kv(stream, [KvPart(low, high, 0, low.shape[1])], idle)
 
 
 def written(batch: Batch) -> dict[str, Any]:
@@ -210,27 +228,3 @@ def read_batch(command: Mapping[str, Any]) -> Batch:
     """What ``written`` wrote."""
     tokens = np.asarray(command["tokens"], dtype=np.int64)
     return Batch(tokens, tuple(Span(*words) for words in command["spans"]))
-
-
-@contextmanager
-def _interrupts_deferred() -> Generator[None]:
-    """Ctrl-C inside waits for the end: a rank that left a pass half-way would leave the others waiting. A
-    second one does not wait, and so ends the job."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    pressed = False
-
-    def remember(signum: int, frame: FrameType | None) -> None:
-        nonlocal pressed
-        if pressed:
-            raise KeyboardInterrupt
-        pressed = True
-
-    previous = signal.signal(signal.SIGINT, remember)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous if previous is not None else signal.default_int_handler)
-    if pressed:
-        raise KeyboardInterrupt

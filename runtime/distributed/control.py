@@ -136,12 +136,18 @@ class Control:
 
         Raises the error if it is this rank's own, else RankError with the message of the rank that failed.
         """
-        self.raise_if_failed()
-        self._watch.busy = True
-        outcome = Outcome()
-        try:
+        with self.working(what):
+            outcome = Outcome()
             yield outcome
             outcome.all_ranks = self.exchange(outcome.own)
+
+    @contextmanager
+    def working(self, what: str) -> Generator[None]:
+        """``joint`` without a word of the others at the end: they have answered otherwise."""
+        self.raise_if_failed()
+        self._watch.busy = True
+        try:
+            yield
         except KrasisError as error:
             self._watch.raised = True
             if self.failure is None:

@@ -8,12 +8,12 @@ import logging
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-
-import torch
 
 from krasis.formats.bundle.reader import Bundle
 from krasis.formats.errors import KrasisError
+from krasis.formats.process.stages import stage
 from krasis.runtime.bundle_opening import open_bundle
 from krasis.runtime.distributed.backend import serve
 from krasis.runtime.distributed.control import Control
@@ -21,12 +21,12 @@ from krasis.runtime.distributed.place import Place
 from krasis.runtime.distributed.ranked import RankedBackend
 from krasis.runtime.distributed.store import CONNECT_S
 from krasis.runtime.distributed.torch_parallel import TorchParallel, abort_group, join_group, leave_group
+from krasis.runtime.gpu.parallel_decode import RankLink
+from krasis.runtime.gpu.parallel_follower import RankFollower
 from krasis.runtime.planning.shape import shape_of
 from krasis.runtime.settings import EngineSettings
 
 logger = logging.getLogger(__name__)
-
-SUM_DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,21 +57,24 @@ def join(bundle: Bundle, settings: EngineSettings, place: Place, control: Contro
     """
     from krasis.runtime.distributed.devices import check_settings, open_rank_backend, open_rank_device
 
-    control.same("bundle or settings", _fingerprint(bundle, settings), limit_s=CONNECT_S)
+    with stage("wait for the other ranks"):
+        control.same("bundle or settings", _fingerprint(bundle, settings), limit_s=CONNECT_S)
     check_settings(bundle, settings)
     with ExitStack() as undo:
-        device = open_rank_device(settings, place)
+        with stage("open the device"):
+            device = open_rank_device(settings, place)
         undo.callback(_close, device.close, control)
         control.on_failure(abort_group)
         # Again in step: nobody waits in the group for a rank that could not open its device.
         control.agree(0)
         undo.callback(lambda: leave_group(failed=control.failure is not None))
-        join_group(place, device.torch_device)
-        parallel = TorchParallel(
-            place, control, shape_of(bundle.spec).num_experts, SUM_DTYPES[settings.gpu_dtype]
-        )
+        with stage("join the group"):
+            join_group(place, device.torch_device)
+        parallel = TorchParallel(place, control, shape_of(bundle.spec).num_experts)
         backend = open_rank_backend(bundle, settings, device, parallel)
         undo.callback(_close, backend.close, control)
+        if (ranks := backend.decode_ranks) is not None:
+            control.on_failure(partial(_abort, ranks))
         logger.info(
             "rank %d of %d: experts %d..%d of each layer; %s",
             place.rank,
@@ -81,6 +84,12 @@ def join(bundle: Bundle, settings: EngineSettings, place: Place, control: Contro
             backend.description,
         )
         yield Rank(parallel, control, backend)
+
+
+def _abort(ranks: RankLink | RankFollower) -> None:
+    """Flags first: a GPU that waits for another's would not let its collectives end."""
+    ranks.release()
+    abort_group()
 
 
 def _close(close: Callable[[], None], control: Control) -> None:

@@ -8,13 +8,12 @@ import os
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from krasis.formats.bundle.reader import Bundle
 from krasis.formats.errors import UsageError
+from krasis.formats.process.stages import stage
 from krasis.runtime.backend import Backend
-from krasis.runtime.distributed.backend import DistributedBackend
-from krasis.runtime.distributed.control import Control
-from krasis.runtime.distributed.job import join, serve_rank
 from krasis.runtime.distributed.launcher import is_launched_rank, is_worker_rank
 from krasis.runtime.distributed.place import (
     Place,
@@ -23,14 +22,15 @@ from krasis.runtime.distributed.place import (
     listen_locally,
     local_place,
 )
-from krasis.runtime.distributed.store import Store
 from krasis.runtime.distributed.workers import Workers
 from krasis.runtime.engine import Engine, MakeBackend
 from krasis.runtime.gpu.partition import Partition
+from krasis.runtime.missing_kernels import refuse_ranks
 from krasis.runtime.planning.shape import shape_of
 from krasis.runtime.settings import EngineSettings
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from krasis.runtime.distributed.store import Store
 
 LINGER_S = 3.0
 
@@ -50,6 +50,8 @@ def open_engine(path: Path, settings: EngineSettings, num_gpus: int | None = Non
 
 def follow(path: Path, settings: EngineSettings, num_gpus: int | None = None) -> None:
     """What a rank does that torchrun started and that is not the first: serves rank 0 until it closes."""
+    from krasis.runtime.distributed.job import serve_rank
+
     serve_rank(path, settings, _launched_place(num_gpus))
 
 
@@ -82,27 +84,29 @@ def _launched_place(num_gpus: int | None) -> Place:
 
 
 def _launched(bundle: Bundle, settings: EngineSettings, place: Place, store: Store | None) -> Backend:
-    """Rank 0 of a job that torchrun started. store: kept alive as long as the backend, if this process hosts
-    it."""
+    """Rank 0 of a job that torchrun started."""
+    from krasis.runtime.distributed.first_rank import open_first_rank
+
     with ExitStack() as undo:
-        undo.callback(lambda: logger.debug("the job's store goes: %s", store))
-        return _first_rank(bundle, settings, place, None, undo, LINGER_S if place.hosts_store else 0.0)
+        linger_s = LINGER_S if place.hosts_store else 0.0
+        return open_first_rank(bundle, settings, place, store, None, undo, linger_s)
 
 
 def _spawned(bundle: Bundle, settings: EngineSettings, num_ranks: int) -> Backend:
-    """Rank 0 of a job on this host, whose other ranks are our children."""
-    from krasis.runtime.distributed.devices import check_gpu_count, check_settings
+    """Rank 0 of a job on this host, whose other ranks are our children. They are started before this process
+    imports torch, which takes all of them as long."""
+    from krasis.runtime.gpu.opening import begin_context, refuse
 
-    Partition(num_ranks).experts(shape_of(bundle.spec).num_experts, 0)  # now, not when all have started
-    check_settings(bundle, settings)
-    check_gpu_count(settings, num_ranks)
+    # Now, not when all have started.
+    Partition(num_ranks).experts(shape_of(bundle.spec).num_experts, 0)
+    refuse(bundle, settings)
+    refuse_ranks(bundle.spec, num_ranks)
+    begin_context(settings)
     # All on this host: Gloo shall not look for a network (NCCL finds its own way).
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     with ExitStack() as undo:
-        listener = listen_locally(num_ranks)
+        listener = undo.enter_context(listen_locally(num_ranks))
         place = local_place(num_ranks, 0, listener)
-        store = host_local_store(listener)
-        undo.callback(lambda: logger.debug("the job's store goes: %s", store))
         level = logging.getLogger().getEffectiveLevel()
         arguments = [
             "--bundle",
@@ -114,21 +118,8 @@ def _spawned(bundle: Bundle, settings: EngineSettings, num_ranks: int) -> Backen
         ]
         workers = Workers(place, arguments)
         undo.callback(workers.close)
-        return _first_rank(bundle, settings, place, workers, undo, 0.0)
-
-
-def _first_rank(
-    bundle: Bundle,
-    settings: EngineSettings,
-    place: Place,
-    workers: Workers | None,
-    undo: ExitStack,
-    linger_s: float,
-) -> Backend:
-    control = Control(place)
-    undo.callback(control.close, linger_s)
-    if workers is not None:
-        workers.watch(control)
-    with control.joint("opening"):
-        rank = undo.enter_context(join(bundle, settings, place, control))
-    return DistributedBackend(rank.backend, rank.parallel, control, undo.pop_all().close)
+        with stage("import torch and what runs on GPUs"):
+            from krasis.runtime.distributed.devices import check_gpu_count
+            from krasis.runtime.distributed.first_rank import open_first_rank
+        check_gpu_count(settings, num_ranks)
+        return open_first_rank(bundle, settings, place, host_local_store(listener), workers, undo, 0.0)

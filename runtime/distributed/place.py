@@ -1,5 +1,5 @@
 """Which rank this process is, and how it reaches the others: the words torchrun uses, also for our own
-workers."""
+workers. Torch is imported when a store is wanted, not before: other ranks are started first."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ import os
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from krasis.formats.errors import UsageError
 from krasis.runtime.distributed.errors import RankError
-from krasis.runtime.distributed.store import Store, prefixed, tcp_store
+
+if TYPE_CHECKING:
+    from krasis.runtime.distributed.store import Store
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +70,8 @@ class Place:
     def connect(self) -> Store:
         """A new client of the store (one a thread: a waiting client is locked). Raises RankError if it
         cannot."""
+        from krasis.runtime.distributed.store import prefixed, tcp_store
+
         try:
             store = tcp_store(self.address, self.port, host=False)
         except RuntimeError as error:
@@ -81,6 +86,8 @@ class Place:
 
 def host_store(place: Place) -> Store:
     """Runs the store that all ranks meet at. Keep what it returns as long as the job runs."""
+    from krasis.runtime.distributed.store import tcp_store
+
     return tcp_store(place.address, place.port, host=True)
 
 
@@ -100,6 +107,8 @@ def local_place(num_ranks: int, rank: int, listener: socket.socket) -> Place:
 
 def host_local_store(listener: socket.socket) -> Store:
     """Runs a store on a socket, which it takes over. Keep what it returns as long as the job runs."""
+    from krasis.runtime.distributed.store import tcp_store
+
     address, port = listener.getsockname()
     return tcp_store(address, port, host=True, listen_fd=listener.detach())
 

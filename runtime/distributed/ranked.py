@@ -10,6 +10,8 @@ import torch
 from krasis.runtime.backend import Backend
 from krasis.runtime.batch import Batch, Logits, StateStore
 from krasis.runtime.device.api import Stream
+from krasis.runtime.gpu.parallel_decode import RankLink
+from krasis.runtime.gpu.parallel_follower import RankFollower
 
 
 class RankedState(StateStore, Protocol):
@@ -33,6 +35,17 @@ class RankedBackend(Backend, Protocol):
     @property
     def state(self) -> RankedState:
         """See ``Backend``."""
+        ...
+
+    @property
+    def decode_ranks(self) -> RankLink | RankFollower | None:
+        """This rank's part in decode by several; None if rank 0 decodes alone."""
+        ...
+
+    @property
+    def idle_memory(self) -> torch.Tensor | None:
+        """Bytes on the device that may be overwritten between passes, as many on every rank; None: there are
+        none."""
         ...
 
     def runs_alone(self, batch: Batch) -> bool:

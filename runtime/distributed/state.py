@@ -17,6 +17,7 @@ class FirstRanksState:
         self._inner = inner
         self.num_slots, self.capacity, self.dtype = inner.num_slots, inner.capacity, inner.dtype
         self.copies_inside = bool(getattr(inner, "copies_inside", False))
+        self.keeps_index = bool(getattr(inner, "keeps_index", False))
         self.recurrent = tuple(getattr(inner, "recurrent", ()))
         self._num_shared = [0] * inner.num_slots
 

@@ -19,6 +19,7 @@ from krasis.formats.errors import NativeError
 from krasis.runtime.device.api import Stream
 from krasis.runtime.distributed.control import Control
 from krasis.runtime.distributed.place import Place
+from krasis.runtime.distributed.room import room_for, side_by_side, steps_within
 from krasis.runtime.distributed.store import prefixed
 from krasis.runtime.gpu.parallel import KvPart
 from krasis.runtime.gpu.partition import Partition, Segment
@@ -64,12 +65,11 @@ def leave_group(failed: bool) -> None:
 class TorchParallel:
     """See ``parallel.Parallel``. Needs ``join_group``. Raises UsageError for more ranks than experts."""
 
-    def __init__(self, place: Place, control: Control, num_experts: int, sum_dtype: torch.dtype) -> None:
+    def __init__(self, place: Place, control: Control, num_experts: int) -> None:
         self.rank, self.num_ranks = place.rank, place.num_ranks
         self.num_local_ranks = place.num_local_ranks
         self.partition = Partition(place.num_ranks)
         self.first_expert, self.num_experts = self.partition.experts(num_experts, self.rank)
-        self.sum_dtype = sum_dtype
         self.num_exchanges = 0
         self._control = control
 
@@ -91,16 +91,12 @@ class TorchParallel:
 
     def gather_tokens(self, stream: Stream, local: torch.Tensor, full: torch.Tensor, num_tokens: int) -> None:
         """See ``Parallel``."""
-        self._gather(stream, "gather_tokens", local, full, num_tokens, padding=0, finish=None)
+        self._gather(stream, "gather_tokens", local, full, num_tokens, padding=0)
 
     def gather_ids(self, stream: Stream, local: torch.Tensor, full: torch.Tensor, num_tokens: int) -> None:
         """See ``Parallel``."""
         first, end = self.first_expert, self.first_expert + self.num_experts
-
-        def keep_own() -> None:
-            full.masked_fill_((full < first) | (full >= end), -1)
-
-        self._gather(stream, "gather_ids", local, full, num_tokens, padding=-1, finish=keep_own)
+        self._gather(stream, "gather_ids", local, full, num_tokens, padding=-1, kept=(first, end))
 
     def _gather(
         self,
@@ -111,8 +107,9 @@ class TorchParallel:
         num_tokens: int,
         *,
         padding: int,
-        finish: Callable[[], None] | None,
+        kept: Segment | None = None,
     ) -> None:
+        """kept: [first, end) of the values that stay, others become the padding."""
         own, columns = self.own_tokens(num_tokens), local.shape[1]
         _check_rows(name, local, self.rows_per_rank(num_tokens), columns, local.dtype)
         _check_rows(name, full, self.gathered_rows(num_tokens), columns, local.dtype)
@@ -120,9 +117,14 @@ class TorchParallel:
         def action(_: int) -> None:
             self._control.raise_if_failed()
             local[own:].fill_(padding)
+            # Taken before: a rank that finds no memory for them has not been in the exchange.
+            masks = [torch.empty_like(full, dtype=torch.bool) for _ in kept or ()]
             _all_gather(full, local)
-            if finish is not None:
-                finish()
+            if kept is not None:
+                below, above = masks
+                torch.lt(full, kept[0], out=below)
+                torch.ge(full, kept[1], out=above)
+                full.masked_fill_(below.logical_or_(above), padding)
 
         # The padding row is written before it is read; naming it as read too would say that somebody else
         # wrote it.
@@ -140,9 +142,9 @@ class TorchParallel:
         """See ``Parallel``."""
         own, rows, columns = self.own_tokens(num_tokens), self.rows_per_rank(num_tokens), hidden.shape[1]
         _check_rows("scatter_sum", hidden, rows, columns, torch.float32)
-        _check_rows("scatter_sum", partial, rows * self.num_ranks, columns, self.sum_dtype)
+        _check_rows("scatter_sum", partial, rows * self.num_ranks, columns, partial.dtype)
         if scratch is not None:
-            _check_rows("scatter_sum", scratch, rows * self.num_ranks, columns, self.sum_dtype)
+            _check_rows("scatter_sum", scratch, rows * self.num_ranks, columns, partial.dtype)
 
         def action(_: int) -> None:
             self._control.raise_if_failed()
@@ -155,7 +157,7 @@ class TorchParallel:
         stream.launch("scatter_sum", action, reads=_some(partial, hidden[:own]), writes=written)
         self.num_exchanges += 1
 
-    def share_kv(self, stream: Stream, parts: Sequence[KvPart]) -> None:
+    def share_kv(self, stream: Stream, parts: Sequence[KvPart], scratch: torch.Tensor | None = None) -> None:
         """See ``Parallel``."""
         lengths = [part.num_tokens for part in parts]
         rows = self.rows_per_rank(sum(lengths))
@@ -169,42 +171,49 @@ class TorchParallel:
 
         def action(_: int) -> None:
             self._control.raise_if_failed()
-            packed = cache.new_empty((rows, 2, kv_heads, head_dim))
+            room = room_for((rows * (self.num_ranks + 1), 2, kv_heads, head_dim), cache, scratch)
+            packed, gathered = room[:rows], room[rows:]
             end = 0
             for row, block in own:
                 begin, end = row - mine.start, row - mine.start + block[0].shape[1]
                 for index, tensor in enumerate(block):
                     packed[begin:end, index] = tensor.transpose(0, 1)
             packed[end:].zero_()
-            gathered = cache.new_empty((rows * self.num_ranks, 2, kv_heads, head_dim))
             _all_gather(gathered, packed)
             for row, block in others:
                 for index, tensor in enumerate(block):
                     tensor.copy_(gathered[row : row + tensor.shape[1], index].transpose(0, 1))
 
+        written = [tensor for _, block in others for tensor in block]
         stream.launch(
             "share_kv",
             action,
             reads=[tensor for _, block in own for tensor in block],
-            writes=[tensor for _, block in others for tensor in block],
+            writes=written if scratch is None else [*written, scratch],
         )
         self.num_exchanges += 1
 
-    def send_kv(self, stream: Stream, parts: Sequence[KvPart]) -> None:
+    def send_kv(self, stream: Stream, parts: Sequence[KvPart], scratch: torch.Tensor | None = None) -> None:
         """See ``Parallel``."""
         sent = [tensor for part in parts for tensor in part.rows(0, part.num_tokens)]
+        steps = steps_within(sent, scratch)
 
         def action(_: int) -> None:
             self._control.raise_if_failed()
-            packed = torch.cat(sent, 1) if self.rank == 0 else sent[0].new_empty(_side_by_side(sent))
-            dist.broadcast(packed, 0)
-            end = 0
-            for tensor in sent if self.rank else ():
-                begin, end = end, end + tensor.shape[1]
-                tensor.copy_(packed[:, begin:end])
+            for step in steps:
+                packed = room_for(side_by_side(step), step[0], scratch)
+                if self.rank == 0:
+                    torch.cat(step, 1, out=packed)
+                dist.broadcast(packed, 0)
+                end = 0
+                for tensor in step if self.rank else ():
+                    begin, end = end, end + tensor.shape[1]
+                    tensor.copy_(packed[:, begin:end])
 
-        first = self.rank == 0
-        stream.launch("send_kv", action, reads=sent if first else [], writes=[] if first else sent)
+        first, room = self.rank == 0, [] if scratch is None else [scratch]
+        stream.launch(
+            "send_kv", action, reads=sent if first else [], writes=room if first else [*sent, *room]
+        )
         self.num_exchanges += 1
 
     def restore_order(
@@ -242,12 +251,6 @@ def _rows_of(parts: Sequence[KvPart], blocks: Sequence[tuple[int, int, int]]) ->
         index = bisect_right(begins, begin) - 1
         found.append((row, parts[index].rows(begin - begins[index], end - begins[index])))
     return found
-
-
-def _side_by_side(tensors: Sequence[torch.Tensor]) -> tuple[int, int, int]:
-    """The shape of all [kv_heads, n, head_dim] together."""
-    kv_heads, _, head_dim = tensors[0].shape
-    return kv_heads, sum(tensor.shape[1] for tensor in tensors), head_dim
 
 
 def _add_parts(hidden: torch.Tensor, parts: torch.Tensor) -> None:

@@ -15,9 +15,11 @@ from pathlib import Path
 
 from krasis.formats.errors import KrasisError
 from krasis.formats.files import mapping_guard
+from krasis.formats.process.stages import stage
+from krasis.runtime.device.driver import make_context
 from krasis.runtime.distributed.errors import RankError
-from krasis.runtime.distributed.job import serve_rank
 from krasis.runtime.distributed.place import Place
+from krasis.runtime.early import Early
 from krasis.runtime.settings import EngineSettings
 
 
@@ -33,7 +35,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Rank 0 decides what they mean: it may still have something to save. When it has gone, so do we.
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_leave_with_parent, name="krasis-parent", daemon=True).start()
-    return run_rank(options.bundle, EngineSettings(**json.loads(options.settings)), Place.from_environment())
+    settings, place = EngineSettings(**json.loads(options.settings)), Place.from_environment()
+    if settings.device != "double":
+        Early(lambda: make_context(place.local_rank))  # torch waits for it where it needs it
+    return run_rank(options.bundle, settings, place)
+
+
+def serve_rank(bundle: Path, settings: EngineSettings, place: Place) -> None:
+    """``job.serve_rank``, once torch is imported: that takes as long as rank 0 needs for the same."""
+    with stage("import torch and what runs on GPUs"):
+        from krasis.runtime.distributed import job
+
+    job.serve_rank(bundle, settings, place)
 
 
 def run_rank(bundle: Path, settings: EngineSettings, place: Place) -> int:

@@ -15,10 +15,12 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
-from krasis.runtime.distributed.control import Control
 from krasis.runtime.distributed.place import Place
+
+if TYPE_CHECKING:
+    from krasis.runtime.distributed.control import Control
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +63,11 @@ class Workers:
     def close(self) -> None:
         """Waits until all have left; ends those that do not. Calling it again does nothing."""
         self._stopped.set()
-        asked_to_leave = self._control is not None and self._control.failure is None
+        if self._control is None:
+            for process in self._processes.values():
+                if process.stdin is not None:
+                    process.stdin.close()  # nobody will ask them to leave: this makes them
+        asked_to_leave = self._control is None or self._control.failure is None
         leave_s = LEAVE_S if asked_to_leave else LEAVE_AFTER_FAILURE_S
         if self._monitor is not None and self._monitor is not threading.current_thread():
             self._monitor.join()

@@ -7,16 +7,19 @@ from collections.abc import Callable
 from functools import partial
 
 from krasis.runtime.gpu.blocks.attention import GpuAttention
+from krasis.runtime.gpu.blocks.channel_delta import GpuChannelDelta
 from krasis.runtime.gpu.blocks.experts import GpuExperts
 from krasis.runtime.gpu.blocks.gated_delta import GpuGatedDelta
 from krasis.runtime.gpu.blocks.latent import GpuLatentAttention
+from krasis.runtime.gpu.blocks.short_conv import GpuShortConv
 from krasis.runtime.gpu.blocks.table import Blocks
 from krasis.runtime.gpu.buffers import Buffers
 from krasis.runtime.gpu.chunk import Chunk
+from krasis.runtime.gpu.exchange import exchange_rows
 from krasis.runtime.gpu.kernels.head import gathers
 from krasis.runtime.gpu.model import GpuModel
 from krasis.runtime.gpu.parallel import Parallel
-from krasis.runtime.gpu.prefill import exchange_rows, kv_parts
+from krasis.runtime.gpu.prefill import kv_parts
 from krasis.runtime.gpu.prefill_delta import exchange_delta
 
 
@@ -31,9 +34,10 @@ def make_exchanges(
     calls: list[Callable[[], None]] = []
     for block in (block for layer in blocks for block in layer):
         if isinstance(block, GpuAttention | GpuLatentAttention):
-            calls.append(partial(parallel.share_kv, stream, kv_parts(model.cache, chunk, block.layer)))
-        elif isinstance(block, GpuGatedDelta):
-            calls += exchange_delta(stream, parallel, buffers, block, chunk.num_tokens)
+            parts = kv_parts(model.cache, chunk, block.layer)
+            calls += [partial(parallel.share_kv, stream, one, buffers.shared_kv) for one in parts]
+        elif isinstance(block, GpuGatedDelta | GpuChannelDelta | GpuShortConv):
+            calls += exchange_delta(stream, parallel, buffers, block, chunk.num_tokens, chunk.own)
         elif isinstance(block, GpuExperts):
             calls += exchange_rows(stream, parallel, buffers, chunk.num_tokens)
     if gathers(chunk):

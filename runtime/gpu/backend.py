@@ -13,6 +13,7 @@ import torch
 
 from krasis.formats.bundle.reader import Bundle
 from krasis.formats.errors import KrasisError, NativeError, OutOfDeviceMemoryError
+from krasis.formats.process import stages
 from krasis.runtime.backend import LayerProgress, Logits
 from krasis.runtime.batch import Batch
 from krasis.runtime.device.api import Device, Stream
@@ -26,6 +27,8 @@ from krasis.runtime.gpu.kernels.head import Head
 from krasis.runtime.gpu.memory import OUT_OF_MEMORY, half_batch, largest_workspace
 from krasis.runtime.gpu.model import GpuModel
 from krasis.runtime.gpu.parallel import Parallel, SingleRank
+from krasis.runtime.gpu.parallel_decode import RankLink
+from krasis.runtime.gpu.parallel_follower import RankFollower
 from krasis.runtime.gpu.parts import CPU_STAGE_TOKENS, Parts, open_parts
 from krasis.runtime.gpu.prefill import PrefillPass
 from krasis.runtime.planning.sizes import sizes_of_bundle
@@ -54,6 +57,10 @@ class LastPrefill:
     num_groups: int
     bytes_copied: int
     expected_s: float
+
+
+def _kv_words(kv_dtype: str) -> str:
+    return "int8 KV cache" if kv_dtype == "int8" else "KV cache"
 
 
 def _times(model: GpuModel) -> str:
@@ -92,7 +99,9 @@ class GpuBackend:
 
     def _open(self, parts: Parts, settings: EngineSettings) -> None:
         plan, model, parallel, alone = parts.plan, parts.model, self._parallel, self._alone
-        self.capacity, self.kv_dtype = plan.workload.context, settings.gpu_dtype
+        self.capacity, self.kv_dtype = plan.workload.context, plan.workload.kv_dtype
+        if settings.kv_dtype == "int8" and self.kv_dtype != "int8":
+            logger.warning("--kv-dtype int8: a GPU keeps this model's latents in %s", self.kv_dtype)
         self.compute_stream: Stream = model.stream
         # Of all ranks together, and of this one without the others.
         self._passes = {
@@ -103,13 +112,14 @@ class GpuBackend:
         self.prefill_chunk = parallel.agree(parts.workspace.max_tokens)
         self._paths = PathModel(plan.sizes, plan.hardware, parallel.num_ranks, parallel.num_experts)
         self.last_prefill: LastPrefill | None = None
-        self.state = gpu_state(model.cache, model.stream, self.kv_dtype)
+        self.state = gpu_state(model.cache, model.stream, self.kv_dtype, model.history)
         decodes = parts.decoder.description if parts.decoder else "GPU, a prefill a token"
         self.placement = (PATH_WORDS["streamed"], decodes)
         self.description = (
             f"{self._device.description}, {model.weights.expert_layout.layout_id} experts from "
-            f"{parts.store.method} memory in {plan.placement.num_groups} groups a layer, {self.kv_dtype}, "
-            f"{self.prefill_chunk} tokens a pass, KV cache of {self.capacity} tokens{_times(model)}; "
+            f"{parts.store.method} memory in {plan.placement.num_groups} groups a layer, "
+            f"{settings.gpu_dtype}, {self.prefill_chunk} tokens a pass, "
+            f"{_kv_words(self.kv_dtype)} of {self.capacity} tokens{_times(model)}; "
             f"decode: {decodes}"
         )
 
@@ -143,13 +153,23 @@ class GpuBackend:
     def decodes_between_layers(self) -> bool:
         """Whether ``layer_done`` may run a batch of other sequences' next tokens. With several ranks that is
         rank 0's."""
-        return self._live_parts().decoder is not None
+        decoder = self._live_parts().decoder
+        return decoder is not None and decoder.decodes_alone
 
     @property
     def last_decode_split(self) -> dict[str, float] | None:
         """Seconds of the last decoded token, by what they went into; None if decode is a prefill."""
         decoder = self._live_parts().decoder
         return None if decoder is None else decoder.last_split
+
+    @property
+    def is_loading(self) -> bool:
+        """Whether experts are still being pinned in host memory."""
+        return self._parts is not None and self._parts.store.is_loading
+
+    def load_progress(self) -> tuple[int, int]:
+        """(bytes of experts ready to be copied, bytes of all)."""
+        return self._live_parts().store.load_progress()
 
     def check(self) -> None:
         """Raises what the device says of itself, if an error has left it broken for this process."""
@@ -173,8 +193,18 @@ class GpuBackend:
 
     # ---- for DistributedBackend ------------------------------------------------------------------------
 
+    @property
+    def decode_ranks(self) -> RankLink | RankFollower | None:
+        """This rank's part in decode by several; None if rank 0 decodes alone."""
+        return self._live_parts().ranks
+
+    @property
+    def idle_memory(self) -> torch.Tensor:
+        """Memory of the next pass, which nothing is kept in between two: as much on every rank."""
+        return self._workspace.between_passes(self.prefill_chunk)
+
     def kv_layers(self, slot: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """(keys, values) [num_kv_heads, capacity, head_dim] of each layer of a slot."""
+        """(keys, values) [num_kv_heads, capacity, head_dim] of each layer of a slot, and their scales."""
         return self._live_parts().model.cache.layers(slot)
 
     def state_layers(self, slot: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -191,7 +221,9 @@ class GpuBackend:
             return False
         resident, longest = self._num_resident(parts), max(span.start for span in batch.spans)
         copied = parts.streamed.num_copied(num_tokens)
-        choice = self._paths.choose(num_tokens, longest, resident, ("streamed", "routed", "cpu"), copied)
+        paths: tuple[ExpertPath, ...] = ("streamed", "routed", "cpu")
+        loading_s = parts.store.load_report().remaining_s
+        choice = self._paths.choose(num_tokens, longest, resident, paths, copied, loading_s)
         return choice.path == "cpu"
 
     # ---- one batch -------------------------------------------------------------------------------------
@@ -227,7 +259,8 @@ class GpuBackend:
             part = part_of(batch, begin, begin + self._workspace.max_tokens)
             words, logits = "", None
             try:
-                logits = self._run(part, stage, alone)
+                with stages.stage(f"prefill of {len(part.tokens)} tokens"):
+                    logits = self._run(part, stage, alone)
             except OUT_OF_MEMORY as error:
                 if self._parallel.num_ranks > 1:
                     raise
@@ -264,7 +297,8 @@ class GpuBackend:
         elif self._parallel.num_ranks == 1 and self._takes_cpu(parts, num_tokens, alone):
             paths = ("streamed", "routed", "cpu")
         resident, copied = self._num_resident(parts), parts.streamed.num_copied(num_tokens)
-        choice = self._paths.choose(num_tokens, start, resident, paths, copied)
+        loading_s = parts.store.load_report().remaining_s
+        choice = self._paths.choose(num_tokens, start, resident, paths, copied, loading_s)
         if choice.path == "cpu":
             if parts.cpu is None:
                 raise NativeError("this rank has no CPU experts", where="prefill")
@@ -317,6 +351,9 @@ class GpuBackend:
             # call.
             logger.warning("the device reported an error while an aborted pass ended: %s", error)
         stage.abort()
+        staging = self._live_parts().model.cache.staging
+        if staging is not None:
+            staging.abort()
 
     def shrink(self, words: str) -> None:
         """After running out of memory, on whichever rank: half the batch from now on, on all of them. words:
@@ -326,7 +363,9 @@ class GpuBackend:
         num_tokens = half_batch(self._device, model.spec, most, num_ranks, words)
         old.give_up()
         gc.collect()  # cycles of what was thrown may hold views of it
-        self._workspace = largest_workspace(self._device, model.spec, model.dtype, num_tokens, num_ranks)
+        self._workspace = largest_workspace(
+            self._device, model.spec, model.dtype, num_tokens, num_ranks, old.exact_tokens
+        )
         if num_ranks > 1:
             self.prefill_chunk = self._parallel.agree(self._workspace.max_tokens)
 

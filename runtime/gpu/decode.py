@@ -8,8 +8,7 @@ If every expert is resident there is no hand-over at all.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -17,42 +16,31 @@ import numpy as np
 import torch
 
 from krasis.formats.errors import NativeError, UsageError
+from krasis.formats.process.stages import stage
 from krasis.runtime.backend import Logits
 from krasis.runtime.device.api import Graph, Stream
 from krasis.runtime.gpu.blocks.experts import GpuExperts
+from krasis.runtime.gpu.blocks.streams import GpuEnd
 from krasis.runtime.gpu.blocks.table import Blocks, blocks_of
 from krasis.runtime.gpu.buffers import Workspace
 from krasis.runtime.gpu.decode_rows import DecodeRows
+from krasis.runtime.gpu.decode_split import Split
 from krasis.runtime.gpu.experts.handover import Handover
 from krasis.runtime.gpu.experts.host_experts import CpuTier, HostExperts
 from krasis.runtime.gpu.experts.residency import Residency
-from krasis.runtime.gpu.kernels.attention_rows import ROW_WORDS
 from krasis.runtime.gpu.kernels.grouped_product import ExpertProduct
 from krasis.runtime.gpu.kernels.head import cap_logits
 from krasis.runtime.gpu.kernels.moe import MAX_ROUTER_TOKENS
+from krasis.runtime.gpu.kernels.named_slots import COLUMNS
+from krasis.runtime.gpu.kv_ahead import KvAhead
+from krasis.runtime.gpu.looked_up import LookedUp
 from krasis.runtime.gpu.model import GpuModel
+from krasis.runtime.gpu.parallel_decode import RankLink
+from krasis.runtime.gpu.row_tables import RowTables
 
 TIMEOUT_S = 20.0
 MAX_ROWS = MAX_ROUTER_TOKENS
 """Tokens of one call."""
-
-
-@dataclass(frozen=True, slots=True)
-class Split:
-    """Where a token's time went, by the host's clock, and which side computed how many experts.
-
-    submit_s: replaying the graph. cpu_experts_s: the CPU's experts. wait_gpu_s: the CPU waited for the GPU:
-    its part of the critical path up to the last layer. tail_s: from the last hand-over (or, without one, from
-    the replay) until the logits are there.
-    """
-
-    total_s: float = 0.0
-    submit_s: float = 0.0
-    cpu_experts_s: float = 0.0
-    wait_gpu_s: float = 0.0
-    tail_s: float = 0.0
-    num_cpu_experts: float = 0.0
-    num_gpu_experts: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,17 +54,20 @@ class Next:
 
 @dataclass(frozen=True, slots=True)
 class _Captured:
-    """The graph of so many rows; host: the CPU's side of it, None if every expert is resident."""
+    """The graph of so many rows; host: the CPU's side of it, None if every expert is resident. ranks: whether
+    other ranks take part."""
 
     graph: Graph
     host: HostExperts | None
+    ranks: RankLink | None
 
 
 class HybridDecoder:
     """Decodes token after token of the sequences whose keys and values lie in ``model.cache``.
 
     cpu: may be None only if every expert is resident. residency: None if no expert ever is. timeout_s: how
-    long one side waits for the other in a layer before the token fails. max_rows: sequences at once.
+    long one side waits for the other in a layer before the token fails. max_rows: sequences at once. ranks:
+    other ranks, which compute the experts they hold of tokens while the link is open.
     """
 
     def __init__(
@@ -89,6 +80,7 @@ class HybridDecoder:
         *,
         blocks: Blocks | None = None,
         max_rows: int = 1,
+        ranks: RankLink | None = None,
     ) -> None:
         """Raises UsageError without CPU experts unless all are resident, and OutOfDeviceMemoryError."""
         shape, device = model.shape, model.device
@@ -98,7 +90,9 @@ class HybridDecoder:
         routers = [block for part in self._blocks for block in part if isinstance(block, GpuExperts)]
         self._routed = sum(block.top_k for block in routers)  # slots of a token
         is_complete = residency is not None and residency.is_complete
-        if cpu is None and not is_complete:
+        self._ranks = ranks
+        self.decodes_alone = cpu is not None or is_complete
+        if not self.decodes_alone and not (ranks is not None and ranks.is_complete):
             raise UsageError(
                 "decode needs CPU experts, or all experts in VRAM",
                 hint="convert with both tiers (krasis-convert --tiers gpu,cpu), or decode through prefill",
@@ -109,20 +103,22 @@ class HybridDecoder:
         if self._cpu is not None:
             self._handover = Handover(device, model.kernels, model.spec, timeout_s, self.max_rows)
             self._host = HostExperts(self._handover, self._cpu, model.spec)
-        self._workspace = Workspace(device, model.spec, model.dtype, self.max_rows, 1)
+        self._workspace = Workspace(device, model.spec, model.dtype, self.max_rows, 1, windows=False)
         choices = (self.max_rows, shape.num_experts_per_token)
         self._gpu_ids = device.empty(choices, torch.int32)
         self._cpu_ids = device.empty(choices, torch.int32)
-        self._table = device.empty((self.max_rows, ROW_WORDS), torch.int64)
+        self._tables = RowTables(device, model.cache, self.max_rows)
+        self._looked_up, self._end = LookedUp(model, self.max_rows), GpuEnd(model)
         self._executed = device.empty((1,), torch.int64)
         self._fetched = device.flags(1)  # that nobody waits for
         self._attention = device.empty((self._attention_bytes(),), torch.uint8)
+        self._arrivals = device.empty((2 + shape.hidden_size // COLUMNS,), torch.int32)
+        model.kernels.fill(model.stream, self._arrivals)
         self._host_rows = device.pinned((self.max_rows, shape.hidden_size), torch.float32)
-        self._host_table = device.pinned((self.max_rows, ROW_WORDS), torch.int64)
         self._host_executed = device.pinned((1,), torch.int64)
         logits = self._workspace.view(self.max_rows).logits
         self._host_logits = device.pinned(logits.shape, torch.float32)
-        self._captured: dict[int, _Captured] = {}
+        self._captured: dict[tuple[int, bool, bool, bool], _Captured] = {}
         self._split = Split()
         self._sums = np.zeros(len(asdict(self._split)))
         self._num_tokens = 0
@@ -131,7 +127,8 @@ class HybridDecoder:
         """Of the layer that needs the most."""
         model = self._model
         parts = (part for part in model.cache.parts if part is not None)
-        sizes = {part.head_dim for part in parts if part.value_dim}  # latent attention has a buffer
+        # Latent attention has a buffer.
+        sizes = {part.head_dim for part in parts if not part.is_latent}
         most_heads = [model.shape.attention_size // dim for dim in sizes]
         return (
             max(
@@ -145,6 +142,9 @@ class HybridDecoder:
     @property
     def description(self) -> str:
         """A few words for logs."""
+        if self._ranks is not None:
+            held = "all experts resident" if self._ranks.is_complete else "CPU experts"
+            return f"{self._ranks.num_ranks} GPUs + {held}"
         if self._handover is None:
             return "GPU, all experts resident"
         if self._residency is None:
@@ -182,12 +182,22 @@ class HybridDecoder:
         the next call begins afresh.
         """
         self._set_inputs(rows)
+        self._model.cache.settle(self._model.stream)
         if self._residency is not None:
             self._residency.prepare(self._model.stream)
+        ranks = self._ranks if self._ranks is not None and self._ranks.is_open else None
+        if ranks is None and not self.decodes_alone:
+            raise NativeError("the other ranks have the experts", where="decode")
         try:
-            captured = self._captured.get(len(rows))
+            if ranks is not None:
+                ranks.prepare(self._model.stream)
+            chooses = self._chooses(rows)
+            key = (len(rows), ranks is not None, self._reads_ahead(len(rows), ranks), chooses)
+            captured = self._captured.get(key)
             if captured is None:
-                captured = self._captured[len(rows)] = self._capture(len(rows))
+                with stage("capture the graph of decode"):
+                    captured = self._capture(len(rows), ranks, chooses)
+                self._captured[key] = captured
             self._run(captured, len(rows))
         except BaseException:  # also Ctrl-C: the GPU may wait for answers that nobody will give
             self._recover()
@@ -216,18 +226,19 @@ class HybridDecoder:
             if not 0 <= row.slot < cache.num_slots:
                 raise NativeError("no such slot", where="decode", got=row.slot, limit=cache.num_slots)
         host_rows = self._host_rows[: len(rows)]
-        self._model.device.host_writes(host_rows, self._host_table)
+        self._model.device.host_writes(host_rows)
         self._model.weights.embedding.rows_into(np.array([row.token for row in rows]), host_rows.numpy())
-        table = self._host_table.numpy()
-        for index, row in enumerate(rows):
-            address = cache.slot_address(row.slot)
-            table[index] = (row.position, address, address)
+        self._tables.set([(row.position, row.slot) for row in rows])
+        self._looked_up.set([(row.token, row.position, row.slot) for row in rows])
 
     def _run(self, captured: _Captured, num_rows: int) -> None:
-        model, handover, host = self._model, self._handover, captured.host
+        model, host, ranks = self._model, captured.host, captured.ranks
+        handover = None if host is None else self._handover
         began = time.perf_counter()
         if handover is not None:
             handover.epoch.value += 1
+        if ranks is not None:
+            ranks.begin(num_rows)
         self._name_residents()
         captured.graph.replay(model.stream)
         self._name_residents()
@@ -241,7 +252,8 @@ class HybridDecoder:
         if handover is not None:
             handover.check()
         num_cpu = 0 if host is None else host.num_executed
-        self._check_counts(num_cpu, int(self._host_executed[0]), num_rows)
+        num_gpu = int(self._host_executed[0]) + (0 if ranks is None else ranks.end())
+        self._check_counts(num_cpu, num_gpu, num_rows)
         done = time.perf_counter()
         waited = 0.0 if host is None else host.waiting_s
         self._note(
@@ -252,7 +264,7 @@ class HybridDecoder:
                 wait_gpu_s=waited,
                 tail_s=done - served,
                 num_cpu_experts=num_cpu,
-                num_gpu_experts=int(self._host_executed[0]),
+                num_gpu_experts=num_gpu,
             )
         )
 
@@ -275,7 +287,9 @@ class HybridDecoder:
 
     def _recover(self) -> None:
         """Brings both sides to rest after an error."""
-        handover = self._handover
+        handover, ranks = self._handover, self._ranks
+        if ranks is not None and ranks.is_open:
+            ranks.release()
         if handover is not None:
             handover.answer(handover.num_layers)
         self._model.stream.synchronize()
@@ -289,11 +303,11 @@ class HybridDecoder:
 
     # ---- the graph -----------------------------------------------------------------------------------------
 
-    def _capture(self, num_rows: int) -> _Captured:
+    def _capture(self, num_rows: int, ranks: RankLink | None, chooses: bool) -> _Captured:
         """The graph of a token of so many sequences. The first layers run once before, up to one of each
         kind: CUDA loads a kernel when it is first launched, which it does not like to do while it captures.
         """
-        model, handover = self._model, self._handover
+        model, handover = self._model, self._handover_with(ranks)
         layers = model.spec.layers
         warm = 1 + max(layers.index(layer) for layer in dict.fromkeys(layers))
         if handover is not None:
@@ -301,43 +315,57 @@ class HybridDecoder:
             handover.answer(
                 sum(isinstance(block, GpuExperts) for blocks in self._blocks[:warm] for block in blocks)
             )
-        with self._rows_of_nobody(num_rows):
-            self._submit(model.stream, num_rows, warm)
+        with self._tables.of_nobody(num_rows):
+            self._submit(model.stream, num_rows, warm, ranks, chooses)
             model.stream.synchronize()
-        host = self._host
+        host = None
         if handover is not None:
             handover.reset(model.stream)
+            host = self._host
             if self._cpu is not None and num_rows > 1:
                 host = HostExperts(handover, self._cpu, model.spec, num_rows)
         with model.device.capture(model.stream) as graph:
-            self._submit(model.stream, num_rows, len(self._blocks))
-        return _Captured(graph, host)
+            self._submit(model.stream, num_rows, len(self._blocks), ranks, chooses)
+        return _Captured(graph, host, ranks)
 
-    @contextmanager
-    def _rows_of_nobody(self, num_rows: int) -> Iterator[None]:
-        """Inside of it no row changes what a sequence keeps: a state would have met its token twice."""
-        table = self._host_table[:num_rows]
-        kept = table[:, 0].clone()
-        self._model.device.host_writes(table)
-        table[:, 0] = -1
-        yield
-        self._model.device.host_writes(table)
-        table[:, 0] = kept
+    def _handover_with(self, ranks: RankLink | None) -> Handover | None:
+        """What the CPU gets of a token in which those ranks take part."""
+        return None if ranks is not None and ranks.is_complete else self._handover
 
-    def _submit(self, stream: Stream, num_rows: int, num_layers: int) -> None:
-        model, executed = self._model, self._executed
+    def _chooses(self, rows: Sequence[Next]) -> bool:
+        """Whether a row sees more than an index over tokens picks."""
+        most = self._model.spec.densest_context
+        return most is not None and any(row.position >= most for row in rows)
+
+    def _reads_ahead(self, num_rows: int, ranks: RankLink | None) -> bool:
+        """Whether keys and values in the host's memory come to a buffer while the CPU computes: of one
+        sequence, while no pass needs the buffer."""
+        staging = self._model.cache.staging
+        if staging is None or staging.is_busy or num_rows > 1:
+            return False
+        return self._handover_with(ranks) is not None
+
+    def _submit(
+        self, stream: Stream, num_rows: int, num_layers: int, ranks: RankLink | None, chooses: bool
+    ) -> None:
+        model, executed, handover = self._model, self._executed, self._handover_with(ranks)
         buffers = self._workspace.view(num_rows)
+        tables = self._tables.of(num_rows)
         rows = DecodeRows(
             model=model,
             product_of_experts=self._product,
             own=buffers,
-            table=self._table[:num_rows],
+            tables=tables,
+            ahead=KvAhead(model, tables) if self._reads_ahead(num_rows, ranks) else None,
             attention_workspace=self._attention,
             gpu_ids=self._gpu_ids[:num_rows],
             cpu_ids=self._cpu_ids[:num_rows],
             executed=executed,
-            handover=self._handover,
+            handover=handover,
             residency=self._residency,
+            arrivals=self._arrivals,
+            ranks=ranks,
+            chooses=chooses,
         )
 
         def clear(_: int) -> None:
@@ -347,16 +375,17 @@ class HybridDecoder:
         # Read by a kernel: a copy would wait its turn behind the experts that a pass under way has copied.
         inputs = (
             (buffers.hidden, self._host_rows[:num_rows]),
-            (self._table[:num_rows], self._host_table[:num_rows]),
+            *self._tables.inputs(num_rows),
+            *(() if ranks is None else ranks.inputs),
         )
         model.kernels.fetch(stream, inputs, self._fetched, executed)
-        if self._handover is not None:
-            self._handover.begin(stream)
+        self._looked_up.begin(stream, buffers, self._fetched, executed)
+        if handover is not None:
+            handover.begin(stream)
         for blocks in self._blocks[:num_layers]:
             for block in blocks:
                 block.run(rows)
-        eps = model.spec.norm.eps
-        model.kernels.rms_norm(stream, buffers.hidden, model.weights.final_norm, eps, buffers.x)
+        self._end.read(buffers, range(num_rows), 0, rows.small_product)
         rows.product(buffers.x, model.weights.lm_head, buffers.logits)
         cap_logits(stream, buffers.logits, model.spec.logits_cap)
         stream.copy(self._host_logits[:num_rows], buffers.logits)

@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from krasis.formats.errors import NativeError, ResourceError
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from krasis.formats.errors import NativeError
 from krasis.formats.models.state import SNAPSHOTS
 from krasis.runtime.batch import Batch, Span, StateRows
 from krasis.runtime.device.api import Stream
 from krasis.runtime.gpu.kv_cache import GpuKvCache
-from krasis.runtime.gpu.state import GpuState
+from krasis.runtime.gpu.ring_state import GpuRingState
+from krasis.runtime.gpu.state import GpuState, next_copy
+from krasis.runtime.gpu.token_history import TokenHistory
 from krasis.runtime.state.borders import borders
 
 
@@ -26,13 +32,17 @@ class _Copies:
 class GpuHybridState(GpuState):
     """See ``batch.StateStore``. At most SNAPSHOTS copies a slot: the first and the newest ones, made by the
     device in memory that is taken when the model is opened. copies_inside: also inside a pass of many tokens,
-    where ``borders`` says: shorter passes would read all experts again.
+    where ``borders`` says: shorter passes would read all experts again. history: of models with hashed
+    tables, which keep the last token ids too: on the host.
     """
 
     copies_inside = True
 
-    def __init__(self, cache: GpuKvCache, stream: Stream, dtype: str) -> None:
+    def __init__(
+        self, cache: GpuKvCache, stream: Stream, dtype: str, history: TokenHistory | None = None
+    ) -> None:
         super().__init__(cache, stream, dtype)
+        self._history = history
         self.recurrent = cache.recurrent
         self._copies = [_Copies() for _ in range(cache.num_slots)]
 
@@ -40,6 +50,8 @@ class GpuHybridState(GpuState):
         """See ``StateStore``."""
         slot = super().open()
         self._copies[slot] = _Copies()
+        if self._history is not None:
+            self._history.forget(slot)
         return slot
 
     def restorable(self, slot: int, position: int) -> int:
@@ -68,11 +80,7 @@ class GpuHybridState(GpuState):
         known = copies.by_position
         if not length or not copies.is_current or length in known:
             return
-        number = len(known)
-        if number == SNAPSHOTS:
-            number = known.pop(list(known)[min(1, SNAPSHOTS - 1)])
-        else:
-            number = min(set(range(SNAPSHOTS)) - set(known.values()))
+        number = next_copy(known)
         self._stream.copy(self._cache.copies[slot, number], self._cache.fixed(slot))
         known[length] = number
 
@@ -84,11 +92,21 @@ class GpuHybridState(GpuState):
             return super().export(slot, layer, num_tokens)
         length, copies = self.length(slot), self._copies[slot]
         if num_tokens == length and copies.is_current:
-            return self._cache.read_state(self._stream, self._cache.fixed(slot), layer)
+            return self._state(self._cache.fixed(slot), slot, layer, num_tokens)
         number = copies.by_position.get(num_tokens)
         if number is None:
             raise NativeError("the state of this position is not kept", where="export", got=num_tokens)
-        return self._cache.read_state(self._stream, self._cache.copies[slot, number], layer)
+        return self._state(self._cache.copies[slot, number], slot, layer, num_tokens)
+
+    def _state(
+        self, fixed: torch.Tensor, slot: int, layer: int, num_tokens: int
+    ) -> tuple[StateRows, StateRows]:
+        """A layer's state in fixed bytes, with the ids before a position where it has a hashed table."""
+        found = self._cache.read_state(self._stream, fixed, layer)
+        if self._history is not None and self._cache.place(layer).num_table:
+            ids = self._history.before(slot, num_tokens).astype(np.int32)
+            _ids_of(found, self._history.reach)[:] = ids
+        return found
 
     def import_(self, slot: int, layer: int, keys: StateRows, values: StateRows) -> None:
         """See ``StateStore``; layers with a matrix take what ``export`` gave."""
@@ -98,26 +116,16 @@ class GpuHybridState(GpuState):
             super().import_(slot, layer, keys, values)
         else:
             self._cache.write_state(self._stream, slot, layer, keys, values)
+            if self._history is not None and self._cache.place(layer).num_table:
+                self._history.give(slot, _ids_of((keys, values), self._history.reach).astype(np.int64))
 
     # ---- for the backend -----------------------------------------------------------------------------------
 
     def begin(self, batch: Batch) -> None:
         """As ``GpuState``; a span begins where its slot ends, or where it can go back to, and its state is
         the one there."""
+        self.begin_where_restorable(batch)
         for span in batch.spans:
-            length = self.length(span.slot)
-            if span.start <= length and self.restorable(span.slot, span.start) != span.start:
-                raise NativeError(
-                    "this position cannot be gone back to",
-                    where="batch",
-                    got=f"{span.start} of slot {span.slot}",
-                    limit=self.restorable(span.slot, span.start),
-                )
-        lengths = [self.length(span.slot) for span in batch.spans]
-        super().begin(batch)  # raises before it changes anything
-        for span, length in zip(batch.spans, lengths, strict=True):
-            self._lengths[span.slot] = length
-            self.rewind(span.slot, span.start)
             if span.rows > 1:  # a pass that breaks off begins again here
                 self.checkpoint(span.slot)
             self._cache.borders[span.slot] = self._numbered(span)
@@ -138,14 +146,7 @@ class GpuHybridState(GpuState):
 
     def row_after_abort(self, batch: Batch, row: int) -> int:
         """See ``GpuState``: the first, if all states can be gone back to. Raises ResourceError if not."""
-        for span in batch.spans:
-            if self.restorable(span.slot, span.start) != span.start:
-                raise ResourceError(
-                    "the GPU's memory ran out in a pass whose beginning cannot be gone back to",
-                    where=f"slot {span.slot}",
-                    got=span.start,
-                    hint="the next pass takes fewer tokens at a time: ask again",
-                )
+        self.require_restorable(batch)
         self.begin(batch)
         self.touch(batch)
         return 0
@@ -172,6 +173,16 @@ class GpuHybridState(GpuState):
         copies.by_position = {at: number for at, number in copies.by_position.items() if at <= position}
 
 
-def gpu_state(cache: GpuKvCache, stream: Stream, dtype: str) -> GpuState:
+def _ids_of(state: tuple[StateRows, StateRows], reach: int) -> npt.NDArray[np.int32]:
+    """The last token ids, as their bits, in a state with a hashed table: a view."""
+    rows = state[1] if state[1].size else state[0]
+    return rows.reshape(-1)[-reach:].view(np.int32)
+
+
+def gpu_state(cache: GpuKvCache, stream: Stream, dtype: str, history: TokenHistory | None = None) -> GpuState:
     """The state of a model's sequences."""
-    return (GpuHybridState if cache.fixed_bytes else GpuState)(cache, stream, dtype)
+    if cache.ring_parts:
+        return GpuRingState(cache, stream, dtype)
+    if cache.fixed_bytes:
+        return GpuHybridState(cache, stream, dtype, history)
+    return GpuState(cache, stream, dtype)

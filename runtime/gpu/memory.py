@@ -20,12 +20,17 @@ OUT_OF_MEMORY = (OutOfDeviceMemoryError, torch.OutOfMemoryError)
 
 
 def largest_workspace(
-    device: Device, model: AnyModel, dtype: torch.dtype, num_tokens: int, num_ranks: int
+    device: Device,
+    model: AnyModel,
+    dtype: torch.dtype,
+    num_tokens: int,
+    num_ranks: int,
+    exact_tokens: int = 0,
 ) -> Workspace:
     """A workspace of num_tokens tokens, or of half as many, and so on. Raises as ``half_batch``."""
     while True:
         try:
-            return Workspace(device, model, dtype, num_tokens, num_ranks)
+            return Workspace(device, model, dtype, num_tokens, num_ranks, exact_tokens)
         except OUT_OF_MEMORY as error:
             words = str(error)
         num_tokens = half_batch(device, model, num_tokens, num_ranks, words)

@@ -8,17 +8,19 @@ import torch
 
 from krasis.formats.models.spec import Layer, ModelSpec
 from krasis.runtime.device.api import Device, Stream
+from krasis.runtime.gpu.hashed_tables import GpuTables
 from krasis.runtime.gpu.kernels.gpu_kernels import GpuKernels
 from krasis.runtime.gpu.kernels.many_rows import ManyRows
 from krasis.runtime.gpu.kernels.routing import ExpertForm
 from krasis.runtime.gpu.kv_cache import GpuKvCache
+from krasis.runtime.gpu.token_history import TokenHistory
 from krasis.runtime.gpu.weights import GpuWeights
 from krasis.runtime.planning.shape import ModelShape, shape_of
 
 
 @dataclass(frozen=True, slots=True)
 class GpuModel:
-    """many_rows: products of prefill's many tokens. stream: of all compute."""
+    """many_rows: products of prefill's many tokens. stream: of all compute. tables: of n-grams."""
 
     spec: ModelSpec
     device: Device
@@ -28,6 +30,12 @@ class GpuModel:
     cache: GpuKvCache
     dtype: torch.dtype
     stream: Stream
+    tables: GpuTables | None = None
+
+    @property
+    def history(self) -> TokenHistory | None:
+        """The sequences' token ids, of models with tables."""
+        return None if self.tables is None else self.tables.history
 
     @property
     def shape(self) -> ModelShape:

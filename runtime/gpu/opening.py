@@ -18,10 +18,13 @@ from krasis.formats.errors import (
 from krasis.formats.layouts import expert_format
 from krasis.formats.models.mixers import Attention, LatentAttention
 from krasis.formats.models.mlps import Experts, GatedMlp, MlpBesideExperts
-from krasis.formats.models.recurrent import GatedDelta
+from krasis.formats.models.recurrent import ChannelDelta, GatedDelta, ShortConv
 from krasis.formats.models.spec import ModelSpec
+from krasis.formats.process.stages import stage
 from krasis.runtime.backend import Backend
+from krasis.runtime.device.driver import make_context
 from krasis.runtime.device.library import find_cuda_library
+from krasis.runtime.early import Early
 from krasis.runtime.host import environment
 from krasis.runtime.host.visible_gpus import VARIABLE, gpus_hidden, has_gpu
 from krasis.runtime.missing_kernels import GPU_RUNS, refuse_missing_kernels
@@ -35,7 +38,6 @@ logger = logging.getLogger(__name__)
 
 # Of a sound bundle: a damaged one is not to be run anywhere.
 _IN_THE_WAY = (MismatchError, NativeError, ResourceError, UnsupportedModelError, UsageError)
-_KV_OPTION = "--kv-dtype"
 MAX_EXPERTS, MAX_TOP_K = 1024, 64  # of the routing kernel
 MAX_LATENT, MAX_SHARED_KEY = 512, 64  # channels, of the kernel of latent attention
 DOUBLE_BYTES = 2**30
@@ -61,9 +63,7 @@ def open_gpu_backend(bundle: Bundle, settings: EngineSettings) -> Backend | None
             raise
         # An idle GPU that a better installation, or another option, would use is worth a line; what the user
         # chose is not.
-        broken = has_gpu() and (
-            isinstance(error, NativeError) or error.where.startswith(("torch ", _KV_OPTION))
-        )
+        broken = has_gpu() and (isinstance(error, NativeError) or error.where.startswith("torch "))
         words = (
             "this machine's GPU is not used, everything runs on the CPU" if broken else "running on the CPU"
         )
@@ -77,12 +77,6 @@ def refuse(bundle: Bundle, settings: EngineSettings) -> None:
         raise UsageError(
             f"activations in {settings.activations} are a reference that runs on the CPU",
             hint='leave activations at "int8", or use device="cpu"',
-        )
-    if settings.kv_dtype == "int8":
-        raise UsageError(
-            "a GPU keeps no KV cache in 8 bits yet",
-            where=_KV_OPTION,
-            hint='leave kv_dtype at "f16" (a GPU\'s cache is of gpu_dtype), or use device="cpu"',
         )
     if "gpu" not in bundle.manifest.layouts:
         raise MismatchError(
@@ -131,13 +125,20 @@ def _check_kernels(bundle: Bundle) -> None:
 def _granular_sizes(spec: ModelSpec) -> Iterator[tuple[str, int, int]]:
     """(name, size, what it must be a multiple of)."""
     yield "hidden size", spec.hidden, 64
+    yield "rank of the residual streams' gates", 0 if spec.residual is None else spec.residual.rank, 64
+    yield "size of rows of hashed tables", 0 if spec.ngram is None else spec.ngram.dim, 64
     for layer in dict.fromkeys(spec.layers):
         if isinstance(layer.mixer, Attention):
             yield "attention size", layer.mixer.query_rows, 64
             yield "head size", layer.mixer.head_dim, 16
             parts = 1 if layer.mixer.shared_kv else 2
             yield "size of q, k and v", layer.mixer.query_rows + parts * layer.mixer.key_rows, 32
-        if isinstance(layer.mixer, GatedDelta):
+        if isinstance(layer.mixer, ShortConv):
+            yield "size of short convolutions", layer.mixer.channels, 64
+        if isinstance(layer.mixer, ChannelDelta):
+            yield "rank of linear attention's gates", layer.mixer.decay_rank or 0, 64
+            yield "rank of linear attention's gates", layer.mixer.gate_rank or 0, 64
+        if isinstance(layer.mixer, GatedDelta | ChannelDelta):
             values = layer.mixer.value_heads * layer.mixer.value_dim
             yield "size of linear attention", values, 64
             yield "size of linear attention's q, k and v", layer.mixer.conv_channels, 32
@@ -167,14 +168,34 @@ def _latent_sizes(mixer: LatentAttention) -> Iterator[tuple[str, int, int]]:
 
 
 def _open(bundle: Bundle, settings: EngineSettings) -> Backend:
-    from krasis.runtime.gpu.backend import GpuBackend
+    begun = begin_context(settings)
+    with stage("import torch and what runs on GPUs"):
+        from krasis.runtime.gpu.backend import GpuBackend
 
-    device = open_device(settings)
+    with stage("open the device"):
+        begun.result()
+        device = open_device(settings)
     try:
         return GpuBackend(bundle, settings, device, closes_device=True)
     except BaseException:
         _close_quietly(device)
         raise
+
+
+def begin_context(settings: EngineSettings, index: int = 0) -> Early[bool]:
+    """Begins to make the context of this process's GPU number index, in the background. Nothing for a double,
+    nor without the library, which ``open_device`` will miss."""
+    if settings.device == "double" or not _has_library():
+        return Early(lambda: False)
+    return Early(lambda: make_context(index))
+
+
+def _has_library() -> bool:
+    try:
+        find_cuda_library()
+    except NativeError:
+        return False
+    return True
 
 
 def open_device(settings: EngineSettings, index: int = 0, num_ranks: int = 1) -> Device:
@@ -185,7 +206,7 @@ def open_device(settings: EngineSettings, index: int = 0, num_ranks: int = 1) ->
         from krasis.runtime.device.double import DeviceDouble
 
         return DeviceDouble(seed=index, total_bytes=settings.vram_bytes or DOUBLE_BYTES)
-    find_cuda_library()  # before torch, which takes a second to import
+    find_cuda_library()  # before torch's part of CUDA
     from krasis.runtime.device.cuda import CudaDevice
 
     return CudaDevice(index, settings.vram_bytes, outside_bytes(num_ranks))

@@ -8,7 +8,7 @@ and some of each layer's experts. One layer of a chunk of T tokens, with P = row
    tokens
 2. norm, router and top-k of the own tokens; ``gather_tokens`` of the 16-bit activations and of the weights,
    and ``gather_ids``, which leaves -1 where another rank has the expert
-3. the own experts over all gathered rows; their weighted sum into ``partial``, of ``sum_dtype``
+3. the own experts over all gathered rows; their weighted sum into ``partial``, in f32 or 16 bits
 4. ``scatter_sum``: hidden of the own tokens += the sum of all ranks' partial rows
 
 A layer of the gated delta rule has other exchanges than 1: ``gather_tokens`` of the 16-bit activations and of
@@ -26,7 +26,11 @@ much for the partial sums in 16 bits, a quarter of it for keys and values. With 
 is 0.12 GB a layer beside 0.42 GB of experts over the same link; f32 sums would add 0.055 GB a layer, an
 eighth of the expert bytes. An expert's output is rounded to 16 bits anyway (relative 2**-9 for bf16); its
 partial sum is rounded once more, and the sum over ranks is in f32 and in the order of the ranks, so no hop of
-a ring adds an error. Hence 16-bit sums by default.
+a ring adds an error. Hence 16-bit sums in long passes, and f32 in short ones, where they cost nothing:
+``planning/sums.py`` draws the line, and all ranks the same. What 16 bits cost, on the double in f16 (128
+experts, 2 to 4 ranks), in the norm of one rank's logits: prompts differ by 2.0e-4 to 5.3e-4, tokens that the
+CPU's experts decode behind them by up to 2.4e-3, where an int8 step was rounded apart; with f32 sums all by 0
+to 3.5e-4. As many bits in another form (int16 and a scale a row) do not help: any rounding moves some step.
 """
 
 from __future__ import annotations
@@ -68,7 +72,7 @@ class Parallel(Protocol):
 
     rank: 0 has the last token and makes the logits. num_local_ranks: ranks on this host, which share its
     memory. partition: who has which tokens. first_expert, num_experts: this rank's experts of every layer.
-    sum_dtype: of the partial sums. num_exchanges: calls so far that all ranks have to make.
+    num_exchanges: calls so far that all ranks have to make.
     """
 
     rank: int
@@ -77,7 +81,6 @@ class Parallel(Protocol):
     partition: Partition
     first_expert: int
     num_experts: int
-    sum_dtype: torch.dtype
     num_exchanges: int
 
     def own_segments(self, lengths: Sequence[int]) -> tuple[Segment, ...]:
@@ -116,23 +119,30 @@ class Parallel(Protocol):
         num_tokens: int,
         scratch: torch.Tensor | None = None,
     ) -> None:
-        """hidden [P, k] f32 += the sum over ranks, in their order and in f32, of partial [R * P, k] of
-        sum_dtype.
+        """hidden [P, k] f32 += the sum over ranks, in their order and in f32, of partial [R * P, k], which is
+        f32 or 16-bit, and the same on all.
 
-        scratch: memory like partial that may be overwritten (the gathered activations are free by then);
-        None: allocated for the call. Padding rows of hidden become 0. Not for one rank (NativeError): it adds
-        to hidden directly.
+        scratch: memory like partial that may be overwritten; None: allocated for the call. Padding rows of
+        hidden become 0. Not for one rank (NativeError): it adds to hidden directly.
         """
         ...
 
-    def share_kv(self, stream: Stream, parts: Sequence[KvPart]) -> None:
+    def share_kv(self, stream: Stream, parts: Sequence[KvPart], scratch: torch.Tensor | None = None) -> None:
         """One layer's keys and values of the chunk's tokens, a part for each of its sequences, in order:
-        each rank wrote those of its own tokens and gets the others."""
+        each rank wrote those of its own tokens and gets the others.
+
+        scratch: memory of any shape that may be overwritten, of P + R * P tokens' keys and values; where it
+        is too small they are allocated.
+        """
         ...
 
-    def send_kv(self, stream: Stream, parts: Sequence[KvPart]) -> None:
+    def send_kv(self, stream: Stream, parts: Sequence[KvPart], scratch: torch.Tensor | None = None) -> None:
         """Copies one layer's parts, of one shape but for the positions, from rank 0 to all: what decode
-        wrote there alone."""
+        wrote there alone.
+
+        scratch: memory that may be overwritten, as much on every rank: they go through it, in several steps
+        where it does not hold all; None: allocated.
+        """
         ...
 
     def restore_order(
@@ -155,7 +165,6 @@ class SingleRank:
         self.rank, self.num_ranks, self.num_local_ranks = 0, 1, 1
         self.partition = Partition(1)
         self.first_expert, self.num_experts = 0, num_experts
-        self.sum_dtype = torch.float32
         self.num_exchanges = 0
 
     def own_segments(self, lengths: Sequence[int]) -> tuple[Segment, ...]:
@@ -193,10 +202,10 @@ class SingleRank:
         """See ``Parallel``."""
         raise NativeError("one rank has no partial sums", where="scatter_sum", hint="add to hidden directly")
 
-    def share_kv(self, stream: Stream, parts: Sequence[KvPart]) -> None:
+    def share_kv(self, stream: Stream, parts: Sequence[KvPart], scratch: torch.Tensor | None = None) -> None:
         """See ``Parallel``."""
 
-    def send_kv(self, stream: Stream, parts: Sequence[KvPart]) -> None:
+    def send_kv(self, stream: Stream, parts: Sequence[KvPart], scratch: torch.Tensor | None = None) -> None:
         """See ``Parallel``."""
 
     def restore_order(

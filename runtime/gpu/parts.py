@@ -11,6 +11,7 @@ import torch
 
 from krasis.formats.bundle.reader import Bundle
 from krasis.formats.native import Pool
+from krasis.formats.process.stages import stage
 from krasis.formats.units import format_bytes
 from krasis.runtime.cpu.factors import without_factors
 from krasis.runtime.cpu.weights import load_weights
@@ -23,6 +24,8 @@ from krasis.runtime.gpu.experts.host_experts import CpuTier
 from krasis.runtime.gpu.experts.residency import Residency
 from krasis.runtime.gpu.experts.schedule import NUM_BUFFERS
 from krasis.runtime.gpu.experts.streamed_experts import StreamedExperts, Streaming
+from krasis.runtime.gpu.hashed_tables import open_tables
+from krasis.runtime.gpu.host_kv import host_kv_memory
 from krasis.runtime.gpu.kernels.dtypes import GPU_DTYPES
 from krasis.runtime.gpu.kernels.gpu_kernels import GpuKernels
 from krasis.runtime.gpu.kernels.grouped_product import ExpertProduct
@@ -31,12 +34,19 @@ from krasis.runtime.gpu.kv_cache import GpuKvCache
 from krasis.runtime.gpu.memory import OUT_OF_MEMORY, largest_workspace
 from krasis.runtime.gpu.model import GpuModel
 from krasis.runtime.gpu.parallel import Parallel
+from krasis.runtime.gpu.parallel_decode import RankLink
+from krasis.runtime.gpu.parallel_follower import RankFollower
+from krasis.runtime.gpu.parallel_opening import open_decode_ranks
 from krasis.runtime.gpu.plan import GpuPlan, plan_gpu, slots_of
 from krasis.runtime.gpu.weights import load_gpu_weights
 from krasis.runtime.host.environment import probe_memory
 from krasis.runtime.host_memory import ExpertStore, open_store
 from krasis.runtime.planning import assumptions as assumed
 from krasis.runtime.planning.host import host_reserve_bytes
+from krasis.runtime.planning.host_kv import host_layers
+from krasis.runtime.planning.kv_form import gpu_windows
+from krasis.runtime.planning.shape import AnyModel, shape_of
+from krasis.runtime.planning.sums import exact_tokens
 from krasis.runtime.planning.workspace import SCRATCH_BYTES
 from krasis.runtime.settings import EngineSettings
 
@@ -51,7 +61,8 @@ half the bytes.
 @dataclass(frozen=True, slots=True)
 class Parts:
     """What a backend computes with. cpu, decoder: None where there are no CPU experts, or on ranks above 0 (a
-    decoder exists without them if all experts are in VRAM). closing: frees everything."""
+    decoder exists without them if all experts are in VRAM). ranks: this one's part in tokens that several
+    decode, None if rank 0 decodes alone. closing: frees everything."""
 
     model: GpuModel
     blocks: Blocks
@@ -62,42 +73,73 @@ class Parts:
     streamed: StreamedExperts
     cpu: CpuExperts | None
     decoder: HybridDecoder | None
+    ranks: RankLink | RankFollower | None
     closing: ExitStack
 
 
 def open_parts(bundle: Bundle, settings: EngineSettings, device: Device, parallel: Parallel) -> Parts:
     """Raises MismatchError without GPU experts, ResourceError for what does not fit."""
-    plan = plan_gpu(bundle, device, settings, parallel)
+    with stage("measure the GPU, plan"):
+        plan = plan_gpu(bundle, device, settings, parallel)
     _log_plan(plan)
     with ExitStack() as undo:
-        store = open_store(
-            bundle,
-            device,
-            first_expert=parallel.first_expert,
-            num_experts=parallel.num_experts,
-            group_experts=_group_experts(plan),
-            ram_limit_bytes=_ram_share(plan, parallel),
-        )
+        host_kv = host_kv_memory(device, bundle.spec, plan)
+        with stage("choose where experts are pinned"):
+            store = _open_store(bundle, device, plan, parallel)
         undo.callback(store.close)
-        model = _open_model(bundle, settings, device, plan)
+        with stage("dense weights to the GPU"):
+            model = _open_model(bundle, settings, device, plan, host_kv)
         spec, copy = model.spec, device.stream("copy")
         blocks = blocks_of(model)
         layout, record = model.weights.expert_layout, model.weights.record
-        workspace = largest_workspace(device, spec, model.dtype, plan.batch_tokens, parallel.num_ranks)
-        residency, staging = _open_expert_memory(model, plan, store, copy)
+        exact = parallel.agree(exact_tokens(spec, parallel.num_ranks, _streamed_share(plan, spec)))
+        workspace = largest_workspace(device, spec, model.dtype, plan.batch_tokens, parallel.num_ranks, exact)
+        with stage("room for experts on the GPU"):
+            residency, staging = _open_expert_memory(model, plan, store, copy)
         if residency is not None:
             undo.callback(residency.close)
         product = ExpertProduct(model.kernels, spec, layout, record, model.expert_forms())
         streaming = Streaming(store, copy, staging, residency)
         streamed = StreamedExperts(device, spec, product, streaming, parallel)
+        ranks = open_decode_ranks(model, product, residency, parallel, "cpu" in bundle.manifest.layouts)
+        if isinstance(ranks, RankFollower):
+            undo.callback(ranks.close)
         cpu = decoder = None
         if parallel.rank == 0:
-            cpu, decoder = _open_cpu(bundle, settings, model, blocks, product, residency, workspace, undo)
-        return Parts(model, blocks, plan, store, workspace, residency, streamed, cpu, decoder, undo.pop_all())
+            link = ranks if isinstance(ranks, RankLink) else None
+            with stage("CPU experts, decoder"):
+                cpu, decoder = _open_cpu(
+                    bundle, settings, model, blocks, product, residency, workspace, link, undo
+                )
+        made = undo.pop_all()
+        return Parts(model, blocks, plan, store, workspace, residency, streamed, cpu, decoder, ranks, made)
 
 
-def _open_model(bundle: Bundle, settings: EngineSettings, device: Device, plan: GpuPlan) -> GpuModel:
-    dtype, capacity = GPU_DTYPES[settings.gpu_dtype], plan.workload.context
+def _streamed_share(plan: GpuPlan, model: AnyModel) -> float:
+    """Of this rank's experts, those that every pass copies. Where fewer than half have a place, none do in
+    the first."""
+    gpu = plan.placement
+    share = gpu.resident_experts / (shape_of(model).num_expert_layers * gpu.num_experts)
+    if gpu.num_groups == 0:
+        return 0.0
+    return 1.0 - share if share >= assumed.PLACED_AT_OPENING else 1.0
+
+
+def _open_store(bundle: Bundle, device: Device, plan: GpuPlan, parallel: Parallel) -> ExpertStore:
+    return open_store(
+        bundle,
+        device,
+        first_expert=parallel.first_expert,
+        num_experts=parallel.num_experts,
+        group_experts=_group_experts(plan),
+        ram_limit_bytes=_ram_share(plan, parallel),
+    )
+
+
+def _open_model(
+    bundle: Bundle, settings: EngineSettings, device: Device, plan: GpuPlan, host_kv: torch.Tensor | None
+) -> GpuModel:
+    dtype, capacity, slots = GPU_DTYPES[settings.gpu_dtype], plan.workload.context, slots_of(settings)
     stream = device.stream("compute")
     kernels = GpuKernels(device)
     mapped = without_factors(load_weights(bundle, "gpu"))
@@ -108,9 +150,21 @@ def _open_model(bundle: Bundle, settings: EngineSettings, device: Device, plan: 
         kernels=kernels,
         many_rows=ManyRows(kernels, _scratch(device)),
         weights=weights,
-        cache=GpuKvCache(device, stream, spec, capacity, dtype, slots_of(settings)),
+        cache=GpuKvCache(
+            device,
+            stream,
+            spec,
+            capacity,
+            dtype,
+            slots,
+            eight_bits=plan.workload.kv_dtype == "int8",
+            host_layers=host_layers(spec, plan.placement.host_kv_layers),
+            host_memory=host_kv,
+            rings=gpu_windows(spec, len(plan.hardware.gpus)) == "rings",
+        ),
         dtype=dtype,
         stream=stream,
+        tables=open_tables(mapped, device, dtype, slots, capacity),
     )
 
 
@@ -156,10 +210,9 @@ def _open_expert_memory(
 def _open_residency(
     model: GpuModel, store: ExpertStore, copy: Stream, wanted: int, least: int = 1
 ) -> Residency | None:
-    """As many slots as are wanted and fit beside half of the reserve: operators need some of it. None below
-    least."""
+    """As many slots as are wanted and fit beside what operators need. None below least."""
     shape, device = model.shape, model.device
-    room = (device.free_bytes() - assumed.GPU_RESERVE_BYTES // 2) // store.record_bytes
+    room = (device.free_bytes() - assumed.GPU_OPERATORS_BYTES) // store.record_bytes
     slots = min(wanted, room)
     while slots >= least:
         try:
@@ -178,6 +231,7 @@ def _open_cpu(
     product: ExpertProduct,
     residency: Residency | None,
     workspace: Workspace,
+    ranks: RankLink | None,
     undo: ExitStack,
 ) -> tuple[CpuExperts | None, HybridDecoder | None]:
     tier = None
@@ -189,10 +243,12 @@ def _open_cpu(
     if tier is not None:
         most = min(CPU_STAGE_TOKENS, workspace.max_tokens)
         cpu = CpuExperts(model.device, model.kernels, product, model.spec, tier, residency, most)
-    if tier is None and not (residency is not None and residency.is_complete):
+    is_complete = ranks.is_complete if ranks is not None else residency is not None and residency.is_complete
+    if tier is None and not is_complete:
         logger.info("no CPU experts: a token is decoded by a prefill of one token, its experts streamed")
         return None, None
-    decoder = HybridDecoder(model, product, tier, residency, blocks=blocks, max_rows=model.cache.num_slots)
+    slots = model.cache.num_slots
+    decoder = HybridDecoder(model, product, tier, residency, blocks=blocks, max_rows=slots, ranks=ranks)
     undo.callback(decoder.close)
     return cpu, decoder
 

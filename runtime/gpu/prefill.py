@@ -10,31 +10,39 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 
 import torch
 
+from krasis.formats.errors import NativeError
 from krasis.runtime.backend import LayerProgress
 from krasis.runtime.batch import Batch
 from krasis.runtime.device.api import Event, Stream
 from krasis.runtime.gpu.blocks.attention import GpuAttention
 from krasis.runtime.gpu.blocks.experts import GpuExperts
-from krasis.runtime.gpu.blocks.gated_delta import GpuGatedDelta
 from krasis.runtime.gpu.blocks.latent import GpuLatentAttention
+from krasis.runtime.gpu.blocks.latent_rows import LatentRows
+from krasis.runtime.gpu.blocks.rows import StateBlock
+from krasis.runtime.gpu.blocks.streams import begin_streams
 from krasis.runtime.gpu.blocks.table import Blocks
 from krasis.runtime.gpu.buffers import Buffers
-from krasis.runtime.gpu.chunk import Chunk, chunk_of
+from krasis.runtime.gpu.chunk import Chunk, Piece, chunk_of
+from krasis.runtime.gpu.exchange import RowExchange
 from krasis.runtime.gpu.experts.residency import Residency
 from krasis.runtime.gpu.experts.stage import ExpertStage, Step
-from krasis.runtime.gpu.kernels.attention import attend
+from krasis.runtime.gpu.kernels.attention_codes import Seen, attend_kept
 from krasis.runtime.gpu.kernels.attention_rows import CachePlace
 from krasis.runtime.gpu.kernels.embedding import Embedding
+from krasis.runtime.gpu.kernels.gated_delta import DeltaPlace
+from krasis.runtime.gpu.kernels.router_product import router_product
 from krasis.runtime.gpu.kv_cache import GpuKvCache
+from krasis.runtime.gpu.kv_rings import ring_place
+from krasis.runtime.gpu.kv_staging import turns_of
 from krasis.runtime.gpu.model import GpuModel
 from krasis.runtime.gpu.parallel import KvPart, Parallel
-from krasis.runtime.gpu.prefill_delta import apply_delta
+from krasis.runtime.gpu.prefill_delta import apply_state, table_parts
 from krasis.runtime.gpu.weights import GpuInt8
 
 MAX_AHEAD = 2
@@ -97,6 +105,7 @@ class PrefillRows:
     chunk: Chunk
     buffers: Buffers
     own: Buffers
+    exchange: RowExchange
     residency: Residency | None
     takes_x: bool = True
 
@@ -114,6 +123,19 @@ class PrefillRows:
                 self.stream, x, weight.codes, weight.scales, out, residual=residual
             )
 
+    def normed_product(self, norm: torch.Tensor, eps: float, weight: GpuInt8, out: torch.Tensor) -> None:
+        """See ``PassRows``."""
+        self.model.kernels.rms_norm(self.stream, self.own.hidden, norm, eps, self.own.x)
+        self.product(self.own.x, weight, out)
+
+    def choose(self, block: GpuExperts) -> bool:
+        """See ``PassRows``: of many rows, one after the other."""
+        return False
+
+    def x_is_ready(self) -> None:
+        """See ``PassRows``."""
+        self.exchange.send_x()
+
     def small_product(self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
         """See ``PassRows``."""
         if len(x):
@@ -121,38 +143,85 @@ class PrefillRows:
 
     def attend(self, block: GpuAttention, qkv: torch.Tensor, attended: torch.Tensor) -> None:
         """See ``PassRows``."""
-        m, chunk, cache = self.model, self.chunk, self.model.cache
-        for piece in chunk.pieces:
-            place = CachePlace(*cache.layer(piece.slot, block.layer), piece.position)
-            rows = qkv[piece.first : piece.last]
-            m.kernels.qk_norm_rope_store(self.stream, rows, block.heads, block.form, place)
-        if self.parallel.num_ranks > 1:
-            self.parallel.share_kv(self.stream, kv_parts(cache, chunk, block.layer))
-        for piece in chunk.pieces:
-            keys, values = cache.layer(piece.slot, block.layer)
-            rows, out = qkv[piece.first : piece.last], attended[piece.first : piece.last]
-            attend(
-                self.stream, block.heads, rows, keys, values, piece.position, out,
-                scale=block.scale, window=block.window, sinks=block.sinks,
-            )  # fmt: skip
+        cache, pieces = self.model.cache, self.chunk.pieces
+        if cache.part(block.layer).on_host:
+            for piece in pieces:
+                with self._staged(block.layer, piece) as place:
+                    self._store(block, qkv, piece, place)
+                    self._see(block, qkv, attended, piece, place)
+            return
+        if cache.part(block.layer).ring:
+            for piece in pieces:
+                with ring_place(self.stream, cache, block.layer, piece, self.buffers.window_kv) as place:
+                    self._store(block, qkv, piece, place)
+                    self._see(block, qkv, attended, piece, place)
+            return
+        places = []
+        for piece in pieces:
+            scales = cache.scales(piece.slot, block.layer)
+            places.append(CachePlace(*cache.layer(piece.slot, block.layer), piece.position, scales=scales))
+            self._store(block, qkv, piece, places[-1])
+        self._share_kv(block.layer)
+        for piece, place in zip(pieces, places, strict=True):
+            self._see(block, qkv, attended, piece, place)
 
-    def apply_delta(self, block: GpuGatedDelta, gates: torch.Tensor, out: torch.Tensor) -> None:
-        """See ``PassRows``."""
-        apply_delta(self, block, gates, out)
+    def _store(self, block: GpuAttention, qkv: torch.Tensor, piece: Piece, place: CachePlace) -> None:
+        rows, form, skipped = qkv[piece.first : piece.last], block.form, piece.position - place.start
+        if skipped:  # places are numbered from there on
+            form = replace(form, cos=form.cos[skipped:], sin=form.sin[skipped:])
+        self.model.kernels.qk_norm_rope_store(self.stream, rows, block.heads, form, place)
 
-    def attend_latent(
-        self, block: GpuLatentAttention, q: torch.Tensor, kv: torch.Tensor, attended: torch.Tensor
+    def _see(
+        self, block: GpuAttention, qkv: torch.Tensor, attended: torch.Tensor, piece: Piece, place: CachePlace
     ) -> None:
+        seen = Seen(place.keys, place.values, place.scales, self.model.cache.scratch)
+        rows, out = qkv[piece.first : piece.last], attended[piece.first : piece.last]
+        attend_kept(
+            self.stream, block.heads, rows, seen, place.start, out,
+            scale=block.scale, window=block.window, sinks=block.sinks,
+        )  # fmt: skip
+
+    @contextmanager
+    def _staged(self, layer: int, piece: Piece) -> Iterator[CachePlace]:
+        """Where a piece's keys and values lie meanwhile, of a layer that keeps them in the host's memory."""
+        staging = self.model.cache.staging
+        if staging is None:
+            raise NativeError("no layer is kept in the host's memory", where="prefill", got=layer)
+        keys, values, *scales = staging.take(self.stream, layer, piece.slot)
+        kept = (scales[0], scales[1]) if scales else None
+        yield CachePlace(keys, values, piece.position, scales=kept)
+        staging.give_back(self.stream)
+
+    def _share_kv(self, layer: int) -> None:
+        if self.parallel.num_ranks > 1:
+            for parts in kv_parts(self.model.cache, self.chunk, layer):
+                self.parallel.share_kv(self.stream, parts, self.buffers.shared_kv)
+
+    def apply_state(self, block: StateBlock, gates: Sequence[torch.Tensor], out: torch.Tensor) -> None:
+        """See ``PassRows``."""
+        apply_state(self, block, gates, out)
+
+    def table_parts(self, layer: int) -> Iterator[tuple[int, int, DeltaPlace]]:
+        """See ``PassRows``."""
+        return table_parts(self, layer)
+
+    def attend_latent(self, block: GpuLatentAttention, rows: LatentRows, attended: torch.Tensor) -> None:
         """See ``PassRows``."""
         chunk, cache = self.chunk, self.model.cache
+        if cache.part(block.layer).on_host:
+            for piece in chunk.pieces:
+                with self._staged(block.layer, piece) as place:
+                    part = rows.part(piece.first, piece.last)
+                    block.store(self.stream, part, place)
+                    block.attend(self, part, place, attended[piece.first : piece.last])
+            return
         places = [CachePlace(*cache.layer(one.slot, block.layer), one.position) for one in chunk.pieces]
-        for piece, place in zip(chunk.pieces, places, strict=True):
-            block.store(self.stream, q[piece.first : piece.last], kv[piece.first : piece.last], place)
-        if self.parallel.num_ranks > 1:
-            self.parallel.share_kv(self.stream, kv_parts(cache, chunk, block.layer))
-        for piece, place in zip(chunk.pieces, places, strict=True):
-            rows, out = q[piece.first : piece.last], attended[piece.first : piece.last]
-            block.attend(self.stream, self.buffers, rows, place, out)
+        parts = [rows.part(piece.first, piece.last) for piece in chunk.pieces]
+        for part, place in zip(parts, places, strict=True):
+            block.store(self.stream, part, place)
+        self._share_kv(block.layer)
+        for piece, part, place in zip(chunk.pieces, parts, places, strict=True):
+            block.attend(self, part, place, attended[piece.first : piece.last])
 
     def route(self, block: GpuExperts) -> None:
         """See ``PassRows``."""
@@ -161,13 +230,12 @@ class PrefillRows:
         self.model.kernels.route(
             self.stream, b.router_logits, block.router, b.ids, b.weights, block.vectors, counts=counts
         )
+        self.exchange.send_choice()
 
     def run_experts(self, block: GpuExperts) -> None:
         """See ``PassRows``."""
         b, stream, count = self.buffers, self.stream, self.chunk.num_tokens
-        *gather, add = exchange_rows(stream, self.parallel, b, count)
-        for exchange in gather:
-            exchange()
+        self.exchange.gather()
         step = Step(
             normed=b.normed,
             x=b.gathered_x,
@@ -179,7 +247,7 @@ class PrefillRows:
             num_tokens=count,
         )
         self.stage.run(stream, block.index, step)
-        add()
+        self.exchange.add()
 
 
 class PrefillPass:
@@ -191,6 +259,7 @@ class PrefillPass:
         self._model, self._blocks = model, blocks
         self._parallel, self._residency = parallel, residency
         self._embedding = Embedding(model.device, model.weights.embedding)
+        self._beside = model.device.stream("exchange") if parallel.num_ranks > 1 else None
 
     def run(
         self, batch: Batch, buffers: Buffers, stage: ExpertStage, layer_done: LayerProgress | None = None
@@ -213,48 +282,36 @@ class PrefillPass:
         # Embeddings first: behind the first experts, which the stage sends for at once, they would wait their
         # turn on the link, and everything else for them.
         self._embedding.run(stream, batch.tokens, chunk.segments, buffers)
+        begin_streams(stream, buffers)
+        if model.tables is not None:
+            model.tables.run(stream, batch, buffers.table_rows)
+        _begin_staging(model, chunk)
         stage.begin(stream, chunk.num_tokens)
         own = buffers.own(chunk.own)
-        rows = PrefillRows(model, self._parallel, stage, chunk, buffers, own, self._residency)
+        exchange = RowExchange(stream, self._beside, self._parallel, buffers, chunk.num_tokens)
+        rows = PrefillRows(model, self._parallel, stage, chunk, buffers, own, exchange, self._residency)
         for blocks in self._blocks:
             for block in blocks:
                 block.run(rows)
             progress.submitted(stream)
         stage.end(stream)
+        model.cache.settle(stream)
         if self._residency is not None and chunk.own:
             self._residency.note_tokens(stream, chunk.own)
         progress.wait()
         return chunk
 
 
-def kv_parts(cache: GpuKvCache, chunk: Chunk, layer: int) -> list[KvPart]:
-    """One layer's keys and values of the chunk's tokens, for ``share_kv``."""
-    return [KvPart(*cache.halves(span.slot, layer), span.start, span.end) for span in chunk.spans]
+def _begin_staging(model: GpuModel, chunk: Chunk) -> None:
+    """Sends for what the first layers that are kept in the host's memory have there."""
+    cache = model.cache
+    if cache.staging is not None:
+        pieces = [(one.slot, one.position, one.position + one.last - one.first) for one in chunk.pieces]
+        cache.staging.begin(model.stream, turns_of(model.spec, cache.parts, pieces))
 
 
-def exchange_rows(
-    stream: Stream, parallel: Parallel, buffers: Buffers, num_tokens: int
-) -> tuple[Callable[[], None], ...]:
-    """What ranks exchange in a layer with experts, in order: three before the experts, one behind them."""
-    b, count = buffers, num_tokens
-
-    def add() -> None:
-        if b.partial is not None:
-            parallel.scatter_sum(stream, b.partial, b.hidden, count, scratch=b.gathered_x)
-
-    return (
-        lambda: parallel.gather_tokens(stream, b.x, b.gathered_x, count),
-        lambda: parallel.gather_tokens(stream, b.weights, b.gathered_weights, count),
-        lambda: parallel.gather_ids(stream, b.ids, b.gathered_ids, count),
-        add,
-    )
-
-
-def router_product(stream: Stream, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
-    """out f32 [T, experts] = x f32 [T, k] x weight [experts, k]^T, in f32: a router's near-ties are decided
-    by it."""
-
-    def action(_: int) -> None:
-        torch.mm(x, weight.float().t(), out=out)
-
-    stream.launch("router", action, reads=(x, weight), writes=(out,))
+def kv_parts(cache: GpuKvCache, chunk: Chunk, layer: int) -> list[list[KvPart]]:
+    """One layer's keys and values of the chunk's tokens, and their scales, for a ``share_kv`` each."""
+    kept = ((span, cache.pairs(span.slot, layer)) for span in chunk.spans)
+    found = [[KvPart(*pair, span.start, span.end) for pair in pairs] for span, pairs in kept]
+    return [list(parts) for parts in zip(*found, strict=True)]

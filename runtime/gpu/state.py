@@ -5,9 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from krasis.formats.errors import NativeError, ResourceError
+from krasis.formats.models.state import SNAPSHOTS
 from krasis.runtime.batch import Batch, Span, StateRows
 from krasis.runtime.device.api import Stream
 from krasis.runtime.gpu.kv_cache import GpuKvCache
+
+
+def next_copy(known: dict[int, int]) -> int:
+    """The number of a further copy of a slot: a free one, or the second oldest's, which is given up. known:
+    numbers by position, in the order of their making."""
+    if len(known) == SNAPSHOTS:
+        return known.pop(list(known)[min(1, SNAPSHOTS - 1)])
+    return min(set(range(SNAPSHOTS)) - set(known.values()))
 
 
 class GpuState:
@@ -17,6 +26,11 @@ class GpuState:
         self._cache, self._stream = cache, stream
         self.num_slots, self.capacity, self.dtype = cache.num_slots, cache.capacity, dtype
         self._lengths: list[int | None] = [None] * cache.num_slots  # None: closed
+
+    @property
+    def keeps_index(self) -> bool:
+        """Whether the keys of an index over tokens are kept, too."""
+        return self._cache.keeps_index
 
     def open(self) -> int:
         """See ``StateStore``."""
@@ -84,6 +98,35 @@ class GpuState:
                 )
         for span in batch.spans:
             self._lengths[span.slot] = span.start
+
+    def begin_where_restorable(self, batch: Batch) -> None:
+        """``begin`` of states that cannot be cut anywhere: slots go back to where their spans begin. Raises
+        NativeError where one cannot, before anything is changed."""
+        for span in batch.spans:
+            length = self.length(span.slot)
+            if span.start <= length and self.restorable(span.slot, span.start) != span.start:
+                raise NativeError(
+                    "this position cannot be gone back to",
+                    where="batch",
+                    got=f"{span.start} of slot {span.slot}",
+                    limit=self.restorable(span.slot, span.start),
+                )
+        lengths = [self.length(span.slot) for span in batch.spans]
+        GpuState.begin(self, batch)  # raises before it changes anything
+        for span, length in zip(batch.spans, lengths, strict=True):
+            self._lengths[span.slot] = length
+            self.rewind(span.slot, span.start)
+
+    def require_restorable(self, batch: Batch) -> None:
+        """Raises ResourceError unless all spans of a pass that broke off can begin again."""
+        for span in batch.spans:
+            if self.restorable(span.slot, span.start) != span.start:
+                raise ResourceError(
+                    "the GPU's memory ran out in a pass whose beginning cannot be gone back to",
+                    where=f"slot {span.slot}",
+                    got=span.start,
+                    hint="the next pass takes fewer tokens at a time: ask again",
+                )
 
     def advance(self, spans: Sequence[Span]) -> None:
         """The spans were computed: their slots end where they do."""

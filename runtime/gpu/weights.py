@@ -18,6 +18,7 @@ from krasis.formats.layouts import ExpertFormat, ExpertRecord
 from krasis.formats.models.mixers import Attention, LatentAttention
 from krasis.formats.models.rope import Rope
 from krasis.formats.models.spec import ModelSpec
+from krasis.formats.models.tensors import TABLE
 from krasis.runtime.cpu.rope import rope_tables
 from krasis.runtime.cpu.weights import FloatWeight, Int8Weight, ModelWeights
 from krasis.runtime.device.api import Device, Stream
@@ -26,6 +27,7 @@ from krasis.runtime.planning.shape import shape_of
 
 Array = npt.NDArray[Any]
 ALIGNMENT_BYTES = 256
+_END = "final_residual."
 _TORCH_OF = {
     np.dtype(np.int8): torch.int8,
     np.dtype(np.float32): torch.float32,
@@ -76,7 +78,8 @@ class GpuLayer:
 @dataclass(frozen=True, slots=True)
 class GpuWeights:
     """A model's dense weights. ropes: (cos, sin) f32 [positions, rotated channels / 2] by rotation.
-    embedding: on the host.
+    embedding: on the host, as tables of n-grams are. end: what stands in place of final_norm, which is empty
+    then.
 
     expert_layout and record: the form of the experts that are streamed.
     """
@@ -89,6 +92,7 @@ class GpuWeights:
     expert_layout: ExpertFormat
     record: ExpertRecord
     num_bytes: int
+    end: GpuLayer
 
     def rope(self, rope: Rope | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Tables of a rotation that the model has."""
@@ -108,8 +112,10 @@ def load_gpu_weights(weights: ModelWeights, device: Device, stream: Stream, num_
         raise FormatError("the GPU streams Marlin experts only", got=layout.layout_id)
     block = _Block()
     layers = [
-        {name: _weight(block, weight) for name, weight in layer.tensors.items()} for layer in weights.layers
+        {name: _weight(block, weight) for name, weight in layer.tensors.items() if name != TABLE}
+        for layer in weights.layers
     ]
+    gates = {name: _weight(block, one) for name, one in weights.end.items() if name.startswith(_END)}
     lm_head = _weight(block, weights.lm_head)
     final_norm = block.array(weights.final_norm)
     ropes = {
@@ -128,8 +134,9 @@ def load_gpu_weights(weights: ModelWeights, device: Device, stream: Stream, num_
         lm_head=head,
         ropes={rope: (cos(), sin()) for rope, (cos, sin) in ropes.items()},
         expert_layout=layout,
-        record=layout.expert_record(shape.hidden_size, shape.expert_intermediate_size),
+        record=layout.expert_record(shape.hidden_size, shape.expert_intermediate_size, shape.gated_experts),
         num_bytes=block.num_bytes,
+        end=GpuLayer({name: make() for name, make in gates.items()}),
     )
 
 
@@ -137,7 +144,10 @@ def _ropes(spec: ModelSpec) -> dict[Rope, int]:
     """Each rotation with the channels of a head that it may turn."""
     mixers = [layer.mixer for layer in spec.layers]
     found = {mixer.rope: mixer.head_dim for mixer in mixers if isinstance(mixer, Attention)}
-    found |= {mixer.rope: mixer.rope_dim for mixer in mixers if isinstance(mixer, LatentAttention)}
+    latent = [mixer for mixer in mixers if isinstance(mixer, LatentAttention)]
+    found |= {mixer.rope: mixer.rope_dim for mixer in latent}
+    indices = (mixer.selection for mixer in latent if mixer.index_dim)
+    found = {index.rope: index.dim for index in indices if index is not None} | found
     return {rope: channels for rope, channels in found.items() if rope is not None}
 
 
@@ -184,7 +194,7 @@ class _Block:
     def fill(self, device: Device, stream: Stream) -> None:
         """Allocates and copies everything."""
         self._memory = device.empty((self.num_bytes,), torch.uint8)
-        uploader = Uploader(device, stream)
-        for offset, array in self._arrays:
-            uploader.put(array, self._memory[offset : offset + array.nbytes])
-        uploader.finish()
+        with Uploader(device, stream) as uploader:
+            for offset, array in self._arrays:
+                uploader.put(array, self._memory[offset : offset + array.nbytes])
+            uploader.finish()

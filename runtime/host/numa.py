@@ -61,8 +61,11 @@ def owned_ranges(blob: BlobRecord, spec: ModelSpec, num_nodes: int) -> Iterator[
     layout = layout_from_id(blob.layout)
     if layout is None:
         return
-    intermediate = next((layer.experts.intermediate for layer in spec.layers if layer.experts is not None), 0)
-    for strips in layout.strips(blob.shape, blob.num_bytes, spec.hidden, intermediate):
+    experts = next((layer.experts for layer in spec.layers if layer.experts is not None), None)
+    sizes = (spec.hidden, 0, True)
+    if experts is not None:
+        sizes = (experts.width(spec.hidden), experts.intermediate, experts.gated)
+    for strips in layout.strips(blob.shape, blob.num_bytes, *sizes):
         yield from _split(blob.offset_bytes, strips, num_nodes)
 
 

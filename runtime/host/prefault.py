@@ -11,13 +11,15 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 from krasis.formats.bundle.reader import Bundle
 from krasis.formats.errors import KrasisError
 from krasis.formats.files.file_mapping import prefault
 from krasis.formats.limits import HUGE_PAGE_BYTES, MIB
 from krasis.formats.process.machine_limits import available_memory_bytes
+from krasis.formats.process.stages import tell
 from krasis.runtime.host.filesystem import weights_to_hold_bytes
 from krasis.runtime.host.huge_pages import collapse_all, huge_share
 from krasis.runtime.host.numa import (
@@ -28,11 +30,13 @@ from krasis.runtime.host.numa import (
     piece_owners,
     read_exactly,
 )
+from krasis.runtime.loading import is_loading
 
 logger = logging.getLogger(__name__)
 
 PIECE_BYTES = 64 * 2**20
 NUM_THREADS = 4  # of a node: enough to keep an NVMe drive busy, few enough to leave the kernels their cores
+EARLY_POLL_S = 0.02
 NUM_SAMPLES = 512  # pages asked where they lie
 ENOUGH_HUGE = 0.9  # share in huge pages; a shard's header and the ends of its blobs may be none
 MATTERING_BYTES = 256 * MIB  # of fewer weights the caches hold a good part, whatever pages they lie in
@@ -50,15 +54,16 @@ class Prefault:
         files: Sequence[str],
         num_threads: int = NUM_THREADS,
         nodes: Sequence[NumaNode] = (),
+        is_early: Callable[[], bool] = lambda: False,
     ) -> None:
         """nodes: several: each reads its own pieces with num_threads threads bound to it; else nothing is
-        bound.
+        bound. is_early: while it says so, nothing is read yet: what is needed first comes from the same disk.
 
         ``huge_share``: of what was read, the share that lies in huge pages; None until all is read, and for
         weights so few that it does not matter.
         """
         self.huge_share: float | None = None
-        self._bundle, self._files = bundle, files
+        self._bundle, self._files, self._is_early = bundle, files, is_early
         self._ranges = [bundle.mapping_of(file) for file in files]
         self._nodes = tuple(nodes) if len(nodes) > 1 else ()
         self._pieces = [self._pieces_of(node) for node in range(len(self._nodes))] or [self._split()]
@@ -67,7 +72,7 @@ class Prefault:
         self._num_bytes = 0
         self._samples: list[tuple[int, int]] = []  # address, node
         self._running = num_threads * len(self._pieces)
-        self._begin = time.perf_counter()
+        self._begin: float | None = None  # of reading
         if self._nodes:
             self._read_exactly(True)
         self._threads = [
@@ -87,6 +92,13 @@ class Prefault:
         """Returns when everything is in memory."""
         for thread in self._threads:
             thread.join()
+
+    def progress(self) -> tuple[int, int] | None:
+        """(bytes read, bytes in all) while it reads; None before and behind that."""
+        with self._lock:
+            if self._begin is None or not self._running:
+                return None
+            return self._num_bytes, sum(num_bytes for _, num_bytes in self._ranges)
 
     def _split(self) -> Iterator[MappedRange]:
         for address, num_bytes in self._ranges:
@@ -109,6 +121,10 @@ class Prefault:
                     yield address + offset, min(HUGE_PAGE_BYTES, num_bytes - offset)
 
     def _work(self, queue: int) -> None:
+        while self._is_early() and not self._stopping.wait(EARLY_POLL_S):
+            pass
+        with self._lock:
+            self._begin = self._begin or time.monotonic()
         try:
             if self._nodes:
                 _bind(self._nodes[queue])
@@ -149,7 +165,9 @@ class Prefault:
             logger.warning("the order of reading stays as it is: %s", error)
 
     def _report(self) -> None:
-        seconds = max(time.perf_counter() - self._begin, 1e-9)
+        begin = self._begin or time.monotonic()
+        seconds = max(time.monotonic() - begin, 1e-9)
+        tell("(behind) weights read ahead", begin)
         stopped = " (stopped early)" if self._stopping.is_set() else ""
         logger.info(
             "prefault: %.2f GB of weights in %.2f s, %.1f GB/s%s",
@@ -198,9 +216,9 @@ def _bind(node: NumaNode) -> None:
         logger.warning("prefault: a thread cannot be bound to NUMA node %d: %s", node.number, error)
 
 
-def start_prefault(bundle: Bundle, tiers: Sequence[str]) -> Prefault | None:
+def start_prefault(bundle: Bundle, tiers: Sequence[str], backend: object = None) -> Prefault | None:
     """Reads the tiers' weights in the background; None, with a warning, if they are more than memory can
-    hold."""
+    hold. backend: what it loads itself comes first: a prompt waits for it, and reads these weights later."""
     num_bytes = weights_to_hold_bytes(bundle, tuple(tiers))
     available = available_memory_bytes()
     if available is not None and num_bytes > available:
@@ -212,7 +230,8 @@ def start_prefault(bundle: Bundle, tiers: Sequence[str]) -> Prefault | None:
             available / 1e9,
         )
         return None
-    return Prefault(bundle, files_of_tiers(bundle, tiers), nodes=numa_nodes())
+    files = files_of_tiers(bundle, tiers)
+    return Prefault(bundle, files, nodes=numa_nodes(), is_early=partial(is_loading, backend))
 
 
 def files_of_tiers(bundle: Bundle, tiers: Sequence[str]) -> list[str]:

@@ -15,8 +15,13 @@ Method = StoreMethod
 METHODS: tuple[Method, ...] = ("in-place", "arena", "ring")
 ExpertRange = tuple[int, int, int]  # layer, first expert (of the whole layer), number of experts
 
-MAX_REGISTERED_BYTES = 2**30
-"""Most bytes of one registration: longer ones show no progress and fail as a whole."""
+MAX_REGISTERED_BYTES = 2**28
+"""Most bytes of one registration. Longer ones show no progress, fail as a whole, and hold locks of the kernel
+and of the driver for longer, which whoever opens the rest has to wait for.
+"""
+
+
+ASSUMED_GBPS = 20.0  # of pinning, before any is done
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -81,6 +86,13 @@ class LoadReport:
     threads: int
     finished: bool
 
+    @property
+    def remaining_s(self) -> float:
+        """Seconds until everything is there, at the rate so far (at first: at one that is often met)."""
+        if self.finished:
+            return 0.0
+        return (self.total_bytes - self.num_bytes) / (self.gbps or ASSUMED_GBPS) / 1e9
+
 
 class ExpertStore(Protocol):
     """A rank's GPU experts in host memory. Used by one thread; loads in others.
@@ -111,6 +123,11 @@ class ExpertStore(Protocol):
 
     def load_progress(self) -> tuple[int, int]:
         """(bytes ready, bytes in all) of what is loaded once; (0, 0) for a ring."""
+        ...
+
+    @property
+    def is_loading(self) -> bool:
+        """Whether loading goes on: neither done, nor ended by an error or by ``close``."""
         ...
 
     def load_report(self) -> LoadReport:

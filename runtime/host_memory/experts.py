@@ -83,7 +83,9 @@ def find_experts(bundle: Bundle, first_expert: int = 0, num_experts: int | None 
             got=f"[{first_expert}, {first_expert + count})",
             limit=f"{shape.num_experts} experts a layer",
         )
-    record_bytes = layout.expert_record(shape.hidden_size, shape.expert_intermediate_size).record_bytes
+    record_bytes = layout.expert_record(
+        shape.hidden_size, shape.expert_intermediate_size, shape.gated_experts
+    ).record_bytes
     blob_shape = (shape.num_experts, record_bytes)
     layers = tuple(
         _layer(bundle, f"layers.{number}.experts.gpu", blob_shape, layout_id, first_expert, count)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 
+from krasis.formats.bundle.manifest_records import TABLE_TIER
 from krasis.formats.bundle.reader import Bundle
 from krasis.formats.errors import ResourceError
 from krasis.formats.limits import HUGE_PAGE_BYTES
@@ -18,6 +19,7 @@ from krasis.runtime.host_memory.arena import ArenaSource
 from krasis.runtime.host_memory.choice import Candidate, Facts, candidates
 from krasis.runtime.host_memory.experts import Experts, find_experts
 from krasis.runtime.host_memory.in_place import InPlaceSource, find_pages, try_register
+from krasis.runtime.host_memory.loader import pinning_threads
 from krasis.runtime.host_memory.memory import anonymous
 from krasis.runtime.host_memory.pinned_store import PinnedStore
 from krasis.runtime.host_memory.registrar import (
@@ -82,7 +84,9 @@ def _facts(
         num_experts=experts.num_experts,
         available_bytes=memory.available_bytes,
         reserve_bytes=host_reserve_bytes(memory.limit_bytes),
-        kept_bytes=sum(blob.num_bytes for blob in bundle.manifest.blobs if blob.tier != "gpu"),
+        kept_bytes=sum(
+            blob.num_bytes for blob in bundle.manifest.blobs if blob.tier not in ("gpu", TABLE_TIER)
+        ),
         filesystems=shards.filesystems,
         ram_limit_bytes=ram_limit_bytes,
         group_experts=group_experts,
@@ -149,7 +153,8 @@ class _Opener:
         spare = facts.budget_bytes if facts.in_ram else self._experts.num_bytes
         source = InPlaceSource(self._experts, self._shards, pages, spare)
         choice = self._choose(candidate, reason, facts)
-        return PinnedStore(self._experts, source, self._registrar, choice, num_threads=self._num_threads)
+        threads = self._num_threads or pinning_threads()
+        return PinnedStore(self._experts, source, self._registrar, choice, num_threads=threads)
 
     def _arena(self, candidate: Candidate, facts: Facts) -> ExpertStore | None:
         try:

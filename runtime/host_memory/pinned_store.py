@@ -8,6 +8,7 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
@@ -15,6 +16,7 @@ import numpy.typing as npt
 import torch
 
 from krasis.formats.errors import KrasisError, UsageError
+from krasis.formats.process.stages import stage, tell
 from krasis.formats.units import format_bytes
 from krasis.runtime.device.api import Event
 from krasis.runtime.host_memory.api import (
@@ -26,7 +28,7 @@ from krasis.runtime.host_memory.api import (
     PinnedExperts,
 )
 from krasis.runtime.host_memory.experts import Experts
-from krasis.runtime.host_memory.loader import Loader, default_threads
+from krasis.runtime.host_memory.loader import MAX_PINNING_THREADS, Loader, default_threads
 from krasis.runtime.host_memory.memory import tensor_of
 from krasis.runtime.host_memory.registrar import Registrar, RegistrationError
 
@@ -139,6 +141,11 @@ class PinnedStore:
         """See ``ExpertStore``."""
         return self._loader.progress()
 
+    @property
+    def is_loading(self) -> bool:
+        """See ``ExpertStore``."""
+        return not self._loader.is_over
+
     def load_report(self) -> LoadReport:
         """See ``ExpertStore``."""
         done, total = self._loader.progress()
@@ -176,13 +183,19 @@ class PinnedStore:
         index = layer * self._parts_a_layer
         found = []
         for at in range(index + begin // self._rows, index + (end - 1) // self._rows + 1):
-            self._loader.wait(at)
+            self._wait(at)
             part = self._parts[at]
             if part.tensor is not None:
                 found.append(
                     part.tensor[max(begin, part.first) - part.first : min(end, part.end) - part.first]
                 )
         return PinnedExperts(layer, first, count, tuple(found))
+
+    def _wait(self, index: int) -> None:
+        if self._loader.is_ready(index):
+            return
+        with stage("wait for experts to be pinned"):
+            self._loader.wait(index)
 
     def release(self, piece: PinnedExperts, event: Event) -> None:
         """Nothing is overwritten: the event does not matter."""
@@ -193,9 +206,10 @@ class PinnedStore:
             return
         self._closed = True
         self._loader.stop()
-        for part in self._parts:
-            self._unregister(part)
-            part.tensor = None
+        if self._parts:
+            # Unpinning reads no byte, but looks at every page: a hundred gigabytes take seconds.
+            with ThreadPoolExecutor(min(MAX_PINNING_THREADS, len(self._parts))) as threads:
+                list(threads.map(self._unregister, self._parts))
         self._source.close()
 
     def _fill(self, index: int, begin: int, end: int) -> None:
@@ -222,6 +236,7 @@ class PinnedStore:
 
     def _log_end(self) -> None:
         report = self.load_report()
+        tell("(behind) experts pinned", time.monotonic() - report.seconds)
         logger.info(
             "host memory: %s of experts pinned (%s) in %.2f s, %.1f GB/s: %s read directly, %s through the "
             "page cache, %s in place; %.2f s in %d registrations (%s) over %d threads",
@@ -244,11 +259,12 @@ class PinnedStore:
             part.registered = True
 
     def _unregister(self, part: _Part) -> None:
-        if not part.registered or part.tensor is None:
+        tensor, part.tensor = part.tensor, None
+        if not part.registered or tensor is None:
             return
         part.registered = False
         try:
-            self._registrar.unregister(part.tensor.view(-1))
+            self._registrar.unregister(tensor.view(-1))
         except KrasisError as error:
             # The memory goes anyway; what is left is to say that the driver disagrees about it.
             logger.warning("host memory: %s", error)

@@ -32,6 +32,13 @@ class Registrar(Protocol):
 
 
 @runtime_checkable
+class KnowsPinned(Protocol):
+    """A device that asks the driver only about memory whose address is not among these."""
+
+    pinned_addresses: set[int]
+
+
+@runtime_checkable
 class NotesHostMemory(Protocol):
     """A device that only needs to be told what is pinned: the double."""
 
@@ -51,8 +58,12 @@ class CudaRegistrar:
 
     name = "cudaHostRegister"
 
-    def __init__(self, library: ctypes.CDLL, torch_device: torch.device) -> None:
+    def __init__(
+        self, library: ctypes.CDLL, torch_device: torch.device, known: set[int] | None = None
+    ) -> None:
+        """known: addresses that the device need not ask the driver about, which is slow while others pin."""
         self._library, self._device = library, torch_device
+        self._known = set() if known is None else known
         library.krasis_cuda_host_register.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32]
         library.krasis_cuda_host_register.restype = ctypes.c_int32
         library.krasis_cuda_host_unregister.argtypes = [ctypes.c_void_p]
@@ -66,9 +77,11 @@ class CudaRegistrar:
                 memory.data_ptr(), memory.numel(), int(read_only)
             )
             self._check(status, "krasis_cuda_host_register", memory)
+        self._known.add(memory.data_ptr())
 
     def unregister(self, memory: torch.Tensor) -> None:
         """See ``Registrar``."""
+        self._known.discard(memory.data_ptr())
         with torch.cuda.device(self._device):
             status = self._library.krasis_cuda_host_unregister(memory.data_ptr())
             self._check(status, "krasis_cuda_host_unregister", memory)
@@ -106,7 +119,8 @@ def registrar_of(device: Device) -> Registrar:
     """How memory is pinned for this device."""
     if isinstance(device, NotesHostMemory):
         return DoubleRegistrar(device)
-    return CudaRegistrar(device.library, device.torch_device)
+    known = device.pinned_addresses if isinstance(device, KnowsPinned) else None
+    return CudaRegistrar(device.library, device.torch_device, known)
 
 
 def locked_memory_hint(num_bytes: int) -> str:

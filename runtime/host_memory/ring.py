@@ -98,6 +98,11 @@ class RingStore:
         """Nothing is loaded once and for all."""
         return 0, 0
 
+    @property
+    def is_loading(self) -> bool:
+        """Nothing is loaded once and for all."""
+        return False
+
     def load_report(self) -> LoadReport:
         """What was read so far, pass after pass."""
         seconds = time.perf_counter() - self._begin_s

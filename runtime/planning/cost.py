@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from krasis.runtime.planning import assumptions as assumed
 from krasis.runtime.planning.hardware import GpuSpec, HardwareSpec
+from krasis.runtime.planning.host_kv import read_bytes, staging_s
 from krasis.runtime.planning.mixing import expansion_macs, gpu_mixer_macs, mixer_macs, output_columns
 from krasis.runtime.planning.placement import rank_share
 from krasis.runtime.planning.sizes import ExpertSizes, LayerSizes, ModelSizes
@@ -89,9 +90,11 @@ def gpu_prefill(
 
     def layer_time(kind: LayerSizes, start: int, tokens: int) -> _LayerTime:
         disk_s = _from_disk_bytes(sizes, kind, host) / (hardware.disk_gbps.value * 1e9)
+        specs = [hardware.gpus[gpu.rank] for gpu in gpus]
+        kv_s = [staging_s(sizes, workload, kind, spec, start, tokens) for spec in specs]
         ranks = [
-            _gpu_layer(sizes, hardware.gpus[gpu.rank], gpu, kind, start, tokens, len(gpus), disk_s)
-            for gpu in gpus
+            _gpu_layer(sizes, spec, gpu, kind, start, tokens, len(gpus), disk_s, copies_s)
+            for gpu, spec, copies_s in zip(gpus, specs, kv_s, strict=True)
         ]
         return max(ranks, key=lambda layer: layer.total)
 
@@ -137,7 +140,7 @@ def expert_products_s(experts: ExpertSizes, spec: GpuSpec, tokens: int, num_expe
     """
     share, touched = num_experts / experts.count, distinct_experts(experts, tokens)
     rows = tokens * experts.top_k + assumed.PADDED_ROWS * touched
-    rate = spec.bf16_tflops.value * 1e12 * assumed.GROUPED_SHARE
+    rate = spec.bf16_tflops.value * 1e12 * experts.products_share
     read = touched * experts.gpu_bytes / (spec.memory_gbps.value * 1e9)
     return share * max(2 * rows * experts.weights / rate, read)
 
@@ -162,19 +165,21 @@ def _gpu_layer(
     tokens: int,
     num_ranks: int,
     disk_s: float,
+    kv_s: float,
 ) -> _LayerTime:
     dense, attention = dense_layer_s(sizes, kind, spec, start, tokens, num_ranks)
     experts = kind.experts
     if experts is None:
-        return _LayerTime(dense + attention, 0.0, 0.0, dense, attention, 0.0)
+        return _LayerTime(max(dense + attention, kv_s), kv_s, 0.0, dense, attention, 0.0)
     _, own = rank_share(experts.count, num_ranks, gpu.rank)
     expert = expert_products_s(experts, spec, tokens, own)
     all_own = sum(count * rank_share(one.count, num_ranks, gpu.rank)[1] for count, one in sizes.expert_layers)
-    streamed = own - gpu.resident_experts * own / all_own
+    share = gpu.resident_experts / all_own
+    streamed = own * (1 - share) if share >= assumed.PLACED_AT_OPENING else own
     touched = distinct_experts(experts, tokens) / experts.count
     dma = copy_s(experts, spec, streamed * touched)
-    dma = max(dma, disk_s * touched) if streamed else 0.0
-    ahead = min(1.0, assumed.DMA_GROUPS_AHEAD / gpu.num_groups) if gpu.num_groups else 0.0
+    dma = (max(dma, disk_s * touched) if streamed else 0.0) + kv_s
+    ahead = min(1.0, assumed.DMA_GROUPS_AHEAD / gpu.num_groups) if gpu.num_groups else float(kv_s > 0)
     exposed = dma - min(dense + attention, ahead * dma)
     exchange = _exchange_s(sizes, spec, tokens, num_ranks)
     total = dense + attention + exchange + max(expert, exposed)
@@ -221,30 +226,56 @@ def cpu_prefill(sizes: ModelSizes, hardware: HardwareSpec, workload: Workload, b
 def decode(
     sizes: ModelSizes, hardware: HardwareSpec, workload: Workload, gpus: Sequence[GpuPlacement]
 ) -> Decode:
-    """One token after the prompt. Dense weights and KV are read by GPU 0 (the CPU without one), experts where
-    they live; without CPU experts the routed ones are streamed.
+    """One token after the prompt. GPU 0 (the CPU without one) reads dense weights and KV, every GPU the
+    experts that it holds, the CPU the others, all at once. Without CPU experts the routed ones are streamed.
+    Keys and values in RAM come over the link meanwhile.
     """
     ram = hardware.ram_gbps.value * 1e9 * assumed.MEMORY_READ_EFFICIENCY
-    memories = [
-        hardware.gpus[gpu.rank].memory_gbps.value * 1e9 * assumed.MEMORY_READ_EFFICIENCY for gpu in gpus
-    ]
-    shares = [gpu.resident_experts for gpu in gpus]
-    cpu_bytes = 0.0
-    gpu_bytes = [0.0] * len(gpus)
-    for count, experts in sizes.expert_layers:
-        routed = count * experts.top_k
-        hits = [routed * share / sizes.num_experts for share in shares]
-        cpu_bytes += (routed - sum(hits)) * experts.cpu_bytes if sum(hits) < routed else 0.0
-        gpu_bytes = [sum_ + hit * experts.gpu_bytes for sum_, hit in zip(gpu_bytes, hits, strict=True)]
-    gpu_s = max((one / memory for one, memory in zip(gpu_bytes, memories, strict=True)), default=0.0)
+    rates = [_decode_rate(hardware.gpus[gpu.rank]) for gpu in gpus]
+    memory = rates[0] if gpus else ram
+    num_cold = sizes.num_experts - sum(gpu.resident_experts for gpu in gpus)
+    routed = [(count * one.top_k / sizes.num_experts, one) for count, one in sizes.expert_layers]
+    cpu_bytes = sum(share * num_cold * one.cpu_bytes for share, one in routed) if num_cold > 0 else 0.0
+    hot_bytes = sum(
+        share * one.gpu_bytes for share, one in routed
+    )  # of an expert in VRAM, as often as it is hit
+    seconds = (gpu.resident_experts * hot_bytes / rate for gpu, rate in zip(gpus, rates, strict=True))
+    gpu_s = max(seconds, default=0.0)
     stream_s = 0.0 if sizes.cpu_expert_bytes else _stream_routed_s(sizes, hardware, gpus)
-    needs_handover = bool(gpus) and (cpu_bytes > 0 or len(gpus) > 1)
-    handover = sizes.num_expert_layers * assumed.HANDOVER_S if needs_handover else 0.0
-    memory = memories[0] if gpus else ram
+    handover = _between_s(sizes, on_gpu=bool(gpus), on_cpu=cpu_bytes > 0 or not gpus)
+    if len(gpus) > 1:
+        late = assumed.LATE_RANKS_S if cpu_bytes else 0.0
+        handover += sizes.num_expert_layers * (assumed.RANKS_LAYER_S + late)
     kv_bytes = sizes.kv_bytes(workload.prompt_tokens, workload.kv_dtype)
-    dense_s, kv_s, cpu_s = sizes.dense_bytes / memory, kv_bytes / memory, cpu_bytes / ram
-    total = dense_s + kv_s + max(cpu_s, gpu_s, stream_s) + handover
-    return Decode(total, 1 / total, dense_s, kv_s, cpu_s, gpu_s, handover, round(cpu_bytes), stream_s)
+    host_kv_bytes = read_bytes(sizes, workload, workload.prompt_tokens) if gpus else 0
+    host_kv_s = 0.0
+    if host_kv_bytes:
+        link = hardware.gpus[gpus[0].rank].link_gbps.value * 1e9
+        host_kv_s = host_kv_bytes / (link * assumed.MEMORY_READ_EFFICIENCY)
+    dense_s, kv_s = sizes.dense_bytes / memory, (kv_bytes - host_kv_bytes) / memory
+    cpu_s = cpu_bytes / ram + (sizes.num_expert_layers * assumed.CPU_EXPERTS_LAYER_S if cpu_bytes else 0.0)
+    if cpu_s:  # read ahead meanwhile, of the same RAM
+        experts_s = max(cpu_s + host_kv_bytes / ram, gpu_s, host_kv_s)
+    else:
+        experts_s = max(gpu_s, stream_s) + host_kv_s
+    total = dense_s + kv_s + experts_s + handover
+    return Decode(
+        total, 1 / total, dense_s, kv_s, cpu_s, gpu_s, handover, round(cpu_bytes), stream_s,
+        host_kv_s, host_kv_bytes,
+    )  # fmt: skip
+
+
+def _between_s(sizes: ModelSizes, *, on_gpu: bool, on_cpu: bool) -> float:
+    """What all layers of a token take besides reading: hand-overs, or what each side alone needs."""
+    if on_gpu and on_cpu:
+        return sizes.num_expert_layers * (assumed.HANDOVER_S + assumed.LATE_LAYER_S)
+    each = assumed.GPU_DECODE_LAYER_S if on_gpu else assumed.CPU_DENSE_LAYER_S
+    return len(sizes.spec.layers) * each
+
+
+def _decode_rate(gpu: GpuSpec) -> float:
+    """Bytes a second that decode kernels read of its memory."""
+    return min(gpu.memory_gbps.value * assumed.MEMORY_READ_EFFICIENCY, assumed.GPU_DECODE_GBPS) * 1e9
 
 
 def _stream_routed_s(sizes: ModelSizes, hardware: HardwareSpec, gpus: Sequence[GpuPlacement]) -> float:
@@ -265,8 +296,8 @@ def _stream_routed_s(sizes: ModelSizes, hardware: HardwareSpec, gpus: Sequence[G
 def start_up(
     sizes: ModelSizes, hardware: HardwareSpec, gpus: Sequence[GpuPlacement], host: HostPlacement
 ) -> StartUp:
-    """Reading what must be in place before the first prompt; CPU experts are mapped and cost nothing once
-    cached.
+    """Starting the processes, and reading what must be in place before the first prompt while pinned memory
+    is registered; CPU experts are mapped and cost nothing once cached.
     """
     disk, ram = hardware.disk_gbps.value * 1e9, hardware.ram_gbps.value * 1e9
     to_gpu = max(
@@ -281,5 +312,12 @@ def start_up(
     uploaded = sum(gpu.resident_bytes for gpu in gpus) if host.expert_store == "none" else 0
     dense = sizes.dense_bytes + sizes.embedding_bytes
     from_disk = dense + host.cpu_experts_bytes + host.pinned_bytes + host.page_cache_bytes + uploaded
-    warm = to_gpu + arena
+    pinned = (host.pinned_bytes + uploaded) / max(len(gpus), 1) / (assumed.PIN_GBPS * 1e9)
+    warm = _processes_s(len(gpus)) + max(to_gpu, pinned) + arena
     return StartUp(cold_s=max(from_disk / disk, warm), warm_s=warm)
+
+
+def _processes_s(num_gpus: int) -> float:
+    """Until the processes have opened a bundle of no bytes."""
+    cuda_s = assumed.CUDA_START_S if num_gpus else 0.0
+    return assumed.PROCESS_START_S + cuda_s + (assumed.RANKS_START_S if num_gpus > 1 else 0.0)

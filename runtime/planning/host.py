@@ -54,7 +54,9 @@ def place_on_host(
     all_resident = bool(gpus) and all(gpu.num_groups == 0 for gpu in gpus)
     # With GPUs only the embedding table is read on the host; without, everything is.
     dense = sizes.embedding_bytes + (0 if gpus else sizes.dense_bytes)
-    kv_bytes = 0 if gpus else sizes.sequence_bytes(workload.context, workload.kv_dtype, "rings")
+    kv_bytes = sum(gpu.host_kv_bytes for gpu in gpus)
+    if not gpus:
+        kv_bytes = sizes.sequence_bytes(workload.context, workload.kv_dtype, "rings")
     cpu_experts = 0 if all_resident else sizes.cpu_experts_bytes
     workspace = cpu_workspace_bytes(sizes.largest, 1 if gpus else batch_tokens)
     # With GPUs decode can stream what it needs, slowly.

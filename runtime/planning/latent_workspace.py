@@ -7,7 +7,11 @@ queries there are, and then a third of the multiply-adds.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 from krasis.formats.layouts import padded_rows
+from krasis.formats.limits import align_up
 from krasis.formats.models.mixers import LatentAttention
 
 LEAST_EXPANDED = 64
@@ -17,16 +21,20 @@ kernel's 32 heads a block against the expansion's product; scripts/measure_laten
 EXPANDED_BYTES = 256 * 2**20
 """At most so much room for the keys and values of as many heads as fit, with their weights in 16 bits."""
 MAX_SPLITS, SPLIT_KEYS = 128, 32
+INDEX_ROWS = 256
+"""Rows of which an index makes its queries at a time, and scores as many as there is room for."""
+SCORE_BYTES = 64 * 2**20
+"""At most so much room for scores, but for one row at least."""
 _BLOCKS = 256  # of attention over latents: enough for a GPU
 _QUERIES = 32  # of a block
 
 
 def qkv_columns(mixer: LatentAttention) -> int:
     """16-bit columns of a token between the projections: queries, and in f32 the latents of queries and
-    keys, with the queries' normed."""
+    keys, with the queries' normed, and the index's keys."""
     queries = padded_rows(mixer.heads * (mixer.nope_dim + mixer.rope_dim))
     latents = 2 * padded_rows(mixer.kv_rank + mixer.rope_dim)
-    return queries + latents + 3 * padded_rows(mixer.q_rank or 0)
+    return queries + latents + 3 * padded_rows(mixer.q_rank or 0) + 2 * mixer.index_dim
 
 
 def head_matrices(mixer: LatentAttention, num_keys: int) -> tuple[tuple[int, int], ...]:
@@ -59,3 +67,33 @@ def split_bytes(num_rows: int, num_heads: int, kv_rank: int) -> int:
     tiles = num_rows * -(-num_heads // _QUERIES)
     blocks = min(tiles * MAX_SPLITS, max(_BLOCKS, tiles))
     return blocks * _QUERIES * (kv_rank + 2) * 4 + 16
+
+
+@dataclass(frozen=True, slots=True)
+class IndexShape:
+    """Of a model's indices over tokens: the positions that each row attends to, channels of all heads, heads,
+    and channels of the queries' latents; the most of all layers."""
+
+    budget: int
+    size: int
+    heads: int
+    q_rank: int
+
+
+def index_shape(mixers: Sequence[LatentAttention]) -> IndexShape | None:
+    """None without indices."""
+    own = [(mixer, mixer.selection) for mixer in mixers if mixer.selection is not None and mixer.index_dim]
+    if not own:
+        return None
+    return IndexShape(
+        budget=max(index.budget for _, index in own),
+        size=max(index.heads * index.dim for _, index in own),
+        heads=max(index.heads for _, index in own),
+        q_rank=max(mixer.q_rank or 0 for mixer, _ in own),
+    )
+
+
+def score_floats(num_rows: int, max_context: int) -> int:
+    """Room for the scores of up to num_rows rows."""
+    row = align_up(max_context, 4)
+    return max(row, min(num_rows * row, SCORE_BYTES // 4))

@@ -24,20 +24,30 @@ def mixer_macs(mixer: Mixer | None, start: int, num_tokens: int) -> int:
 
 def gpu_mixer_macs(mixer: Mixer | None, start: int, num_tokens: int) -> int:
     """As ``mixer_macs``, in a pass on a GPU: there latent attention of many tokens runs over keys and values
-    that are made of the latents, the values as wide as the keys or wider."""
-    if not _expands(mixer, num_tokens):
+    that are made of the latents, the values as wide as the keys or wider; not of those for which an index
+    chooses."""
+    dense = _dense_tokens(mixer, start, num_tokens)
+    if not _expands(mixer, dense):
         return mixer_macs(mixer, start, num_tokens)
     head_dim = mixer.nope_dim + mixer.rope_dim
-    return mixer.heads * (head_dim + max(head_dim, mixer.value_dim)) * _pairs(start, num_tokens)
+    expanded = mixer.heads * (head_dim + max(head_dim, mixer.value_dim)) * _pairs(start, dense)
+    return expanded + mixer_macs(mixer, start + dense, num_tokens - dense)
 
 
 def expansion_macs(mixer: Mixer | None, start: int, num_tokens: int, num_ranks: int) -> int:
     """Multiply-adds that make keys and values of latents on GPUs, each rank for itself, beyond those of a
     token's own: the weights' count has them."""
-    if not _expands(mixer, num_tokens):
+    dense = _dense_tokens(mixer, start, num_tokens)
+    if not _expands(mixer, dense):
         return 0
-    latents = num_ranks * (start + num_tokens) - num_tokens
+    latents = num_ranks * (start + dense) - dense
     return latents * mixer.heads * mixer.kv_rank * (mixer.nope_dim + mixer.value_dim)
+
+
+def _dense_tokens(mixer: Mixer | None, start: int, num_tokens: int) -> int:
+    """Of so many tokens those that see no more than an index over tokens picks."""
+    index = mixer.selection if isinstance(mixer, LatentAttention) else None
+    return num_tokens if index is None else min(num_tokens, max(0, index.budget - start))
 
 
 def _expands(mixer: Mixer | None, num_tokens: int) -> TypeGuard[LatentAttention]:

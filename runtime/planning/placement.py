@@ -10,6 +10,7 @@ from krasis.formats.errors import ResourceError, UsageError
 from krasis.formats.units import format_bytes
 from krasis.runtime.planning import assumptions as assumed
 from krasis.runtime.planning.hardware import GpuSpec
+from krasis.runtime.planning.host_kv import kv_split
 from krasis.runtime.planning.shape import AnyModel
 from krasis.runtime.planning.sizes import ModelSizes
 from krasis.runtime.planning.types import GpuPlacement, Workload
@@ -60,6 +61,8 @@ class _Rank:
     dense_bytes: int
     kv_bytes: int
     free_bytes: int
+    host_kv_layers: int
+    host_kv_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,12 +116,8 @@ def _ranks(sizes: ModelSizes, gpus: Sequence[GpuSpec], workload: Workload) -> li
             "this bundle has no GPU experts",
             hint="convert it with a GPU tier, or plan without GPUs (krasis-info --gpus none)",
         )
-    if workload.kv_dtype == "int8":
-        raise UsageError(
-            "a GPU keeps no KV cache in 8 bits yet",
-            hint="plan with --kv-dtype f16, or without GPUs (krasis-info --gpus none)",
-        )
-    kv_bytes = sizes.sequence_bytes(workload.context, workload.kv_dtype, "whole")
+    split = kv_split(sizes, workload, len(gpus))
+    kv_bytes = split.device_bytes
     ranks = []
     for rank, (first, count) in enumerate(rank_experts(sizes.most_experts, len(gpus))):
         needed = assumed.GPU_RESERVE_BYTES + sizes.dense_bytes + kv_bytes
@@ -148,6 +147,8 @@ def _ranks(sizes: ModelSizes, gpus: Sequence[GpuSpec], workload: Workload) -> li
                 dense_bytes=sizes.dense_bytes,
                 kv_bytes=kv_bytes,
                 free_bytes=free,
+                host_kv_layers=workload.host_kv_layers,
+                host_kv_bytes=split.host_bytes,
             )
         )
     return ranks
@@ -228,4 +229,6 @@ def _place(sizes: ModelSizes, rank: _Rank, batch: int, prompt_tokens: int, num_r
         buffer_bytes=buffers,
         resident_bytes=resident_bytes,
         spare_bytes=room - buffers - resident_bytes,
+        host_kv_layers=rank.host_kv_layers,
+        host_kv_bytes=rank.host_kv_bytes,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from krasis.formats.errors import ResourceError, UsageError
 from krasis.formats.models.spec import ModelSpec
@@ -10,6 +10,8 @@ from krasis.runtime.planning import assumptions as assumed
 from krasis.runtime.planning import cost
 from krasis.runtime.planning.hardware import HardwareSpec
 from krasis.runtime.planning.host import cpu_workspace_bytes, place_on_host
+from krasis.runtime.planning.host_kv import counts_to_try, with_host_layers
+from krasis.runtime.planning.kv_form import planned_kv_dtype
 from krasis.runtime.planning.placement import (
     GpuPlacements,
     gpu_workspace_bytes,
@@ -52,7 +54,8 @@ def make_plan(sizes: ModelSizes, hardware: HardwareSpec, workload: Workload) -> 
     fit.
     """
     if hardware.gpus:
-        chosen = _choose_on_gpus(sizes, hardware, workload)
+        workload = replace(workload, kv_dtype=planned_kv_dtype(sizes.spec, workload.kv_dtype))
+        workload, chosen = _with_room_for_kv(sizes, hardware, workload)
     else:
         placed = GpuPlacements(min(assumed.CPU_PREFILL_BATCH, workload.prompt_tokens), ())
         host = place_on_host(sizes, hardware, workload, placed.batch_tokens, ())
@@ -82,6 +85,31 @@ class _Alternative:
     placed: GpuPlacements
     host: HostPlacement
     prefill: Prefill
+
+
+def _with_room_for_kv(
+    sizes: ModelSizes, hardware: HardwareSpec, workload: Workload
+) -> tuple[Workload, _Alternative]:
+    """As asked; where that does not fit in one GPU's VRAM, with the keys and values of some layers in RAM: of
+    so many as answer soonest. (The more, the larger a pass can be and the slower is each token.)"""
+    try:
+        return workload, _choose_on_gpus(sizes, hardware, workload)
+    except ResourceError as error:
+        if len(hardware.gpus) > 1:  # each has the whole cache, and other ranks' rows come into it
+            raise
+        first = last = error
+    found: list[tuple[Workload, _Alternative]] = []
+    for count in counts_to_try(sizes.spec):
+        moved = with_host_layers(workload, count)
+        if count <= workload.host_kv_layers:
+            continue
+        try:
+            found.append((moved, _choose_on_gpus(sizes, hardware, moved)))
+        except ResourceError as error:
+            last = error
+    if not found:
+        raise first if last.where.startswith("GPU") else last
+    return min(found, key=lambda one: _answer_s(sizes, hardware, *one))
 
 
 def _choose_on_gpus(sizes: ModelSizes, hardware: HardwareSpec, workload: Workload) -> _Alternative:
@@ -117,19 +145,19 @@ def _evaluate(
     return _Alternative(placed, host, prefill)
 
 
-def least_vram_bytes(sizes: ModelSizes, workload: Workload) -> int:
-    """The smallest single GPU that can run this: dense weights, KV cache, reserve, two one-expert buffers,
-    the least batch.
+def least_vram_bytes(sizes: ModelSizes, workload: Workload, num_gpus: int = 1) -> int:
+    """The smallest GPU of so many that can run this: dense weights, KV cache, reserve, two one-expert
+    buffers, the least batch.
     """
     batch = min(workload.prompt_tokens, assumed.MIN_PREFILL_BATCH)
-    kept = sizes.sequence_bytes(workload.context, workload.kv_dtype, "whole")
+    kept = sizes.gpu_kv_bytes(workload.context, workload.kv_dtype, num_gpus)
     fixed = assumed.GPU_RESERVE_BYTES + sizes.dense_bytes + kept
-    return fixed + 2 * sizes.gpu_expert_bytes + gpu_workspace_bytes(sizes.largest, batch, 1)
+    return fixed + 2 * sizes.gpu_expert_bytes + gpu_workspace_bytes(sizes.largest, batch, num_gpus)
 
 
 def whole_layer_vram_bytes(sizes: ModelSizes, workload: Workload) -> int:
     """The smallest single GPU that takes a layer in one group and the prompt in one pass."""
-    kept = sizes.sequence_bytes(workload.context, workload.kv_dtype, "whole")
+    kept = sizes.gpu_kv_bytes(workload.context, workload.kv_dtype)
     fixed = assumed.GPU_RESERVE_BYTES + sizes.dense_bytes + kept
     layer = sizes.most_experts * sizes.gpu_expert_bytes
     return fixed + 2 * layer + gpu_workspace_bytes(sizes.largest, workload.prompt_tokens, 1)

@@ -11,6 +11,7 @@ from krasis.formats.text_tables import text_fields, text_paragraphs, text_table
 from krasis.formats.units import format_binary, format_bytes, format_count, format_rate, format_seconds
 from krasis.runtime.planning.assumptions import DESCRIPTIONS
 from krasis.runtime.planning.hardware import Figure, GpuSpec
+from krasis.runtime.planning.host_kv import movable_layers
 from krasis.runtime.planning.placement import rank_share
 from krasis.runtime.planning.sizes import ModelSizes, count_parameters
 from krasis.runtime.planning.types import Decode, GpuPlacement, HostPlacement, Plan, Prefill
@@ -79,7 +80,7 @@ def plan_to_text(plan: Plan, notes: Sequence[str] = ()) -> str:
     parts = [title, "Hardware\n" + text_fields(_hardware_fields(plan))]
     if plan.gpus:
         parts.append("VRAM (decimal units)\n" + _indent(_gpu_table(plan.gpus)) + "\n" + _group_lines(plan))
-    parts.append("RAM\n" + text_fields(_host_fields(plan.host)))
+    parts.append("RAM\n" + text_fields(_host_fields(plan.host, plan.sizes)))
     parts.append("Expected\n" + text_fields(_time_fields(plan)))
     parts.append("Assumed throughout\n" + text_fields(_assumption_fields()))
     if notes:
@@ -174,7 +175,22 @@ def _group_lines(plan: Plan) -> str:
                 f"experts, double-buffered; {gpu.resident_experts:,} hot experts resident ({share:.1%})"
             )
         fields.append((f"GPU {names}", text))
+    if plan.gpus[0].host_kv_layers:
+        fields.append(("KV in RAM", kv_in_ram_words(plan)))
     return text_fields(fields)
+
+
+def kv_in_ram_words(plan: Plan) -> str:
+    """How many layers' keys and values lie in RAM, and what that costs."""
+    gpu, work = plan.gpus[0], plan.workload
+    total = len(movable_layers(plan.sizes.spec))
+    each_s = plan.decode.host_kv_s / work.prompt_tokens
+    beside = " beside the CPU's experts" if plan.decode.cpu_experts_s else ""
+    return (
+        f"of {gpu.host_kv_layers} of {total} layers, {format_bytes(gpu.host_kv_bytes)}: a token of an answer "
+        f"reads them in {format_seconds(each_s * 1000)} for each 1,000 before it{beside}, in "
+        f"{format_seconds(each_s * work.context)} at the end of the context"
+    )
 
 
 def _own_experts(plan: Plan, gpu: GpuPlacement) -> int:
@@ -186,14 +202,15 @@ def _own_experts(plan: Plan, gpu: GpuPlacement) -> int:
     )
 
 
-def _host_fields(host: HostPlacement) -> list[tuple[str, str]]:
+def _host_fields(host: HostPlacement, sizes: ModelSizes) -> list[tuple[str, str]]:
     parts = [
         ("CPU experts", host.cpu_experts_bytes, "mapped from the bundle (page cache)"),
         ("GPU experts", host.pinned_bytes, f"{_STORES[host.expert_store]}: {host.reason}"),
         ("page cache", host.page_cache_bytes, "GPU experts behind the ring"),
         ("from disk", host.from_disk_bytes, "GPU experts that RAM cannot hold, read in every pass"),
         ("dense", host.dense_bytes, "mapped"),
-        ("KV cache", host.kv_bytes, ""),
+        ("n-gram table", sizes.table_bytes, f"on the disk: {format_bytes(sizes.looked_up_bytes)} a token"),
+        ("KV cache", host.kv_bytes, "pinned" if host.pinned_bytes else ""),
         ("workspace", host.workspace_bytes, ""),
         ("reserve", host.reserve_bytes, "left to the system"),
     ]
@@ -247,9 +264,10 @@ def _decode_parts(decode: Decode) -> str:
     parts = [
         ("dense", decode.dense_s),
         ("KV", decode.kv_s),
+        (f"KV in RAM ({format_bytes(decode.host_kv_bytes)})", decode.host_kv_s),
         (f"CPU experts ({format_bytes(decode.cpu_experts_bytes)})", decode.cpu_experts_s),
         ("GPU experts", decode.gpu_experts_s),
         ("expert DMA", decode.stream_s),
-        ("hand-over", decode.handover_s),
+        ("beside reading", decode.handover_s),
     ]
     return "; ".join(f"{name} {format_seconds(seconds)}" for name, seconds in parts if seconds)

@@ -2,31 +2,42 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 from krasis.formats.architecture_record import Architecture
 from krasis.formats.errors import UnsupportedModelError
+from krasis.formats.limits import align_up
 from krasis.formats.models.mixer_tensors import mixer_tensors
 from krasis.formats.models.mixers import Attention, LatentAttention
 from krasis.formats.models.mlps import Experts, GatedMlp, MlpBesideExperts
-from krasis.formats.models.recurrent import GatedDelta
+from krasis.formats.models.recurrent import ChannelDelta, GatedDelta, Mamba2, ShortConv
 from krasis.formats.models.spec import Layer, ModelSpec
+from krasis.formats.models.state import state
 from krasis.formats.models.uniform import spec_of
 from krasis.runtime.planning import latent_workspace
+
+_MIXERS = Attention | LatentAttention | GatedDelta | ChannelDelta | ShortConv | Mamba2 | None
 
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
     """expert_layers: numbers of the layers that have experts. num_experts, num_experts_per_token,
     expert_intermediate_size: of these. qkv_rows, attention_size: features that a mixer's projections give,
-    and those of its result. mlp_intermediate: features between the products of an MLP that every token takes,
-    a shared expert's or a dense layer's, 0 without any; mlp_columns: what its first product gives.
+    and those of its result. mlp_intermediate: features between the products of an MLP that every token
+    takes, a shared expert's or a dense layer's, 0 without any; mlp_columns: what its first product gives.
     shared_gate: whether shared experts are gated. delta_channels, delta_heads: of the gated delta rule's
-    convolution, and its heads, 0 without any. qkv_columns: 16-bit columns of a token between a mixer's
-    projections on a GPU. latent_heads, latent_rank: of latent attention, and expanded_bytes what its heads'
-    keys and values take at a time, 0 without any. post_norms: whether there are norms after blocks.
+    convolution, and its heads, 0 without any. gate_columns: float32 columns of a token beside such layers'
+    projections. has_states: whether rows of a sequence go through a state one after another anywhere.
+    qkv_columns: 16-bit columns of a token between a mixer's projections on a GPU. kv_bytes: of one token's
+    keys and values in a layer's cache. latent_heads, latent_rank: of latent attention, and expanded_bytes
+    what its heads' keys and values take at a time, 0 without any; index: of its indices over tokens.
+    post_norms: whether there are norms after blocks. gated_experts: whether experts have a gate matrix.
+    window: the most positions that a layer with a window sees, window_bytes: the most of one token's keys
+    and values there; 0 without such layers.
+    streams, stream_rank: of a gated residual, 0 of a plain one. table_columns: what a token looks up in
+    hashed tables.
     """
 
     max_context: int
@@ -45,10 +56,20 @@ class ModelShape:
     qkv_columns: int
     delta_channels: int = 0
     delta_heads: int = 0
+    gate_columns: int = 0
+    has_states: bool = False
     latent_heads: int = 0
     latent_rank: int = 0
     expanded_bytes: int = 0
+    index: latent_workspace.IndexShape | None = None
     post_norms: bool = False
+    kv_bytes: int = 0
+    gated_experts: bool = True
+    window: int = 0
+    window_bytes: int = 0
+    streams: int = 0
+    stream_rank: int = 0
+    table_columns: int = 0
 
     @property
     def num_expert_layers(self) -> int:
@@ -68,16 +89,16 @@ def shape_of(model: AnyModel) -> ModelShape:
         return model
     spec = _spec(model)
     known = (
-        isinstance(layer.mixer, Attention | LatentAttention | GatedDelta)
-        and isinstance(layer.mlp, GatedMlp | Experts | MlpBesideExperts)
+        isinstance(layer.mixer, _MIXERS)
+        and isinstance(layer.mlp, GatedMlp | Experts | MlpBesideExperts | None)
         for layer in dict.fromkeys(spec.layers)
     )
     if not all(known):
         raise UnsupportedModelError("the runtime does not know all of the model's blocks", got=spec.family)
     experts = [layer.experts for layer in spec.layers if layer.experts is not None]
-    sizes = {(mlp.count, mlp.intermediate, mlp.router.top_k) for mlp in experts}
+    sizes = {(mlp.count, mlp.intermediate, mlp.router.top_k, mlp.gated) for mlp in experts}
     if len(sizes) != 1:
-        got = ", ".join(f"{count} experts of {width}" for count, width, _ in sorted(sizes)) or "none"
+        got = ", ".join(f"{count} experts of {width}" for count, width, *_ in sorted(sizes)) or "none"
         raise UnsupportedModelError("the layers' experts are not all alike", got=got)
     return largest_shape(spec)
 
@@ -92,7 +113,9 @@ def largest_shape(model: AnyModel) -> ModelShape:
     mixed = [_mixer_columns(spec, layer) for layer in kinds]
     experts = [layer.experts for layer in kinds if layer.experts is not None]
     dense = [mlp for layer in kinds for mlp in _dense_mlps(layer)]
-    deltas = [layer.mixer for layer in kinds if isinstance(layer.mixer, GatedDelta)]
+    deltas = [layer.mixer for layer in kinds if isinstance(layer.mixer, GatedDelta | ChannelDelta)]
+    windowed = [mixer for layer in kinds if isinstance(mixer := layer.mixer, Attention) and mixer.window]
+    chunked = [mixer for mixer in deltas if isinstance(mixer, GatedDelta)]
     latent = [layer.mixer for layer in kinds if isinstance(layer.mixer, LatentAttention)]
     return ModelShape(
         max_context=spec.max_context,
@@ -109,15 +132,33 @@ def largest_shape(model: AnyModel) -> ModelShape:
         mlp_columns=max((mlp.intermediate * (1 + mlp.activation.gated) for mlp in dense), default=0),
         shared_gate=any(mlp.shared_gate for mlp in experts),
         delta_channels=max((mixer.conv_channels for mixer in deltas), default=0),
-        delta_heads=max((mixer.value_heads for mixer in deltas), default=0),
+        delta_heads=max((mixer.value_heads for mixer in chunked), default=0),
+        gate_columns=max(map(_gate_columns, deltas), default=0),
+        has_states=any(isinstance(layer.mixer, GatedDelta | ChannelDelta | ShortConv) for layer in kinds),
         qkv_columns=max(_gpu_columns(spec, layer) for layer in kinds),
         latent_heads=max((mixer.heads for mixer in latent), default=0),
         latent_rank=max((mixer.kv_rank for mixer in latent), default=0),
         expanded_bytes=max(
             (latent_workspace.expanded_bytes(mixer, spec.max_context) for mixer in latent), default=0
         ),
+        index=latent_workspace.index_shape(latent),
         post_norms=any(layer.post_norms for layer in kinds),
+        kv_bytes=max(sum(one.entry_bytes for one in state(layer.mixer).kept) for layer in kinds),
+        gated_experts=all(mlp.gated for mlp in experts),
+        window=max((mixer.window or 0 for mixer in windowed), default=0),
+        window_bytes=max(
+            (round(state(replace(mixer, window=None)).token_bytes) for mixer in windowed), default=0
+        ),
+        **_residual(spec),
     )
+
+
+def _residual(spec: ModelSpec) -> dict[str, int]:
+    residual, table = spec.residual, spec.ngram
+    if residual is None or residual.kind != "gated":
+        return {}
+    columns = 0 if table is None else table.dim * sum(layer.ngram for layer in spec.layers)
+    return {"streams": residual.streams, "stream_rank": residual.rank, "table_columns": columns}
 
 
 def spec_of_bundle(bundle: Any) -> ModelSpec:
@@ -138,6 +179,17 @@ def _mixer_columns(spec: ModelSpec, layer: Layer) -> tuple[int, int]:
     outputs = [one for one in packed if one.name.endswith((".output", ".output_b"))]
     inner = sum(one.shape[0] for one in packed if one not in outputs)
     return inner, max(one.shape[1] for one in outputs)
+
+
+def _gate_columns(mixer: GatedDelta | ChannelDelta) -> int:
+    """With those of the low rank in between, which begin aligned."""
+    if isinstance(mixer, GatedDelta):
+        return 2 * mixer.value_heads
+    return (
+        align_up(mixer.heads, 4)
+        + 2 * mixer.heads * mixer.dim
+        + max(mixer.decay_rank or 0, mixer.gate_rank or 0)
+    )
 
 
 def _gpu_columns(spec: ModelSpec, layer: Layer) -> int:

@@ -10,12 +10,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from krasis.formats.bundle.manifest_records import TABLE_TIER
 from krasis.formats.errors import UnsupportedModelError, UsageError
 from krasis.formats.models import tensors
 from krasis.formats.models.record import MAX_POSITIONS
 from krasis.formats.models.spec import Layer, ModelSpec
 from krasis.formats.models.state import SNAPSHOTS, Windows, copy_bytes, fixed_bytes, layer_state
-from krasis.formats.models.tensors import blobs, layer_tensors
+from krasis.formats.models.tensors import blobs, layer_tensors, table_tensors
+from krasis.runtime.planning.assumptions import GROUPED_SHARE, MXFP4_GROUPED_SHARE
+from krasis.runtime.planning.kv_form import gpu_windows, kv_scratch_bytes, planned_kv_dtype
 from krasis.runtime.planning.shape import ModelShape, largest_shape, shape_of
 
 if TYPE_CHECKING:
@@ -47,6 +50,7 @@ class ExpertSizes:
     """The routed experts of one layer, of which each token takes ``top_k``.
 
     weights: of one expert. gpu_bytes, cpu_bytes: one expert in that tier, padding included; 0: no such tier.
+    products_share: of a GPU's matmul rate, that its grouped products reach.
     """
 
     count: int
@@ -54,6 +58,7 @@ class ExpertSizes:
     weights: int
     gpu_bytes: int
     cpu_bytes: int
+    products_share: float = GROUPED_SHARE
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +81,8 @@ class ModelSizes:
     """Bytes of a model's parts.
 
     layers: the kinds of layers, each once with its number. end_bytes: final norm and head, which every token
-    reads too. embedding_bytes: the table of which a token looks up one row.
+    reads too. embedding_bytes: the table of which a token looks up one row. table_bytes: hashed n-gram
+    tables, which stay on the disk.
     """
 
     spec: ModelSpec
@@ -86,6 +92,7 @@ class ModelSizes:
     gpu_layout: str
     cpu_layout: str
     source: Literal["bundle", "shape"]
+    table_bytes: int = 0
 
     def __post_init__(self) -> None:
         if not any(kind.experts for kind in self.layers):
@@ -158,6 +165,12 @@ class ModelSizes:
         """What a token reads of the experts in their CPU form."""
         return sum(count * experts.top_k * experts.cpu_bytes for count, experts in self.expert_layers)
 
+    @property
+    def looked_up_bytes(self) -> int:
+        """What a token looks up in hashed tables."""
+        table = self.spec.ngram
+        return 0 if table is None else self.table_bytes * table.dim // (table.rows * table.row_dim)
+
     def read_bytes(self, kind: LayerSizes) -> float:
         """What a pass reads for one layer of that kind, with its share of what follows the layers."""
         return (self.num_layers * kind.dense_bytes + self.end_bytes) / self.num_layers
@@ -185,12 +198,21 @@ class ModelSizes:
             num_tokens, kv_dtype, windows
         )
 
-    def tokens_within(self, room_bytes: float, kv_dtype: str) -> int:
-        """The longest sequence that keeps no more than that on a GPU, whatever the model's positions."""
+    def gpu_kv_bytes(self, num_tokens: int, kv_dtype: str, num_gpus: int = 1) -> int:
+        """What each of so many GPUs takes for one sequence's cache of so many positions, with what computing
+        with 8 bits needs."""
+        kv_dtype = planned_kv_dtype(self.spec, kv_dtype)
+        scratch = kv_scratch_bytes(self.spec, num_tokens) if kv_dtype == "int8" else 0
+        return self.sequence_bytes(num_tokens, kv_dtype, gpu_windows(self.spec, num_gpus)) + scratch
+
+    def tokens_within(self, room_bytes: float, kv_dtype: str, num_gpus: int = 1) -> int:
+        """The longest sequence that keeps no more than that on each of so many GPUs, whatever the model's
+        positions."""
+        windows = gpu_windows(self.spec, num_gpus)
         low, high = 0, MAX_POSITIONS
         while low < high:
             middle = (low + high + 1) // 2
-            if self.kv_bytes(middle, kv_dtype, "whole") <= room_bytes:
+            if self.sequence_bytes(middle, kv_dtype, windows) <= room_bytes:
                 low = middle
             else:
                 high = middle - 1
@@ -233,19 +255,21 @@ def sizes_of_shape(
         gpu_layout = default_gpu_layout(spec)
     if cpu_layout is None:
         cpu_layout = _default_cpu_layout(spec)
-    records: dict[tuple[str, int, int], int] = {}
+    records: dict[tuple[str, int, int, bool], int] = {}
 
     def record_bytes(tier: str, index: int) -> int:
         experts = spec.layers[index].experts
         if experts is None:
             return 0
-        width = spec.hidden if experts.latent is None else experts.latent
-        key = (gpu_layout if tier == "gpu" else cpu_layout, width, experts.intermediate)
+        width = experts.width(spec.hidden)
+        key = (gpu_layout if tier == "gpu" else cpu_layout, width, experts.intermediate, experts.gated)
         if key not in records:
             records[key] = _record_bytes(*key)
         return records[key]
 
-    return _sizes(spec, dense, record_bytes, gpu_layout=gpu_layout, cpu_layout=cpu_layout, source="shape")
+    tables = sum(math.prod(one.shape) * _DTYPE_BYTES[None] for _, one in table_tensors(spec))
+    names = {"gpu_layout": gpu_layout, "cpu_layout": cpu_layout}
+    return _sizes(spec, dense, record_bytes, **names, source="shape", table_bytes=tables)
 
 
 def _default_cpu_layout(spec: ModelSpec) -> str:
@@ -272,17 +296,17 @@ def default_gpu_layout(spec: ModelSpec) -> str:
     return expert_format(DEFAULT_GPU_LAYOUT).fitted(inputs).layout_id
 
 
-def _record_bytes(layout_id: str, width: int, intermediate: int) -> int:
+def _record_bytes(layout_id: str, width: int, intermediate: int, gated: bool) -> int:
     from krasis.formats.layouts import expert_format
 
-    return expert_format(layout_id).expert_record(width, intermediate).record_bytes
+    return expert_format(layout_id).expert_record(width, intermediate, gated).record_bytes
 
 
 def sizes_of_bundle(manifest: Manifest) -> ModelSizes:
     """The sizes that a bundle has, from its blob table. Raises UnsupportedModelError for a model without
     experts.
     """
-    spec = manifest.spec
+    spec = manifest.spec.main
     dense = _dense_bytes((blob.name, blob.num_bytes) for blob in manifest.blobs if blob.tier == "dense")
     tiers: dict[tuple[str, str], int] = defaultdict(int)
     for blob in manifest.blobs:
@@ -294,7 +318,8 @@ def sizes_of_bundle(manifest: Manifest) -> ModelSizes:
         return tiers[tier, str(index)] // experts.count if experts is not None else 0
 
     layouts = {f"{tier}_layout": manifest.layouts.get(tier, "") for tier in ("gpu", "cpu")}
-    return _sizes(spec, dense, record_bytes, **layouts, source="bundle")
+    tables = sum(num_bytes for (tier, _), num_bytes in tiers.items() if tier == TABLE_TIER)
+    return _sizes(spec, dense, record_bytes, **layouts, source="bundle", table_bytes=tables)
 
 
 def _place(name: str) -> str:
@@ -320,14 +345,15 @@ def _sizes(
     for index, layer in enumerate(spec.layers):
         records = (record_bytes(tier, index) for tier in ("gpu", "cpu"))
         numbers[layer, dense[str(index)], *records] += 1  # type: ignore[index]
-    layers = tuple(_layer(spec, count, *kind) for kind, count in numbers.items())
+    share = MXFP4_GROUPED_SHARE if others["gpu_layout"] == MXFP4_GPU_LAYOUT else GROUPED_SHARE
+    layers = tuple(_layer(spec, share, count, *kind) for kind, count in numbers.items())
     return ModelSizes(
         spec=spec, layers=layers, end_bytes=dense["end"], embedding_bytes=dense[EMBEDDING_BLOB], **others
     )
 
 
 def _layer(
-    spec: ModelSpec, count: int, layer: Layer, dense_bytes: int, gpu_bytes: int, cpu_bytes: int
+    spec: ModelSpec, share: float, count: int, layer: Layer, dense_bytes: int, gpu_bytes: int, cpu_bytes: int
 ) -> LayerSizes:
     experts, listed = layer.experts, layer_tensors(spec, layer)
     sizes = None
@@ -335,7 +361,7 @@ def _layer(
         weights = sum(
             math.prod(one.shape[1:]) for one in listed if one.store == "experts" and len(one.shape) == 3
         )
-        sizes = ExpertSizes(experts.count, experts.router.top_k, weights, gpu_bytes, cpu_bytes)
+        sizes = ExpertSizes(experts.count, experts.router.top_k, weights, gpu_bytes, cpu_bytes, share)
     macs = sum(
         math.prod(one.shape)
         for one in listed

@@ -21,12 +21,15 @@ copy, or a pinned ring in front of the files.
 @dataclass(frozen=True, slots=True)
 class Workload:
     """What is asked: positions of KV cache kept, tokens of the prompt, and the cache's dtype (f16, bf16,
-    f32).
+    f32). slots: sequences at once. host_kv_layers: so many layers' keys and values lie in the host's memory
+    beside a GPU.
     """
 
     context: int
     prompt_tokens: int
     kv_dtype: str = "f16"
+    slots: int = 1
+    host_kv_layers: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +39,7 @@ class GpuPlacement:
     experts: of each layer, [first_expert, first_expert + num_experts) belong to this rank.
     num_groups, group_experts: a layer's experts arrive in that many groups, two buffers of ``group_experts``
     experts; 0 and 0 when all of the rank's experts live in VRAM. resident_experts counts over all layers.
+    host_kv_layers: so many layers keep keys and values in the host's memory, host_kv_bytes of it.
     """
 
     rank: int
@@ -52,6 +56,8 @@ class GpuPlacement:
     buffer_bytes: int
     resident_bytes: int
     spare_bytes: int
+    host_kv_layers: int = 0
+    host_kv_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +102,10 @@ class Prefill:
 
 @dataclass(frozen=True, slots=True)
 class Decode:
-    """Expected time of one token after the prompt. stream_s: of experts streamed for want of CPU experts."""
+    """Expected time of one token after the prompt. handover_s: what layers take besides reading. stream_s: of
+    experts streamed for want of CPU experts. host_kv_s: of keys and values that lie in the host's memory,
+    host_kv_bytes.
+    """
 
     total_s: float
     tokens_per_s: float
@@ -107,6 +116,8 @@ class Decode:
     handover_s: float
     cpu_experts_bytes: int
     stream_s: float = 0.0
+    host_kv_s: float = 0.0
+    host_kv_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

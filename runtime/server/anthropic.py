@@ -9,6 +9,7 @@ from typing import Any
 from krasis.formats.names import shown
 from krasis.runtime.server.errors import ApiError, refused
 from krasis.runtime.server.fields import Fields
+from krasis.runtime.server.images import NOTE
 
 Row = dict[str, Any]
 
@@ -173,7 +174,7 @@ def _result(content: Any, where: str) -> str:
         if kind == "text":
             texts.append(_text(block, where))
         elif kind == "image":
-            texts.append("(an image, which this model cannot see)")
+            texts.append(NOTE)
         else:
             texts.append(json.dumps(block, ensure_ascii=False))
     return "\n".join(texts)

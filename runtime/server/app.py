@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from krasis.runtime.server import utility
+from krasis.runtime.server import ollama, utility
 from krasis.runtime.server.auth import Gate, error_response_body
 from krasis.runtime.server.chat import chat_completions
 from krasis.runtime.server.completions import completions
@@ -45,6 +45,8 @@ _POST = {
 _GET = {"models": utility.models, "health": utility.health}
 _ALONE = {"props": utility.properties, "slots": utility.slots, "metrics": utility.metrics}
 _ALONE["openapi.json"] = openapi
+_OLLAMA = {"chat": ollama.chat, "show": ollama.show, "generate": utility.not_offered}
+_OLLAMA_GET = {"tags": ollama.tags, "ps": ollama.tags, "version": ollama.version}
 _NOT_OFFERED = (
     "embeddings",
     "rerank",
@@ -66,6 +68,8 @@ def make_app(service: Service) -> ASGIApp:
         routes += [_route(prefix + path, endpoint, "GET") for path, endpoint in _GET.items()]
         routes += [_route(prefix + path, utility.not_offered, "POST") for path in _NOT_OFFERED]
     routes += [_route("/" + path, endpoint, "GET") for path, endpoint in _ALONE.items()]
+    routes += [_route("/api/" + path, endpoint, "POST") for path, endpoint in _OLLAMA.items()]
+    routes += [_route("/api/" + path, endpoint, "GET") for path, endpoint in _OLLAMA_GET.items()]
     routes.append(_route("/slots/{number}", act_on_slot, "POST"))
     routes.append(_route("/v1/models/{name:path}", utility.one_model, "GET"))
     app = Starlette(routes=routes, exception_handlers={HTTPException: _on_http_error})

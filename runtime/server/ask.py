@@ -11,7 +11,7 @@ from typing import Any
 from krasis.runtime.server.continuing import read_goes_on
 from krasis.runtime.server.errors import refused
 from krasis.runtime.server.fields import Fields
-from krasis.runtime.server.grammar import Grammar, call_grammar, read_response_format
+from krasis.runtime.server.grammar import Grammar, read_response_format
 from krasis.runtime.server.sampling import (
     MAX_TOP_LOGPROBS,
     read_bias,
@@ -24,6 +24,7 @@ from krasis.runtime.server.sessions import is_task
 from krasis.runtime.server.thought_form import APART, read_form
 from krasis.runtime.server.tools.calls import CallFormat
 from krasis.runtime.server.tools.choice import ToolChoice, read_tools
+from krasis.runtime.server.tools.forced import call_grammar
 from krasis.runtime.settings import SamplingSettings
 from krasis.runtime.text.thinking import Format, opened_by
 
@@ -121,8 +122,10 @@ def make_ask(
     session = fields.any("prompt_cache_key")
     prompts = service.prompts
     if choice.must_call:
-        grammar = call_grammar(prompts.call_format, choice.callable_tools)
-    service.grammars.check(grammar)
+        grammar = call_grammar(
+            prompts.call_format, choice.callable_tools, prompts.assets.tokenizer.special_tokens()
+        )
+    grammar = service.grammars.check(grammar)
     text = prompts.text(messages, choice.tools, think=think, variables=variables, goes_on=goes_on)
     ids = prompts.tokens(text)
     opened = opened_by(ids, prompts.assets.thinking, prompts.assets.tokenizer)

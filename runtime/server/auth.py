@@ -29,6 +29,8 @@ def is_anthropic(path: str) -> bool:
 
 def error_response_body(path: str, error: ApiError) -> dict[str, object]:
     """An error in the form of the path's API."""
+    if path.startswith("/api/"):  # ollama's
+        return {"error": error.message}
     return error.anthropic() if is_anthropic(path) else error.openai()
 
 

@@ -8,12 +8,12 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from krasis.formats.errors import KrasisError, UsageError
-from krasis.formats.process.command_line import StreamsCommand, version_option
+from krasis.formats.process.command_line import CommandError, StreamsCommand, version_option
 from krasis.formats.process.last_resort import last_resort
 from krasis.formats.process.log_lines import PrintableFormatter
 
@@ -33,18 +33,6 @@ _PACKAGES = ("starlette", "uvicorn", "prometheus_client")
 _SAMPLING = {"temperature": "temp", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "seed": "seed"}
 
 logger = logging.getLogger(__name__)
-
-
-class CommandError(click.ClickException):
-    """A KrasisError on its way out: one line on stderr and the class's exit code."""
-
-    def __init__(self, error: KrasisError) -> None:
-        super().__init__(" ".join(str(error).split()))
-        self.exit_code = error.exit_code  # type: ignore[misc]  # click declares it a constant of the class
-
-    def show(self, file: IO[Any] | None = None) -> None:
-        """Prints the line."""
-        click.echo(f"{PROGRAM}: {self.message}", file=file or sys.stderr)
 
 
 @click.command(
@@ -165,7 +153,7 @@ class CommandError(click.ClickException):
     "--kv-dtype",
     type=click.Choice(["f16", "f32", "int8"]),
     default="f16",
-    help="Precision of the KV cache (int8: half the memory; on the CPU alone).",
+    help="Precision of the KV cache (int8: half the memory; else a GPU's has 16 bits).",
 )
 @click.option(
     "--device",
@@ -190,7 +178,7 @@ def main(bundle: Path, verbose: int, quiet: bool, **options: Any) -> None:
     try:
         _serve(bundle, {**options, "is_verbose": verbose > 1})
     except KrasisError as error:
-        raise CommandError(error) from error
+        raise CommandError(PROGRAM, error) from error
 
 
 def _serve(bundle: Path, options: dict[str, Any]) -> None:
@@ -212,7 +200,7 @@ def _serve(bundle: Path, options: dict[str, Any]) -> None:
         from krasis.runtime.server.ranks import follow_first
 
         order = _order(bundle, options)
-        follow_first(bundle, replace(order.engine, slots=order.core.num_slots), options["gpus"])
+        follow_first(bundle, replace(order.engine, slots=order.core.num_slots, draft=0), options["gpus"])
         return
     shared_sandbox().start()  # it gets ready while this process imports
     first = EngineProcess()
@@ -321,18 +309,16 @@ def _say_ready(addresses: list[Any], service: Service, seconds: float) -> None:
 def _settings(bundle: Path, options: dict[str, Any]) -> ServeSettings:
     from krasis.formats.strict_json import parse_json_object
     from krasis.formats.units import parse_bytes
+    from krasis.runtime.server.api_keys import api_keys
     from krasis.runtime.server.service import ServeSettings
     from krasis.runtime.template_values import check_variables
 
     text = options["chat_template_kwargs"]
     variables = parse_json_object(text.encode("utf-8", "replace"), "--chat-template-kwargs", max_bytes=2**20)
     check_variables(variables)
-    keys = [*options["api_keys"], *_keys_of(options["api_key_file"])]
-    if any(not key.strip() or not key.isascii() or not key.isprintable() for key in keys):
-        raise UsageError("an API key must be printable ASCII", where="--api-key")
     return ServeSettings(
         aliases=options["aliases"] or (bundle.name.removesuffix(".krasis") or "krasis",),
-        api_keys=tuple(keys),
+        api_keys=api_keys(options["api_keys"], options["api_key_file"]),
         cors_origins=tuple(one.strip() for one in options["cors_origins"].split(",") if one.strip()),
         max_body_bytes=parse_bytes(options["max_body"], "--max-body"),
         max_requests=4 * (options["queue"] + options["parallel"]),
@@ -380,16 +366,6 @@ def _size(text: str, where: str) -> int:
     from krasis.formats.units import parse_bytes
 
     return 0 if text.strip() == "0" else parse_bytes(text, where)
-
-
-def _keys_of(path: Path | None) -> list[str]:
-    if path is None:
-        return []
-    try:
-        lines = path.read_text("utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        raise UsageError("the file of keys cannot be read", where=str(path), got=error) from error
-    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
 
 
 def _configure_logging(verbose: int, quiet: bool) -> None:

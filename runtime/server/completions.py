@@ -100,7 +100,7 @@ def _read_asks(service: Service, fields: Fields) -> list[Ask]:
     max_tokens = read_max_tokens(fields, least=0 if echo else 1)
     logprobs = _num_logprobs(fields)
     grammar = read_response_format(fields)
-    service.grammars.check(grammar)
+    grammar = service.grammars.check(grammar)
     shared: dict[str, Any] = {
         "model": service.model_name(fields.any("model")),
         "sampling": read_sampling(fields, service.sampling),
@@ -118,7 +118,10 @@ def _read_asks(service: Service, fields: Fields) -> list[Ask]:
     }
     if len(prompts) * count > MAX_PROMPTS:
         raise refused(f"'n' answers to each prompt are more than {MAX_PROMPTS} in all.", "n")
-    asks = [Ask(prompt=service.prompts.checked(prompt), num_answers=count, **shared) for prompt in prompts]
+    asks = [
+        Ask(prompt=service.prompts.checked(prompt, "prompt"), num_answers=count, **shared)
+        for prompt in prompts
+    ]
     return [one for ask in asks for one in repeated(ask, count)]
 
 

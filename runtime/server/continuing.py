@@ -18,9 +18,18 @@ _MARK = "\ue0f1krasis-goes-on\ue0f2"
 
 def read_goes_on(fields: Fields, messages: object) -> bool:
     """vLLM's and llama.cpp's ``continue_final_message``; where neither it nor its opposite is said, whether
-    the last message is the beginning of an answer. Raises ApiError if a new message is wanted too."""
+    the last message is the beginning of an answer. Raises ApiError if a new message is wanted too, or if two
+    answers stand at the end and nothing says what is wanted."""
     if not fields.has("continue_final_message") and not fields.has("add_generation_prompt"):
-        return isinstance(messages, list) and is_begun(messages)
+        if not isinstance(messages, list) or not is_begun(messages):
+            return False
+        if is_begun(messages[:-1]):
+            raise refused(
+                "The last two messages are both the assistant's: 'continue_final_message' must say whether "
+                "the answer goes on with the last one (true) or is a new one (false).",
+                "messages",
+            )
+        return True
     if not fields.flag("continue_final_message"):
         return False
     if fields.flag("add_generation_prompt"):

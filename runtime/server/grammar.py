@@ -5,25 +5,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Lock
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from krasis.formats.errors import UsageError
 from krasis.formats.names import shown
 from krasis.runtime.server.errors import refused
 from krasis.runtime.server.fields import Fields
-from krasis.runtime.server.tools.arg_keys import ARG_KEYS
-from krasis.runtime.server.tools.calls import CallFormat, Tools, function_of
-from krasis.runtime.server.tools.harmony import HARMONY
-from krasis.runtime.server.tools.xml import XML
 
 Bits = npt.NDArray[np.bool_]
 
 MAX_GRAMMAR_CHARACTERS = 2**20
-_COMPACT = {"whitespace_flexible": False, "key_separator": ": ", "item_separator": ", "}
+MAX_GBNF_CHARACTERS = 2**16  # reading them takes the square of the time
+_GIVEN_UP = ("InternalError", "LexerTooComplex", "ParserTooComplex")  # what follows would fit by chance
 _BOUNDED = {"whitespace_pattern": r"[ \n\t]{0,20}"}  # or a model may write blanks for ever
 
 
@@ -54,10 +52,15 @@ class Mask:
         self._tail: list[int] = []
 
     def allowed(self) -> Bits | None:
-        """bool [vocab]; None: all of them."""
-        if self._waits or self._matcher.is_error():
+        """bool [vocab]; None: all of them. Raises UsageError for a grammar that takes too long to follow."""
+        if self._waits:
             return None
-        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        mask = None if self._matcher.is_error() else self._matcher.compute_bitmask()
+        if self._matcher.is_error() and (reason := self._matcher.stop_reason()) in _GIVEN_UP:
+            raise UsageError("the grammar has become too complex to follow", got=reason)
+        if mask is None:
+            return None
+        bits = np.frombuffer(mask, dtype=np.uint8)
         return np.unpackbits(bits, bitorder="little")[: self._num_rows].astype(np.bool_)
 
     def accept(self, token: int) -> None:
@@ -80,15 +83,19 @@ class Grammars:
         self._lock = Lock()
         self._tokenizer: Any = None
 
-    def check(self, grammar: Grammar | None) -> None:
-        """Raises ApiError (400) for a grammar that cannot be followed."""
+    def check(self, grammar: Grammar | None) -> Grammar | None:
+        """The grammar, in a form that is quickly read again. Raises ApiError (400) for one that cannot be
+        followed."""
         if grammar is None:
-            return
+            return None
         library = _library(grammar.param)
+        if grammar.kind == "gbnf":
+            grammar = replace(grammar, kind="lark", text=_converted(library, grammar))
         text = _compiled(library, grammar)
         complaint = library.LLMatcher.validate_grammar(text, self._loaded(library))
         if complaint:
             raise refused(f"'{grammar.param}' cannot be followed: {complaint[:300]}", grammar.param)
+        return grammar
 
     def prepare(self, grammar: Grammar) -> None:
         """Reads the tokenizer, which takes a second if it is large, so that ``mask`` does not."""
@@ -156,8 +163,8 @@ def read_response_format(fields: Fields, name: str = "response_format") -> Gramm
     ``grammar``."""
     if fields.has("grammar"):
         text = fields.text("grammar") or ""
-        if not 0 < len(text) <= MAX_GRAMMAR_CHARACTERS:
-            raise refused(f"'grammar' must have 1 to {MAX_GRAMMAR_CHARACTERS} characters.", "grammar")
+        if not 0 < len(text) <= MAX_GBNF_CHARACTERS:
+            raise refused(f"'grammar' must have 1 to {MAX_GBNF_CHARACTERS} characters.", "grammar")
         return Grammar("gbnf", text, "grammar")
     if fields.has("json_schema"):
         return _schema(fields.any("json_schema"), "json_schema")
@@ -184,76 +191,3 @@ def _schema(schema: object, param: str) -> Grammar:
             f"The JSON schema in '{param}' is longer than {MAX_GRAMMAR_CHARACTERS} characters.", param
         )
     return Grammar("json_schema", text, param)
-
-
-def call_grammar(call_format: CallFormat, tools: Tools) -> Grammar:
-    """One call of one of the tools, with the arguments that its schema allows.
-
-    Raises ApiError for a format whose calls cannot be forced.
-    """
-    if call_format is HARMONY:
-        raise refused(
-            "This model's calls cannot be forced: 'tool_choice' can be auto or none.", "tool_choice"
-        )
-    write = {XML: _xml_rules, ARG_KEYS: _arg_key_rules}.get(call_format, _hermes_rules)
-    names = [f"call{number}" for number in range(len(tools))]
-    rules = [f"start: {' | '.join(names)}"]
-    for name, tool in zip(names, tools, strict=True):
-        function = function_of(tool)
-        rules += write(name, str(function["name"]), dict(function.get("parameters") or {"type": "object"}))
-    text = "\n".join(rules)
-    if len(text) > MAX_GRAMMAR_CHARACTERS:
-        raise refused(f"The tools' schemas are longer than {MAX_GRAMMAR_CHARACTERS} characters.", "tools")
-    return Grammar("lark", text, "tools")
-
-
-def _hermes_rules(rule: str, name: str, schema: dict[str, Any]) -> list[str]:
-    begin = f'<tool_call>\n{{"name": {json.dumps(name, ensure_ascii=False)}, "arguments": '
-    return [
-        f"{rule}: {_literal(begin)} {rule}_args {_literal('}' + chr(10) + '</tool_call>')}",
-        _json(f"{rule}_args", schema),
-    ]
-
-
-def _xml_rules(rule: str, name: str, schema: dict[str, Any]) -> list[str]:
-    marks = (f"<tool_call>\n<function={name}>\n", "<parameter={}>\n", "\n</parameter>\n")
-    return _marked_rules(rule, schema, (*marks, "</function>\n</tool_call>"))
-
-
-def _arg_key_rules(rule: str, name: str, schema: dict[str, Any]) -> list[str]:
-    marks = (f"<tool_call>{name}\n", "<arg_key>{}</arg_key>\n<arg_value>", "</arg_value>\n")
-    return _marked_rules(rule, schema, (*marks, "</tool_call>"))
-
-
-def _marked_rules(rule: str, schema: dict[str, Any], marks: tuple[str, str, str, str]) -> list[str]:
-    """marks: what begins a call, a value (of the name in it), ends a value and a call."""
-    opens, begins, ends, closes = marks
-    properties = schema.get("properties")
-    known = properties if isinstance(properties, Mapping) else {}
-    required = schema.get("required")
-    must = set(required) if isinstance(required, list) else set()
-    shared: dict[str, Any] = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
-    parts, rules = [], []
-    for number, (key, value) in enumerate(known.items()):
-        part = f"{rule}_p{number}"
-        parts.append(part if key in must else f"{part}?")
-        begin = _literal(begins.format(key))
-        if _is_text(value):
-            rules += [f"{part}: {begin} {part}_v", f"{part}_v[suffix={_literal(ends)}]: /(?s:.*)/"]
-        else:
-            rules += [f"{part}: {begin} {part}_v {_literal(ends)}"]
-            rules.append(_json(f"{part}_v", {**value, **shared} if isinstance(value, Mapping) else {}))
-    return [f"{rule}: {_literal(opens)} {' '.join(parts)} {_literal(closes)}", *rules]
-
-
-def _is_text(schema: object) -> bool:
-    return isinstance(schema, Mapping) and schema.get("type") == "string" and "enum" not in schema
-
-
-def _json(rule: str, schema: dict[str, Any]) -> str:
-    guided = {**schema, "x-guidance": _COMPACT}
-    return f"{rule}: %json {json.dumps(guided, ensure_ascii=False)}"
-
-
-def _literal(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)

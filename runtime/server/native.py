@@ -80,11 +80,11 @@ async def native_completion(request: Request) -> Response:
 
 def _read_asks(service: Service, fields: Fields) -> list[Ask]:
     count = read_num_answers(fields)
-    prompts = [service.prompts.checked(one) for one in _read_prompts(service, fields.any("prompt"))]
+    prompts = [service.prompts.checked(one, "prompt") for one in _read_prompts(service, fields.any("prompt"))]
     if len(prompts) * count > MAX_PROMPTS:
         raise refused(f"There are more than {MAX_PROMPTS} answers to give.", "prompt")
     grammar = read_response_format(fields)
-    service.grammars.check(grammar)
+    grammar = service.grammars.check(grammar)
     num_probs = fields.integer("n_probs", 0, MAX_TOP_LOGPROBS)
 
     def words(text: str) -> list[int]:

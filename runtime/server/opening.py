@@ -35,6 +35,6 @@ def _read(path: Path, settings: EngineSettings) -> tuple[TextAssets, bytes, int]
         text = TextAssets(bundle, settings.chat_template)
         text.prepare()
         data = bundle.asset(TOKENIZER) if text.tokenizer else b""
-        _ = (text.template, text.named_ends, text.end_tokens, text.defaults, text.thinking_markers)
+        _ = (text.template, text.named_ends, text.end_tokens, text.defaults, text.markers)
         text.note_sampling()
         return text, data, bundle.spec.max_context

@@ -32,6 +32,11 @@ class PatientProtocol(H11Protocol):
         self._disarm()
         super().connection_lost(exc)
 
+    def _should_upgrade(self) -> bool:
+        """Never: HTTP/1.1 is what is spoken here, and it answers clients that offer more, as Java's do with
+        each request. uvicorn's would log two warnings about them."""
+        return False
+
     def _is_between(self) -> bool:
         """Whether no request is being answered."""
         return self.cycle is None or self.cycle.response_complete

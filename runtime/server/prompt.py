@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from krasis.formats.errors import FormatError, KrasisError, UsageError
 from krasis.runtime.server.continuing import check_begun, text_to_go_on
 from krasis.runtime.server.errors import ApiError, from_krasis, refused, too_long
-from krasis.runtime.server.tools.arg_keys import ARG_KEYS
+from krasis.runtime.server.images import with_notes
 from krasis.runtime.server.tools.calls import CallFormat, NotJsonError, Tools, strict_json
-from krasis.runtime.server.tools.harmony import HARMONY
-from krasis.runtime.server.tools.hermes import HERMES
-from krasis.runtime.server.tools.plain import without_tools
+from krasis.runtime.server.tools.known import format_of
+from krasis.runtime.server.tools.one_each import one_call_each, writes_several
+from krasis.runtime.server.tools.own_ids import with_own_ids
+from krasis.runtime.server.tools.plain import with_description, with_written_calls, without_tools
 from krasis.runtime.server.tools.replay import Replay
-from krasis.runtime.server.tools.xml import XML
 from krasis.runtime.template_values import check_variables
 from krasis.runtime.text.assets import TextAssets
 from krasis.runtime.text.chat import ChatTemplate
@@ -52,14 +53,11 @@ class Prompts:
         """The template's text, empty without one."""
         return "" if self.assets.template is None else self.assets.template.source
 
-    @property
+    @cached_property
     def call_format(self) -> CallFormat:
         """How the model writes calls of tools: as its template does."""
-        if "<function=" in self.source:
-            return XML
-        if "<arg_key>" in self.source:
-            return ARG_KEYS
-        return HARMONY if "<|channel|>commentary" in self.source else HERMES
+        tokenizer = self.assets.tokenizer
+        return format_of(self.source, lambda token: tokenizer.token_id(token) is not None)
 
     def text(
         self,
@@ -85,18 +83,19 @@ class Prompts:
             raise refused(f"There are more than {MAX_MESSAGES} messages.", "messages")
         try:
             given = self._given(think, variables)
-            rows = read_messages([_filled(one) for one in messages])
+            sent = rows = read_messages([_filled(one) for one in messages])
             if goes_on:
                 check_begun(rows)
-            if not _reads_tools(self.source):
-                rows, tools = without_tools(rows, tools), ()
+            rows, shown_tools = self._fitted(template, rows, tools)
             if goes_on:
-                text = text_to_go_on(rows, lambda marked: _render(template, marked, tools, given, False))
+                text = text_to_go_on(
+                    rows, lambda marked: _render(template, marked, shown_tools, given, False)
+                )
             else:
-                text = _render(template, rows, tools, given, add_generation_prompt)
+                text = _render(template, rows, shown_tools, given, add_generation_prompt)
         except KrasisError as error:
             raise from_krasis(error, "messages") from error
-        return self._replay.restored(text, rows, self.call_format, tools)
+        return self._replay.restored(text, sent, self.call_format, tools)
 
     def tokens(self, text: str, *, special: bool = False) -> list[int]:
         """Its ids. Raises ApiError, also for a text that is far too long to be tokenized at all."""
@@ -107,13 +106,27 @@ class Prompts:
         except KrasisError as error:
             raise from_krasis(error) from error
 
-    def checked(self, tokens: Sequence[int]) -> list[int]:
-        """A prompt's tokens, if there are any and the context has room for one more. Raises ApiError."""
+    def checked(self, tokens: Sequence[int], field: str = "messages") -> list[int]:
+        """A prompt's tokens, if there are any and the context has room for one more. field: of the request,
+        where it came from. Raises ApiError."""
         if not tokens:
-            raise refused("The prompt is empty.", "messages")
+            raise refused("The prompt is empty.", field)
         if len(tokens) >= self.context:
             raise too_long(len(tokens), self.context)
         return list(tokens)
+
+    def _fitted(self, template: ChatTemplate, rows: list[Row], tools: Tools) -> tuple[list[Row], Tools]:
+        """Messages and tools as the template can write them."""
+        form, has_tools = self.call_format, "tools" in self.source
+        if "tool_calls" not in self.source:
+            if has_tools and form.write is not None:
+                return with_written_calls(rows, form.write), tools
+            return without_tools(rows, tools), ()
+        if form.ids:
+            rows = with_own_ids(rows, form.ids, self._replay.find)
+        if any(len(row.get("tool_calls") or ()) > 1 for row in rows) and not writes_several(template):
+            rows = one_call_each(rows)
+        return (rows, tools) if has_tools else (with_description(rows, tools, form), ())
 
     def _given(self, think: bool | None, variables: Mapping[str, object] | None) -> dict[str, object]:
         check_variables(variables or {})
@@ -146,13 +159,13 @@ def _render(
 
 def _filled(message: object) -> object:
     """A message without content has an empty one: agents send null beside calls, thoughts and nothing."""
-    if isinstance(message, Mapping) and message.get("content") is None:
+    if not isinstance(message, Mapping):
+        return message
+    if message.get("content") is None:
         return {**message, "content": ""}
-    return message
-
-
-def _reads_tools(source: str) -> bool:
-    return "tools" in source and "tool_calls" in source
+    return (
+        {**message, "content": with_notes(message["content"])} if message.get("role") == "tool" else message
+    )
 
 
 def _forms(rows: list[Row], source: str) -> Iterator[list[Row]]:

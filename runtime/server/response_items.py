@@ -11,6 +11,7 @@ from typing import Any
 from krasis.formats.names import shown
 from krasis.runtime.server.errors import refused
 from krasis.runtime.server.fields import Fields
+from krasis.runtime.server.images import with_notes
 
 Row = dict[str, Any]
 
@@ -46,7 +47,7 @@ def _add(rows: list[Row], item: Any, where: str) -> None:
     elif kind in ("function_call", "custom_tool_call"):
         _assistant(rows).setdefault("tool_calls", []).append(_call(item, where))
     elif kind in _OUTPUTS:
-        output = _words(item.get("output", ""), where)
+        output = _words(with_notes(item.get("output", "")), where)
         rows.append({"role": "tool", "tool_call_id": str(item.get("call_id", "")), "content": output})
     elif kind == "item_reference":
         raise refused(f"'{where}' refers to an item: this server keeps none; replay the input.", where)

@@ -136,6 +136,20 @@ def _signals_end(server: _Server) -> Iterator[None]:
                 signal.signal(number, handler)
 
 
+def _config(door: Door, header_timeout_s: float) -> uvicorn.Config:
+    return uvicorn.Config(
+        door,
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        server_header=False,
+        timeout_graceful_shutdown=GRACE_S,
+        loop="asyncio",
+        ws="none",  # nothing here speaks it, whatever is installed beside
+        http=patient_protocol(header_timeout_s),
+    )
+
+
 def run(
     listeners: Sequence[socket.socket],
     load: Callable[[], Service],
@@ -162,17 +176,7 @@ def run(
         for one in service:
             one.close()
 
-    config = uvicorn.Config(
-        door,
-        log_config=None,
-        access_log=False,
-        lifespan="off",
-        server_header=False,
-        timeout_graceful_shutdown=GRACE_S,
-        loop="asyncio",
-        http=patient_protocol(header_timeout_s),
-    )
-    server = _Server(config, close)
+    server = _Server(_config(door, header_timeout_s), close)
 
     def watching(wait: Callable[[], BaseException | None]) -> None:
         if (error := wait()) is not None:

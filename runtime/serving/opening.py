@@ -68,7 +68,7 @@ def open_core(
     Raises what ``Engine.open`` raises, and ResourceError if the slots or prefix_dir cannot be had.
     """
     settings = settings or CoreSettings()
-    engine = replace(engine or EngineSettings(), slots=settings.num_slots)
+    engine = replace(engine or EngineSettings(), slots=settings.num_slots, draft=0)
     begin = time.perf_counter()
     with ExitStack() as undo:
         bundle = undo.enter_context(open_bundle(Path(path), engine))
@@ -82,7 +82,7 @@ def open_core(
         core = make_core(
             bundle, backend, text, settings, prefix_dir=prefix_dir, prefix_dir_bytes=prefix_dir_bytes
         )
-        prefault = start_prefault(bundle, tiers) if engine.prefault else None
+        prefault = start_prefault(bundle, tiers, backend) if engine.prefault else None
         if prefault is not None:
             undo.callback(prefault.stop)
         opened = OpenedCore(core, bundle, text, core.slot_actions(bundle, slot_dir), undo.pop_all())

@@ -32,6 +32,7 @@ class _Rows:
         self.description, self.kv_dtype = backend.description, backend.kv_dtype
         self.capacity = backend.capacity
         self.keeps_windows = bool(getattr(getattr(backend, "state", None), "keeps_windows", False))
+        self.keeps_index = bool(getattr(getattr(backend, "state", None), "keeps_index", False))
         self.layers: list[tuple[StateRows, StateRows]] = []
         self.state = self
         self._export = export
@@ -42,8 +43,10 @@ class _Rows:
             raise ResourceError("there is no state to save")
         return self._export(layer, num_tokens)
 
-    def import_(self, _slot: int, _layer: int, keys: StateRows, values: StateRows) -> None:
-        """See ``batch.StateStore``: kept in layers, which come in order."""
+    def import_(self, _slot: int, layer: int, keys: StateRows, values: StateRows) -> None:
+        """See ``batch.StateStore``: kept in layers, which come in order, but for those that keep nothing."""
+        nothing = keys[:0, :, :0].copy()
+        self.layers.extend((nothing, nothing) for _ in range(layer - len(self.layers)))
         self.layers.append((keys.copy(), values.copy()))
 
     @property
@@ -84,8 +87,10 @@ class PrefixFolder:
     def __init__(self, path: Path, bundle: Bundle, backend: Any, max_bytes: int) -> None:
         self.path, self.max_bytes = path, max_bytes
         self._bundle, self._backend = bundle, backend
-        # Files that hold windows alone are another device's where contexts are kept whole, and not damaged.
-        kind = ("w" if self._rows().keeps_windows else "") + backend.kv_dtype
+        # Files that hold windows alone, or keys of an index, are another device's where contexts are kept
+        # whole, or without, and not damaged.
+        kept = self._rows()
+        kind = ("w" if kept.keeps_windows else "") + ("i" if kept.keeps_index else "") + backend.kv_dtype
         self._identity = f"{bundle_identity(bundle)[:16]}-{kind}"
         if not path.is_dir() or not os.access(path, os.R_OK | os.W_OK | os.X_OK):
             raise ResourceError(

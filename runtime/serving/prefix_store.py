@@ -9,7 +9,8 @@ from typing import Protocol
 
 from krasis.formats.errors import KrasisError
 from krasis.runtime.batch import StateRows
-from krasis.runtime.serving.ids import TokenIds, shared_length
+from krasis.runtime.serving.ids import TokenIds
+from krasis.runtime.serving.sorted_prefixes import SortedPrefixes
 from krasis.runtime.serving.steps import Found
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,6 @@ class Prefix:
     can_be_cut: bool = True
     is_side: bool = False
     file: OnDisk | None = None
-    used: int = 0
     users: set[str] = field(default_factory=set)
 
     @property
@@ -63,35 +63,35 @@ class PrefixStore:
         self.max_bytes, self.num_bytes = max_bytes, 0
         self.num_stored = self.num_evicted = 0
         self._spill = spill
-        self._prefixes: dict[int, Prefix] = {}
+        self._prefixes: dict[int, Prefix] = {}  # the least recently used first
+        self._sorted = {(cut, ram): SortedPrefixes() for cut in (True, False) for ram in (True, False)}
         self._held: dict[str, int] = {}
-        self._num_keys = self._tick = 0
+        self._num_keys = 0
 
     def __len__(self) -> int:
         return len(self._prefixes)
 
     def __iter__(self) -> Iterator[Prefix]:
         """The least recently used first."""
-        return iter(sorted(self._prefixes.values(), key=lambda one: one.used))
+        return iter(self._prefixes.values())
 
     def match(self, prompt: TokenIds) -> Found | None:
         """See ``steps.PrefixIndex``. Of equals, one in RAM."""
-        best, rank = None, (0, False)
-        for one in self._prefixes.values():
-            length = min(shared_length(one.tokens, prompt), len(prompt) - 1)
-            if length < len(one.tokens) and not one.can_be_cut:
-                continue
-            if length and (length, one.layers is not None) > rank:
-                best, rank = Found(one.key, length), (length, one.layers is not None)
-        return best
+        wanted, best = prompt[:-1], (0, False, -1)
+        for (can_be_cut, in_ram), some in self._sorted.items():
+            length, key = some.nearest(wanted) if can_be_cut else next(some.beginnings(wanted), (0, -1))
+            best = max(best, (length, in_ram, key))
+        return Found(best[2], best[0]) if best[0] else None
 
     def covers(self, tokens: TokenIds) -> bool:
         """See ``steps.PrefixIndex``."""
-        return any(
-            shared_length(one.tokens, tokens) == len(tokens)
-            and (one.can_be_cut or len(one.tokens) == len(tokens))
-            for one in self._prefixes.values()
-        )
+        for (can_be_cut, _), some in self._sorted.items():
+            found = some.has_beginning(tokens)
+            if not can_be_cut:
+                found = found and next(some.beginnings(tokens), (0, -1))[0] == len(tokens)
+            if found:
+                return True
+        return False
 
     def hold(self, user: str, key: int) -> None:
         """See ``steps.PrefixIndex``."""
@@ -109,19 +109,22 @@ class PrefixStore:
         """Whether num_bytes fit, after evicting what may go: first what tokens begin with, which is of no use
         then. For a side prefix only side prefixes go.
         """
-        useless = [] if tokens is None else [one for one in self if _begins(tokens, one) and not one.users]
-        free = self.max_bytes - self.num_bytes + sum(one.ram_bytes for one in useless)
+        useless = (
+            {} if tokens is None else {one.key: one for one in self._beginnings(tokens) if not one.users}
+        )
+        free = self.max_bytes - self.num_bytes + sum(one.ram_bytes for one in useless.values())
         going: list[Prefix] = []
-        for one in sorted(self, key=lambda one: not one.is_side):  # the sort keeps the order of use
-            if free >= num_bytes:
-                break
-            if one.layers is None or one.users or one in useless or (is_side and not one.is_side):
-                continue
-            going.append(one)
-            free += one.num_bytes
+        for of_side in (True,) if is_side else (True, False):
+            for one in self if free < num_bytes else ():
+                if one.layers is None or one.users or one.key in useless or one.is_side != of_side:
+                    continue
+                going.append(one)
+                free += one.num_bytes
+                if free >= num_bytes:
+                    break
         if free < num_bytes:
             return False
-        for one in useless:
+        for one in useless.values():
             self._drop(one)
         for one in going:
             self._evict(one)
@@ -158,19 +161,33 @@ class PrefixStore:
             self._drop(one)
             raise
         if self.make_room(one.num_bytes):
-            one.layers = layers
-            self.num_bytes += one.num_bytes
+            self._move(one, layers)
         return one, layers
 
     def _add(self, one: Prefix) -> None:
         self._num_keys += 1
         one.key = self._num_keys
         self._prefixes[one.key] = one
-        self._use(one)
+        self._place_of(one).add(one.tokens, one.key)
 
     def _use(self, one: Prefix) -> None:
-        self._tick += 1
-        one.used = self._tick
+        self._prefixes[one.key] = self._prefixes.pop(one.key)
+
+    def _place_of(self, one: Prefix) -> SortedPrefixes:
+        return self._sorted[one.can_be_cut, one.layers is not None]
+
+    def _move(self, one: Prefix, layers: Layers | None) -> None:
+        """Into RAM, or out of it."""
+        self._place_of(one).remove(one.tokens, one.key)
+        self.num_bytes -= one.ram_bytes
+        one.layers = layers
+        self.num_bytes += one.ram_bytes
+        self._place_of(one).add(one.tokens, one.key)
+
+    def _beginnings(self, tokens: TokenIds) -> Iterator[Prefix]:
+        """Those that tokens begin with."""
+        for some in self._sorted.values():
+            yield from (self._prefixes[key] for _, key in some.beginnings(tokens))
 
     def _evict(self, one: Prefix) -> None:
         self.num_evicted += 1
@@ -179,17 +196,12 @@ class PrefixStore:
         if one.file is None:
             self._drop(one)
         elif one.layers is not None:
-            one.layers = None
-            self.num_bytes -= one.num_bytes
+            self._move(one, None)
 
     def _drop(self, one: Prefix) -> None:
         del self._prefixes[one.key]
+        self._place_of(one).remove(one.tokens, one.key)
         self.num_bytes -= one.ram_bytes
         one.layers = None
         for user in one.users:
             self._held.pop(user, None)
-
-
-def _begins(tokens: TokenIds, prefix: Prefix) -> bool:
-    """Whether tokens begin with a prefix."""
-    return shared_length(prefix.tokens, tokens) == len(prefix.tokens)

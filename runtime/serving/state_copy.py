@@ -6,7 +6,7 @@ import numpy as np
 
 from krasis.runtime.batch import StateStore
 from krasis.runtime.serving.prefix_store import Layers
-from krasis.runtime.state.kv_store import KvStore, import_layer
+from krasis.runtime.state.kv_store import KeepsWindows, KvStore, import_layer
 
 
 class StateCopier:
@@ -30,7 +30,7 @@ class StateCopier:
 
     def num_bytes(self, slot: int, num_tokens: int) -> int:
         """What ``export`` will give: all layers are as large as the first, where all are alike."""
-        if isinstance(self._state, KvStore):
+        if isinstance(self._state, KvStore | KeepsWindows):
             return self._state.exported_bytes(num_tokens)
         alike = self.cuts_anywhere
         counted = [

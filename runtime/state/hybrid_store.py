@@ -16,83 +16,18 @@ import numpy as np
 from krasis.formats.errors import NativeError
 from krasis.formats.limits import align_up
 from krasis.formats.models.mixers import Attention
-from krasis.formats.models.recurrent import GatedDelta
 from krasis.formats.models.spec import ModelSpec
 from krasis.formats.models.state import SNAPSHOTS, TAIL_TOKENS, copy_bytes
 from krasis.runtime.batch import Batch, Span, StateRows
+from krasis.runtime.state.copies import Copy, Window
 from krasis.runtime.state.kv_store import Bytes, KvStore, Slot
+from krasis.runtime.state.recurrent_places import recurrent_places, state_shapes
 from krasis.runtime.state.row_form import KV_NUMPY, Floats
+from krasis.runtime.state.trail import Trail
 
-TILE_COLUMNS = 16  # of a matrix that lie together: the kernels read it in tiles of so many channels of v
 _ALIGN_BYTES = 64
-_F32_BYTES = 4
 _SAVED_AHEAD = 31  # positions
 _NEVER = 1 << 62
-
-
-@dataclass(frozen=True, slots=True)
-class RecurrentPlace:
-    """Where a layer's state lies among a slot's fixed bytes, float32: first the matrices [value_heads,
-    value_dim/16, key_dim, 16], then the columns of the convolution [conv_width - 1, channels], the oldest
-    first.
-    """
-
-    offset_bytes: int
-    matrices: tuple[int, int, int, int]
-    columns: tuple[int, int]
-
-    @property
-    def columns_bytes(self) -> int:
-        """Where the columns begin, from the layer's offset on."""
-        return align_up(int(np.prod(self.matrices)) * _F32_BYTES, _ALIGN_BYTES)
-
-    @property
-    def num_bytes(self) -> int:
-        """Of both, aligned."""
-        return align_up(self.columns_bytes + int(np.prod(self.columns)) * _F32_BYTES, _ALIGN_BYTES)
-
-    @property
-    def exported_bytes(self) -> int:
-        """Of both alone."""
-        return (int(np.prod(self.matrices)) + int(np.prod(self.columns))) * _F32_BYTES
-
-    def views(self, fixed: Bytes) -> tuple[Floats, Floats]:
-        """Matrices and columns in a slot's fixed bytes, or in a copy of them."""
-        begin, middle = self.offset_bytes, self.offset_bytes + self.columns_bytes
-        matrices = fixed[begin : begin + int(np.prod(self.matrices)) * _F32_BYTES]
-        columns = fixed[middle : middle + int(np.prod(self.columns)) * _F32_BYTES]
-        return matrices.view(np.float32).reshape(self.matrices), columns.view(np.float32).reshape(
-            self.columns
-        )
-
-
-@dataclass(slots=True)
-class _Window:
-    """Of a layer with a window the positions first.. before a copy's: keys and values [kv_heads, n, width],
-    of which the first num_saved are here; the others are in the ring still."""
-
-    first: int
-    keys: StateRows
-    values: StateRows
-    num_saved: int = 0
-
-    @property
-    def end(self) -> int:
-        """The copy's position."""
-        return self.first + int(self.keys.shape[1])
-
-
-@dataclass(slots=True)
-class _Copy:
-    """What a sequence overwrites later: fixed bytes, and what of windows is overwritten, when it is. lowest:
-    the first position that it can be gone back to with it. due: the end of a pass from which on something is
-    overwritten that is not here.
-    """
-
-    fixed: Bytes
-    windows: dict[int, _Window]
-    lowest: int
-    due: int = 0
 
 
 @dataclass(slots=True)
@@ -101,9 +36,10 @@ class _Fixed:
 
     bytes: Bytes
     is_current: bool = True
-    copies: dict[int, _Copy] = field(default_factory=dict)  # by position, ascending
+    copies: dict[int, Copy] = field(default_factory=dict)  # by position, ascending
+    trail: Trail = field(default_factory=Trail)  # of the last pass, if that was one to go back into
 
-    def covering(self, position: int) -> tuple[int, _Copy] | None:
+    def covering(self, position: int) -> tuple[int, Copy] | None:
         """The first copy from which a position can be had, and its own position."""
         found = ((at, one) for at, one in self.copies.items() if one.lowest <= position <= at)
         return next(found, None)
@@ -154,7 +90,7 @@ class HybridStore(KvStore):
         """See ``StateStore``: where what tokens overwrite is still there, or a copy of it."""
         live, fixed = self._live(slot), self._fixed[slot]
         at = min(position, live.length)
-        if self._is_there(slot, at):
+        if self._is_there(slot, at) or self._is_on_trail(slot, at):
             return at
         found = (min(end, at) for end, one in fixed.copies.items() if one.lowest <= at)
         return max(found, default=0)
@@ -166,6 +102,10 @@ class HybridStore(KvStore):
             return False
         return self._sees(live, position)
 
+    def _is_on_trail(self, slot: int, position: int) -> bool:
+        live, fixed = self._live(slot), self._fixed[slot]
+        return fixed.trail.at(position) is not None and self._sees(live, position)
+
     def rewind(self, slot: int, position: int) -> None:
         """See ``StateStore``. Raises NativeError for a position that ``restorable`` did not give."""
         live, fixed = self._live(slot), self._fixed[slot]
@@ -174,7 +114,12 @@ class HybridStore(KvStore):
         if position == 0:
             self._forget(fixed)
             live.lowest = live.high = 0
-        elif not self._is_there(slot, position) and (found := fixed.covering(position)) is not None:
+        elif self._is_there(slot, position):
+            pass
+        elif (left := fixed.trail.at(position)) is not None and self._is_on_trail(slot, position):
+            fixed.bytes[...] = left
+            fixed.is_current = True
+        elif (found := fixed.covering(position)) is not None:
             end, copy = found
             fixed.bytes[...] = copy.fixed
             fixed.is_current = True
@@ -184,6 +129,7 @@ class HybridStore(KvStore):
                     rows[:, index] = own[:, : window.num_saved]
             live.lowest, live.high = copy.lowest, end
         fixed.copies = {at: one for at, one in fixed.copies.items() if at <= position}
+        fixed.trail.num = 0
         live.length = position
 
     def checkpoint(self, slot: int) -> None:
@@ -200,22 +146,22 @@ class HybridStore(KvStore):
         kept[...] = fixed.bytes
         lowest = at if self.fixed_bytes else max(at - TAIL_TOKENS, self._lowest(live))
         windows = {
-            layer: self._window_copy(slot, layer, max(0, lowest - place.window + 1), at, given_up)
+            layer: self._window_copy(slot, layer, max(0, lowest - place.window), at, given_up)
             for layer, place in enumerate(self.places)
             if place is not None and place.window is not None and place.rows < self.capacity
         }
-        fixed.copies[at] = _Copy(kept, windows, lowest)
+        fixed.copies[at] = Copy(kept, windows, lowest)
 
-    def _window_copy(self, slot: int, layer: int, first: int, end: int, given_up: _Copy | None) -> _Window:
+    def _window_copy(self, slot: int, layer: int, first: int, end: int, given_up: Copy | None) -> Window:
         """Nothing yet of a layer's positions, in the memory of a copy that is given up where that is as
         large: fresh pages cost more than what is copied."""
         old = None if given_up is None else given_up.windows[layer]
         if old is not None and old.keys.shape[1] == end - first:
-            return _Window(first, old.keys, old.values)
+            return Window(first, old.keys, old.values)
         made = [
             np.empty((len(rows), end - first, rows.shape[2]), rows.dtype) for rows in self.layer(slot, layer)
         ]
-        return _Window(first, made[0], made[1])
+        return Window(first, made[0], made[1])
 
     def _save_windows(self, slot: int, end: int) -> None:
         """Before positions up to end are written: copies take what these overwrite of theirs, and a few more,
@@ -233,7 +179,7 @@ class HybridStore(KvStore):
                     due = window.first + window.num_saved + self._place(layer).rows + 1
                     copy.due = min(copy.due, due)
 
-    def _save_window(self, slot: int, layer: int, window: _Window, stop: int) -> None:
+    def _save_window(self, slot: int, layer: int, window: Window, stop: int) -> None:
         index = self._rows(layer, window.first + window.num_saved, stop)
         saved = slice(window.num_saved, stop - window.first)
         for rows, own in zip(self.layer(slot, layer), (window.keys, window.values), strict=True):
@@ -241,9 +187,8 @@ class HybridStore(KvStore):
         window.num_saved = stop - window.first
 
     def export(self, slot: int, layer: int, num_tokens: int) -> tuple[StateRows, StateRows]:
-        """See ``StateStore``. Of a layer with a matrix: it, [value_heads, n, 16], and the convolution's
-        columns, [1, conv_width - 1, channels]; of one with a window its last positions. Raises NativeError
-        for a position whose state is not there."""
+        """See ``StateStore``. Of a layer with a state what ``RecurrentPlace.exported`` says; of one with a
+        window its last positions. Raises NativeError for a position whose state is not there."""
         place = self.recurrent[layer]
         if place is None and self._window(layer) is None:
             return super().export(slot, layer, num_tokens)
@@ -252,8 +197,7 @@ class HybridStore(KvStore):
         if not is_there and found is None:
             raise NativeError("the state of this position is not kept", where="export", got=num_tokens)
         if place is not None:
-            matrices, columns = place.views(fixed.bytes if found is None else found[1].fixed)
-            return matrices.reshape(len(matrices), -1, TILE_COLUMNS), columns[None]
+            return place.exported(fixed.bytes if found is None else found[1].fixed)
         if found is None or layer not in found[1].windows:
             return super().export(slot, layer, num_tokens)
         window = found[1].windows[layer]
@@ -279,14 +223,12 @@ class HybridStore(KvStore):
     ) -> None:
         """See ``KvStore``; layers with a matrix take what ``export`` gave."""
         place, fixed = self.recurrent[layer], self._fixed[slot]
-        fixed.copies, fixed.is_current = {}, True
+        fixed.copies, fixed.is_current, fixed.trail.num = {}, True, 0
         if place is None:
             super().import_(slot, layer, keys, values, num_tokens)
             return
         self._live(slot)
-        matrices, columns = place.views(fixed.bytes)
-        matrices[...] = keys.reshape(matrices.shape)
-        columns[...] = values.reshape(columns.shape)
+        place.take(fixed.bytes, keys, values)
 
     # ---- for backends ------------------------------------------------------------------------------------
 
@@ -297,6 +239,20 @@ class HybridStore(KvStore):
             raise NativeError("the layer keeps no matrices", where="state", got=layer)
         self._live(slot)
         return place.views(self._fixed[slot].bytes)
+
+    def table(self, slot: int, layer: int) -> Floats:
+        """A view of what a layer's hashed table keeps: token ids as their bits."""
+        place = self.recurrent[layer]
+        if place is None or not place.num_table:
+            raise NativeError("the layer has no hashed table", where="state", got=layer)
+        self._live(slot)
+        return place.table(self._fixed[slot].bytes)
+
+    def trail(self, span: Span) -> tuple[Bytes, list[Bytes]]:
+        """The slot's fixed bytes, and room for copies of them behind each row of the span but the last, which
+        the pass must fill."""
+        fixed = self._fixed[span.slot]
+        return fixed.bytes, fixed.trail.make(span.rows - 1, self.fixed_bytes)
 
     def begin(self, batch: Batch) -> None:
         """As ``KvStore``; a span begins where its slot ends, or where it can go back to. Till ``advance`` the
@@ -316,41 +272,27 @@ class HybridStore(KvStore):
                 self._save_windows(span.slot, span.end)
         super().begin(batch)
         for span in batch.spans:
-            self._fixed[span.slot].is_current = False
+            self._fixed[span.slot].is_current, self._fixed[span.slot].trail.num = False, 0
 
     def advance(self, spans: Sequence[Span]) -> None:
         """See ``KvStore``."""
         super().advance(spans)
         for span in spans:
-            self._fixed[span.slot].is_current = True
+            fixed = self._fixed[span.slot]
+            fixed.is_current = True
+            if span.cuts and self.fixed_bytes:
+                fixed.trail.first, fixed.trail.num = span.start + 1, span.rows - 1
 
     def _forget(self, fixed: _Fixed) -> None:
         """Before the first token the state is zero, whatever the bytes are: what computes reads none of
         them."""
-        fixed.is_current, fixed.copies = True, {}
-
-
-def recurrent_places(spec: ModelSpec) -> tuple[RecurrentPlace | None, ...]:
-    """Where each layer's state lies among a slot's fixed bytes."""
-    places: list[RecurrentPlace | None] = []
-    offset = 0
-    for layer in spec.layers:
-        mixer = layer.mixer
-        if not isinstance(mixer, GatedDelta):
-            places.append(None)
-            continue
-        tiles = -(-mixer.value_dim // TILE_COLUMNS)
-        matrices = (mixer.value_heads, tiles, mixer.key_dim, TILE_COLUMNS)
-        place = RecurrentPlace(offset, matrices, (mixer.conv_width - 1, mixer.conv_channels))
-        places.append(place)
-        offset += place.num_bytes
-    return tuple(places)
+        fixed.is_current, fixed.copies, fixed.trail.num = True, {}, 0
 
 
 def state_store(spec: ModelSpec, capacity: int, dtype: str, num_slots: int = 1) -> KvStore:
     """The store for a model. Raises ResourceError if the slots together cannot fit in RAM."""
     overwrites = any(
-        isinstance(layer.mixer, GatedDelta)
+        state_shapes(layer.mixer) is not None
         or (isinstance(layer.mixer, Attention) and layer.mixer.window is not None)
         for layer in spec.layers
     )

@@ -5,9 +5,10 @@ own dtype (in 8 bits U8 [.., head_dim + 4], a row's codes and then their float32
 and, if a chat was saved, ``conversation`` U8: the JSON of ``/save``. Layers
 that overwrite a matrix with each token have it in ``matrices`` [num_layers, heads, rows, 16] and their last
 inputs in ``columns`` [num_layers, 1, n, channels], both F32, in place of keys and values; those of latent
-attention (MLA) have ``latents`` [num_layers, 1, n, channels], and those with a window, where the cache keeps
-no more than it, their last positions in ``window_keys`` and ``window_values`` [num_layers, num_kv_heads,
-min(n, window), head_dim].
+attention (MLA) have ``latents`` [num_layers, 1, n, channels], or ``indexed_latents`` of that shape beside
+``index_keys`` [num_layers, 1, n, channels] where an index says what is attended to, and those with a window,
+where the cache keeps no more than it, their last positions in ``window_keys`` and ``window_values``
+[num_layers, num_kv_heads, min(n, window), head_dim].
 The metadata names the format, the bundle (digest of its manifest), what computed the cache, and an XXH3-128
 digest of each tensor. Both ways the file passes through memory one layer at a time.
 
@@ -56,6 +57,7 @@ from krasis.runtime.state.prefix_parts import (
     FORMAT_NAME,
     FORMAT_VERSION,
     GROUPS,
+    INDEX_NAMES,
     KV_NAMES,
     KV_TENSORS,
     LATENT_NAMES,
@@ -63,6 +65,7 @@ from krasis.runtime.state.prefix_parts import (
     Group,
     bundle_identity,
     groups_of,
+    keeps_index,
     keeps_windows,
 )
 from krasis.runtime.state.prefix_writer import PrefixWriter
@@ -82,7 +85,7 @@ __all__ = [
 MAX_CONVERSATION_BYTES = 64 * MIB
 _KV_DTYPES = {tensor: name for name, tensor in KV_TENSORS.items()}
 _GROUP_NAMES = tuple(name for names in GROUPS for name in names)
-_BY_TOKEN = (KV_NAMES[0], LATENT_NAMES[0], WINDOW_NAMES[0])  # of these a file has one at least
+_BY_TOKEN = (KV_NAMES[0], LATENT_NAMES[0], INDEX_NAMES[0], WINDOW_NAMES[0])  # a file has one at least
 _NAMES = (*KV_NAMES, "tokens", "conversation", *_GROUP_NAMES[len(KV_NAMES) :])
 
 logger = logging.getLogger(__name__)
@@ -254,7 +257,7 @@ class PrefixFile:
                 where=self._where,
                 got=self.kv_dtype,
                 limit=backend.kv_dtype,
-                hint=f"open with a KV cache of {self.kv_dtype} (--kv-dtype on the CPU, --gpu-dtype on a GPU)",
+                hint=f"open with a KV cache of {self.kv_dtype} (--kv-dtype, or --gpu-dtype on a GPU)",
             )
         is_short = WINDOW_NAMES[0] in self._tensors
         if is_short and not keeps_windows(backend):
@@ -263,7 +266,10 @@ class PrefixFile:
                 where=self._where,
                 hint="open it on the CPU (--device cpu), where it was saved, or compute the prompt anew",
             )
-        self._groups = groups_of(bundle.spec, backend.kv_dtype, self.num_tokens, windows=is_short)
+        has_index = self._check_index(backend)
+        self._groups = groups_of(
+            bundle.spec, backend.kv_dtype, self.num_tokens, windows=is_short, index=has_index
+        )
         held = {name for group in self._groups for name in group.names}
         if others := set(self._tensors) & set(_GROUP_NAMES) ^ held:
             raise FormatError(
@@ -285,6 +291,17 @@ class PrefixFile:
                 limit=f"{backend.capacity} tokens",
                 hint="open with a larger context (--ctx)",
             )
+
+    def _check_index(self, backend: Backend) -> bool:
+        """Whether the prefix holds the keys of an index over tokens, as the cache then does too."""
+        has_index = INDEX_NAMES[0] in self._tensors
+        if has_index == keeps_index(backend):
+            return has_index
+        raise MismatchError(
+            f"the prefix holds {'' if has_index else 'no '}keys of the model's index, unlike this cache",
+            where=self._where,
+            hint="open it on the device it was saved on (--device cpu), or compute the prompt anew",
+        )
 
     def verify(self) -> None:
         """Reads everything once. Raises ChecksumError if a byte differs from what was written."""

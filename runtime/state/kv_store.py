@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +14,8 @@ from krasis.formats.models.spec import ModelSpec
 from krasis.formats.process.machine_limits import available_memory_bytes
 from krasis.runtime.batch import Batch, Span, StateRows, StateStore
 from krasis.runtime.state.places import ALIGN_BYTES, LayerPlace, layer_places
-from krasis.runtime.state.row_form import Floats
+from krasis.runtime.state.reach import are_held, first_held
+from krasis.runtime.state.row_form import Floats, is_indexed
 
 Bytes = npt.NDArray[np.uint8]
 Index = slice | npt.NDArray[np.intp]
@@ -52,6 +54,11 @@ class KvStore:
         self._windows = {(place.window, place.rows) for place in held if place.window is not None}
         self._slots: list[Slot] = []
         self._check_room(num_slots)
+
+    @property
+    def keeps_index(self) -> bool:
+        """Whether layers keep keys of an index over tokens as the values of latents."""
+        return any(place is not None and is_indexed(place.key, place.value) for place in self.places)
 
     @property
     def keeps_windows(self) -> bool:
@@ -114,13 +121,11 @@ class KvStore:
         """Whether what a token of that position sees is there, in all layers."""
         if not position or not self._windows:
             return True
-        held = all(max(0, position - window + 1) >= slot.high - rows for window, rows in self._windows)
-        return held and position >= slot.lowest
+        return are_held(self._windows, slot.high, position) and position >= slot.lowest
 
     def _lowest(self, slot: Slot) -> int:
         """The first position that can be gone back to, but for the beginning."""
-        needs = (slot.high - rows + window - 1 for window, rows in self._windows if slot.high > rows)
-        return max(slot.lowest, *needs, 0)
+        return max(slot.lowest, first_held(self._windows, slot.high))
 
     def rewind(self, slot: int, position: int) -> None:
         """See ``StateStore``. Raises NativeError for a position that ``restorable`` does not give."""
@@ -136,7 +141,11 @@ class KvStore:
         self._live(slot)
 
     def export(self, slot: int, layer: int, num_tokens: int) -> tuple[StateRows, StateRows]:
-        """See ``StateStore``; of a layer with a window its last positions before num_tokens."""
+        """See ``StateStore``; of a layer with a window its last positions before num_tokens, of one without
+        attention none."""
+        if self.places[layer] is None:
+            nothing = np.zeros((0, num_tokens, 0), np.uint8)
+            return nothing, nothing
         keys, values = self.layer(slot, layer)
         index = self._rows(layer, max(0, num_tokens - (self._window(layer) or num_tokens)), num_tokens)
         return np.ascontiguousarray(keys[:, index]), np.ascontiguousarray(values[:, index])
@@ -155,6 +164,8 @@ class KvStore:
         self, slot: int, layer: int, keys: StateRows, values: StateRows, num_tokens: int | None = None
     ) -> None:
         """See ``StateStore``. num_tokens: the positions that they are the last of; None: they are all."""
+        if self.places[layer] is None:
+            return
         to_keys, to_values = self.layer(slot, layer)
         given = keys.shape[1]
         end = given if num_tokens is None else num_tokens
@@ -206,7 +217,8 @@ class KvStore:
         return slice(begin, end) if end <= rows else np.arange(begin, end) % rows
 
     def _window(self, layer: int) -> int | None:
-        return self._place(layer).window
+        place = self.places[layer]
+        return None if place is None else place.window
 
     def _place(self, layer: int) -> LayerPlace:
         place = self.places[layer]
@@ -264,11 +276,28 @@ class KvStore:
         return ResourceError("the KV cache does not fit in memory", got=got, limit=limit, hint=hint)
 
 
+@runtime_checkable
+class KeepsWindows(Protocol):
+    """What other stores with rings have beside ``StateStore``."""
+
+    keeps_windows: bool
+
+    def exported_bytes(self, num_tokens: int) -> int:
+        """See ``KvStore``."""
+        ...
+
+    def import_(
+        self, slot: int, layer: int, keys: StateRows, values: StateRows, num_tokens: int | None = None
+    ) -> None:
+        """See ``KvStore``."""
+        ...
+
+
 def import_layer(
     state: StateStore, slot: int, layer: int, rows: tuple[StateRows, StateRows], num_tokens: int
 ) -> None:
     """``StateStore.import_`` of a layer of which rows may be the end alone, after num_tokens positions."""
-    if isinstance(state, KvStore):
+    if isinstance(state, KvStore | KeepsWindows):
         state.import_(slot, layer, *rows, num_tokens)
     else:
         state.import_(slot, layer, *rows)

@@ -22,6 +22,7 @@ from krasis.runtime.state.prefix_parts import (
     Group,
     bundle_identity,
     groups_of,
+    keeps_index,
     keeps_windows,
 )
 
@@ -37,7 +38,11 @@ class PrefixWriter:
         self._path, self._backend = path, backend
         self._num_tokens = len(tokens)
         self._groups = groups_of(
-            bundle.spec, backend.kv_dtype, self._num_tokens, windows=keeps_windows(backend)
+            bundle.spec,
+            backend.kv_dtype,
+            self._num_tokens,
+            windows=keeps_windows(backend),
+            index=keeps_index(backend),
         )
         self._texts = {
             "tokens": np.asarray(tokens, dtype="<i4").tobytes(),

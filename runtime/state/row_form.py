@@ -66,11 +66,18 @@ class RowForm:
         return codes * np.repeat(scales, self.parts, axis=-1)
 
 
+def is_indexed(key: RowForm, value: RowForm) -> bool:
+    """Whether what is kept beside a latent is the key of an index."""
+    return len(key.parts) > 1 and bool(value.parts)
+
+
 def row_forms(mixer: Mixer | None, dtype: str) -> tuple[int, RowForm, RowForm] | None:
-    """(heads, a key, a value) that a mixer keeps of a token; values of no channels where keys hold them."""
+    """(heads, a key, a value) that a mixer keeps of a token; where keys hold the values, the value is the key
+    of an index, or has no channels."""
     if isinstance(mixer, Attention):
         form = RowForm((mixer.head_dim,), dtype)
         return mixer.kv_heads, form, form
     if isinstance(mixer, LatentAttention):
-        return 1, RowForm((mixer.kv_rank, mixer.rope_dim), dtype), RowForm((), dtype)
+        parts = (mixer.index_dim,) if mixer.index_dim else ()
+        return 1, RowForm((mixer.kv_rank, mixer.rope_dim), dtype), RowForm(parts, dtype)
     return None

@@ -19,6 +19,7 @@ from krasis.runtime.generation_defaults import GenerationDefaults, describe, rea
 from krasis.runtime.settings import SamplingSettings
 from krasis.runtime.template_values import Variables
 from krasis.runtime.text.added_tokens import SPECIAL_NAMES, DeclaredTokens, read_declared, token_text
+from krasis.runtime.text.call_markers import call_markers
 from krasis.runtime.text.chat import ChatTemplate
 from krasis.runtime.text.end_tokens import (
     EndTokens,
@@ -161,9 +162,9 @@ class TextAssets:
         return () if self.template is None else find_formats(self.template.source, self.tokenizer)
 
     @cached_property
-    def thinking_markers(self) -> dict[int, str]:
-        """Id -> text of the special tokens that mark thinking."""
-        return marker_tokens(self.thinking, self.tokenizer)
+    def markers(self) -> dict[int, str]:
+        """Id -> text of the special tokens that mark thinking, or calls of tools."""
+        return marker_tokens(self.thinking, self.tokenizer) | call_markers(self.tokenizer)
 
     def note_unused(self, variables: Variables) -> None:
         """Logs the names of variables that the template does not read, each once."""

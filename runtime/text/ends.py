@@ -32,7 +32,7 @@ def ends_of_text(
     tokenizer = assets.tokenizer
     texts = (stop,) if isinstance(stop, str) else tuple(stop)
     is_plain = is_plain or assets.template is None
-    markers = assets.thinking_markers if split and not is_plain else {}
+    markers = assets.markers if split and not is_plain else {}
     stops = read_stops(texts if is_plain else texts + assets.defaults.stops, tokenizer, markers)
     seen = {**stops.signs, **markers}
     stream = MarkedStream(tokenizer, seen) if seen else tokenizer.stream()

@@ -233,6 +233,8 @@ def _fitted(template: ChatTemplate, row: Row, where: str) -> Row:
                 where=where,
                 hint="this model's template has no form for calls of tools",
             )
+        if not content:
+            row = {**row, "content": _content_beside_calls(template)}
         row = {**row, "tool_calls": [_fitted_call(template, call, where) for call in calls]}
     return row
 
@@ -280,9 +282,25 @@ def _reads_arguments(template: ChatTemplate, *, as_text: bool) -> bool:
     function = {"name": "probe", "arguments": written if as_text else {"krasis": 1}}
     call = {"type": "function", "id": "call00001", "function": function}
     asked: Row = {"role": "user", "content": "?"}
-    calls: Row = {"role": "assistant", "content": "", "tool_calls": [call]}
+    calls: Row = {"role": "assistant", "content": _content_beside_calls(template), "tool_calls": [call]}
     text = _probe(template, "text" if as_text else "object", [asked, calls, asked])
-    return text is not None and (written if as_text else "krasis") in text
+    if text is None or (written if as_text else "krasis") not in text:
+        return False
+    return not as_text or f"{{{written}}}" not in text  # or it puts what it takes for the inside into braces
+
+
+def _content_beside_calls(template: ChatTemplate) -> str | None:
+    """What a message that has nothing but calls must have for content: some templates write calls only where
+    it is none."""
+    for arguments in ({"krasis": 1}, '{"krasis":1}'):
+        call = {"type": "function", "id": "call00001", "function": {"name": "probe", "arguments": arguments}}
+        for content in ("", None):
+            asked: Row = {"role": "user", "content": "?"}
+            calls: Row = {"role": "assistant", "content": content, "tool_calls": [call]}
+            name = f"content {content} {type(arguments).__name__}"
+            if "krasis" in (_probe(template, name, [asked, calls, asked]) or ""):
+                return content
+    return ""
 
 
 def _probe(template: ChatTemplate, name: str, rows: list[Row]) -> str | None:

@@ -11,23 +11,27 @@ of Hugging Face models use.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
+from string import Formatter
 from threading import Lock
 from typing import Any, NoReturn
 
 from jinja2 import Template, TemplateError, nodes, pass_context
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
+from jinja2.filters import do_indent
 from jinja2.parser import Parser
 from jinja2.runtime import Context, Undefined
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedEnvironment
 
 MAX_STEPS = 250_000
 MAX_RANGE = 10_000
 MAX_STRING_CHARACTERS = 16 * 1024 * 1024
 MAX_NUMBER = 2**63
+MAX_INDENT = 64
+_OWN_CHANGES: dict[Any, tuple[str, ...]] = {list: ("append", "pop"), dict: ("update",)}
 _STEP_FILTER, _JOIN_FILTER = "krasis_step", "krasis_join"
 
 
@@ -50,13 +54,16 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
     def __init__(self) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, loopcontrols])
         self._steps = 0
+        self._given: frozenset[int] = frozenset()
         self._counting = Lock()
         self.filters["tojson"] = _to_json
         self.filters[_STEP_FILTER] = self._step
         self.filters[_JOIN_FILTER] = _join
         self.filters["replace"] = _replace
+        self.filters["from_json"] = json.loads
+        self.filters["indent"] = _indent
         # These make a string of any size from a number; no template of a model has needed them.
-        for name in ("center", "format", "indent", "wordwrap"):
+        for name in ("center", "format", "wordwrap"):
             self.filters.pop(name, None)
         self.globals.pop("lipsum", None)
         self.globals.update(
@@ -76,11 +83,18 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         return self.from_string(tree)
 
     @contextmanager
-    def counting(self) -> Iterator[None]:
-        """Within, a template may take MAX_STEPS steps."""
+    def counting(self, given: Iterable[object] = ()) -> Iterator[None]:
+        """Within, a template may take MAX_STEPS steps, and changes nothing that is given."""
         with self._counting:
             self._steps = 0
+            self._given = frozenset(id(one) for one in given)
             yield
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        """As Jinja's, but a template may add to lists and objects of its own, and take from them."""
+        if attr in _OWN_CHANGES.get(type(obj), ()) and id(obj) not in self._given:
+            return SandboxedEnvironment.is_safe_attribute(self, obj, attr, value)
+        return super().is_safe_attribute(obj, attr, value)
 
     @pass_context
     def _step(self, _: Context, __: None) -> str:
@@ -111,9 +125,14 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         for value in (*args, *kwargs.values()):
             if isinstance(value, int) and abs(value) > MAX_STRING_CHARACTERS:
                 raise SecurityError(f"the number {value} is too large for a call")
-        name, owner = getattr(obj, "__name__", ""), getattr(obj, "__self__", None)
+        name, owner = (
+            getattr(obj, "__name__", ""),
+            getattr(getattr(obj, "__wrapped__", obj), "__self__", None),
+        )
+        if name == "format" and isinstance(owner, str):
+            return _format(owner, args, kwargs)
         if name in ("format", "format_map"):
-            raise SecurityError("str.format is not offered")
+            raise SecurityError("str.format_map is not offered")
         if name == "replace" and isinstance(owner, str):
             return _replace(owner, *args)
         result = super().call(context, obj, *args, **kwargs)
@@ -135,7 +154,7 @@ class SandboxedTemplate:
         """The text."""
         pieces: list[str] = []
         size = 0
-        with self._environment.counting():
+        with self._environment.counting(values.values()):
             for piece in self._template.generate(values):
                 size += len(piece)
                 if size > max_characters:
@@ -188,6 +207,34 @@ def _replace(text: object, old: object, new: object, count: int = -1) -> str:
     text, old, new = str(text), str(old), str(new)
     _check_size(len(text) + (text.count(old) if count < 0 else count) * len(new))
     return text.replace(old, new, count)
+
+
+def _format(form: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+    """``"<{}>".format(x)``: values in their places, as they are. Widths and attributes are not offered."""
+    pieces: list[str] = []
+    count = 0
+    for text, name, form_of_value, conversion in Formatter().parse(form):
+        pieces.append(text)
+        if name is None:
+            continue
+        if form_of_value or conversion or not (name.isidentifier() or name.isdecimal() or not name):
+            raise SecurityError("str.format is offered for plain places such as {} alone")
+        place: str | int = name if name.isidentifier() else int(name or count)
+        count += not name
+        try:
+            pieces.append(str(args[place] if isinstance(place, int) else kwargs[place]))
+        except LookupError as error:
+            raise TemplateError(f"str.format has no value for {{{name}}}") from error
+        _check_size(sum(map(len, pieces)))
+    return "".join(pieces)
+
+
+def _indent(text: object, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
+    """Jinja's filter, for widths that people use."""
+    if len(width) > MAX_INDENT if isinstance(width, str) else not 0 <= width <= MAX_INDENT:
+        raise SecurityError("indent is out of range")
+    _check_size(len(str(text)) + (str(text).count("\n") + 1) * MAX_INDENT)
+    return do_indent(str(text), width, first, blank)
 
 
 def _check_size(size: int) -> None:

@@ -22,13 +22,15 @@ TAIL_TOKENS = 24  # of the prompt that are looked at for a marker at its end
 class Format:
     """How one family marks its thinking. closes: any of them ends it. skips: texts that are neither thinking
     nor answer. tokens: what a vocabulary with this format has; none: what opens it. anywhere: also behind
-    text of the answer; only for markers no text can contain by itself."""
+    text of the answer; only for markers no text can contain by itself. wraps: what stands around an answer
+    behind thinking, for templates that have both words of it."""
 
     opens: str
     closes: tuple[str, ...]
     skips: tuple[str, ...] = ()
     tokens: tuple[str, ...] = ()
     anywhere: bool = False
+    wraps: tuple[str, str] | None = None
 
 
 class Segment(NamedTuple):
@@ -41,6 +43,8 @@ class Segment(NamedTuple):
 _THINK = Format("<think>", ("</think>",))
 _FORMATS = (
     _THINK,
+    Format("<think>", ("</think>",), ("<answer>",), wraps=("<answer>", "</answer>")),  # Hunyuan-A13B
+    Format("<think>", ("</think>",), ("<response>",), wraps=("<response>", "</response>")),  # ERNIE 4.5
     Format("<thinking>", ("</thinking>",)),
     Format("<thought>", ("</thought>",)),
     Format("<reasoning>", ("</reasoning>",)),
@@ -91,6 +95,8 @@ def find_formats(source: str, tokenizer: Tokenizer) -> tuple[Format, ...]:
     specials = tokenizer.special_tokens()
 
     def is_known(one: Format) -> bool:
+        if one.wraps is not None:
+            return one.opens in source and all(word in source for word in one.wraps)
         tokens = one.tokens or (one.opens,)
         if all(tokenizer.token_id(token) is not None for token in tokens):
             return True
@@ -154,12 +160,15 @@ class ThinkingSplitter:
     part.
     """
 
-    __slots__ = ("_after", "_begun", "_blank", "_everywhere", "_formats", "_held", "_inside", "_starts")
+    __slots__ = (
+        *("_after", "_begun", "_blank", "_ends", "_everywhere", "_formats", "_held", "_inside", "_starts"),
+    )
 
     def __init__(self, formats: Sequence[Format] = (), opened: Format | None = None) -> None:
         self._formats = tuple(formats)
         self._starts = _outside_markers(formats)
         self._everywhere = _outside_markers(one for one in formats if one.anywhere)
+        self._ends = tuple(one.wraps[1] for one in formats if one.wraps is not None)
         self._inside = opened
         self._held = ""  # what may be the beginning of a marker, or blanks in front of one
         self._blank = ""  # blanks of the thinking, shown only if more of it follows
@@ -186,8 +195,9 @@ class ThinkingSplitter:
     def finish(self) -> list[Segment]:
         """What was held back: no marker came of it."""
         segments: list[Segment] = []
-        self._show(len(self._held), segments)
-        self._blank = ""
+        is_end = self._inside is None and self._after and self._held.strip() in self._ends
+        self._show(0 if is_end else len(self._held), segments)
+        self._held = self._blank = ""
         return segments
 
     def _step_inside(self, segments: list[Segment]) -> bool:
@@ -237,6 +247,8 @@ class ThinkingSplitter:
         found = [(at, -len(one), one) for one in markers if (at := self._held.find(one)) >= 0]
         if not found:
             keep = max((_overlap(self._held, one) for one in markers), default=0)
+            if self._inside is None and self._after:
+                keep = max([keep, *(_end_size(self._held, one) for one in self._ends)])
             self._show(len(self._held) - keep, segments)
             return None
         at, _, marker = min(found)
@@ -261,6 +273,13 @@ class ThinkingSplitter:
 def _outside_markers(formats: Iterable[Format]) -> tuple[str, ...]:
     """What may come outside of thinking."""
     return tuple(dict.fromkeys(text for one in formats for text in (one.opens, *one.closes, *one.skips)))
+
+
+def _end_size(text: str, end: str) -> int:
+    """How much at the end of text may be the end of an answer, with the blanks around it."""
+    bare = text.rstrip()
+    size = len(end) if bare.endswith(end) else _overlap(text, end) - (len(text) - len(bare))
+    return len(text) - len(bare[: len(bare) - max(size, 0)].rstrip())
 
 
 def _overlap(text: str, marker: str) -> int:

@@ -71,62 +71,55 @@ def make_bundle(model: Model, for_gpus: bool) -> None:
         raise click.ClickException(f"{outcome.command}: {outcome.error}")
 
 
+_OPTIONS = (
+    click.option("--model", "folders", multiple=True, type=PATH, help="BF16 folder; may be repeated."),
+    click.option("--gguf", "ggufs", multiple=True, type=PATH, help="The Q8_0 GGUF of each model."),
+    click.option("--bundle", "bundles", multiple=True, type=PATH, help="Its bundle [default: made]."),
+    click.option("--llama-bench", "llama", default="auto", help="PATH, auto (built from an sdist) or off."),
+    click.option("--ik-llama-bench", "ik", default="off", help="PATH of the one you built."),
+    click.option("--kt-kernel", "kt", default="auto", help="auto (its wheel), off, or a folder with it."),
+    click.option("--llama-quantize", "quantize", default="auto", help="PATH; auto: beside llama-bench."),
+    click.option("--krasis-isa", default="auto", help="auto, avx2, or both by a comma."),
+    click.option("--threads", default="1,2", show_default=True, callback=numbers),
+    click.option("--prompt", default="512,2048", show_default=True, callback=numbers),
+    click.option("--generate", default="64", show_default=True, callback=numbers),
+    click.option("--gpus", default="0", show_default=True, callback=numbers, help="Such as 0,1,2,3."),
+    click.option("--pairs", default=5, show_default=True, type=click.IntRange(1), help="Rounds of each."),
+    click.option("--repeats", default=3, show_default=True, type=click.IntRange(1), help="Samples a round."),
+    click.option(
+        "--family",
+        "families",
+        multiple=True,
+        type=click.Choice([cut.name for cut in families.CUTS]),
+        help=f"For {FAMILIES}: only this model; may be repeated.",
+    ),
+    click.option("--quality-model", default=TINY, type=PATH, help="Trained BF16 folder with heldout.txt."),
+    click.option(
+        "--stage",
+        "chosen",
+        default="all",
+        show_default=True,
+        callback=stages,
+        help=", ".join((*STAGES, FAMILIES, REFERENCE)),
+    ),
+    click.option("--restart", is_flag=True, help="Measure the chosen stages anew."),
+    click.option("--budget-s", default=0.0, help="Start no round after so many seconds; run again to go on."),
+    click.option("--timeout-s", default=1800.0, show_default=True, help="For one program."),
+    click.option("--work", type=PATH, default=Path("build/bench"), show_default=True, help="Scratch files."),
+    click.option("--record", "record_path", type=PATH, default=Path("bench.h5"), show_default=True),
+    click.option(
+        "--out",
+        type=PATH,
+        help="The document [default: docs/BENCHMARKS.md for reference, else docs/measured/bench.md].",
+    ),
+    click.option("--plots", type=PATH, help="Folder for PNG charts (needs matplotlib)."),
+    *reference.OPTIONS,
+)
+
+
 def options(command: Any) -> Any:
     """Everything that can be chosen."""
-    for option in (
-        click.option("--model", "folders", multiple=True, type=PATH, help="BF16 folder; may be repeated."),
-        click.option("--gguf", "ggufs", multiple=True, type=PATH, help="The Q8_0 GGUF of each model."),
-        click.option("--bundle", "bundles", multiple=True, type=PATH, help="Its bundle [default: made]."),
-        click.option(
-            "--llama-bench", "llama", default="auto", help="PATH, auto (built from an sdist) or off."
-        ),
-        click.option("--ik-llama-bench", "ik", default="off", help="PATH of the one you built."),
-        click.option("--kt-kernel", "kt", default="auto", help="auto (its wheel), off, or a folder with it."),
-        click.option("--llama-quantize", "quantize", default="auto", help="PATH; auto: beside llama-bench."),
-        click.option("--krasis-isa", default="auto", help="auto, avx2, or both by a comma."),
-        click.option("--threads", default="1,2", show_default=True, callback=numbers),
-        click.option("--prompt", default="512,2048", show_default=True, callback=numbers),
-        click.option("--generate", default="64", show_default=True, callback=numbers),
-        click.option("--gpus", default="0", show_default=True, callback=numbers, help="Such as 0,1,2,3."),
-        click.option("--pairs", default=5, show_default=True, type=click.IntRange(1), help="Rounds of each."),
-        click.option(
-            "--repeats", default=3, show_default=True, type=click.IntRange(1), help="Samples a round."
-        ),
-        click.option(
-            "--family",
-            "families",
-            multiple=True,
-            type=click.Choice([cut.name for cut in families.CUTS]),
-            help=f"For {FAMILIES}: only this model; may be repeated.",
-        ),
-        click.option(
-            "--quality-model", default=TINY, type=PATH, help="Trained BF16 folder with heldout.txt."
-        ),
-        click.option(
-            "--stage",
-            "chosen",
-            default="all",
-            show_default=True,
-            callback=stages,
-            help=", ".join((*STAGES, FAMILIES, REFERENCE)),
-        ),
-        click.option("--restart", is_flag=True, help="Measure the chosen stages anew."),
-        click.option(
-            "--budget-s", default=0.0, help="Start no round after so many seconds; run again to go on."
-        ),
-        click.option("--timeout-s", default=1800.0, show_default=True, help="For one program."),
-        click.option(
-            "--work", type=PATH, default=Path("build/bench"), show_default=True, help="Scratch files."
-        ),
-        click.option("--record", "record_path", type=PATH, default=Path("bench.h5"), show_default=True),
-        click.option(
-            "--out",
-            type=PATH,
-            help="The document [default: docs/BENCHMARKS.md for reference, else docs/measured/bench.md].",
-        ),
-        click.option("--plots", type=PATH, help="Folder for PNG charts (needs matplotlib)."),
-        *reference.OPTIONS,
-    ):
+    for option in _OPTIONS:
         command = option(command)
     return command
 

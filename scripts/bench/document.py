@@ -57,7 +57,8 @@ def write_document(record: Record, out: Path, plots: Path | None) -> None:
 
 def render_reference(record: Record, picture: str, measured: Path) -> str:
     """The document that begins with the reference table. measured: the folder of the other documents."""
-    parts = ["# Benchmarks", MARK, *section.sections(record, picture), _machine(record)]
+    parts = ["# Benchmarks", MARK, *section.sections(record, picture)]
+    parts += [*section.elsewhere(record.path), _machine(record)]
     parts += [f"## Commands\n\n{_commands(record, record.runs(REFERENCE), (REFERENCE,))}"]
     parts += [_gaps(record, record.runs(REFERENCE), (REFERENCE,)) + section.cards_not_there(record)]
     for name, (title, wanted) in REPEATED.items():

@@ -12,6 +12,7 @@ import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from scripts.bench import process
 
@@ -27,6 +28,8 @@ LLAMA_CMAKE = (
     "-DLLAMA_BUILD_SERVER=OFF",
 )
 BUILD_TIMEOUT_S = 7200
+NOT_RUN = "not run:"
+"""Begins the words for a program that nobody gave."""
 # Without it llama.cpp dies of SIGILL on CPUs with AMX, if GCC 12 built it.
 HEADER = Path(__file__).with_name("ldtilecfg.h")
 
@@ -65,7 +68,7 @@ def llama_bench(choice: str, work: Path, cuda: str = "") -> Found:
 def given(choice: str, option: str) -> Found:
     """A path from the command line."""
     if choice in ("", "off"):
-        return Found(None, f"not run: no {option} was given")
+        return Found(None, f"{NOT_RUN} no {option} was given")
     path = Path(choice).resolve()
     return Found(path) if path.exists() else Found(None, f"{path} is not there")
 
@@ -111,7 +114,9 @@ def _build_llama(root: Path, build: Path, options: Sequence[str], targets: Seque
         if outcome.error or archive_path is None:
             return outcome.error or "pip downloaded no sdist"
     with tarfile.open(archive_path) as archive:
-        archive.extractall(root, filter="data")
+        # Python 3.11.2, Debian 12's, has no filters yet; the archive is the package index's.
+        safe: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+        archive.extractall(root, **safe)  # noqa: S202 -- see above
     sources = next(root.glob("*/vendor/llama.cpp"), None)
     if sources is None:
         return "the sdist carries no vendor/llama.cpp"

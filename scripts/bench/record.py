@@ -100,6 +100,16 @@ class Record:
             if path in file:
                 del file[path]
 
+    def forget(self, runs: Iterable[Run]) -> None:
+        """Removes these runs; one that is not there is no error."""
+        paths = [run.path for run in runs]
+        if not paths or not self.path.exists():
+            return
+        with h5py.File(self.path, "a") as file:
+            for path in paths:
+                if path in file:
+                    del file[path]
+
     def set_facts(self, name: str, facts: Mapping[str, str | int | float]) -> None:
         """Attributes of a top-level group, such as ``machine``; those given replace older ones."""
         self.path.parent.mkdir(parents=True, exist_ok=True)

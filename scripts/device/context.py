@@ -11,24 +11,27 @@ GIB = 2**30
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """Layers of a model's shape. name: of ``model_shapes.SHAPES``. changes: other sizes of it, for small
-    runs.
+    """Layers of a model's shape. name: of ``model_shapes.BUNDLE_SHAPES``. changes: other sizes of it, for
+    small runs. cpu_format: of the experts; mxfp4 is the GPU's, too.
     """
 
     label: str
     name: str
     max_layers: int
     changes: dict[str, int]
+    cpu_format: str = "q8"
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """How much each stage does. copy_bytes: of one timed copy. matmul_size: of a timed square product.
+    """How much each stage does. families: few layers of other families. copy_bytes: of one timed copy.
+    matmul_size: of a timed square product.
 
     gemm_rows: rows an expert. decode_prompt: tokens before decoding. disk_bytes: of a bundle on disk.
     """
 
     stacks: tuple[Stack, ...]
+    families: tuple[Stack, ...]
     prompt_tokens: int
     decode_prompt: int
     decode_tokens: int
@@ -50,6 +53,12 @@ REAL = Sizes(
     stacks=(
         Stack("30b", "qwen3-30b-a3b", 48, {}),
         Stack("235b", "qwen3-235b-a22b", 94, {}),
+    ),
+    families=(
+        Stack("qwen3.5-35b-a3b", "qwen3.5-35b-a3b", 20, {}),
+        Stack("gpt-oss-20b", "gpt-oss-20b", 24, {}, "mxfp4"),
+        Stack("glm-4.5-air", "glm-4.5-air", 9, {}),
+        Stack("deepseek-v3", "deepseek-v3", 4, {"first_k_dense_replace": 1}),
     ),
     prompt_tokens=10_000,
     decode_prompt=2_000,
@@ -74,10 +83,27 @@ _SMALL = {
     "vocab_size": 4096,
     "max_position_embeddings": 512,
 }
+_FEW = {"hidden_size": 128, "moe_intermediate_size": 128, "num_experts": 8, "num_experts_per_tok": 2}
+_FEW |= {"num_attention_heads": 2, "vocab_size": 4096}
 TINY = Sizes(
     stacks=(
         Stack("30b", "qwen3-30b-a3b", 4, _SMALL),
         Stack("235b", "qwen3-235b-a22b", 4, {**_SMALL, "hidden_size": 256}),
+    ),
+    families=(
+        Stack(
+            "qwen3.5-35b-a3b",
+            "qwen3.5-35b-a3b",
+            4,
+            {
+                **_FEW,
+                "num_key_value_heads": 1,
+                "shared_expert_intermediate_size": 128,
+                "linear_num_key_heads": 1,
+                "linear_num_value_heads": 2,
+            },
+        ),
+        Stack("gpt-oss-20b", "gpt-oss-20b", 4, {**_FEW, "num_key_value_heads": 1}, "mxfp4"),
     ),
     prompt_tokens=40,
     decode_prompt=12,

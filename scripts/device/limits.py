@@ -7,6 +7,7 @@ from typing import Any
 
 from krasis.formats.bundle.reader import Bundle
 from krasis.runtime.gpu.opening import outside_bytes
+from krasis.runtime.planning import assumptions as assumed
 from krasis.runtime.planning.mixing import mixer_macs
 from krasis.runtime.planning.planner import whole_layer_vram_bytes
 from krasis.runtime.planning.sizes import ModelSizes, sizes_of_bundle
@@ -50,8 +51,11 @@ def streaming_vram_bytes(bundle: Bundle, context: int, device: str, num_ranks: i
     context needs room too, or ``double``.
     """
     sizes = sizes_of_bundle(bundle.manifest)
-    outside = outside_bytes(num_ranks) if device == "cuda" else 0
-    return outside + whole_layer_vram_bytes(sizes, Workload(context, context, "bf16"))
+    needed = whole_layer_vram_bytes(sizes, Workload(context, context, "bf16"))
+    if device != "cuda":
+        return needed
+    # The context is counted once: as what is outside, not by the plan's reserve too.
+    return needed + outside_bytes(num_ranks) - (assumed.GPU_RESERVE_BYTES - assumed.GPU_OPERATORS_BYTES)
 
 
 def prefill_work(sizes: ModelSizes, num_tokens: int) -> PrefillWork:

@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,9 @@ from krasis.formats.bundle.reader import Bundle
 from krasis.formats.errors import FormatError
 from scripts.device.context import GIB, Context, Stack
 from scripts.models.make_random_bundle import BundleRequest, bundle_bytes, make_bundle
-from scripts.models.model_files import MoeShape
-from scripts.models.model_shapes import QWEN3_SHAPES
+from scripts.models.model_files import Shape
+from scripts.models.model_shapes import BUNDLE_SHAPES, apply_overrides
+from scripts.models.random_bundle.request import spec_of_shape
 
 SHARE_OF_MEMORY = 0.6
 MOST_RAM_BYTES = 64 * GIB
@@ -73,12 +73,15 @@ def filesystem_of(folder: Path) -> str:
     return done.stdout.strip() or "unknown"
 
 
-def shape_of(stack: Stack, num_layers: int) -> MoeShape:
-    return replace(QWEN3_SHAPES[stack.name], **stack.changes, num_hidden_layers=num_layers)
+def shape_of(stack: Stack, num_layers: int) -> Shape:
+    return apply_overrides(
+        BUNDLE_SHAPES[stack.name], {**stack.changes, "num_hidden_layers": num_layers}, None
+    )
 
 
 def request_of(context: Context, stack: Stack, num_layers: int, tiers: tuple[str, ...]) -> BundleRequest:
-    return BundleRequest(shape_of(stack, num_layers), tiers=tiers, pool_bytes=context.sizes.pool_bytes)
+    shape, pool_bytes = shape_of(stack, num_layers), context.sizes.pool_bytes
+    return BundleRequest(shape, tiers=tiers, cpu_format=stack.cpu_format, pool_bytes=pool_bytes)
 
 
 def layers_within(context: Context, stack: Stack, tiers: tuple[str, ...], num_bytes: int) -> int:
@@ -123,7 +126,7 @@ def ensure(
     print(f"{path}: {num_bytes / 1e9:.1f} GB, {num_layers} layers, made in {seconds:.1f} s", flush=True)
     return path, {
         "num_layers": num_layers,
-        "model_layers": QWEN3_SHAPES[stack.name].num_hidden_layers,
+        "model_layers": len(spec_of_shape(BUNDLE_SHAPES[stack.name]).layers),
         "bundle_bytes": num_bytes,
         "filesystem": filesystem_of(folder),
         "made_s": seconds,

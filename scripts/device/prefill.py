@@ -62,7 +62,7 @@ def run_once(context: Context, bundle: Path, vram_bytes: int, measured: dict[str
     begin = time.perf_counter()
     with open_engine(context, bundle, num_tokens + MORE_POSITIONS, vram_bytes=vram_bytes) as engine:
         open_s = time.perf_counter() - begin
-        ids = np.random.default_rng(1).integers(0, engine.architecture.vocab_size, num_tokens)
+        ids = np.random.default_rng(1).integers(0, engine.bundle.spec.vocab, num_tokens)
         first_s = prefill_s(engine, ids)  # waits for what is loaded in the background
         prefill_s(engine, ids)  # after the first, hot experts move in
         seconds = [prefill_s(engine, ids) for _ in range(context.sizes.repeats)]

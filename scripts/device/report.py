@@ -99,6 +99,36 @@ def prefill_column(run: Record) -> dict[str, str]:
 PARTS = ("expert", "dense", "attention")
 
 
+def families_section(result: Record) -> list[str]:
+    rates, rows = result["rates"], []
+    for row in result["rows"]:
+        work = row["work"]
+        rows.append(
+            [
+                row["label"],
+                layers_of(row),
+                ms(row["median_s"]),
+                ms(work["limit_s"]),
+                f"**{row['ratio']:.3f}**",
+                ms(work["copy_s"]),
+                ms(sum(work[f"{part}_s"] for part in PARTS)),
+                f"{row['delta_share']:.1%}",
+            ]
+        )
+    note = (
+        f"{result['num_tokens']} tokens, every expert copied from host memory. Measured: pinned copies "
+        f"{number(rates['pinned_to_device_gbps'])} GB/s, matrix products "
+        f"{number(rates['matmul_tflops'])} TFLOP/s."
+    )
+    head = ["shape", "layers", "median", "limit", "**time / limit** (goal 1.15)"]
+    head += ["copies", "products", "delta rule's share (goal 15 %)"]
+    lines = ["## Prefill, other families", "", note, "", *table(head, rows)]
+    for row in result["rows"]:
+        kernels = [[f"`{one['name']}`", str(one["calls"]), f"{one['ms']:.2f}"] for one in row["kernels"]]
+        lines += ["", row["label"], "", *table(["kernel", "calls", "ms"], kernels)] if kernels else []
+    return lines
+
+
 def decode_section(title: str) -> Callable[[Record], list[str]]:
     """Of one stack."""
 
@@ -295,14 +325,36 @@ def number(value: float) -> str:
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
+def kv_section(result: Record) -> list[str]:
+    rows = [
+        [
+            row["kind"],
+            ms(row["prefill_s"]),
+            ms(row["token_s"]),
+            f"{row['position_bytes']:,.0f} B",
+            f"{row['card_tokens']:,}",
+        ]
+        for row in result["rows"]
+    ]
+    note = (
+        f"{layers_of(result)} layers, a prompt of {result['num_tokens']:,} tokens, all experts in VRAM where "
+        f"they fit; the logits behind it lie {result['apart']:.1e} of their norm apart, with all in RAM they "
+        f"{'are the same' if result.get('same_in_ram', True) else 'DIFFER'}."
+    )
+    head = ["kind", "prompt", "token behind it", "a position", "default context of 16 GiB"]
+    return ["## Keys and values, Qwen3-30B shape", "", note, "", *table(head, rows)]
+
+
 SECTIONS: dict[str, Callable[[Record], list[str]]] = {
     "rates": rates_section,
     "correctness": correctness_section,
     "prefill-235b": prefill_section("Qwen3-235B shape"),
     "prefill-30b": prefill_section("Qwen3-30B shape"),
+    "families": families_section,
     "gemm": gemm_section,
     "decode-235b": decode_section("Qwen3-235B shape"),
     "decode-30b": decode_section("Qwen3-30B shape"),
+    "kv": kv_section,
     "serving": serving_section,
     "short": short_section,
     "startup": startup_section,

@@ -60,6 +60,8 @@ STAGES = {
         Stage("decode-30b", "decode:run_30b", ALL, "hybrid decode, layers of Qwen3-30B's shape"),
         Stage("prefill-235b", "prefill:run_235b", ALL, "a long prompt through layers of Qwen3-235B's shape"),
         Stage("decode-235b", "decode:run_235b", ALL, "hybrid decode, layers of Qwen3-235B's shape"),
+        Stage("families", "families:run", ALL, "a long prompt through layers of other families' shapes"),
+        Stage("kv", "kv:run", ALL, "keys and values of 16 and of 8 bits behind a long prompt"),
         Stage("serving", "serving:run", ALL, "several requests at once, layers of Qwen3-235B's shape"),
         Stage("short", "short:run", ALL, "prompts of 64 to 2,048 tokens, two ways of copying experts"),
         Stage("startup", "startup:run", ALL, "opening a bundle on disk, cold and warm"),

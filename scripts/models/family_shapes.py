@@ -27,7 +27,11 @@ NAMES = (
     "qwen3-next-80b-a3b",
     "qwen3.5-35b-a3b",
 )
-BUNDLE_NAMES = ("gpt-oss-20b", "gpt-oss-120b")  # of which bundles are written, no checkpoints
+BUNDLE_NAMES = (
+    "gpt-oss-20b",
+    "gpt-oss-120b",
+    "nemotron-3-nano-30b",
+)  # of which bundles are written, no checkpoints
 # What options of the scripts are called in the configs of families, where it differs.
 _FIELDS = {
     "num_experts": ("num_experts", "num_local_experts", "n_routed_experts"),
@@ -68,6 +72,10 @@ class FamilyShape:
             config[next((one for one in names if one in config), names[0])] = value
         if "layer_types" in config and "num_hidden_layers" in given:
             config["layer_types"] = config["layer_types"][: given["num_hidden_layers"]]
+        if "hybrid_override_pattern" in config and "num_hidden_layers" in given:
+            config["hybrid_override_pattern"] = config["hybrid_override_pattern"][
+                : given["num_hidden_layers"]
+            ]
         return FamilyShape(config)
 
 

@@ -21,6 +21,7 @@ import tempfile
 import xml.etree.ElementTree as ET
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ FILES = (
     "test_ignore_eos",
     "test_ctx_shift",
     "test_slot_save",
+    "test_kv_keep_only_active",
 )
 BUNDLE = "KRASIS_LLAMA_TESTS_BUNDLE"
 CONTEXT = "KRASIS_LLAMA_TESTS_CONTEXT"
@@ -57,6 +59,18 @@ SAME = {
     "--chat-template-file": "--chat-template",
 }
 SPLIT = {"--alias": "--alias", "--api-key": "--api-key"}  # llama-server takes a list of them
+# Templates that llama-server has by name; krasis-serve takes a file.
+BUILT_IN = {
+    "chatml": "{% for one in messages %}<|im_start|>{{ one.role }}\n{{ one.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    "llama3": "{{ bos_token }}{% for one in messages %}<|start_header_id|>{{ one.role }}<|end_header_id|>\n\n"
+    "{{ one.content | trim }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}",
+    "command-r": "{% for one in messages %}<|START_OF_TURN_TOKEN|><|"
+    "{{ {'assistant': 'CHATBOT'}.get(one.role, one.role | upper) }}_TOKEN|>{{ one.content | trim }}"
+    "<|END_OF_TURN_TOKEN|>{% endfor %}"
+    "{% if add_generation_prompt %}<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>{% endif %}",
+}
 FLAGS = frozenset(
     [
         "--offline",
@@ -82,11 +96,13 @@ FLAGS = frozenset(
 )
 
 
-def krasis_options(given: Sequence[str], max_context: int) -> list[str]:
+def krasis_options(given: Sequence[str], max_context: int, folder: Path) -> list[str]:
     """krasis-serve's options for llama-server's; what it does not have is left out. llama-server lets every
     page ask unless it has tools, has no /metrics unless asked, divides the context by the answers at a time,
-    and tells templates to think where it is told ``auto``."""
+    tells templates to think where it is told ``auto``, and what day it is. folder: for a template's file."""
     pairs = dict(_pairs(given))
+    today = datetime.now().astimezone()
+    variables: dict[str, Any] = {"date_string": f"{today:%d %b %Y}", "datetime": f"{today:%b %d %Y}"}
     origins = pairs.get("--cors-origins", "localhost" if "--tools" in pairs else "*")
     options = [] if origins == "localhost" else ["--cors-origins", origins]
     options += [] if "--metrics" in pairs else ["--no-metrics"]
@@ -101,8 +117,12 @@ def krasis_options(given: Sequence[str], max_context: int) -> list[str]:
             context = int(value) // (1 if "--kv-unified" in pairs else int(pairs.get("--parallel", "1")))
             options += ["--ctx", str(min(context, max_context))]
         elif name == "--reasoning":
-            options += ["--chat-template-kwargs", json.dumps({"enable_thinking": value != "off"})]
-    return options
+            variables["enable_thinking"] = value != "off"
+        elif name == "--chat-template":
+            path = folder / "template.jinja"
+            path.write_text(BUILT_IN.get(value, value), "utf-8")
+            options += ["--chat-template", str(path)]
+    return [*options, "--chat-template-kwargs", json.dumps(variables)]
 
 
 def _pairs(given: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -114,7 +134,7 @@ def _pairs(given: Sequence[str]) -> Iterator[tuple[str, str]]:
 def as_server(given: Sequence[str]) -> None:
     """Becomes krasis-serve."""
     code = "from krasis.runtime.server.command import main; main(prog_name='krasis-serve')"
-    options = krasis_options(given, int(os.environ[CONTEXT]))
+    options = krasis_options(given, int(os.environ[CONTEXT]), Path(sys.argv[0]).parent)
     os.execv(sys.executable, [sys.executable, "-c", code, os.environ[BUNDLE], *options])  # noqa: S606
 
 

@@ -5,122 +5,87 @@
 A question with the number 4711 gets a call of the first shell among the tools, ``echo 4711``; one about
 weather a call of a weather tool; a tool's result is answered with it; all else with a greeting. The number
 4712 makes it refuse a question with 429 when it comes first. Its tokenizer is the trained tiny model's, its
-template is in Qwen3's form.
+template is in Qwen3's form; its engine is a process of its own, as krasis-serve's (``scripted_engine``).
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import re
 import sys
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import click
 
+from krasis.runtime.server.engine.launch import EngineProcess
+from krasis.runtime.server.engine.life import EngineLife
+from krasis.runtime.server.engine.remote_core import RemoteCore
+from krasis.runtime.server.engine.restarts import Restarts
 from krasis.runtime.server.running import listen, run
 from krasis.runtime.server.service import ServeSettings, Service
 from krasis.runtime.serving.api import QueueFullError, Request
+from krasis.runtime.serving.ticket import QueuedTicket
 from krasis.runtime.text.assets import TextAssets
-from tests.runtime.server.conftest import QWEN3, tiny_files
-from tests.support.scripted_core import ScriptedCore, ScriptedTicket
-
-SHELLS: dict[str, dict[str, Any]] = {  # agents' tools and what they want
-    "Bash": {"command": "echo 4711", "description": "say 4711"},
-    "bash": {"command": "echo 4711", "description": "say 4711"},
-    "exec_command": {"cmd": "echo 4711"},
-    "shell": {"command": ["echo", "4711"]},
-    "run_shell_command": {"command": "echo 4711", "description": "say 4711", "is_background": False},
-    "execute_command": {"command": "echo 4711", "requires_approval": False},
-}
-WEATHER = re.compile(r'"name": "(\w*weather\w*)"')
-_CALL = "<tool_call>\n{}\n</tool_call>"
+from krasis.runtime.text.ends import ends_of_text
+from scripts.outside.scripted_engine import VOCAB, ScriptedOrder, files
 
 
-def script(assets: TextAssets) -> Callable[[Request], str]:
-    """What the model says to a prompt."""
-
-    def answer(request: Request) -> str:
-        prompt = assets.tokenizer.decode(list(request.prompt), skip_special=False)
-        thoughts = "Let me see.\n</think>\n\n" if prompt.endswith("<think>\n") else ""
-        return thoughts + _said(prompt)
-
-    return answer
-
-
-def _said(prompt: str) -> str:
-    last = prompt[prompt.rfind("<|im_start|>user") :]
-    if "<tool_response>" in last:
-        result = last.partition("<tool_response>")[2].partition("</tool_response>")[0]
-        return f"The command said: {' '.join(result.split())[:200]}"
-    if "4711" in last:
-        for name, arguments in SHELLS.items():
-            if f'"name": "{name}"' in prompt:
-                return _CALL.format(json.dumps({"name": name, "arguments": arguments}))
-    found = WEATHER.search(prompt)
-    if found and "weather" in last.lower():
-        return _CALL.format(
-            json.dumps({"name": found[1], "arguments": {"location": "Paris", "city": "Paris"}})
-        )
-    return "Hello there."
-
-
-class Busy(ScriptedCore):
+class Busy(RemoteCore):
     """A core that is busy when certain questions come first."""
 
-    refused: ClassVar[set[str]] = set()
+    def __init__(self, life: EngineLife, assets: TextAssets, max_waiting: int) -> None:
+        def check_text(request: Request) -> None:
+            ends_of_text(assets, request.prompt, request.stops, is_plain=request.is_plain, split=False)
 
-    def submit(self, request: Request) -> ScriptedTicket:
+        super().__init__(life, max_waiting=max_waiting, check_text=check_text)
+        self._assets = assets
+        self._refused: set[str] = set()
+
+    def submit(self, request: Request) -> QueuedTicket:
         """As a core's."""
-        prompt = self.assets.tokenizer.decode(list(request.prompt), skip_special=False)
-        if "4712" in prompt and prompt not in self.refused:
-            self.refused.add(prompt)
+        prompt = self._assets.tokenizer.decode(list(request.prompt), skip_special=False)
+        if "4712" in prompt and prompt not in self._refused:
+            self._refused.add(prompt)
             raise QueueFullError("too many requests wait already", retry_after_s=1)
         return super().submit(request)
 
 
 def serve(
-    port: int,
-    *,
-    context: int = 131072,
-    prefill_s: float = 0.0,
-    on_ready: Callable[[int], None],
-    **settings: Any,
+    order: ScriptedOrder, port: int, queue: int, on_ready: Callable[[int], None], **settings: Any
 ) -> None:
     """Serves until a signal comes. on_ready: called with the port."""
-    files = tiny_files(QWEN3)
-    assets = TextAssets.of_files(files, "scripted", 4096)
-    core = Busy(assets, script(assets), context=context, prefill_s=prefill_s)
+    text = files()
     listener = listen("127.0.0.1", port)
+    life = EngineLife(lambda _: EngineProcess("scripts.outside.scripted_engine").open(order), Restarts())
+    life.begin()
 
     def load() -> Service:
-        chosen = ServeSettings(**{"aliases": ("scripted",), **settings})
-        return Service(core, assets, chosen, lambda: files["tokenizer.json"])
+        assets = TextAssets.of_files(text, "scripted", VOCAB)
+        limits = {"max_requests": 4 * (queue + order.num_slots)}
+        chosen = ServeSettings(**{"aliases": ("scripted",), **limits, **settings})
+        return Service(Busy(life, assets, queue), assets, chosen, lambda: text["tokenizer.json"])
 
-    run([listener], load, core.close, lambda _: on_ready(listener.getsockname()[1]))
+    run([listener], load, life.close, lambda _: on_ready(listener.getsockname()[1]), wait=life.wait)
 
 
 @click.command()
 @click.option("--port", type=int, default=0)
 @click.option("--context", type=int, default=131072)
-@click.option("--prefill", "prefill_s", type=float, default=0.0, help="Seconds of each prompt's pass.")
+@click.option("--prefill", "prefill_s", type=float, default=0.0, help="Seconds of a long prompt's pass.")
+@click.option("--token", "token_s", type=float, default=0.0, help="Seconds of a token.")
+@click.option("--slots", "num_slots", type=int, default=4, help="Answers at a time.")
+@click.option("--queue", type=int, default=64, help="Requests that may wait.")
 @click.option("--strict", is_flag=True, help="As krasis-serve --strict.")
 @click.option("--api-key", "api_keys", multiple=True)
 @click.option("--log", is_flag=True, help="A line for each request, on stderr.")
-def main(
-    port: int, context: int, prefill_s: float, strict: bool, api_keys: tuple[str, ...], log: bool
-) -> None:
+def main(port: int, queue: int, strict: bool, api_keys: tuple[str, ...], log: bool, **order: Any) -> None:
     """Serve. The port goes to stdout when it is ready."""
     logging.basicConfig(level=logging.INFO if log else logging.WARNING, stream=sys.stderr)
-    serve(
-        port,
-        context=context,
-        prefill_s=prefill_s,
-        on_ready=lambda number: print(number, flush=True),
-        is_strict=strict,
-        api_keys=api_keys,
-    )
+
+    def on_ready(number: int) -> None:
+        print(number, flush=True)
+
+    serve(ScriptedOrder(**order), port, queue, on_ready, is_strict=strict, api_keys=api_keys)
 
 
 if __name__ == "__main__":

@@ -74,6 +74,6 @@ def test_codes_apart_from_their_scales_are_refused(slice_and_values) -> None:
     """They would be multiplied by those of other rows."""
     piece, _ = slice_and_values
     moved = replace(piece, raw=piece.raw[::-1].copy())
-    for use in (moved.decode, moved.matrix, moved.blocks, lambda: moved.rows(0, 3)):
+    for use in (moved.decode, moved.matrix, lambda: moved.blocks("Q8_0"), lambda: moved.rows(0, 3)):
         with pytest.raises(FormatError, match="apart from their scales"):
             use()

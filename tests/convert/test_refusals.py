@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
+import threading
 from pathlib import Path
 
 import gguf
@@ -352,6 +354,16 @@ class TestResume:
             run([begun], out, io=Rival(lambda: run([begun], out)))
         assert not out.exists()
         run([begun], out)
+        assert out.exists()
+
+    def test_one_that_is_just_ending(self, run, begun, out):
+        """As a child of a killed conversion, which has its descriptors for a moment."""
+        fd = os.open(partial_path(out), os.O_RDONLY | os.O_DIRECTORY)
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        timer = threading.Timer(0.1, os.close, (fd,))
+        timer.start()
+        run([begun], out)
+        timer.join()
         assert out.exists()
 
 

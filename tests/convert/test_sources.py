@@ -76,7 +76,7 @@ def test_any_file_of_a_split_gguf_or_its_folder_will_do(run, hf_dir, model, bund
 
 
 @pytest.mark.parametrize("dtype", ["F16", "BF16", "Q4_0", "Q5_1"])
-def test_other_gguf_types_are_requantised_and_named(run, hf_dir, model, tmp_path, dtype):
+def test_other_gguf_types_are_kept_or_requantised_and_named(run, hf_dir, model, tmp_path, dtype):
     path = model.write_gguf(tmp_path / "tiny.gguf", experts=dtype, dense="F16")
     bundle = run([hf_dir, path], tmp_path / "out.krasis", tiers=("cpu",))
     rounded = gguf.quants.dequantize(
@@ -87,7 +87,8 @@ def test_other_gguf_types_are_requantised_and_named(run, hf_dir, model, tmp_path
         assert "gpu" not in reader.manifest.layouts
         down = unpacked(reader, "cpu", 1, 3)[2]
         assert relative_mse(down, rounded) < 1e-4
-    assert (f"{dtype} experts are dequantised and rounded again" in bundle.messages) == (dtype[0] == "Q")
+    assert (f"{dtype} experts are dequantised and rounded again" in bundle.messages) == (dtype == "Q5_1")
+    assert (f"{dtype} experts are kept as they are, without loss" in bundle.messages) == (dtype == "Q4_0")
 
 
 @pytest.mark.parametrize("dtype", ["Q4_K", "Q6_K"])

@@ -191,3 +191,27 @@ def test_krasis_run_says_where_it_ran(trained: Any, device_name: str, tmp_path: 
     assert report["num_cached_tokens"] > 2
     assert report["prefilled_on"].startswith("GPU")
     assert report["settings"]["vram_bytes"] == 4 * 2**30
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "f16"])
+def test_keys_and_values_of_8_bits(
+    trained: Any,
+    open_engine: Callable[..., Any],
+    reference_logits: Callable[..., np.ndarray],
+    relative_error: Callable[..., float],
+    record_property: Record,
+    dtype: str,
+) -> None:
+    """A prompt, in pieces too, and tokens after it, all experts in VRAM: within 1 % of transformers' norm."""
+    engine = open_engine(trained.bundle, context=1024, gpu_dtype=dtype, kv_dtype="int8")
+    assert "int8 KV cache" in engine.description
+    tokens = text_tokens(engine, 60)
+    expected = reference_logits(trained.gpu, tokens)
+    found = engine.prefill(tokens[:40], all_logits=True)
+    engine.truncate(20)
+    again = engine.prefill(tokens[20:40], all_logits=True)
+    decoded = np.stack([engine.decode(token).copy() for token in tokens[40:]])
+    for rows, wanted in ((found, expected[:40]), (again, expected[20:40]), (decoded, expected[40:])):
+        error = relative_error(rows, wanted)
+        record_property("relative_error", f"{error:.2e}")
+        assert error <= (1e-2 if dtype == "f16" else 1.5e-2)

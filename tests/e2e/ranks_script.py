@@ -1,9 +1,11 @@
 """Run by test_ranks.py, test_rank_batches.py and test_rank_states.py.
 
 python ranks_script.py ranks FOLDER JSON     ranks as torchrun starts them, but forks of this process;
-                                             JSON: [[bundle, [[number of ranks, bytes of VRAM], ...]], ...]
+                                             JSON: [[bundle, [[number of ranks, bytes of VRAM], ...], and more
+                                             settings if there are], ...]
 python ranks_script.py batches FOLDER JSON   the same, with several sequences
 python ranks_script.py memory FOLDER JSON    the same, with ranks that run out of memory
+python ranks_script.py decode FOLDER JSON    the same, with tokens that several ranks decode
 python ranks_script.py states FOLDER JSON    the same, with a model whose tokens overwrite a state
 python ranks_script.py session BUNDLE        ranks as --gpus 3 starts them; obeys lines of standard input
 """
@@ -19,18 +21,22 @@ import threading
 import traceback
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "support"))
 import rank_batches
+import rank_decode
 import rank_states
 
 from krasis.formats.errors import KrasisError
 from krasis.runtime.distributed.launch import open_engine
 from krasis.runtime.engine import Engine
+from krasis.runtime.gpu import exchange
 from krasis.runtime.gpu.backend import GpuBackend
+from krasis.runtime.gpu.experts import residency
 from krasis.runtime.gpu.opening import open_device
 from krasis.runtime.settings import EngineSettings
 
@@ -49,7 +55,7 @@ def compute(engine: Engine, folder: Path, num_ranks: int) -> dict[str, np.ndarra
     for length in LENGTHS:
         engine.reset()
         found[f"logits_{length}"] = engine.prefill(list(range(1, length + 1)), all_logits=True)
-    found["placement"] = np.array([engine.placement[0], engine.description])
+    found["placement"] = np.array([engine.placement[0], engine.description, engine.placement[1]])
     greedy = [int(found["logits_9"][-1].argmax())]
     for step in range(4):
         logits = engine.decode(greedy[-1]).copy()
@@ -82,18 +88,24 @@ def results(job: str, engine: Engine, folder: Path, num_ranks: int) -> dict[str,
         return rank_batches.compute(engine._backend)
     if job == "memory":
         return rank_batches.out_of_memory(engine._backend)
+    if job == "decode":
+        return rank_decode.compute(engine._backend)
     if job == "states":
         return rank_states.compute(engine, folder, num_ranks)
     return check(engine, folder) if num_ranks == CHECK else compute(engine, folder, num_ranks)
 
 
 def rank_main(
-    job: str, bundle: Path, folder: Path, rank: int, num_ranks: int, port: int, vram_bytes: int | None
+    job: str, bundle: Path, folder: Path, rank: int, num_ranks: int, port: int, changes: dict[str, Any]
 ) -> None:
     slots = 1 if job == "ranks" else rank_batches.SLOTS
     if job == "memory":
         rank_batches.lack_memory(rank, num_ranks)
-    settings = replace(SETTINGS, vram_bytes=vram_bytes, slots=slots)
+    if job in ("memory", "states"):
+        exchange.BESIDE_BYTES = 0
+    if job == "decode":
+        slots, residency.NOTE_TOKENS = rank_decode.SLOTS, rank_decode.NOTE_TOKENS
+    settings = replace(SETTINGS, slots=slots, **changes)
     os.environ |= {
         "KRASIS_JOIN": "1",
         "RANK": str(rank),
@@ -113,7 +125,7 @@ def rank_main(
             np.savez(folder / f"{num_ranks}.npz", **results(job, engine, folder, num_ranks))
 
 
-def fork_ranks(job: str, bundle: Path, folder: Path, num_ranks: int, vram_bytes: int | None) -> int:
+def fork_ranks(job: str, bundle: Path, folder: Path, num_ranks: int, changes: dict[str, Any]) -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -123,7 +135,7 @@ def fork_ranks(job: str, bundle: Path, folder: Path, num_ranks: int, vram_bytes:
         if not pid:
             code = 1
             try:
-                rank_main(job, bundle, folder, rank, num_ranks, port, vram_bytes)
+                rank_main(job, bundle, folder, rank, num_ranks, port, changes)
                 code = 0
             except BaseException:  # noqa: BLE001  # the child of a fork must end here, whatever happened
                 traceback.print_exc()
@@ -142,6 +154,12 @@ def session(bundle: Path) -> int:
         for line in sys.stdin:
             engine.reset()
             try:
+                if line.startswith("decoding"):
+                    engine.prefill([1, 2, 3])
+                    print("decodes", flush=True)
+                    while True:
+                        engine.decode(4)
+                        engine.truncate(3)
                 if line.startswith("interrupted"):
                     threading.Timer(0.0, os.kill, (os.getpid(), signal.SIGINT)).start()
                     while True:
@@ -162,8 +180,10 @@ if __name__ == "__main__":
     if sys.argv[1] == "session":
         sys.exit(session(Path(sys.argv[2])))
     job, failed = sys.argv[1], 0
-    for index, (bundle, sizes) in enumerate(json.loads(sys.argv[3])):
+    for index, (bundle, sizes, *changes) in enumerate(json.loads(sys.argv[3])):
         own = Path(sys.argv[2]) / str(index)
         own.mkdir()
-        failed += sum(fork_ranks(job, Path(bundle), own, num_ranks, vram) for num_ranks, vram in sizes)
+        for num_ranks, vram in sizes:
+            settings = {"vram_bytes": vram, **(changes[0] if changes else {})}
+            failed += fork_ranks(job, Path(bundle), own, num_ranks, settings)
     sys.exit(failed)

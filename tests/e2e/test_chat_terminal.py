@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 from terminal_session import ALT_ENTER, CTRL_C, CTRL_D, CTRL_Z, PROMPT, TAB, UP, Session
 
+from tests.support.patience import PATIENCE_S
+
 FLAGS = ["--threads", "2", "--ctx", "32768", "--max-tokens", "6", "--temperature", "0"]
 NEXT = re.escape(PROMPT)
 ASKED = rf"\n(?s:.*?){NEXT}"  # an answer has come, and the next prompt
@@ -214,17 +216,18 @@ def test_tab_completes_commands_files_and_settings(start: Start, tmp_path: Path)
 _PATCHED = """
 import sys, time
 from krasis.runtime.engine import Engine
+from krasis.runtime.held_tokens import HeldTokens
 {patch}
 from krasis.runtime.cli.run import main
 main(prog_name="krasis-run")
 """
 _SLOW_PREFILL = """
-prefill = Engine._prefill
+prefill = HeldTokens.prefill
 def slow(self, *args, **options):
     print("computing", flush=True)
     time.sleep(60)
     return prefill(self, *args, **options)
-Engine._prefill = slow
+HeldTokens.prefill = slow
 """
 _SLOW_SAVE = """
 from krasis.runtime.cli.conversation import Conversation
@@ -379,7 +382,7 @@ def test_signals_and_a_terminal_that_is_gone(start: Start) -> None:
     )
     os.close(gone.master)
     gone.master = os.open(os.devnull, os.O_RDWR)
-    assert gone.process.wait(20) in (0, 6)  # 6: its last words could not be written
+    assert gone.process.wait(PATIENCE_S) in (0, 6)  # 6: its last words could not be written
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,8 @@ def bundle(request: pytest.FixtureRequest, checkpoint: Path) -> Path:
 def expected(bundle: Path, checkpoint: Path) -> Callable[[str], np.ndarray]:
     """Logits of all tokens with the experts of a tier."""
     config = json.loads((checkpoint / "config.json").read_text("utf-8"))
+    if bundle.stem == "gguf" and "time_step_min" in config:  # of which llama.cpp knows nothing
+        config["time_step_min"] = 0.0
     found: dict[str, np.ndarray] = {}
 
     def logits(tier: str) -> np.ndarray:
@@ -124,17 +126,6 @@ def test_goes_on_from_a_saved_prefix_with_the_same_bits(bundle: Path, tmp_path: 
         engine.load_prefix(tmp_path / "a.kv")
         assert engine.tokens == tuple(TOKENS)
         np.testing.assert_array_equal([engine.decode(token) for token in (5, 6)], expected)
-
-
-@pytest.mark.parametrize("checkpoint", ["glm_moe_dsa"], indirect=True)
-@pytest.mark.parametrize("bundle", ["hf"], indirect=True)
-def test_contexts_end_where_an_index_would_choose(bundle: Path, gpu_kind: str) -> None:
-    """Up to its budget of 80 tokens it picks all of them, and attention computes what it would."""
-    for device in ("cpu", gpu_kind):
-        with Engine.open(bundle, EngineSettings(device=device, threads=1, prefault=False)) as engine:
-            assert engine.context == 80
-    with pytest.raises(UnsupportedModelError, match=r"--ctx.*sparse attention by an index.*got 81; limit 80"):
-        Engine.open(bundle, EngineSettings(device="cpu", context=81))
 
 
 @pytest.mark.parametrize("bundle", ["hf"], indirect=True)  # the GGUFs are written without a tokenizer

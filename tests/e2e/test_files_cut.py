@@ -31,16 +31,16 @@ cli.main()
 """
 RUN = """
 import os, sys
-from krasis.runtime import engine
+from krasis.runtime.held_tokens import HeldTokens
 from krasis.runtime.cli import run as cli
 shard = sys.argv[1] + "/" + sys.argv.pop()
-decode, calls = engine.Engine._decode, []
+decode, calls = HeldTokens.decode, []
 def cut(self, token):
     calls.append(token)
     if len(calls) == 3:
         os.truncate(shard, 4096)
     return decode(self, token)
-engine.Engine._decode = cut
+HeldTokens.decode = cut
 sys.argv[0] = "krasis-run"
 cli.main()
 """

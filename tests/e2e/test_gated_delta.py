@@ -1,5 +1,6 @@
-"""Qwen3-Next and Qwen3.5 from a checkpoint through the converter to logits on the CPU, in int8 and float;
-going back to a copy of the state, passes that break off, and the server's slots.
+"""Models whose layers overwrite a state (matrices, or the last columns of a convolution) from a checkpoint
+through the converter to logits on the CPU, in int8 and float; going back to a copy of the state, passes that
+break off, and the server's slots.
 """
 
 from __future__ import annotations
@@ -31,7 +32,13 @@ from krasis.runtime.state.borders import STEP_TOKENS, TAIL_TOKENS, borders, piec
 from tests.support.random_weights import dequantised_state, transformers_logits, write_checkpoint
 from tests.support.tiny_checkpoints import tiny
 
-FAMILIES = ("qwen3_next", "qwen3_5_moe")
+SAVED = {
+    "qwen3_next": {"keys", "values", "matrices", "columns"},
+    "lfm2_moe": {"keys", "values", "conv_columns"},
+    "nemotron_h": {"keys", "values", "matrices", "columns"},
+    "kimi_linear": {"latents", "matrices", "columns"},
+}
+FAMILIES = tuple(SAVED)
 TOKENS = np.random.default_rng(8).integers(0, 256, 90).tolist()
 LONG = np.random.default_rng(9).integers(0, 256, 230).tolist()
 RelativeError = Callable[[np.ndarray, np.ndarray], float]
@@ -148,8 +155,10 @@ def test_a_saved_prefix_without_its_state_is_refused(bundle: Path, tmp_path: Pat
         known = load_file(path)
         with safe_open(path, "numpy") as file:
             metadata = file.metadata()
-        assert known.keys() == {"keys", "values", "matrices", "columns", "tokens"}
-        for change in ({"columns": None}, {"matrices": known["matrices"][:, :1]}):
+        assert known.keys() == {*SAVED[bundle.parent.name.rstrip("0123456789")], "tokens"}
+        state = next(name for name in ("matrices", "conv_columns") if name in known)
+        last = "columns" if state == "matrices" else state
+        for change in ({last: None}, {state: known[state][:1]}):
             tensors = {name: one for name, one in (known | change).items() if one is not None}
             save_file(tensors, path, metadata)
             with pytest.raises(FormatError, match=r"other tensors.*columns|wrong shape.*"):

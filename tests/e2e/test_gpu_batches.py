@@ -106,6 +106,7 @@ def test_the_memory_of_all_slots_is_planned(bundle: Path, open_gpu: Callable[...
     memory = {"context": 64, "vram_bytes": 2**31}
     one, four = (open_gpu(bundle, slots=slots, **memory)._backend for slots in (1, 4))
     plans = [backend._parts.plan.placement for backend in (one, four)]
-    assert plans[0].vram_bytes - plans[1].vram_bytes == 3 * plans[0].kv_bytes
+    assert plans[1].kv_bytes == 4 * plans[0].kv_bytes
+    assert plans[0].spare_bytes - plans[1].spare_bytes == 3 * plans[0].kv_bytes
     assert four._parts.model.cache.memory.nbytes == 4 * one._parts.model.cache.memory.nbytes
     assert "4 sequences" in four.description

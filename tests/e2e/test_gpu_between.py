@@ -127,13 +127,15 @@ def alone(
 
 
 @pytest.mark.parametrize(
-    ("path", "seed"), [("streamed", 0), ("streamed", 1), ("streamed", 2), ("routed", 3), ("cpu", 2)]
+    ("path", "seed", "on_host"),
+    [("streamed", 0, 0), ("streamed", 1, 2), ("streamed", 2, LAYERS), ("routed", 3, 0), ("cpu", 2, 1)],
 )
 def test_a_pass_and_tokens_between_its_layers_have_the_bits_they_have_alone(
-    open_backend: Callable[..., Any], alone: Callable[..., Any], path: str, seed: int
+    open_backend: Callable[..., Any], alone: Callable[..., Any], path: str, seed: int, on_host: int
 ) -> None:
-    """Six tokens each in two passes of four layers, whatever order the device takes."""
-    backend = open_backend(path, seed=seed)
+    """Six tokens each in two passes of four layers, whatever order the device takes, and wherever so many
+    layers' keys and values lie."""
+    backend = open_backend(path, seed=seed, host_kv_layers=on_host)
     assert backend.decodes_between_layers
     logits, rows = between(backend, STEPS)
     assert backend.last_prefill.num_passes == 2
@@ -144,12 +146,35 @@ def test_a_pass_and_tokens_between_its_layers_have_the_bits_they_have_alone(
     np.testing.assert_array_equal(np.stack(rows), np.stack(expected_rows))
 
 
+def test_a_token_between_layers_leaves_a_passes_staging_alone(open_backend: Callable[..., Any]) -> None:
+    """One sequence's tokens are read ahead into a buffer that a pass has while it is under way."""
+    found = []
+    for on_host in (0, LAYERS):
+        backend, rows = open_backend("streamed", seed=1, host_kv_layers=on_host), []
+
+        def step(_done: int, _total: int, backend: Any = backend, rows: list[np.ndarray] = rows) -> None:
+            outer, backend.layer_done = backend.layer_done, None
+            at = backend.state.length(0)
+            rows.append(backend.run(one_sequence(np.array([40 + at]), at, "last", 0)).copy())
+            backend.layer_done = outer
+
+        step(0, 0)
+        backend.layer_done = step
+        rows.append(backend.run(long_prompt()).copy())
+        backend.layer_done = None
+        step(0, 0)
+        found.append(np.concatenate(rows))
+    np.testing.assert_array_equal(*found)
+
+
 @pytest.mark.usefixtures("only_double")
 def test_every_launch_of_both_names_all_it_touches(
     open_backend: Callable[..., Any], alone: Callable[..., Any]
 ) -> None:
     paranoid = open_backend(
-        "streamed", device=lambda size: DeviceDouble(seed=1, total_bytes=size, paranoid=True)
+        "streamed",
+        device=lambda size: DeviceDouble(seed=1, total_bytes=size, paranoid=True),
+        host_kv_layers=LAYERS // 2,
     )
     logits, rows = between(paranoid, 1)
     expected, expected_rows = alone(1)

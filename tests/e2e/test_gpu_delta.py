@@ -264,4 +264,5 @@ def test_what_is_planned_is_what_is_allocated(bundle: Path, open_gpu: OpenGpu, o
         taken.append(backend._parts.model.cache.memory.nbytes + backend._parts.model.cache.copies.nbytes)
     assert abs(taken[0] - plans[0].kv_bytes) < 1024
     assert taken[1] == 3 * taken[0]
-    assert plans[0].vram_bytes - plans[1].vram_bytes == 2 * plans[0].kv_bytes
+    assert plans[1].kv_bytes == 3 * plans[0].kv_bytes
+    assert plans[0].spare_bytes - plans[1].spare_bytes == 2 * plans[0].kv_bytes

@@ -124,22 +124,6 @@ def test_experts_of_8_bits_are_not_for_the_kernels(
         Engine.open(bundle, EngineSettings(device="double"))
 
 
-def test_a_cache_of_8_bits_stays_on_the_cpu(
-    bundle: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """An idle GPU is worth a line then."""
-    with pytest.raises(UsageError, match=r"--kv-dtype: a GPU keeps no KV cache in 8 bits yet"):
-        Engine.open(bundle, EngineSettings(device="double", kv_dtype="int8"))
-    monkeypatch.setattr("krasis.runtime.open_backend.visible_gpus.driver_loaded", lambda *_: True)
-    monkeypatch.setattr(opening, "has_gpu", lambda: True)
-    settings = EngineSettings(kv_dtype="int8", prefault=False)
-    with caplog.at_level(logging.WARNING), Engine.open(bundle, settings) as engine:
-        assert engine.description.startswith("CPU, ")
-        assert "int8 KV cache" in engine.description
-    assert "this machine's GPU is not used" in reason_of(caplog)
-    assert "8 bits" in reason_of(caplog)
-
-
 def test_the_float_reference_stays_on_the_cpu(bundle: Path, caplog: pytest.LogCaptureFixture) -> None:
     settings = {"activations": "float32", "prefault": False}
     with pytest.raises(UsageError, match="reference"):

@@ -7,6 +7,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,26 @@ def test_bundle_and_logits(original: Path, tmp_path: Path, name: str, relative_e
     assert relative_error(logits, reference(plain)) <= 2e-2
 
 
+@pytest.mark.parametrize("name", ["int4", "mxfp4", "ct-int4-g32", "ct-mxfp4", "gptq"])
+def test_logits_of_kept_codes(
+    original: Path, tmp_path: Path, name: str, relative_error: RelativeError
+) -> None:
+    """In the formats that are chosen by themselves, on both sides the experts are what the checkpoint has."""
+    writer = FOREIGN.get(name, "gptqmodel")
+    if name not in ("int4", "mxfp4") and importlib.util.find_spec(writer) is None:
+        pytest.skip(f"{writer} is not installed")
+    scheme = SCHEMES[name] if name in ("int4", "mxfp4") else foreign(name)
+    quantised, plain = quantise(original, tmp_path, scheme)
+    bundle = converted(quantised, "--gpu-scales", "f16" if "mxfp4" not in name else "bf16")
+    for tier in ("cpu", "gpu"):
+        settings = EngineSettings(context=64, threads=1, prefault=False, device="cpu")
+        if tier == "gpu":
+            settings = replace(settings, experts=tier, activations="float32")
+        with Engine.open(bundle, settings) as engine:
+            logits = engine.prefill(TOKENS, all_logits=True)
+        assert relative_error(logits, reference(plain, f"reference-{tier}")) <= 2e-2
+
+
 @pytest.mark.parametrize("name", ["fp8", "awq"])
 def test_mixed_with_plain_weights(original: Path, tmp_path: Path, name: str) -> None:
     """Attention, one layer's experts and the head plain, as lists of modules leave them out."""
@@ -105,11 +126,11 @@ def is_expert(name: str) -> bool:
     return ".experts." in name
 
 
-def converted(folder: Path) -> Path:
-    """Its bundle."""
+def converted(folder: Path, *options: str) -> Path:
+    """Its bundle. Groups of 64 keep no codes."""
     out = folder.with_suffix(".krasis")
-    options = ["--gpu-group", "64", "--quiet", "--force-text", "--threads", "1"]
-    done = CliRunner().invoke(convert, [str(folder), "-o", str(out), *options], catch_exceptions=False)
+    fixed = ["--quiet", "--force-text", "--threads", "1", *(options or ("--gpu-group", "64"))]
+    done = CliRunner().invoke(convert, [str(folder), "-o", str(out), *fixed], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     return out
 
@@ -121,7 +142,7 @@ def shards(bundle: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in files}
 
 
-def reference(plain: Path) -> np.ndarray:
+def reference(plain: Path, name: str = "reference") -> np.ndarray:
     """transformers' logits in float32."""
     checkpoint = ShardedCheckpoint.open(plain)
     state = {}
@@ -129,4 +150,4 @@ def reference(plain: Path) -> np.ndarray:
         values = np.asarray(checkpoint.array(name))
         state[name] = (values.astype(np.uint32) << 16).view(np.float32) if info.dtype == "BF16" else values
     config = json.loads((plain / "config.json").read_text("utf-8"))
-    return transformers_logits(write_checkpoint(state, config, plain.parent / "reference"), TOKENS)
+    return transformers_logits(write_checkpoint(state, config, plain.parent / name), TOKENS)

@@ -16,7 +16,7 @@ from tests.support.tiny_checkpoints import tiny
 
 pytest.importorskip("torch.distributed")
 pytestmark = needs_double
-TOLERANCE = 2e-3
+TOLERANCE = 1e-3
 
 
 @pytest.fixture(scope="module")

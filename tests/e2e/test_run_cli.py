@@ -17,6 +17,7 @@ from click.testing import CliRunner, Result
 
 from krasis.runtime import Engine, EngineSettings, SamplingSettings
 from krasis.runtime.cli.run import main
+from tests.support.patience import PATIENCE_S
 
 RUN = [sys.executable, "-c", "from krasis.runtime.cli.run import main; main(prog_name='krasis-run')"]
 GREEDY = ["--temperature", "0", "--max-tokens", "12", "--ctx", "256", "--threads", "2"]
@@ -267,7 +268,7 @@ def test_ctrl_c_stops_a_one_shot_answer_and_keeps_what_was_said(chat_bundle: Pat
         assert os.read(process.stdout.fileno(), 1)
         time.sleep(0.2)
         process.send_signal(signal.SIGINT)
-        _, stderr = process.communicate(timeout=30)
+        _, stderr = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 130
     assert b"Traceback" not in stderr
     assert b"tok/s" in stderr.splitlines()[-1]

@@ -74,7 +74,7 @@ def weights(bundle: Path) -> ModelWeights:
 @pytest.fixture(scope="module")
 def tokens(weights: ModelWeights) -> list[int]:
     vocab = weights.architecture.vocab_size
-    return np.random.default_rng(11).integers(0, vocab, 40 if vocab == 1024 else 96).tolist()
+    return np.random.default_rng(11).integers(0, vocab, 16 if vocab == 1024 else 96).tolist()
 
 
 @pytest.fixture(scope="module")

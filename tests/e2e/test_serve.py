@@ -19,6 +19,7 @@ import numpy as np
 
 from krasis.runtime.engine import Engine
 from krasis.runtime.settings import SamplingSettings
+from tests.support.patience import PATIENCE_S
 
 COMMAND = [
     sys.executable,
@@ -43,13 +44,13 @@ def served(bundle: Path, *options: str) -> Iterator[int]:
                 line = process.stderr.readline()
             yield int(found[1])
             process.send_signal(signal.SIGTERM)
-            assert process.wait(20) == 0
+            assert process.wait(PATIENCE_S) == 0
         finally:
             process.kill()
 
 
 def post(port: int, path: str, body: Any) -> Any:
-    connection = HTTPConnection("127.0.0.1", port, timeout=30)
+    connection = HTTPConnection("127.0.0.1", port, timeout=PATIENCE_S)
     connection.request("POST", path, json.dumps(body))
     reply = connection.getresponse()
     found = json.loads(reply.read())

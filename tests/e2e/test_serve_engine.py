@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.bench.serve_load import Load, engine_of, wait_until_idle
+from tests.support.patience import PATIENCE_S
 
 CODE = "from krasis.runtime.server.command import main; main(prog_name='krasis-serve')"
 ASK = [{"role": "user", "content": "What does json.dumps do, and how is it not json.dump? " * 3}]
@@ -39,7 +40,7 @@ def served(bundle: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str],
 
 
 def ask(port: int, method: str, path: str, body: Any = None) -> tuple[int, Any, dict[str, str]]:
-    connection = HTTPConnection("127.0.0.1", port, timeout=30)
+    connection = HTTPConnection("127.0.0.1", port, timeout=PATIENCE_S)
     connection.request(method, path, None if body is None else json.dumps(body))
     reply = connection.getresponse()
     data = reply.read()
@@ -49,14 +50,14 @@ def ask(port: int, method: str, path: str, body: Any = None) -> tuple[int, Any, 
 
 
 def wait_until_well(port: int) -> None:
-    end = time.monotonic() + 30
+    end = time.monotonic() + PATIENCE_S
     while ask(port, "GET", "/health")[0] != 200:
         assert time.monotonic() < end
         time.sleep(0.02)
 
 
 def kill_engine(server: int) -> None:
-    end = time.monotonic() + 30
+    end = time.monotonic() + PATIENCE_S
     while (engine := engine_of(server)) is None:  # the one before was killed, and the next is not yet
         assert time.monotonic() < end
         time.sleep(0.02)
@@ -64,7 +65,7 @@ def kill_engine(server: int) -> None:
 
 
 def wait_until_gone(pid: int | None) -> None:
-    end = time.monotonic() + 20
+    end = time.monotonic() + PATIENCE_S
     while Path(f"/proc/{pid}").exists():
         assert time.monotonic() < end
         time.sleep(0.02)
@@ -90,11 +91,11 @@ def test_a_killed_engine_ends_what_it_was_asked_and_comes_again(trained_bundle: 
         answer = ask(port, "POST", "/v1/chat/completions", {**chat, "response_format": form})[1]
         assert json.loads(answer["choices"][0]["message"]["content"]) == {"a": 3}
         process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 0
+        assert process.wait(PATIENCE_S) == 0
     with served(trained_bundle, *kept) as (process, port):
         replies = []
         for path, body in STREAMS.items():
-            connection = HTTPConnection("127.0.0.1", port, timeout=30)
+            connection = HTTPConnection("127.0.0.1", port, timeout=PATIENCE_S)
             connection.request("POST", path, json.dumps(body))
             replies.append(connection.getresponse())
             assert replies[-1].readline()
@@ -103,7 +104,7 @@ def test_a_killed_engine_ends_what_it_was_asked_and_comes_again(trained_bundle: 
         for path, reply in zip(STREAMS, replies, strict=True):
             rest = reply.read().decode()
             assert "the engine ended while it worked on this request" in rest, (path, rest[-300:])
-        assert time.monotonic() - begin < 3  # a second, on a machine that does nothing else
+        assert time.monotonic() - begin < 20  # a second, on a machine that does nothing else
         status, body, headers = ask(port, "GET", "/health")
         if status != 200:  # it may be back already
             assert (status, body["error"]["code"]) == (503, "engine_lost")
@@ -125,7 +126,7 @@ def test_a_killed_engine_ends_what_it_was_asked_and_comes_again(trained_bundle: 
 
 def test_an_engine_that_loads_ends_with_its_server(trained_bundle: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", CODE, str(trained_bundle), "--port", "0"]) as process:
-        end = time.monotonic() + 20
+        end = time.monotonic() + PATIENCE_S
         while (engine := engine_of(process.pid)) is None:
             assert time.monotonic() < end
             time.sleep(0.01)
@@ -135,7 +136,7 @@ def test_an_engine_that_loads_ends_with_its_server(trained_bundle: Path) -> None
 
 def test_a_stopped_engine_holds_up_its_own_answers_only(trained_bundle: Path) -> None:
     with served(trained_bundle, "--ping-interval", "0.2") as (process, port):
-        connection = HTTPConnection("127.0.0.1", port, timeout=30)
+        connection = HTTPConnection("127.0.0.1", port, timeout=PATIENCE_S)
         connection.request("POST", "/v1/chat/completions", json.dumps(STREAMS["/v1/chat/completions"]))
         reply = connection.getresponse()
         assert reply.readline()
@@ -145,14 +146,14 @@ def test_a_stopped_engine_holds_up_its_own_answers_only(trained_bundle: Path) ->
         begin = time.monotonic()
         assert ask(port, "GET", "/health")[0] == 200
         assert ask(port, "GET", "/metrics")[0] == 200
-        assert time.monotonic() - begin < 2
+        assert time.monotonic() - begin < 20  # at once; it would be never
         frames = b""
         while frames.count(b'"delta":{}') < 3:  # nothing else says that it lives
             frames += reply.readline()
         os.kill(engine, signal.SIGCONT)
         connection.close()
         process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 0
+        assert process.wait(PATIENCE_S) == 0
 
 
 def test_what_cannot_be_opened_is_told_with_its_exit_code(trained_bundle: Path) -> None:
@@ -166,7 +167,7 @@ def test_what_cannot_be_opened_is_told_with_its_exit_code(trained_bundle: Path) 
         "--ctx",
         "999999",
     ]
-    found = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    found = subprocess.run(command, check=False, capture_output=True, text=True, timeout=PATIENCE_S)
     assert found.returncode == 2
     assert found.stderr.count("the context is longer than the model allows") == 1
 
@@ -191,4 +192,4 @@ def test_clients_that_come_and_go_while_engines_are_killed(trained_bundle: Path)
         assert idle["krasis_num_requests_running"] == idle["krasis_num_requests_waiting"] == 0
         assert not any(one["is_processing"] for one in ask(port, "GET", "/slots")[1])
         process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 0
+        assert process.wait(PATIENCE_S) == 0

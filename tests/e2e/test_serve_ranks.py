@@ -23,6 +23,7 @@ from rank_runs import needs_double
 
 from krasis.runtime.engine import Engine
 from krasis.runtime.settings import EngineSettings, SamplingSettings
+from tests.support.patience import PATIENCE_S
 
 pytestmark = needs_double
 CODE = "from krasis.runtime.server.command import main; main(prog_name='krasis-serve')"
@@ -82,7 +83,7 @@ def children_of(pid: int) -> list[int]:
 
 
 def complete(port: int, prompt: list[int]) -> Any:
-    connection = HTTPConnection("127.0.0.1", port, timeout=60)
+    connection = HTTPConnection("127.0.0.1", port, timeout=PATIENCE_S)
     body = {"prompt": prompt, "temperature": 0, "max_tokens": MAX_TOKENS}
     connection.request("POST", "/v1/completions", json.dumps(body))
     reply = connection.getresponse()
@@ -103,7 +104,7 @@ def test_answers_in_company_are_the_engines(bundle: Path) -> None:
         answers = list(pool.map(lambda prompt: complete(port, prompt), PROMPTS))
         for process in reversed(ranks):  # torchrun tells all
             process.send_signal(signal.SIGTERM)
-        assert [process.wait(30) for process in ranks] == [0, 0]
+        assert [process.wait(PATIENCE_S) for process in ranks] == [0, 0]
     assert [answer["choices"][0]["text"] for answer in answers] == expected
 
 
@@ -114,13 +115,13 @@ def test_a_killed_rank_ends_what_was_asked_and_the_engine_starts_again(bundle: P
             first = complete(port, PROMPTS[0])
             os.kill(worker_of(server.pid), signal.SIGKILL)
             assert "ended: killed by SIGKILL" in json.dumps(complete(port, PROMPTS[1]))
-            end = time.monotonic() + 120
+            end = time.monotonic() + PATIENCE_S
             while "choices" not in (again := complete(port, PROMPTS[0])):
                 assert time.monotonic() < end, again
                 time.sleep(0.2)
             assert again["choices"] == first["choices"]
             server.send_signal(signal.SIGTERM)
-            assert server.wait(30) == 0
+            assert server.wait(PATIENCE_S) == 0
             assert server.stderr is not None
             assert "ended: killed by SIGKILL); it starts again" in server.stderr.read()
         finally:

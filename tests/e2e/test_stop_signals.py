@@ -37,10 +37,23 @@ main = import_module(module).main
 sys.argv = ["krasis", *sys.argv[6:]]
 main()
 """
+# The same in a finalizer: Python drops what is raised there.
+LOST = SELF.replace("        os.kill(os.getpid(), number)", "        Lost()").replace(
+    "def call(",
+    """
+class Lost:
+    def __del__(self):
+        os.kill(os.getpid(), number)
+        for _ in range(100):
+            pass
+def call(""",
+)
 
 
-def signalled(command: str, owner: str, call: str, at: int, number: int, *arguments: object):
-    line = [sys.executable, "-c", SELF, command, call, str(at), str(int(number)), owner, *map(str, arguments)]
+def signalled(
+    command: str, owner: str, call: str, at: int, number: int, *arguments: object, code: str = SELF
+):
+    line = [sys.executable, "-c", code, command, call, str(at), str(int(number)), owner, *map(str, arguments)]
     return subprocess.run(line, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
 
 
@@ -73,12 +86,27 @@ def test_the_code_names_the_signal(chat_bundle: Path, tmp_path: Path, number: in
     saved = tmp_path / "talk.kv"
     arguments = (chat_bundle, "--prompt", "hello", "--save-kv", saved, "--ctx", 512)
     done = signalled(
-        "krasis.runtime.cli.run", "krasis.runtime.engine", "Engine._decode", 5, number, *arguments
+        "krasis.runtime.cli.run", "krasis.runtime.held_tokens", "HeldTokens.decode", 5, number, *arguments
     )
     assert done.returncode == 128 + number, done
     assert done.stderr.splitlines()[-1] == f"krasis-run: stopped by {signal.Signals(number).name}"
     assert saved.exists()
     assert done.stdout  # what was said stays said
+
+
+def test_a_lost_interrupt_is_asked_for(chat_bundle: Path, checkpoint_copy: Path, tmp_path: Path) -> None:
+    saved = tmp_path / "talk.kv"
+    arguments = (chat_bundle, "--prompt", "hello", "--save-kv", saved, "--ctx", 2048)
+    where = ("krasis.runtime.cli.run", "krasis.runtime.held_tokens", "HeldTokens.decode", 5)
+    done = signalled(*where, signal.SIGTERM, *arguments, code=LOST)
+    assert "KeyboardInterrupt" in done.stderr  # Python told that it dropped one
+    assert done.returncode == 143, done
+    assert 1 < tokens_of(chat_bundle, saved) < 100
+    where = ("krasis.convert.cli", "krasis.convert.journal", "Journal.append", 3)
+    done = signalled(*where, signal.SIGTERM, checkpoint_copy, "-o", tmp_path / "out.krasis", code=LOST)
+    assert "KeyboardInterrupt" in done.stderr
+    assert done.stderr.splitlines()[-1] == "krasis-convert: stopped; run the same command to continue"
+    assert done.returncode == 143, done
 
 
 def test_while_it_loads_and_while_it_saves(chat_bundle: Path, tmp_path: Path) -> None:
@@ -91,7 +119,7 @@ def test_while_it_loads_and_while_it_saves(chat_bundle: Path, tmp_path: Path) ->
     assert done.stderr.splitlines() == ["krasis-run: stopped by SIGTERM"]
     for number in (signal.SIGTERM, signal.SIGINT):
         done = signalled(
-            "krasis.runtime.cli.run", "krasis.runtime.engine", "save_prefix", 1, number, *arguments
+            "krasis.runtime.cli.run", "krasis.runtime.held_tokens", "save_prefix", 1, number, *arguments
         )
         assert (done.returncode, saved.exists()) == (0, True), done  # it was the last thing to do
         saved.unlink()
@@ -105,7 +133,14 @@ def test_a_save_that_fails_is_told(chat_bundle: Path, tmp_path: Path) -> None:
         "main = import",
         "from krasis.runtime.state import kv_file\nkv_file.check_target = print\nmain = import",
     )
-    line = ["krasis.runtime.cli.run", "Engine._decode", "3", "15", "krasis.runtime.engine", chat_bundle]
+    line = [
+        "krasis.runtime.cli.run",
+        "HeldTokens.decode",
+        "3",
+        "15",
+        "krasis.runtime.held_tokens",
+        chat_bundle,
+    ]
     done = subprocess.run(
         [sys.executable, "-c", code, *line, "--prompt", "x", "--save-kv", saved, "--ctx", "512"],
         capture_output=True,
@@ -118,7 +153,8 @@ def test_a_save_that_fails_is_told(chat_bundle: Path, tmp_path: Path) -> None:
 
 
 def test_nohup_stays_nohup(chat_bundle: Path) -> None:
-    line = ["krasis.runtime.cli.run", "Engine._decode", "3", str(int(signal.SIGHUP)), "krasis.runtime.engine"]
+    where = "krasis.runtime.held_tokens"
+    line = ["krasis.runtime.cli.run", "HeldTokens.decode", "3", str(int(signal.SIGHUP)), where]
     command = ["sh", "-c", "trap '' HUP; exec \"$@\"", "sh", sys.executable, "-c", SELF, *line]
     done = subprocess.run(
         [*command, chat_bundle, "--prompt", "hello", "--max-tokens", "5"],

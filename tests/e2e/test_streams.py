@@ -99,8 +99,8 @@ def test_a_reader_that_leaves(chat_bundle: Path) -> None:
 
 @pytest.mark.parametrize("program", list(PROGRAMS))
 def test_help_and_version_onto_a_full_disk(program: str) -> None:
-    for flag in ("--help", "--version"):
-        done = shell('"$@" >/dev/full', flag, program=program)
+    for flag, unbuffered in (("--help", ""), ("--help", "1"), ("--version", "")):
+        done = shell('"$@" >/dev/full', flag, program=program, PYTHONUNBUFFERED=unbuffered)
         assert done.returncode == 6
         assert "No space left on device" in only_sentence(done)
 

@@ -100,7 +100,7 @@ def test_an_overflow_among_answers_is_mended(trained_bundle: Path, bundle: Path,
         engine.prefill(tokens[:20])
         expected = engine.decode(tokens[20]).copy()
     with opened(bundle) as engine:
-        engine._tokens.extend(tokens[:20])  # as after loading a prefix whose cache overflowed
+        engine._held.tokens.extend(tokens[:20])  # as after loading a prefix whose cache overflowed
         state = engine._backend.state
         for layer in range(len(engine.bundle.spec.layers)):
             keys, _ = state.layer(0, layer)

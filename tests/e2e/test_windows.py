@@ -252,8 +252,8 @@ def test_conversations_on_a_server_get_what_each_gets_alone(bundle: Path, tmp_pa
         with open_core(bundle, settings, CoreSettings(num_slots=1), prefix_dir=tmp_path) as opened:
             opened.core.start()
             assert ask(opened.core, [*second, *answer, 11, 13], "a")[1] >= len(second) + 5
-    # A GPU keeps whole contexts: it has no use for these files, and lets them be.
-    whole = SimpleNamespace(description="a GPU", kv_dtype="f16", capacity=512)
+    # Several GPUs keep whole contexts: they have no use for these files, and let them be.
+    whole = SimpleNamespace(description="GPUs", kv_dtype="f16", capacity=512)
     with Bundle.open(bundle) as found:
         folder = PrefixFolder(tmp_path, found, whole, 1 << 40)
         files = set(tmp_path.iterdir())

@@ -6,6 +6,8 @@ import configparser
 import json
 import re
 import shlex
+import shutil
+import subprocess
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -49,6 +51,19 @@ def test_the_service_starts_the_server_and_lets_it_end() -> None:
     assert service["LimitMEMLOCK"] == "infinity"
     # What is read of this machine is in /proc outside the processes.
     assert "ProcSubset" not in service
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="there is no systemd")
+def test_systemd_knows_every_line_of_the_service(tmp_path: Path) -> None:
+    unit = tmp_path / "krasis-serve.service"
+    program = tmp_path / "krasis-serve"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    unit.write_text(SERVICE.replace("/opt/krasis/bin/krasis-serve", str(program)), "utf-8")
+    command = ["systemd-analyze", "verify", "--man=no", str(unit)]
+    found = subprocess.run(command, check=False, capture_output=True, text=True)
+    complaints = [line for line in found.stderr.splitlines() if unit.name in line]
+    assert (found.returncode, complaints) == (0, [])
 
 
 def test_the_container_starts_the_server_as_nobody_special() -> None:

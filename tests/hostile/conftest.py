@@ -19,6 +19,9 @@ sys.path.extend(
 import format_builders
 
 from krasis.formats.errors import FormatError, KrasisError
+from krasis.formats.models.registry import all_families
+
+all_families()  # modules that a reader loads at its first use are not what a file made it allocate
 
 MAX_SECONDS = 5.0
 FREE_BYTES = 1 << 20

@@ -15,8 +15,7 @@ import pytest
 
 from krasis.formats.errors import UsageError
 from krasis.runtime.exclusive import CallCancelledError, Cancellation, Claim, Exclusive
-
-WAIT_S = 20.0
+from tests.support.patience import PATIENCE_S
 
 
 @contextmanager
@@ -26,16 +25,16 @@ def occupied(gate: Exclusive, cancellation: Cancellation | None = None) -> Itera
 
     def stay() -> None:
         inside.set()
-        leave.wait(WAIT_S)
+        leave.wait(PATIENCE_S)
 
     thread = threading.Thread(target=gate.run, args=(cancellation, stay), daemon=True)
     thread.start()
-    assert inside.wait(WAIT_S)
+    assert inside.wait(PATIENCE_S)
     try:
         yield leave
     finally:
         leave.set()
-        thread.join(WAIT_S)
+        thread.join(PATIENCE_S)
         assert not thread.is_alive()
 
 
@@ -55,7 +54,7 @@ def in_thread(work: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + WAIT_S
+    end = time.monotonic() + PATIENCE_S
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.001)
@@ -73,7 +72,7 @@ def test_calls_come_in_one_by_one_in_the_order_they_came() -> None:
         # A caller that comes again and again, as the reader of an answer does, comes behind them.
         gate.run(None, order.append, "again")
     for thread in threads:
-        thread.join(WAIT_S)
+        thread.join(PATIENCE_S)
     assert order == [0, 1, 2, 3, "again"]
 
 
@@ -88,7 +87,7 @@ def test_never_two_at_once() -> None:
 
     threads = [in_thread(lambda: [gate.run(None, work) for _ in range(50)]) for _ in range(4)]
     for thread, _ in threads:
-        thread.join(WAIT_S)
+        thread.join(PATIENCE_S)
     assert most == [1] * 200
 
 
@@ -106,7 +105,7 @@ def test_a_waiting_call_can_be_cancelled() -> None:
         thread, results = in_thread(lambda: gate.run(mine, print))
         wait_for(lambda: len(gate._line) == 1)
         mine.cancel()
-        thread.join(WAIT_S)
+        thread.join(PATIENCE_S)
         assert isinstance(results[0], CallCancelledError)
     assert gate.run(None, lambda: 5) == 5
 
@@ -131,8 +130,8 @@ def test_closing_ends_who_is_in_waits_for_it_and_refuses_the_rest() -> None:
         wait_for(lambda: theirs.reason == "closed")
         assert freed == []
         leave.set()
-        closing.join(WAIT_S)
-        waiting.join(WAIT_S)
+        closing.join(PATIENCE_S)
+        waiting.join(PATIENCE_S)
     assert freed == ["closed"]
     assert isinstance(refused[0], UsageError)
     with pytest.raises(UsageError, match="closed"):
@@ -218,6 +217,6 @@ def test_an_interrupt_at_any_point_leaves_it_unlocked() -> None:
             else:
                 is_over = call()
             thread, results = in_thread(lambda gate=gate: gate.run(None, lambda: 5))
-            thread.join(WAIT_S)
+            thread.join(PATIENCE_S)
             assert results == [5], f"interrupted at point {number}"
         assert number > 3

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -10,11 +12,13 @@ from click.testing import CliRunner
 from krasis.formats.architecture import RopeScaling
 from krasis.formats.errors import UsageError
 from krasis.formats.models.mlps import GatedMlp
+from krasis.formats.models.registry import spec_from_hf
 from krasis.formats.models.uniform import architecture_of, spec_of
 from krasis.runtime.planning.presets import shape
 from krasis.runtime.rope_option import parse_rope_scaling, rescaled, rescaled_model
 from krasis.runtime.settings import EngineSettings
 
+CONFIGS = Path(__file__).parents[1] / "formats/models/configs"
 MODEL = architecture_of(shape("qwen3-30b-a3b"), "")  # 40,960 positions, no scaling
 
 
@@ -117,3 +121,14 @@ def test_every_rotated_layer_is_rescaled() -> None:
     assert kinds == ["yarn", None, *["yarn"] * len(spec.layers)]
     with pytest.raises(UsageError, match="out of range"):
         rescaled_model(mixed, RopeScaling("linear", 1e9))
+
+
+@pytest.mark.parametrize("name", ["deepseek-v3.2", "glm-5"])
+def test_an_index_turns_by_the_same_angles(name: str) -> None:
+    config = json.loads((CONFIGS / f"{name}.json").read_text("utf-8"))
+    config = {key: one for key, one in config.items() if key not in ("rope_scaling", "rope_parameters")}
+    scaled = config | {"rope_scaling": {"type": "linear", "factor": 2.0}}
+    spec = rescaled_model(spec_from_hf(config, name), parse_rope_scaling("linear,2"))
+    assert [layer.mixer for layer in spec.layers] == [
+        layer.mixer for layer in spec_from_hf(scaled, name).layers
+    ]

@@ -25,11 +25,23 @@ from scripts.device.places import layers_within, request_of
 from scripts.device.stages import STAGES, Stage
 from scripts.device.state import Entry, State, source_digest
 from scripts.device.timing import time_calls
+from tests.support.patience import PATIENCE_S
 from tests.support.planning import with_experts
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
-ON_THE_DOUBLE = ["rates", "registration", "gemm", "prefill-30b", "decode-30b", "serving", "short", "startup"]
+ON_THE_DOUBLE = [
+    "rates",
+    "registration",
+    "gemm",
+    "prefill-30b",
+    "decode-30b",
+    "families",
+    "kv",
+    "serving",
+    "short",
+    "startup",
+]
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +72,8 @@ def test_the_stages_run_on_the_double(double: None, context: Context) -> None:
         "Grouped product",
         "Prefill, Qwen3-30B",
         "Decode, Qwen3-30B",
+        "Prefill, other families",
+        "Keys and values, Qwen3-30B",
         "Serving, Qwen3-235B",
         "Short prompts, Qwen3-235B",
         "Start-up",
@@ -80,6 +94,11 @@ def test_the_stages_run_on_the_double(double: None, context: Context) -> None:
     assert [(row["shape"], row["rows"]) for row in results["gemm"]["rows"]] == [
         (stack.label, rows) for stack in context.sizes.stacks for rows in context.sizes.gemm_rows
     ]
+    families = results["families"]["rows"]
+    assert [row["label"] for row in families] == ["qwen3.5-35b-a3b", "gpt-oss-20b"]
+    for row in families:
+        assert row["last_prefill"]["bytes_copied"] == row["all_bytes"] > 0
+        assert row["ratio"] == row["median_s"] / row["work"]["limit_s"]
     serving = results["serving"]
     assert min(serving["shared"]["ratio"], *(row["ratio"] for row in serving["rows"])) > 0
     assert [row["rows"] for row in serving["rows"]] == [1, 2]
@@ -188,7 +207,7 @@ def test_a_stage_over_its_limit_is_ended_with_its_children(
     assert entry.status == "failed"
     assert "over the limit" in entry.error
     pid = int(pid_file.read_text())
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE_S
     while Path(f"/proc/{pid}/cwd").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     state = Path(f"/proc/{pid}/stat")

@@ -17,6 +17,7 @@ from scripts.bench.reference.files import Kind
 from scripts.bench.reference.rows import BOTH, WHOLE, Row, Sizes, ik_rows, krasis_rows, llama_rows
 from scripts.bench.reference.watch import GIB, Watched
 from scripts.bench.shown import without_places
+from tests.support.patience import PATIENCE_S
 
 KIND = Kind("qwen3-235b-a22b")
 SIZES = Sizes(10_000, 128, 16 * GIB, 32)
@@ -247,9 +248,9 @@ def test_a_failure_has_the_programs_own_words() -> None:
 
 
 def ends(pid: int) -> bool:
-    """Whether a process ends within ten seconds."""
+    """Whether a process ends in the end."""
     state = Path(f"/proc/{pid}/stat")
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline:
         try:
             if state.read_text().rpartition(")")[2].split()[0] == "Z":

@@ -147,6 +147,30 @@ def test_every_row_runs_once_over_several_calls(tmp_path: Path) -> None:
     the_document_says_it(bench)
 
 
+def test_one_depth_alone(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    bench.run(Counted(1), depths=(WHOLE,))
+    assert {run.subject for run in bench.runs()} == {"krasis, CPU alone"}
+    assert not bench.log.exists()
+
+
+def test_what_was_not_given_is_forgotten_when_it_is(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+
+    def noted(subject: str, error: str) -> Run:
+        return Run(
+            stage="reference", model=MODEL, case="pp24", threads=1, subject=subject, round=0, error=error
+        )
+
+    there, absent = "llama.cpp, CPU alone", "ik_llama.cpp, 1 GPU, best flags"
+    bench.record.add([noted(there, "not run: no --llama-bench was given"), noted(absent, "not run: no")])
+    bench.run(Counted(0))
+    assert {run.subject for run in bench.runs()} == {absent}
+    bench.record.add([noted(there, "out of memory")])  # a failure is remembered
+    bench.run(Counted(0))
+    assert {run.subject for run in bench.runs()} == {absent, there}
+
+
 def the_document_says_it(bench: Bench) -> None:
     out = bench.folder / "docs" / "B.md"
     write_document(bench.record, out, None)
@@ -279,6 +303,16 @@ def test_the_committed_document_is_what_the_record_gives(tmp_path: Path) -> None
     shutil.copytree(DOCS / "measured", tmp_path / "measured", ignore=shutil.ignore_patterns("*.h5", "*.json"))
     write_document(RECORD, tmp_path / "BENCHMARKS.md", None)
     assert (tmp_path / "BENCHMARKS.md").read_text() == (DOCS / "BENCHMARKS.md").read_text()
+
+
+def test_other_machines_have_a_document_and_their_table_here(tmp_path: Path) -> None:
+    record = DOCS / "measured" / "reference-h200.h5"
+    copy = tmp_path / "measured" / "reference-h200.md"
+    write_document(Record(record), copy, None)
+    text = copy.read_text()
+    assert text == (DOCS / "measured" / "reference-h200.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| ik_llama.cpp, 1 GPU, best flags | 18 |")]
+    assert rows[0] in (DOCS / "BENCHMARKS.md").read_text()
 
 
 def test_the_readme_shows_six_rows_of_the_record(tmp_path: Path) -> None:

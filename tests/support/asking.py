@@ -12,6 +12,7 @@ from krasis.runtime.serving.api import (
     Request,
 )
 from krasis.runtime.serving.core import EngineCore
+from tests.support.patience import PATIENCE_S
 
 
 def prompt(seed: int, length: int, vocab: int = 60) -> list[int]:
@@ -45,4 +46,4 @@ def finish(core: EngineCore, *tickets: Any) -> list[list[Any]]:
     """Turns till all are over; each one's events."""
     while core.turn(wait=False) or core.status().num_running or core.status().num_waiting:
         pass
-    return [list(ticket.events(timeout_s=5)) for ticket in tickets]
+    return [list(ticket.events(timeout_s=PATIENCE_S)) for ticket in tickets]

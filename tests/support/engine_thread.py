@@ -15,6 +15,7 @@ from krasis.runtime.server.engine.restarts import Restarts
 from krasis.runtime.serving.core import EngineCore
 from krasis.runtime.serving.model_side import CoreSettings, ModelSide
 from tests.support.letters import ends
+from tests.support.patience import PATIENCE_S
 from tests.support.scripted_backend import NUM_LAYERS, ScriptedBackend
 
 
@@ -32,7 +33,7 @@ class EngineThread:
         Thread(target=self._serve, daemon=True).start()
 
     def _serve(self) -> None:
-        self._loaded.wait(10)
+        self._loaded.wait(PATIENCE_S)
         self.core.start()
         EngineHost(self.core, None, self._theirs, self._recipe, leave=self.left.append).serve()
 

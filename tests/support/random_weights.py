@@ -4,6 +4,7 @@ from."""
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ from krasis.formats.layouts import CpuTileLayout, Int8RowsLayout, MarlinLayout
 from krasis.formats.layouts.matrix import MatrixView
 from krasis.formats.models.family import Source
 from krasis.formats.models.mixers import LatentAttention
+from krasis.formats.models.recurrent import ChannelDelta
 from krasis.formats.models.registry import family_of_model_type
 from krasis.formats.models.spec import Layer, ModelSpec
 from krasis.formats.models.tensor import Tensor
-from krasis.formats.models.tensors import layer_tensors
+from krasis.formats.models.tensors import layer_tensors, top_tensors
 from krasis.formats.native import Pool
 from krasis.runtime.cpu.weights import (
     FloatWeight,
@@ -90,11 +92,12 @@ class Packer:
         if mlp is None:
             return None
         hidden, inner = self.spec.hidden, mlp.intermediate
-        record_bytes = self.experts.expert_record(hidden, inner).record_bytes
+        record_bytes = self.experts.expert_record(hidden, inner, mlp.gated).record_bytes
         records = np.zeros((mlp.count, record_bytes), dtype=np.uint8)
         for record in records:
             parts = [self.bf16(inner, hidden), self.bf16(inner, hidden), self.bf16(hidden, inner)]
-            self.experts.pack_expert(self.pool, *[MatrixView(part, "BF16") for part in parts], record)
+            gate, up, down = (MatrixView(part, "BF16") for part in parts)
+            self.experts.pack_expert(self.pool, gate if mlp.gated else None, up, down, record)
         return records
 
     def layer(self, layer: Layer) -> LayerWeights:
@@ -121,9 +124,12 @@ def dequantised_state(weights: ModelWeights) -> State:
     names, spec = family.names, weights.spec
     state = {
         names["embedding"].hf[0]: to_float32(weights.embedding.data, weights.embedding.dtype),
-        names["final_norm"].hf[0]: weights.final_norm - (names["final_norm"].transform == "add_one"),
         names["lm_head"].hf[0]: _rows(weights.lm_head)[: spec.vocab],
     }
+    for tensor in top_tensors(spec)[1][:-1]:
+        weight = weights.end.get(tensor.name, weights.final_norm)
+        values = to_float32(weight.data, weight.dtype) if isinstance(weight, FloatWeight) else weight
+        _put(state, names[tensor.name], names[tensor.name].hf[0], values, None)
     for index, layer in enumerate(weights.layers):
         for tensor in layer_tensors(spec, layer.layer):
             if tensor.store != "experts":
@@ -153,6 +159,10 @@ def _parts(
         return  # see _latent
     if tensor.per_expert and tensor.name != "experts.down.bias" and spec.family == "gpt_oss":
         return  # see _turns
+    if tensor.store == "table":  # filled up with zeros to the largest of all layers
+        values = values[: 1 + np.flatnonzero(values.any(axis=1))[-1]]
+        _put(state, names[tensor.name], names[tensor.name].hf[0].format(i=index), values, None)
+        return
     row = 0
     for part, shape in tensor.sources():
         rows, row = values[row : row + shape[0]], row + shape[0]
@@ -163,8 +173,10 @@ def _put(state: State, source: Source, name: str, rows: Array, mixer: object) ->
     """Rows of the model into the hub's tensor, of which they may be a part."""
     if source.transform == "add_one":
         rows = rows - np.float32(1)
-    if name.endswith("conv1d.weight"):
+    if name.endswith(("conv1d.weight", "conv.conv.weight")):
         rows = rows[:, None]
+    if name.endswith("A_log") and isinstance(mixer, ChannelDelta):
+        rows = rows[None, None, :, None]
     pick = source.pick if getattr(mixer, "output_gate", "") != "none" else None
     if pick is None:
         state[name] = np.ascontiguousarray(rows)
@@ -195,7 +207,12 @@ def _experts(weights: ModelWeights, layer: LayerWeights, names: Mapping[str, Sou
     state: State = {}
     fused: dict[str, list[Array]] = {"experts.gate_up": [], "experts.down": []}
     for number, record in enumerate(layer.records()):
-        parts = weights.expert_layout.unpack_expert(record, weights.spec.hidden, mlp.intermediate)
+        sizes = mlp.width(weights.spec.hidden), mlp.intermediate, mlp.gated
+        parts = weights.expert_layout.unpack_expert(record, *sizes)
+        if not mlp.gated:
+            for part, values in zip(("up", "down"), parts[1:], strict=True):
+                state[names[f"experts.{part}"].hf[0].format(i=index, e=number)] = values
+            continue
         for part, values in zip(("gate", "up", "down"), parts, strict=True):
             state[names[f"experts.{part}"].hf[0].format(i=index, e=number)] = values
         both = _turns(*parts[:2]) if names["experts.gate_up"].interleaved else np.concatenate(parts[:2])
@@ -206,7 +223,7 @@ def _experts(weights: ModelWeights, layer: LayerWeights, names: Mapping[str, Sou
             name.format(i=index): np.ascontiguousarray(np.stack([matrix.T for matrix in fused[ours]]))
             for ours, name in spec_fused.items()
         }
-    if names["experts.down"].transposed:  # the hub has no others
+    if mlp.gated and names["experts.down"].transposed:  # the hub has no others
         state = {
             names[name].hf[-1].format(i=index): np.ascontiguousarray(np.stack(values))
             for name, values in fused.items()
@@ -253,7 +270,9 @@ def transformers_logits(folder: Path, tokens: list[int]) -> npt.NDArray[np.float
     model, info = reference.from_pretrained(
         folder, config=config, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )
-    info["missing_keys"] = {key for key in info["missing_keys"] if not key.startswith("model.visual.")}
+    # The numbers of hashes it works out itself.
+    needless = re.compile(r"model\.visual\.|.*\.ple_embedding\.(layer_multipliers|ngram_heads_\w+)$")
+    info["missing_keys"] = {key for key in info["missing_keys"] if not needless.match(key)}
     wrong = {key: value for key, value in info.items() if value and key != "error_msgs"}
     if wrong:
         raise ValueError(f"the checkpoint is not the model's: {wrong}")

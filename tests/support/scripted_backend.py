@@ -157,8 +157,12 @@ class ScriptedBackend:
             rows += [tuple(held[: span.end - back]) for back in reversed(range(span.num_logits))]
         logits = np.zeros((len(rows), self.vocab), dtype=np.float32)
         for row, tokens in enumerate(rows):
-            logits[row] = -np.abs(np.arange(self.vocab) - self.script(tokens))
+            logits[row] = self.scores(tokens)
         return logits
+
+    def scores(self, tokens: tuple[int, ...]) -> np.ndarray:
+        """What may come next, [vocab]: the script's token first."""
+        return -np.abs(np.arange(self.vocab) - self.script(tokens))
 
     def close(self) -> None:
         self.is_closed = True

@@ -182,6 +182,24 @@ FIELDS: dict[str, dict[str, Any]] = {
         },
         "tie_word_embeddings": False,
     },
+    "kimi_linear": {
+        **MLA,
+        "q_lora_rank": None,
+        "n_routed_experts": None,
+        "num_local_experts": 8,
+        "rms_norm_eps": 1e-5,
+        "linear_num_heads": 4,
+        "linear_head_dim": 64,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    },
+    "lfm2_moe": {
+        "num_experts": 8,
+        "head_dim": None,
+        "num_dense_layers": 1,
+        "layer_types": ["conv", "full_attention", "conv"],
+        "norm_eps": 1e-4,
+        "routed_scaling_factor": 1.5,
+    },
     # The fields of the language model, beside which the config has those of TOWERS.
     "qwen3_vl_moe": {
         "num_experts": 8,
@@ -203,8 +221,36 @@ DELTA: dict[str, Any] = {
     "linear_key_head_dim": 32,
     "linear_value_head_dim": 16,
 }
-FIELDS_ABOUT_0 = ("qwen3_next", "qwen3_5_moe")  # whose norms have weights about 0
+FIELDS["nemotron_h"] = {
+    "layers_block_type": ["mamba", "moe", "attention", "mamba", "moe"],
+    "num_hidden_layers": None,
+    "n_routed_experts": 8,
+    "moe_shared_expert_intermediate_size": 128,
+    "mamba_num_heads": 10,
+    "mamba_head_dim": 16,
+    "ssm_state_size": 64,
+    "n_groups": 2,
+    "routed_scaling_factor": 2.5,
+    "time_step_min": 0.6,  # as large as some steps are
+}
+FIELDS_ABOUT_0 = ("qwen3_next", "qwen3_5_moe", "qwen4_exp")  # whose norms have weights about 0
 FIELDS |= {"qwen3_next": DELTA, "qwen3_5_moe": DELTA}
+FIELDS["qwen4_exp"] = DELTA | {
+    "hc_count": 4,
+    "hc_lowrank": 64,
+    "ple_layer_ids": [1, 3],
+    "ngram_size": 3,
+    "heads_per_ngram": 2,
+    "ngram_vocab_size_base": 500,
+    "split_ngram_parts": 3,
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 32,
+    "indexer_budget": 80,
+    "indexer_compress_ratio": 4,
+    "output_gate_type": "sigmoid",
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+}
 TOWERS: dict[str, dict[str, Any]] = {
     "qwen3_vl_moe": {
         "vision_config": {
@@ -283,20 +329,20 @@ def reference_model(family: str, *, seed: int = 0, **changes: Any) -> Any:
             noise = torch.randn(weight.shape, generator=generator)
             if family == "gemma4" and name.endswith("q_norm.weight"):  # its attention has a scale of 1
                 weight.copy_((1 + 0.1 * noise) * weight.shape[-1] ** -0.5)
-            elif name.endswith("norm.weight"):
+            elif name.endswith("norm.weight") or ".norm_" in name:
                 is_about_0 = family in FIELDS_ABOUT_0 and not name.endswith("linear_attn.norm.weight")
                 weight.copy_((0 if is_about_0 else 1) + 0.1 * noise)
             elif name.endswith("A_log"):
                 weight.copy_(
                     0.7 * noise - 1
                 )  # decays of 0.4 to 0.95 a token: neither nothing nor all is kept
-            elif name.endswith("conv1d.weight"):
+            elif name.endswith(("conv1d.weight", "conv.conv.weight")):
                 weight.copy_(noise * weight.shape[-1] ** -0.5)
             elif name.endswith("bias"):
                 weight.copy_(0.1 * noise)
             elif name.endswith(("layer_scalar", "router.scale", "per_expert_scale")):
                 weight.copy_(1 + 0.2 * noise)
-            elif name.endswith("embed_tokens.weight"):
+            elif name.endswith(("embed_tokens.weight", "embeddings.weight")):
                 weight.copy_(noise)  # what the blocks add is small beside it, as in trained models
             elif name.endswith(
                 (
@@ -305,6 +351,8 @@ def reference_model(family: str, *, seed: int = 0, **changes: Any) -> Any:
                     "router.proj.weight",
                     "router.layer.weight",
                     "mlp.router.weight",
+                    "feed_forward.gate.weight",
+                    "mixer.gate.weight",
                 )
             ):
                 # Decided, as trained routers are: near-ties would turn on the rounding of an activation.

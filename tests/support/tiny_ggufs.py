@@ -16,7 +16,9 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
+from tests.support import kimi_ggufs
 from tests.support.gemma4_ggufs import gemma4_gguf
+from tests.support.nemotron_ggufs import nemotron_gguf
 
 Floats = npt.NDArray[np.float32]
 
@@ -34,13 +36,22 @@ ARCHITECTURES = {
     "qwen3_vl_moe": gguf.MODEL_ARCH.QWEN3VLMOE,
     **dict.fromkeys(("deepseek_v2", "deepseek_v3", "glm4_moe_lite"), gguf.MODEL_ARCH.DEEPSEEK2),
     "mistral4": gguf.MODEL_ARCH.MISTRAL4,
+    **dict.fromkeys(("deepseek_v32", "glm_moe_dsa"), gguf.MODEL_ARCH.GLM_DSA),
     "qwen3_next": gguf.MODEL_ARCH.QWEN3NEXT,
     "qwen3_5_moe": gguf.MODEL_ARCH.QWEN35MOE,
     "qwen3_5_moe_text": gguf.MODEL_ARCH.QWEN35MOE,
     "gpt_oss": gguf.MODEL_ARCH.GPT_OSS,
+    "lfm2_moe": gguf.MODEL_ARCH.LFM2MOE,
+    "kimi_linear": gguf.MODEL_ARCH.KIMI_LINEAR,
     "hy_v3": gguf.MODEL_ARCH.DOTS1,  # whose names it has; the package does not know it yet
 }
-FLOAT = ("ffn_gate_inp", "exp_probs_b", "ssm_conv1d")  # whatever the type of the others
+FLOAT = (
+    "ffn_gate_inp",
+    "exp_probs_b",
+    "ssm_conv1d",
+    "shortconv.conv",
+    "ssm_a",
+)  # whatever the type of the others
 CONVERTER = "KRASIS_LLAMA_CPP"
 """The environment variable with the folder of llama.cpp's sources (convert_hf_to_gguf.py in it)."""
 
@@ -60,8 +71,14 @@ def tiny_gguf(
     config = config | config.get("text_config", {}) | {"model_type": family}
     if family == "gemma4_text":
         return gemma4_gguf(config, read_tensors(source), path, experts, dense)
+    if family == "nemotron_h":
+        return nemotron_gguf(config, read_tensors(source), path, experts, dense)
+    if family == "kimi_linear":
+        config = kimi_ggufs.usual_config(config)
     architecture = ARCHITECTURES[family]
-    writer = gguf.GGUFWriter(path, "hy_v3" if family == "hy_v3" else gguf.MODEL_ARCH_NAMES[architecture])
+    # The gguf package does not know these yet.
+    newer = {"hy_v3": "hy_v3", "deepseek_v32": "deepseek32"}
+    writer = gguf.GGUFWriter(path, newer.get(family, gguf.MODEL_ARCH_NAMES[architecture]))
     num_blocks = config["num_hidden_layers"] + (config.get("num_nextn_predict_layers") or 0)
     if "kv_lora_rank" in config:
         config = config | {"head_dim": None, "num_key_value_heads": 1}
@@ -71,11 +88,13 @@ def tiny_gguf(
     tensors = read_tensors(source)
     if "linear_num_key_heads" in config:
         tensors = _delta_tensors(tensors, config)
+    if family == "kimi_linear":
+        tensors = kimi_ggufs.delta_tensors(tensors)
     tensors = _stacked(tensors, family)
     if "kv_lora_rank" in config and not together:
         tensors = _latents_apart(tensors, config)
     for name, values in tensors.items():
-        theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        theirs = names.get_name(name, try_suffixes=(".weight", ".bias")) or _nextn_name(name)
         if theirs is None:
             raise ValueError(f"the gguf package has no name for {name}")
         is_vector = values.ndim == 1 or theirs.endswith(".bias")
@@ -92,6 +111,12 @@ def tiny_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def _nextn_name(name: str) -> str | None:
+    """Of a drafting layer's own tensor, for architectures of which the gguf package does not know it yet."""
+    found = re.fullmatch(r"model\.layers\.(\d+)\.(eh_proj|enorm|hnorm|shared_head\.norm)\.weight", name)
+    return f"blk.{found[1]}.nextn.{found[2].replace('.', '_')}.weight" if found else None
 
 
 def permuted(values: Floats, heads: int) -> Floats:
@@ -116,7 +141,10 @@ def _stacked(tensors: dict[str, Floats], family: str) -> dict[str, Floats]:
         if family == "mistral4" and name.endswith(("experts.gate_up_proj", "experts.down_proj")):
             out[f"{name}.weight"] = values
         elif (found := _EXPERT.fullmatch(name)) is None:
-            out[name.replace("e_score_correction_bias", "e_score_correction.bias")] = values
+            theirs = name.replace("e_score_correction_bias", "e_score_correction.bias")
+            if family == "lfm2_moe" and theirs.endswith("expert_bias"):
+                theirs += ".bias"
+            out[theirs] = values[:, 0] if theirs.endswith("conv.conv.weight") else values
         else:
             root, number, part = found.groups()
             experts.setdefault(f"{root}.{_STACKED.get(part, part)}.weight", {})[int(number)] = values
@@ -176,6 +204,13 @@ def _add_latent(writer: gguf.GGUFWriter, config: dict[str, Any], together: bool)
     writer.add_expert_shared_count(config["n_shared_experts"])
     writer.add_leading_dense_block_count(config["first_k_dense_replace"])
     writer.add_expert_weights_scale(config["routed_scaling_factor"])
+    if "index_topk" in config:
+        writer.add_indexer_head_count(config["index_n_heads"])
+        writer.add_indexer_key_length(config["index_head_dim"])
+        writer.add_indexer_top_k(config["index_topk"])
+    if config.get("indexer_types"):
+        full = [kind == "full" for kind in config["indexer_types"]]
+        writer.add_array("glm-dsa.attention.indexer.types", full)
     if config.get("norm_topk_prob"):
         writer.add_expert_weights_norm(True)
 
@@ -280,8 +315,13 @@ def _add_metadata(writer: gguf.GGUFWriter, config: dict[str, Any], num_blocks: i
     writer.add_embedding_length(config["hidden_size"])
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(heads)
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    kv_heads = config["num_key_value_heads"]
+    if "conv_L_cache" in config:
+        kv_heads = [kv_heads if kind == "full_attention" else 0 for kind in config["layer_types"]]
+    if config["model_type"] == "kimi_linear":
+        kv_heads = kimi_ggufs.add_delta(writer, config)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_layer_norm_rms_eps(config.get("rms_norm_eps") or config["norm_eps"])
     writer.add_rope_freq_base(rope["rope_theta"])
     writer.add_vocab_size(config["vocab_size"])
     writer.add_expert_used_count(_first(config, "num_experts_per_tok", "moe_k", "moe_topk"))
@@ -342,6 +382,11 @@ def _add_router(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
     elif family == "qwen3_vl_moe":
         writer.add_rope_dimension_sections([*config["rope_parameters"]["mrope_section"], 0])
         writer.add_num_deepstack_layers(len(config["vision_config"]["deepstack_visual_indexes"]))
+    elif family == "lfm2_moe":
+        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+        writer.add_leading_dense_block_count(config["num_dense_layers"])
+        writer.add_expert_weights_scale(config["routed_scaling_factor"])
+        writer.add_shortconv_l_cache(config["conv_L_cache"])
     elif family == "gpt_oss":
         writer.add_sliding_window(config["sliding_window"])
         writer.add_expert_feed_forward_length(config["intermediate_size"])

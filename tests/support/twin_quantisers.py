@@ -48,12 +48,12 @@ def words(codes: Array, bits: int, order: tuple[int, ...] = tuple(range(32))) ->
     return np.bitwise_or.reduce(np.stack(shifted), axis=0).astype(np.uint32).view(np.int32)
 
 
-def packed_int(weight: Array, group: int, bits: int = 4) -> Quantised:
-    """compressed-tensors' pack-quantized, symmetric."""
+def packed_int(weight: Array, group: int, bits: int = 4, stretch: float = 1) -> Quantised:
+    """compressed-tensors' pack-quantized, symmetric. stretch: of scales, which then leave codes unused."""
     n, k = weight.shape
     half = 1 << bits - 1
     blocks = weight.reshape(n, -1, group)
-    scales = (np.abs(blocks).max(-1) / (half - 1)).astype(np.float16)
+    scales = (np.abs(blocks).max(-1) * stretch / (half - 1)).astype(np.float16)
     codes = np.clip(np.rint(blocks / scales[..., None].astype(np.float32)), -half, half - 1) + 0.0  # no -0
     values = (codes * scales[..., None].astype(np.float32)).reshape(n, k)
     stored = words((codes + half).reshape(n, k).astype(np.uint8), bits)
@@ -96,6 +96,26 @@ def gptq(weight: Array, group: int = 64, *, act_order: bool = True) -> Quantised
         "g_idx": ("I32", order.astype(np.int32)),
     }
     return Quantised(tensors, np.ascontiguousarray(values.T))
+
+
+def gptq_symmetric(weight: Array, group: int, form: str = "gptq") -> Quantised:
+    """Symmetric codes, in GPTQ's form or AWQ's."""
+    n, k = weight.shape
+    blocks = weight.reshape(n, -1, group)
+    scales = (np.abs(blocks).max(-1) / 7).astype(np.float16)
+    steps = scales.astype(np.float32)[..., None]
+    codes = np.clip(np.rint(blocks / steps), -8, 7) + 0.0
+    stored = (codes + 8).reshape(n, k).astype(np.uint8)
+    zeros = np.full((k // group, n), 8, np.uint8)
+    values = (codes * steps).reshape(n, k).astype(np.float32)
+    if form == "awq":
+        parts = words(stored.T, 4, AWQ_NIBBLES), words(zeros, 4, AWQ_NIBBLES)
+    else:
+        parts = words(stored, 4).T, words(zeros - 1, 4)
+    held = scales.T
+    return Quantised(
+        {"qweight": ("I32", parts[0]), "qzeros": ("I32", parts[1]), "scales": ("F16", held)}, values
+    )
 
 
 def awq(weight: Array, group: int = 64) -> Quantised:

@@ -47,9 +47,10 @@ inline void bench_int8_unpack(int64_t n, int64_t k) {
 
 // Caches of several layers in turn, so that the L2 cache does not hold what is read.
 inline void bench_attention(const char *name, int64_t heads, int64_t kv_heads, int64_t dim, int64_t capacity,
-                            int64_t keys) {
-    const int64_t cache_bytes = kv_heads * capacity * dim * 2;
-    const int64_t layers = std::max<int64_t>(1, (int64_t{256} << 20) / (2 * kv_heads * keys * dim * 2));
+                            int64_t keys, bool codes = false) {
+    const int64_t row_bytes = codes ? dim + 4 : 2 * dim;
+    const int64_t cache_bytes = kv_heads * capacity * row_bytes;
+    const int64_t layers = std::max<int64_t>(1, (int64_t{256} << 20) / (2 * kv_heads * keys * row_bytes));
     const int64_t copies = std::min<int64_t>(layers, 24);
     Buffer k_cache(copies * cache_bytes, kValueKeep, kValueSet), v_cache(copies * cache_bytes, kValueKeep, kValueSet);
     Buffer q(heads * dim * 2, kValueKeep, kValueSet), out(heads * dim * 2, 0, 0);
@@ -71,16 +72,17 @@ inline void bench_attention(const char *name, int64_t heads, int64_t kv_heads, i
     a.workspace = workspace.data();
     a.workspace_bytes = workspace_bytes;
     a.num_rows = 1;
+    a.kv_dtype = codes ? KRASIS_I8 : 0;
     const double seconds = median_seconds([&] {
         const int64_t layer = turn++ % copies;
         a.k_cache = k_cache.data() + layer * cache_bytes;
         a.v_cache = v_cache.data() + layer * cache_bytes;
         CHECK_OK(krasis_cuda_attention_decode(&a, stream()));
     });
-    const double bytes = 4.0 * static_cast<double>(kv_heads * keys * dim);
-    std::printf("attention %-5s %2lld heads of %lld, %6lld keys of %6lld: %7.1f us, %5.0f GB/s\n", name,
-                static_cast<long long>(heads), static_cast<long long>(kv_heads), static_cast<long long>(keys),
-                static_cast<long long>(capacity), seconds * 1e6, bytes / seconds * 1e-9);
+    const double bytes = 2.0 * static_cast<double>(kv_heads * keys * row_bytes);
+    std::printf("attention %-5s %s %2lld heads of %lld, %6lld keys of %6lld: %7.1f us, %5.0f GB/s\n", name,
+                codes ? "int8" : "bf16", static_cast<long long>(heads), static_cast<long long>(kv_heads),
+                static_cast<long long>(keys), static_cast<long long>(capacity), seconds * 1e6, bytes / seconds * 1e-9);
     std::fflush(stdout);
 }
 

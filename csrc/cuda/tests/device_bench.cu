@@ -1,6 +1,8 @@
 // device_bench.cu: speed of the kernels on this GPU, beside what its tensor cores do in a bare mma.sync loop and its
-// memory in a copy. One line a shape. Arguments: parts (experts, dense, attention, delta, latent; none: all), and
+// memory in a copy. One line a shape. Arguments: parts (decode, experts, dense, attention, delta, latent; none: all),
+// and
 // --quick for fewer shapes. Correctness is krasis_test_cuda_device's part.
+#include "bench_decode.h"
 #include "bench_delta.h"
 #include "bench_dense.h"
 #include "bench_experts.h"
@@ -31,11 +33,13 @@ void bench_dense_shapes(bool quick, double peak) {
 }
 
 void bench_attention_shapes() {
-    for (int64_t keys : {1, 64, 512, 2048, 8192, 32768}) {
-        bench::bench_attention("30b", 32, 4, 128, 40960, keys);
-        bench::bench_attention("235b", 64, 4, 128, 40960, keys);
+    for (bool codes : {false, true}) {
+        for (int64_t keys : {1, 64, 512, 2048, 8192, 32768}) {
+            bench::bench_attention("30b", 32, 4, 128, 40960, keys, codes);
+            bench::bench_attention("235b", 64, 4, 128, 40960, keys, codes);
+        }
+        bench::bench_attention("235b", 64, 4, 128, 131072, 131072, codes);
     }
-    bench::bench_attention("235b", 64, 4, 128, 131072, 131072);
 }
 
 void bench_delta_shapes() {
@@ -55,6 +59,7 @@ int main(int argc, char **argv) {
     std::printf(
         "%s: %d multiprocessors, L2 %d MB, mma.sync bf16 %.1f TFLOP/s, device copy %.0f GB/s (read + written)\n",
         device.name, device.multiProcessorCount, device.l2CacheSize >> 20, peak * 1e-12, bench::copy_rate() * 1e-9);
+    if (is_wanted("decode", argc, argv)) bench::bench_decode(device.multiProcessorCount);
     if (is_wanted("attention", argc, argv)) bench_attention_shapes();
     if (is_wanted("delta", argc, argv)) bench_delta_shapes();
     if (is_wanted("latent", argc, argv)) bench::bench_latent();

@@ -19,6 +19,7 @@ constexpr Suite kSuites[] = {
 #endif
     {"moe_align", test::run_moe_align},
     {"moe_rows", test::run_moe_rows},
+    {"fused", test::run_fused},
     {"attention_rows", test::run_attention_rows},
     {"attention_decode", test::run_attention_decode},
     {"unpack", test::run_unpack},
@@ -27,7 +28,10 @@ constexpr Suite kSuites[] = {
     {"activation", test::run_activation},
     {"handover", test::run_handover},
     {"gated_delta", test::run_gated_delta},
+    {"short_conv", test::run_short_conv},
+    {"streams", test::run_streams},
     {"int8_rows", test::run_int8_rows},
+    {"index", test::run_index},
     {"latent_rows", test::run_latent_rows},
     {"latent_attention", test::run_latent_attention},
     {"moe_gemm", test::run_moe_gemm},

@@ -51,6 +51,7 @@ class MoeProblem {
     int64_t out_stride() const { return out_columns() + 8; }
     int64_t out_bytes() const { return case_.out_dtype == KRASIS_F32 ? 4 : 2; }
     Array<uint8_t> &out() { return *out_; }
+    Array<int32_t> &ids() { return *ids_; }
     void forget(int expert) { table_[static_cast<size_t>(expert)] = nullptr; }
     void move_record(int expert, Region &region, int64_t base, int64_t codes, int64_t scales) {
         const auto index = static_cast<size_t>(expert);

@@ -7,6 +7,7 @@ void run_simt();  // the host shim itself; not on a device
 void run_moe_gemm();
 void run_moe_align();
 void run_moe_rows();
+void run_fused();
 void run_int8_rows();
 void run_attention_rows();
 void run_attention_decode();
@@ -16,6 +17,9 @@ void run_route_scores();
 void run_activation();
 void run_handover();
 void run_gated_delta();
+void run_short_conv();
+void run_index();
+void run_streams();
 void run_latent_rows();
 void run_latent_attention();
 

@@ -17,12 +17,28 @@ struct Case {
     float size = 1;  // of the query: how peaked the softmax is
     int64_t window = 0;
     bool with_sinks = false;
+    bool codes = false;  // keys and values of 8 bits
+    int64_t ring = 0;
+
+    int64_t places() const { return ring ? ring : capacity; }
+};
+
+// Codes [rows, dim], then a scale a row.
+struct CodeRows {
+    size_t rows, dim;
+    Array<uint8_t> bytes;
+
+    CodeRows(size_t num_rows, size_t head_dim) : rows(num_rows), dim(head_dim), bytes(num_rows * (head_dim + 4)) {}
+
+    void set_scale(size_t row, float scale) { std::memcpy(bytes.data() + rows * dim + 4 * row, &scale, 4); }
+    void set(size_t cell, int code) { bytes[cell] = static_cast<uint8_t>(static_cast<int8_t>(code)); }
 };
 
 struct Problem {
     Case c;
     float scale;
     Matrix q, keys, values, out;
+    CodeRows key_codes, value_codes;
     Array<uint8_t> workspace;
     Array<int64_t> position;
     Array<float> sinks;
@@ -31,9 +47,11 @@ struct Problem {
         : c(given),
           scale(1.0f / std::sqrt(static_cast<float>(c.head_dim))),
           q(count(c.num_heads * c.head_dim), c.dtype),
-          keys(count(c.num_kv_heads * c.capacity * c.head_dim), c.dtype),
-          values(count(c.num_kv_heads * c.capacity * c.head_dim), c.dtype),
+          keys(count(c.num_kv_heads * c.places() * c.head_dim), c.codes ? KRASIS_F32 : c.dtype),
+          values(count(c.num_kv_heads * c.places() * c.head_dim), c.codes ? KRASIS_F32 : c.dtype),
           out(count(c.num_heads * c.head_dim), c.dtype),
+          key_codes(c.codes ? count(c.num_kv_heads * c.places()) : 1, count(c.head_dim)),
+          value_codes(c.codes ? count(c.num_kv_heads * c.places()) : 1, count(c.head_dim)),
           workspace(count(krasis_cuda_attention_workspace_bytes(1, c.num_heads, c.head_dim, c.capacity))),
           position(1),
           sinks(count(c.num_heads)) {
@@ -46,17 +64,41 @@ struct Problem {
 
     static size_t count(int64_t n) { return static_cast<size_t>(n); }
 
-    size_t cell(int64_t kv_head, int64_t key) const { return count((kv_head * c.capacity + key) * c.head_dim); }
+    size_t cell(int64_t kv_head, int64_t key) const {
+        return count((kv_head * c.places() + key % c.places()) * c.head_dim);
+    }
+
+    Array<uint8_t> &key_memory() { return c.codes ? key_codes.bytes : keys.bytes; }
+    Array<uint8_t> &value_memory() { return c.codes ? value_codes.bytes : values.bytes; }
+
+    // One key or value: its codes, of a scale of any size, and the floats that they are.
+    static void set_codes(CodeRows &rows, Matrix &floats, size_t first, float mean, Random &random) {
+        const float own = 0.02f * std::exp2(2 * random.normal());
+        rows.set_scale(first / rows.dim, own);
+        for (size_t i = 0; i < rows.dim; ++i) {
+            const float wanted = std::round((mean + random.normal()) * 0.02f / own * 50);
+            const int code = static_cast<int>(std::fmin(std::fmax(wanted, -127.0f), 127.0f));
+            rows.set(first + i, code);
+            floats.set(first + i, own * static_cast<float>(code));
+        }
+    }
 
     // Keys and values of the window up to the position, NaNs around.
     krasis_cuda_attention_args args(int64_t at) {
         Random random(static_cast<uint64_t>(at + 17));
         keys.bytes.poison();
         values.bytes.poison();
+        key_codes.bytes.poison();
+        value_codes.bytes.poison();
         out.bytes.poison();
         workspace.poison();
         for (int64_t h = 0; h < c.num_kv_heads; ++h) {
             for (int64_t key = first_key(at); key <= at; ++key) {
+                if (c.codes) {
+                    set_codes(key_codes, keys, cell(h, key), 0, random);
+                    set_codes(value_codes, values, cell(h, key), static_cast<float>(h), random);
+                    continue;
+                }
                 for (size_t i = 0; i < count(c.head_dim); ++i) {
                     keys.set(cell(h, key) + i, random.normal());
                     values.set(cell(h, key) + i, random.normal() + static_cast<float>(h));
@@ -66,8 +108,9 @@ struct Problem {
         position[0] = at;
         krasis_cuda_attention_args a{};
         a.q = q.bytes.upload();
-        a.k_cache = keys.bytes.upload();
-        a.v_cache = values.bytes.upload();
+        a.k_cache = key_memory().upload();
+        a.v_cache = value_memory().upload();
+        a.kv_dtype = c.codes ? KRASIS_I8 : 0;
         a.out = out.bytes.upload();
         a.position = position.upload();
         a.num_heads = c.num_heads;
@@ -80,6 +123,7 @@ struct Problem {
         a.workspace_bytes = static_cast<int64_t>(workspace.size());
         a.num_rows = 1;
         a.window = c.window;
+        a.ring = c.ring;
         a.sinks = c.with_sinks ? sinks.upload() : nullptr;
         return a;
     }
@@ -160,14 +204,44 @@ void check_windows() {
     for (int64_t at : {5, 399}) sinks.run(at);
 }
 
+// Rings: the window before, over and behind their end, one and several splits, a ring that is all window; the bits are
+// those of a cache of all positions.
+void check_rings() {
+    const Case cases[] = {{4, 2, 64, 2000, KRASIS_BF16, 1, 50, true, false, 64},
+                          {8, 2, 128, 3000, KRASIS_F16, 1, 700, true, false, 768},
+                          {6, 2, 256, 900, KRASIS_BF16, 1, 77, false, true, 192},
+                          {3, 1, 80, 700, KRASIS_F16, 2, 128, true, true, 128},
+                          {4, 2, 400, 400, KRASIS_F16, 1, 30, false, false, 64}};
+    for (const Case &c : cases) {
+        Problem problem(c);
+        Case whole = c;
+        whole.ring = 0;
+        Problem other(whole);
+        for (int64_t at : {int64_t{0}, c.ring - 1, c.ring, c.ring + 1, c.ring + c.window / 2, c.capacity - 1}) {
+            problem.run(at);
+            other.run(at);
+            CHECK(std::memcmp(problem.out.bytes.data(), other.out.bytes.data(), problem.out.bytes.size()) == 0);
+        }
+    }
+    Problem problem(cases[0]);
+    auto args = problem.args(100);
+    args.window = 65;
+    CHECK(krasis_cuda_attention_decode(&args, nullptr) == KRASIS_ERR_RANGE);
+    args.window = 0;
+    CHECK(krasis_cuda_attention_decode(&args, nullptr) == KRASIS_ERR_ARGUMENT);
+    args.window = 50;
+    args.ring = -1;
+    CHECK(krasis_cuda_attention_decode(&args, nullptr) == KRASIS_ERR_ARGUMENT);
+}
+
 // Several rows, each with its own cache and position: each has the bits of its own call; one belongs to nobody.
-void check_rows() {
+void check_rows(bool codes, int64_t ring) {
     constexpr int64_t kPositions[] = {299, 0, 130, -1, 64};
     constexpr size_t kRows = 5, kOffset = 256, kOutStride = 4 * 80 + 8, kQStride = 6 * 80;
-    const Case c{4, 1, 80, 300, KRASIS_BF16, 1, 200, true};
+    const Case c{4, 1, 80, 300, KRASIS_BF16, 1, 200, true, codes, ring};
     Problem problem(c);
     const size_t row_bytes = 4 * 80 * 2;
-    const size_t slot = problem.keys.bytes.size() + kOffset;
+    const size_t slot = problem.key_memory().size() + kOffset;
     Array<uint8_t> q(kRows * kQStride * 2), keys(kRows * slot), values(kRows * slot), out(kRows * kOutStride * 2);
     Array<uint8_t> workspace(
         static_cast<size_t>(krasis_cuda_attention_workspace_bytes(kRows, c.num_heads, c.head_dim, c.capacity)));
@@ -182,8 +256,8 @@ void check_rows() {
         problem.out.bytes.download();
         expected.emplace_back(problem.out.bytes.data(), problem.out.bytes.data() + row_bytes);
         std::memcpy(q.data() + r * kQStride * 2, problem.q.bytes.data(), row_bytes);
-        std::memcpy(keys.data() + r * slot + kOffset, problem.keys.bytes.data(), problem.keys.bytes.size());
-        std::memcpy(values.data() + r * slot + kOffset, problem.values.bytes.data(), problem.values.bytes.size());
+        std::memcpy(keys.data() + r * slot + kOffset, problem.key_memory().data(), slot - kOffset);
+        std::memcpy(values.data() + r * slot + kOffset, problem.value_memory().data(), slot - kOffset);
     }
     auto args = problem.args(0);
     uint8_t *key_slots = keys.upload(), *value_slots = values.upload();
@@ -209,6 +283,19 @@ void check_rows() {
     }
 }
 
+// Keys and values of 8 bits: every tile, rows of chunks of all sizes, several splits, windows that begin at odd keys.
+void check_codes() {
+    const Case cases[] = {
+        {8, 2, 128, 200, KRASIS_BF16, 1, 0, false, true},  {4, 2, 64, 300, KRASIS_F16, 2, 101, true, true},
+        {3, 1, 16, 130, KRASIS_BF16, 1, 0, true, true},    {20, 1, 80, 150, KRASIS_F16, 1, 0, false, true},
+        {6, 2, 256, 200, KRASIS_BF16, 1, 77, false, true}, {34, 2, 208, 70, KRASIS_F16, 1, 0, false, true},
+        {18, 1, 512, 140, KRASIS_BF16, 1, 0, false, true}, {4, 2, 400, 130, KRASIS_F16, 1, 50, true, true}};
+    for (const Case &c : cases) {
+        Problem problem(c);
+        for (int64_t at : {c.capacity - 1, c.capacity / 3, int64_t{0}}) problem.run(at);
+    }
+}
+
 void check_refusals() {
     Problem problem({4, 2, 64, 70, KRASIS_BF16});
     const auto good = problem.args(69);
@@ -223,6 +310,7 @@ void check_refusals() {
     refused(KRASIS_ERR_ARGUMENT, [](Args &a) { a.capacity = 0; });
     refused(KRASIS_ERR_ARGUMENT, [](Args &a) { a.num_rows = 2; });  // without rows
     refused(KRASIS_ERR_ARGUMENT, [](Args &a) { a.window = -1; });
+    refused(KRASIS_ERR_ARGUMENT, [](Args &a) { a.kv_dtype = 4; });
     refused(KRASIS_ERR_SHAPE, [](Args &a) { a.q_stride = 12; });
     refused(KRASIS_ERR_SHAPE, [](Args &a) { a.head_dim = 72; });
     refused(KRASIS_ERR_SHAPE, [](Args &a) { a.head_dim = 528; });
@@ -233,12 +321,12 @@ void check_refusals() {
 }
 
 #if !KRASIS_SIMT_DEVICE
-void check_races() {
+void check_races(bool codes) {
     namespace simt = krasis::simt;
-    Problem problem({4, 1, 64, 17000, KRASIS_BF16});  // splits of five stages
+    Problem problem({4, 1, 64, 17000, KRASIS_BF16, 1, 0, false, codes});  // splits of five stages
     const auto args = problem.args(16999);
     for (const simt::Fault fault : {simt::Fault::kNoWait, simt::Fault::kWaitOneLess, simt::Fault::kNoBarrier}) {
-        for (unsigned from = 0; from < 4; ++from) {
+        for (unsigned from = codes ? 2 : 0; from < (codes ? 3 : 4); ++from) {
             simt::planned_fault = {fault, from};
             CHECK(krasis_cuda_attention_decode(&args, nullptr) == KRASIS_ERR_CUDA);
             simt::planned_fault = {};
@@ -256,10 +344,13 @@ void run_attention_decode() {
     check_lengths();
     check_heads();
     check_windows();
-    check_rows();
+    check_codes();
+    check_rings();
+    for (bool codes : {false, true}) check_rows(codes, 0);
+    check_rows(true, 256);
     check_refusals();
 #if !KRASIS_SIMT_DEVICE
-    check_races();
+    for (bool codes : {false, true}) check_races(codes);
 #endif
 }
 

@@ -1,8 +1,7 @@
 // test_attention_rows.cpp: RMSNorm, and norm, rotation and storing of heads, against float64.
 #include <cmath>
 
-#include "krasis_cuda.h"
-#include "matrix.h"
+#include "heads_problem.h"
 #include "suites.h"
 
 namespace test {
@@ -11,7 +10,6 @@ namespace {
 void check_rms_norm(int32_t x_dtype, int32_t weight_dtype, int32_t out_dtype, int64_t k) {
     Random random(static_cast<uint64_t>(k));
     constexpr int64_t kTokens = 3;
-    constexpr float kEps = 1e-6f;
     const auto columns = static_cast<size_t>(k);
     Matrix x(kTokens * columns, x_dtype), weight(columns, weight_dtype), out(kTokens * columns, out_dtype);
     for (size_t i = 0; i < kTokens * columns; ++i) x.set(i, random.normal() * (i < columns ? 1e-3f : 3.0f));
@@ -33,16 +31,6 @@ void check_rms_norm(int32_t x_dtype, int32_t weight_dtype, int32_t out_dtype, in
     wrong.k = k + 4;
     CHECK(krasis_cuda_rms_norm(&wrong, nullptr) == KRASIS_ERR_SHAPE);
 }
-
-struct Heads {
-    int64_t tokens, start, num_heads, num_kv_heads, head_dim;
-    int32_t dtype, norm_dtype;
-    bool with_norm;
-    int64_t rotary_dims;
-    bool flat = false, interleaved = false, with_bias = false;
-    float clip = 0;
-    bool shared_kv = false, value_norm = false;
-};
 
 // The same launch again with its position in device memory: the same bits. A position beyond the cache: nothing
 // happens.
@@ -75,138 +63,6 @@ void check_start_on_device(krasis_cuda_qkv_args args, const Heads &c, Matrix &qk
         }
     }
 }
-
-constexpr int64_t kCapacity = 24, kPositions = 40;
-constexpr float kEps = 1e-6f;
-
-size_t size_of(int64_t count) { return static_cast<size_t>(count); }
-
-// Rows of q, k and v, weights, tables and one cache, all random.
-struct HeadsProblem {
-    Heads c;
-    int64_t heads, stored, pairs;  // stored: heads of a row, without those that others are the values of
-    size_t dim;
-    Matrix qkv, before, q_norm, k_norm, k_cache, v_cache;
-    Array<float> cosines, sines, bias;
-
-    explicit HeadsProblem(const Heads &given)
-        : c(given),
-          heads(c.num_heads + 2 * c.num_kv_heads),
-          stored(c.num_heads + (c.shared_kv ? 1 : 2) * c.num_kv_heads),
-          pairs(c.rotary_dims / 2),
-          dim(size_of(c.head_dim)),
-          qkv(size_of(c.tokens * stored) * dim, c.dtype),
-          before(size_of(c.tokens * stored) * dim, c.dtype),
-          q_norm(dim * size_of(c.flat ? c.num_heads : 1), c.norm_dtype),
-          k_norm(dim * size_of(c.flat ? c.num_kv_heads : 1), c.norm_dtype),
-          k_cache(size_of(c.num_kv_heads * kCapacity) * dim, c.dtype),
-          v_cache(size_of(c.num_kv_heads * kCapacity) * dim, c.dtype),
-          cosines(size_of(kPositions * pairs + 1)),
-          sines(size_of(kPositions * pairs + 1)),
-          bias(size_of(heads) * dim) {
-        Random random(static_cast<uint64_t>(c.head_dim));
-        for (size_t i = 0; i < size_of(c.tokens * stored) * dim; ++i) before.set(i, random.normal());
-        for (size_t i = 0; i < dim * size_of(c.flat ? c.num_heads : 1); ++i) q_norm.set(i, random.normal());
-        for (size_t i = 0; i < dim * size_of(c.flat ? c.num_kv_heads : 1); ++i) k_norm.set(i, random.normal());
-        for (size_t i = 0; i < bias.size(); ++i) bias[i] = random.normal();
-        for (size_t i = 0; i < cosines.size(); ++i) {
-            const double angle = 6.28 * random.uniform();
-            cosines[i] = static_cast<float>(std::cos(angle));
-            sines[i] = static_cast<float>(std::sin(angle));
-        }
-        reset();
-    }
-
-    void reset() {
-        std::memcpy(qkv.bytes.data(), before.bytes.data(), before.bytes.size());
-        k_cache.bytes.poison();
-        v_cache.bytes.poison();
-    }
-
-    krasis_cuda_qkv_args args() {
-        krasis_cuda_qkv_args a{};
-        a.qkv = qkv.bytes.upload();
-        a.tokens = c.tokens;
-        a.start = c.start;
-        a.num_heads = c.num_heads;
-        a.num_kv_heads = c.num_kv_heads;
-        a.head_dim = c.head_dim;
-        a.q_norm = c.with_norm ? q_norm.bytes.upload() : nullptr;
-        a.k_norm = c.with_norm ? k_norm.bytes.upload() : nullptr;
-        a.dtype = c.dtype;
-        a.norm_dtype = c.norm_dtype;
-        a.eps = kEps;
-        a.norm_kind = c.flat ? KRASIS_CUDA_NORM_FLAT : KRASIS_CUDA_NORM_HEAD;
-        a.cos = cosines.upload();
-        a.sin = sines.upload();
-        a.max_positions = kPositions;
-        a.k_cache = k_cache.bytes.upload();
-        a.v_cache = v_cache.bytes.upload();
-        a.capacity = kCapacity;
-        a.bias = c.with_bias ? bias.upload() : nullptr;
-        a.rotary_dims = c.rotary_dims;
-        a.clip = c.clip;
-        a.interleaved = c.interleaved;
-        a.shared_kv = c.shared_kv;
-        a.value_norm = c.value_norm;
-        return a;
-    }
-
-    bool is_q(int64_t h) const { return h < c.num_heads; }
-    bool is_v(int64_t h) const { return h >= c.num_heads + c.num_kv_heads; }
-    int64_t source(int64_t h) const { return c.shared_kv && is_v(h) ? h - c.num_kv_heads : h; }
-    size_t at(int64_t t, int64_t h) const { return size_of(t * stored + source(h)) * dim; }
-
-    double biased(int64_t t, int64_t h, size_t i) const {
-        return before.get(at(t, h) + i) + (c.with_bias ? double{bias[size_of(source(h)) * dim + i]} : 0.0);
-    }
-
-    double mean_square(int64_t t, int64_t h) const {
-        const int64_t first = !c.flat ? h : is_q(h) ? 0 : c.num_heads;
-        const int64_t count = !c.flat ? 1 : is_q(h) ? c.num_heads : c.num_kv_heads;
-        double sum = 0;
-        for (int64_t head = first; head < first + count; ++head) {
-            for (size_t i = 0; i < dim; ++i) sum += biased(t, head, i) * biased(t, head, i);
-        }
-        return sum / static_cast<double>(count * c.head_dim);
-    }
-
-    // Before the rotation.
-    double plain(int64_t t, int64_t h, size_t i, double square) const {
-        double value = biased(t, h, i);
-        if (c.with_norm && !is_v(h)) {
-            const int64_t own = is_q(h) ? h : h - c.num_heads;
-            value *= (is_q(h) ? q_norm : k_norm).get(size_of(c.flat ? own : 0) * dim + i) / std::sqrt(square + kEps);
-        }
-        if (c.value_norm && is_v(h)) value /= std::sqrt(square + kEps);
-        return c.clip > 0 ? std::fmin(std::fmax(value, -c.clip), c.clip) : value;
-    }
-
-    // What row t must have become, at a position of the given caches. q from the rows.
-    void check_row(int64_t t, int64_t position, const Matrix &keys, const Matrix &values) const {
-        for (int64_t h = 0; h < heads; ++h) {
-            const double square = mean_square(t, h);
-            const int64_t kv_head = is_v(h) ? h - c.num_heads - c.num_kv_heads : h - c.num_heads;
-            const size_t cell = size_of(kv_head * kCapacity + position) * dim, count = size_of(pairs);
-            for (size_t i = 0; i < dim; ++i) {
-                double value = plain(t, h, i, square), size = std::fabs(value);
-                if (!is_v(h) && i < 2 * count) {
-                    const size_t pair = c.interleaved ? i / 2 : i % count;
-                    const size_t low = c.interleaved ? 2 * pair : pair, high = c.interleaved ? low + 1 : low + count;
-                    const size_t table = size_of(position) * count + pair;
-                    const double x = plain(t, h, low, square), y = plain(t, h, high, square);
-                    value = i == low ? x * cosines[table] - y * sines[table] : y * cosines[table] + x * sines[table];
-                    size = std::fabs(x) + std::fabs(y);
-                }
-                const double got = is_q(h)   ? qkv.get(at(t, h) + i)
-                                   : is_v(h) ? values.get(cell + i)
-                                             : keys.get(cell + i);
-                CHECK(std::fabs(got - value) <= qkv.rounding() * std::fabs(value) + 2e-6 * size + 0x1p-24);
-                if (!is_q(h)) CHECK(qkv.get(at(t, h) + i) == before.get(at(t, h) + i));
-            }
-        }
-    }
-};
 
 // The same rows, each with a position and a cache of its own, and one that belongs to nobody: the bits of those that
 // ran together.
@@ -257,6 +113,72 @@ void check_rows(HeadsProblem &problem, const krasis_cuda_qkv_args &single) {
     }
 }
 
+// Keys and values in 8 bits, behind them their scales: as near to float64 as half a step, and nothing else is written.
+void check_codes(HeadsProblem &problem) {
+    const Heads &c = problem.c;
+    const size_t rows = size_of(c.num_kv_heads * kCapacity), dim = problem.dim;
+    Array<uint8_t> keys(rows * (dim + 4)), values(rows * (dim + 4));
+    keys.poison();
+    values.poison();
+    const std::vector<uint8_t> q(problem.qkv.bytes.data(), problem.qkv.bytes.data() + problem.qkv.bytes.size());
+    problem.reset();
+    auto args = problem.args();
+    args.k_cache = keys.upload();
+    args.v_cache = values.upload();
+    args.kv_dtype = KRASIS_I8;
+    CHECK_OK(krasis_cuda_qk_norm_rope_store(&args, nullptr));
+    problem.qkv.bytes.download();
+    keys.download();
+    values.download();
+    CHECK(std::memcmp(problem.qkv.bytes.data(), q.data(), q.size()) == 0);
+    for (int64_t h = c.num_heads; h < problem.heads; ++h) {
+        Array<uint8_t> &cache = problem.is_v(h) ? values : keys;
+        for (int64_t position = 0; position < kCapacity; ++position) {
+            const size_t row = size_of(problem.kv_head(h) * kCapacity + position);
+            const int64_t t = position - c.start;
+            float scale;
+            std::memcpy(&scale, cache.data() + rows * dim + 4 * row, 4);
+            if (t < 0 || t >= c.tokens) {
+                CHECK(std::isnan(scale) && cache[row * dim] == 0xff && cache[row * dim + dim - 1] == 0xff);
+                continue;
+            }
+            const double square = problem.mean_square(t, h);
+            double largest = 0, largest_size = 0;
+            for (size_t i = 0; i < dim; ++i) {
+                const auto [value, size] = problem.expected(t, h, i, position, square);
+                const double got = scale * static_cast<int8_t>(cache[row * dim + i]);
+                CHECK(std::fabs(got - value) <= 0.5001 * scale + 4e-6 * size);
+                largest = std::fmax(largest, std::fabs(value));
+                largest_size = std::fmax(largest_size, size);
+            }
+            CHECK(std::fabs(127 * scale - largest) <= 4e-6 * largest_size);
+        }
+    }
+}
+
+// A head of zeros is zeros; one that holds what is no number has it in its scale.
+void check_odd_codes() {
+    HeadsProblem problem({1, 3, 1, 1, 64, KRASIS_BF16, KRASIS_F32, false, 64});
+    for (size_t i = 0; i < 64; ++i) problem.before.set(64 + i, 0);
+    problem.before.set(2 * 64 + 5, NAN);
+    problem.reset();
+    Array<uint8_t> keys(kCapacity * 68), values(kCapacity * 68);
+    auto args = problem.args();
+    args.k_cache = keys.upload();
+    args.v_cache = values.upload();
+    args.kv_dtype = KRASIS_I8;
+    CHECK_OK(krasis_cuda_qk_norm_rope_store(&args, nullptr));
+    keys.download();
+    values.download();
+    float scales[2];
+    std::memcpy(&scales[0], keys.data() + kCapacity * 64 + 4 * 3, 4);
+    std::memcpy(&scales[1], values.data() + kCapacity * 64 + 4 * 3, 4);
+    CHECK(scales[0] == 0 && std::isnan(scales[1]));
+    for (size_t i = 0; i < 64; ++i) CHECK(keys[3 * 64 + i] == 0);
+    args.kv_dtype = KRASIS_BF16;
+    CHECK(krasis_cuda_qk_norm_rope_store(&args, nullptr) == KRASIS_ERR_ARGUMENT);
+}
+
 void check_heads(const Heads &c) {
     HeadsProblem problem(c);
     auto args = problem.args();
@@ -272,12 +194,63 @@ void check_heads(const Heads &c) {
         CHECK(std::isnan(problem.k_cache.get(cell * problem.dim)));
         CHECK(std::isnan(problem.v_cache.get((cell + 1) * problem.dim - 1)));
     }
+    check_codes(problem);
+    problem.reset();
+    args = problem.args();
+    CHECK_OK(krasis_cuda_qk_norm_rope_store(&args, nullptr));
+    for (Matrix *m : {&problem.qkv, &problem.k_cache, &problem.v_cache}) m->bytes.download();
     check_start_on_device(args, c, problem.qkv, problem.before, problem.k_cache, problem.v_cache);
     problem.reset();
     args = problem.args();
     CHECK_OK(krasis_cuda_qk_norm_rope_store(&args, nullptr));
     for (Matrix *m : {&problem.qkv, &problem.k_cache, &problem.v_cache}) m->bytes.download();
     check_rows(problem, args);
+}
+
+// In rings lie the bits that a whole cache has, of rows one after another and of rows with places of their own; what
+// they do not reach stays as it was.
+void check_ring(const Heads &c, bool codes) {
+    constexpr int64_t kRing = 8;
+    HeadsProblem problem(c);
+    const size_t item = codes ? 1 : 2, tail = codes ? 4 : 0, heads = size_of(c.num_kv_heads), dim = problem.dim * item;
+    const auto bytes = [&](int64_t places) { return heads * size_of(places) * (dim + tail); };
+    const auto run = [&](Array<uint8_t> &keys, Array<uint8_t> &values, int64_t ring, bool by_rows) {
+        keys.poison();
+        values.poison();
+        problem.reset();
+        auto args = problem.args();
+        args.k_cache = keys.upload();
+        args.v_cache = values.upload();
+        args.kv_dtype = codes ? KRASIS_I8 : 0;
+        args.ring = ring;
+        Array<krasis_cuda_row> rows(size_of(c.tokens));
+        for (int64_t t = 0; t < c.tokens; ++t) rows[size_of(t)] = {c.start + t, args.k_cache, args.v_cache};
+        if (by_rows) args.rows = rows.upload();
+        CHECK_OK(krasis_cuda_qk_norm_rope_store(&args, nullptr));
+        keys.download();
+        values.download();
+    };
+    Array<uint8_t> keys(bytes(kCapacity)), values(bytes(kCapacity)), ring_keys(bytes(kRing)), ring_values(bytes(kRing));
+    run(keys, values, 0, false);
+    for (const bool by_rows : {false, true}) {
+        run(ring_keys, ring_values, kRing, by_rows);
+        for (size_t h = 0; h < heads; ++h) {
+            for (int64_t place = 0; place < kRing; ++place) {
+                const int64_t first = c.start + (place - c.start % kRing + kRing) % kRing;
+                const size_t at = h * kRing + size_of(place), from = h * kCapacity + size_of(first);
+                for (auto [found, whole] : {std::pair{&ring_keys, &keys}, std::pair{&ring_values, &values}}) {
+                    if (first >= c.start + c.tokens) {
+                        CHECK((*found)[at * dim] == 0xff && (*found)[at * dim + dim - 1] == 0xff);
+                        continue;
+                    }
+                    CHECK(std::memcmp(found->data() + at * dim, whole->data() + from * dim, dim) == 0);
+                    if (!codes) continue;
+                    const uint8_t *scale = found->data() + heads * kRing * dim + 4 * at;
+                    CHECK(std::memcmp(scale, whole->data() + heads * kCapacity * dim + 4 * from, 4) == 0);
+                }
+            }
+        }
+    }
 }
 
 void check_head_refusals() {
@@ -289,6 +262,8 @@ void check_head_refusals() {
         CHECK(krasis_cuda_qk_norm_rope_store(&args, nullptr) == status);
     };
     using Args = krasis_cuda_qkv_args;
+    refused(KRASIS_ERR_ARGUMENT, [](Args &a) { a.ring = -1; });
+    refused(KRASIS_ERR_RANGE, [](Args &a) { a.ring = a.tokens - 1; });
     refused(KRASIS_ERR_RANGE, [](Args &a) { a.start = kCapacity - 1; });
     refused(KRASIS_ERR_SHAPE, [](Args &a) { a.head_dim = 528; });
     refused(KRASIS_ERR_SHAPE, [](Args &a) { a.rotary_dims = 66; });
@@ -323,6 +298,11 @@ void run_attention_rows() {
     check_heads({3, 2, 4, 2, 64, KRASIS_F16, KRASIS_F32, false, 64, false, false, true, 0, false, true});
     check_heads({4, 2, 40, 10, 32, KRASIS_F16, KRASIS_BF16, true, 16, true, false, true, 1.0f});
     check_heads({2, 3, 3, 3, 32, KRASIS_BF16, KRASIS_F32, false, 32, false, false, true, 0.5f});
+    check_odd_codes();
+    for (const bool codes : {false, true}) {
+        check_ring({5, 13, 2, 2, 64, KRASIS_BF16, KRASIS_F32, true, 64}, codes);
+        check_ring({8, 3, 4, 1, 32, KRASIS_F16, KRASIS_F32, true, 16, true}, codes);
+    }
     check_head_refusals();
 }
 

@@ -14,9 +14,14 @@ double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
 struct Form {
     size_t key_heads, value_heads, key_dim, value_dim, width;
     int32_t dtype, gate;
+    bool by_channel = false;
+    float lower_bound = 0;
     size_t channels() const { return 2 * key_heads * key_dim + value_heads * value_dim; }
     size_t values() const { return value_heads * value_dim; }
-    size_t columns() const { return channels() + values(); }
+    size_t columns() const { return channels() + (by_channel ? 0 : values()); }
+    size_t biases() const { return value_heads * (by_channel ? key_dim : 1); }
+    // Of a row: b and a of the heads; by channel b, a of their channels, and z.
+    size_t gates() const { return value_heads + biases() + (by_channel ? values() : 0); }
 };
 
 // A sequence as the formulas have it: S [value_heads, key_dim, value_dim], and the rows so far.
@@ -35,14 +40,15 @@ struct Problem {
         : f(form),
           conv(f.channels() * f.width),
           a_log(f.value_heads),
-          dt_bias(f.value_heads),
+          dt_bias(f.biases()),
           gate_norm(f.value_dim),
           random(form.key_dim * 64 + form.value_dim) {
         for (size_t i = 0; i < conv.size(); ++i) conv[i] = random.normal();
         for (size_t i = 0; i < f.value_heads; ++i) {
             a_log[i] = random.normal();
-            dt_bias[i] = random.normal() - 2;
+            if (!f.by_channel) dt_bias[i] = random.normal() - 2;
         }
+        for (size_t i = 0; f.by_channel && i < f.biases(); ++i) dt_bias[i] = random.normal() - 2;
         for (size_t i = 0; i < f.value_dim; ++i) gate_norm[i] = 1 + 0.2f * random.normal();
     }
 
@@ -61,7 +67,15 @@ struct Problem {
         a.dtype = f.dtype;
         a.gate = f.gate;
         a.eps = 1e-6f;
+        a.lower_bound = f.lower_bound;
         return a;
+    }
+
+    // How much of a matrix's row stays. gates: of the token.
+    double decay(size_t head, size_t i, const float *gates) const {
+        const size_t at = f.by_channel ? head * f.key_dim + i : head;
+        const double a = double{gates[f.value_heads + at]} + dt_bias[at], rate = std::exp(double{a_log[head]});
+        return std::exp(f.lower_bound != 0 ? f.lower_bound * sigmoid(rate * a) : -rate * std::log1p(std::exp(a)));
     }
 
     // silu of the convolution of the newest row of a sequence.
@@ -95,24 +109,28 @@ struct Problem {
             const auto q = unit(s, key_head * f.key_dim, 1 / std::sqrt(static_cast<double>(f.key_dim)));
             const auto k = unit(s, keys + key_head * f.key_dim, 1);
             const double beta = sigmoid(gates[head]);
-            const double softened = std::log1p(std::exp(double{gates[f.value_heads + head]} + dt_bias[head]));
-            const double decay = std::exp(-std::exp(double{a_log[head]}) * softened);
+            std::vector<double> kept(f.key_dim);
+            for (size_t i = 0; i < f.key_dim; ++i) kept[i] = decay(head, i, gates);
             double *matrix = s.matrices.data() + head * f.key_dim * f.value_dim, square = 0;
             double *o = out.data() + head * f.value_dim;
             for (size_t c = 0; c < f.value_dim; ++c) {
                 double known = 0;
-                for (size_t i = 0; i < f.key_dim; ++i) known += decay * matrix[i * f.value_dim + c] * k[i];
+                for (size_t i = 0; i < f.key_dim; ++i) {
+                    matrix[i * f.value_dim + c] *= kept[i];
+                    known += matrix[i * f.value_dim + c] * k[i];
+                }
                 const double delta = beta * (mixed(s, 2 * keys + head * f.value_dim + c) - known);
                 for (size_t i = 0; i < f.key_dim; ++i) {
                     double &cell = matrix[i * f.value_dim + c];
-                    cell = decay * cell + k[i] * delta;
+                    cell += k[i] * delta;
                     o[c] += q[i] * cell;
                 }
                 square += o[c] * o[c];
             }
             const double rms = std::sqrt(square / static_cast<double>(f.value_dim) + 1e-6);
             for (size_t c = 0; c < f.value_dim; ++c) {
-                const double z = x[f.channels() + head * f.value_dim + c];
+                const size_t at = head * f.value_dim + c;
+                const double z = f.by_channel ? gates[f.value_heads + f.biases() + at] : x[f.channels() + at];
                 o[c] *= gate_norm[c] / rms * sigmoid(z) * (f.gate == KRASIS_CUDA_GATE_SILU ? z : 1);
             }
         }
@@ -123,17 +141,26 @@ struct Problem {
 // The device's rows of a call, and what comes out.
 struct Rows {
     Matrix x, mixed, out;
-    Array<float> gates;
-    std::vector<float> raw;
+    Array<float> gates, decays, z;
+    std::vector<float> raw;  // as Form::gates has them
 
     Rows(Problem &problem, size_t count)
         : x(count * problem.f.columns(), problem.f.dtype),
           mixed(count * problem.f.channels(), problem.f.dtype),
           out(count * problem.f.values() + 1, problem.f.dtype),
-          gates(count * 2 * problem.f.value_heads) {
+          gates(count * (problem.f.by_channel ? 1 : 2) * problem.f.value_heads),
+          decays(problem.f.by_channel ? count * problem.f.biases() : 0),
+          z(problem.f.by_channel ? count * problem.f.values() : 0) {
         for (size_t i = 0; i < count * problem.f.columns(); ++i) x.set(i, problem.random.normal());
-        for (size_t i = 0; i < gates.size(); ++i) gates[i] = problem.random.normal();
-        raw.assign(gates.data(), gates.data() + gates.size());
+        for (Array<float> *part : {&gates, &decays, &z}) {
+            for (size_t i = 0; i < part->size(); ++i) (*part)[i] = problem.random.normal();
+        }
+        for (size_t r = 0; r < count; ++r) {
+            for (Array<float> *part : {&gates, &decays, &z}) {
+                const size_t width = part->size() / count;
+                raw.insert(raw.end(), part->data() + r * width, part->data() + (r + 1) * width);
+            }
+        }
     }
 
     void put(krasis_cuda_gated_delta_args &a, size_t count) {
@@ -141,6 +168,8 @@ struct Rows {
         a.mixed = mixed.bytes.upload();
         a.out = out.bytes.upload();
         a.gates = gates.upload();
+        a.decays = decays.size() > 0 ? decays.upload() : nullptr;
+        a.z = z.size() > 0 ? z.upload() : nullptr;
         a.tokens = static_cast<int64_t>(count);
     }
     std::vector<double> row(const Form &f, size_t r) const {
@@ -210,7 +239,7 @@ void check_calls(const Form &f, const std::vector<size_t> &counts) {
         CHECK_OK(krasis_cuda_gated_delta(&args, nullptr));
         rows.out.bytes.download();
         for (size_t r = 0; r < count; ++r) {
-            const auto expected = problem.step(sequence, rows.row(f, r), rows.raw.data() + r * 2 * f.value_heads);
+            const auto expected = problem.step(sequence, rows.row(f, r), rows.raw.data() + r * f.gates());
             rows.compare(r, expected, 4 * limit_of(f));
         }
     }
@@ -253,7 +282,7 @@ void check_table(const Form &f) {
                 continue;
             }
             const auto expected =
-                problem.step(sequences[(r + step) % kSlots], rows.row(f, r), rows.raw.data() + r * 2 * f.value_heads);
+                problem.step(sequences[(r + step) % kSlots], rows.row(f, r), rows.raw.data() + r * f.gates());
             rows.compare(r, expected, 4 * limit_of(f));
         }
     }
@@ -288,6 +317,7 @@ void check_refusals() {
     CHECK(status_of([](auto &a) { a.key_heads = 3; }) == KRASIS_ERR_SHAPE);
     CHECK(status_of([](auto &a) { a.conv_width = 9; }) == KRASIS_ERR_SHAPE);
     CHECK(status_of([](auto &a) { a.matrices += 1; }) == KRASIS_ERR_SHAPE);
+    CHECK(status_of([](auto &a) { a.decays = a.gates; }) == KRASIS_ERR_ARGUMENT);
     CHECK(status_of([](auto &a) { a.tokens = 0; }) == KRASIS_OK);
 }
 
@@ -324,6 +354,12 @@ void run_gated_delta() {
     const Form wide{2, 4, 128, 128, 4, KRASIS_BF16, KRASIS_CUDA_GATE_SIGMOID};
     const Form odd{2, 2, 48, 80, 8, KRASIS_F16, KRASIS_CUDA_GATE_SILU};
     const Form plain{1, 1, 32, 16, 1, KRASIS_BF16, KRASIS_CUDA_GATE_SILU};
+    const Form channels{2, 2, 64, 64, 4, KRASIS_F16, KRASIS_CUDA_GATE_SIGMOID, true};
+    const Form bounded{1, 2, 48, 16, 4, KRASIS_BF16, KRASIS_CUDA_GATE_SIGMOID, true, -5.0f};
+    check_calls(channels, {1, 20, 2});
+    check_calls(bounded, {17, 1});
+    check_table(channels);
+    check_table(bounded);
     check_calls(small, {1, 2, 1, 9, 3});
     check_calls(wide, {5, 1});
     check_calls(odd, {3, 10, 1, 1});

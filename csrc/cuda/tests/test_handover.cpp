@@ -5,6 +5,7 @@
 
 #include "array.h"
 #include "krasis_cuda.h"
+#include "numeric.h"
 #include "suites.h"
 
 namespace test {
@@ -212,6 +213,80 @@ void check_timeouts() {
     CHECK(krasis_cuda_signal(nullptr, epoch.device(), nullptr) == KRASIS_ERR_ARGUMENT);
 }
 
+// Two rows of another rank, more columns than a block has threads times eight: only experts held here stay, all are
+// counted; a flag that does not come leaves no expert at all.
+void check_take() {
+    constexpr int64_t kRows = 2, kColumns = 4104, kTopK = 3;
+    constexpr int32_t kIds[] = {4, 0, 2, 1, 4, -1}, kOwn[] = {4, -1, 2, -1, 4, -1};
+    Pinned<float> normed(kRows * kColumns, 0.0f), weights(kRows * kTopK, 0.0f);
+    Pinned<int32_t> ids(kRows * kTopK, 0);
+    for (size_t i = 0; i < kRows * kColumns; ++i) normed[i] = 0.25f * static_cast<float>(static_cast<int>(i % 37) - 18);
+    for (size_t i = 0; i < kRows * kTopK; ++i) {
+        ids[i] = kIds[i];
+        weights[i] = 1.0f + static_cast<float>(i);
+    }
+    Array<uint8_t> held(5, 0);
+    held[2] = held[4] = 1;
+    Array<uint64_t> epoch(1, 7);
+    Pinned<uint64_t> flag(1, 7), timeouts(1, 0);
+    Array<uint16_t> x(kRows * kColumns);
+    Array<int32_t> own_ids(kRows * kTopK, 9);
+    Array<float> own_weights(kRows * kTopK, 9.0f);
+    Array<int64_t> counts(5, 10);
+    Array<float> zeros(kRows * kColumns, 9.0f);
+    krasis_cuda_take_args args{flag.data(),
+                               epoch.upload(),
+                               kSecond / 100,
+                               timeouts.data(),
+                               3,
+                               normed.data(),
+                               ids.data(),
+                               weights.data(),
+                               held.upload(),
+                               kRows,
+                               kColumns,
+                               kTopK,
+                               5,
+                               KRASIS_BF16,
+                               x.upload(),
+                               own_ids.upload(),
+                               own_weights.upload(),
+                               counts.upload(),
+                               zeros.upload()};
+    CHECK_OK(krasis_cuda_take(&args, nullptr));
+    finish_stream();
+    x.download();
+    own_ids.download();
+    own_weights.download();
+    counts.download();
+    zeros.download();
+    for (size_t i = 0; i < kRows * kColumns; ++i) CHECK(zeros[i] == 0.0f);
+    for (size_t i = 0; i < kRows * kColumns; ++i) CHECK(x[i] == krasis::bf16_from_float(normed[i]));
+    for (size_t i = 0; i < kRows * kTopK; ++i) CHECK(own_ids[i] == kOwn[i] && own_weights[i] == weights[i]);
+    constexpr int64_t kCounts[] = {11, 11, 11, 10, 12};
+    for (size_t i = 0; i < 5; ++i) CHECK(counts[i] == kCounts[i]);
+
+    flag[0] = 6;
+    args.counts = nullptr;
+    args.zeros = nullptr;
+    CHECK_OK(krasis_cuda_take(&args, nullptr));
+    finish_stream();
+    own_ids.download();
+    own_weights.download();
+    CHECK(timeouts[0] == 3);
+    for (size_t i = 0; i < kRows * kTopK; ++i) CHECK(own_ids[i] == -1 && own_weights[i] == 0.0f);
+
+    args.columns = 4100;
+    CHECK(krasis_cuda_take(&args, nullptr) == KRASIS_ERR_SHAPE);
+    args.columns = kColumns;
+    args.dtype = KRASIS_F32;
+    CHECK(krasis_cuda_take(&args, nullptr) == KRASIS_ERR_ARGUMENT);
+    args.dtype = KRASIS_F16;
+    args.tag = 0;
+    CHECK(krasis_cuda_take(&args, nullptr) == KRASIS_ERR_ARGUMENT);
+    CHECK(krasis_cuda_take(nullptr, nullptr) == KRASIS_ERR_ARGUMENT);
+}
+
 #if !KRASIS_SIMT_DEVICE
 // Without the barrier, threads would add before the first one has seen the flag.
 void check_races() {
@@ -233,6 +308,7 @@ void run_handover() {
     check_add();
     check_round_trips();
     check_timeouts();
+    check_take();
 #if !KRASIS_SIMT_DEVICE
     check_races();
 #endif

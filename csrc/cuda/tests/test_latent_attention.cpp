@@ -171,6 +171,46 @@ void check_rows() {
     }
 }
 
+// Rows of one sequence that attend to some positions have the bits of a sequence of these alone; one sees fewer than
+// the budget, and one names a position that does not exist: it reads zeros.
+void check_chosen(int64_t splits, int32_t dtype) {
+    constexpr int64_t kStart = 60, kRows = 3, kBudget = 62;
+    Problem whole({18, 64, 16, 80, splits, dtype}, kRows), alone({18, 64, 16, 80, splits, dtype}, kRows);
+    whole.fill(kStart + kRows - 1);
+    Array<int32_t> chosen(kRows * kBudget);
+    for (int64_t r = 0; r < kRows; ++r) {
+        for (int64_t i = 0; i < kBudget; ++i)  // all but one, from the second row on
+            chosen[count(r * kBudget + i)] = static_cast<int32_t>(i + (r > 1 && i >= 20));
+    }
+    auto a = whole.args(kStart, kRows);
+    a.chosen = chosen.upload();
+    a.budget = kBudget;
+    CHECK_OK(krasis_cuda_latent_attention(&a, nullptr));
+    whole.out.bytes.download();
+    const size_t row_bytes = count(18 * 64 * 2), key_bytes = count(alone.width * 2);
+    for (int64_t r = 0; r < kRows; ++r) {
+        const int64_t keys = std::min(kBudget, kStart + r + 1);
+        for (int64_t i = 0; i < keys; ++i) {
+            const int64_t from = chosen[count(r * kBudget + i)];
+            std::memcpy(alone.cache.bytes.data() + count(i) * key_bytes,
+                        whole.cache.bytes.data() + count(from) * key_bytes, key_bytes);
+        }
+        auto own = alone.args(keys - 1, 1);
+        own.q_latent = static_cast<const uint8_t *>(own.q_latent) + count(r) * row_bytes;
+        own.q_rope = static_cast<const uint8_t *>(own.q_rope) + count(r * own.q_stride) * 2;
+        CHECK_OK(krasis_cuda_latent_attention(&own, nullptr));
+        alone.out.bytes.download();
+        CHECK(std::memcmp(alone.out.bytes.data(), whole.out.bytes.data() + count(r) * row_bytes, row_bytes) == 0);
+    }
+    chosen[3] = 80;
+    a.chosen = chosen.upload();
+    CHECK_OK(krasis_cuda_latent_attention(&a, nullptr));
+    whole.out.bytes.download();
+    CHECK(std::isfinite(whole.out.get(0)));
+    a.budget = 0;
+    CHECK(krasis_cuda_latent_attention(&a, nullptr) == KRASIS_ERR_ARGUMENT);
+}
+
 void check_refusals() {
     Problem problem({4, 64, 16, 70, 2, KRASIS_BF16}, 1);
     const auto good = problem.args(69, 1);
@@ -218,6 +258,8 @@ void run_latent_attention() {
     check_lengths();
     check_shapes();
     check_rows();
+    check_chosen(1, KRASIS_F16);
+    check_chosen(3, KRASIS_BF16);
     check_refusals();
 #if !KRASIS_SIMT_DEVICE
     check_races();

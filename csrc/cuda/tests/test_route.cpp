@@ -116,9 +116,9 @@ void check_route(const Case &c) {
             CHECK(ids[at] == id);
             CHECK(std::fabs(weights[at] - value) <= 2e-6 * value);
             ++chosen[order[j]];
-            const bool is_resident = resident[order[j]] != 0;
-            CHECK(gpu_ids[at] == (!c.split ? -7 : is_resident ? id : -1));
-            CHECK(cpu_ids[at] == (!c.split ? -7 : is_resident ? -1 : id));
+            const uint8_t holder = resident[order[j]];
+            CHECK(gpu_ids[at] == (!c.split ? -7 : holder == 1 ? id : -1));
+            CHECK(cpu_ids[at] == (!c.split ? -7 : holder == 0 ? id : -1));
         }
     }
     CHECK(ids[slots] == -7 && gpu_ids[slots] == -7 && std::isnan(weights[slots]));

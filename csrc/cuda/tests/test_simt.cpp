@@ -57,6 +57,21 @@ void check_mma() {
     }
 }
 
+void waiting_kernel(Params p) {
+    if (simt::thread_x() != 40 || p.mistake == 0) simt::wait_for_previous();
+}
+
+// A kernel that may begin early and has a thread that does not wait.
+void check_waits() {
+    const char *error = nullptr;
+    CHECK((simt::launch_beside<waiting_kernel>({2, 64, 0}, Params{}, nullptr, &error)));
+    Params mistaken{};
+    mistaken.mistake = 1;
+    CHECK((simt::launch<waiting_kernel>({2, 64, 0}, mistaken, nullptr, &error)));
+    CHECK((!simt::launch_beside<waiting_kernel>({2, 64, 0}, mistaken, nullptr, &error)));
+    CHECK(std::string(error).find("thread 40: ended without having waited") != std::string::npos);
+}
+
 void collectives_kernel(Params p) {
     const int thread = static_cast<int>(simt::thread_x()), lane = thread % 32;
     int32_t *out = p.words + 8 * thread + 512 * static_cast<int>(simt::block_x());
@@ -214,6 +229,7 @@ void check_conversions() {
 namespace test {
 
 void run_simt() {
+    check_waits();
     check_conversions();
     check_mma<Bf16>();
     check_mma<F16>();

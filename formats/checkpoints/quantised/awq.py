@@ -6,15 +6,17 @@ from dataclasses import dataclass
 
 from krasis.formats.checkpoints.quantised.columns import AWQ_ORDER, ColumnsWeight
 from krasis.formats.checkpoints.quantised.gptq import column_parts, group_size, told_bits, told_group
+from krasis.formats.checkpoints.quantised.kept import NO_CODES, symmetric
 from krasis.formats.checkpoints.quantised.settings import Quantisation, Settings
 from krasis.formats.checkpoints.quantised.tensors import Found, Tensors
 
 
 @dataclass(frozen=True, slots=True)
 class AwqReader:
-    """group: input features a scale, None for all."""
+    """group: input features a scale, None for all. symmetric: see ``ColumnsWeight``."""
 
     group: int | None
+    symmetric: bool = False
 
     def read(self, name: str, tensors: Tensors) -> Found | None:
         """See ``Reader``."""
@@ -38,6 +40,7 @@ class AwqReader:
                 group=group_size(scales, k, self.group, is_free=False),
                 along_inputs=False,
                 order=AWQ_ORDER,
+                symmetric=self.symmetric,
             ),
         )
 
@@ -49,4 +52,6 @@ def recognise(settings: Settings) -> Quantisation:
         form = settings.text(name)
         if form not in (None, "gemm", "awq", "auto_round:auto_awq"):
             raise settings.refused(name, form, "gemm")
-    return Quantisation("AWQ", (AwqReader(told_group(settings, "group_size", "q_group_size")),))
+    group = told_group(settings, "group_size", "q_group_size")
+    reader = AwqReader(group, symmetric=settings.table.get("zero_point") is False)
+    return Quantisation("AWQ", (reader,), symmetric(group) if reader.symmetric else NO_CODES)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from krasis.formats.checkpoints.quantised.rows import group_of_column
-from krasis.formats.checkpoints.quantised.steps import BLOCK, Steps, fit_float16
+from krasis.formats.checkpoints.quantised.steps import BLOCK, Steps
 from krasis.formats.checkpoints.quantised.stored import Array, Floats, Stored, scale_array, scale_values
 
 _IN_ORDER = tuple(range(32))
@@ -21,7 +21,7 @@ class ColumnsWeight:
 
     codes: I32, [k * bits / 32, n] (``along_inputs``, GPTQ) or [k, n * bits / 32] (AWQ). zeros: I32 [groups, n
     * bits / 32], with 1 taken off if ``zeros_less_one``. scales: [groups, n]. group: input features a group.
-    order: of the columns in a word.
+    order: of the columns in a word. symmetric: what the settings say of the zero points.
     """
 
     dtype: str
@@ -35,6 +35,7 @@ class ColumnsWeight:
     zeros_less_one: bool = False
     along_inputs: bool = True
     order: tuple[int, ...] = _IN_ORDER
+    symmetric: bool = False
     by_rows: bool = False
 
     @property
@@ -63,14 +64,22 @@ class ColumnsWeight:
         with np.errstate(all="ignore"):
             return np.ascontiguousarray((codes * scales[groups]).T)
 
-    def is_steps(self, first: int, count: int) -> bool:
+    @property
+    def symmetric_group(self) -> int | None:
+        """See ``QuantisedWeight``."""
+        return self.group if self.bits == 4 and self.symmetric else None
+
+    def pairs(self, first: int, count: int) -> None:
+        """None: codes are whole numbers."""
+
+    def step_scales(self, first: int, count: int) -> Floats | None:
         """See ``QuantisedWeight``."""
         n, k = self.shape
         if self.bits == 8 or k % BLOCK or self.group % BLOCK:
-            return False
+            return None
         scales = scale_values(scale_array(self.scales).reshape(-1, n)[:, first : first + count], self.scales)
         in_order = np.array_equal(self._groups(len(scales)), np.arange(k) // self.group)
-        return in_order and fit_float16(scales)
+        return scales if in_order else None
 
     def steps(self, first: int, count: int) -> Steps:
         """See ``QuantisedWeight``."""

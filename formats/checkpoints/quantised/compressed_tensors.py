@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from krasis.formats.checkpoints.quantised.fp4 import Fp4Reader
 from krasis.formats.checkpoints.quantised.fp8 import BytesReader
+from krasis.formats.checkpoints.quantised.kept import NO_CODES, KeptCodes, symmetric
 from krasis.formats.checkpoints.quantised.packed_int import PACKED_BITS, PackedReader, PackedScheme
 from krasis.formats.checkpoints.quantised.settings import Quantisation, Settings
 from krasis.formats.checkpoints.quantised.tensors import Reader
@@ -48,7 +49,18 @@ def recognise(settings: Settings) -> Quantisation:
             weights.expect("num_bits", 8)
             integers += [block] if block else []
     name = ", ".join(["compressed-tensors", *dict.fromkeys(names)])
-    return Quantisation(name, tuple(_readers(bytes_blocks, integers, all(asymmetric or [False]), packed)))
+    readers = tuple(_readers(bytes_blocks, integers, all(asymmetric or [False]), packed))
+    return Quantisation(name, readers, _kept(packed, names, settings.text("format")))
+
+
+def _kept(packed: list[PackedScheme], names: list[str], form: str | None) -> KeptCodes:
+    """What all groups have in common."""
+    if form == "mxfp4-pack-quantized" and set(names) == {"FP4"}:
+        return KeptCodes(mxfp4=True)
+    groups = {one.group for one in packed if one.bits == 4 and one.symmetric and not one.ordered}
+    alike = len(groups) == 1 and set(names) == {"INT4"} and len(packed) == len(names)
+    fits = alike and all(one.symmetric and not one.ordered for one in packed)
+    return symmetric(groups.pop()) if fits else NO_CODES
 
 
 def _packed(weights: Settings, bits: int, block: tuple[int, int] | None) -> PackedScheme:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from krasis.formats.checkpoints.quantised.kept import KeptCodes
 from krasis.formats.checkpoints.quantised.rows import FP4_TABLE, RowsWeight, fit_grid
 from krasis.formats.checkpoints.quantised.settings import Quantisation, Settings
 from krasis.formats.checkpoints.quantised.stored import Stored
@@ -78,4 +79,4 @@ def _weight(codes: Stored, shape: tuple[int, ...], scale: Stored, base: str, ten
 
 def recognise(settings: Settings) -> Quantisation:
     """``quant_method`` mxfp4."""
-    return Quantisation("MXFP4", (Fp4Reader(),))
+    return Quantisation("MXFP4", (Fp4Reader(),), KeptCodes(mxfp4=True))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from krasis.formats.checkpoints.quantised.columns import ColumnsWeight
+from krasis.formats.checkpoints.quantised.kept import NO_CODES, symmetric
 from krasis.formats.checkpoints.quantised.settings import Quantisation, Settings
 from krasis.formats.checkpoints.quantised.stored import Stored
 from krasis.formats.checkpoints.quantised.tensors import Found, Tensors
@@ -18,12 +19,13 @@ _V2 = ("gptq_v2",)
 @dataclass(frozen=True, slots=True)
 class GptqReader:
     """group: input features a scale, None for all. zeros_less_one: as files are but those of "gptq_v2".
-    ordered: which feature is of which group has to be told.
+    ordered: which feature is of which group has to be told. symmetric: see ``ColumnsWeight``.
     """
 
     group: int | None
     zeros_less_one: bool
     ordered: bool = False
+    symmetric: bool = False
 
     def read(self, name: str, tensors: Tensors) -> Found | None:
         """See ``Reader``."""
@@ -53,6 +55,7 @@ class GptqReader:
                 group=group_size(scales, k, self.group, is_free=order is not None),
                 group_of_column=order,
                 zeros_less_one=self.zeros_less_one,
+                symmetric=self.symmetric and not self.ordered,
             ),
         )
 
@@ -108,4 +111,6 @@ def recognise(settings: Settings) -> Quantisation:
         raise settings.refused(forms[0], form, "gptq, gptq_v2")
     group = told_group(settings, "group_size")
     ordered = settings.flag("desc_act")
-    return Quantisation("GPTQ", (GptqReader(group, zeros_less_one=form not in _V2, ordered=ordered),))
+    reader = GptqReader(group, form not in _V2, ordered=ordered, symmetric=settings.table.get("sym") is True)
+    keeps = reader.symmetric and not ordered and settings.table.get("bits") == 4
+    return Quantisation("GPTQ", (reader,), symmetric(group) if keeps else NO_CODES)

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from krasis.formats.checkpoints.quantised.steps import BLOCK, Steps, fit_float16
+from krasis.formats.checkpoints.quantised.steps import BLOCK, Steps
 from krasis.formats.checkpoints.quantised.stored import (
     E4M3,
     SCALE_DTYPES,
     Array,
+    Bytes,
     Floats,
     Stored,
     scale_array,
@@ -138,12 +139,34 @@ class RowsWeight:
                 values = values - self._spread(self.zeros.of_rows(matrix, row))
             return np.ascontiguousarray(values * self._spread(scales))
 
-    def is_steps(self, first: int, count: int) -> bool:
+    @property
+    def symmetric_group(self) -> int | None:
+        """See ``QuantisedWeight``."""
+        plain = self.dtype == "int4" and self.zeros is None and self.group_of_column is None
+        return min(self.scales.columns, self.shape[-1]) if plain else None
+
+    def step_scales(self, first: int, count: int) -> Floats | None:
         """See ``QuantisedWeight``. Codes of 8 bits are left out: they may be -128, or less a zero point."""
         k, columns = self.shape[-1], self.scales.columns
-        if self.dtype not in ("int2", "int4", "mxfp4") or self.group_of_column or k % BLOCK:
-            return False
-        return (columns >= k or columns % BLOCK == 0) and fit_float16(self._step_scales(first, count))
+        if self.dtype not in ("int2", "int4", "mxfp4") or k % BLOCK or not self._is_in_order():
+            return None
+        return self._step_scales(first, count) if columns >= k or columns % BLOCK == 0 else None
+
+    def _is_in_order(self) -> bool:
+        """Whether columns are of the groups that they would be of without a list."""
+        if self.group_of_column is None:
+            return True
+        in_order = np.arange(self.shape[-1]) // self.scales.columns
+        return np.array_equal(group_of_column(self.group_of_column, self.scales.width), in_order)
+
+    def pairs(self, first: int, count: int) -> tuple[Bytes, Bytes] | None:
+        """See ``QuantisedWeight``."""
+        if self.dtype != "mxfp4":
+            return None
+        scales = self.scales.of_rows(*self._rows(first, count)).view(np.uint8)
+        scale_values(scales, self.scales.stored)
+        raw = self.codes.bytes().reshape(-1, self._row_bytes())[first : first + count]
+        return raw.reshape(count, -1, BLOCK // 2), scales
 
     def steps(self, first: int, count: int) -> Steps:
         """See ``QuantisedWeight``."""

@@ -47,9 +47,17 @@ class ScaledBlocks:
         with np.errstate(all="ignore"):
             return values * (factors[matrix, None] if factors.size > 1 else factors)
 
-    def is_steps(self, first: int, count: int) -> bool:
-        """Never: a block has a scale for 16 weights."""
-        return False
+    @property
+    def symmetric_group(self) -> int | None:
+        """None: codes are floats."""
+        return None
+
+    def step_scales(self, first: int, count: int) -> Floats | None:
+        """None: a block has a scale for 16 weights."""
+        return None
+
+    def pairs(self, first: int, count: int) -> None:
+        """None, likewise."""
 
     def steps(self, first: int, count: int) -> Steps:
         """None are."""

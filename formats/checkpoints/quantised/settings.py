@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from krasis.formats.checkpoints.quantised.kept import NO_CODES, KeptCodes
 from krasis.formats.checkpoints.quantised.tensors import Reader
 from krasis.formats.checkpoints.quantised_checkpoint import way_out
 from krasis.formats.errors import UnsupportedModelError
@@ -16,10 +17,13 @@ _MAX_BLOCK = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Quantisation:
-    """How a checkpoint's weights are quantised. name: for people. readers: of its formats."""
+    """How a checkpoint's weights are quantised. name: for people. readers: of its formats. kept: what a
+    bundle can keep of them.
+    """
 
     name: str
     readers: tuple[Reader, ...]
+    kept: KeptCodes = NO_CODES
 
 
 class Settings(Config):

@@ -1,4 +1,4 @@
-"""Quantised weights that are whole steps of a scale: what blocks of Q8_0 hold without loss."""
+"""Quantised weights that are whole steps of a scale, which blocks of Q8_0 or codes of 4 bits can hold."""
 
 from __future__ import annotations
 
@@ -19,6 +19,17 @@ class Steps:
 
     codes: npt.NDArray[np.int8]
     scales: Floats
+
+    @property
+    def fit_4_bits(self) -> bool:
+        """Whether all codes are -8..7."""
+        return bool(((self.codes >= -8) & (self.codes <= 7)).all())
+
+    def values(self) -> Floats:
+        """float32 [n, k]."""
+        n, k = self.codes.shape
+        blocks = self.codes.reshape(n, -1, BLOCK).astype(np.float32)
+        return (blocks * self.scales[:, :, None]).reshape(n, k)
 
     def q8_0(self) -> npt.NDArray[np.uint8]:
         """Blocks [n, k / 32 * 34] as GGML stores Q8_0: a float16 scale, 32 codes."""

@@ -11,8 +11,8 @@ import numpy.typing as npt
 
 from krasis.formats.dtypes import NUMPY_DTYPES
 from krasis.formats.errors import FormatError
-from krasis.formats.files.regular_file import Bytes
 
+Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 Array = npt.NDArray[Any]
 

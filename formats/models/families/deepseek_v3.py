@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from krasis.formats.models.drafting import draft_names
 from krasis.formats.models.family import VISION, Family
 from krasis.formats.models.gguf_latent import deepseek2_from_gguf
 from krasis.formats.models.hf import Config
@@ -36,4 +37,5 @@ FAMILY = Family(
     nested=("kimi_k25",),
     names=latent_decoder_names(nested="language_model."),
     left_out=dict.fromkeys(("vision_tower.", "mm_projector.", "multi_modal_projector."), VISION),
+    drafts=draft_names(),
 )

@@ -6,6 +6,8 @@ from dataclasses import replace
 from typing import Literal
 
 from krasis.formats.models.family import Family
+from krasis.formats.models.gguf import Keys
+from krasis.formats.models.gguf_latent import gguf_indexed_model
 from krasis.formats.models.hf import Config
 from krasis.formats.models.hf_blocks import dense_layers, experts, latent, model, moe_layers, sigmoid_router
 from krasis.formats.models.hf_rope import read_rope
@@ -24,6 +26,11 @@ def spec_from_hf(config: Config) -> ModelSpec:
     mixer = replace(latent(config), selection=token_index(config, "half"))
     routed = experts(config, sigmoid_router(config))
     return model(config, NAME, moe_layers(config, mixer, routed, dense_layers(config, 3)))
+
+
+def spec_from_gguf(keys: Keys) -> ModelSpec:
+    """The model of a GGUF's metadata."""
+    return gguf_indexed_model(keys, NAME, "half")
 
 
 def token_index(config: Config, style: Literal["half", "interleaved"], reuses: bool = False) -> Selection:
@@ -45,5 +52,6 @@ FAMILY = Family(
     reference="DeepseekV32ForCausalLM",
     spec_from_hf=spec_from_hf,
     gguf="deepseek32",
+    spec_from_gguf=spec_from_gguf,
     names=latent_decoder_names(),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from krasis.formats.models.drafting import draft_names
 from krasis.formats.models.family import Family
 from krasis.formats.models.gguf import Keys
 from krasis.formats.models.gguf_blocks import (
@@ -69,4 +70,5 @@ FAMILY = Family(
         dense=True,
         correction=CORRECTION,
     ),
+    drafts=draft_names(),
 )

@@ -7,6 +7,8 @@ from typing import Literal
 
 from krasis.formats.models.families.deepseek_v32 import token_index
 from krasis.formats.models.family import Family
+from krasis.formats.models.gguf import Keys
+from krasis.formats.models.gguf_latent import gguf_indexed_model
 from krasis.formats.models.hf import Config
 from krasis.formats.models.hf_blocks import (
     dense_layers,
@@ -22,6 +24,7 @@ from krasis.formats.models.latent_names import latent_decoder_names
 from krasis.formats.models.spec import Mixer, ModelSpec, Norm
 
 NAME = "glm_moe_dsa"
+_CONTEXT_OF_5_2 = 1_048_576
 
 
 def spec_from_hf(config: Config) -> ModelSpec:
@@ -56,6 +59,19 @@ def index_kinds(config: Config) -> list[str]:
     return ["full" if max(0, i - first + 1) % every == 0 else "shared" for i in range(count)]
 
 
+def spec_from_gguf(keys: Keys) -> ModelSpec:
+    """The model of a GGUF's metadata. Files that do not say which layers have an index of their own are
+    GLM-5's and 5.1's, where all have, or GLM-5.2's, which its context tells."""
+    count = keys.size("block_count")
+    main = count - keys.size("nextn_predict_layers", default=0, least=0)
+    types: list[bool] = [True] * main
+    if keys.has("attention.indexer.types"):
+        types = keys.by_layer("attention.indexer.types", main, bool)
+    elif keys.size("context_length") >= _CONTEXT_OF_5_2:
+        types = [max(0, i - 2) % 4 == 0 for i in range(main)]
+    return gguf_indexed_model(keys, NAME, "interleaved", types)
+
+
 FAMILY = Family(
     name=NAME,
     model_types=(NAME,),
@@ -63,5 +79,6 @@ FAMILY = Family(
     reference="GlmMoeDsaForCausalLM",
     spec_from_hf=spec_from_hf,
     gguf="glm-dsa",
+    spec_from_gguf=spec_from_gguf,
     names=latent_decoder_names(),
 )

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from krasis.formats.models.family import Family
+from dataclasses import replace
+
+from krasis.formats.models.family import Family, Source
+from krasis.formats.models.gguf import Keys
+from krasis.formats.models.gguf_blocks import (
+    gguf_experts,
+    gguf_layers_of,
+    gguf_model,
+    gguf_sigmoid_router,
+    refuse_gguf_features,
+)
+from krasis.formats.models.gguf_latent import gguf_latent
 from krasis.formats.models.hf import Config
 from krasis.formats.models.hf_blocks import (
     dense_layers,
@@ -14,6 +25,8 @@ from krasis.formats.models.hf_blocks import (
     num_layers,
     sigmoid_router,
 )
+from krasis.formats.models.latent_names import latent_decoder_names
+from krasis.formats.models.names import PARTS
 from krasis.formats.models.recurrent import ChannelDelta
 from krasis.formats.models.spec import Mixer, ModelSpec, Norm
 
@@ -64,6 +77,58 @@ def _mixers(config: Config) -> list[Mixer]:
     return config.kinds("layer_types", count, known, default)
 
 
+def spec_from_gguf(keys: Keys) -> ModelSpec:
+    """The model of a GGUF's metadata. Layers of the delta rule have no heads of keys and values. llama.cpp
+    divides by the sum of the weights, and rotates nothing, whatever the metadata says."""
+    refuse_gguf_features(keys)
+    keys.expect("expert_weights_norm", True)
+    heads, dim = keys.size("attention.head_count"), keys.size("kda.head_dim")
+    delta = ChannelDelta(heads, dim, keys.size("ssm.conv_kernel"), dim, dim)
+    attention = replace(gguf_latent(keys), rope=None)
+    kv_heads = keys.by_layer("attention.head_count_kv", keys.size("block_count"), int)
+    mixers = [attention if count else delta for count in kv_heads]
+    routed = gguf_experts(keys, router=gguf_sigmoid_router(keys))
+    return gguf_model(keys, NAME, gguf_layers_of(keys, mixers, routed))
+
+
+_DELTA = {
+    "q": ("q_proj.weight", "attn_q.weight"),
+    "k": ("k_proj.weight", "attn_k.weight"),
+    "v": ("v_proj.weight", "attn_v.weight"),
+    "conv_q": ("q_conv1d.weight", "ssm_conv1d_q.weight"),
+    "conv_k": ("k_conv1d.weight", "ssm_conv1d_k.weight"),
+    "conv_v": ("v_conv1d.weight", "ssm_conv1d_v.weight"),
+    "decay_a": ("f_a_proj.weight", "ssm_f_a.weight"),
+    "decay_b": ("f_b_proj.weight", "ssm_f_b.weight"),
+    "gate_a": ("g_a_proj.weight", "ssm_g_a.weight"),
+    "gate_b": ("g_b_proj.weight", "ssm_g_b.weight"),
+    "beta": ("b_proj.weight", "ssm_beta.weight"),
+    "a_log": ("A_log", "ssm_a"),
+    "dt_bias": ("dt_bias", "ssm_dt.bias"),
+    "gate_norm": ("o_norm.weight", "ssm_norm.weight"),
+    "output": ("o_proj.weight", "attn_output.weight"),
+}
+
+
+def channel_delta_names(layer: str) -> dict[str, Source]:
+    """The tensors of Kimi Delta Attention. layer: before the hub's names."""
+    names = {
+        f"delta.{ours}": Source((f"{layer}self_attn.{hf}",), (f"blk.{{i}}.{gguf}",))
+        for ours, (hf, gguf) in _DELTA.items()
+    }
+    names["delta.a_log"] = replace(names["delta.a_log"], gguf_transform="log_of_negative")
+    return names
+
+
+def _names() -> dict[str, Source]:
+    names = dict(latent_decoder_names(mlp="block_sparse_moe", expert_parts=("w1", "w3", "w2")))
+    for part in PARTS:  # transformers writes those of dense layers under the experts' name
+        known = names[f"mlp.{part}_proj"]
+        also = known.hf[0].replace(".mlp.", ".block_sparse_moe.")
+        names[f"mlp.{part}_proj"] = replace(known, hf=(*known.hf, also))
+    return names | channel_delta_names("model.layers.{i}.")
+
+
 FAMILY = Family(
     name=NAME,
     model_types=(NAME,),
@@ -71,4 +136,6 @@ FAMILY = Family(
     reference="KimiLinearForCausalLM",
     spec_from_hf=spec_from_hf,
     gguf="kimi-linear",
+    spec_from_gguf=spec_from_gguf,
+    names=_names(),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from krasis.formats.models.delta_names import delta_names, hybrid_names
+from krasis.formats.models.drafting import mtp_names
 from krasis.formats.models.families.qwen3_next import (
     gated_shared_experts,
     hybrid_from_gguf,
@@ -44,4 +45,5 @@ FAMILY = Family(
     names=hybrid_names(*ROOTS) | delta_names(ROOTS, fused=False),
     left_out={"mtp.": DRAFTING, "model.visual.": VISION},
     nested=(NAME,),
+    drafts=mtp_names(),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from krasis.formats.errors import FormatError
 from krasis.formats.models.delta_names import delta_names, hybrid_names
+from krasis.formats.models.drafting import mtp_names
 from krasis.formats.models.family import DRAFTING, Family
 from krasis.formats.models.gguf import Keys
 from krasis.formats.models.gguf_blocks import (
@@ -130,4 +131,5 @@ FAMILY = Family(
     spec_from_gguf=spec_from_gguf,
     names=hybrid_names("model.", dense=True) | delta_names(("model.",), fused=True),
     left_out={"mtp.": DRAFTING},
+    drafts=mtp_names(),
 )

@@ -22,7 +22,7 @@ class GpuAttention:
     def __init__(self, model: GpuModel, layer: int, mixer: Attention) -> None:
         weights = model.weights.layers[layer]
         self._kernels, self._eps = model.kernels, model.spec.norm.eps
-        self._norm = weights.plain("attention.norm")
+        self._norm = weights.optional("attention.norm")  # none between residual streams
         self._qkv, self._output = weights.int8("attention.qkv"), weights.int8("attention.output")
         self._output_bias = weights.optional("attention.output.bias")
         self.layer, self.scale, self.window = layer, mixer.scale, mixer.window
@@ -52,9 +52,13 @@ class GpuAttention:
         b = rows.own
         qkv = packed(b.qkv, self.heads.qkv_size)
         attended = packed(b.attended, self.heads.attention_size)
-        self._kernels.rms_norm(rows.stream, b.hidden, self._norm, self._eps, b.x)
-        rows.product(b.x, self._qkv, qkv)
         gates = None
+        if self._gate is None and self._norm is not None:
+            rows.normed_product(self._norm, self._eps, self._qkv, qkv)
+        else:
+            if self._norm is not None:
+                self._kernels.rms_norm(rows.stream, b.hidden, self._norm, self._eps, b.x)
+            rows.product(b.x, self._qkv, qkv)
         if self._gate is not None:
             gates = packed(b.qkv, self.heads.attention_size, after=self.heads.qkv_size)
             rows.product(b.x, self._gate, gates)

@@ -26,18 +26,19 @@ class GpuMlpBesideExperts(GpuExperts):
         weights = model.weights.layers[layer]
         self._products = MlpProducts(model, layer, "mlp", mlp.mlp)
         self._mlp_norm, self._own_post_norm = weights.plain("mlp.norm"), weights.plain("mlp.own_post_norm")
+        self._experts_norm = weights.plain("experts.norm")
         self._experts_post_norm = weights.plain("experts.post_norm")
         self._post_norm, self._scale = weights.plain("mlp.post_norm"), weights.plain("output_scale")
 
     def run(self, rows: PassRows) -> None:
         """See ``Block``."""
-        b, kernels, stream, eps = rows.own, self._kernels, rows.stream, self._eps
+        b, kernels, stream, eps = rows.own, self._kernels, rows.stream, self.eps
         self._choose(rows)
         kernels.rms_norm(stream, b.hidden, self._mlp_norm, eps, b.x)
         self._products.run(rows, b.x, b.added)
         kernels.rms_norm(stream, b.added, self._own_post_norm, eps, b.added)
         if rows.takes_x:
-            kernels.rms_norm(stream, b.hidden, self._norm, eps, b.x)
+            kernels.rms_norm(stream, b.hidden, self._experts_norm, eps, b.x)
         self._set_aside(rows)
         rows.run_experts(self)
         kernels.rms_norm(stream, b.hidden, self._experts_post_norm, eps, b.hidden)

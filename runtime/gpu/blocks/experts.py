@@ -17,14 +17,16 @@ if TYPE_CHECKING:
 
 class GpuExperts:
     """index: among the layers that have experts, by which residency, streams and hand-over are numbered.
-    router, vectors: how logits become a choice. top_k: experts of a token.
+    router, vectors: how logits become a choice. top_k: experts of a token. norm, eps, router_weight: of what
+    the experts and the router read (between residual streams there is no norm); router_norm: of a router that
+    reads another norm, or None.
     """
 
     def __init__(self, model: GpuModel, layer: int, mlp: Experts) -> None:
         weights = model.weights.layers[layer]
-        self._kernels, self._eps = model.kernels, model.spec.norm.eps
-        self._norm, self._router = weights.plain("experts.norm"), weights.plain("experts.router")
-        self._router_norm = _router_norm(model, layer) if mlp.router.input_norm else None
+        self._kernels, self.eps = model.kernels, model.spec.norm.eps
+        self.norm, self.router_weight = weights.optional("experts.norm"), weights.plain("experts.router")
+        self.router_norm = _router_norm(model, layer) if mlp.router.input_norm else None
         self.index = sum(one.experts is not None for one in model.spec.layers[:layer])
         self.router, self.top_k = mlp.router, mlp.router.top_k
         self.vectors = RouterVectors(
@@ -38,21 +40,24 @@ class GpuExperts:
     def run(self, rows: PassRows) -> None:
         """See ``Block``."""
         b = rows.own
-        self._choose(rows)
-        if rows.takes_x or self._shared is not None:
-            # hidden still is what the norm above saw: the same rows, rounded.
-            self._kernels.rms_norm(rows.stream, b.hidden, self._norm, self._eps, b.x)
+        if not rows.choose(self):
+            if rows.takes_x or self._shared is not None:
+                if self.norm is not None:
+                    self._kernels.rms_norm(rows.stream, b.hidden, self.norm, self.eps, b.x)
+                rows.x_is_ready()
+            self._choose(rows)
         if self._shared is not None:
             self._run_shared(rows, self._shared)
         rows.run_experts(self)
 
     def _choose(self, rows: PassRows) -> None:
         """normed, and the choice that the router makes of it, or of the residual itself."""
-        b, norm = rows.own, self._norm if self._router_norm is None else self._router_norm
-        self._kernels.rms_norm(rows.stream, b.hidden, norm, self._eps, b.normed)
-        rows.small_product(b.normed, self._router, b.router_logits)
-        if self._router_norm is not None:
-            self._kernels.rms_norm(rows.stream, b.hidden, self._norm, self._eps, b.normed)
+        b, norm = rows.own, self.norm if self.router_norm is None else self.router_norm
+        if norm is not None:
+            self._kernels.rms_norm(rows.stream, b.hidden, norm, self.eps, b.normed)
+        rows.small_product(b.normed, self.router_weight, b.router_logits)
+        if self.router_norm is not None and self.norm is not None:
+            self._kernels.rms_norm(rows.stream, b.hidden, self.norm, self.eps, b.normed)
         rows.route(self)
 
     def _run_shared(self, rows: PassRows, shared: MlpProducts) -> None:

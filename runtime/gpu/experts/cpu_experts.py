@@ -16,6 +16,7 @@ from krasis.runtime.cpu.kernels import Acts, Kernels, moe_workspace_bytes, works
 from krasis.runtime.device.api import Device, Stream
 from krasis.runtime.gpu.experts.host_experts import CpuTier
 from krasis.runtime.gpu.experts.residency import Residency
+from krasis.runtime.gpu.experts.resident_views import ResidentViews
 from krasis.runtime.gpu.experts.stage import Step
 from krasis.runtime.gpu.kernels.gpu_kernels import GpuKernels
 from krasis.runtime.gpu.kernels.grouped_product import ExpertProduct
@@ -43,6 +44,7 @@ class CpuExperts:
         self._device, self._kernels, self._product, self._shape = device, kernels, product, a
         self._layers = cpu.layers()
         self._cpu, self._residency, self._max_tokens = cpu, residency, max_tokens
+        self._views = ResidentViews(residency, a.num_expert_layers, a.num_experts)
         self._host_kernels = Kernels(cpu.pool)
         self._acts = Acts.allocate(max_tokens, a.hidden_size)
         sizes = (a.hidden_size, a.expert_intermediate_size, a.num_experts, a.num_experts_per_token)
@@ -133,5 +135,7 @@ class CpuExperts:
         own, product = replace(step, ids=gpu_ids), self._product
         product.align(stream, own, step.buffers.routing.view(len(ids)))
         table, num_experts = residency.table[layer], self._shape.num_experts
-        product.run(stream, own, table, residency.memory_in_use, 0, num_experts, self._executed, layer)
+        residency.arrive(stream, layer)
+        memory = self._views.of(layer)  # of other layers some may still be on their way
+        product.run(stream, own, table, memory, 0, num_experts, self._executed, layer)
         product.reduce(stream, own)

@@ -68,10 +68,11 @@ class PathModel:
         num_resident: int,
         open_paths: tuple[ExpertPath, ...],
         num_copied: float | None = None,
+        loading_s: float = 0.0,
     ) -> PathChoice:
         """The fastest of open_paths for num_tokens tokens at positions start...
         num_resident: of all layers. num_copied: experts that are not resident and will be chosen in a layer;
-        None: as many as by chance.
+        None: as many as by chance. loading_s: until every layer's experts can be copied.
         """
         expected = {
             path: self.seconds(path, num_tokens, start, num_resident, num_copied) for path in open_paths
@@ -79,6 +80,8 @@ class PathModel:
         best = min(expected, key=lambda path: expected[path])
         if best == "streamed" and expected.get("routed", math.inf) <= ROUTED_MAY_TAKE * expected[best]:
             best = "routed"
+        if best != "cpu" and expected.get("cpu", math.inf) < max(expected[best], loading_s):
+            best = "cpu"
         return PathChoice(best, expected)
 
     def seconds(

@@ -20,6 +20,7 @@ import torch
 
 from krasis.formats.errors import NativeError, UsageError
 from krasis.runtime.device.api import Device, Event, Stream
+from krasis.runtime.gpu.experts.filling import Filling, moves_of
 from krasis.runtime.gpu.experts.residency_policy import Frequencies, Swap, plan_swaps
 from krasis.runtime.host_memory.api import ExpertStore
 
@@ -36,7 +37,7 @@ class _Arriving:
 
     expert: int
     slot: int
-    event: Event
+    event: Event | None
 
 
 class Residency:
@@ -45,7 +46,8 @@ class Residency:
     Layers are those that have experts. memory u8 [num_slots, record_bytes]; table i64 [layers, experts]:
     addresses of records in memory, 0 where an expert is not resident; mask u8 [layers, experts]; counts i64
     [layers, experts]: what ``route`` adds to; all on the device. host_addresses i64 [layers, experts]: the
-    table as the next launch will see it. num_swaps, num_fills: so far.
+    table as the next launch will see it. num_swaps, num_fills, num_tables
+    (that were written): so far.
     """
 
     def __init__(
@@ -75,16 +77,18 @@ class Residency:
         self.host_addresses: npt.NDArray[np.int64] = np.zeros(shape, np.int64)
         self._allowed = np.zeros(shape, bool)
         self._allowed[:, own.start : own.stop] = True
+        self._num_own = num_layers * len(own)
         self._slot_of = np.full(num_layers * num_experts, -1)  # also of those on their way
         self._free = list(range(num_slots))[::-1]
         self._in_use: tuple[torch.Tensor, ...] = ()
         self._arriving: list[_Arriving] = []
+        self._filling: Filling | None = None
         self._frequencies = Frequencies(num_layers * num_experts)
         self._published: Event | None = None
         self._noted: tuple[Event, int] | None = None
         self._unnoted_tokens = 0
         self._max_copies = MIN_COPIES
-        self.num_swaps = self.num_fills = 0
+        self.num_swaps = self.num_fills = self.num_tables = 0
         self._is_new = self._is_stale = True
         self._is_held = False
 
@@ -92,6 +96,11 @@ class Residency:
     def is_complete(self) -> bool:
         """Whether every expert is resident: then nothing ever changes."""
         return bool((self.host_addresses != 0).all())
+
+    @property
+    def has_all_own(self) -> bool:
+        """Whether every expert of this rank is resident: then nothing ever changes."""
+        return self.num_resident == self._num_own
 
     @property
     def num_resident(self) -> int:
@@ -127,7 +136,7 @@ class Residency:
 
     def after_token(self, stream: Stream) -> None:
         """After each decoded token, between two graphs. Costs nothing to speak of most of the time."""
-        if self.is_complete:
+        if self.has_all_own:
             return
         if self._is_held:
             self._unnoted_tokens += 1
@@ -168,8 +177,9 @@ class Residency:
             self._start(stream, [swap.newcomer for swap in swaps])
 
     def fill(self, stream: Stream) -> None:
-        """Fills all free slots now, with the most used experts, then by number. What follows on stream sees
-        them."""
+        """Fills all free slots, with the most used experts, then by number. They come in the background, by
+        layers, and count as resident at once: ``arrive`` before a launch that reads a layer's, ``finish``
+        before one that may read any. From a ring they come now."""
         self.prepare(stream)
         self._look()
         values = self._frequencies.values
@@ -178,18 +188,35 @@ class Residency:
         by_number = candidates[np.argsort(candidates % self._shape[1], kind="stable")]
         order = by_number[np.argsort(-values[by_number], kind="stable")]
         chosen = np.sort(order[: len(self._free)]).tolist()
-        self._start(stream, chosen)
-        for arriving in self._arriving:
-            stream.wait(arriving.event)
-            self._enter(arriving)
-        self._arriving = []
+        if self._store.method == "ring":
+            self._start(stream, chosen)
+            for arriving in self._arriving:
+                if arriving.event is not None:
+                    stream.wait(arriving.event)
+                self._enter(arriving)
+            self._arriving = []
+        else:
+            self._begin_filling(stream, chosen)
         if self._published is not None:
             self._published.synchronize()
         self._publish(stream)
         logger.info("%d of %d experts are resident in VRAM", self.num_resident, self.host_addresses.size)
 
+    def arrive(self, stream: Stream, layer: int) -> None:
+        """What is submitted to stream from here on finds the layer's resident experts. Raises what became of
+        them instead."""
+        if self._filling is not None:
+            self._filling.arrive(stream, layer)
+
+    def finish(self) -> None:
+        """Blocks until all that is resident has arrived. Raises as ``arrive``."""
+        if self._filling is not None:
+            self._filling.finish()
+
     def close(self) -> None:
         """Waits for copies under way: their sources may be freed then."""
+        if self._filling is not None:
+            self._filling.close()
         self._copies.synchronize()
         self._arriving = []
 
@@ -215,6 +242,8 @@ class Residency:
     # ---- swaps ---------------------------------------------------------------------------------------------
 
     def _plan(self) -> list[Swap]:
+        if self._filling is not None and not self._filling.is_over:
+            return []  # a victim may still be on its way
         if self._store.method == "ring":
             limit = 1  # each is read from the disk, and the host waits for it
         else:
@@ -254,12 +283,25 @@ class Residency:
             self._arriving.append(_Arriving(expert, slot, event))
             self.num_fills += 1
 
+    def _begin_filling(self, stream: Stream, experts: list[int]) -> None:
+        """Behind all that stream has to do."""
+        self.finish()
+        slots = [self._free.pop() for _ in experts]
+        fill = self._device.stream("fill")
+        fill.wait(stream.record())
+        for expert, slot in zip(experts, slots, strict=True):
+            self._slot_of[expert] = slot
+            self._enter(_Arriving(expert, slot, None))
+            self.num_fills += 1
+        moves = moves_of(experts, slots, self._shape[1])
+        self._filling = Filling(fill, self._store, self.memory, moves)
+
     def _take_arrived(self) -> bool:
         """Lets in the experts whose copies are done. Copies that are all done by the next boundary may be
         more, ones that are not must be fewer: the link is then busy for longer than a token."""
         if not self._arriving:
             return False
-        done = [one for one in self._arriving if one.event.is_done()]
+        done = [one for one in self._arriving if one.event is None or one.event.is_done()]
         if len(done) == len(self._arriving):
             self._max_copies = min(2 * self._max_copies, MAX_COPIES)
         else:
@@ -285,6 +327,7 @@ class Residency:
         self._published = stream.record()
         self._in_use = self._runs_in_use()
         self._is_stale = False
+        self.num_tables += 1
 
     def _runs_in_use(self) -> tuple[torch.Tensor, ...]:
         used = np.zeros(self.num_slots + 2, np.int8)

@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from krasis.runtime.device.api import Stream
 from krasis.runtime.gpu.experts.schedule import runs_of
 from krasis.runtime.gpu.experts.stage import Residents
 
@@ -26,6 +27,11 @@ class ResidentViews:
     def addresses(self) -> npt.NDArray[np.int64]:
         """i64 [layers, experts]: where each expert is resident, else 0."""
         return self._nowhere if self._residents is None else self._residents.host_addresses
+
+    def arrive(self, stream: Stream, layer: int) -> None:
+        """See ``Residents``."""
+        if self._residents is not None:
+            self._residents.arrive(stream, layer)
 
     def of(self, layer: int) -> list[torch.Tensor]:
         """The memory of a layer's resident experts."""

@@ -68,3 +68,7 @@ class Residents(Protocol):
 
     host_addresses: npt.NDArray[np.int64]
     memory: torch.Tensor
+
+    def arrive(self, stream: Stream, layer: int) -> None:
+        """What is submitted to stream from here on finds a layer's experts: the first pass may be early."""
+        ...

@@ -121,6 +121,7 @@ class StreamedExperts:
         self._product.align(stream, step, routing)
         self._count_slots(stream, routing.counts)
         stream.copy(self._host_counts[layer], routing.counts)
+        self._residents.arrive(stream, layer)
         if self.routed_only:
             self._run_routed(stream, layer, step)
         else:

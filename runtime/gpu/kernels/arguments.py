@@ -12,6 +12,7 @@ import torch
 from krasis.formats.errors import NativeError
 
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+CODE_OF_INT8 = 3  # of keys and values alone
 FLOATS = tuple(CODES)
 HALVES = (torch.bfloat16, torch.float16)
 F32 = (torch.float32,)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 
 import torch
-from torch.nn.attention.bias import causal_lower_right
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from krasis.runtime.cpu.kernels import Heads
@@ -134,8 +134,23 @@ def causal_attention(
         return scaled_dot_product_attention(
             queries, keys, values, is_causal=True, scale=scale, enable_gqa=grouped
         )
-    # A bias object is not a tensor: its type checks the dispatch to flash, which aligns causal masks so.
-    mask = causal_lower_right(n, m)
+    return _lower_right(queries, keys, values, scale, grouped)
+
+
+def _lower_right(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float | None, grouped: bool
+) -> torch.Tensor:
+    """What torch.nn.attention.bias does for ``causal_lower_right``; its import takes as long again as all of
+    torch, because it brings the compiler.
+    """
+    if can_use_flash_attention(SDPAParams(queries, keys, values, None, 0.0, False, grouped)):
+        # Flash aligns causal masks at the lower right; sizes of heads are multiples of 8 here.
+        found: torch.Tensor = torch.ops.aten._scaled_dot_product_flash_attention(
+            queries, keys, values, 0.0, is_causal=True, return_debug_mask=False, scale=scale
+        )[0]
+        return found
+    n, m = queries.shape[2], keys.shape[2]
+    mask = torch.ones(n, m, dtype=torch.bool, device=queries.device).tril(diagonal=m - n)
     return scaled_dot_product_attention(
         queries, keys, values, attn_mask=mask, scale=scale, enable_gqa=grouped
     )

@@ -12,10 +12,12 @@ from krasis.formats.errors import NativeError
 from krasis.runtime.cpu.kernels import Heads
 from krasis.runtime.device.api import Stream
 from krasis.runtime.gpu.kernels.arguments import (
+    CODE_OF_INT8,
     CODES,
     F32,
     FLOATS,
     HALVES,
+    I8,
     I64,
     U8,
     aligned,
@@ -61,13 +63,19 @@ class QkvForm:
 class CachePlace:
     """Rows at positions start.. of one sequence's keys and values [num_kv_heads, capacity, head_dim].
 
-    position int64 [1] on the device: read in place of start when the kernel runs (graphs).
+    position int64 [1] on the device: read in place of start when the kernel runs (graphs). scales: of int8
+    keys and of values, float32 [num_kv_heads, capacity, 1], right behind them in memory.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
     start: int = 0
     position: torch.Tensor | None = None
+    scales: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def seen(self, span: slice) -> list[torch.Tensor]:
+        """What it keeps of some positions."""
+        return [kept[:, span] for kept in (self.keys, self.values, *(self.scales or ()))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +84,8 @@ class CacheRows:
 
     table int64 [rows, 3] on the device: position (below 0: the row belongs to nobody), then the addresses of
     the slot's keys and values, which lie in memory. keys_offset, values_offset: bytes to a layer's part
-    [num_kv_heads, capacity, head_dim].
+    [num_kv_heads, capacity, head_dim]. has_scales: it is int8, its scales right behind it. ring: places of a
+    head instead, position p at p % ring; 0 for none.
     """
 
     table: torch.Tensor
@@ -84,6 +93,8 @@ class CacheRows:
     keys_offset: int
     values_offset: int
     capacity: int
+    has_scales: bool = False
+    ring: int = 0
 
     @property
     def num_rows(self) -> int:
@@ -99,7 +110,7 @@ class AttentionKernels(Launcher):
     ) -> None:
         """Brings q into its form in place; k, and v, into theirs in the caches.
 
-        qkv [T, heads.qkv_size] and the caches of one 16-bit type.
+        qkv [T, heads.qkv_size] and the caches of one 16-bit type, or the caches int8 with scales.
         """
         where, tokens = "qk_norm_rope_store", matrix(qkv, "qk_norm_rope_store.qkv")[0]
         args = QkvArgs(
@@ -118,13 +129,14 @@ class AttentionKernels(Launcher):
             args.rows = pointer(place.table, (place.num_rows, ROW_WORDS), I64, f"{where}.rows")
             args.keys_offset = aligned(place.keys_offset, f"{where}.keys")
             args.values_offset = aligned(place.values_offset, f"{where}.values")
-            args.capacity = place.capacity
+            args.capacity, args.kv_dtype = place.capacity, CODE_OF_INT8 if place.has_scales else 0
+            args.ring = place.ring
             reads += [place.table, form.cos, form.sin]
             writes += place.memory
         else:
             cells = _set_place(args, place, heads, qkv, tokens, where)
             reads += present(place.position, form.cos[cells], form.sin[cells])
-            writes += [place.keys[:, cells], place.values[:, cells]]
+            writes += place.seen(cells)
         if tokens:
             self.submit(stream, where, (byref(args),), reads, writes)
 
@@ -154,10 +166,11 @@ class AttentionKernels(Launcher):
     ) -> None:
         """out [T, attention_size] = attention of each row's query over its cache up to its own position.
 
-        q [T, attention_size], out and the caches of one 16-bit type; rows of q and out may lie apart. place:
-        rows, or the one row of a sequence, whose position is on the device. window: how many positions are
-        seen, 0 for all. sinks float32 [num_heads]: one more logit a head. num_positions: how many positions
-        of the one row are read at most, if the host knows: for the double's checks.
+        q [T, attention_size], out and the caches of one 16-bit type, or the caches int8 with scales; rows of
+        q and out may lie apart. place: rows, or the one row of a sequence, whose position is on the device.
+        window: how many positions are seen, 0 for all. sinks float32 [num_heads]: one more logit a head.
+        num_positions: how many positions of the one row are read at most, if the host knows: for the double's
+        checks.
         """
         where = "attention_decode"
         tokens, size = len(q), heads.attention_size
@@ -184,7 +197,8 @@ class AttentionKernels(Launcher):
             args.rows = pointer(place.table, (place.num_rows, ROW_WORDS), I64, f"{where}.rows")
             args.keys_offset = aligned(place.keys_offset, f"{where}.keys")
             args.values_offset = aligned(place.values_offset, f"{where}.values")
-            args.capacity = place.capacity
+            args.capacity, args.kv_dtype = place.capacity, CODE_OF_INT8 if place.has_scales else 0
+            args.ring = place.ring
             reads = present(q, place.table, sinks, *place.memory)
         else:
             if place.position is None or tokens != 1:
@@ -192,7 +206,7 @@ class AttentionKernels(Launcher):
             _set_caches(args, place, heads, q, where)
             args.position = pointer(place.position, _WORD, I64, f"{where}.position")
             span = slice(num_positions)
-            reads = present(q, place.keys[:, span], place.values[:, span], place.position, sinks)
+            reads = present(q, *place.seen(span), place.position, sinks)
         if tokens:
             self.submit(stream, where, (byref(args),), reads, (out, workspace))
 
@@ -227,9 +241,14 @@ def _set_caches(
     require(keys.dim() == 3, "cache must have three dimensions", f"{where}.keys", list(keys.shape), 3)
     capacity = keys.shape[1]
     caches = (heads.num_kv_heads, capacity, heads.head_dim)
-    args.k_cache = vector_pointer(keys, caches, (rows.dtype,), f"{where}.keys")
-    args.v_cache = vector_pointer(values, caches, (rows.dtype,), f"{where}.values")
-    args.capacity = capacity
+    kinds = (rows.dtype,) if place.scales is None else I8
+    args.k_cache = vector_pointer(keys, caches, kinds, f"{where}.keys")
+    args.v_cache = vector_pointer(values, caches, kinds, f"{where}.values")
+    args.capacity, args.kv_dtype = capacity, 0 if place.scales is None else CODE_OF_INT8
+    for codes, scales in zip((keys, values), place.scales or (), strict=False):
+        at = pointer(scales, (*caches[:2], 1), F32, f"{where}.scales")
+        end = codes.data_ptr() + codes.nbytes
+        require(at == end, "scales lie elsewhere than behind the codes", where, at, end)
 
 
 def _set_place(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from krasis.formats.errors import NativeError
-from krasis.formats.models.recurrent import GatedDelta
+from krasis.formats.models.recurrent import ChannelDelta, GatedDelta
 from krasis.runtime.device.api import Stream
 from krasis.runtime.gpu.kernels.arguments import (
     CODES,
@@ -34,10 +34,11 @@ GATE_CODES = {"silu": 0, "sigmoid": 1}
 @dataclass(frozen=True, slots=True)
 class DeltaForm:
     """A layer's vectors. conv float32 [channels, conv_width], the newest row's last; a_log, dt_bias float32
-    [value_heads]; gate_norm [value_dim] of any float type, with its eps.
+    [value_heads], of ``ChannelDelta`` dt_bias [heads * dim]; gate_norm [value_dim] of any float type, with
+    its eps.
     """
 
-    mixer: GatedDelta
+    mixer: GatedDelta | ChannelDelta
     conv: torch.Tensor
     a_log: torch.Tensor
     dt_bias: torch.Tensor
@@ -93,19 +94,28 @@ class DeltaKernels(Launcher):
         mixed: torch.Tensor,
         out: torch.Tensor,
         chunks: torch.Tensor | None = None,
+        *,
+        decays: torch.Tensor | None = None,
+        z: torch.Tensor | None = None,
     ) -> None:
         """out [T, value_heads * value_dim] of x [T, channels + value_heads * value_dim], rows of q, k, v, z,
         and gates float32 [T, 2 * value_heads], b and a, which are overwritten, and so are mixed [T, channels]
         and the state. x, mixed and out of one 16-bit type. chunks: uint8 workspace for many rows of one
-        sequence, in whole chunks of DELTA_CHUNK_BYTES a head; without one they go through row by row.
+        sequence, in whole chunks of DELTA_CHUNK_BYTES a head; without one they go through row by row. Of
+        ``ChannelDelta`` gates are b alone, and decays, overwritten, and z are float32 [T, heads * dim]: x has
+        no z.
         """
         where, mixer = "gated_delta", form.mixer
         tokens, values = matrix(out, f"{where}.out")[0], mixer.value_heads * mixer.value_dim
-        columns = (mixer.conv_channels + values, mixer.conv_channels)
+        by_channel = isinstance(mixer, ChannelDelta)
+        columns = (mixer.conv_channels + (0 if by_channel else values), mixer.conv_channels)
+        num_gates, num_biases = mixer.value_heads, mixer.value_heads * mixer.key_dim
+        if not by_channel:
+            num_gates, num_biases = 2 * mixer.value_heads, mixer.value_heads
         require(mixer.gate in GATE_CODES, "no such gate", where, mixer.gate, "")
         args = GatedDeltaArgs(
             x=vector_pointer(x, (tokens, columns[0]), HALVES, f"{where}.x"),
-            gates=pointer(gates, (tokens, 2 * mixer.value_heads), F32, f"{where}.gates"),
+            gates=pointer(gates, (tokens, num_gates), F32, f"{where}.gates"),
             mixed=vector_pointer(mixed, (tokens, columns[1]), (x.dtype,), f"{where}.mixed"),
             out=vector_pointer(out, (tokens, values), (x.dtype,), f"{where}.out"),
             tokens=tokens,
@@ -116,7 +126,7 @@ class DeltaKernels(Launcher):
             conv_width=mixer.conv_width,
             conv=pointer(form.conv, (mixer.conv_channels, mixer.conv_width), F32, f"{where}.conv"),
             a_log=pointer(form.a_log, (mixer.value_heads,), F32, f"{where}.a_log"),
-            dt_bias=pointer(form.dt_bias, (mixer.value_heads,), F32, f"{where}.dt_bias"),
+            dt_bias=pointer(form.dt_bias, (num_biases,), F32, f"{where}.dt_bias"),
             gate_norm=pointer(form.gate_norm, (mixer.value_dim,), FLOATS, f"{where}.gate_norm"),
             dtype=CODES[x.dtype],
             norm_dtype=CODES[form.gate_norm.dtype],
@@ -124,19 +134,26 @@ class DeltaKernels(Launcher):
             gate=GATE_CODES[mixer.gate],
         )
         state = _set_state(args, place, mixer, tokens)
+        require(by_channel == (decays is not None and z is not None), "decays go with channels", where, z, "")
+        if isinstance(mixer, ChannelDelta) and decays is not None and z is not None:
+            args.decays = pointer(decays, (tokens, num_biases), F32, f"{where}.decays")
+            args.z = pointer(z, (tokens, values), F32, f"{where}.z")
+            args.lower_bound = mixer.lower_bound or 0.0
         if chunks is not None:
             args.chunks = vector_pointer(chunks, tuple(chunks.shape), U8, f"{where}.chunks")
             args.num_chunks = chunks.numel() // (mixer.value_heads * DELTA_CHUNK_BYTES)
             require(args.num_chunks > 0, "no room for a chunk", where, chunks.numel(), DELTA_CHUNK_BYTES)
-        reads = [x, gates, form.conv, form.a_log, form.dt_bias, form.gate_norm, *state]
+        reads = [x, gates, form.conv, form.a_log, form.dt_bias, form.gate_norm, *state, *present(decays, z)]
         if isinstance(place, DeltaRows):
             reads.append(place.table)
         if tokens:
-            self.submit(stream, where, (byref(args),), reads, (gates, mixed, out, *state, *present(chunks)))
+            self.submit(
+                stream, where, (byref(args),), reads, (gates, mixed, out, *state, *present(chunks, decays))
+            )
 
 
 def _set_state(
-    args: GatedDeltaArgs, place: DeltaPlace | DeltaRows, mixer: GatedDelta, tokens: int
+    args: GatedDeltaArgs, place: DeltaPlace | DeltaRows, mixer: GatedDelta | ChannelDelta, tokens: int
 ) -> list[torch.Tensor]:
     """The memory of the states."""
     where = "gated_delta"

@@ -5,17 +5,35 @@ from __future__ import annotations
 from krasis.runtime.gpu.kernels.attention_rows import AttentionKernels
 from krasis.runtime.gpu.kernels.decode import DecodeKernels
 from krasis.runtime.gpu.kernels.dense import DenseKernels
+from krasis.runtime.gpu.kernels.fused import FusedKernels
 from krasis.runtime.gpu.kernels.gated_delta import DeltaKernels
+from krasis.runtime.gpu.kernels.index import IndexKernels
 from krasis.runtime.gpu.kernels.latent import LatentKernels
 from krasis.runtime.gpu.kernels.mlp import MlpKernels
 from krasis.runtime.gpu.kernels.moe import MoeKernels
+from krasis.runtime.gpu.kernels.move_positions import MoveKernels
+from krasis.runtime.gpu.kernels.rank_rows import RankKernels
 from krasis.runtime.gpu.kernels.routing import ExpertMatrix, Routing
+from krasis.runtime.gpu.kernels.short_conv import ConvKernels
+from krasis.runtime.gpu.kernels.streams import StreamKernels
 
 __all__ = ["ExpertMatrix", "GpuKernels", "Routing"]
 
 
 class GpuKernels(
-    DenseKernels, AttentionKernels, DeltaKernels, LatentKernels, MlpKernels, MoeKernels, DecodeKernels
+    DenseKernels,
+    AttentionKernels,
+    DeltaKernels,
+    ConvKernels,
+    LatentKernels,
+    IndexKernels,
+    MlpKernels,
+    MoeKernels,
+    DecodeKernels,
+    FusedKernels,
+    RankKernels,
+    MoveKernels,
+    StreamKernels,
 ):
     """The kernels of a device's library.
 

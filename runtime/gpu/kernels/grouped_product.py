@@ -10,7 +10,7 @@ from krasis.formats.layouts import ExpertFormat, ExpertRecord
 from krasis.runtime.device.api import Stream
 from krasis.runtime.gpu.experts.stage import Step
 from krasis.runtime.gpu.kernels.gpu_kernels import ExpertMatrix, GpuKernels, Routing
-from krasis.runtime.gpu.kernels.routing import PLAIN_EXPERTS, ExpertForm
+from krasis.runtime.gpu.kernels.routing import PLAIN_EXPERTS, ExpertForm, NamedSlots, SlotSum
 from krasis.runtime.planning.shape import AnyModel, shape_of
 
 SCALE_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "E8M0": torch.uint8}
@@ -81,6 +81,33 @@ class ExpertProduct:
         self._kernels.moe_gemm(
             stream, buffers.gated, *common, self.w2, begin, end, buffers.slots,
             gated=False, slots_per_row=1, executed=executed, form=form,
+        )  # fmt: skip
+
+    def run_token(
+        self,
+        stream: Stream,
+        step: Step,
+        table: torch.Tensor,
+        executed: torch.Tensor,
+        layer: int,
+        arrivals: torch.Tensor,
+    ) -> None:
+        """All of one token in two launches: hidden += its experts, where they are in the table.
+
+        As ``align``, ``run`` and ``reduce``, with the same bits. arrivals: as ``SlotSum`` has them. Only
+        where ``fits_named``.
+        """
+        form, buffers, top_k = self._forms[layer], step.buffers, self._shape.num_experts_per_token
+        routing = buffers.routing.view(1)
+        end = routing.num_experts
+        self._kernels.moe_gemm(
+            stream, step.x, routing, table, (), self.w13, 0, end, buffers.gated,
+            gated=True, slots_per_row=top_k, form=form, named=NamedSlots(step.ids),
+        )  # fmt: skip
+        named = NamedSlots(step.ids, SlotSum(step.weights, step.hidden, arrivals))
+        self._kernels.moe_gemm(
+            stream, buffers.gated, routing, table, (), self.w2, 0, end, buffers.slots,
+            gated=False, slots_per_row=1, executed=executed, form=form, named=named,
         )  # fmt: skip
 
     def reduce(self, stream: Stream, step: Step) -> None:

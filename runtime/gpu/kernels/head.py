@@ -11,6 +11,7 @@ from krasis.formats.layouts import padded_rows
 from krasis.runtime.backend import Logits
 from krasis.runtime.batch import Batch
 from krasis.runtime.device.api import Stream
+from krasis.runtime.gpu.blocks.streams import GpuEnd
 from krasis.runtime.gpu.buffers import Buffers
 from krasis.runtime.gpu.chunk import Chunk
 from krasis.runtime.gpu.model import GpuModel
@@ -25,6 +26,7 @@ class Head:
     def __init__(self, model: GpuModel, parallel: Parallel) -> None:
         self._model, self._parallel = model, parallel
         self._vocab = model.spec.vocab
+        self._end = GpuEnd(model)
         shape = (LOGIT_ROWS, padded_rows(model.spec.vocab))
         self._host = model.device.pinned(shape, torch.float32)
 
@@ -48,17 +50,17 @@ class Head:
             self._model.stream.synchronize()
             return self._none()
         if len(rows) == len(buffers.hidden):
-            self._norm(buffers.hidden, buffers.x)
+            self._end.read(buffers, range(len(rows)))
         else:
             for index, row in enumerate(rows):  # ascending: no row of x is wanted that is overwritten here
-                self._norm(buffers.hidden[row : row + 1], buffers.x[index : index + 1])
+                self._end.read(buffers, range(row, row + 1), index)
         return self._project_all(buffers.x[: len(rows)], buffers)
 
     def _gathered_rows(self, rows: Sequence[int], chunk: Chunk, buffers: Buffers) -> Logits:
         """Of so many rows of all ranks, ascending."""
         stream = self._model.stream
         if chunk.own:
-            self._norm(buffers.hidden[: chunk.own], buffers.x[: chunk.own])
+            self._end.read(buffers, range(chunk.own))
         self._parallel.gather_tokens(stream, buffers.x, buffers.gathered_x, chunk.num_tokens)
         if self._parallel.rank:
             stream.synchronize()
@@ -81,10 +83,6 @@ class Head:
 
     def _none(self) -> Logits:
         return np.empty((0, self._vocab), np.float32)
-
-    def _norm(self, hidden: torch.Tensor, x: torch.Tensor) -> None:
-        m = self._model
-        m.kernels.rms_norm(m.stream, hidden, m.weights.final_norm, m.spec.norm.eps, x)
 
     def _project(self, x: torch.Tensor, buffers: Buffers) -> Logits:
         m = self._model

@@ -18,6 +18,7 @@ from krasis.runtime.gpu.kernels.arguments import (
     FLOATS,
     HALVES,
     I8,
+    I32,
     I64,
     U8,
     aligned,
@@ -151,10 +152,11 @@ class LatentKernels(Launcher):
         place: CachePlace | CacheRows,
         workspace: torch.Tensor,
         splits: int,
+        chosen: torch.Tensor | None = None,
     ) -> None:
         """queries [T, heads, kv_rank], taken to the latents = attention of each row over its cache up to its
         own position. rest [T, heads, rope_dim]: the queries' turned channels, rows and heads may lie apart.
-        workspace: uint8; for so many splits."""
+        workspace: uint8; for so many splits. chosen int32 [T, budget]: of ``choose``, what rows attend to."""
         where, mixer, tokens = "latent_attention", form.mixer, len(queries)
         shape = (tokens, mixer.heads, mixer.kv_rank)
         address = vector_pointer(queries, shape, HALVES, f"{where}.queries")
@@ -182,6 +184,11 @@ class LatentKernels(Launcher):
             scale=mixer.scale,
         )
         reads = [queries, rest]
+        if chosen is not None:
+            budget = matrix(chosen, f"{where}.chosen")[1]
+            args.chosen = pointer(chosen, (tokens, budget), I32, f"{where}.chosen")
+            args.budget = budget
+            reads.append(chosen)
         if isinstance(place, CacheRows):
             _set_rows(args, place, tokens, where)
             reads += [place.table, *place.memory]

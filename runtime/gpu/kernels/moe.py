@@ -25,6 +25,7 @@ from krasis.runtime.gpu.kernels.arguments import (
 )
 from krasis.runtime.gpu.kernels.launcher import Launcher, Tensors, present
 from krasis.runtime.gpu.kernels.mlp import ACTIVATION_CODES
+from krasis.runtime.gpu.kernels.named_slots import set_named
 from krasis.runtime.gpu.kernels.native import (
     AlignArgs,
     MoeGemmArgs,
@@ -33,7 +34,13 @@ from krasis.runtime.gpu.kernels.native import (
     RouterArgs,
 )
 from krasis.runtime.gpu.kernels.router_arguments import NO_VECTORS, RouterVectors, set_router
-from krasis.runtime.gpu.kernels.routing import PLAIN_EXPERTS, ExpertForm, ExpertMatrix, Routing
+from krasis.runtime.gpu.kernels.routing import (
+    PLAIN_EXPERTS,
+    ExpertForm,
+    ExpertMatrix,
+    NamedSlots,
+    Routing,
+)
 
 MAX_ROUTER_TOKENS = 8
 SCALE_CODES = {torch.bfloat16: CODES[torch.bfloat16], torch.float16: CODES[torch.float16], torch.uint8: 16}
@@ -80,8 +87,9 @@ class MoeKernels(Launcher):
         """ids int32, weights float32 [T, K] = a router's choice for logits float32 [T, E], best first.
 
         router: K of top_k, and what the kernel does with logits; vectors: what it asks for. resident uint8
-        [E]: experts the GPU holds. gpu_ids, cpu_ids int32 [T, K]: ids of those, and of the others, -1
-        elsewhere. counts int64 [E]: increased by how often each expert was chosen.
+        [E]: 1 for experts the GPU holds, 2 for those of another GPU, 0 for others. gpu_ids, cpu_ids int32
+        [T, K]: ids of those with 1, and of those with 0, -1 elsewhere.
+        counts int64 [E]: increased by how often each expert was chosen.
         """
         (tokens, num_experts), top_k = matrix(logits, "route.logits"), matrix(ids, "route.ids")[1]
         require(top_k == router.top_k, "not as many as the router chooses", "route.ids", top_k, router.top_k)
@@ -138,13 +146,15 @@ class MoeKernels(Launcher):
         executed: torch.Tensor | None = None,
         max_blocks_launched: int = 0,
         form: ExpertForm = PLAIN_EXPERTS,
+        named: NamedSlots | None = None,
     ) -> None:
         """out[s] = x[s / slots_per_row] x W_e for every slot s of experts begin..end-1; other rows stay.
 
         x 16 bits [slots / slots_per_row, k], out [T * K, n] of its type or float32; gated: columns of W are
         gate then up, and out [T * K, n/2] = activation(gate, up). slots_per_row: K where rows of x are
         tokens, 1 where they are slots. max_blocks_launched: 0: as many as run at once. form: gives the
-        activation, and the biases added before it or, not gated, at the end.
+        activation, and the biases added before it or, not gated, at the end. named: of one token, whose slots
+        need not have been sorted; of routing only the sizes count then.
         """
         r, m = routing, matrix
         self._check_experts(r, begin, end, slots_per_row, "moe_gemm")
@@ -180,11 +190,13 @@ class MoeKernels(Launcher):
             optional_pointer(executed, (1,), I64, "moe_gemm.executed"),
         )
         biases = self._set_form(args, form, gated, r.num_experts, columns)
+        sorting: Tensors = (r.sorted_slots, r.block_experts, r.first_block)
+        summed: Tensors = ()
+        if named is not None:
+            sorting, summed = set_named(args, named, r)
         if r.num_slots and end > begin:
-            reads = present(
-                x, r.sorted_slots, r.block_experts, r.first_block, table, *memory, executed, *biases
-            )
-            self.submit(stream, "moe_gemm", (byref(args),), reads, present(out, executed))
+            reads = present(x, *sorting, *summed, table, *memory, executed, *biases)
+            self.submit(stream, "moe_gemm", (byref(args),), reads, present(out, *summed, executed))
 
     def moe_reduce(
         self,

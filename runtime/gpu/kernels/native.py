@@ -11,9 +11,24 @@ from collections.abc import Callable
 from typing import Any
 
 from krasis.formats.errors import NativeError
+from krasis.runtime.gpu.kernels.native_conv import ShortConvArgs as ShortConvArgs
+from krasis.runtime.gpu.kernels.native_fused import NormInt8Args as NormInt8Args
+from krasis.runtime.gpu.kernels.native_fused import NormRouteArgs as NormRouteArgs
+from krasis.runtime.gpu.kernels.native_index import ChooseArgs as ChooseArgs
+from krasis.runtime.gpu.kernels.native_index import IndexArgs as IndexArgs
 from krasis.runtime.gpu.kernels.native_latent import Int8HeadsArgs as Int8HeadsArgs
 from krasis.runtime.gpu.kernels.native_latent import LatentArgs as LatentArgs
 from krasis.runtime.gpu.kernels.native_latent import LatentAttentionArgs as LatentAttentionArgs
+from krasis.runtime.gpu.kernels.native_move import MoveArgs as MoveArgs
+from krasis.runtime.gpu.kernels.native_ranks import TakeArgs as TakeArgs
+from krasis.runtime.gpu.kernels.native_route import RouteArgs as RouteArgs
+from krasis.runtime.gpu.kernels.native_streams import STREAM_PROTOTYPES
+from krasis.runtime.gpu.kernels.native_streams import StreamAddArgs as StreamAddArgs
+from krasis.runtime.gpu.kernels.native_streams import StreamMixArgs as StreamMixArgs
+from krasis.runtime.gpu.kernels.native_streams import StreamNormArgs as StreamNormArgs
+from krasis.runtime.gpu.kernels.native_streams import StreamSquashArgs as StreamSquashArgs
+from krasis.runtime.gpu.kernels.native_streams import TableAddArgs as TableAddArgs
+from krasis.runtime.gpu.kernels.native_streams import TableWeighArgs as TableWeighArgs
 
 _I32, _I64, _F32, _PTR = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 _U64 = ctypes.c_uint64
@@ -71,6 +86,11 @@ class MoeGemmArgs(ctypes.Structure):
         ("activation", _I32),
         ("limit", _F32),
         ("alpha", _F32),
+        ("ids", _PTR),
+        ("slot_weights", _PTR),
+        ("hidden", _PTR),
+        ("arrivals", _PTR),
+        ("top_k", _I64),
     )
 
 
@@ -160,6 +180,9 @@ class QkvArgs(ctypes.Structure):
         ("interleaved", _I32),
         ("shared_kv", _I32),
         ("value_norm", _I32),
+        ("kv_dtype", _I32),
+        ("reserved", _I32),
+        ("ring", _I64),
     )
 
 
@@ -211,36 +234,6 @@ class RouterArgs(ctypes.Structure):
     )
 
 
-class RouteArgs(ctypes.Structure):
-    """``krasis_cuda_route_args``."""
-
-    _fields_ = (
-        ("logits", _PTR),
-        ("tokens", _I64),
-        ("num_experts", _I64),
-        ("top_k", _I64),
-        ("normalize", _I32),
-        ("score", _I32),
-        ("ids", _PTR),
-        ("weights", _PTR),
-        ("resident", _PTR),
-        ("gpu_ids", _PTR),
-        ("cpu_ids", _PTR),
-        ("counts", _PTR),
-        ("logit_bias", _PTR),
-        ("correction", _PTR),
-        ("expert_scale", _PTR),
-        ("logit_cap", _F32),
-        ("scale", _F32),
-        ("sum_floor", _F32),
-        ("sum_epsilon", _F32),
-        ("groups", _I32),
-        ("top_groups", _I32),
-        ("group_score", _I32),
-        ("reserved", _I32),
-    )
-
-
 class AttentionArgs(ctypes.Structure):
     """``krasis_cuda_attention_args``."""
 
@@ -266,6 +259,9 @@ class AttentionArgs(ctypes.Structure):
         ("out_stride", _I64),
         ("sinks", _PTR),
         ("window", _I64),
+        ("kv_dtype", _I32),
+        ("reserved", _I32),
+        ("ring", _I64),
     )
 
 
@@ -311,6 +307,10 @@ class GatedDeltaArgs(ctypes.Structure):
         ("columns_offset", _I64),
         ("chunks", _PTR),
         ("num_chunks", _I64),
+        ("decays", _PTR),
+        ("z", _PTR),
+        ("lower_bound", _F32),
+        ("reserved", _I32),
     )
 
 
@@ -356,19 +356,27 @@ PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "add_rows": (_I32, (_PTR, _PTR)),
     "gate_rows": (_I32, (_PTR, _PTR)),
     "gated_delta": (_I32, (_PTR, _PTR)),
+    "short_conv": (_I32, (_PTR, _PTR)),
     "router": (_I32, (_PTR, _PTR)),
+    **STREAM_PROTOTYPES,
     "route": (_I32, (_PTR, _PTR)),
+    "norm_route": (_I32, (_PTR, _PTR)),
+    "norm_int8_gemv": (_I32, (_PTR, _PTR)),
     "attention_decode": (_I32, (_PTR, _PTR)),
     "latent_workspace_bytes": (_I64, (_I64, _I64, _I64, _I64)),
     "latent_store": (_I32, (_PTR, _PTR)),
     "int8_heads": (_I32, (_PTR, _PTR)),
     "latent_attention": (_I32, (_PTR, _PTR)),
+    "index_store": (_I32, (_PTR, _PTR)),
+    "choose": (_I32, (_PTR, _PTR)),
     "advance": (_I32, (_PTR, _PTR)),
     "signal": (_I32, (_PTR, _PTR, _PTR)),
     "wait": (_I32, (_PTR, _PTR, _I64, _PTR, _PTR)),
     "add": (_I32, (_PTR, _PTR, _I64, _PTR)),
     "send": (_I32, (_PTR, _PTR)),
     "receive": (_I32, (_PTR, _PTR)),
+    "take": (_I32, (_PTR, _PTR)),
+    "move_positions": (_I32, (_PTR, _PTR)),
     "int8_dequant": (_I32, (_PTR, _PTR, _I64, _I64, _I32, _PTR, _PTR)),
 }
 

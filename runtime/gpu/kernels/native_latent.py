@@ -85,4 +85,6 @@ class LatentAttentionArgs(ctypes.Structure):
         ("workspace_bytes", _I64),
         ("dtype", _I32),
         ("scale", _F32),
+        ("chosen", _PTR),
+        ("budget", _I64),
     )

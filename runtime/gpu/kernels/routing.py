@@ -49,6 +49,27 @@ PLAIN_EXPERTS = ExpertForm()
 
 
 @dataclass(frozen=True, slots=True)
+class NamedSlots:
+    """What one token's products need instead of sorting: ids int32 [1, K], the expert of each slot, -1: none.
+
+    ``sum``, of a second product: the first's is None.
+    """
+
+    ids: torch.Tensor
+    sum: SlotSum | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SlotSum:
+    """hidden float32 [1, n] += weights float32 [1, K] times the slots. arrivals int32 [n / 64 or more]:
+    zeros, as which they are left."""
+
+    weights: torch.Tensor
+    hidden: torch.Tensor
+    arrivals: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class Routing:
     """What ``GpuKernels.align`` fills: the slots (token * top_k + choice) sorted by expert.
 

@@ -101,7 +101,7 @@ def _opened(order: EngineOrder) -> OpenedCore:
     # All that a request needs of it, so that none waits for the bundle's files. Encoding anything makes it
     # learn how its tokens are spelled; then decoding asks no worker.
     try:
-        _ = (text.template, text.named_ends, text.end_tokens, text.defaults, text.thinking_markers)
+        _ = (text.template, text.named_ends, text.end_tokens, text.defaults, text.markers)
         text.tokenizer.encode(".")
     except BaseException:
         opened.close(save_prefixes=False)

@@ -9,17 +9,15 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Any, Protocol
 
 from krasis.formats.errors import ResourceError
 from krasis.runtime.distributed.launcher import JOIN, is_launched_rank
 from krasis.runtime.server.engine.channel import Channel
 
-if TYPE_CHECKING:
-    from krasis.runtime.server.engine.order import EngineOrder
-
 # krasis.* is found where this process found it.
-_BOOT = "import sys; sys.path[:] = {path!r}; from krasis.runtime.server.engine.child import main; main({end})"
+_BOOT = "import sys; sys.path[:] = {path!r}; from {program} import main; main({end})"
+PROGRAM = "krasis.runtime.server.engine.child"
 _LEAVE_S = 5.0  # after its channel has closed
 
 
@@ -37,19 +35,29 @@ class Engine(Protocol):
         ...
 
 
-class EngineProcess:
-    """See ``Engine``. It imports what it needs, and waits for ``open``. Raises ResourceError if the system
-    starts no process."""
+class Order(Protocol):
+    """What an engine is told to open."""
 
-    def __init__(self) -> None:
+    def to_json(self) -> dict[str, Any]:
+        """As an object of JSON."""
+        ...
+
+
+class EngineProcess:
+    """See ``Engine``. It imports what it needs, and waits for ``open``. program: the module whose ``main`` it
+    runs, with the descriptor of its end of the channel. Raises ResourceError if the system starts no process.
+    """
+
+    def __init__(self, program: str = PROGRAM) -> None:
         ours, theirs = socket.socketpair()
         path = [one for one in sys.path if Path(one).is_absolute()]
         flags = ["-O"] if sys.flags.optimize else []
+        boot = _BOOT.format(path=path, program=program, end=theirs.fileno())
         # The job is this process's, and a launcher looks for us by our parent.
         launched = {JOIN: "1"} if is_launched_rank() else {}
         try:
             self._process = subprocess.Popen(  # noqa: S603  our own interpreter and our own text
-                [sys.executable, *flags, "-P", "-c", _BOOT.format(path=path, end=theirs.fileno())],
+                [sys.executable, *flags, "-P", "-c", boot],
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
                 env={**os.environ, **launched},
@@ -65,7 +73,7 @@ class EngineProcess:
             theirs.close()
         self.channel = Channel(ours, "orders")
 
-    def open(self, order: EngineOrder) -> EngineProcess:
+    def open(self, order: Order) -> EngineProcess:
         """Tells it what to open; gives itself."""
         self.channel.send(order.to_json())
         return self

@@ -23,38 +23,50 @@ class Text:
 @dataclass(frozen=True, slots=True)
 class Call:
     """A complete call. arguments: a JSON object as text. raw: exactly what the model wrote, markers and
-    all."""
+    all. id: the one that the model gave it, if its format has such."""
 
     name: str
     arguments: str
     raw: str
+    id: str = ""
 
 
 class CallReader(Protocol):
-    """Reads one call from its opening marker on, in pieces of any size.
+    """Reads from an opening marker on, in pieces of any size: one call, or several in formats that put a
+    marker around all of them.
 
-    state: ``open`` until the text so far is a call (``done``) or can no longer become one (``bad``).
+    state: ``open`` until there are calls and no more can follow (``done``), or none can come of it
+    (``bad``). calls: those that are whole, one after the other.
     """
 
     state: str
-    call: Call | None
+    calls: list[Call]
     rest: str
 
     def feed(self, text: str) -> None:
-        """Takes more text. Once done, ``rest`` is what followed the call."""
+        """Takes more text. Once done, ``rest`` is what followed the last call."""
 
     def end(self, *, truncated: bool) -> None:
-        """No more text comes: done if what is there is a whole call. truncated: the text was cut off, so that
+        """No more text comes: done if there is a whole call. truncated: the text was cut off, so that
         nothing that is missing is forgiven."""
+
+
+Writer = Callable[[Sequence[tuple[str, Any]]], str]
 
 
 @dataclass(frozen=True, slots=True)
 class CallFormat:
-    """One family's form of calls. openers: what begins one. reader: makes a reader for the tools offered."""
+    """One family's form of calls. openers: what begins one. reader: makes a reader for the tools offered.
+    at_start: what begins one where nothing was said before. ids: how ids must look that a template writes
+    down: ``numbered`` (``functions.NAME:0``), ``nine`` (letters and digits), empty: they do not matter.
+    write: what the model would write for calls (name, arguments), for templates that cannot."""
 
     name: str
     openers: tuple[str, ...]
     reader: Callable[[Tools], CallReader]
+    at_start: tuple[str, ...] = ()
+    ids: str = ""
+    write: Writer | None = None
 
 
 class NotJsonError(ValueError):
@@ -77,6 +89,13 @@ def strict_json(text: str) -> Any:
         return json.loads(text, parse_constant=refuse, parse_float=number)
     except (ValueError, RecursionError) as error:
         raise NotJsonError(str(error)) from error
+
+
+def overlap(text: str, marker: str) -> int:
+    """The longest end of text that begins marker."""
+    return next(
+        (size for size in range(min(len(text), len(marker) - 1), 0, -1) if marker.startswith(text[-size:])), 0
+    )
 
 
 def function_of(tool: Mapping[str, Any]) -> Mapping[str, Any]:

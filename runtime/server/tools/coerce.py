@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 import ast
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from krasis.runtime.server.tools.calls import NotJsonError, strict_json
+from krasis.runtime.server.tools.calls import Call, NotJsonError, Tools, schema_of, strict_json
 
 _INTEGER = re.compile(r"[+-]?\d{1,4000}\Z")
 _MAX_LITERAL_CHARACTERS = 64 * 1024
 _MAX_DEPTH = 8
+
+
+def call_of_texts(
+    name: str, texts: Mapping[str, str], tools: Tools, raw: str, is_text: Mapping[str, bool] | None = None
+) -> Call:
+    """The call whose arguments were written as texts. raw: see ``Call``. is_text: of those of which the model
+    said whether they are texts or JSON."""
+    schema: Any = (schema_of(tools, name) or {}).get("properties")
+    known = schema if isinstance(schema, dict) else {}
+    said = is_text or {}
+    values = {
+        key: (text if said[key] else _json_or_text(text)) if key in said else read_value(text, known.get(key))
+        for key, text in texts.items()
+    }
+    return Call(name, json.dumps(values, ensure_ascii=False), raw)
 
 
 def read_value(text: str, schema: object) -> Any:
@@ -22,7 +38,7 @@ def read_value(text: str, schema: object) -> Any:
     """
     if not isinstance(schema, Mapping):
         return text
-    kinds = _kinds(schema, 0)
+    kinds = kinds_of(schema)
     word = text.strip()
     if not kinds:
         return _json_or_text(text)
@@ -36,7 +52,7 @@ def read_value(text: str, schema: object) -> Any:
     return text
 
 
-def _kinds(schema: Mapping[str, Any], depth: int) -> set[str]:
+def kinds_of(schema: Mapping[str, Any], depth: int = 0) -> set[str]:
     """The JSON types a schema allows; empty if it does not say."""
     if depth > _MAX_DEPTH:
         return set()
@@ -51,7 +67,7 @@ def _kinds(schema: Mapping[str, Any], depth: int) -> set[str]:
         if isinstance(options, Sequence) and not isinstance(options, str):
             for one in options:
                 if isinstance(one, Mapping):
-                    kinds |= _kinds(one, depth + 1)
+                    kinds |= kinds_of(one, depth + 1)
     if not kinds:
         values = schema.get("enum", [schema["const"]] if "const" in schema else [])
         if isinstance(values, Sequence) and not isinstance(values, str):
@@ -116,16 +132,17 @@ def _container(word: str) -> Any:
         value = ast.literal_eval(word)
     except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
         return None
-    return value if _is_json(value, 0) else None
+    return value if is_json(value, 0) else None
 
 
-def _is_json(value: object, depth: int) -> bool:
+def is_json(value: object, depth: int = 0) -> bool:
+    """Whether a value is what JSON can say, not too deeply nested."""
     if depth > 64:
         return False
     if isinstance(value, dict):
-        return all(isinstance(key, str) and _is_json(one, depth + 1) for key, one in value.items())
+        return all(isinstance(key, str) and is_json(one, depth + 1) for key, one in value.items())
     if isinstance(value, list):
-        return all(_is_json(one, depth + 1) for one in value)
+        return all(is_json(one, depth + 1) for one in value)
     if isinstance(value, float):
         return math.isfinite(value)
     return value is None or isinstance(value, bool | int | str)

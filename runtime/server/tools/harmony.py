@@ -24,7 +24,7 @@ from krasis.runtime.server.tools.calls import (
     Tools,
     strict_json,
 )
-from krasis.runtime.server.tools.hermes import JsonEnd
+from krasis.runtime.server.tools.json_object import JsonEnd
 
 RECIPIENT, MESSAGE = "to=functions.", "<|message|>"
 MAX_HEAD_CHARACTERS = 512
@@ -37,11 +37,11 @@ _HEAD = re.compile(
 class HarmonyReader:
     """See ``CallReader``."""
 
-    __slots__ = ("_body", "_end", "_head", "_name", "call", "rest", "state")
+    __slots__ = ("_body", "_end", "_head", "_name", "calls", "rest", "state")
 
     def __init__(self) -> None:
         self.state, self.rest = OPEN, ""
-        self.call: Call | None = None
+        self.calls: list[Call] = []
         self._head, self._name = "", ""  # until the message begins; whose call it is from there
         self._body: list[str] = []
         self._end = JsonEnd()
@@ -90,7 +90,7 @@ class HarmonyReader:
         if not isinstance(value, Mapping):
             self.state = BAD
             return
-        self.call = Call(self._name, json.dumps(value, ensure_ascii=False), self._head + body)
+        self.calls.append(Call(self._name, json.dumps(value, ensure_ascii=False), self._head + body))
         self.state, self.rest = DONE, rest
 
 

@@ -6,15 +6,26 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from krasis.runtime.server.tools.calls import Tools, function_of
+from krasis.runtime.server.tools.calls import (
+    CallFormat,
+    NotJsonError,
+    Tools,
+    Writer,
+    function_of,
+    strict_json,
+)
 
 Row = dict[str, Any]
 
-_HOW = (
+_TOOLS = (
     "# Tools\n\nYou may call one or more functions. Their signatures are within <tools></tools>:\n<tools>\n{}"
-    "\n</tools>\n\nFor each call write a JSON object with the function's name and arguments within "
-    '<tool_call></tool_call>:\n<tool_call>\n{{"name": <name>, "arguments": <object>}}\n</tool_call>'
+    "\n</tools>\n\n"
 )
+_HOW = (
+    "For each call write a JSON object with the function's name and arguments within "
+    '<tool_call></tool_call>:\n<tool_call>\n{"name": <name>, "arguments": <object>}\n</tool_call>'
+)
+_SO = "Calls of functions look exactly so, with the arguments as JSON that fits the signature:\n{}"
 
 
 def without_tools(rows: list[Row], tools: Tools) -> list[Row]:
@@ -34,13 +45,49 @@ def without_tools(rows: list[Row], tools: Tools) -> list[Row]:
         else:
             plain.append(row)
     plain = [{key: value for key, value in row.items() if key != "_answers"} for row in plain]
-    return _with_description(plain, tools)
+    return _described(plain, tools, _HOW)
 
 
-def _with_description(rows: list[Row], tools: Tools) -> list[Row]:
+def with_written_calls(rows: list[Row], write: Writer) -> list[Row]:
+    """The same conversation for a template that describes tools but cannot write calls: they are words of
+    the assistant, as the model would write them."""
+    changed: list[Row] = []
+    for row in rows:
+        calls = row.get("tool_calls")
+        if calls:
+            functions = [function_of(call) for call in calls]
+            said = write([(str(one["name"]), _object(one.get("arguments"))) for one in functions])
+            kept = {key: value for key, value in row.items() if key != "tool_calls"}
+            changed.append({**kept, "content": _words(row.get("content", "")) + said})
+        else:
+            changed.append(row)
+    return changed
+
+
+def _object(arguments: Any) -> Any:
+    """Arguments as an object; those that are none stay readable, as text in one."""
+    if isinstance(arguments, str):
+        try:
+            value = strict_json(arguments or "{}")
+        except NotJsonError:
+            value = None
+        return value if isinstance(value, dict) else {"arguments": arguments}
+    return arguments or {}
+
+
+def with_description(rows: list[Row], tools: Tools, call_format: CallFormat) -> list[Row]:
+    """The same conversation with the tools in the system message, for a template that writes calls but
+    describes no tools."""
+    write = call_format.write
+    return _described(rows, tools, _HOW if write is None else _SO.format(write([("NAME", {"key": "value"})])))
+
+
+def _described(rows: list[Row], tools: Tools, how: str) -> list[Row]:
     if not tools:
         return rows
-    described = _HOW.format("\n".join(json.dumps(function_of(tool), ensure_ascii=False) for tool in tools))
+    described = (
+        _TOOLS.format("\n".join(json.dumps(function_of(tool), ensure_ascii=False) for tool in tools)) + how
+    )
     if rows and rows[0]["role"] in ("system", "developer"):
         first = {**rows[0], "content": f"{_words(rows[0].get('content', ''))}\n\n{described}"}
         return [first, *rows[1:]]

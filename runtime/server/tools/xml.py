@@ -15,12 +15,10 @@ marker, and now and then the end of a value; both are understood.
 
 from __future__ import annotations
 
-import json
 import re
-from typing import Any
 
 from krasis.runtime.server.tools.calls import BAD, DONE, OPEN, Call, CallFormat, CallReader, Tools, schema_of
-from krasis.runtime.server.tools.coerce import read_value
+from krasis.runtime.server.tools.coerce import call_of_texts
 
 OPENER, CLOSER = "<tool_call>", "</tool_call>"
 FUNCTION, END_FUNCTION = "<function=", "</function>"
@@ -38,13 +36,13 @@ class XmlReader:
 
     __slots__ = (
         *("_at", "_begin", "_depth", "_key", "_name", "_nests", "_step", "_text", "_tools", "_values"),
-        *("call", "rest", "state"),
+        *("calls", "rest", "state"),
     )
 
     def __init__(self, tools: Tools = (), *, nests: bool = True) -> None:
         """nests: count functions that a value contains."""
         self.state, self.rest = OPEN, ""
-        self.call: Call | None = None
+        self.calls: list[Call] = []
         self._tools, self._nests = tools, nests
         self._text = ""
         self._at = 0  # what is before it was read
@@ -69,7 +67,7 @@ class XmlReader:
             again = XmlReader(self._tools, nests=False)
             again.feed(self._text)
             again.end(truncated=False)
-            self.state, self.call, self.rest = again.state, again.call, again.rest
+            self.state, self.calls, self.rest = again.state, again.calls, again.rest
 
     def _head(self) -> bool:
         """``<function=name>``, usually behind ``<tool_call>``."""
@@ -186,10 +184,7 @@ class XmlReader:
         return False
 
     def _finish(self, end: int, rest: str) -> None:
-        schema: Any = (schema_of(self._tools, self._name) or {}).get("properties")
-        known = schema if isinstance(schema, dict) else {}
-        values = {key: read_value(text, known.get(key)) for key, text in self._values.items()}
-        self.call = Call(self._name, json.dumps(values, ensure_ascii=False), self._text[:end])
+        self.calls.append(call_of_texts(self._name, self._values, self._tools, self._text[:end]))
         self.state, self.rest = DONE, rest
 
 

@@ -16,7 +16,7 @@ from scripts.bench.provision import Found
 from scripts.bench.record import REFERENCE, Record
 from scripts.bench.reference import watch
 from scripts.bench.reference.files import Kind, Say
-from scripts.bench.reference.rows import Sizes
+from scripts.bench.reference.rows import BOTH, WHOLE, Sizes
 from scripts.bench.reference.work import Deadline, Request, Stage
 from scripts.models.model_shapes import SHAPES
 
@@ -54,6 +54,13 @@ OPTIONS = (
     ),
     click.option(
         "--rows", multiple=True, help="reference: only rows whose name holds this; may be repeated."
+    ),
+    click.option(
+        "--depth",
+        "depths",
+        type=click.Choice([WHOLE, BOTH]),
+        multiple=True,
+        help="reference: only all layers (whole), or only those that llama.cpp fits beside (both).",
     ),
     click.option(
         "--first-round",
@@ -115,6 +122,7 @@ def request(given: dict[str, Any], work: Path) -> Request:
         work,
         given["rows"],
         given["first_round"],
+        given["depths"] or (WHOLE, BOTH),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from scripts.bench import stats
-from scripts.bench.peers import KRASIS, LLAMA
+from scripts.bench.peers import IK, KRASIS, LLAMA
 from scripts.bench.reference.findings import Reference, gpus_of, vram
 from scripts.bench.tables import ABSENT, figure, times
 
@@ -12,7 +12,13 @@ ALL_MEMORY = "all their memory"
 
 def conclusions(found: Reference) -> str:
     """A list, of what was measured."""
-    lines = [*_llama_lines(found), *_scaling_lines(found), *_where_we_lose(found), *_checks(found)]
+    lines = [
+        *_llama_lines(found),
+        *_ik_lines(found),
+        *_scaling_lines(found),
+        *_where_we_lose(found),
+        *_checks(found),
+    ]
     return "\n".join(f"- {line}" for line in lines)
 
 
@@ -52,6 +58,22 @@ def _llama_lines(found: Reference) -> list[str]:
     return lines
 
 
+def _ik_lines(found: Reference) -> list[str]:
+    names = {name.split(", ", 2)[-1]: name for name in found.subjects(found.both, f"{IK}, 1 GPU")}
+    lines = []
+    for short, name in names.items():
+        prompt, answer = (found.rate(found.both, name, part) for part in (0, 1))
+        if short != "best flags" and prompt and answer:
+            ours = [times(found.ratio(found.krasis(1), name, part)) for part in (0, 1)]
+            version = found.of(found.both, name)[0][0].version.split()[0]
+            lines.append(
+                f"**{IK} at {version}, `{short}`**: "
+                f"{figure(prompt, 0)} and {figure(answer)} tok/s (prefill and decode); "
+                f"Krasis {ours[0]} and {ours[1]} of it."
+            )
+    return lines
+
+
 def _scaling_lines(found: Reference) -> list[str]:
     lines = []
     for program, model in ((KRASIS, found.alone), (LLAMA, found.both)):
@@ -88,9 +110,9 @@ def _where_we_lose(found: Reference) -> list[str]:
     one, two = whole.get(1), whole.get(2)
     if one and two and two.median < one.median:
         lines.append(
-            "**A second GPU does not help decode yet.** With all their memory, one GPU decodes "
-            f"{one.median:.1f} tok/s and two {two.median:.1f}: decode runs on the first GPU and the CPU, "
-            "and the experts of the other GPU are not used."
+            "**A second GPU did not help decode when this was measured.** With all their memory, one GPU "
+            f"decodes {one.median:.1f} tok/s and two {two.median:.1f}: decode ran on the first GPU and the "
+            "CPU, and the experts of the other GPU were not used. Now they are: [MULTI_GPU.md](MULTI_GPU.md)."
         )
     return lines
 

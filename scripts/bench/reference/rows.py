@@ -158,26 +158,21 @@ def _llama_cpu(binary: Path | None, missing: str, sizes: Sizes) -> Row:
 
 
 def ik_rows(binary: Path | None, missing: str, gpus: Sequence[int], sizes: Sizes) -> list[Row]:
-    """ik_llama.cpp with its best flags and the experts in RAM, every round."""
-    flags = {"-t": str(sizes.threads)} | _pairs(IK_FLAGS) | _batch(sizes.prompt)
+    """ik_llama.cpp with its best flags and the experts in RAM, every round; once each, others."""
+    best = {"-t": str(sizes.threads)} | _pairs(IK_FLAGS) | _batch(sizes.prompt)
     sized = _bench_sizes(sizes.prompt, sizes.generate, progress=False)
-    arguments = (str(binary), "-m", "GGUF", *_flat(flags), *sized)
-    return [
-        Row(
-            f"{IK}, {cards(count)}, {BEST}",
-            IK,
-            BOTH,
-            count,
-            arguments,
-            sizes.prompt,
-            sizes.generate,
-            sizes.visible(count),
-            True,
-            missing,
-        )
-        for count in gpus
-        if count
-    ]
+
+    def row(name: str, count: int, flags: Mapping[str, str], every: bool) -> Row:
+        arguments = (str(binary), "-m", "GGUF", *_flat(flags), *sized)
+        subject, seen = f"{IK}, {cards(count)}, {name}", sizes.visible(count)
+        return Row(subject, IK, BOTH, count, arguments, sizes.prompt, sizes.generate, seen, every, missing)
+
+    counts = [count for count in gpus if count]
+    rows = [row(BEST, count, best, True) for count in counts]
+    if counts and not missing:
+        rows.append(row("-rtr 1", counts[0], best | {"-rtr": "1"}, False))
+        rows.append(row("-ub 2048", counts[0], best | {"-b": "2048", "-ub": "2048"}, False))
+    return rows
 
 
 def layers_in_vram(kind: Kind, num_layers: int, sizes: Sizes) -> int:

@@ -17,6 +17,8 @@ from scripts.bench.tables import ABSENT, figure, note, pick, table, times
 
 README_BEGIN, README_END = "<!-- reference: begin -->", "<!-- reference: end -->"
 README_ROWS = 6
+ELSEWHERE = "reference-"
+"""Begins the names of records of the same stage on other machines than the document's own."""
 REFERENCE_CARDS = (1, 2, 3)
 TICK_S = 0.02
 """kt-kernel's queue is waited for at ticks of 4 ms: of shorter calls many must share a wait."""
@@ -39,12 +41,13 @@ def sections(record: Record, picture: str) -> list[str]:
         *(
             f"### {model}\n\n{_whole_table(found, model)}"
             for model in dict.fromkeys((found.alone, found.both))
+            if found.subjects(model)
         ),
         "## KTransformers",
         _kt_text(found),
-        "## Conclusions",
-        conclusions(found),
     ]
+    if lines := conclusions(found):
+        parts += ["## Conclusions", lines]
     return [part for part in parts if part]
 
 
@@ -80,6 +83,10 @@ def _depth_text(found: Reference) -> str:
         int(facts[key]) / 1e9 for key in ("bundle_bytes", "expert_bytes_whole", "gguf_bytes_whole")
     )
     alone, all_layers, both = (facts[key] for key in ("layers_alone", "model_layers", "layers_both"))
+    if not found.subjects(found.alone):
+        return f"""\
+**Depth.** {both} of {all_layers} layers: the most of which a bundle, a GGUF and a program's own copy of its
+experts fit in this machine's memory at once."""
     depth = f"All {all_layers} layers" if found.is_whole else f"{alone} of {all_layers} layers"
     return f"""\
 **Depth.** {depth}: the bundle ({bundle:.0f} GB, both tiers) fills this machine, and Krasis computes from it
@@ -194,6 +201,49 @@ and all else; Krasis takes {whole_s:.2f} s for the whole prompt on one GPU: at l
 **{least_s / whole_s:.1f}x**."""
 
 
+def elsewhere(record: Path) -> list[str]:
+    """The key tables of the same comparison on other machines, whose records lie beside the reference's.
+    Their own documents have none.
+    """
+    parts: list[str] = []
+    if record.name.startswith(ELSEWHERE):
+        return parts
+    for path in sorted(record.parent.glob(f"{ELSEWHERE}*.h5")):
+        other = Record(path)
+        found = Reference(other)
+        page = path.with_suffix(".md").name
+        both, whole = found.facts["layers_both"], found.facts["model_layers"]
+        parts.append(
+            f"### {_machine_of(found, other)}\n\n"
+            f"{both} of {whole} layers, {found.facts['threads']} threads; "
+            f"[measured/{page}](measured/{page}) has every row.\n\n"
+            f"{key_table(found)}"
+        )
+    return ["## On other machines", *parts] if parts else []
+
+
+def _machine_of(found: Reference, record: Record) -> str:
+    gpus = str(record.facts("machine").get("gpus", "")).split(", ")[0]
+    peers = sorted({name.split(",")[0] for name in found.subjects(found.both)} - {KRASIS})
+    return f"One {gpus} beside {' and '.join(peers)}"
+
+
+def _elsewhere_line(measured: Path) -> str:
+    """One sentence a peer that was measured on another machine."""
+    lines = []
+    for path in sorted(measured.glob(f"{ELSEWHERE}*.h5")):
+        found = Reference(Record(path))
+        for name in found.subjects(found.both):
+            ratios = [found.ratio(found.krasis(gpus_of(name)), name, part) for part in (0, 1)]
+            if name.endswith("best flags") and ratios[0] and ratios[1]:
+                sizes = f"{found.facts['layers_both']} layers, {found.facts['threads']} threads"
+                lines.append(
+                    f"On another machine ({sizes}): "
+                    f"{times(ratios[0])} and {times(ratios[1])} the prefill and decode of {name}."
+                )
+    return "\n".join(lines)
+
+
 def update_readme(record: Record, readme: Path, chart: str) -> None:
     """Renews the part of the README between its marks; leaves a README without marks alone."""
     text = readme.read_text("utf-8") if readme.exists() else ""
@@ -203,7 +253,9 @@ def update_readme(record: Record, readme: Path, chart: str) -> None:
     before, rest = text.split(README_BEGIN, 1)
     after = rest.split(README_END, 1)[1]
     picture = f"![tokens per second beside llama.cpp]({chart})\n\n" if chart else ""
-    inner = f"{README_BEGIN}\n{picture}{key_table(found, README_ROWS)}\n{README_END}"
+    line = _elsewhere_line(record.path.parent)
+    table_text = key_table(found, README_ROWS) + (f"\n\n{line}" if line else "")
+    inner = f"{README_BEGIN}\n{picture}{table_text}\n{README_END}"
     readme.write_text(before + inner + after, "utf-8")
 
 

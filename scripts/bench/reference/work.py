@@ -13,7 +13,7 @@ import numpy as np
 
 from scripts.bench.machine import gpu_names
 from scripts.bench.peers import KT, LLAMA
-from scripts.bench.provision import Found
+from scripts.bench.provision import NOT_RUN, Found
 from scripts.bench.record import Record, Run
 from scripts.bench.reference import files, kt_floor, watch
 from scripts.bench.reference.files import Kind, Say
@@ -31,7 +31,7 @@ class Request:
     """memory_bytes: what files and programs may take together. most_layers: 0 = all of the model's.
 
     names: only rows whose name holds one of them, or all. first_round: those before were measured elsewhere,
-    and a row that some of them lack does not get them here.
+    and a row that some of them lack does not get them here. depths: of rows, WHOLE or BOTH.
     """
 
     kind: Kind
@@ -44,6 +44,7 @@ class Request:
     work: Path
     names: tuple[str, ...] = ()
     first_round: int = 0
+    depths: tuple[str, ...] = (WHOLE, BOTH)
 
 
 class Deadline:
@@ -103,7 +104,7 @@ class Stage:
             self._compare_logits()
             finished = kt_floor.run(self._record, self._request, kernel, self._deadline, self._say)
             finished = finished and self._rounds(BOTH, rows[BOTH], folder)
-        left = [row.subject for depth in rows for row, _ in self._left(rows[depth])]
+        left = [row.subject for depth in rows for row, _ in self._left(rows[depth]) if not row.missing]
         left += kt_floor.left(self._record, self._request)
         self.unreached = tuple(dict.fromkeys(left))
         return finished
@@ -119,7 +120,14 @@ class Stage:
             llama.path, llama.missing, request.gpus, request.sizes, request.kind, self.layers[BOTH]
         )
         rows += ik_rows(ik.path, ik.missing, request.gpus, request.sizes)
-        return [self._checked(row) for row in rows]
+        rows = [self._checked(row) for row in rows]
+        self._forget_missing({row.subject for row in rows if not row.missing})
+        return rows
+
+    def _forget_missing(self, subjects: set[str]) -> None:
+        """What an earlier call noted as not run because the program was not there, of one that is now."""
+        runs = [run for run in self._record.runs(STAGE) if run.model == self.model(BOTH)]
+        self._record.forget(run for run in runs if run.subject in subjects and run.error.startswith(NOT_RUN))
 
     def _checked(self, row: Row) -> Row:
         """The row, told missing where it needs more GPUs than there are."""
@@ -159,6 +167,7 @@ class Stage:
                 if run.error:
                     hopeless.add(run.subject)
         names, first = self._request.names, self._request.first_round
+        rows = [row for row in rows if row.depth in self._request.depths]
         rows = [row for row in rows if not names or any(name in row.subject for name in names)]
         each = [row for row in rows if row.every_round]
         once = [(row, 0) for row in rows if not row.every_round]
@@ -175,10 +184,14 @@ class Stage:
 
     def _rounds(self, depth: str, rows: Sequence[Row], folder: Path) -> bool:
         """What is left of a depth. A program that failed once is not tried again."""
+        known = {run.subject for run in self._record.runs(STAGE) if run.model == self.model(depth)}
         absent = [(row, number) for row, number in self._left(rows) if row.missing]
         for row, number in absent:
+            if row.subject in known:
+                continue  # measured by a call that had the program
             failed = watch.process.Outcome("", "", row.missing, 0.0, 0.0, 0.0)
             self._keep(row, watch.Watched(failed, (), 0, ()), number)
+        rows = [row for row in rows if not row.missing]
         while left := self._left(rows):
             row, number = left[0]
             if not self._deadline.allows(self._expected_s(row)):

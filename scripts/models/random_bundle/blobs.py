@@ -30,7 +30,8 @@ def blob_specs(spec: ModelSpec, request: BundleRequest) -> list[BlobSpec]:
         layout = request.gpu_layout if tier == "gpu" else request.cpu_layout
         for i in spec.expert_layers:
             experts = spec.experts_of(i)
-            record_bytes = layout.expert_record(spec.hidden, experts.intermediate).record_bytes
+            sizes = experts.width(spec.hidden), experts.intermediate, experts.gated
+            record_bytes = layout.expert_record(*sizes).record_bytes
             shape = (experts.count, record_bytes)
             specs.append(BlobSpec(expert_blob(i, tier), tier, "U8", shape, layout.layout_id))
     return specs
@@ -49,11 +50,11 @@ def blob_pieces(
         yield from pools.scales("F32", RMS_8, _std(blob.name, spec)).run(blob.name, blob.num_bytes)
     elif part in ("norm", "q_norm", "k_norm", "final_norm", "gate_norm"):
         yield norm_values(blob, request.seed)
-    elif part in ("bias", "correction_bias", "dt_bias", "sinks"):
+    elif part in ("bias", "correction_bias", "dt_bias", "sinks", "d"):
         yield bias_values(blob, request.seed)
     elif part in ("conv", "a_log"):
         yield delta_values(blob, request.seed)
-    elif part in ("router", "gate", "ba"):
+    elif part in ("router", "gate", "ba", "dt"):
         yield router_values(blob, request.seed)
     else:  # the embedding: values of order one
         yield from pools.get(
@@ -126,11 +127,12 @@ def expert_pieces(
     blob: BlobSpec, spec: ModelSpec, request: BundleRequest, pools: Pools
 ) -> Iterator[memoryview | bytes]:
     """All experts of a layer, sections from the pools and zeros in between."""
-    hidden, inner = spec.hidden, spec.experts_of(int(blob.name.split(".")[1])).intermediate
+    experts = spec.experts_of(int(blob.name.split(".")[1]))
+    hidden, inner = experts.width(spec.hidden), experts.intermediate
     w13_std, w2_std = input_std(hidden), output_std(len(spec.layers), inner)
     if blob.tier == "gpu":
         layout = request.gpu_layout
-        record = layout.expert_record(hidden, inner)
+        record = layout.expert_record(hidden, inner, experts.gated)
         is_fp4 = layout.scale_dtype == "E8M0"
         scales = [
             pools.exponents(std) if is_fp4 else pools.scales("BF16", RMS_4, std) for std in (w13_std, w2_std)
@@ -138,7 +140,7 @@ def expert_pieces(
         sources = (pools.codes4(), scales[0], pools.codes4(), scales[1])
     else:
         tiles = request.cpu_layout
-        record = tiles.expert_record(hidden, inner)
+        record = tiles.expert_record(hidden, inner, experts.gated)
         sources = (pools.tiles(tiles, w13_std), None, pools.tiles(tiles, w2_std), None)
     for expert in range(blob.shape[0]):
         yield from record_pieces(record, sources, f"{blob.name}\0{expert}")

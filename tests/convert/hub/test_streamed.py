@@ -21,6 +21,7 @@ from krasis.convert.journal import encode_line
 from krasis.convert.progress import Reporter
 from krasis.convert.settings import ConvertSettings
 from krasis.formats.errors import MismatchError, ResourceError, UsageError
+from tests.support.patience import PATIENCE_S
 
 BOTH = ("org/tiny", "org/tiny-GGUF:Q8_0")
 
@@ -83,7 +84,7 @@ def test_killed_at_any_point_it_goes_on(hub, cache, fast_dir, bundle, hf_dir, q8
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["statuses"], "no conversion was killed"
-    assert set(found["statuses"]) == {-9}
+    assert set(found["statuses"]) == {-9}, done.stderr
     assert not found["sources_left"]
     assert tree_digests(fast_dir / "x.krasis") == bundle.files()
 
@@ -191,7 +192,7 @@ def test_whoever_waits_is_told_that_it_is_over(hub, cache, fast_dir):
 
     class Never:
         def read(self, begin, end):
-            over.wait(30)
+            over.wait(PATIENCE_S)
             yield b""
 
     over, told = threading.Event(), []
@@ -210,7 +211,7 @@ def test_whoever_waits_is_told_that_it_is_over(hub, cache, fast_dir):
     reader.start()
     with pytest.raises(KeyboardInterrupt), sources.used():
         raise KeyboardInterrupt
-    reader.join(10)
+    reader.join(PATIENCE_S)
     assert told
     over.set()
     sources.close()

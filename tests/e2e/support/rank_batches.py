@@ -10,6 +10,8 @@ import numpy as np
 from krasis.runtime.backend import Backend
 from krasis.runtime.batch import Batch, batch_of
 from krasis.runtime.device.double import DeviceDouble
+from krasis.runtime.gpu import exchange
+from krasis.runtime.planning import sums
 
 SLOTS = 5
 LENGTHS = (3, 5, 2, 9, 14)
@@ -90,10 +92,15 @@ def cancel_a_pass(backend: Backend) -> None:
 
 def lack_memory(rank: int, num_ranks: int) -> None:
     """From now on this rank's doubles find no memory for some launches: of one rank, then of another, then of
-    both, each in a pass of its own; in layers, in exchanges, for the logits."""
+    both, then of a third, each in a pass of its own; in layers, in exchanges, for the logits. And no pass is
+    short enough for sums of 32 bits."""
+    sums.LATENCY_BYTES, sums.EXPERT_SHARE = 0, 2**60
+    if num_ranks == 1:
+        return
     refused = {
         num_ranks - 1: {("share_kv", 2), ("gather_tokens", 15)},
         0: {("scatter_sum", 3), ("gather_tokens", 12)},
+        1: {("gather_ids", 7)},
     }.get(rank, set())
     counts: Counter[str] = Counter()
 
@@ -111,14 +118,21 @@ def lack_memory(rank: int, num_ranks: int) -> None:
 
 
 def out_of_memory(backend: Backend) -> dict[str, np.ndarray]:
-    """Two prompts of 40 tokens together, and then each alone."""
+    """Two prompts of 20 tokens together, and then each alone."""
     backend.state.open()
-    prompts = [[(5 * at + at * at) % 64 for at in range(24)], [(3 * at + 1) % 64 for at in range(16)]]
+    prompts = [[(5 * at + at * at) % 64 for at in range(12)], [(3 * at + 1) % 64 for at in range(8)]]
     chunks = [backend.prefill_chunk]
     together = backend.run(batch_of([(slot, 0, prompt, "all") for slot, prompt in enumerate(prompts)]))
     chunks.append(backend.prefill_chunk)
     alone = [backend.run(batch_of([(0, 0, prompt, "all")])).copy() for prompt in prompts]
-    return {"together": together, "alone": np.concatenate(alone), "chunks": np.array(chunks)}
+    executed = getattr(backend, "_inner", backend)._device._schedule.executed
+    beside = [label for label in executed if label.endswith("on stream exchange")]
+    exchange.BESIDE_BYTES = 2**60
+    behind = backend.run(batch_of([(0, 0, prompts[1], "all")])).copy()
+    return {
+        "together": together, "alone": np.concatenate(alone), "behind": behind,
+        "chunks": np.array(chunks), "beside": np.array(len(beside)),
+    }  # fmt: skip
 
 
 def copy_slot(backend: Backend, source: int, target: int) -> None:

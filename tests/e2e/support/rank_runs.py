@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,8 @@ needs_double = pytest.mark.skipif(
     not Path(DOUBLE).is_file() and not BUILT.is_file(),
     reason="no libkrasis_cuda_double.so: build the target krasis_cuda_double, or set KRASIS_CUDA_DOUBLE",
 )
-Plan = list[tuple[str, list[tuple[int, int | None]]]]
+Plan = list[tuple[Any, ...]]
+"""(bundle, [(number of ranks, bytes of VRAM), ...], and more settings, if there are)."""
 
 
 def computed_once(

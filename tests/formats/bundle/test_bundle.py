@@ -17,6 +17,7 @@ from krasis.formats.errors import FormatError, KrasisError, MismatchError, Usage
 from krasis.formats.files import folder_snapshot
 from krasis.formats.files.regular_file import read_small_file
 from krasis.formats.limits import HUGE_PAGE_BYTES, MIB
+from tests.support.patience import PATIENCE_S
 
 NUMPY = {"U8": np.uint8, "I8": np.int8, "BF16": np.uint16, "F16": np.float16, "F32": np.float32}
 
@@ -87,13 +88,13 @@ def test_closing_waits_for_no_reader_and_breaks_none(bundle, monkeypatch):
 
     def slow(*arguments, **options):
         inside.set()
-        assert leave.wait(20)
+        assert leave.wait(PATIENCE_S)
         return read_small_file(*arguments, **options)
 
     monkeypatch.setattr("krasis.formats.bundle.reader.read_small_file", slow)
     with ThreadPoolExecutor(1) as pool:
         reading = pool.submit(opened.asset, "config.json")
-        assert inside.wait(20)
+        assert inside.wait(PATIENCE_S)
         opened.close()
         opened.close()
         held = set(os.listdir("/proc/self/fd"))  # noqa: PTH208

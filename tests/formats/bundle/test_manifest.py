@@ -70,7 +70,7 @@ def test_a_newer_major_version_says_what_to_do(manifest):
         "tool_version": "9.9",
         "novel": [],
     }
-    with pytest.raises(VersionError, match=r"newer format.*format 2\.0.*'9\.9'.*limit format 1\.1.*upgrade"):
+    with pytest.raises(VersionError, match=r"newer format.*format 2\.0.*'9\.9'.*limit format 1\.2.*upgrade"):
         Manifest.from_bytes(json.dumps(record).encode())  # not even canonical: the version comes first
 
 

@@ -104,7 +104,9 @@ STATES = {
     "deepseek-v3": (70, 0),
     "glm-4.7-flash": (54, 0),
     "glm-5": (110, 0),
-    "glm-5.3-flash": (17, 143),
+    "glm-5.3-flash": (17, 143 + 9.5),  # with its convolutions
+    "kimi-linear-48b-a3b": (8, 42 + 2.8),
+    "lfm2.5-8b-a1b": (12.3, 0.29),  # convolutions alone
     "deepseek-v4-flash": (7, None),
     "qwen3.8-flash-next": (28, 113),
 }

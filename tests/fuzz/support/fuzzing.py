@@ -28,7 +28,10 @@ from krasis.formats.checkpoints.safetensors import SafetensorsFile
 from krasis.formats.errors import KrasisError
 from krasis.formats.limits import MAX_CONFIG_BYTES
 from krasis.formats.models.mlps import GatedMlp
+from krasis.formats.models.registry import all_families
 from krasis.formats.strict_json import parse_json_object
+
+all_families()  # modules that a parser loads at its first use are not what an input made it allocate
 
 CORPUS = Path(__file__).parents[1] / "corpus"
 MAX_SECONDS = 2.0

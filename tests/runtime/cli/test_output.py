@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,10 +24,25 @@ class Stream(io.StringIO):
         return self.terminal
 
 
-def bar_output(monkeypatch: pytest.MonkeyPatch, terminal: bool, steps: list[int], total: int) -> str:
+def bar_output(
+    monkeypatch: pytest.MonkeyPatch,
+    terminal: bool,
+    steps: list[int],
+    total: int,
+    loading: Sequence[tuple[str, int, int] | None] = (None,),
+) -> str:
     stream = Stream(terminal)
     monkeypatch.setattr(sys, "stderr", stream)
-    engine: Any = SimpleNamespace(placement=("GPU", "CPU"))
+    left = iter([*loading, *[None] * len(steps)])
+
+    class Engine:
+        placement = ("GPU", "CPU")
+
+        @property
+        def loading(self) -> tuple[str, int, int] | None:
+            return next(left)
+
+    engine: Any = Engine()
     with PrefillBar(engine) as bar:
         for step in steps:
             bar.update(step, total)
@@ -38,6 +54,17 @@ def test_a_long_prompt_shows_a_bar_that_goes_away(monkeypatch: pytest.MonkeyPatc
     assert "prompt on GPU" in text
     assert "512/2048" in text
     assert text.endswith("\r")
+
+
+def test_the_bar_says_what_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter([10.0, 10.0, 10.0, 12.0])
+    clock = SimpleNamespace(monotonic=lambda: next(seconds))
+    monkeypatch.setattr("krasis.runtime.cli.output.time", clock)
+    loading = [("experts pinned", 10**10, 117 * 10**9), ("experts pinned", 16 * 10**9, 117 * 10**9)]
+    text = bar_output(monkeypatch, True, [1, 1000, 1001, 2048], 2048, loading)
+    assert "waits for experts pinned: 10.0 GB of 117.0 GB]" in text
+    assert "waits for experts pinned: 16.0 GB of 117.0 GB, 3.0 GB/s" in text
+    assert "waits" not in [shown for shown in text.split("\r") if shown.strip()][-1]
 
 
 @pytest.mark.parametrize(("terminal", "steps"), [(True, [2048]), (False, [512, 2048])])

@@ -13,9 +13,9 @@ import torch
 
 from krasis.formats.errors import UsageError
 from krasis.runtime.device.double import DeviceDouble, OrderingError
+from tests.support.patience import PATIENCE_S
 
 HostValues = Callable[..., torch.Tensor]
-DEADLINE_S = 20.0
 
 
 def add(target: torch.Tensor, source: torch.Tensor) -> Callable[[int], None]:
@@ -83,7 +83,7 @@ class Handover:
             self.to_host.copy_(self.epoch)
 
         def receive(_: int) -> None:
-            deadline = time.monotonic() + DEADLINE_S
+            deadline = time.monotonic() + PATIENCE_S
             while int(self.to_device) < int(self.epoch):
                 if time.monotonic() > deadline:
                     return
@@ -97,7 +97,7 @@ class Handover:
         stream.launch("receive", receive, reads=reads, writes=[self.hidden])
 
     def serve(self, epoch: int, acquires: bool = True, releases: bool = True) -> None:
-        deadline = time.monotonic() + DEADLINE_S
+        deadline = time.monotonic() + PATIENCE_S
         while int(self.to_host) < epoch:
             if time.monotonic() > deadline:
                 raise TimeoutError("the device sent nothing")
@@ -207,7 +207,7 @@ def test_streams_may_be_used_by_several_threads(device: DeviceDouble, host_value
     def fill() -> None:
         for piece in range(20):
             slot = piece % 2
-            free[slot].acquire(timeout=DEADLINE_S)
+            free[slot].acquire(timeout=PATIENCE_S)
             if events[slot] is not None:
                 events[slot].synchronize()
             device.host_writes(ring[slot])
@@ -218,7 +218,7 @@ def test_streams_may_be_used_by_several_threads(device: DeviceDouble, host_value
         reader = threads.submit(fill)
         for piece in range(20):
             slot, own = piece % 2, buffer[piece]
-            filled[slot].acquire(timeout=DEADLINE_S)
+            filled[slot].acquire(timeout=PATIENCE_S)
             stream.copy(own, ring[slot])
             events[slot] = stream.record()
             free[slot].release()

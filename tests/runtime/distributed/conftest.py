@@ -23,7 +23,7 @@ def fork_ranks(tmp_path_factory) -> Callable[..., Path]:
         folder = tmp_path_factory.mktemp("ranks")
         flags = ["-O"] if sys.flags.optimize else []
         command = [sys.executable, *flags, HERE / "fork_ranks.py", folder, *runs]
-        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=150)
+        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=280)
         if check and done.returncode:
             raise AssertionError(f"{done.returncode} ranks failed:\n{done.stdout}\n{done.stderr}")
         return folder

@@ -14,6 +14,8 @@ import torch
 
 from krasis.formats.errors import KrasisError, ResourceError
 from krasis.runtime.device.double import DeviceDouble
+from krasis.runtime.distributed import control as control_module
+from krasis.runtime.distributed import watch
 from krasis.runtime.distributed.control import Control
 from krasis.runtime.distributed.torch_parallel import TorchParallel, abort_group, join_group, leave_group
 from krasis.runtime.gpu.parallel import KvPart
@@ -36,6 +38,7 @@ CHUNKS = (
 )
 NUM_EXPERTS, TOP_K, HIDDEN, KV_HEADS, HEAD_DIM, CAPACITY = 7, 3, 8, 2, 4, 24
 LINGER_S = 20.0
+PATIENCE_S = 120.0
 
 torch.set_num_threads(1)
 
@@ -66,13 +69,13 @@ def problem(lengths: tuple[int, ...]) -> dict[str, np.ndarray]:
 
 
 @contextmanager
-def joined(place, sum_dtype=torch.float32, silence_s=20.0):
+def joined(place, silence_s=PATIENCE_S):
     control = Control(place, silence_s=silence_s)
     control.on_failure(abort_group)
     control.agree(0)
     join_group(place, torch.device("cpu"))
     try:
-        yield TorchParallel(place, control, NUM_EXPERTS, sum_dtype), control
+        yield TorchParallel(place, control, NUM_EXPERTS), control
     finally:
         failed = control.failure is not None
         leave_group(failed=failed)
@@ -84,20 +87,20 @@ def joined(place, sum_dtype=torch.float32, silence_s=20.0):
 def layer(place, folder: Path) -> None:
     """A mixture layer and an exchange of keys, in f32 and with 16-bit sums, on a device that checks the
     order."""
-    for sum_dtype in (torch.float32, torch.bfloat16):
-        with joined(place, sum_dtype) as (parallel, _):
+    with joined(place) as (parallel, _):
+        for sum_dtype in (torch.float32, torch.bfloat16):
             found = {}
             for lengths in CHUNKS:
-                outcome = run_layer(parallel, lengths, DeviceDouble(seed=place.rank + sum(lengths)))
+                device = DeviceDouble(seed=place.rank + sum(lengths))
+                outcome = run_layer(parallel, lengths, device, sum_dtype)
                 found |= {
                     f"{name_of(lengths)}_{name}": tensor.float().numpy() for name, tensor in outcome.items()
                 }
             np.savez(folder / f"{place.rank}_{str(sum_dtype).removeprefix('torch.')}.npz", **found)
-        place = type(place)(**{**{n: getattr(place, n) for n in place.__slots__}, "prefix": "krasis/again"})
 
 
 def run_layer(
-    parallel: TorchParallel, lengths: tuple[int, ...], device: DeviceDouble
+    parallel: TorchParallel, lengths: tuple[int, ...], device: DeviceDouble, sum_dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
     p = {name: torch.from_numpy(array) for name, array in problem(lengths).items()}
     stream, num_tokens = device.stream("compute"), sum(lengths)
@@ -121,7 +124,7 @@ def run_layer(
     parallel.gather_tokens(stream, x, all_x, num_tokens)
     parallel.gather_tokens(stream, weights, all_weights, num_tokens)
     parallel.gather_ids(stream, ids, all_ids, num_tokens)
-    partial = device.empty((gathered, HIDDEN), parallel.sum_dtype)
+    partial = device.empty((gathered, HIDDEN), sum_dtype)
 
     def experts(_: int) -> None:
         total = torch.zeros(gathered, HIDDEN)
@@ -132,7 +135,7 @@ def run_layer(
         partial.copy_(total)
 
     stream.launch("experts", experts, reads=[all_x, all_ids, all_weights], writes=[partial])
-    scratch = device.empty((gathered, HIDDEN), parallel.sum_dtype) if num_tokens % 2 else None
+    scratch = device.empty((gathered, HIDDEN), sum_dtype) if num_tokens % 2 else None
     parallel.scatter_sum(stream, partial, hidden, num_tokens, scratch)
     all_hidden, ordered = full(hidden), device.empty((num_tokens, HIDDEN), torch.float32)
     parallel.gather_tokens(stream, hidden, all_hidden, num_tokens)
@@ -164,9 +167,12 @@ def exchange_kv(parallel, lengths, device, stream, p) -> dict[str, torch.Tensor]
                 )
             caches[-1].append(cache)
     before = [KvPart(*cache, 0, start_of(index)) for index, cache in enumerate(caches) if start_of(index)]
-    parallel.send_kv(stream, before)
+    room = (
+        device.empty((parallel.gathered_rows(sum(lengths)) * 200,), torch.uint8) if len(lengths) % 2 else None
+    )
+    parallel.send_kv(stream, before, room)
     ends = [start_of(index) + length for index, length in enumerate(lengths)]
-    parallel.share_kv(stream, [KvPart(*cache, start_of(i), ends[i]) for i, cache in enumerate(caches)])
+    parallel.share_kv(stream, [KvPart(*cache, start_of(i), ends[i]) for i, cache in enumerate(caches)], room)
     return {
         f"{name}_{index}": cache[number][:, : ends[index]]
         for index, cache in enumerate(caches)
@@ -190,7 +196,7 @@ def in_step(parallel: TorchParallel, control: Control, device: DeviceDouble, bef
         stream.synchronize()
 
 
-def failing(place, folder: Path, before, silence_s: float = 20.0, on_join=None) -> None:
+def failing(place, folder: Path, before, silence_s: float = PATIENCE_S, on_join=None) -> None:
     """A round that works, then one that does not; notes what this rank saw and after how long."""
     with joined(place, silence_s=silence_s) as (parallel, control):
         device = DeviceDouble()
@@ -216,7 +222,9 @@ def killed(place, folder: Path) -> None:
 
 
 def raising(place, folder: Path) -> None:
-    """The last rank has an error of its own."""
+    """The last rank has an error of its own, which is there before anybody asks for it; on a busy machine
+    ranks get much time to hear of it, and to say so."""
+    control_module.NEWS_S = watch.WORKER_GRACE_S = watch.FIRST_RANK_GRACE_S = PATIENCE_S
 
     def before(place) -> None:
         if place.rank == place.num_ranks - 1:

@@ -27,7 +27,8 @@ class FakeInner:
     def __init__(self, *, decodes: bool = True, alone_up_to: int = 0, interrupt: bool = False) -> None:
         self.capacity, self.prefill_chunk, self.kv_dtype = 100, 50, "f16"
         self.description, self.placement = "fake", ("GPU", "CPU")
-        self.spec, self.layer_done = None, None
+        self.spec, self.layer_done, self.decode_ranks = None, None, None
+        self.idle_memory = None
         self.compute_stream = SimpleNamespace(synchronize=lambda: None)
         cache = SimpleNamespace(num_slots=SLOTS, capacity=100, write=lambda *_: None)
         self.state = GpuState(cache, self.compute_stream, "f16")
@@ -71,7 +72,7 @@ class FakeJob:
         self.others_say: list[str] = []  # at the ends of joint works
         self._told = list(commands or [])
 
-    def send_kv(self, stream, parts) -> None:
+    def send_kv(self, stream, parts, scratch) -> None:
         self.sent.append([(part.keys, part.begin, part.end) for part in parts])
 
     def send(self, name: str, **arguments: Any) -> None:

@@ -10,6 +10,7 @@ from krasis.runtime import reference
 from krasis.runtime.cpu.kernels import Heads
 from krasis.runtime.gpu.kernels.attention import attend, causal_attention, pieces
 from krasis.runtime.gpu.kernels.local_attention import local_attention
+from krasis.runtime.gpu.kernels.wide_attention import wide_attention
 
 
 class Immediate:
@@ -101,6 +102,27 @@ def test_windows_and_sinks_equal_float64(
     ).reshape(tokens, -1)
     error = np.linalg.norm(out.double().numpy() - right) / np.linalg.norm(right)
     assert error < 5e-4
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("tokens", "start", "at_once", "scale"),
+    [(29, 0, 29, 1.0), (29, 40, 7, 0.06), (1, 70, 3, 0.06), (5, 0, 1, 1)],
+)
+def test_wide_heads_equal_float64(
+    device: str, dtype: torch.dtype, tokens: int, start: int, at_once: int, scale: float
+) -> None:
+    """Whatever number of queries is taken at once."""
+    random, m = torch.Generator().manual_seed(11), start + tokens
+    q = (0.3 * torch.randn((tokens, 6, 512), generator=random)).to(dtype)
+    keys, values = (torch.randn((2, m + 3, 512), generator=random).to(dtype) for _ in range(2))
+    score_bytes = 10 * 6 * m * at_once
+    seen = (one[:, :m].to(device) for one in (keys, values))
+    found = wide_attention(q.to(device), *seen, scale, score_bytes).cpu().double().numpy()
+    exact = (one.double().numpy() for one in (q, keys[:, :m], values[:, :m]))
+    right = reference.attention(*exact, start, scale)
+    assert np.linalg.norm(found - right) / np.linalg.norm(right) < (4e-3 if dtype == torch.bfloat16 else 5e-4)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: torch's FlashAttention")

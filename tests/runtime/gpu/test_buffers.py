@@ -25,12 +25,13 @@ from krasis.runtime.planning.workspace import (
     activation_bytes,
     routing_bytes,
     rows_per_rank,
+    workspace_bytes,
     workspace_layout,
 )
 
-ATTENTION = ("qkv", "attended")
+ATTENTION = ("qkv", "attended", "shared_kv")
 ROUTING = ("normed", "router_logits")
-EXPERTS = ("gated", "slots", "partial")
+EXPERTS, SUMS = ("gated", "slots", "partial"), ("partial", "received")
 HEAD = ("ordered_x", "logits")
 ALWAYS = ("hidden", "x", "ids", "weights", "gathered_x", "gathered_ids", "gathered_weights")
 
@@ -64,7 +65,7 @@ def test_it_allocates_what_the_planner_counts(kernel_device, num_tokens: int, nu
     before = kernel_device.free_bytes()
     workspace = Workspace(kernel_device, arch, torch.bfloat16, num_tokens, num_ranks)
     taken = before - kernel_device.free_bytes()
-    assert workspace.memory.numel() == workspace_layout(arch, num_tokens, num_ranks).total_bytes
+    assert workspace.memory.numel() == workspace_bytes(arch, num_tokens, num_ranks)
     planned = activation_bytes(arch, num_tokens, num_ranks)
     # The slots' tables are bounded, not counted: for the block size that takes the most.
     assert taken <= planned + 6 * 512  # the double rounds each of 6 allocations up to 512
@@ -93,8 +94,8 @@ def test_tables_of_real_shapes_fit_in_their_bound(kernel_device, name: str, num_
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
 def test_shapes_and_places_of_a_pass(kernel_device, num_ranks: int) -> None:
     arch = architecture()
-    workspace = Workspace(kernel_device, arch, torch.float16, 50, num_ranks)
-    for num_tokens in (1, 13, 50):
+    workspace = Workspace(kernel_device, arch, torch.float16, 50, num_ranks, exact_tokens=13)
+    for num_tokens in (1, 13, 14, 50):
         b = workspace.view(num_tokens)
         own = Partition(num_ranks).rows_per_rank(num_tokens)
         gathered = own * num_ranks
@@ -106,6 +107,10 @@ def test_shapes_and_places_of_a_pass(kernel_device, num_ranks: int) -> None:
         assert b.ordered_x.shape == (num_tokens, 64)
         assert b.logits.shape == (min(gathered, 64), 32)
         assert (b.partial is None) == (num_ranks == 1)
+        if b.partial is not None:
+            assert b.received.shape == b.partial.shape == (gathered, 64)
+            assert b.received.dtype == b.partial.dtype
+            assert b.partial.dtype == (torch.float32 if num_tokens <= 13 else torch.float16)
         if num_ranks == 1:
             SingleRank(6).gather_tokens(None, b.x, b.gathered_x, num_tokens)  # same memory, or it raises
         assert all(tensor.is_contiguous() and not tensor.data_ptr() % 256 for tensor in tensors(b).values())
@@ -114,15 +119,18 @@ def test_shapes_and_places_of_a_pass(kernel_device, num_ranks: int) -> None:
 
 
 def tensors(buffers: Buffers) -> dict[str, torch.Tensor]:
-    names = (*ALWAYS, *ATTENTION, *ROUTING, *EXPERTS, *HEAD)
+    names = (*ALWAYS, *ATTENTION, *ROUTING, *EXPERTS, *SUMS, *HEAD)
     return {name: one for name in names if (one := getattr(buffers, name)) is not None}
 
 
-@given(arch=architectures, num_tokens=st.integers(1, 400), num_ranks=st.integers(1, 4))
+@given(arch=architectures, num_tokens=st.integers(1, 400), num_ranks=st.integers(1, 4), exact=st.booleans())
 @settings(deadline=None)
-def test_what_lives_together_lies_apart(arch: Architecture, num_tokens: int, num_ranks: int) -> None:
-    layout = workspace_layout(arch, num_tokens, num_ranks)
-    for phase in (ATTENTION, ROUTING, EXPERTS, HEAD):
+def test_what_lives_together_lies_apart(
+    arch: Architecture, num_tokens: int, num_ranks: int, exact: bool
+) -> None:
+    layout = workspace_layout(arch, num_tokens, num_ranks, exact=exact)
+    assert ("received" in layout.regions) == (exact and num_ranks > 1)
+    for phase in (ATTENTION, ROUTING, EXPERTS, SUMS, HEAD):
         together = [layout.regions[name] for name in (*ALWAYS, *phase) if name in layout.regions]
         spans = sorted((one.offset_bytes, one.offset_bytes + one.num_bytes) for one in together)
         assert all(a[1] <= b[0] for a, b in itertools.pairwise(spans))

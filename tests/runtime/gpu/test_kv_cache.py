@@ -12,6 +12,7 @@ from krasis.runtime.gpu.kernels.dtypes import numpy_dtype
 from krasis.runtime.gpu.kv_cache import GpuKvCache
 from krasis.runtime.planning.presets import shape
 from krasis.runtime.planning.sizes import sizes_of_shape
+from krasis.runtime.state.row_form import RowForm
 
 
 def small(spec: ModelSpec, num_layers: int = 3):
@@ -47,6 +48,31 @@ def test_what_is_written_is_read_layer_by_layer(kernel_device, dtype: torch.dtyp
     assert not cache.read(stream, 0, 1, 7)[0].view(np.uint16).any()  # the other slot is as it was made
 
 
+def test_8_bits_are_read_and_written_as_on_the_cpu(kernel_device) -> None:
+    stream, spec = kernel_device.stream("compute"), small(shape("qwen3-30b-a3b"))
+    cache = GpuKvCache(kernel_device, stream, spec, 10, torch.bfloat16, num_slots=2, eight_bits=True)
+    form = RowForm((16,), "int8")
+    floats = np.random.default_rng(3).standard_normal((3, 2, 2, 7, 16)).astype(np.float32)
+    layers = form.kept(floats)
+    for index, (keys, values) in enumerate(layers):
+        cache.write(stream, 1, index, keys, values)
+    for index, expected in enumerate(layers):
+        for count in (7, 3):
+            for rows, wanted in zip(cache.read(stream, 1, index, count), expected, strict=True):
+                assert rows.dtype == np.uint8
+                assert rows.flags.c_contiguous
+                np.testing.assert_array_equal(rows, wanted[:, :count])
+    assert not cache.read(stream, 0, 1, 7)[0].any()
+    # Where kernels look for them: codes, and right behind them their scales.
+    keys, values = cache.layer(1, 2)
+    scales = cache.scales(1, 2)
+    assert keys.dtype == values.dtype == torch.int8
+    for codes, own in zip((keys, values), scales, strict=True):
+        assert own.data_ptr() == codes.data_ptr() + codes.nbytes
+    assert [one.shape[2] for pair in cache.pairs(1, 2) for one in pair] == [16, 16, 1, 1]
+    assert len(cache.layers(1)) == 6
+
+
 def test_it_takes_what_the_planner_counts(kernel_device) -> None:
     sizes = sizes_of_shape(shape("qwen3-30b-a3b"))
     spec = sizes.spec
@@ -54,6 +80,10 @@ def test_it_takes_what_the_planner_counts(kernel_device) -> None:
     cache = GpuKvCache(kernel_device, kernel_device.stream("c"), spec, 64, torch.bfloat16)
     assert before - kernel_device.free_bytes() == sizes.kv_bytes(64, "bf16")
     assert [keys.shape for keys, _ in cache.layers()] == [(4, 64, 128)] * 48
+    before = kernel_device.free_bytes()
+    half = GpuKvCache(kernel_device, kernel_device.stream("h"), spec, 64, torch.bfloat16, eight_bits=True)
+    assert before - kernel_device.free_bytes() == sizes.gpu_kv_bytes(64, "int8")
+    assert half.memory.nbytes == sizes.kv_bytes(64, "int8") == cache.memory.nbytes * 132 // 256
     with pytest.raises(OutOfDeviceMemoryError):
         GpuKvCache(kernel_device, kernel_device.stream("d"), spec, 40_000, torch.float16)
 

@@ -1,7 +1,9 @@
-"""Sizes that no kernel takes, named before any work."""
+"""Sizes that no kernel takes are named before any work; what is imported for a GPU."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -42,3 +44,11 @@ def test_sizes_of_latent_attention(changes: dict[str, Any], words: str) -> None:
     refuse(whole, EngineSettings(device="double"))
     with pytest.raises(UnsupportedModelError, match=words):
         refuse(changed, EngineSettings(device="double"))
+
+
+def test_what_runs_on_gpus_does_without_torchs_compiler() -> None:
+    code = "import sys, krasis.runtime.gpu.backend; print(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert "torch" in modules.split()
+    # Each costs a start as much as all the rest of torch.
+    assert {"torch._dynamo", "torch._inductor", "sympy"}.isdisjoint(modules.split())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -10,12 +11,13 @@ import torch
 
 from krasis.runtime.gpu.upload import Uploader
 from krasis.runtime.gpu.weights import _Block
+from tests.support.patience import PATIENCE_S
 
 
-@pytest.mark.parametrize("piece_bytes", [1, 7, 100, 10_000])
-def test_arrays_arrive_in_pieces_of_any_size(kernel_device: Any, piece_bytes: int) -> None:
+@pytest.mark.parametrize(("piece_bytes", "threads"), [(1, 1), (7, 3), (100, 2), (10_000, 1)])
+def test_arrays_arrive_in_pieces_of_any_size(kernel_device: Any, piece_bytes: int, threads: int) -> None:
     stream = kernel_device.stream("compute")
-    uploader = Uploader(kernel_device, stream, piece_bytes)
+    uploader = Uploader(kernel_device, stream, piece_bytes, threads)
     rng = np.random.default_rng(3)
     sources = [rng.integers(0, 255, size, dtype=np.uint8) for size in (1, 6, 7, 99, 100, 101, 350)]
     targets = [kernel_device.empty((len(source),), torch.uint8) for source in sources]
@@ -23,8 +25,25 @@ def test_arrays_arrive_in_pieces_of_any_size(kernel_device: Any, piece_bytes: in
         source.setflags(write=False)
         uploader.put(source, target)
     uploader.finish()
+    uploader.close()
     for source, target in zip(sources, targets, strict=True):
         np.testing.assert_array_equal(target.numpy(), source)
+
+
+def test_several_threads_copy_side_by_side(kernel_device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    together, real = threading.Barrier(3, timeout=PATIENCE_S), np.copyto
+
+    def copyto(target: Any, source: Any) -> None:
+        together.wait()
+        real(target, source)
+
+    monkeypatch.setattr(np, "copyto", copyto)
+    source = np.arange(60, dtype=np.uint8)
+    with Uploader(kernel_device, kernel_device.stream("compute"), 10, 3) as uploader:
+        target = kernel_device.empty((60,), torch.uint8)
+        uploader.put(source, target)
+        uploader.finish()
+    np.testing.assert_array_equal(target.numpy(), source)
 
 
 def test_a_block_holds_arrays_of_all_types_apart(kernel_device: Any) -> None:

@@ -23,6 +23,7 @@ from krasis.runtime.host import prefault as module
 from krasis.runtime.host.filesystem import filesystem_of_path
 from krasis.runtime.host.huge_pages import collapse, collapse_all, huge_and_mapped_bytes, huge_share
 from krasis.runtime.host.prefault import Prefault
+from tests.support.patience import PATIENCE_S
 
 NUM_BYTES = 8 * HUGE_PAGE_BYTES + 12345
 CONTENT = np.random.default_rng(0).integers(0, 256, NUM_BYTES, np.uint8)
@@ -109,6 +110,28 @@ def test_reading_ahead_ends_in_huge_pages(
     assert reading.huge_share is not None
     assert reading.huge_share > 0.99
     assert "prefault: 100 % of the weights lie in huge pages" in caplog.text
+
+
+def test_what_is_needed_first_is_read_first(small_pages: FileMapping) -> None:
+    asked, early = threading.Semaphore(0), threading.Event()
+
+    def is_early() -> bool:
+        asked.release()
+        return not early.is_set()
+
+    reading = Prefault(BundleOf(mapping=small_pages), ["a"], is_early=is_early)  # type: ignore[arg-type]
+    for _ in range(3 * module.NUM_THREADS):
+        assert asked.acquire(timeout=PATIENCE_S)
+    assert reading.progress() is None
+    assert reading._num_bytes == 0
+    early.set()
+    reading.wait()
+    assert reading._num_bytes == small_pages.num_bytes
+    assert reading.progress() is None
+    # One that is stopped does not wait for what never ends.
+    stopped = Prefault(BundleOf(mapping=small_pages), ["a"], is_early=lambda: True)  # type: ignore[arg-type]
+    stopped.stop()
+    assert stopped._num_bytes == 0
 
 
 def test_a_kernel_that_declines_is_no_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -43,7 +43,9 @@ SHAPES: Any = SimpleNamespace(
     hidden=HIDDEN,
     layers=(
         SimpleNamespace(experts=None),
-        SimpleNamespace(experts=SimpleNamespace(intermediate=INTERMEDIATE)),
+        SimpleNamespace(
+            experts=SimpleNamespace(intermediate=INTERMEDIATE, gated=True, width=lambda hidden: hidden)
+        ),
     ),
 )
 RECORD = CpuTileLayout("q8").expert_record(HIDDEN, INTERMEDIATE)

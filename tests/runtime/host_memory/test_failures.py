@@ -26,6 +26,7 @@ from krasis.formats.errors import (
 from krasis.runtime.host_memory import arena, in_place, loader, open_store, reader
 from krasis.runtime.host_memory.reader import ShardReader
 from krasis.runtime.host_memory.registrar import RegistrationError
+from tests.support.patience import PATIENCE_S
 
 METHODS = ("in-place", "arena", "ring")
 
@@ -96,6 +97,7 @@ def test_an_io_error_is_carried_to_the_caller(bundle, device, monkeypatch, mappe
         store.acquire(0, 0, 5)  # what came before is there
         with pytest.raises(ResourceError, match="Input/output error"):
             store.wait_loaded()
+    assert not store.is_loading
     store.close()
     assert all_gone(mapped)
 
@@ -169,6 +171,8 @@ def test_loading_goes_on_in_the_background_in_the_order_of_layers(bundle, device
     store = open_store(bundle, device, method="arena", num_threads=1)
     chunks = -(-expected[0].nbytes // (4096 * 8))
     assert store.load_progress() == (0, expected.nbytes)
+    assert store.is_loading
+    assert store.load_report().remaining_s == pytest.approx(expected.nbytes / 20e9)
     gate.release(chunks)
     np.testing.assert_array_equal(store.acquire(0, 0, 5).tensor.numpy(), expected[0])
     assert store.load_progress() == (expected[0].nbytes, expected.nbytes)
@@ -178,9 +182,11 @@ def test_loading_goes_on_in_the_background_in_the_order_of_layers(bundle, device
     time.sleep(0.05)
     assert waiting.is_alive()
     gate.release(2 * chunks)
-    waiting.join(10)
+    waiting.join(PATIENCE_S)
     store.wait_loaded()
     assert store.load_progress() == (expected.nbytes, expected.nbytes)
+    assert not store.is_loading
+    assert store.load_report().remaining_s == 0.0
     store.close()
 
 
@@ -189,13 +195,13 @@ def test_closing_while_it_loads_stops_and_frees(bundle, device, ledger, monkeypa
 
     def read(self, *arguments, **named) -> None:
         began.set()
-        goes_on.wait(10)
+        goes_on.wait(PATIENCE_S)
         real(self, *arguments, **named)
 
     monkeypatch.setattr(ShardReader, "read", read)
     monkeypatch.setattr(loader, "CHUNK_BYTES", 4096)
     store = open_store(bundle, device, method="arena", registrar=ledger, num_threads=1)
-    assert began.wait(10)
+    assert began.wait(PATIENCE_S)
     errors: list[KrasisError] = []
 
     def acquire() -> None:
@@ -208,14 +214,30 @@ def test_closing_while_it_loads_stops_and_frees(bundle, device, ledger, monkeypa
     waiting.start()
     closing = threading.Thread(target=store.close)
     closing.start()
-    waiting.join(10)
+    waiting.join(PATIENCE_S)
     assert "closed" in str(errors[0])
     goes_on.set()
-    closing.join(10)
+    closing.join(PATIENCE_S)
     assert not closing.is_alive()
     assert store.load_progress()[0] == 0
     assert ledger.held == {}
     assert all_gone(mapped)
+
+
+def test_pieces_are_unpinned_side_by_side(bundle, device, ledger, monkeypatch):
+    """Unpinning a hundred gigabytes one after the other would hold up the end of a command for seconds."""
+    store = open_store(bundle, device, method="in-place", registrar=ledger)
+    store.wait_loaded()
+    together, real = threading.Barrier(3, timeout=PATIENCE_S), ledger.unregister
+
+    def unregister(memory) -> None:
+        together.wait()
+        real(memory)
+
+    monkeypatch.setattr(ledger, "unregister", unregister)
+    assert len(ledger.held) == 3
+    store.close()
+    assert ledger.held == {}
 
 
 def test_a_thread_that_dies_of_a_bug_leaves_nobody_waiting(bundle, device, monkeypatch):

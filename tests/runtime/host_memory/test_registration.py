@@ -59,7 +59,8 @@ def library(monkeypatch) -> SimpleNamespace:
 
 
 def test_the_library_gets_address_size_and_flag_on_the_right_gpu(library):
-    registrar = CudaRegistrar(library, torch.device("cuda", 2))
+    known: set[int] = set()
+    registrar = CudaRegistrar(library, torch.device("cuda", 2), known)
     memory = tensor_of(anonymous(3 * PAGE))
     registrar.register(memory, read_only=True)
     registrar.register(memory[PAGE:], read_only=False)
@@ -70,6 +71,7 @@ def test_the_library_gets_address_size_and_flag_on_the_right_gpu(library):
     ]
     assert library.krasis_cuda_host_unregister.calls == [(memory.data_ptr(),)]
     assert library.devices == [torch.device("cuda", 2)] * 3
+    assert known == {memory.data_ptr() + PAGE}  # a stream need not ask the driver about it
 
 
 def test_a_refusal_has_cudas_words_and_the_limit_on_locked_memory(library, memlock):

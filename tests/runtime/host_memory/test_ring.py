@@ -19,6 +19,7 @@ from krasis.runtime.host.environment import probe_memory
 from krasis.runtime.host_memory import PinnedExperts, open_store, opening
 from krasis.runtime.host_memory.shards import Shards
 from krasis.runtime.planning.host import host_reserve_bytes
+from tests.support.patience import PATIENCE_S
 
 ALL = [(layer, first, 1) for layer in range(3) for first in range(5)]
 
@@ -32,7 +33,7 @@ class Gate:
 
     def synchronize(self) -> None:
         self.waited.set()
-        if not self.done.wait(10):
+        if not self.done.wait(PATIENCE_S):
             raise TimeoutError
 
     def is_done(self) -> bool:
@@ -83,7 +84,7 @@ def make_ring(bundle, device, record_bytes) -> Iterator[Callable]:
 
 
 def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE_S
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.001)
@@ -112,7 +113,7 @@ def test_a_slot_is_not_overwritten_before_its_event(make_ring, expected, reads):
     gates = Gate(), Gate()
     store.release(first, gates[0])
     store.release(second, gates[1])
-    assert gates[0].waited.wait(10)
+    assert gates[0].waited.wait(PATIENCE_S)
     time.sleep(0.02)
     np.testing.assert_array_equal(first.tensor.numpy()[0], expected[0, 0])
     np.testing.assert_array_equal(second.tensor.numpy()[0], expected[0, 1])
@@ -226,12 +227,12 @@ def test_a_group_that_comes_while_another_is_being_read_makes_room(make_ring, mo
 
     def slowly(self, layer: int, begin: int, out, *, keep: bool = False) -> None:
         began.set()
-        goes_on.wait(10)
+        goes_on.wait(PATIENCE_S)
         original(self, layer, begin, out, keep=keep)
 
     monkeypatch.setattr(Shards, "read", slowly)
     store.expect([(1, 0, 1), (2, 0, 1)])
-    assert began.wait(10)
+    assert began.wait(PATIENCE_S)
     threading.Timer(0.05, goes_on.set).start()
     np.testing.assert_array_equal(store.acquire(2, 4, 1).tensor.numpy()[0], expected[2, 4])
     np.testing.assert_array_equal(held.tensor.numpy()[0], expected[0, 0])

@@ -119,8 +119,7 @@ def test_prefill_of_glm_on_one_gpu(glm: ModelSizes, machine) -> None:
     assert attention / 0.8 < plan.prefill.attention_s < attention / 0.39  # 234 MiB of results: two pieces
     rows = 10_000 * 8 + 20 * 128
     assert plan.prefill.expert_s == pytest.approx(2 * 45 * rows * GLM_EXPERT / 17e12, rel=1e-6)
-    cold = 1 - plan.gpus[0].resident_experts / (45 * 128)
-    assert plan.prefill.dma_s == pytest.approx(45 * 128 * cold * GLM_GPU_RECORD / 13e9, rel=1e-6)
+    assert plan.prefill.dma_s == pytest.approx(45 * 128 * GLM_GPU_RECORD / 13e9, rel=1e-6)
     assert plan.gpus[0].num_experts == 128
     assert plan.gpus[0].dense_bytes == glm.dense_bytes
 
@@ -134,13 +133,14 @@ def test_decode_of_glm(glm: ModelSizes, machine) -> None:
     on_cpu = make_plan(glm, machine(0), work).decode
     assert on_cpu.cpu_experts_bytes == 45 * 8 * GLM_CPU_RECORD
     reads = glm.dense_bytes + kv + 45 * 8 * GLM_CPU_RECORD
-    assert on_cpu.total_s == pytest.approx(reads / (0.8 * 140e9), rel=1e-9)
+    threads_s = 46 * 120e-6 + 45 * 70e-6
+    assert on_cpu.total_s == pytest.approx(reads / (0.8 * 140e9) + threads_s, rel=1e-9)
     plan = make_plan(glm, machine(1), work)
     cold = 1 - plan.gpus[0].resident_experts / (45 * 128)
-    assert plan.decode.handover_s == pytest.approx(45 * 25e-6)
+    assert plan.decode.handover_s == pytest.approx(45 * 85e-6)
     assert plan.decode.dense_s == pytest.approx(glm.dense_bytes / (0.8 * 224e9))
     assert plan.decode.cpu_experts_s == pytest.approx(
-        45 * 8 * cold * GLM_CPU_RECORD / (0.8 * 140e9), rel=1e-6
+        45 * 8 * cold * GLM_CPU_RECORD / (0.8 * 140e9) + 45 * 70e-6, rel=1e-6
     )
 
 
@@ -329,4 +329,4 @@ def test_a_model_without_experts_is_refused() -> None:
 
 def test_a_small_card_says_what_glm_needs(glm: ModelSizes, machine) -> None:
     with pytest.raises(ResourceError, match="dense weights and the KV cache do not fit"):
-        make_plan(glm, machine(1, 8 * GIB), make_workload(glm.spec))
+        make_plan(glm, machine(1, 6 * GIB), make_workload(glm.spec))

@@ -114,12 +114,17 @@ def test_dense_weights_that_do_not_fit_are_refused_with_the_numbers(qwen_235b, m
 
 
 def test_no_room_for_buffers_is_refused_with_the_numbers(qwen_235b, machine):
-    least = least_vram_bytes(qwen_235b, workload_of(qwen_235b))
-    make_plan(qwen_235b, machine(1, least), workload_of(qwen_235b))
+    work = workload_of(qwen_235b)  # of two GPUs: one would give keys and values to the RAM
+    least = least_vram_bytes(qwen_235b, work, 2)
+    make_plan(qwen_235b, machine(2, least), work)
     with pytest.raises(ResourceError, match="no room for two expert buffers") as caught:
-        make_plan(qwen_235b, machine(1, least - 1), workload_of(qwen_235b))
-    # 2 x 9.73 MB, 64 MiB of scratch, 256 tokens' residual stream, 64 rows of logits
-    assert "needs 131.9 MB" in str(caught.value)
+        make_plan(qwen_235b, machine(2, least - 1), work)
+    # 2 x 9.73 MB, 64 MiB of scratch, 64 rows of logits; of 128 tokens the residual stream and its 16 bits,
+    # of 256 what two ranks exchange, and that in its order
+    assert "needs 132.9 MB" in str(caught.value)
+    alone = least_vram_bytes(qwen_235b, work)
+    assert make_plan(qwen_235b, machine(1, alone), work).workload.host_kv_layers == 0
+    assert make_plan(qwen_235b, machine(1, alone - 1), work).workload.host_kv_layers > 0
 
 
 def test_whole_layer_vram_is_exactly_enough_for_one_group(qwen_235b, machine):

@@ -130,7 +130,7 @@ def test_more_vram_never_gives_more_groups_or_a_refusal(sizes, work, num_gpus, b
 @given(any_models, workloads, st.integers(1, 4), st.integers(2**20, 2**36), rates, rates, rates)
 def test_more_link_speed_never_gives_a_longer_prefill(sizes, work, num_gpus, beyond, link, more, tflops):
     assume(num_gpus <= fewest_experts(sizes))
-    vram = least_vram_bytes(sizes, work) + beyond
+    vram = least_vram_bytes(sizes, work, num_gpus) + beyond
     slow = make_plan(sizes, hardware(num_gpus, vram, link, tflops=tflops), work)
     fast = make_plan(sizes, hardware(num_gpus, vram, link + more, tflops=tflops), work)
     assert fast.prefill.total_s <= slow.prefill.total_s
@@ -145,7 +145,7 @@ def test_more_link_speed_never_gives_a_longer_prefill(sizes, work, num_gpus, bey
 )
 def test_the_plan_never_exceeds_the_hardware(sizes, work, num_gpus, beyond, ram, data):
     assume(num_gpus <= fewest_experts(sizes))
-    vram = least_vram_bytes(sizes, work) + beyond
+    vram = least_vram_bytes(sizes, work, max(1, num_gpus)) + beyond
     if data.draw(st.booleans()):
         ram += sizes.cpu_experts_bytes
     plan = plan_or_none(sizes, hardware(num_gpus, vram, 13.0, ram), work)
@@ -183,7 +183,7 @@ def test_the_plan_never_exceeds_the_hardware(sizes, work, num_gpus, beyond, ram,
 @given(any_models, workloads, st.integers(1, 4), st.integers(2**20, 2**36))
 def test_every_expert_belongs_to_one_rank(sizes, work, num_gpus, beyond):
     assume(num_gpus <= fewest_experts(sizes))
-    plan = make_plan(sizes, hardware(num_gpus, least_vram_bytes(sizes, work) + beyond, 13.0), work)
+    plan = make_plan(sizes, hardware(num_gpus, least_vram_bytes(sizes, work, num_gpus) + beyond, 13.0), work)
     owned = [
         expert for gpu in plan.gpus for expert in range(gpu.first_expert, gpu.first_expert + gpu.num_experts)
     ]

@@ -7,7 +7,9 @@ import dataclasses
 import pytest
 
 from krasis.formats.errors import UsageError
+from krasis.runtime.context_size import tokens_in_vram
 from krasis.runtime.planning import ModelSizes, Workload, count_parameters, make_plan, sizes_of_shape
+from krasis.runtime.planning.kv_form import kv_scratch_bytes
 from krasis.runtime.planning.presets import SHAPES, shape
 
 
@@ -58,12 +60,37 @@ def test_unknown_kv_dtype_is_refused(qwen_235b: ModelSizes):
         qwen_235b.kv_bytes(1, "q8")
 
 
-def test_8_bits_have_a_scale_a_key_and_are_for_cpus(qwen_235b: ModelSizes, machine):
+def test_8_bits_have_a_scale_a_key(qwen_235b: ModelSizes, machine):
     assert qwen_235b.kv_bytes(10, "int8") == 10 * 94 * 2 * 4 * (128 + 4)
     work = Workload(8192, 4096, "int8")
     assert make_plan(qwen_235b, machine(0), work).host.kv_bytes == 8192 * 94 * 2 * 4 * 132
-    with pytest.raises(UsageError, match="8 bits"):
-        make_plan(qwen_235b, machine(1), work)
+    # A GPU attends to floats of them, of a layer's 4 heads at once: 16.8 MB.
+    plan = make_plan(qwen_235b, machine(1), work)
+    assert plan.gpus[0].kv_bytes == 8192 * (94 * 2 * 4 * 132 + 2 * 4 * 128 * 2)
+    assert plan.workload.kv_dtype == "int8"
+
+
+def test_twice_the_context_in_8_bits(qwen_235b: ModelSizes):
+    wide, narrow = (qwen_235b.tokens_within(10e9, kind) for kind in ("bf16", "int8"))
+    assert 1.9 < narrow / wide < 1.94
+    vram_bytes = 80 * 2**30
+    assert tokens_in_vram(qwen_235b, vram_bytes, "bf16") == 89_088  # 17.2 GB, 20 % of it
+    assert tokens_in_vram(qwen_235b, vram_bytes, "int8") == 173_056
+
+
+def test_latents_stay_in_16_bits_on_a_gpu(machine):
+    sizes = sizes_of_shape(shape("deepseek-v2-lite"))
+    work = Workload(8192, 4096, "int8")
+    plan = make_plan(sizes, machine(1), work)
+    assert plan.workload.kv_dtype == "bf16"
+    assert plan.gpus[0].kv_bytes == sizes.kv_bytes(8192, "bf16") == 27 * 8192 * 576 * 2
+    assert make_plan(sizes, machine(0), work).host.kv_bytes == 27 * 8192 * (576 + 8)
+
+
+def test_floats_of_8_bits_have_a_bounded_scratch(qwen_235b: ModelSizes):
+    a_head = 2 * 128 * 2  # bytes of a position
+    for tokens, expected in ((1000, 4000), (100_000, 131_072), (200_000, 200_000)):
+        assert kv_scratch_bytes(qwen_235b.spec, tokens) == expected * a_head
 
 
 def test_an_unknown_shape_names_the_known_ones():

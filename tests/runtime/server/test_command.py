@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,8 +37,20 @@ def test_what_cannot_be_served_is_told_in_a_sentence(
 
 
 def test_keys_come_from_a_file_too(tmp_path: Path) -> None:
-    from krasis.runtime.server.command import _keys_of
+    from krasis.runtime.server.api_keys import keys_of
 
     file = tmp_path / "keys"
     file.write_text("# of the editors\nfirst\n\n second \n")
-    assert _keys_of(file) == ["first", "second"]
+    assert keys_of(file) == ["first", "second"]
+
+
+def test_the_server_imports_nothing_of_the_engines() -> None:
+    """A start takes the time of the slower of the two: torch alone would be seconds."""
+    code = (
+        "import sys, krasis.runtime.server.opening, krasis.runtime.server.running;"
+        "print(*{one.partition('.')[0] for one in sys.modules})"
+    )
+    command = [sys.executable, "-c", code]
+    found = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    assert "uvicorn" in found
+    assert not {"torch", "transformers", "llguidance", "gguf", "h5py", "tqdm", "huggingface_hub"} & set(found)

@@ -75,3 +75,9 @@ def test_a_stream(serve: Serve) -> None:
 def test_what_cannot_be_served_is_refused(serve: Serve, body: Any) -> None:
     reply = serve().post(PATH, body)
     assert reply.status == 400, reply.text
+
+
+@pytest.mark.parametrize("path", [PATH, "/completion"])
+def test_an_empty_prompt_is_refused_by_its_field(serve: Serve, path: str) -> None:
+    reply = serve().post(path, {"prompt": ""})
+    assert (reply.status, reply.json["error"]["param"]) == (400, "prompt")

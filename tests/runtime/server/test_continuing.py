@@ -61,6 +61,7 @@ def test_an_assistant_that_has_called_or_said_nothing_is_not_gone_on_with(serve:
         (BEGUN, {"continue_final_message": True, "add_generation_prompt": True}),
         (BEGUN, {"continue_final_message": "yes"}),
         (BEGUN[:1], ON),
+        ([*BEGUN, {"role": "assistant", "content": "blue."}], {}),  # which of the two is begun?
         (
             [*BEGUN, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}],
             ON,
@@ -73,6 +74,15 @@ def test_what_cannot_be_gone_on_with_is_refused(
     reply = serve().post(CHAT, ask(messages, **more))
     assert reply.status == 400
     assert reply.json["error"]["type"] == "invalid_request_error"
+
+
+def test_two_answers_in_a_row_are_what_the_request_says(serve: Serve) -> None:
+    served = serve()
+    two = [*BEGUN, {"role": "assistant", "content": "Yes, "}]
+    for wanted, end in ((ON, "assistant\nYes, "), ({"continue_final_message": False}, "assistant\n")):
+        shown = served.post("/apply-template", ask(two, **wanted)).json["prompt"]
+        assert "The colour is" in shown
+        assert shown.endswith(end)
 
 
 def test_anthropics_clients_begin_an_answer_by_the_last_message_alone(serve: Serve) -> None:

@@ -21,6 +21,7 @@ from krasis.runtime.serving.api import (
 )
 from krasis.runtime.serving.core import EngineCore
 from krasis.runtime.serving.model_side import CoreSettings
+from tests.support.patience import PATIENCE_S
 
 MakeCore = Callable[..., EngineCore]
 
@@ -160,7 +161,7 @@ def test_who_asks_the_same_during_a_pass_waits_for_it_even_if_its_client_is_gone
 
     def hold(_: Batch) -> None:
         has_begun.set()
-        may_go_on.wait(10)
+        may_go_on.wait(PATIENCE_S)
 
     core = make_core(backend)
     finish(core, core.submit(ask(prompt(9, 3), 1)))
@@ -169,13 +170,13 @@ def test_who_asks_the_same_during_a_pass_waits_for_it_even_if_its_client_is_gone
     core.start()
     same = prompt(1, 500)
     first = core.submit(ask(same))
-    assert has_begun.wait(10)
+    assert has_begun.wait(PATIENCE_S)
     if is_killed:
         first.cancel()
     again = core.submit(ask(same))
     may_go_on.set()
-    assert list(first.events(5))[-1].reason == ("cancelled" if is_killed else "length")
-    events = list(again.events(5))
+    assert list(first.events(PATIENCE_S))[-1].reason == ("cancelled" if is_killed else "length")
+    events = list(again.events(PATIENCE_S))
     assert tokens_of(events) == expected(same, 5)
     # With checkpoints, the first pass ends before the prompt's last tokens; a killed client asks for no more.
     num_cached = 484 if checkpoints and is_killed else 499
@@ -197,7 +198,7 @@ def test_events_for_a_loop_and_a_cancel_from_it(make_core: MakeCore) -> None:
                     ticket.cancel()
             return events
 
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_S):
             return await asyncio.gather(all_of(one, -1), all_of(other, 10))
 
     one, other = asyncio.run(read())

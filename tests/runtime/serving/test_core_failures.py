@@ -28,6 +28,7 @@ from krasis.runtime.serving.api import (
 from krasis.runtime.serving.core import EngineCore
 from krasis.runtime.serving.model_side import CoreSettings
 from krasis.runtime.serving.steps import Limits
+from tests.support.patience import PATIENCE_S
 
 MakeCore = Callable[..., EngineCore]
 
@@ -222,10 +223,10 @@ def test_closing_ends_every_request(make_core: MakeCore) -> None:
     core = make_core(backend, CoreSettings(num_slots=2))
     core.start()
     tickets = [core.submit(ask(prompt(seed, 30), 100_000)) for seed in range(4)]
-    next(tickets[0].events(5))
+    next(tickets[0].events(PATIENCE_S))
     core.close()
     for ticket in tickets:
-        *_, last = ticket.events(5)
+        *_, last = ticket.events(PATIENCE_S)
         assert isinstance(last, Failed)
         assert isinstance(last.error, CoreClosedError)
     assert backend.is_closed
@@ -246,7 +247,7 @@ def test_many_threads_ask_and_leave(make_core: MakeCore) -> None:
             ticket = core.submit(ask(tokens, 10, side=chance.random() < 0.3))
             leaves_after = chance.choice([0, 1, 3, 99])
             events = []
-            for event in ticket.events(30):
+            for event in ticket.events(PATIENCE_S):
                 events.append(event)
                 if len(events) > leaves_after:
                     ticket.cancel()
@@ -258,7 +259,7 @@ def test_many_threads_ask_and_leave(make_core: MakeCore) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(PATIENCE_S)
     assert not any(thread.is_alive() for thread in threads)
     assert faults == []
     status = core.status()
@@ -273,7 +274,7 @@ def test_a_core_closed_as_soon_as_it_is_started(make_core: MakeCore) -> None:
         core.start()
         ticket = core.submit(ask([1, 2]))
         core.close()
-        assert isinstance(list(ticket.events(5))[-1], Failed | Finished)
+        assert isinstance(list(ticket.events(PATIENCE_S))[-1], Failed | Finished)
         assert backend.is_closed
 
 
@@ -320,7 +321,7 @@ def test_a_device_that_is_broken_for_good_ends_the_core(make_core: MakeCore, is_
     core = make_core(backend)
     backend.before = fail
     core.start()
-    last = list(core.submit(ask(prompt(1, 20))).events(10))[-1]
+    last = list(core.submit(ask(prompt(1, 20))).events(PATIENCE_S))[-1]
     assert isinstance(last, Failed)
     assert "illegal memory access" in str(last.error)
     if is_broken:
@@ -328,4 +329,4 @@ def test_a_device_that_is_broken_for_good_ends_the_core(make_core: MakeCore, is_
         assert backend.is_closed
         return
     backend.before = lambda _: None
-    assert isinstance(list(core.submit(ask(prompt(1, 20))).events(10))[-1], Finished)
+    assert isinstance(list(core.submit(ask(prompt(1, 20))).events(PATIENCE_S))[-1], Finished)

@@ -16,6 +16,7 @@ from krasis.runtime.serving.api import Delta, Finished, Request
 from krasis.runtime.serving.model_side import CoreSettings
 from krasis.runtime.serving.opening import OpenedCore, open_core
 from krasis.runtime.settings import EngineSettings
+from tests.support.patience import PATIENCE_S
 
 PROMPT = list(range(40, 140))
 OTHER = list(range(200, 290))
@@ -33,7 +34,7 @@ def answer(core: OpenedCore, prompt: list[int], slot: int | None = None) -> tupl
     """The tokens, and how many of the prompt were found."""
     request = Request(id="x", prompt=prompt, max_tokens=12, ignore_ends=True, is_plain=True, slot=slot)
     tokens: list[int] = []
-    for event in core.core.submit(request).events(30):
+    for event in core.core.submit(request).events(PATIENCE_S):
         if isinstance(event, Delta):
             tokens += event.tokens
         elif isinstance(event, Finished):
@@ -44,19 +45,19 @@ def answer(core: OpenedCore, prompt: list[int], slot: int | None = None) -> tupl
 def test_a_saved_slot_is_gone_on_from_in_another_process(tiny_bundle: Path, tmp_path: Path) -> None:
     with opened(tiny_bundle, tmp_path) as core:
         expected, _ = answer(core, PROMPT, slot=1)
-        saved = core.slots.save(1, "a.kv").result(30)
+        saved = core.slots.save(1, "a.kv").result(PATIENCE_S)
         assert saved.num_bytes == (tmp_path / "a.kv").stat().st_size
         assert len(PROMPT) <= saved.num_tokens == core.core.status().slots[1].num_tokens
     with opened(tiny_bundle, tmp_path) as core:
-        assert core.slots.restore(0, "a.kv").result(30).num_tokens == saved.num_tokens
+        assert core.slots.restore(0, "a.kv").result(PATIENCE_S).num_tokens == saved.num_tokens
         assert answer(core, PROMPT, slot=0) == (expected, len(PROMPT) - 1)
 
 
 def test_an_emptied_slot_holds_nothing(tiny_bundle: Path) -> None:
     with opened(tiny_bundle, None) as core:
         answer(core, PROMPT, slot=0)
-        assert core.slots.erase(0).result(30) >= len(PROMPT)
-        assert core.slots.erase(1).result(30) == 0
+        assert core.slots.erase(0).result(PATIENCE_S) >= len(PROMPT)
+        assert core.slots.erase(1).result(PATIENCE_S) == 0
         assert answer(core, PROMPT, slot=0)[1] == 0
 
 
@@ -66,9 +67,9 @@ def test_what_the_slot_held_before_is_kept_elsewhere(tiny_bundle: Path, tmp_path
     with open_core(tiny_bundle, engine, settings, slot_dir=tmp_path) as core:
         core.core.start()
         answer(core, PROMPT)
-        core.slots.save(0, "a.kv").result(30)
+        core.slots.save(0, "a.kv").result(PATIENCE_S)
         answer(core, OTHER)
-        core.slots.restore(0, "a.kv").result(30)
+        core.slots.restore(0, "a.kv").result(PATIENCE_S)
         assert answer(core, OTHER)[1] == len(OTHER) - 1
 
 
@@ -80,30 +81,30 @@ def test_files_are_in_the_folder_and_nowhere_else(tiny_bundle: Path, tmp_path: P
     folder.mkdir()
     with opened(tiny_bundle, folder) as core:
         with pytest.raises(UsageError):
-            core.slots.restore(0, name).result(30)
+            core.slots.restore(0, name).result(PATIENCE_S)
         if name != "no.kv":
             with pytest.raises(UsageError):
-                core.slots.save(0, name).result(30)
+                core.slots.save(0, name).result(PATIENCE_S)
     assert list(folder.iterdir()) == []
 
 
 def test_damaged_files_and_strange_ones_change_nothing(tiny_bundle: Path, tmp_path: Path) -> None:
     with opened(tiny_bundle, tmp_path) as core:
         expected, _ = answer(core, PROMPT, slot=0)
-        core.slots.save(0, "a.kv").result(30)
+        core.slots.save(0, "a.kv").result(PATIENCE_S)
         data = bytearray((tmp_path / "a.kv").read_bytes())
         data[-5] ^= 1
         (tmp_path / "bad.kv").write_bytes(data)
         (tmp_path / "strange.kv").write_bytes(b"nothing")
         for name in ("bad.kv", "strange.kv"):
             with pytest.raises(KrasisError):
-                core.slots.restore(0, name).result(30)
+                core.slots.restore(0, name).result(PATIENCE_S)
         with pytest.raises(UsageError):
-            core.slots.save(0, "strange.kv").result(30)
+            core.slots.save(0, "strange.kv").result(PATIENCE_S)
         with pytest.raises(UsageError, match="empty"):
-            core.slots.save(1, "b.kv").result(30)
+            core.slots.save(1, "b.kv").result(PATIENCE_S)
         with pytest.raises(UsageError, match="no such slot"):
-            core.slots.erase(2).result(30)
+            core.slots.erase(2).result(PATIENCE_S)
         assert answer(core, PROMPT, slot=0) == (expected, len(PROMPT) - 1)
 
 
@@ -113,7 +114,7 @@ def test_requests_of_one_slot_wait_for_each_other_and_for_nobody_else(tiny_bundl
         tickets = [core.core.submit(Request(id=f"{n}", prompt=PROMPT[n:], slot=0, **plain)) for n in range(3)]
         free = core.core.submit(Request(id="free", prompt=OTHER, **plain))
         for ticket in [free, *tickets]:
-            assert isinstance(list(ticket.events(30))[-1], Finished)
+            assert isinstance(list(ticket.events(PATIENCE_S))[-1], Finished)
         assert core.core.status().counters.num_finished == {"length": 4}
         with pytest.raises(UsageError, match="no such slot"):
             core.core.submit(Request(id="x", prompt=PROMPT, slot=2))
@@ -122,9 +123,9 @@ def test_requests_of_one_slot_wait_for_each_other_and_for_nobody_else(tiny_bundl
 def test_a_slot_in_use_is_let_be(tiny_bundle: Path) -> None:
     with opened(tiny_bundle, None) as core:
         ticket = core.core.submit(Request(id="x", prompt=PROMPT, slot=0, ignore_ends=True, is_plain=True))
-        next(iter(ticket.events(30)))
+        next(iter(ticket.events(PATIENCE_S)))
         with pytest.raises(UsageError, match="works in this slot"):
-            core.slots.erase(0).result(30)
+            core.slots.erase(0).result(PATIENCE_S)
         ticket.cancel()
 
 

@@ -90,8 +90,9 @@ def test_goes_back_to_copies_and_somewhat_before(store: HybridStore) -> None:
     last, before = 300, 300 - TAIL_TOKENS
     asked = (before - 1, before, 299, 300, 500, 700 - BACK)
     assert [store.restorable(slot, at) for at in asked] == [0, before, 299, last, last, 700 - BACK]
-    keys, _ = store.export(slot, 0, 290)
-    np.testing.assert_array_equal(keys[0, :, 0], np.arange(190, 290))
+    for at in (290, before):  # of the first position a whole window, too
+        keys, _ = store.export(slot, 0, at)
+        np.testing.assert_array_equal(keys[0, :, 0], np.arange(at - 100, at))
     store.rewind(slot, 290)
     run(store, slot, 290, 30)
     assert store.restorable(slot, before) == before
@@ -106,13 +107,13 @@ def test_a_copy_takes_what_is_overwritten_when_it_is(store: HybridStore) -> None
     run(store, slot, 0, 300)
     store.checkpoint(slot)
     (window,) = store._fixed[slot].copies[300].windows.values()
-    assert (window.first, window.num_saved) == (300 - TAIL_TOKENS - 99, 0)
-    spare = ROWS - 99 - TAIL_TOKENS
+    assert (window.first, window.num_saved) == (300 - TAIL_TOKENS - 100, 0)
+    spare = ROWS - 100 - TAIL_TOKENS
     run(store, slot, 300, spare)
     assert window.num_saved == 0
     for count in (5, 20, 60, 300):
         run(store, slot, 300 + spare, count)
-        assert min(count, 99 + TAIL_TOKENS) <= window.num_saved <= min(count + 31, 99 + TAIL_TOKENS)
+        assert min(count, 100 + TAIL_TOKENS) <= window.num_saved <= min(count + 31, 100 + TAIL_TOKENS)
         exported = store.export(slot, 0, 295)[0]
         np.testing.assert_array_equal(exported[0, :, 0], np.arange(195, 295))
         store.rewind(slot, 300)
@@ -176,6 +177,7 @@ def test_a_short_context_is_kept_whole() -> None:
         ("gpt-oss-120b", 18 * 2 * 8 * 64 * 2, 18 * 2 * 8 * 64 * 2 * ring_positions(128)),
         ("gemma-4-26b-a4b", 5 * 2 * 2 * 512 * 2, 25 * 2 * 8 * 256 * 2 * ring_positions(1024)),
         ("deepseek-v3", 61 * 576 * 2, 0),
+        ("glm-5", 78 * (576 + 128) * 2, 0),
         ("qwen3-235b-a22b", 94 * 2 * 4 * 128 * 2, 0),
         ("qwen3.5-35b-a3b", 10 * 2 * 2 * 256 * 2, 30 * (32 * 128 * 128 + 3 * 8192) * 4),
     ],
@@ -203,6 +205,7 @@ def test_the_store_takes_what_the_plan_says(
         ("qwen3-235b-a22b", 94 * 2 * 4 * (128 + 4)),
         ("gpt-oss-120b", 18 * 2 * 8 * (64 + 4)),
         ("deepseek-v3", 61 * (576 + 2 * 4)),
+        ("deepseek-v3.2", 61 * (576 + 2 * 4 + 128 + 4)),
     ],
 )
 def test_8_bits_take_half(name: str, token_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,7 +222,7 @@ def test_8_bits_take_half(name: str, token_bytes: int, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("dtype", ["f16", "int8"])
-@pytest.mark.parametrize("name", ["gpt-oss-120b", "deepseek-v3", "qwen3.5-35b-a3b"])
+@pytest.mark.parametrize("name", ["gpt-oss-120b", "deepseek-v3", "glm-5", "qwen3.5-35b-a3b"])
 def test_what_an_export_takes_is_known_before(name: str, dtype: str) -> None:
     config = json.loads((CONFIGS / f"{name}.json").read_text("utf-8"))
     spec = spec_from_hf(config, name)

@@ -97,6 +97,15 @@ def test_the_date_is_offered() -> None:
         ("{% for i in range(9000) %}{{ 'a' * 10000 }}{% endfor %}", "too much"),
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
         ("{{ messages.append(1) }}", "unsafe"),
+        ("{{ [].extend([1]) }}", "unsafe"),
+        ("{{ {}.clear() }}", "unsafe"),
+        ("{{ '{0.__class__}'.format(1) }}", "format"),
+        ("{{ '{!r}'.format(1) }}", "format"),
+        ("{{ '{0[x]}'.format({'x': 1}) }}", "format"),
+        ("{{ '{}{}'.format(1) }}", "no value"),
+        ("{{ '{}'.format_map({}) }}", "format"),
+        ("{{ 'a' | indent(10000) }}", "indent"),
+        ("{{ '[1' | from_json }}", "refused"),
         ("{{ cycler.__init__.__globals__ }}", "unsafe"),
         ("{{ nothing.attribute }}", "undefined"),
         ("{{ messages[0].content + 1 }}", "refused"),
@@ -106,6 +115,20 @@ def test_the_date_is_offered() -> None:
 def test_a_template_cannot_escape_or_exhaust(source: str, complaint: str) -> None:
     with pytest.raises(FormatError, match=complaint):
         ChatTemplate(source, {}).render(TURNS)
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        ("{% set q = [] %}{{ q.append(1) or '' }}{{ q.append('x') or '' }}{{ q.pop(0) }}{{ q }}", "1['x']"),
+        ("{% set d = {'a': 1} %}{% set _ = d.update({'a': 2}) %}{{ d.a }}", "2"),
+        ("{{ '<a{}>{x}{0}'.format(':o', x=3) }}{{ '{{}}'.format() }}", "<a:o>3:o{}"),
+        ("{{ ('a\n' ~ 'b') | indent(2, true) }}", "  a\n  b"),
+        ("{{ ('{\"a\": [1]}' | from_json).a[0] + 1 }}", "2"),
+    ],
+)
+def test_what_templates_of_released_models_need(source: str, text: str) -> None:
+    assert ChatTemplate(source, {}).render(TURNS) == text
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from krasis.runtime.text.chat import ChatTemplate, Message
 from krasis.runtime.text.sandbox import TextSandbox, shared_sandbox
 from krasis.runtime.text.template_variables import names_offered
 from krasis.runtime.text.tokenizer import Tokenizer
+from tests.support.patience import PATIENCE_S
 
 HI = [Message("user", "hi")]
 NEST = "{% set a = ['x'] %}" + "{% set a = [a,a,a,a,a,a,a,a,a,a] %}" * 9
@@ -161,7 +162,7 @@ def test_no_threads_are_left(tokenizer_json: bytes) -> None:
     tokenizer = Tokenizer(tokenizer_json, 4096)
     tokenizer.encode("a")
     assert tokenizer._learner is not None
-    tokenizer._learner.join(5)
+    tokenizer._learner.join(PATIENCE_S)
     assert not tokenizer._learner.is_alive()
     assert tokenizer._byte_level is not None
     assert tokenizer._byte_level.is_complete

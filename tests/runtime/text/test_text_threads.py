@@ -10,6 +10,7 @@ import pytest
 
 from krasis.runtime.text.chat import ChatTemplate, Message
 from krasis.runtime.text.tokenizer import Tokenizer
+from tests.support.patience import PATIENCE_S
 
 
 def test_each_rendering_has_a_budget_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -22,7 +23,7 @@ def test_each_rendering_has_a_budget_of_its_own(monkeypatch: pytest.MonkeyPatch)
     def render(number: int) -> list[str]:
         texts = []
         for _ in range(20):
-            begin.wait(20)
+            begin.wait(PATIENCE_S)
             texts.append(template.render([Message("user", f"question {number}")]))
         return texts
 

@@ -130,6 +130,26 @@ def test_it_does_not_matter_how_text_arrives(text: str, is_open: bool, size: int
             rest = rest[at + 1 :]
 
 
+WRAPPED = Format("<think>", ("</think>",), ("<answer>",), wraps=("<answer>", "</answer>"))
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("<think>\nHm.\n</think>\n<answer>\nYes. \n</answer>\n", "Yes."),
+        ("<think>Hm.</think><answer>Yes.</answer>", "Yes."),
+        ("<think>Hm.</think>\n<answer>\n</answer> is a tag.\n</answer>", "</answer> is a tag."),
+        ("<think>Hm.</think>\n<answer>\nYes, </answ", "Yes, </answ"),
+        ("<think>Hm.</think>\nYes.\n\n", "Yes.\n\n"),
+    ],
+)
+def test_what_stands_around_an_answer_is_none_of_it(text: str, answer: str) -> None:
+    """As Hunyuan-A13B and ERNIE 4.5 write."""
+    for size in (1, 2, 3, 5, 8, 1000):
+        assert parted(text, (THINK, WRAPPED), None, size) == [("reasoning", "Hm."), ("answer", answer)]
+    assert parted("The tag </answer>", (THINK, WRAPPED), None, 3) == [("answer", "The tag </answer>")]
+
+
 def test_text_that_is_certain_is_not_held_back() -> None:
     splitter = ThinkingSplitter((THINK,))
     assert splitter.push("<think>\nso ") == [Segment("reasoning", "so")]
@@ -154,6 +174,10 @@ def test_formats_of_the_template_and_the_vocabulary(special: Tokenizer, tokenize
     assert [one.opens for one in find_formats("", special)] == ["<think>", "[THINK]"]
     assert [one.opens for one in find_formats("{{ x }}", tokenizer)] == ["<think>"]
     assert [one.opens for one in find_formats("'<seed:think>'", tokenizer)] == ["<think>", "<seed:think>"]
+    assert [one.wraps for one in find_formats("<think> '<response>' '</response>'", tokenizer)] == [
+        None,
+        ("<response>", "</response>"),
+    ]
     assert [one.opens for one in find_formats("Here is my response:", tokenizer)][1:] == [
         "Here is my thought process:"
     ]

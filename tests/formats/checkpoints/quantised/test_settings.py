@@ -11,6 +11,7 @@ import pytest
 from krasis.formats.checkpoints.quantised.fp4 import Fp4Reader
 from krasis.formats.checkpoints.quantised.fp8 import BytesReader
 from krasis.formats.checkpoints.quantised.gptq import GptqReader
+from krasis.formats.checkpoints.quantised.kept import NO_CODES, WHOLE_ROWS, KeptCodes
 from krasis.formats.checkpoints.quantised.packed_int import PackedReader, PackedScheme
 from krasis.formats.checkpoints.quantised.registry import quantisation_beside, quantisation_of
 from krasis.formats.errors import FormatError, KrasisError, UnsupportedModelError
@@ -183,3 +184,37 @@ def test_files_beside_a_silent_config(tmp_path: Path, file: str, value: dict[str
     assert found.name == name
     (tmp_path / file).write_text("{")
     assert quantisation_beside(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True}, KeptCodes(group=128)),
+        ({"quant_method": "gptq", "bits": 4, "group_size": -1, "sym": True}, KeptCodes(group=WHOLE_ROWS)),
+        ({"quant_method": "gptq", "bits": 8, "group_size": 128, "sym": True}, NO_CODES),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": True}, NO_CODES),
+        ({"quant_method": "awq", "bits": 4, "group_size": 64, "zero_point": False}, KeptCodes(group=64)),
+        ({"quant_method": "mxfp4"}, KeptCodes(mxfp4=True)),
+        (compressed(group(4, "int", group_size=32), format="pack-quantized"), KeptCodes(group=32)),
+        (
+            compressed(
+                group(4, "int", group_size=32), group(4, "int", group_size=64), format="pack-quantized"
+            ),
+            NO_CODES,
+        ),
+        (compressed(group(4, "int", group_size=32, symmetric=False), format="pack-quantized"), NO_CODES),
+        # Nothing hangs on these but a choice, so that odd ones are no reason to refuse a checkpoint.
+        *(
+            ({"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": odd}, NO_CODES)
+            for odd in ("yes", 1, [], None, {"a": 1})
+        ),
+        *(
+            ({"quant_method": "awq", "bits": 4, "group_size": 64, "zero_point": odd}, NO_CODES)
+            for odd in ("no", 0, None)
+        ),
+    ],
+)
+def test_what_bundles_keep(settings: dict[str, Any], kept: KeptCodes) -> None:
+    found = quantisation_of({"quantization_config": settings}, "config.json")
+    assert found is not None
+    assert found.kept == kept

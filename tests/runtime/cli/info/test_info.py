@@ -81,7 +81,7 @@ BUNDLE_SCHEMA = {
         "gpu_experts_bytes": INTEGER,
         "least_vram_bytes": (int, NONE),
         "one_group_vram_bytes": (int, NONE),
-        "decoded_token_reads_bytes": {"dense": INTEGER, "cpu_experts": INTEGER},
+        "decoded_token_reads_bytes": {"dense": INTEGER, "cpu_experts": INTEGER, "table": INTEGER},
     },
 }
 TENSOR_SCHEMA = {
@@ -111,7 +111,13 @@ PLAN_SCHEMA = {
         "disk_gbps": FIGURE,
         "pins_files": bool,
     },
-    "workload": {"context": INTEGER, "prompt_tokens": INTEGER, "kv_dtype": TEXT},
+    "workload": {
+        "context": INTEGER,
+        "prompt_tokens": INTEGER,
+        "kv_dtype": TEXT,
+        "slots": INTEGER,
+        "host_kv_layers": INTEGER,
+    },
     "batch_tokens": INTEGER,
     "gpus": [dict],
     "host": dict,
@@ -281,7 +287,13 @@ def test_plan_without_a_model():
     assert record["hardware"]["gpus"][0]["link_gbps"] == {"value": 13.0, "source": "given", "note": ""}
     assert record["hardware"]["ram_bytes"] == {"value": 2**40, "source": "given", "note": ""}
     assert record["hardware"]["ram_gbps"]["source"] == "assumed"
-    assert record["workload"] == {"context": 12_048, "prompt_tokens": 10_000, "kv_dtype": "f16"}
+    assert record["workload"] == {
+        "context": 12_048,
+        "prompt_tokens": 10_000,
+        "kv_dtype": "f16",
+        "slots": 1,
+        "host_kv_layers": 0,
+    }
 
 
 def test_plan_for_this_machine_measures_it(pristine: Path):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from krasis.formats.checkpoints.hf_config import read_hf_config
+from krasis.formats.models.drafting import with_draft
 from krasis.formats.models.tensors import count_parameters
 from krasis.runtime.cli.info_model import model_fields, model_to_json
 
@@ -74,3 +75,12 @@ def test_the_record_has_the_whole_description():
     assert type(spec).from_json(record["description"]) == spec
     assert (record["num_dense_layers"], record["num_expert_layers"]) == (1, 45)
     assert model_to_json(replace(spec, draft_layers=0))["num_draft_layers_left_out"] == 0
+
+
+def test_a_layer_that_drafts_is_shown_apart():
+    spec = spec_of("glm-4.5-air")
+    drafting = with_draft(spec)
+    found, plain = dict(fields_of(drafting)), dict(fields_of(spec))
+    assert found.pop("drafting") == "a layer for multi-token prediction"
+    assert plain.pop("left out") == "drafting layers: 1"
+    assert found == plain

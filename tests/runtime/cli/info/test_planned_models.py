@@ -128,3 +128,53 @@ def test_one_sentence(hub, tmp_path, arguments, code, text):
     assert result.exit_code == code, result.stderr
     assert text in result.stderr
     assert len(result.stderr.splitlines()) == 1
+
+
+PACKED = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True}
+QUANTISED = {
+    "int4": (
+        {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "config_groups": {"a": {"weights": PACKED}},
+        },
+        ("marlin-u4b8-g32-bf16", "cpu-i4-r32-b32"),
+    ),
+    "gptq": (
+        {"quant_method": "gptq", "bits": 4, "group_size": -1, "sym": True, "desc_act": False},
+        ("marlin-u4b8-g128-bf16", "cpu-i4-r32-b32"),
+    ),
+    "ordered": (
+        {"quant_method": "gptq", "bits": 4, "group_size": 64, "sym": True, "desc_act": True},
+        ("marlin-u4b8-g128-bf16", "cpu-q8-r32-b32"),
+    ),
+    "awq": (
+        {"quant_method": "awq", "bits": 4, "group_size": 64, "zero_point": True},
+        ("marlin-u4b8-g128-bf16", "cpu-q8-r32-b32"),
+    ),
+    "mxfp4": ({"quant_method": "mxfp4"}, ("marlin-e2m1-g32-e8m0", "cpu-mxfp4-r32-b32")),
+    "fp8": (
+        {"quant_method": "fp8", "weight_block_size": [128, 128]},
+        ("marlin-u4b8-g128-bf16", "cpu-q8-r32-b32"),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_quantised_checkpoints_have_the_formats_that_keep_them(kind, tmp_path):
+    """As krasis-convert chooses them."""
+    settings, layouts = QUANTISED[kind]
+    config = json.loads((CONFIGS / "qwen3-30b-a3b.json").read_text("utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": settings}), "utf-8")
+    conversion = plan(tmp_path / "config.json")["conversion"]
+    assert (conversion["gpu_layout"], conversion["cpu_layout"]) == layouts
+
+
+def test_a_plan_says_what_is_not_converted(tmp_path):
+    config = json.loads((CONFIGS / "qwen3-30b-a3b.json").read_text("utf-8"))
+    settings = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": settings}), "utf-8")
+    result = run("--plan", tmp_path / "config.json", *MACHINE)
+    assert result.exit_code == 0
+    assert "krasis-convert refuses this checkpoint" in result.stdout
+    assert "bitsandbytes" in result.stdout

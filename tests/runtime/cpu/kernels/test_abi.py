@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import re
-from pathlib import Path
 
 import pytest
+from c_headers import header_text
 
 from krasis.formats import native as formats_native
 from krasis.formats.layouts import native_pack
-from krasis.runtime.cpu import native
+from krasis.runtime.cpu import mamba_kernels, native
 from krasis.runtime.host import environment
 from scripts import profile_threads
 
-HEADER = Path(__file__).parents[4] / "csrc" / "krasis.h"
 TYPES = {
     "int32_t": ctypes.c_int32,
     "int64_t": ctypes.c_int64,
@@ -31,17 +30,21 @@ STRUCTURES: dict[str, type[ctypes.Structure]] = {
     "qkv_args": native.QkvArgs,
     "attention_args": native.AttentionArgs,
     "latent_args": native.LatentArgs,
+    "index_args": native.IndexArgs,
+    "choose_args": native.ChooseArgs,
     "span": native.SpanStruct,
     "route_args": native.RouteArgs,
     "activation_args": native.ActivationArgs,
     "add_rows_args": native.AddRowsArgs,
     "gated_delta_args": native.GatedDeltaArgs,
+    "short_conv_args": native.ShortConvArgs,
+    "mamba2_args": mamba_kernels.Mamba2Args,
     "pool_times": profile_threads.PoolTimes,
 }
 
 
 def text() -> str:
-    return re.sub(r"/\*.*?\*/", " ", HEADER.read_text(), flags=re.S)
+    return header_text("krasis.h")
 
 
 def structs() -> dict[str, str]:

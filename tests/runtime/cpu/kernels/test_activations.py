@@ -132,18 +132,20 @@ def test_add_rows(make_kernels, isa, rng, parts, tokens, k, scale):
 HIDDEN, SIZE, EXPERTS, TOP_K, TOKENS = 64, 128, 5, 2, 11
 
 
-@pytest.mark.parametrize("name", GATED)
+@pytest.mark.parametrize("name", ACTIVATIONS)
 @pytest.mark.parametrize("tiles", ["q8", "i4"])
 def test_experts_equal_float64(make_kernels, isa, rng, name, tiles):
     """The dequantised weights and inputs in float64; the intermediate is quantised to int8 within."""
     activation, layout = ACTIVATIONS[name], CpuTileLayout(tiles)
     kernels = make_kernels(isa, 2)
-    record_bytes = layout.expert_record(HIDDEN, SIZE).record_bytes
+    gated = activation.gated
+    record_bytes = layout.expert_record(HIDDEN, SIZE, gated).record_bytes
     blob = np.zeros((EXPERTS, record_bytes), np.uint8)
     for record in blob:
         shapes = ((SIZE, HIDDEN), (SIZE, HIDDEN), (HIDDEN, SIZE))
         parts = [rng.standard_normal(shape).astype(np.float32) / 3 for shape in shapes]
-        layout.pack_expert(kernels.pool, *(MatrixView(part, "F32") for part in parts), record)
+        gate, up, down = (MatrixView(part, "F32") for part in parts)
+        layout.pack_expert(kernels.pool, gate if gated else None, up, down, record)
     x = rng.standard_normal((TOKENS, HIDDEN)).astype(np.float32)
     acts = Acts.allocate(TOKENS, HIDDEN)
     kernels.quantize(x, acts)
@@ -157,7 +159,7 @@ def test_experts_equal_float64(make_kernels, isa, rng, name, tiles):
     read = (acts.q.reshape(TOKENS, -1, 32) * acts.scale[..., None].astype(np.float64)).reshape(TOKENS, HIDDEN)
     for token in range(TOKENS):
         for expert, weight in zip(ids[token], weights[token], strict=True):
-            gate, up, down = layout.unpack_expert(blob[expert], HIDDEN, SIZE)
+            gate, up, down = layout.unpack_expert(blob[expert], HIDDEN, SIZE, gated)
             middle = expected(activation, gate @ read[token], up @ read[token])
             want[token] += weight * (down @ middle)
     error = np.linalg.norm(out - want) / np.linalg.norm(want)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from krasis.formats.errors import NativeError
-from krasis.formats.models.recurrent import GatedDelta
+from krasis.formats.models.recurrent import ChannelDelta, GatedDelta
 from krasis.runtime.batch import Span
 from krasis.runtime.cpu.delta_kernels import DeltaPlace, DeltaWeights, gate_rows, gated_delta
 from krasis.runtime.cpu.spans import SlotMemory, Spans
@@ -20,6 +20,8 @@ MIXERS = {
     "wide values": GatedDelta(1, 5, 16, 256, 2),
     "no convolution": GatedDelta(2, 2, 48, 32, 1),
     "a long one, and sigmoid": GatedDelta(2, 4, 64, 48, 8, "sigmoid"),
+    "kimi_linear": ChannelDelta(3, 64, 4, 64, 64),
+    "a lower bound": ChannelDelta(17, 16, 2, 16, 16, -5.0),
 }
 OFFSET = 192
 
@@ -28,22 +30,33 @@ OFFSET = 192
 class Case:
     """A layer with random weights, and rows of one sequence."""
 
-    mixer: GatedDelta
+    mixer: GatedDelta | ChannelDelta
     x: np.ndarray
     gates: np.ndarray
     weights: DeltaWeights
+    decays: np.ndarray | None = None
+    z: np.ndarray | None = None
 
     @classmethod
-    def make(cls, mixer: GatedDelta, rng: np.random.Generator, rows: int) -> Case:
+    def make(cls, mixer: GatedDelta | ChannelDelta, rng: np.random.Generator, rows: int) -> Case:
         def normal(*shape: int) -> np.ndarray:
             return rng.standard_normal(shape).astype(np.float32)
 
         heads = mixer.value_heads
         conv = normal(mixer.conv_width, mixer.conv_channels)
         rates = np.exp(normal(heads) - 1)
-        weights = DeltaWeights(conv, rates, normal(heads), 1 + 0.2 * normal(mixer.value_dim), 1e-6)
+        by_channel = isinstance(mixer, ChannelDelta)
+        biases = normal(heads * mixer.key_dim if by_channel else heads)
+        weights = DeltaWeights(conv, rates, biases, 1 + 0.2 * normal(mixer.value_dim), 1e-6)
+        if by_channel:
+            gates, decays, z = 2 * normal(rows, heads), normal(rows, len(biases)), normal(rows, len(biases))
+            return cls(mixer, normal(rows, mixer.conv_channels + 16), gates, weights, decays, z)
         wide = mixer.conv_channels + heads * mixer.value_dim + 16  # a projection is padded to whole strips
         return cls(mixer, normal(rows, wide), 2 * normal(rows, 2 * heads), weights)
+
+    def beside(self, rows: slice) -> list[np.ndarray]:
+        """Decays and z of some rows, if there are such."""
+        return [part[rows].copy() for part in (self.decays, self.z) if part is not None]
 
     @property
     def place(self) -> DeltaPlace:
@@ -63,7 +76,8 @@ class Case:
             spans.set([Span(0, 0, rows, start)], [slot])
             out.append(np.full((rows, self.mixer.value_heads * self.mixer.value_dim), np.nan, np.float32))
             x, gates = (part[start : start + rows].copy() for part in (self.x, self.gates))
-            gated_delta(kernels, x, gates, self.mixer, self.weights, spans, self.place, out[-1])
+            beside = self.beside(slice(start, start + rows))
+            gated_delta(kernels, x, gates, self.mixer, self.weights, spans, self.place, out[-1], *beside)
             start += rows
         return np.concatenate(out)
 
@@ -86,16 +100,29 @@ def by_the_formulas(case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             q, k = (mixed[at + key_head * mixer.key_dim :][: mixer.key_dim] for at in (0, keys))
             q, k = (part / np.sqrt((part**2).sum() + 1e-6) for part in (q, k))
             v = mixed[2 * keys + head * mixer.value_dim :][: mixer.value_dim]
-            b, a = gates[t, head], gates[t, mixer.value_heads + head]
-            matrix = state[head]
-            matrix *= np.exp(-weights.rates[head] * np.log1p(np.exp(a + weights.dt_bias[head])))
+            b, matrix = gates[t, head], state[head]
+            matrix *= decay_by_the_formulas(case, t, head)
             matrix += np.outer(k, (v - matrix.T @ k) / (1 + np.exp(-b)))
             o = matrix.T @ q / np.sqrt(mixer.key_dim)
-            z = x[t, channels + head * mixer.value_dim :][: mixer.value_dim]
+            z = x[t, channels:] if case.z is None else case.z[t]
+            z = z[head * mixer.value_dim :][: mixer.value_dim]
             gate = 1 / (1 + np.exp(-z)) * (z if mixer.gate == "silu" else 1)
             of_token.append(o / np.sqrt((o**2).mean() + weights.eps) * weights.gate_norm * gate)
         out.append(np.concatenate(of_token))
     return np.stack(out), state, padded[len(x) :]
+
+
+def decay_by_the_formulas(case: Case, t: int, head: int) -> np.ndarray:
+    """What stays of the rows of a head's matrix, [key_dim or 1, 1]."""
+    mixer, weights = case.mixer, case.weights
+    if isinstance(mixer, ChannelDelta):
+        own = slice(head * mixer.dim, (head + 1) * mixer.dim)
+        a = case.decays[t, own, None].astype(np.float64) + weights.dt_bias[own, None]
+    else:
+        a = case.gates[t, mixer.value_heads + head].astype(np.float64) + weights.dt_bias[head]
+    if (bound := getattr(mixer, "lower_bound", None)) is not None:
+        return np.exp(bound / (1 + np.exp(-weights.rates[head] * a)))
+    return np.exp(-weights.rates[head] * np.log1p(np.exp(a)))
 
 
 @pytest.mark.parametrize("name", MIXERS)
@@ -123,22 +150,24 @@ def test_calls_threads_and_instruction_sets_do_not_change_a_bit(
         np.testing.assert_array_equal(case.run(make_kernels(isa, 3), calls), expected)
 
 
-def test_sequences_of_a_call_get_the_bits_of_their_own(kernels, rng) -> None:
-    mixer = MIXERS["qwen3_next"]
+@pytest.mark.parametrize("name", ["qwen3_next", "kimi_linear"])
+def test_sequences_of_a_call_get_the_bits_of_their_own(kernels, rng, name: str) -> None:
+    mixer = MIXERS[name]
     cases = [Case.make(mixer, rng, rows) for rows in (9, 1, 20)]
     for case in cases:
         case.weights = cases[0].weights
     alone = np.concatenate([case.run(kernels, [len(case.x)]) for case in cases])
     slots, place = [case.slot() for case in cases], cases[0].place
     cases[2].run(kernels, [5], slots[2])  # goes on from there
-    x, gates = (
+    parts = ("x", "gates", "decays", "z") if cases[0].z is not None else ("x", "gates")
+    x, gates, *beside = (
         np.concatenate([getattr(case, part)[skip:] for case, skip in zip(cases, (0, 0, 5), strict=True)])
-        for part in ("x", "gates")
+        for part in parts
     )
     spans = Spans(4, place.end_bytes, 16)  # one is left over
     spans.set([Span(0, 0, 9, 0), Span(1, 9, 1, 0), Span(2, 10, 15, 5)], slots)
     out = np.full((25, alone.shape[1]), np.nan, np.float32)
-    gated_delta(kernels, x, gates, mixer, cases[0].weights, spans, place, out)
+    gated_delta(kernels, x, gates, mixer, cases[0].weights, spans, place, out, *beside)
     np.testing.assert_array_equal(out, np.delete(alone, np.s_[10:15], axis=0))
 
 

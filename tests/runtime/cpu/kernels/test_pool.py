@@ -10,6 +10,7 @@ import pytest
 
 from krasis.formats.errors import NativeError
 from krasis.formats.native import Pool
+from tests.support.patience import PATIENCE_S
 
 
 def test_closed_by_several_threads() -> None:
@@ -27,7 +28,7 @@ def test_a_child_does_not_wait_for_its_parents_threads() -> None:
         if child == 0:
             pool.close()
             os._exit(0)
-        end = time.monotonic() + 20
+        end = time.monotonic() + PATIENCE_S
         while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < end:
             time.sleep(0.005)
         if ended == (0, 0):

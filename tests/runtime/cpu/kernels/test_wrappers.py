@@ -234,7 +234,6 @@ def test_add_rows_refuses(plain, arguments):
         ("out", zeros(2, 128)),
         ("blob", zeros(2, 13056, dtype=np.int8)),
         ("activation", Activation("situ", 1.0)),
-        ("activation", Activation("relu_squared")),
         ("activation", Activation("swiglu_offset", limit=0.0)),
     ],
 )

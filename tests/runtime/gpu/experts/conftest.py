@@ -29,6 +29,7 @@ from krasis.runtime.gpu.kv_cache import GpuKvCache
 from krasis.runtime.gpu.model import GpuModel
 from krasis.runtime.gpu.weights import load_gpu_weights
 from tests.support.host_store import HostStore
+from tests.support.patience import PATIENCE_S
 
 Array = npt.NDArray[Any]
 CAPACITY = 24
@@ -158,7 +159,7 @@ class Rig:
         return Residency(self.device, self.store, self.copies, a.num_layers, a.num_experts, num_slots)
 
     def decoder(self, residency: Residency | None = None, **changes: Any) -> HybridDecoder:
-        arguments = {"cpu": self.cpu, "residency": residency, "timeout_s": 20.0, **changes}
+        arguments = {"cpu": self.cpu, "residency": residency, "timeout_s": PATIENCE_S, **changes}
         return HybridDecoder(self.model, self.product, **arguments)
 
 

@@ -49,6 +49,18 @@ def test_a_slow_cpu_loses_to_the_link() -> None:
     assert model().choose(64, 0, 0, PATHS).path == "cpu"
 
 
+def test_a_prompt_does_not_wait_for_experts_that_the_cpu_has() -> None:
+    paths = model(cores=2, gmacs=100.0, ram=20.0)
+    loaded = paths.choose(64, 0, 0, PATHS)
+    on_cpu_s = loaded.expected_s["cpu"]
+    assert loaded.path == "routed"
+    assert paths.choose(64, 0, 0, PATHS, loading_s=0.99 * on_cpu_s).path == "routed"
+    assert paths.choose(64, 0, 0, PATHS, loading_s=1.01 * on_cpu_s).path == "cpu"
+    # Waiting makes the two ways of the GPU equally late, and neither the better one.
+    for loading_s in (0.0, 30.0):
+        assert paths.choose(10_000, 0, 0, ("streamed", "routed"), loading_s=loading_s).path == "streamed"
+
+
 def test_experts_that_are_resident_cost_no_copy() -> None:
     paths = model()
     cold, warm = (paths.seconds("streamed", 1000, 0, count) for count in (0, 94 * 64))

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from c_headers import header_text
 
 from krasis.formats.errors import NativeError
 from krasis.runtime.device import library as device_library
@@ -14,19 +15,19 @@ from krasis.runtime.device.library import ABI_VERSION, check_status, double_libr
 from krasis.runtime.gpu.kernels import native
 from krasis.runtime.planning.workspace import DELTA_CHUNK_BYTES, DELTA_CHUNK_TOKENS
 
-HEADER = Path(__file__).parents[4] / "csrc" / "krasis_cuda.h"
 TYPES = {
     "int32_t": ctypes.c_int32,
     "int64_t": ctypes.c_int64,
     "uint64_t": ctypes.c_uint64,
     "float": ctypes.c_float,
+    "krasis_cuda_route_args": native.RouteArgs,
 }
 # Bound where they are used: they are not in the double.
 ELSEWHERE = {"abi_version", "last_error", "host_register", "host_unregister", "host_device_address"}
 
 
 def text() -> str:
-    return re.sub(r"/\*.*?\*/", " ", HEADER.read_text(), flags=re.S)
+    return header_text("krasis_cuda.h", without=frozenset({"krasis.h"}))
 
 
 def fields(body: str) -> list[tuple[str, object]]:

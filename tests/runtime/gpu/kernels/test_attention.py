@@ -102,6 +102,41 @@ def test_qk_norm_rope_store(bench: Any, start: int, is_on_device: bool, kind: st
     assert torch.equal(keys, before)
 
 
+def test_keys_and_values_of_8_bits(bench: Any) -> None:
+    """Stored as the CPU keeps them, attended to as the floats that they are, in a window."""
+    memory = bench.put(torch.full((2, 2 * CAPACITY * 20), 255, dtype=torch.uint8))  # scales: NaN
+    (keys, key_scales), (values, value_scales) = (
+        (half[: 32 * CAPACITY].view(torch.int8).view(2, CAPACITY, 16),
+         half[32 * CAPACITY :].view(torch.float32).view(2, CAPACITY, 1))
+        for half in memory
+    )  # fmt: skip
+    place = CachePlace(keys, values, 3, scales=(key_scales, value_scales))
+    qkv, form = bench.random(9, HEADS.qkv_size, dtype=BF16), form_of(bench, "head")
+    rows = bench.put(qkv)
+    bench.kernels.qk_norm_rope_store(bench.stream, rows, HEADS, placed(bench, form), place)
+    _, k, v = reference(qkv, list(range(3, 12)), form)
+    kept = []
+    for codes, scales, floats in ((keys, key_scales, k), (values, value_scales, v)):
+        wanted = floats.transpose(0, 1).float()
+        own = bench.get(scales)[:, 3:12]
+        torch.testing.assert_close(own, wanted.abs().amax(2, keepdim=True) / 127, rtol=1e-5, atol=0)
+        found = bench.get(codes)[:, 3:12] * own
+        assert ((found - wanted).abs() <= 0.501 * own).all()
+        assert not bench.get(scales)[:, :3].isfinite().any()
+        kept.append(torch.nn.functional.pad(found, (0, 0, 3, 0)))
+    out, workspace = bench.empty(1, 64, dtype=BF16), bench.kernels.attention_workspace(HEADS, CAPACITY)
+    at = CachePlace(*place.seen(slice(None))[:2], position=bench.put(torch.tensor([11])), scales=place.scales)
+    bench.kernels.attention_decode(
+        bench.stream, rows[8:, :64], HEADS, at, 0.2, out, workspace, window=8, num_positions=12
+    )
+    assert_close(bench.get(out)[0], attended(bench.get(rows)[8, :64], *kept, range(4, 12)))
+    with pytest.raises(NativeError, match="elsewhere than behind"):
+        bench.kernels.qk_norm_rope_store(
+            bench.stream, rows, HEADS, placed(bench, form),
+            CachePlace(keys, values, 3, scales=(value_scales, key_scales)),
+        )  # fmt: skip
+
+
 def slots_of(bench: Any, num_slots: int) -> torch.Tensor:
     """bf16 [slots, layers, keys and values, kv heads, capacity, dim]."""
     return bench.put(bench.random(num_slots, 2, 2, 2, CAPACITY, 16, dtype=BF16, seed=9))

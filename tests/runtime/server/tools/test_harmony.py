@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 
-from krasis.runtime.server.errors import ApiError
-from krasis.runtime.server.grammar import call_grammar
 from krasis.runtime.server.tools.calls import Call, Text
 from krasis.runtime.server.tools.harmony import HARMONY
 from krasis.runtime.server.tools.splitter import CallSplitter
@@ -100,9 +98,3 @@ message.tool_calls[0].function.arguments | tojson }}<|call|>{% else %}<|message|
 def test_a_template_of_the_format_is_known(serve: Any) -> None:
     """The released one puts recipient and name together from pieces."""
     assert serve(template=FORM).service.prompts.call_format is HARMONY
-
-
-def test_calls_cannot_be_forced() -> None:
-    """A grammar of text cannot spell the format's special tokens."""
-    with pytest.raises(ApiError, match="cannot be forced"):
-        call_grammar(HARMONY, [{"function": {"name": "f"}}])

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from krasis.runtime.server.tools.arg_keys import ARG_KEYS
 from krasis.runtime.server.tools.calls import Call, CallFormat, Text
 from krasis.runtime.server.tools.coerce import read_value
 from krasis.runtime.server.tools.hermes import HERMES
+from krasis.runtime.server.tools.known import ARG_KEYS
 from krasis.runtime.server.tools.splitter import CallSplitter
 from krasis.runtime.server.tools.xml import XML
 

@@ -1,0 +1,2 @@
+// index.cpp: csrc/cpu/index_kernel.h for AVX-512.
+#include "../index_kernel.h"

@@ -1,0 +1,51 @@
+"""What the tiny Nemotron-H of ``test_families`` lacks: experts between two projections, as Nemotron-3 Super
+has them, and layers of an MLP alone. transformers computes in float32 on the bundle's dequantised weights.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from krasis.convert.cli import main as convert
+from krasis.formats.bundle.reader import Bundle
+from krasis.runtime import Engine, EngineSettings
+from krasis.runtime.cpu.weights import load_weights
+from tests.support.random_weights import dequantised_state, transformers_logits, write_checkpoint
+from tests.support.tiny_checkpoints import tiny
+from tests.support.tiny_ggufs import tiny_gguf
+
+TOKENS = np.random.default_rng(8).integers(0, 256, 40).tolist()
+
+
+@pytest.mark.parametrize("kind", ["hf", "gguf"])
+def test_experts_between_two_projections(
+    kind: str, tmp_path: Path, relative_error: Callable[[np.ndarray, np.ndarray], float]
+) -> None:
+    blocks = ["mamba", "moe", "attention", *(["mlp"] if kind == "hf" else []), "moe"]
+    changes = {"layers_block_type": blocks, "moe_latent_size": 64, "time_step_min": 1e-9}
+    source = tiny("nemotron_h", tmp_path / "hf", **changes)
+    config = json.loads((source / "config.json").read_text("utf-8"))
+    if kind == "gguf":
+        source = tiny_gguf(source, tmp_path / "model.gguf", experts="Q8_0")
+    out = tmp_path / "b.krasis"
+    arguments = [str(source), "-o", str(out), "--gpu-group", "64", "--quiet", "--force-text"]
+    done = CliRunner().invoke(convert, arguments, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    with Bundle.open(out) as bundle:
+        state = dequantised_state(load_weights(bundle, "cpu"))
+    expected = transformers_logits(write_checkpoint(state, config, tmp_path / "dequantised"), TOKENS)
+    for limit, numbers in ((2e-2, {}), (1e-3, {"activations": "float32", "kv_dtype": "f32"})):
+        settings = EngineSettings(device="cpu", context=64, threads=1, prefault=False, **numbers)
+        with Engine.open(out, settings) as engine:
+            whole = engine.prefill(TOKENS, all_logits=True)
+            assert relative_error(whole, expected) <= limit
+            engine.reset()
+            parts = [engine.prefill(TOKENS[:30], all_logits=True)]
+            parts += [engine.decode(token)[None] for token in TOKENS[30:]]
+            assert relative_error(np.concatenate(parts), expected) <= limit
