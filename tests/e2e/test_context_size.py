@@ -64,13 +64,13 @@ def test_windows_take_no_more_with_a_longer_context(
     memory: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """gpt-oss-120b: 18 of 36 layers keep all, 2 x 8 heads of 64; the others 192 positions, and four copies of
-    the last 143."""
+    the last 144."""
     spec = shape("gpt-oss-120b")
     monkeypatch.setattr(context_size, "weights_to_hold_bytes", lambda *_: 0)
     layers = 18 * 2 * 8 * 64 * 2
-    memory(2 * layers * (20480 + 192 + 4 * 143))
+    memory(2 * layers * (20480 + 192 + 4 * 144))
     assert tokens_in_ram(SimpleNamespace(spec=spec), TIERS, "f16") == 20480  # type: ignore[arg-type]
-    memory(2 * layers * (20480 + 192 + 4 * 143) - 2)
+    memory(2 * layers * (20480 + 192 + 4 * 144) - 2)
     assert tokens_in_ram(SimpleNamespace(spec=spec), TIERS, "f16") == 20480 - 1024  # type: ignore[arg-type]
     alike = dataclasses.replace(spec, layers=spec.layers[:1] * 36)  # all have a window
     assert tokens_in_ram(SimpleNamespace(spec=alike), TIERS, "f16") >= spec.max_context  # type: ignore[arg-type]
