@@ -20,6 +20,7 @@ from krasis.formats.models.selection import Selection
 from krasis.formats.models.spec import Layer, ModelSpec, NgramTable, Residual
 
 NAME = "qwen4_exp"
+_FULL = ("full_attention", "indexed_attention", "qwen_sparse_attention")  # by version of transformers
 
 
 def spec_from_hf(config: Config) -> ModelSpec:
@@ -30,7 +31,7 @@ def spec_from_hf(config: Config) -> ModelSpec:
     gate = config.choice("output_gate_type", {"silu": "silu", "swish": "silu", "sigmoid": "sigmoid"}, "silu")
     full = _attention(config)
     delta = replace(gated_delta(config), gate=gate)
-    known = {"linear_attention": delta, "full_attention": full, "indexed_attention": full}
+    known = {"linear_attention": delta} | dict.fromkeys(_FULL, full)
     interval, count = config.size("full_attention_interval", default=4), num_layers(config)
     default = ["linear_attention" if (i + 1) % interval else "full_attention" for i in range(count)]
     mixers = config.kinds("layer_types", count, known, default)

@@ -340,3 +340,19 @@ def test_an_absent_field_has_the_familys_default(name, field):
     )
     assert absent == default
     assert absent != other
+
+
+@pytest.mark.parametrize(
+    ("name", "older"),
+    [("qwen3.8-flash-next", "qwen_sparse_attention"), ("glm-5.3-flash", "deepseek_sparse_attention")],
+)
+def test_kinds_of_layers_by_the_names_that_transformers_5_17_writes(name: str, older: str) -> None:
+    def read(kinds: list[str]) -> ModelSpec:
+        text = CONFIGS[name]["text_config"] | {"layer_types": kinds}
+        return spec_from_hf(CONFIGS[name] | {"text_config": text}, name)
+
+    count = CONFIGS[name]["text_config"]["num_hidden_layers"]
+    kinds = ["linear_attention" if (i + 1) % 4 else "indexed_attention" for i in range(count)]
+    assert read([older if kind == "indexed_attention" else kind for kind in kinds]) == read(kinds)
+    with pytest.raises(UnsupportedModelError, match="layer_types"):
+        read(["sparse_attention", *kinds[1:]])
