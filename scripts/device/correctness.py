@@ -17,13 +17,19 @@ TESTS = ("tests/device",)
 GPU_TESTS = (
     "tests/runtime/device/test_cuda_device.py",
     "tests/runtime/gpu/kernels",
+    "tests/e2e/test_families.py",
     "tests/e2e/test_gpu_batches.py",
     "tests/e2e/test_gpu_between.py",
-    "tests/e2e/test_gpu_delta.py",
     "tests/e2e/test_gpu_callers.py",
+    "tests/e2e/test_gpu_delta.py",
     "tests/e2e/test_gpu_families.py",
+    "tests/e2e/test_gpu_host_kv.py",
+    "tests/e2e/test_gpu_kv8.py",
     "tests/e2e/test_gpu_prefill.py",
-    "tests/e2e/test_families.py",
+    "tests/e2e/test_gpu_states.py",
+    "tests/e2e/test_gpu_windows.py",
+    "tests/e2e/test_index.py",
+    "tests/e2e/test_mxfp4.py",
 )
 FAILURE_CHARS = 200
 
