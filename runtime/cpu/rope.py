@@ -124,7 +124,9 @@ def rope_tables(
 def inverse_frequencies(dims: int, theta: float, scaling: RopeScaling) -> tuple[FloatArray, float]:
     """(f32 [dims/2], factor on cos and sin). Raises UnsupportedModelError for an unknown kind."""
     exponents = np.arange(0, dims, 2, dtype=np.float32) / np.float32(dims)
-    periods = np.power(np.float32(theta), exponents, dtype=np.float32)
+    # In float64, rounded once: powers in float32 are off by as much as the machine's library likes, and an
+    # angle by that times its position.
+    periods = np.power(np.float64(theta), exponents.astype(np.float64)).astype(np.float32)
     plain = (np.float32(1.0) / periods).astype(np.float32)
     if scaling.kind == "none":
         return plain, 1.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -152,3 +153,15 @@ def test_proportional_tables_equal_transformers() -> None:
     np.testing.assert_allclose(tables.cos, cos[:, :64], atol=5e-5)
     np.testing.assert_allclose(tables.sin, sin[:, :64], atol=5e-5)
     assert not tables.sin[:, 16:].any()
+
+
+@pytest.mark.parametrize("theta", [1e4, 1.5e5, 1e6, 8e6])
+@pytest.mark.parametrize("dims", [64, 128, 256])
+def test_periods_are_rounded_once_on_every_machine(theta: float, dims: int) -> None:
+    """Of exponents in float32, as transformers forms them; float32 powers of some libraries are a bit off."""
+    found, _ = inverse_frequencies(dims, theta, RopeScaling())
+    exponents = np.arange(0, dims, 2, dtype=np.float32) / np.float32(dims)
+    exact = [Decimal(theta) ** Decimal(float(exponent)) for exponent in exponents]
+    np.testing.assert_array_equal(
+        found, np.float32(1.0) / np.array([float(one) for one in exact], np.float32)
+    )
