@@ -148,7 +148,7 @@ enum {
  * tables [max_positions, rotary_dims / 2] at the row's position: channel i with i + rotary_dims / 2, or, interleaved,
  * 2i with 2i + 1. qkv and caches are of one 16-bit dtype; sums in fp32. head_dim % 16 == 0, <= 512; rotary_dims even.
  * shared_kv: a row has no v, which is k before norm and rotation; value_norm: v is divided by its root mean square.
- * KRASIS_CUDA_NORM_FLAT has neither, nor heads of more than 256 channels.
+ * KRASIS_CUDA_NORM_FLAT has neither, nor heads of more than 256 channels. Addresses in rows are multiples of 16 bytes.
  *
  * Row t is at position start + t of the caches [num_kv_heads, capacity, head_dim] k_cache and v_cache, unless rows says
  * otherwise: then the caches are at rows[t].keys + keys_offset and rows[t].values + values_offset (in bytes).

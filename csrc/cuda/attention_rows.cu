@@ -1,11 +1,12 @@
 // attention_rows.cu: what happens to rows around attention: RMSNorm; norm and rotation of q and k, storing of k and v.
+#include "head_vectors.cuh"
+#include "qkv_place.cuh"
 #include "row_norm.cuh"
 #include "status.h"
 
 namespace krasis::cuda {
 namespace {
 
-constexpr int kHeadThreads = 128;
 constexpr int kPairs = 4, kMostPairs = 8;  // a head of 256 is 128 pairs, four a lane
 constexpr int kHeadDim = 2 * 32 * kPairs, kMaxHeadDim = 2 * 32 * kMostPairs;
 constexpr int kFlatThreads = 256;
@@ -23,24 +24,6 @@ rms_norm_kernel(const krasis_cuda_rms_norm_args p) {
         load_normed8(p.x, row, i, p.x_dtype, p.weight, p.weight_dtype, scale, values);
         store8(p.out, row + i, p.out_dtype, values);
     }
-}
-
-// Where a row's keys and values go.
-struct Place {
-    int64_t position;
-    void *keys, *values;
-};
-
-KRASIS_DEVICE Place place_of(const krasis_cuda_qkv_args &p, int64_t token) {
-    if (!p.rows) return {(p.start_device ? *p.start_device : p.start) + token, p.k_cache, p.v_cache};
-    const krasis_cuda_row row = p.rows[token];
-    return {row.position, static_cast<uint8_t *>(row.keys) + p.keys_offset,
-            static_cast<uint8_t *>(row.values) + p.values_offset};
-}
-
-// One given by the device could not be checked before the launch: nothing is written where it does not fit.
-KRASIS_DEVICE bool fits(const krasis_cuda_qkv_args &p, int64_t position) {
-    return position >= 0 && position < p.capacity && position < p.max_positions;
 }
 
 // One head of a token in one warp, as pairs of channels: q heads, then k heads, then v heads (shared_kv: k's once
@@ -103,9 +86,7 @@ struct Head {
     KRASIS_DEVICE void turn(const Place &place, int i, float &x, float &y) const {
         if (i >= num_rotated) return;
         const int64_t table = place.position * num_rotated + i;
-        const float c = p.cos[table], s = p.sin[table], turned = x * c - y * s;
-        y = y * c + x * s;
-        x = turned;
+        turn_pair(p.cos[table], p.sin[table], x, y);
     }
 
     KRASIS_DEVICE const void *norm() const { return is_q ? p.q_norm : is_k ? p.k_norm : nullptr; }
@@ -152,7 +133,7 @@ struct Head {
     // To where it belongs.
     KRASIS_DEVICE void store(const Place &place) const {
         void *to = is_q ? p.qkv : is_k ? place.keys : place.values;
-        const int64_t row = number() * num_places() + (kRing ? place.position % p.ring : place.position);
+        const int64_t row = entry_of<kRing>(p, number(), place.position);
         if (!is_q && p.kv_dtype == KRASIS_I8) return store_codes(static_cast<uint8_t *>(to), row);
         const int64_t to_at = is_q ? at : row * p.head_dim;
         KRASIS_UNROLL
@@ -278,6 +259,7 @@ int32_t launch_heads(const krasis_cuda_qkv_args &a, int64_t blocks, void *stream
         return launch_rows<qk_flat_norm_rope_kernel<kRing>>(
             a.tokens, {static_cast<unsigned>(a.tokens), kFlatThreads, shared_bytes}, a, stream);
     }
+    if (has_vectors(a)) return launch_vectors<kRing>(a, stream);
     const simt::LaunchShape shape{static_cast<unsigned>(blocks), kHeadThreads, 0};
     return a.head_dim > kHeadDim ? launch_rows<qk_norm_rope_kernel<kMostPairs, kRing>>(a.tokens, shape, a, stream)
                                  : launch_rows<qk_norm_rope_kernel<kPairs, kRing>>(a.tokens, shape, a, stream);

@@ -184,6 +184,7 @@ uint32_t and_or(uint32_t a) {
 }
 uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector);
 float fused_multiply_add(float a, float b, float c);
+inline float multiply(float a, float b) { return a * b; }
 float divide(float a, float b);
 float reciprocal(float x);
 float quotient(float a, float b);

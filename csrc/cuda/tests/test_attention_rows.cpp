@@ -207,6 +207,29 @@ void check_heads(const Heads &c) {
     check_rows(problem, args);
 }
 
+// Tables that 16 bytes at a time cannot read take one warp a head: the same bits.
+void check_vectors(const Heads &c) {
+    HeadsProblem problem(c);
+    Array<float> tables[2]{Array<float>(problem.cosines.size() + 1), Array<float>(problem.sines.size() + 1)};
+    std::memcpy(tables[0].data() + 1, problem.cosines.data(), problem.cosines.size() * sizeof(float));
+    std::memcpy(tables[1].data() + 1, problem.sines.data(), problem.sines.size() * sizeof(float));
+    std::vector<std::vector<uint8_t>> found[2];
+    for (const bool by_warps : {false, true}) {
+        problem.reset();
+        auto args = problem.args();
+        if (by_warps) {
+            args.cos = tables[0].upload() + 1;
+            args.sin = tables[1].upload() + 1;
+        }
+        CHECK_OK(krasis_cuda_qk_norm_rope_store(&args, nullptr));
+        for (Matrix *m : {&problem.qkv, &problem.k_cache, &problem.v_cache}) {
+            m->bytes.download();
+            found[by_warps].emplace_back(m->bytes.data(), m->bytes.data() + m->bytes.size());
+        }
+    }
+    CHECK(found[0] == found[1]);
+}
+
 // In rings lie the bits that a whole cache has, of rows one after another and of rows with places of their own; what
 // they do not reach stays as it was.
 void check_ring(const Heads &c, bool codes) {
@@ -288,6 +311,7 @@ void run_attention_rows() {
     // Partial, interleaved and no rotation; biases; flat norms, more heads than warps; cut after the norm.
     check_heads({3, 4, 4, 2, 128, KRASIS_BF16, KRASIS_BF16, true, 64, false, false, true});
     check_heads({3, 4, 2, 1, 64, KRASIS_F16, KRASIS_F32, false, 32, false, true, true});
+    check_heads({3, 4, 2, 1, 96, KRASIS_BF16, KRASIS_F32, true, 96, false, false, true, 0.9f});
     check_heads({2, 1, 2, 2, 256, KRASIS_BF16, KRASIS_F32, true, 256, false, true});
     check_heads({2, 1, 2, 1, 48, KRASIS_F16, KRASIS_F32, true, 0});
     check_heads({3, 2, 4, 2, 64, KRASIS_BF16, KRASIS_F32, true, 64, true, false, false, 0.75f});
@@ -299,6 +323,10 @@ void run_attention_rows() {
     check_heads({4, 2, 40, 10, 32, KRASIS_F16, KRASIS_BF16, true, 16, true, false, true, 1.0f});
     check_heads({2, 3, 3, 3, 32, KRASIS_BF16, KRASIS_F32, false, 32, false, false, true, 0.5f});
     check_odd_codes();
+    for (int64_t dim : {64, 128, 256, 512}) {
+        check_vectors({5, 1, 5, 3, dim, KRASIS_BF16, KRASIS_BF16, true, dim, false, false, true, 0.9f});
+        check_vectors({3, 2, 3, 1, dim, KRASIS_F16, KRASIS_F32, true, dim / 4, false, false, false, 0, true, true});
+    }
     for (const bool codes : {false, true}) {
         check_ring({5, 13, 2, 2, 64, KRASIS_BF16, KRASIS_F32, true, 64}, codes);
         check_ring({8, 3, 4, 1, 32, KRASIS_F16, KRASIS_F32, true, 16, true}, codes);
