@@ -21,35 +21,9 @@
 #pragma once
 
 #include "marlin_dequant.cuh"
-#include "moe_activation.cuh"
+#include "moe_params.cuh"
 
 namespace krasis::cuda {
-
-struct MoeGemmParams {
-    const uint8_t *activations;        // 16-bit
-    int32_t activation_stride_chunks;  // of 16 bytes; all activations lie within 2^31 of them
-    const void *const *expert_base;
-    int64_t codes_offset, scales_offset;
-    const int32_t *sorted_slots, *block_experts, *first_block;
-    uint8_t *out;
-    int64_t out_stride;  // elements
-    unsigned long long *num_executed;
-    int32_t slots_per_row;
-    int32_t expert_begin, expert_end;
-    int32_t k_steps;        // k / 64
-    int32_t column_tiles;   // n / 64
-    int32_t group_shift;    // a group is 16 << group_shift along k (1, 2, 3); 0: one scale a channel
-    int32_t gate_tiles;     // gated: column tiles of gate; otherwise 0
-    int32_t column_blocks;  // blocks along n
-    bool scale_is_bf16, out_is_float, is_silu;
-    const float *bias, *up_bias;  // [num_experts, columns of gate or of the output]
-    MoeActivation activation;     // unless is_silu
-    const int32_t *ids;           // this and what follows is marlin_few.cuh's alone
-    const float *slot_weights;
-    float *hidden;
-    uint32_t *arrivals;
-    int32_t top_k;
-};
 
 inline constexpr float kLeastScale = 0x1p-60f;
 
@@ -71,10 +45,6 @@ struct MoeTile {
     static constexpr int kXRowsPerThread = kRows * 8 / kThreads;
     static constexpr int kCodeChunksPerThread = kCodesBytes / 16 / kThreads;
     static_assert(kXRowsPerThread * kThreads == kRows * 8 && kCodeChunksPerThread * kThreads * 16 == kCodesBytes);
-};
-
-struct Place {
-    int row_block, column_block;
 };
 
 // Everything a thread keeps for one tile, but the fragments. Tile adds kWords: words of each of the pair's tiles that a
@@ -340,25 +310,42 @@ struct MoeWorker {
         *reinterpret_cast<uint32_t *>(p.out + index * 2) = values;
     }
 
-    // Output of row tile t, columns 16 word + 8h + lane / 4 of tile i of the pair, rows 2 (lane % 4) and the next.
-    KRASIS_DEVICE void values_of(int i, int word, int t, int h, float (&values)[2]) const {
-        KRASIS_UNROLL
-        for (int e = 0; e < 2; ++e) {
-            const float own = sum[i][word][t][2 * h + e] * unit[i][word][h];
-            values[e] = own;
-            if (p.gate_tiles == 0) continue;
-            const float up = sum[1][word][t][2 * h + e] * unit[1][word][h];
-            values[e] = p.is_silu ? own * simt::reciprocal(1.0f + simt::exp_float(-own)) * up
-                                  : moe_activate(p.activation, own, up);
+    // Makes outputs of a gate's and an up tile's sums, in the gate's place and in units of 1. Which activation it is is
+    // asked once: asked for each number, it takes a fifth of a prompt's product.
+    KRASIS_DEVICE void activate() {
+        if (p.gate_tiles == 0) return;
+        if (p.is_silu) {
+            each_gated(
+                [](float gate, float up) { return gate * simt::reciprocal(1.0f + simt::exp_float(-gate)) * up; });
+        } else {
+            each_gated([&](float gate, float up) { return moe_activate(p.activation, gate, up); });
         }
     }
 
-    // Columns 16 word + 8h of one tile of the pair; column: the first of this warp's words.
+    template <class Activation>
+    KRASIS_DEVICE void each_gated(Activation activation) {
+        KRASIS_UNROLL
+        for (int word = 0; word < kWords; ++word) {
+            KRASIS_UNROLL
+            for (int t = 0; t < kRowTiles; ++t) {
+                KRASIS_UNROLL
+                for (int e = 0; e < 4; ++e) {
+                    float &gate = sum[0][word][t][e];
+                    gate = activation(gate * unit[0][word][e / 2], sum[1][word][t][e] * unit[1][word][e / 2]);
+                }
+            }
+            unit[0][word][0] = unit[0][word][1] = 1;
+        }
+    }
+
+    // Columns 16 word + 8h of one tile of the pair; column: the first of this warp's words. Of row tile t a thread has
+    // columns 8h + lane / 4, rows 2 (lane % 4) and the next.
     KRASIS_DEVICE void store_fragment(const int32_t *slots, int i, int word, int t, int64_t column) const {
         KRASIS_UNROLL
         for (int h = 0; h < 2; ++h) {
             float values[2];
-            values_of(i, word, t, h, values);
+            KRASIS_UNROLL
+            for (int e = 0; e < 2; ++e) values[e] = sum[i][word][t][2 * h + e] * unit[i][word][h];
             const int64_t first = column + 16 * word + 8 * h;
             if (p.out_is_float) {
                 KRASIS_UNROLL
@@ -375,7 +362,8 @@ struct MoeWorker {
         }
     }
 
-    KRASIS_DEVICE void store(const Place &at) const {
+    KRASIS_DEVICE void store(const Place &at) {
+        activate();
         const int32_t *slots = slots_of(at) + warp_row * kRowTiles * 8;
         KRASIS_UNROLL
         for (int i = 0; i < 2; ++i) {
