@@ -17,6 +17,7 @@ TESTS = ("tests/device",)
 GPU_TESTS = (
     "tests/runtime/device/test_cuda_device.py",
     "tests/runtime/gpu/kernels",
+    "tests/runtime/gpu/test_attention.py",
     "tests/e2e/test_families.py",
     "tests/e2e/test_gpu_batches.py",
     "tests/e2e/test_gpu_between.py",

@@ -2,7 +2,9 @@
 
 Query i of n sees keys 0..m-n+i of m: the mask is aligned at the lower right. ``is_causal=True`` aligns it at
 the upper left, which is the same only without a prefix (n = m); there it is twice as fast (measured on an
-H100: 610-640 TFLOP/s against 298-318 in lower-right pieces of 2048), so a whole prompt is one call of it.
+H100: 610-640 TFLOP/s against 298-318 in lower-right pieces of 2048). So a whole prompt is one call of it for
+as many heads as there is memory for, and the keys before a chunk are taken apart from its own
+(``attention_logs.py``).
 """
 
 from __future__ import annotations
@@ -15,14 +17,17 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from krasis.runtime.cpu.kernels import Heads
 from krasis.runtime.device.api import Stream
+from krasis.runtime.gpu.kernels.attention_logs import attention_and_logs, gives_logs, pays_apart
 from krasis.runtime.gpu.kernels.launcher import present
-from krasis.runtime.gpu.kernels.local_attention import MOST_CHANNELS, local_attention
+from krasis.runtime.gpu.kernels.local_attention import MOST_CHANNELS, attention_with_sinks, local_attention
 from krasis.runtime.planning.assumptions import ATTENTION_PIECE_BYTES
 
 PIECE_BYTES = ATTENTION_PIECE_BYTES
-"""SDPA allocates its result; queries are taken in pieces whose results fit in this, from the reserve of the
-plan.
+"""SDPA allocates its result; heads, and queries, are taken in pieces whose results fit in this, from the
+reserve of the plan.
 """
+APART_PIECE_BYTES = PIECE_BYTES // 3
+"""The same where a result is made of two, or has a sink's share taken from it."""
 
 
 def pieces(
@@ -30,6 +35,24 @@ def pieces(
 ) -> list[tuple[int, int]]:
     """Ranges of queries [begin, end), as few and as even as can be."""
     most = max(1, piece_bytes // (2 * attention_size))
+    return _even(begin, end, most)
+
+
+def head_pieces(heads: Heads, most: int) -> list[tuple[slice, slice]]:
+    """(query heads, key heads) of pieces of up to ``most`` query heads, at least one: whole groups that share
+    keys, or parts of one group."""
+    group = heads.num_heads // heads.num_kv_heads
+    if most >= group:
+        ranges = _even(0, heads.num_kv_heads, most // group)
+        return [(slice(first * group, last * group), slice(first, last)) for first, last in ranges]
+    return [
+        (slice(kv * group + first, kv * group + last), slice(kv, kv + 1))
+        for kv in range(heads.num_kv_heads)
+        for first, last in _even(0, group, max(1, most))
+    ]
+
+
+def _even(begin: int, end: int, most: int) -> list[tuple[int, int]]:
     count = max(1, -(-(end - begin) // most))
     cuts = [begin + (end - begin) * index // count for index in range(count + 1)]
     return [(first, last) for first, last in itertools.pairwise(cuts) if first < last]
@@ -55,13 +78,14 @@ def attend(
     query sees, None for all; sinks float32 [num_heads]: one more logit a head. SDPA knows neither, and would
     keep all scores of heads wider than FlashAttention's.
     """
-    if window is not None or sinks is not None or heads.head_dim > MOST_CHANNELS:
+    if heads.head_dim > MOST_CHANNELS or (window is not None and window < start + len(qkv)):
         _attend_locally(stream, heads, qkv, keys, values, start, out, piece_bytes, scale, window, sinks)
         return
     if scale == heads.head_dim**-0.5:
         scale = None
-    for begin, end in pieces(0, len(qkv), heads.attention_size, piece_bytes):
-        _attend_piece(
+    most = piece_bytes if start == 0 and sinks is None else piece_bytes // 3
+    for begin, end in pieces(0, len(qkv), heads.head_dim, most):
+        _attend_rows(
             stream,
             heads,
             qkv[begin:end, : heads.attention_size],
@@ -69,6 +93,8 @@ def attend(
             values[:, : start + end],
             out[begin:end],
             scale,
+            sinks,
+            most // (2 * heads.head_dim * (end - begin)),
         )
 
 
@@ -103,7 +129,7 @@ def _attend_locally(
         stream.launch("attention", action, reads=present(queries, *seen, sinks), writes=(to,))
 
 
-def _attend_piece(
+def _attend_rows(
     stream: Stream,
     heads: Heads,
     queries: torch.Tensor,
@@ -111,13 +137,21 @@ def _attend_piece(
     values: torch.Tensor,
     out: torch.Tensor,
     scale: float | None,
+    sinks: torch.Tensor | None,
+    heads_at_once: int,
 ) -> None:
     def action(_: int) -> None:
         split = queries.view(len(queries), heads.num_heads, heads.head_dim).transpose(0, 1)[None]
-        mixed = causal_attention(split, keys[None], values[None], scale)
-        out.copy_(mixed[0].transpose(0, 1).flatten(1))
+        into = out.view(len(out), heads.num_heads, heads.head_dim)
+        for own, shared in head_pieces(heads, heads_at_once):
+            seen = split[:, own], keys[None, shared], values[None, shared]
+            if sinks is None:
+                mixed = causal_attention(*seen, scale)
+            else:
+                mixed = attention_with_sinks(*seen, scale, sinks[own])
+            into[:, own] = mixed[0].transpose(0, 1)
 
-    stream.launch("attention", action, reads=(queries, keys, values), writes=(out,))
+    stream.launch("attention", action, reads=present(queries, keys, values, sinks), writes=(out,))
 
 
 def causal_attention(
@@ -134,6 +168,8 @@ def causal_attention(
         return scaled_dot_product_attention(
             queries, keys, values, is_causal=True, scale=scale, enable_gqa=grouped
         )
+    if pays_apart(n, m) and gives_logs(queries, keys, values):
+        return attention_and_logs(queries, keys, values, scale)[0]
     return _lower_right(queries, keys, values, scale, grouped)
 
 

@@ -11,7 +11,12 @@ import torch
 from krasis.formats.errors import NativeError
 from krasis.formats.layouts import STRIP_ROWS
 from krasis.runtime.device.api import Stream
-from krasis.runtime.gpu.kernels.attention import causal_attention, pieces
+from krasis.runtime.gpu.kernels.attention import (
+    APART_PIECE_BYTES,
+    PIECE_BYTES,
+    causal_attention,
+    pieces,
+)
 from krasis.runtime.gpu.kernels.gpu_kernels import GpuKernels
 from krasis.runtime.gpu.kernels.latent import LatentForm
 from krasis.runtime.gpu.weights import GpuInt8
@@ -62,7 +67,8 @@ def attend_expanded(
         _expand(stream, form, group, kept)
         queries, columns = q[:, group.first : group.end], out[:, group.first : group.end]
         wide = (group.end - group.first) * group.values.shape[2]
-        for begin, end in pieces(0, len(q), wide):
+        is_whole = start == 0 and 2 * len(q) * wide <= PIECE_BYTES
+        for begin, end in pieces(0, len(q), wide, PIECE_BYTES if is_whole else APART_PIECE_BYTES):
             _attend(stream, form, queries[begin:end], group, start + end, columns[begin:end])
         first = group.end
 
