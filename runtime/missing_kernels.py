@@ -38,6 +38,7 @@ _QK_NORMS = {
 CPU_RUNS = frozenset(
     {
         "gated residual streams",
+        "mixed residual streams",
         "hashed n-gram tables",
         "latent attention (MLA)",
         "Mamba-2 layers",
@@ -83,6 +84,7 @@ CPU_RUNS = frozenset(
     }
 )
 GPU_RUNS = CPU_RUNS - {
+    "mixed residual streams",
     "Mamba-2 layers",
     "layers of one block",
     "experts between two projections",
@@ -148,8 +150,8 @@ def _of_model(spec: ModelSpec) -> Iterator[str]:
     if not _has_indices(spec):
         yield "layers that take the choice of an index from no layer before, or of another budget"
     if spec.residual is not None:
-        is_gated = spec.residual.kind == "gated" and spec.residual.end == "mixer"
-        yield "gated residual streams" if is_gated else "several residual streams"
+        ways = {("gated", "mixer"): "gated", ("hyper", "mean"): "mixed", ("hyper", "head"): "mixed"}
+        yield f"{ways.get((spec.residual.kind, spec.residual.end), 'other')} residual streams"
     if spec.ngram is not None:
         yield "hashed n-gram tables"
     if spec.norm.kind == "layer":

@@ -1,4 +1,4 @@
-"""What a block reads of the residual: its norm, or the mean of streams that was made for it."""
+"""What a block reads of the residual: its norm, or what was made of streams for it, normed or as it is."""
 
 from __future__ import annotations
 
@@ -27,13 +27,14 @@ class BlockInput:
         acts: Acts,
         normed: FloatArray | None = None,
     ) -> FloatArray:
-        """acts, int8, of what the block reads; the same in float32, in normed where that is given and hidden
-        is normed. mixed: the mean of streams, None where there are none.
+        """acts, int8, of what the block reads; the same in float32, in normed where that is given and
+        something is normed. mixed: what was made of streams, None where there are none.
         """
         if self._weight is None:
             if mixed is None:
                 raise NativeError("the block has neither a norm nor streams", where="block")
             kernels.quantize(mixed, acts)
             return mixed
-        kernels.rms_norm(hidden, self._weight, self._eps, normed, acts)
-        return hidden if normed is None else normed
+        source = hidden if mixed is None else mixed
+        kernels.rms_norm(source, self._weight, self._eps, normed, acts)
+        return source if normed is None else normed

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from krasis.formats.errors import NativeError
 from krasis.formats.models.recurrent import ChannelDelta
+from krasis.runtime.cpu.block_input import BlockInput
 from krasis.runtime.cpu.delta_kernels import DeltaWeights, gated_delta
 from krasis.runtime.cpu.kernels import Kernels
 from krasis.runtime.cpu.native_arrays import Array
@@ -23,7 +24,7 @@ class CpuChannelDelta:
         if place is None:
             raise NativeError("the state has no place for this layer", where="delta rule", got=index)
         self._context, self._mixer, self._place = context, mixer, place
-        self._norm = weights.vector("attention.norm")
+        self._input = BlockInput(weights, "attention.norm", context.spec.norm.eps)
         self._qkv, self._output = weights.int8("delta.qkv"), weights.int8("delta.output")
         names = ("beta", "decay_a", "decay_b", "gate_a", "gate_b")
         self._small = {name: weights.matrix(f"delta.{name}").data for name in names}
@@ -44,7 +45,7 @@ class CpuChannelDelta:
         normed = buffers.rows("normed", rows.num, context.spec.hidden)
         projected = buffers.rows("wide", rows.num, self._qkv.num_rows)
         out, out_acts = buffers.rows("attended", rows.num, self._size), buffers.acts(rows.num, self._size)
-        kernels.rms_norm(rows.hidden, self._norm, context.spec.norm.eps, normed, acts)
+        normed = self._input.read(kernels, rows.hidden, rows.mixed, acts, normed)
         kernels.gemm_int8_rows(acts, self._qkv.codes, self._qkv.scales, projected)
         gates = self._product(kernels, "beta", normed)
         decays = self._product(kernels, "decay_b", self._product(kernels, "decay_a", normed))

@@ -18,6 +18,7 @@ from krasis.runtime.cpu.float_blocks import (
     FloatMlpBesideExperts,
     float_block,
 )
+from krasis.runtime.cpu.float_hyper import FloatHyper, float_hyper_end
 from krasis.runtime.cpu.hashed_table import HashedTables
 from krasis.runtime.cpu.weights import FloatWeight, LayerWeights, ModelWeights, Weight, to_float32
 
@@ -105,7 +106,7 @@ class FloatHashedTable:
         return added
 
 
-LayerPart = FloatBlock | FloatStreams | FloatHashedTable
+LayerPart = FloatBlock | FloatStreams | FloatHyper | FloatHashedTable
 
 
 def float_layer(
@@ -118,20 +119,29 @@ def float_layer(
     for part, name in ((layer.mixer, "attention"), (layer.mlp, "mlp")):
         if part is None:
             continue
-        block = float_block(context, index, part, weights)
-        yield block if context.spec.residual is None else FloatStreams(context, block, weights, name)
+        block, residual = float_block(context, index, part, weights), context.spec.residual
+        if residual is None:
+            yield block
+        else:
+            around = FloatStreams if residual.kind == "gated" else FloatHyper
+            yield around(context, block, weights, name)
 
 
-def has_experts(part: LayerPart) -> TypeGuard[FloatExperts | FloatMlpBesideExperts | FloatStreams]:
+def has_experts(
+    part: LayerPart,
+) -> TypeGuard[FloatExperts | FloatMlpBesideExperts | FloatStreams | FloatHyper]:
     """Whether experts are in it, whose inputs can be observed."""
-    block = part.block if isinstance(part, FloatStreams) else part
+    block = part.block if isinstance(part, FloatStreams | FloatHyper) else part
     return isinstance(block, FloatExperts | FloatMlpBesideExperts)
 
 
 def float_end(context: FloatContext, weights: ModelWeights, hidden: FloatArray) -> FloatArray:
     """What the head reads of rows of the residual."""
-    if context.spec.residual is None:
+    residual = context.spec.residual
+    if residual is None:
         return context.norm(hidden, weights.final_norm)
+    if residual.kind == "hyper":
+        return context.norm(float_hyper_end(context, weights.end, hidden), weights.final_norm)
     return FloatGate(context, weights.end, "final_residual").mixed(hidden)[0]
 
 

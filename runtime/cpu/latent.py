@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from krasis.formats.errors import NativeError
 from krasis.formats.models.mixers import LatentAttention
 from krasis.runtime.cpu.acts import Acts
+from krasis.runtime.cpu.block_input import BlockInput
 from krasis.runtime.cpu.heads import Heads, Rotation
 from krasis.runtime.cpu.index import CHOSEN, CpuIndex
 from krasis.runtime.cpu.index_kernels import attention_chosen
@@ -37,6 +38,7 @@ class CpuLatentAttention:
         if mixer.rope is not None:
             tables = context.ropes[mixer.rope]
             self._rotation = Rotation(tables.cos, tables.sin, mixer.rope.style)
+        self._input = BlockInput(weights, "attention.norm", context.spec.norm.eps)
         self._index = self._own_index(cache)
         self._reserve()
 
@@ -67,9 +69,8 @@ class CpuLatentAttention:
         """See ``Block``."""
         context, mixer, heads, buffers = self._context, self._mixer, self._heads, self._context.buffers
         acts = buffers.acts(rows.num, context.spec.hidden)
-        norm = self._weights.vector("attention.norm")
         normed = None if self._index is None else buffers.rows("normed", rows.num, context.spec.hidden)
-        kernels.rms_norm(rows.hidden, norm, context.spec.norm.eps, normed, acts)
+        self._input.read(kernels, rows.hidden, rows.mixed, acts, normed)
         kv = self._product(kernels, "kv_a", acts)
         q = self._queries(kernels, acts, rows.chooses)
         chosen = self._chosen(kernels, rows, normed)

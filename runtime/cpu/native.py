@@ -363,6 +363,12 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "krasis_stream_squash": (_I32, (_PTR, _PTR, _I64, _I64, _F32)),
     "krasis_stream_mix": (_I32, (_PTR, _PTR, _PTR, _I64, _I64, _I64, _PTR)),
     "krasis_stream_add": (_I32, (_PTR, _PTR, _PTR, _PTR, _I64, _I64, _I64)),
+    "krasis_hyper_weights": (
+        _I32,
+        (_PTR, _PTR, _I64, _I64, _I64, _F32, _PTR, _I64, _PTR, _PTR, _F32, _I64),
+    ),
+    "krasis_hyper_sum": (_I32, (_PTR, _PTR, _I64, _I64, _I64, _PTR, _I64, _PTR)),
+    "krasis_hyper_add": (_I32, (_PTR, _PTR, _PTR, _PTR, _I64, _I64, _I64)),
     "krasis_wait_flag": (_I32, (_PTR, ctypes.c_uint64, _I64)),
     "krasis_store_flag": (_I32, (_PTR, ctypes.c_uint64)),
 }

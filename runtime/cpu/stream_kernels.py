@@ -17,7 +17,7 @@ def stream_norm(kernels: Kernels, x: Array, weight: Array, eps: float, hidden: i
     arguments = (
         pointer(x, (tokens, width), F32, "stream_norm.x"),
         tokens,
-        _streams(width, hidden, "stream_norm.x"),
+        num_streams(width, hidden, "stream_norm.x"),
         hidden,
         pointer(weight, (width,), F32, "stream_norm.weight"),
         eps,
@@ -43,7 +43,7 @@ def stream_mix(kernels: Kernels, normed: Array, gates: Array, out: Array) -> Non
         pointer(normed, (tokens, width), F32, "stream_mix.normed"),
         pointer(gates, (tokens, width), F32, "stream_mix.gates"),
         tokens,
-        _streams(width, hidden, "stream_mix.normed"),
+        num_streams(width, hidden, "stream_mix.normed"),
         hidden,
         out_pointer(out, (tokens, hidden), F32, "stream_mix.out"),
     )
@@ -56,7 +56,7 @@ def stream_add(kernels: Kernels, x: Array, added: Array, logits: Array) -> None:
     """
     tokens, hidden = shape_2d(added, "stream_add.added")
     _, width = shape_2d(x, "stream_add.x")
-    streams = _streams(width, hidden, "stream_add.x")
+    streams = num_streams(width, hidden, "stream_add.x")
     arguments = (
         out_pointer(x, (tokens, width), F32, "stream_add.x"),
         pointer(added, (tokens, hidden), F32, "stream_add.added"),
@@ -68,7 +68,8 @@ def stream_add(kernels: Kernels, x: Array, added: Array, logits: Array) -> None:
     kernels.call("krasis_stream_add", arguments, x, added, logits)
 
 
-def _streams(width: int, hidden: int, where: str) -> int:
+def num_streams(width: int, hidden: int, where: str) -> int:
+    """Streams of ``hidden`` channels in a row of width. Raises NativeError if they are no whole ones."""
     if hidden < 1 or width % hidden or hidden % CHANNEL_MULTIPLE:
         limit = f"streams of {hidden} channels, a multiple of {CHANNEL_MULTIPLE}"
         raise NativeError("no whole streams", where=where, got=width, limit=limit)

@@ -1,4 +1,6 @@
-"""Gated residual streams on the CPU: what stands around the blocks, and what the head reads at the end."""
+"""Residual streams on the CPU: the gated ones that stand around the blocks, and what the head reads at the
+end. ``hyper`` has those that small matrices mix.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +16,7 @@ from krasis.runtime.cpu.acts import Acts
 from krasis.runtime.cpu.blocks import Block, CpuContext, Rows, cpu_block
 from krasis.runtime.cpu.buffers import Buffers
 from krasis.runtime.cpu.hashed_table import HashedTables
+from krasis.runtime.cpu.hyper import CpuHyper, HyperEnd
 from krasis.runtime.cpu.kernels import Kernels
 from krasis.runtime.cpu.native_arrays import Array
 from krasis.runtime.cpu.stream_kernels import stream_add, stream_mix, stream_norm, stream_squash
@@ -82,20 +85,26 @@ class CpuStreams:
 
 
 class CpuEnd:
-    """What the head reads: the last norm of the residual, or the mean of its streams."""
+    """What the head reads: the last norm of the residual, or of what its streams become, or gated streams'
+    mean."""
 
     def __init__(self, weights: ModelWeights, buffers: Buffers) -> None:
         self._norm, self._spec = weights.final_norm, weights.spec
         self._gate: CpuGate | None = None
-        if weights.spec.residual is not None:
+        self._hyper: HyperEnd | None = None
+        residual = weights.spec.residual
+        if residual is not None and residual.kind == "hyper":
+            self._hyper = HyperEnd(weights.spec, buffers, weights.end)
+        elif residual is not None:
             self._gate = CpuGate(weights.spec, buffers, weights.end, "final_residual")
 
     def read(self, kernels: Kernels, hidden: Array, acts: Acts) -> None:
         """acts [T, hidden] of rows of the residual."""
-        if self._gate is None:
-            kernels.rms_norm(hidden, self._norm, self._spec.norm.eps, acts=acts)
-        else:
+        if self._gate is not None:
             kernels.quantize(self._gate.run(kernels, hidden)[0], acts)
+            return
+        one = hidden if self._hyper is None else self._hyper.run(kernels, hidden)
+        kernels.rms_norm(one, self._norm, self._spec.norm.eps, acts=acts)
 
 
 def cpu_layer(context: CpuContext, tables: HashedTables, index: int, weights: LayerWeights) -> list[Block]:
@@ -108,8 +117,11 @@ def cpu_layer(context: CpuContext, tables: HashedTables, index: int, weights: La
     for part, name in ((layer.mixer, "attention"), (layer.mlp, "mlp")):
         if part is None:
             continue
-        block = cpu_block(context, index, part, weights)
-        found.append(block if context.spec.residual is None else CpuStreams(context, block, weights, name))
+        block, residual = cpu_block(context, index, part, weights), context.spec.residual
+        if residual is not None:
+            around = CpuStreams if residual.kind == "gated" else CpuHyper
+            block = around(context, block, weights, name)
+        found.append(block)
     return found
 
 
