@@ -264,7 +264,9 @@ KRASIS_API int32_t krasis_gemm_int8_heads(krasis_pool *pool, const krasis_acts *
 
 /* An index over tokens (DSA) says which keys a query attends to. A token's key: k after a layer norm with eps, its
  * first rotary_dims channels rotated, is kept in its span's values. q, where it is given, is rotated alike, in place.
- * dim % 16 == 0, <= 256; heads * dim <= 32768. */
+ * dim % 16 == 0, <= 256; heads * dim <= 32768. With gates pools of block tokens are scored: a token's key and then its
+ * gates are kept, but in place of the key of a pool's last token the pool's: by channel the keys of its tokens, as they
+ * are kept, weighed by the softmax of gate + position over them. */
 typedef struct krasis_index_args {
     const float *k; /* [T, dim] */
     float *q;       /* [T, heads * dim] or NULL */
@@ -277,6 +279,8 @@ typedef struct krasis_index_args {
     const krasis_span *spans;
     int64_t num_spans, keys_offset_bytes, values_offset_bytes, capacity;
     int32_t kv_dtype, reserved;
+    const float *gates, *positions; /* [T, dim], [block, dim]; both or neither */
+    int64_t block;                  /* 1 without gates */
 } krasis_index_args;
 KRASIS_API int32_t krasis_index_store(krasis_pool *pool, const krasis_index_args *args);
 
@@ -290,18 +294,18 @@ typedef struct krasis_choose_args {
     const krasis_span *spans;
     int64_t num_spans, keys_offset_bytes, values_offset_bytes, capacity;
     int32_t kv_dtype, reserved;
-    int32_t *chosen; /* [T, budget] */
+    int32_t *chosen; /* [T, budget + block - 1] */
     int64_t budget;
     void *workspace;
-    int64_t workspace_bytes;
+    int64_t workspace_bytes, block;
 } krasis_choose_args;
 KRASIS_API int32_t krasis_choose(krasis_pool *pool, const krasis_choose_args *args);
 
 /* krasis_attention of values that are the beginning of their keys (one head of keys, no window), over the positions
- * that krasis_choose gave: a row of which all are chosen gets the same bits. workspace: budget keys, in whole lines of
- * 64 bytes, and krasis_attention_workspace_bytes(1, budget, ...), the same; 16 times as much is of use. */
+ * that krasis_choose gave: a row of which all are chosen gets the same bits. workspace: n = budget + block - 1 keys, in
+ * whole lines of 64 bytes, and krasis_attention_workspace_bytes(1, n, ...), the same; 16 times as much is of use. */
 KRASIS_API int32_t krasis_attention_chosen(krasis_pool *pool, const krasis_attention_args *args, const int32_t *chosen,
-                                           int64_t budget);
+                                           int64_t budget, int64_t block);
 
 /* A gate on what a mixer gives. */
 typedef enum krasis_gate { KRASIS_GATE_SILU = 0, KRASIS_GATE_SIGMOID = 1 } krasis_gate;

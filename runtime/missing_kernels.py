@@ -17,6 +17,7 @@ from krasis.formats.models.spec import Layer, ModelSpec
 _HEAD_MULTIPLE = 16  # channels
 _MAX_WIDE_HEAD = 512
 _MAX_INDEX_SIZE = 32768  # channels of the heads of an index together
+_MOST_POOL_TOKENS = 256
 _MAX_LATENT_WIDTH = 576  # of a latent and the keys' common part
 _MOST_TAPS = 8  # of a convolution
 _MAX_DELTA_DIM = 128  # channels of a head of the delta rule on a GPU
@@ -39,6 +40,7 @@ CPU_RUNS = frozenset(
     {
         "gated residual streams",
         "mixed residual streams",
+        "an index over pools",
         "hashed n-gram tables",
         "latent attention (MLA)",
         "Mamba-2 layers",
@@ -85,6 +87,7 @@ CPU_RUNS = frozenset(
 )
 GPU_RUNS = CPU_RUNS - {
     "mixed residual streams",
+    "an index over pools",
     "Mamba-2 layers",
     "layers of one block",
     "experts between two projections",
@@ -165,15 +168,17 @@ def _of_model(spec: ModelSpec) -> Iterator[str]:
 
 
 def _has_indices(spec: ModelSpec) -> bool:
-    """Whether each layer that reuses an index over tokens finds the choice of one of its own budget."""
-    budget: int | None = None
+    """Whether each layer that reuses an index over tokens or pools finds the choice of one of its own kind and
+    budget."""
+    before: tuple[str, int, int] | None = None
     for layer in spec.layers:
         index = layer.mixer.selection if isinstance(layer.mixer, LatentAttention) else None
-        if index is None or index.kind != "tokens":
+        if index is None or index.kind not in ("tokens", "pools"):
             continue
-        if (budget is not None and index.budget != budget) or (budget is None and index.reuses):
+        own = index.kind, index.budget, index.block
+        if (before is not None and own != before) or (before is None and index.reuses):
             return False
-        budget = index.budget
+        before = own
     return True
 
 
@@ -242,7 +247,9 @@ def _of_attention(mixer: Attention) -> Iterator[str]:
 
 
 def _of_latent(mixer: LatentAttention) -> Iterator[str]:
-    if mixer.selection is not None and mixer.selection.kind != "tokens":  # up to its budget it picks all
+    if mixer.selection is not None and mixer.selection.kind == "pools":
+        yield "an index over pools"
+    elif mixer.selection is not None and mixer.selection.kind != "tokens":
         yield "sparse attention by an index"
     if mixer.index_dim:
         yield from _of_token_index(mixer.selection)
@@ -265,6 +272,8 @@ def _of_token_index(index: Selection | None) -> Iterator[str]:
         return
     if index.dim % _HEAD_MULTIPLE or index.dim > MAX_HEAD_DIM or index.heads * index.dim > _MAX_INDEX_SIZE:
         yield f"an index of {index.heads} heads of {index.dim} channels"
+    if index.kind == "pools" and (index.budget % index.block or not 1 < index.block <= _MOST_POOL_TOKENS):
+        yield f"an index of {index.budget} tokens in pools of {index.block}"
     if index.rope is not None and (index.rope.place != "first" or index.rope.dims > index.dim):
         yield "an index that turns other than its first channels"
 

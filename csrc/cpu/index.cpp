@@ -21,7 +21,14 @@ int32_t check_heads(int64_t heads, int64_t dim) {
     return fits ? KRASIS_OK : KRASIS_ERR_SHAPE;
 }
 
+// Of tokens alone a block is one.
+bool is_block(int64_t block) { return block > 0 && block <= kMostPoolTokens; }
+
 int32_t check(const krasis_index_args &args) {
+    if (!is_block(args.block) || (args.block == 1 && args.gates) || (args.block > 1 && !args.positions) ||
+        (args.block > 1 && args.tokens > 0 && !args.gates)) {
+        return KRASIS_ERR_ARGUMENT;
+    }
     if (args.tokens < 0 || args.rotary_dims < 0 ||
         (args.rope_style != KRASIS_ROPE_HALF && args.rope_style != KRASIS_ROPE_INTERLEAVED)) {
         return KRASIS_ERR_ARGUMENT;
@@ -45,11 +52,12 @@ int64_t score_floats(const krasis_choose_args &args) {
         const krasis_span &span = args.spans[i];
         if (span.rows > 0 && span.start + span.rows > longest) longest = span.start + span.rows;
     }
-    return longest > args.budget ? padded(longest) : 0;
+    return longest / args.block > args.budget / args.block ? padded(longest / args.block) : 0;
 }
 
 int32_t check(const krasis_choose_args &args) {
-    if (args.tokens < 0 || args.budget <= 0 || args.budget > INT32_MAX || args.workspace_bytes < 0) {
+    if (args.tokens < 0 || args.budget <= 0 || args.budget > INT32_MAX - kMostPoolTokens || args.workspace_bytes < 0 ||
+        !is_block(args.block) || args.budget % args.block != 0) {
         return KRASIS_ERR_ARGUMENT;
     }
     if (const int32_t status = check_heads(args.heads, args.dim)) return status;
@@ -94,9 +102,19 @@ void choose_best(const float *scores, int64_t n, int64_t budget, int32_t *chosen
     }
 }
 
+// The positions of count pools of block tokens, in place of the pools, and of tail tokens behind pool `behind`.
+void expand(int32_t *chosen, int64_t count, int64_t block, int64_t behind, int64_t tail) {
+    for (int64_t i = count; i-- > 0;) {
+        const int64_t pool = chosen[i];  // before it is overwritten: i <= i * block
+        for (int64_t j = 0; j < block; ++j) chosen[i * block + j] = static_cast<int32_t>(pool * block + j);
+    }
+    for (int64_t j = 0; j < tail; ++j) chosen[count * block + j] = static_cast<int32_t>(behind * block + j);
+}
+
 struct Row {
     const krasis_span *span;
     int64_t row, keys;  // keys: those that it sees
+    int64_t pools;      // whole ones among them; with a block of 1 all keys
     int64_t end_task;   // of this row and those before it
 };
 
@@ -117,9 +135,9 @@ class Rounds {
                 next_row_ = 0;
                 continue;
             }
-            const int64_t keys = span.start + next_row_ + 1;
-            if (keys > args_.budget) tasks_ += (keys + kChunkKeys - 1) / kChunkKeys;
-            rows_[count_++] = {&span, span.first_row + next_row_++, keys, tasks_};
+            const int64_t keys = span.start + next_row_ + 1, pools = keys / args_.block;
+            if (pools > args_.budget / args_.block) tasks_ += (pools + kChunkKeys - 1) / kChunkKeys;
+            rows_[count_++] = {&span, span.first_row + next_row_++, keys, pools, tasks_};
         }
         return count_ > 0;
     }
@@ -130,7 +148,7 @@ class Rounds {
                 const Row *row = rows_;
                 while (task >= row->end_task) ++row;
                 const int64_t first = (task - (row == rows_ ? 0 : row[-1].end_task)) * kChunkKeys;
-                const int64_t last = first + kChunkKeys < row->keys ? first + kChunkKeys : row->keys;
+                const int64_t last = first + kChunkKeys < row->pools ? first + kChunkKeys : row->pools;
                 score(args_, *row->span, row->row, first, last, scores_ + (row - rows_) * stride_ + first);
             }
         });
@@ -142,8 +160,13 @@ class Rounds {
   private:
     void choose(int64_t index) const {
         const Row &row = rows_[index];
-        int32_t *chosen = args_.chosen + row.row * args_.budget;
-        if (row.keys > args_.budget) return choose_best(scores_ + index * stride_, row.keys, args_.budget, chosen);
+        const int64_t block = args_.block, best = args_.budget / block;
+        int32_t *chosen = args_.chosen + row.row * (args_.budget + block - 1);
+        if (row.pools > best) {
+            choose_best(scores_ + index * stride_, row.pools, best, chosen);
+            if (block > 1) expand(chosen, best, block, row.pools, row.keys % block);
+            return;
+        }
         for (int64_t key = 0; key < row.keys; ++key) chosen[key] = static_cast<int32_t>(key);
     }
 
@@ -153,6 +176,18 @@ class Rounds {
     Row rows_[kRoundRows];
     int64_t count_ = 0, tasks_ = 0, next_span_ = 0, next_row_ = 0;
 };
+
+// The keys of all pools whose last tokens are among the rows; their first ones may have come before.
+void store_pools(krasis_pool *pool, const krasis_index_args &args) {
+    const auto store = is_wide_isa(pool) ? avx512::index_pools : avx2::index_pools;
+    for (int64_t i = 0; i < args.num_spans; ++i) {
+        const krasis_span &span = args.spans[i];
+        if (span.rows <= 0) continue;
+        const int64_t first = span.start / args.block, last = (span.start + span.rows) / args.block;
+        parallel_rows(pool, last - first, 8 * args.block * args.dim,
+                      [&](int64_t begin, int64_t end) { store(args, span, first + begin, first + end); });
+    }
+}
 
 }  // namespace
 
@@ -169,6 +204,7 @@ int32_t krasis_index_store(krasis_pool *pool, const krasis_index_args *args) {
             if (span.rows > 0 && first < last) store(*args, span, first, last);
         }
     });
+    if (args->block > 1) store_pools(pool, *args);
     return KRASIS_OK;
 }
 

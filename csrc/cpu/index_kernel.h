@@ -1,6 +1,7 @@
 // index_kernel.h: keys and scores of an index over tokens, compiled once per instruction set.
 #pragma once
 
+#include "activation_math.h"
 #include "attention_tiles.h"
 #include "cache_bytes.h"
 #include "index.h"
@@ -40,17 +41,49 @@ void turn_in_place(const krasis_index_args &args, int64_t position, float *x) {
     }
 }
 
-void store_key(const krasis_index_args &args, const float *y, uint8_t *key) {
+// Part 0 of a token's row is its key, part 1 its gates.
+void store_part(const krasis_index_args &args, const float *y, int64_t part, uint8_t *row) {
+    const int64_t first = part * args.dim;
     if (args.kv_dtype == KRASIS_I8) {
-        int8_t *codes = reinterpret_cast<int8_t *>(key);
-        return store_bytes(y, args.dim, codes, codes + args.dim);
+        int8_t *codes = reinterpret_cast<int8_t *>(row), *scales = codes + (args.block > 1 ? 2 : 1) * args.dim;
+        return store_bytes(y, args.dim, codes + first, scales + part * kScaleBytes);
     }
     for (int64_t i = 0; i < args.dim; i += 8) {
         if (args.kv_dtype == KRASIS_F16) {
-            V8::load(y + i).store_f16(reinterpret_cast<uint16_t *>(key) + i);
+            V8::load(y + i).store_f16(reinterpret_cast<uint16_t *>(row) + first + i);
         } else {
-            V8::load(y + i).store(reinterpret_cast<float *>(key) + i);
+            V8::load(y + i).store(reinterpret_cast<float *>(row) + first + i);
         }
+    }
+}
+
+// 16 channels of a part of a pool's token.
+KRASIS_INLINE V16 load_part(const krasis_index_args &args, const uint8_t *row, int64_t part, int64_t channel) {
+    const int64_t at = part * args.dim + channel;
+    if (args.kv_dtype == KRASIS_F16) return V16::load_f16(reinterpret_cast<const uint16_t *>(row) + at);
+    if (args.kv_dtype == KRASIS_F32) return V16::load(reinterpret_cast<const float *>(row) + at);
+    float scale;
+    std::memcpy(&scale, row + 2 * args.dim + part * kScaleBytes, sizeof(scale));
+    return mul(V16::load_i8(reinterpret_cast<const int8_t *>(row) + at), V16::set1(scale));
+}
+
+// y [dim] of the tokens of a pool, whose rows begin at first: token after token, so that all calls give the same bits.
+void pool_key(const krasis_index_args &args, const uint8_t *first, float *y) {
+    const int64_t bytes = row_bytes(args);
+    V16 gates[kMostPoolTokens];
+    for (int64_t i = 0; i < args.dim; i += 16) {
+        V16 most = V16::set1(-3.0e38f), sum = V16::zero(), keys = V16::zero();
+        for (int64_t token = 0; token < args.block; ++token) {
+            const V16 position = V16::load(args.positions + token * args.dim + i);
+            gates[token] = add(load_part(args, first + token * bytes, 1, i), position);
+            most = max(most, gates[token]);
+        }
+        for (int64_t token = 0; token < args.block; ++token) {
+            const V16 weight = exp(sub(gates[token], most));
+            sum = add(sum, weight);
+            keys = fma(weight, load_part(args, first + token * bytes, 0, i), keys);
+        }
+        div(keys, sum).store(y + i);
     }
 }
 
@@ -74,11 +107,13 @@ void pack_heads(const krasis_choose_args &args, const float *q, float *packed) {
     }
 }
 
+// keys: the first one's row; a pool's key is in the row of its last token.
 void load_keys(const krasis_choose_args &args, const uint8_t *keys, int64_t num_keys, float *to) {
-    for (int64_t key = 0; key < num_keys; ++key, keys += row_bytes(args), to += ScoreScratch::kStride) {
+    const int64_t step = row_bytes(args) * args.block, parts = args.block > 1 ? 2 : 1;
+    for (int64_t key = 0; key < num_keys; ++key, keys += step, to += ScoreScratch::kStride) {
         if (args.kv_dtype == KRASIS_I8) {
             const int8_t *codes = reinterpret_cast<const int8_t *>(keys);
-            load_bytes(codes, codes + args.dim, args.dim, to);
+            load_bytes(codes, codes + parts * args.dim, args.dim, to);
             continue;
         }
         for (int64_t d = 0; d < args.dim; d += 8) {
@@ -125,11 +160,23 @@ void index_rows(const krasis_index_args &args, const krasis_span &span, int64_t 
         const int64_t position = span.start + row - span.first_row;
         layer_norm(args, args.k + row * args.dim, y);
         turn_in_place(args, position, y);
-        store_key(args, y, static_cast<uint8_t *>(layer_values(args, span)) + position * row_bytes(args));
+        uint8_t *kept = static_cast<uint8_t *>(layer_values(args, span)) + position * row_bytes(args);
+        store_part(args, y, 0, kept);
+        if (args.gates) store_part(args, args.gates + row * args.dim, 1, kept);
         if (!args.q) continue;
         for (int64_t head = 0; head < args.heads; ++head) {
             turn_in_place(args, position, args.q + (row * args.heads + head) * args.dim);
         }
+    }
+}
+
+void index_pools(const krasis_index_args &args, const krasis_span &span, int64_t begin, int64_t end) {
+    alignas(64) float y[kMostIndexDim];
+    const int64_t bytes = row_bytes(args);
+    for (int64_t pool = begin; pool < end; ++pool) {
+        uint8_t *first = static_cast<uint8_t *>(layer_values(args, span)) + pool * args.block * bytes;
+        pool_key(args, first, y);
+        store_part(args, y, 0, first + (args.block - 1) * bytes);
     }
 }
 
@@ -141,7 +188,8 @@ void index_scores(const krasis_choose_args &args, const krasis_span &span, int64
     const uint8_t *keys = static_cast<const uint8_t *>(layer_values(args, span));
     for (int64_t key = begin; key < end; key += kScoreBlock) {
         const int64_t num_keys = end - key < kScoreBlock ? end - key : kScoreBlock;
-        load_keys(args, keys + key * row_bytes(args), num_keys, scratch.keys);
+        const int64_t position = key * args.block + args.block - 1;
+        load_keys(args, keys + position * row_bytes(args), num_keys, scratch.keys);
         score_block(args, args.weights + row * args.heads, num_keys, scratch, scores + key - begin);
     }
 }

@@ -22,9 +22,19 @@ inline int64_t row_bytes(const krasis_attention_args &args) {
 inline int64_t row_bytes(const krasis_latent_args &args) {
     return kv_row_bytes(args.kv_dtype, args.kv_rank + args.rope_dim, 2);
 }
-// Of an index's keys, which are kept as values.
-inline int64_t row_bytes(const krasis_index_args &args) { return kv_row_bytes(args.kv_dtype, args.dim, 1); }
-inline int64_t row_bytes(const krasis_choose_args &args) { return kv_row_bytes(args.kv_dtype, args.dim, 1); }
+// Of an index's keys, which are kept as values; with gates where pools are scored.
+template <class Args>
+int64_t index_row_bytes(const Args &args) {
+    const int64_t parts = args.block > 1 ? 2 : 1;
+    return kv_row_bytes(args.kv_dtype, parts * args.dim, parts);
+}
+inline int64_t row_bytes(const krasis_index_args &args) { return index_row_bytes(args); }
+inline int64_t row_bytes(const krasis_choose_args &args) { return index_row_bytes(args); }
+
+// Keys that a row attends to which sees so many: all, or the best pools of block tokens and what is behind the last.
+inline int64_t chosen_keys(int64_t seen, int64_t budget, int64_t block) {
+    return seen / block > budget / block ? budget + seen % block : seen;
+}
 
 constexpr int64_t kMostRingPosition = int64_t{1} << 40;  // keeps sums of positions far from overflow
 

@@ -146,6 +146,14 @@ class Keys:
                 "this feature is not supported", where=self.path(key), got=shown(value), limit=allowed[0]
             )
 
+    def expect_layers(self, key: str, count: int, number: float) -> None:
+        """Raises UnsupportedModelError unless that number stands for each of the first count layers."""
+        for got in self.by_layer(key, count, float):
+            if got != number:
+                raise UnsupportedModelError(
+                    "layers that differ here are not supported", where=self.path(key), got=got, limit=number
+                )
+
     def vocab(self, hidden: int) -> int:
         """The number of rows of the embedding. Raises FormatError without one [vocab, hidden]."""
         where = f"{self._where}: {EMBEDDING_TENSOR}"

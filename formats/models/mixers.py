@@ -119,10 +119,17 @@ class LatentAttention(Record):
             raise fail("an index needs the query's latent", self, "selection", "no q_rank", "q_rank")
 
     @property
+    def index_parts(self) -> tuple[int, ...]:
+        """Channels that an index of the layer's own keeps of each token; none without one."""
+        index = self.selection
+        if index is None or index.kind not in ("tokens", "pools") or index.reuses:
+            return ()
+        return index.key_parts
+
+    @property
     def index_dim(self) -> int:
         """Channels of the key that an index of the layer's own keeps of each token; 0 without one."""
-        index = self.selection
-        return index.dim if index is not None and index.kind == "tokens" and not index.reuses else 0
+        return self.index_parts[0] if self.index_parts else 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -112,7 +112,12 @@ def spec_from_gguf(
     FormatError for missing, ill-typed or impossible values.
     """
     name = metadata.get("general.architecture")
-    readable = {family.gguf: family for family in all_families() if family.spec_from_gguf is not None}
+    readable = {
+        gguf: family
+        for family in all_families()
+        if family.spec_from_gguf is not None
+        for gguf in (family.gguf, *family.gguf_aliases)
+    }
     names = [str(gguf) for gguf, family in readable.items() if family.names]
     family = readable.get(name) if isinstance(name, str) else None
     if family is None or family.spec_from_gguf is None:

@@ -16,8 +16,9 @@ INDEX_NORM_EPS = 1e-6
 class Selection(Record):
     """An index that scores keys by small heads of its own; queries attend to the best ``budget`` tokens only.
 
-    kind: ``tokens`` scores each key (DSA), ``pools`` learnt averages of ``block`` keys, ``block_mean`` means
-    of blocks and ``block_max`` the best key of each. key_heads: heads of the index's keys. reuses: no index
+    kind: ``tokens`` scores each key (DSA), ``pools`` learnt averages of ``block`` keys, of which it takes whole
+    ones and the keys behind the last whole one, ``block_mean`` means of blocks and ``block_max`` the best key of
+    each. key_heads: heads of the index's keys. reuses: no index
     of its own, the choice of the layer before that has one.
     """
 
@@ -29,3 +30,13 @@ class Selection(Record):
     key_heads: int = size(MAX_HEADS, 1, 1)
     rope: Rope | None = None
     reuses: bool = False
+
+    @property
+    def most_keys(self) -> int:
+        """The most tokens that a query attends to, with those behind the last whole block; so many are all."""
+        return self.budget + self.block - 1
+
+    @property
+    def key_parts(self) -> tuple[int, ...]:
+        """Channels that an index over tokens or pools keeps of each: its key, and of pools its gates."""
+        return (self.dim, self.dim) if self.kind == "pools" else (self.dim,)

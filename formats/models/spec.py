@@ -218,12 +218,12 @@ class ModelSpec(Record):
 
     @property
     def densest_context(self) -> int | None:
-        """Tokens up to which an index over tokens picks all of them, so that attention needs none; None for
-        models without.
+        """Tokens up to which an index over tokens or pools picks all of them, so that attention needs none;
+        None for models without.
         """
         selections = [getattr(layer.mixer, "selection", None) for layer in dict.fromkeys(self.layers)]
-        budgets = [one.budget for one in selections if one is not None and one.kind == "tokens"]
-        return min(budgets, default=None)
+        most = [one.most_keys for one in selections if one is not None and one.kind in ("tokens", "pools")]
+        return min(most, default=None)
 
     @property
     def block_context(self) -> int | None:

@@ -145,8 +145,7 @@ def _attention(mixer: Attention, item_bytes: int) -> State:
 def _latent(mixer: LatentAttention, item_bytes: int) -> State:
     kept = [Kept(_row_bytes(item_bytes, mixer.kv_rank, mixer.rope_dim))]
     if mixer.selection is not None and not mixer.selection.reuses:
-        keys = 2 if mixer.selection.kind == "pools" else 1  # a pool needs each token's gate too
-        kept.append(Kept(_row_bytes(item_bytes, *keys * (mixer.selection.dim,))))
+        kept.append(Kept(_row_bytes(item_bytes, *mixer.selection.key_parts)))
     return State(tuple(kept))
 
 

@@ -33,7 +33,7 @@ class FloatChannelDelta:
     def run(self, hidden: FloatArray, spans: tuple[Span, ...]) -> FloatArray:
         """What the block adds to hidden [T, hidden]."""
         context, mixer, weights = self._context, self._mixer, self._weights
-        normed = context.norm(hidden, weights.vector("attention.norm"))
+        normed = context.block_input(hidden, weights, "attention.norm")
         qkv = context.dense(self._index, weights, "delta.qkv")[: mixer.conv_channels]
         projected = reference.gemm(normed, qkv)
         betas = reference.sigmoid(self._product("beta", normed))

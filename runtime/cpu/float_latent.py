@@ -27,12 +27,12 @@ class FloatLatentAttention:
     ) -> None:
         self._context, self._index, self._mixer, self._weights = context, index, mixer, weights
         own = mixer.selection if mixer.index_dim else None
-        self._chooser = None if own is None else FloatIndex(context, own, weights)
+        self._chooser = None if own is None else FloatIndex(context, index, own, weights)
 
     def run(self, hidden: FloatArray, spans: tuple[Span, ...]) -> FloatArray:
         """What the block adds to hidden [T, hidden]."""
         mixer = self._mixer
-        normed = self._context.norm(hidden, self._weights.vector("attention.norm"))
+        normed = self._context.block_input(hidden, self._weights, "attention.norm")
         latents = self._query_latents(normed)
         queries = self._product("q" if mixer.q_rank is None else "q_b", latents, self._query_rows)
         queries = queries.reshape(len(hidden), mixer.heads, mixer.nope_dim + mixer.rope_dim)

@@ -1,4 +1,4 @@
-"""The index over tokens (DSA) on the CPU: what it keeps of a token, and which tokens a query attends to."""
+"""The index over tokens or pools (DSA) on the CPU: what it keeps of a token, and which ones a query attends to."""
 
 from __future__ import annotations
 
@@ -34,7 +34,12 @@ class CpuIndex:
         self, context: CpuContext, index: Selection, q_rank: int, weights: LayerWeights, cache: LayerCache
     ) -> None:
         self._context, self._index, self._cache, self._rank = context, index, cache, q_rank
-        self._norm = IndexNorm(weights.vector("index.k_norm"), weights.vector("index.k_norm.bias"))
+        self._norm = IndexNorm(
+            weights.vector("index.k_norm"),
+            weights.vector("index.k_norm.bias"),
+            weights.vector("index.pool_position") if index.kind == "pools" else None,
+        )
+        self._gate = weights.matrix("index.pool_gate").data if index.kind == "pools" else None
         self._k, self._q, self._weights = (
             weights.matrix(f"index.{part}").data for part in ("k", "q", "weights")
         )
@@ -45,6 +50,8 @@ class CpuIndex:
         buffers = context.buffers
         buffers.reserve("normed", context.spec.hidden)
         buffers.reserve("index_k", index.dim)
+        if self._gate is not None:
+            buffers.reserve("index_gate", index.dim)
         if context.chooses(cache):
             buffers.reserve("index_latent", self._rank)
             buffers.reserve("index_q", index.heads * index.dim)
@@ -55,13 +62,18 @@ class CpuIndex:
         return self._context.buffers.rows("index_latent", num_rows, self._rank)
 
     def store(self, kernels: Kernels, rows: Rows, normed: Array, q: Array | None = None) -> None:
-        """Keeps the keys of normed [T, hidden]; q [T, heads * dim] is turned in place."""
-        k = self._context.buffers.rows("index_k", rows.num, self._index.dim)
+        """Keeps the keys of normed [T, hidden], and gates; q [T, heads * dim] is turned in place."""
+        buffers, dim, gates = self._context.buffers, self._index.dim, None
+        k = buffers.rows("index_k", rows.num, dim)
         kernels.gemm_float(normed, self._k, k)
-        index_store(kernels, k, q, self._index, self._norm, self._rotation, rows.spans, self._cache)
+        if self._gate is not None:
+            gates = buffers.rows("index_gate", rows.num, dim)
+            kernels.gemm_float(normed, self._gate, gates)
+        place = self._rotation, rows.spans, self._cache
+        index_store(kernels, k, q, self._index, self._norm, *place, gates)
 
     def choose(self, kernels: Kernels, rows: Rows, normed: Array, chosen: Array) -> None:
-        """As ``store``; chosen [T, budget]: what rows attend to by their ``latent``."""
+        """As ``store``; chosen [T, most_keys]: what rows attend to by their ``latent``."""
         index, buffers = self._index, self._context.buffers
         q = buffers.rows("index_q", rows.num, index.heads * index.dim)
         weights = buffers.rows("index_weights", rows.num, index.heads)
@@ -77,5 +89,5 @@ def index_workspace_bytes(mixer: LatentAttention, num_rows: int, capacity: int, 
     if index is None:
         return 0
     heads = Heads(mixer.heads, 1, mixer.kv_rank + mixer.rope_dim, mixer.kv_rank)
-    attending = chosen_workspace_bytes(num_rows, index.budget, heads, kv_dtype)
+    attending = chosen_workspace_bytes(num_rows, index.most_keys, heads, kv_dtype)
     return max(choose_workspace_bytes(num_rows, capacity), attending)

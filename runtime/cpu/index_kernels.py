@@ -22,10 +22,13 @@ _SCALES_BYTES = 8  # of a latent's two parts in 8 bits
 
 @dataclass(frozen=True, slots=True)
 class IndexNorm:
-    """The layer norm of an index's keys: float32 [dim] each."""
+    """The layer norm of an index's keys: float32 [dim] each. positions: float32 [block, dim], what is added to
+    the gates of a pool's tokens, None where tokens are scored.
+    """
 
     weight: Array
     bias: Array
+    positions: Array | None = None
 
 
 def index_store(
@@ -37,9 +40,11 @@ def index_store(
     rotation: Rotation | None,
     spans: Spans,
     cache: LayerCache,
+    gates: Array | None = None,
 ) -> None:
     """k float32 [T, dim], normed and its first channels turned, goes to the layer's values in the memory of
-    the spans' slots; q float32 [T, heads * dim] is turned in place.
+    the spans' slots, with gates float32 [T, dim] where the index pools, and the keys of pools that are whole
+    then; q float32 [T, heads * dim] is turned in place.
     """
     where, tokens = "index_store", shape_2d(k, "index_store.k")[0]
     _check_keys(spans, cache, index, where)
@@ -52,7 +57,11 @@ def index_store(
         norm=pointer(norm.weight, (index.dim,), F32, f"{where}.norm"),
         bias=pointer(norm.bias, (index.dim,), F32, f"{where}.bias"),
         eps=INDEX_NORM_EPS,
+        block=index.block,
     )
+    if gates is not None and norm.positions is not None:
+        args.gates = pointer(gates, (tokens, index.dim), F32, f"{where}.gates")
+        args.positions = pointer(norm.positions, (index.block, index.dim), F32, f"{where}.positions")
     if rotation is not None:
         tables = shape_2d(rotation.cos, f"{where}.cos")
         args.cos = pointer(rotation.cos, tables, F32, f"{where}.cos")
@@ -60,7 +69,7 @@ def index_store(
         args.max_positions, args.rotary_dims = tables[0], 2 * tables[1]
         args.rope_style = STYLE_CODES[rotation.style]
     _place(args, spans, cache)
-    kernels.call("krasis_index_store", (ctypes.byref(args),), k, q, norm, rotation, spans)
+    kernels.call("krasis_index_store", (ctypes.byref(args),), k, q, norm, rotation, spans, gates)
 
 
 def choose(
@@ -73,7 +82,7 @@ def choose(
     chosen: Array,
     scratch: Array,
 ) -> None:
-    """chosen int32 [T, budget]: the positions that each row attends to, ascending; as many as it sees, if
+    """chosen int32 [T, most_keys]: the positions that each row attends to, ascending; as many as it sees, if
     these are fewer. q float32 [T, heads * dim], turned; weights float32 [T, heads]; scratch: ``workspace`` of
     ``choose_workspace_bytes`` or more.
     """
@@ -85,8 +94,9 @@ def choose(
         tokens=tokens,
         heads=index.heads,
         dim=index.dim,
-        chosen=out_pointer(chosen, (tokens, index.budget), I32, "choose.chosen"),
+        chosen=out_pointer(chosen, (tokens, index.most_keys), I32, "choose.chosen"),
         budget=index.budget,
+        block=index.block,
         workspace=out_pointer(scratch, scratch.shape, U8, "choose.scratch"),
         workspace_bytes=scratch.nbytes,
     )
@@ -104,12 +114,13 @@ def attention_chosen(
     chosen: Array,
     out: Array,
     scratch: Array,
+    block: int = 1,
 ) -> None:
-    """``Kernels.attention`` of latents over chosen positions alone, int32 [T, budget] of ``choose``. scratch:
-    ``workspace`` of ``chosen_workspace_bytes`` or more.
+    """``Kernels.attention`` of latents over chosen positions alone, int32 [T, most_keys] of ``choose``, with
+    the index's block. scratch: ``workspace`` of ``chosen_workspace_bytes`` or more.
     """
     where, (tokens, ldq) = "attention_chosen", shape_2d(q, "attention_chosen.q")
-    budget = shape_2d(chosen, f"{where}.chosen")[1]
+    most_keys = shape_2d(chosen, f"{where}.chosen")[1]
     if heads.latent_values is None or heads.num_kv_heads != 1 or ldq < heads.attention_size:
         raise NativeError("these are no heads over latents", where=where, got=heads)
     spans.check_cache(cache, 1, heads.head_dim, where, has_values=False)
@@ -127,7 +138,8 @@ def attention_chosen(
         value_dim=heads.latent_values,
     )
     _place(args, spans, cache)
-    arguments = (ctypes.byref(args), pointer(chosen, (tokens, budget), I32, f"{where}.chosen"), budget)
+    address = pointer(chosen, (tokens, most_keys), I32, f"{where}.chosen")
+    arguments = (ctypes.byref(args), address, most_keys - block + 1, block)
     kernels.call("krasis_attention_chosen", arguments, q, spans, chosen, out, scratch)
 
 
@@ -136,18 +148,19 @@ def choose_workspace_bytes(num_rows: int, longest_end: int) -> int:
     return min(num_rows, _ROUND_ROWS) * align_up(longest_end, _BLOCK_KEYS) * F32.itemsize
 
 
-def chosen_workspace_bytes(num_rows: int, budget: int, heads: Heads, kv_dtype: str) -> int:
-    """Enough for ``attention_chosen`` with up to num_rows rows."""
+def chosen_workspace_bytes(num_rows: int, most_keys: int, heads: Heads, kv_dtype: str) -> int:
+    """Enough for ``attention_chosen`` with up to num_rows rows of so many keys."""
     row_bytes = heads.head_dim * ELEMENT_BYTES[kv_dtype] + (_SCALES_BYTES if kv_dtype == "int8" else 0)
-    attending = attention_workspace_bytes(1, budget, heads)
+    attending = attention_workspace_bytes(1, most_keys, heads)
     return min(num_rows, _ROUND_ROWS) * (
-        align_up(budget * row_bytes, _LINE_BYTES) + align_up(attending, _LINE_BYTES)
+        align_up(most_keys * row_bytes, _LINE_BYTES) + align_up(attending, _LINE_BYTES)
     )
 
 
 def _check_keys(spans: Spans, cache: LayerCache, index: Selection, where: str) -> None:
     """Raises NativeError if the layer's index keys end outside of the slots' values."""
-    begin, size_bytes = cache.values_offset_bytes, cache.size_bytes(1, index.dim)
+    parts = index.key_parts
+    begin, size_bytes = cache.values_offset_bytes, cache.size_bytes(1, sum(parts), len(parts))
     if begin < 0 or begin + size_bytes > spans.values_bytes:
         raise NativeError(
             "the layer's index keys end outside of the slot's memory",

@@ -1,4 +1,4 @@
-"""NumPy twins of the native functions of an index over tokens: see ``reference``."""
+"""NumPy twins of the native functions of an index over tokens or pools: see ``reference``."""
 
 from __future__ import annotations
 
@@ -37,3 +37,30 @@ def best_positions(scores: Array, start: int, budget: int) -> Array:
     np.put_along_axis(chosen, order, values=True, axis=-1)
     picked: Array = chosen & seen
     return picked
+
+
+def pool_keys(keys: Array, gates: Array, positions: Array) -> Array:
+    """[n, dim] of whole pools, by channel the keys of their tokens weighed by a softmax of their gates: keys,
+    gates [n * block, dim], positions [block, dim], which are added to the gates."""
+    shape = (-1, *positions.shape)
+    logits = gates.reshape(shape) + positions.astype(gates.dtype)
+    weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+    pooled: Array = (weights * keys.reshape(shape)).sum(axis=1) / weights.sum(axis=1)
+    return pooled
+
+
+def best_pools(scores: Array, start: int, num_keys: int, budget: int, block: int) -> Array:
+    """bool [T, num_keys]: the positions that rows at start.. attend to by the scores [T, n] of whole pools of
+    block tokens: the budget / block best of those whose last token a row sees, of equal ones the first, and
+    the tokens behind the last of these."""
+    positions = np.arange(start, start + len(scores))[:, None]
+    whole = (positions + 1) // block
+    seen = np.arange(scores.shape[1]) < whole
+    order = np.argsort(-np.where(seen, scores, -np.inf), axis=-1, kind="stable")[:, : budget // block]
+    chosen = np.zeros(scores.shape, dtype=bool)
+    np.put_along_axis(chosen, order, values=True, axis=-1)
+    keys = np.arange(num_keys)
+    picked = np.zeros((len(scores), num_keys), dtype=bool)
+    picked[:, : scores.shape[1] * block] = np.repeat(chosen & seen, block, axis=1)
+    both: Array = picked | ((keys >= whole * block) & (keys <= positions))
+    return both

@@ -43,7 +43,7 @@ class CpuLatentAttention:
         self._reserve()
 
     def _own_index(self, cache: LayerCache) -> CpuIndex | None:
-        """The layer's index over tokens, if it has one that it does not take from the layer before."""
+        """The layer's index over tokens or pools, if it has one that it does not take from the layer before."""
         mixer = self._mixer
         if mixer.selection is None or mixer.q_rank is None or not mixer.index_dim:
             return None
@@ -63,7 +63,7 @@ class CpuLatentAttention:
         buffers.reserve_acts(self._heads.output_size)
         buffers.reserve_acts(mixer.heads * mixer.value_dim)
         if mixer.selection is not None and self._context.chooses(self._cache):
-            buffers.reserve(CHOSEN, mixer.selection.budget)
+            buffers.reserve(CHOSEN, mixer.selection.most_keys)
 
     def run(self, kernels: Kernels, rows: Rows) -> None:
         """See ``Block``."""
@@ -85,10 +85,11 @@ class CpuLatentAttention:
         gemm_int8_heads(kernels, of_heads, to_latent.codes, to_latent.scales, mixer.heads, queries, width)
         attended = buffers.rows("attended", rows.num, heads.output_size)
         place = heads, rows.spans, self._cache, mixer.scale
-        if chosen is None:
+        if chosen is None or mixer.selection is None:
             kernels.attention(queries, *place, attended, context.scratch)
         else:
-            attention_chosen(kernels, queries, *place, chosen, attended, context.scratch)
+            block = mixer.selection.block
+            attention_chosen(kernels, queries, *place, chosen, attended, context.scratch, block)
         gathered = buffers.acts(rows.num, heads.output_size)
         kernels.quantize(attended, gathered)
         values = buffers.rows("latent_values", rows.num, mixer.heads * mixer.value_dim)
@@ -104,14 +105,14 @@ class CpuLatentAttention:
             kernels.add_rows(rows.hidden, bias=bias)
 
     def _chosen(self, kernels: Kernels, rows: Rows, normed: Array | None) -> Array | None:
-        """What rows attend to where they see more than that, [T, budget], by the layer's index or by that of
+        """What rows attend to where they see more than that, [T, most_keys], by the layer's index or by that of
         a layer before. The index keeps its keys in any case."""
         index, selection = self._index, self._mixer.selection
         if selection is None or not rows.chooses:
             if index is not None and normed is not None:
                 index.store(kernels, rows, normed)
             return None
-        chosen = self._context.buffers.rows(CHOSEN, rows.num, selection.budget)
+        chosen = self._context.buffers.rows(CHOSEN, rows.num, selection.most_keys)
         if index is not None and normed is not None:
             index.choose(kernels, rows, normed, chosen)
         return chosen

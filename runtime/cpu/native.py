@@ -163,6 +163,9 @@ class IndexArgs(ctypes.Structure):
         ("capacity", _I64),
         ("kv_dtype", _I32),
         ("reserved", _I32),
+        ("gates", _PTR),
+        ("positions", _PTR),
+        ("block", _I64),
     )
 
 
@@ -186,6 +189,7 @@ class ChooseArgs(ctypes.Structure):
         ("budget", _I64),
         ("workspace", _PTR),
         ("workspace_bytes", _I64),
+        ("block", _I64),
     )
 
 
@@ -353,7 +357,7 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "krasis_latent_store": (_I32, (_PTR, _PTR)),
     "krasis_index_store": (_I32, (_PTR, _PTR)),
     "krasis_choose": (_I32, (_PTR, _PTR)),
-    "krasis_attention_chosen": (_I32, (_PTR, _PTR, _PTR, _I64)),
+    "krasis_attention_chosen": (_I32, (_PTR, _PTR, _PTR, _I64, _I64)),
     "krasis_gemm_int8_heads": (_I32, (_PTR, _PTR, _PTR, _PTR, _I64, _I64, _PTR, _I64, _I64)),
     "krasis_gated_delta": (_I32, (_PTR, _PTR)),
     "krasis_short_conv": (_I32, (_PTR, _PTR)),

@@ -78,6 +78,5 @@ def row_forms(mixer: Mixer | None, dtype: str) -> tuple[int, RowForm, RowForm] |
         form = RowForm((mixer.head_dim,), dtype)
         return mixer.kv_heads, form, form
     if isinstance(mixer, LatentAttention):
-        parts = (mixer.index_dim,) if mixer.index_dim else ()
-        return 1, RowForm((mixer.kv_rank, mixer.rope_dim), dtype), RowForm(parts, dtype)
+        return 1, RowForm((mixer.kv_rank, mixer.rope_dim), dtype), RowForm(mixer.index_parts, dtype)
     return None

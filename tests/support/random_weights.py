@@ -175,7 +175,7 @@ def _put(state: State, source: Source, name: str, rows: Array, mixer: object) ->
         rows = rows - np.float32(1)
     if name.endswith(("conv1d.weight", "conv.conv.weight")):
         rows = rows[:, None]
-    if name.endswith("A_log") and isinstance(mixer, ChannelDelta):
+    if name.endswith("A_log") and isinstance(mixer, ChannelDelta) and mixer.lower_bound is None:
         rows = rows[None, None, :, None]
     pick = source.pick if getattr(mixer, "output_gate", "") != "none" else None
     if pick is None:

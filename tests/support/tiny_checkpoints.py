@@ -233,6 +233,24 @@ FIELDS["nemotron_h"] = {
     "routed_scaling_factor": 2.5,
     "time_step_min": 0.6,  # as large as some steps are
 }
+FIELDS["glm5_next"] = {
+    **MLA,
+    **INDEX,
+    "num_hidden_layers": 5,
+    "qk_rope_head_dim": 0,
+    "index_n_heads": 16,  # many, so that few scores are zeros, of which any may be chosen
+    "index_kpool": 4,
+    "index_topk": 80,
+    "first_k_dense_replace": None,
+    "mlp_layer_types": ["dense", *4 * ["sparse"]],
+    "linear_num_heads": 4,
+    "linear_head_dim": 64,
+    "layer_types": ["linear_attention", *2 * ["indexed_attention"], "linear_attention", "indexed_attention"],
+    "indexer_types": ["full", "full", "shared", "full", "full"],
+    "routed_scaling_factor": 2.5,
+    "swiglu_limit": 0.5,  # so that some products are beyond it
+    "num_nextn_predict_layers": None,
+}
 FIELDS_ABOUT_0 = ("qwen3_next", "qwen3_5_moe", "qwen4_exp")  # whose norms have weights about 0
 FIELDS |= {"qwen3_next": DELTA, "qwen3_5_moe": DELTA}
 FIELDS["qwen4_exp"] = DELTA | {
@@ -264,7 +282,19 @@ TOWERS: dict[str, dict[str, Any]] = {
             "patch_size": 4,
         },
         "tie_word_embeddings": False,
-    }
+    },
+    "glm5_next": {
+        "vision_config": {
+            "depth": 1,
+            "hidden_size": 32,
+            "num_heads": 2,
+            "intermediate_size": 32,
+            "out_hidden_size": 32,
+            "projection_intermediate_size": 32,
+            "patch_size": 4,
+        },
+        "tie_word_embeddings": False,
+    },
 }
 
 
@@ -340,7 +370,9 @@ def reference_model(family: str, *, seed: int = 0, **changes: Any) -> Any:
                 weight.copy_(noise * weight.shape[-1] ** -0.5)
             elif name.endswith("bias"):
                 weight.copy_(0.1 * noise)
-            elif name.endswith(("layer_scalar", "router.scale", "per_expert_scale")):
+            elif name.endswith(("_hc.base", "compress_ape")):  # as large as what they are added to
+                weight.copy_(noise)
+            elif name.endswith(("layer_scalar", "router.scale", "per_expert_scale", "_hc.scale")):
                 weight.copy_(1 + 0.2 * noise)
             elif name.endswith(("embed_tokens.weight", "embeddings.weight")):
                 weight.copy_(noise)  # what the blocks add is small beside it, as in trained models
