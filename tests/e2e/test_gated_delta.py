@@ -37,6 +37,7 @@ SAVED = {
     "lfm2_moe": {"keys", "values", "conv_columns"},
     "nemotron_h": {"keys", "values", "matrices", "columns"},
     "kimi_linear": {"latents", "matrices", "columns"},
+    "glm5_next": {"indexed_latents", "index_keys", "latents", "matrices", "columns"},
 }
 FAMILIES = tuple(SAVED)
 TOKENS = np.random.default_rng(8).integers(0, 256, 90).tolist()

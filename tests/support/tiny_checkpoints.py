@@ -240,7 +240,7 @@ FIELDS["glm5_next"] = {
     "qk_rope_head_dim": 0,
     "index_n_heads": 16,  # many, so that few scores are zeros, of which any may be chosen
     "index_kpool": 4,
-    "index_topk": 80,
+    "index_topk": 24,  # less than tests compute: it has to choose
     "first_k_dense_replace": None,
     "mlp_layer_types": ["dense", *4 * ["sparse"]],
     "linear_num_heads": 4,

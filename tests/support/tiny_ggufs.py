@@ -16,7 +16,7 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
-from tests.support import kimi_ggufs
+from tests.support import glm5_ggufs, kimi_ggufs
 from tests.support.gemma4_ggufs import gemma4_gguf
 from tests.support.nemotron_ggufs import nemotron_gguf
 
@@ -43,6 +43,7 @@ ARCHITECTURES = {
     "gpt_oss": gguf.MODEL_ARCH.GPT_OSS,
     "lfm2_moe": gguf.MODEL_ARCH.LFM2MOE,
     "kimi_linear": gguf.MODEL_ARCH.KIMI_LINEAR,
+    "glm5_next": gguf.MODEL_ARCH.GLM_DSA,  # and others: see ``glm5_ggufs``
     "hy_v3": gguf.MODEL_ARCH.DOTS1,  # whose names it has; the package does not know it yet
 }
 FLOAT = (
@@ -51,6 +52,8 @@ FLOAT = (
     "ssm_conv1d",
     "shortconv.conv",
     "ssm_a",
+    "hc_",
+    "indexer_compressor",
 )  # whatever the type of the others
 CONVERTER = "KRASIS_LLAMA_CPP"
 """The environment variable with the folder of llama.cpp's sources (convert_hf_to_gguf.py in it)."""
@@ -75,9 +78,11 @@ def tiny_gguf(
         return nemotron_gguf(config, read_tensors(source), path, experts, dense)
     if family == "kimi_linear":
         config = kimi_ggufs.usual_config(config)
+    if family == "glm5_next":
+        config = glm5_ggufs.usual_config(config)
     architecture = ARCHITECTURES[family]
     # The gguf package does not know these yet.
-    newer = {"hy_v3": "hy_v3", "deepseek_v32": "deepseek32"}
+    newer = {"hy_v3": "hy_v3", "deepseek_v32": "deepseek32", "glm5_next": glm5_ggufs.NAME}
     writer = gguf.GGUFWriter(path, newer.get(family, gguf.MODEL_ARCH_NAMES[architecture]))
     num_blocks = config["num_hidden_layers"] + (config.get("num_nextn_predict_layers") or 0)
     if "kv_lora_rank" in config:
@@ -90,11 +95,14 @@ def tiny_gguf(
         tensors = _delta_tensors(tensors, config)
     if family == "kimi_linear":
         tensors = kimi_ggufs.delta_tensors(tensors)
+    if family == "glm5_next":
+        tensors = glm5_ggufs.language_tensors(tensors)
     tensors = _stacked(tensors, family)
     if "kv_lora_rank" in config and not together:
         tensors = _latents_apart(tensors, config)
     for name, values in tensors.items():
         theirs = names.get_name(name, try_suffixes=(".weight", ".bias")) or _nextn_name(name)
+        theirs = theirs or glm5_ggufs.name_of(name, num_blocks)
         if theirs is None:
             raise ValueError(f"the gguf package has no name for {name}")
         is_vector = values.ndim == 1 or theirs.endswith(".bias")
@@ -320,6 +328,8 @@ def _add_metadata(writer: gguf.GGUFWriter, config: dict[str, Any], num_blocks: i
         kv_heads = [kv_heads if kind == "full_attention" else 0 for kind in config["layer_types"]]
     if config["model_type"] == "kimi_linear":
         kv_heads = kimi_ggufs.add_delta(writer, config)
+    if config["model_type"] == "glm5_next":
+        kv_heads = glm5_ggufs.add_own(writer, config)
     writer.add_head_count_kv(kv_heads)
     writer.add_layer_norm_rms_eps(config.get("rms_norm_eps") or config["norm_eps"])
     writer.add_rope_freq_base(rope["rope_theta"])
