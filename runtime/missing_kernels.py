@@ -168,8 +168,8 @@ def _of_model(spec: ModelSpec) -> Iterator[str]:
 
 
 def _has_indices(spec: ModelSpec) -> bool:
-    """Whether each layer that reuses an index over tokens or pools finds the choice of one of its own kind and
-    budget."""
+    """Whether each layer that reuses an index over tokens or pools finds the choice of one of its own kind
+    and budget."""
     before: tuple[str, int, int] | None = None
     for layer in spec.layers:
         index = layer.mixer.selection if isinstance(layer.mixer, LatentAttention) else None

@@ -63,13 +63,12 @@ class Family:
 
     name: of the spec. model_types: in ``config.json``; ``nested`` ones hold the language model in
     ``text_config``. architectures: the classes whose checkpoints are language models. gguf: its architecture
-    in GGUF files, which are read where there is a ``spec_from_gguf``; gguf_aliases: its other names there, with
-    the same keys and tensors. reference: transformers' class that
-    tests compare with. names: sources by bundle tensor or part, empty while the converter does not take the
-    family. left_out: what tensors of the hub whose names begin so are of, where the language model computes
-    the same without them. released_in: the type of the experts' weights in checkpoints as they were released,
-    where that is not a float: what is made of them keeps it. drafts: where its drafting layer is, if that is
-    read.
+    in GGUF files, which are read where there is a ``spec_from_gguf``; gguf_aliases: its other names there,
+    with the same keys and tensors. reference: transformers' class that tests compare with. names: sources by
+    bundle tensor or part, empty while the converter does not take the family. left_out: what tensors of the
+    hub whose names begin so are of, where the language model computes the same without them. released_in: the
+    type of the experts' weights in checkpoints as they were released, where that is not a float: what is made
+    of them keeps it. drafts: where its drafting layer is, if that is read.
     """
 
     name: str

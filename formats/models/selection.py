@@ -16,10 +16,10 @@ INDEX_NORM_EPS = 1e-6
 class Selection(Record):
     """An index that scores keys by small heads of its own; queries attend to the best ``budget`` tokens only.
 
-    kind: ``tokens`` scores each key (DSA), ``pools`` learnt averages of ``block`` keys, of which it takes whole
-    ones and the keys behind the last whole one, ``block_mean`` means of blocks and ``block_max`` the best key of
-    each. key_heads: heads of the index's keys. reuses: no index
-    of its own, the choice of the layer before that has one.
+    kind: ``tokens`` scores each key (DSA), ``pools`` learnt averages of ``block`` keys, of which it takes
+    whole ones and the keys behind the last whole one, ``block_mean`` means of blocks and ``block_max`` the
+    best key of each. key_heads: heads of the index's keys. reuses: no index of its own, the choice of the
+    layer before that has one.
     """
 
     kind: Literal["tokens", "pools", "block_mean", "block_max"]
@@ -33,7 +33,7 @@ class Selection(Record):
 
     @property
     def most_keys(self) -> int:
-        """The most tokens that a query attends to, with those behind the last whole block; so many are all."""
+        """Most tokens that a query attends to, with those behind the last whole block: so many are all."""
         return self.budget + self.block - 1
 
     @property

@@ -56,8 +56,8 @@ class FloatIndex:
         return best_pools(scores, span.start, span.end, index.budget, index.block)
 
     def _pools(self, kept: FloatArray, span: Span) -> FloatArray:
-        """The keys of all whole pools, [n, dim]. Those that became whole are kept in place of the key of their
-        last token."""
+        """The keys of all whole pools, [n, dim]. Those that became whole are kept in place of the key of
+        their last token."""
         dim, block, store = self._index.dim, self._index.block, self._context.store
         rows, place = store.layer(span.slot, self._layer)[1][0], store.places[self._layer]
         first, last = span.start // block * block, span.end // block * block

@@ -1,4 +1,6 @@
-"""The index over tokens or pools (DSA) on the CPU: what it keeps of a token, and which ones a query attends to."""
+"""The index over tokens or pools (DSA) on the CPU: what it keeps of a token, and which ones a query attends
+to.
+"""
 
 from __future__ import annotations
 

@@ -22,8 +22,8 @@ _SCALES_BYTES = 8  # of a latent's two parts in 8 bits
 
 @dataclass(frozen=True, slots=True)
 class IndexNorm:
-    """The layer norm of an index's keys: float32 [dim] each. positions: float32 [block, dim], what is added to
-    the gates of a pool's tokens, None where tokens are scored.
+    """The layer norm of an index's keys: float32 [dim] each. positions: float32 [block, dim], what is added
+    to the gates of a pool's tokens, None where tokens are scored.
     """
 
     weight: Array

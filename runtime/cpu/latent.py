@@ -43,7 +43,7 @@ class CpuLatentAttention:
         self._reserve()
 
     def _own_index(self, cache: LayerCache) -> CpuIndex | None:
-        """The layer's index over tokens or pools, if it has one that it does not take from the layer before."""
+        """The layer's index, if it has one that it does not take from the layer before."""
         mixer = self._mixer
         if mixer.selection is None or mixer.q_rank is None or not mixer.index_dim:
             return None
@@ -105,8 +105,8 @@ class CpuLatentAttention:
             kernels.add_rows(rows.hidden, bias=bias)
 
     def _chosen(self, kernels: Kernels, rows: Rows, normed: Array | None) -> Array | None:
-        """What rows attend to where they see more than that, [T, most_keys], by the layer's index or by that of
-        a layer before. The index keeps its keys in any case."""
+        """What rows attend to where they see more than that, [T, most_keys], by the layer's index or by that
+        of a layer before. The index keeps its keys in any case."""
         index, selection = self._index, self._mixer.selection
         if selection is None or not rows.chooses:
             if index is not None and normed is not None:

@@ -31,6 +31,7 @@ BUNDLE_NAMES = (
     "gpt-oss-20b",
     "gpt-oss-120b",
     "nemotron-3-nano-30b",
+    "glm-5.3-flash",
 )  # of which bundles are written, no checkpoints
 # What options of the scripts are called in the configs of families, where it differs.
 _FIELDS = {

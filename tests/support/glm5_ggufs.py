@@ -1,4 +1,4 @@
-"""GLM-5.3 in the words that the writer of tiny GGUFs knows, and what of it the gguf package does not know yet: as
+"""GLM-5.3 in the words that the writer of tiny GGUFs knows, and what of it the gguf package does not know, as
 llama.cpp's converter writes it.
 """
 

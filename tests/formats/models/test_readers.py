@@ -1,7 +1,7 @@
 """Readers of GGUF metadata agree with those of config.json; what cannot be is refused, by name."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -25,7 +25,7 @@ class Shape:
 
 def gguf(name, arch, **keys):
     """Metadata as llama.cpp writes it for one of the configs, and the tensors that tell something."""
-    config = CONFIGS[name]
+    config = CONFIGS[name].get("text_config", CONFIGS[name])
     head_dim = config.get("head_dim", config["hidden_size"] // config["num_attention_heads"])
     values = {
         "block_count": config["num_hidden_layers"],
@@ -36,7 +36,7 @@ def gguf(name, arch, **keys):
         "attention.key_length": head_dim,
         "attention.value_length": head_dim,
         "attention.layer_norm_rms_epsilon": config.get("rms_norm_eps", 1e-6),
-        "rope.freq_base": float(config["rope_theta"]),
+        "rope.freq_base": float(config.get("rope_theta", 1e4)),
         "expert_used_count": config["num_experts_per_tok"],
     } | {key.replace("__", "."): value for key, value in keys.items()}
     metadata = {f"{arch}.{key}": value for key, value in values.items() if value is not None}
@@ -125,6 +125,97 @@ GGUFS = {
         (),
     ),
 }
+
+
+GLM_5_3 = {
+    "expert_count": 288,
+    "expert_feed_forward_length": 2048,
+    "feed_forward_length": 12288,
+    "expert_shared_count": 1,
+    "leading_dense_block_count": 3,
+    "expert_weights_norm": True,
+    "expert_weights_scale": 2.5,
+    "attention__head_count_kv": [int(i % 4 == 3) for i in range(45)] + [1],
+    "attention__key_length": 512,
+    "attention__value_length": 512,
+    "attention__key_length_mla": 256,
+    "attention__value_length_mla": 256,
+    "attention__q_lora_rank": 1536,
+    "attention__kv_lora_rank": 512,
+    "rope__dimension_count": 0,
+    "ssm__conv_kernel": 4,
+    "kda__head_dim": 128,
+    "kda__gate_lower_bound": -5.0,
+    "attention__indexer__head_count": 32,
+    "attention__indexer__key_length": 128,
+    "attention__indexer__top_k": 2048,
+    "attention__indexer__kpool": 4,
+    "hyper_connection__count": 4,
+    "hyper_connection__sinkhorn_iterations": 20,
+    "hyper_connection__epsilon": 1e-6,
+    "swiglu_clamp_exp": [10.0] * 46,
+    "swiglu_clamp_shexp": [10.0] * 46,
+    "block_count": 46,
+    "nextn_predict_layers": 1,
+}
+
+
+@pytest.mark.parametrize("arch", ["glm5-next", "glm5next"])
+def test_both_names_of_glm_5_3_in_ggufs_are_read(arch):
+    spec = spec_from_gguf(*gguf("glm-5.3-flash", arch, **GLM_5_3))
+    assert spec.draft_layers == 1
+    assert replace(spec, draft_layers=0) == spec_from_hf(CONFIGS["glm-5.3-flash"], "config.json")
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "complaint"),
+    [
+        ({"rope__dimension_count": 64}, UnsupportedModelError, "dimension_count"),
+        ({"attention__indexer__kpool_select_tail": False}, UnsupportedModelError, "kpool_select_tail"),
+        ({"swiglu_clamp_shexp": [10.0] * 45 + [7.0]}, None, ""),  # of the layer that drafts
+        ({"swiglu_clamp_shexp": [7.0] + [10.0] * 45}, UnsupportedModelError, "swiglu_clamp_shexp.*got 7"),
+        ({"swiglu_clamp_exp": [10.0] * 44}, FormatError, "a value a layer"),
+        ({"hyper_connection__count": 65}, FormatError, "streams"),
+        ({"attention__indexer__kpool": 0}, FormatError, "kpool"),
+        ({"attention__head_count_kv": 1}, None, ""),
+    ],
+)
+def test_unsound_metadata_of_glm_5_3(changes, error, complaint):
+    metadata, tensors = gguf("glm-5.3-flash", "glm5-next", **GLM_5_3 | changes)
+    if error is None:
+        spec_from_gguf(metadata, tensors)
+        return
+    with pytest.raises(error, match=complaint):
+        spec_from_gguf(metadata, tensors)
+
+
+@pytest.mark.parametrize(
+    ("fields", "bound"),
+    [
+        ({}, -5.0),
+        ({"linear_lower_bound": None}, None),
+        ({"linear_lower_bound": -3.0}, -3.0),
+        ({"linear_attn_config": {"gate_lower_bound": None}}, -5.0),
+        ({"linear_attn_config": {"gate_lower_bound": None, "safe_gate": False}}, None),
+        ({"linear_attn_config": {"gate_lower_bound": -2.0}}, -2.0),
+    ],
+)
+def test_the_bound_of_decays_is_that_of_transformers(fields, bound):
+    transformers = pytest.importorskip("transformers")
+    config = {k: v for k, v in CONFIGS["glm-5.3-flash"]["text_config"].items() if k != "linear_attn_config"}
+    reference = transformers.Glm5NextTextConfig(**config | fields)
+    assert reference.linear_lower_bound == bound
+    spec = spec_from_hf(config | fields | {"model_type": "glm5_next_text"}, "config.json")
+    assert spec.layers[0].mixer.lower_bound == bound
+
+
+@pytest.mark.parametrize(
+    "name", ["index_kpool_always_select_tail", "index_kpool_compress", "mla_use_nope", "mhc"]
+)
+def test_what_glm_5_3_always_has_is_not_taken_away(name):
+    config = CONFIGS["glm-5.3-flash"]
+    with pytest.raises(UnsupportedModelError, match=name):
+        spec_from_hf(config | {"text_config": config["text_config"] | {name: False}}, "config.json")
 
 
 @pytest.mark.parametrize("name", GGUFS)

@@ -1,4 +1,4 @@
-"""The kernels of an index over tokens against float64, and their bits on any threads and instructions."""
+"""The kernels of an index over tokens or pools against float64; their bits on any threads, instructions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,13 @@ from krasis.runtime.cpu.index_kernels import (
     chosen_workspace_bytes,
     index_store,
 )
-from krasis.runtime.cpu.index_reference import best_positions, index_scores, layer_norm
+from krasis.runtime.cpu.index_reference import (
+    best_pools,
+    best_positions,
+    index_scores,
+    layer_norm,
+    pool_keys,
+)
 from krasis.runtime.cpu.kernels import attention_workspace_bytes, workspace
 from krasis.runtime.cpu.rope import rope_tables
 from krasis.runtime.cpu.spans import LayerCache, SlotMemory, Spans
@@ -133,6 +139,119 @@ def test_of_equals_the_first_are_chosen_whatever_the_numbers(kernels, rng):
     assert (np.diff(chosen) > 0).all()
     assert chosen[0] >= 0
     assert chosen[-1] < 700
+
+
+POOLED = {"f32": 3e-6, "f16": 2e-3, "int8": 4e-2}
+
+
+class Pooled:
+    """Keys and gates of sequences in pools, stored in calls of so many rows each."""
+
+    def __init__(self, rng, block, dim, kv_dtype, rows=70):
+        self.index = Selection("pools", 5, dim, 5 * block, block=block)
+        self.form, self.rows = RowForm((dim, dim), kv_dtype), rows
+        self.k, self.gates = (rng.standard_normal((rows, dim)).astype(np.float32) for _ in range(2))
+        self.gates *= 3
+        vectors = rng.standard_normal((2 + block, dim)).astype(np.float32)
+        self.norm = IndexNorm(vectors[0], vectors[1], vectors[2:].copy())
+
+    def stored(self, kernels, step):
+        """[rows, width] of one sequence."""
+        values = np.zeros((1, 80, self.form.width), self.form.numpy)
+        for begin in range(0, self.rows, step):
+            own = slice(begin, min(begin + step, self.rows))
+            parts = ((own.stop - begin, begin),)
+            spans, cache = place(parts, nothing([values]), [values])
+            k, gates = self.k[own].copy(), self.gates[own].copy()
+            index_store(kernels, k, None, self.index, self.norm, None, spans, cache, gates)
+        return values
+
+    def expected(self):
+        """Keys of whole pools in float64, of keys and gates as they are kept."""
+        whole, norm = self.rows // self.index.block * self.index.block, self.norm
+        own = layer_norm(self.k.astype(np.float64), norm.weight, norm.bias, INDEX_NORM_EPS)
+        both = np.concatenate([own, self.gates], axis=1).astype(np.float32)
+        kept = self.form.floats(self.form.kept(both))[:whole].astype(np.float64)
+        dim = self.index.dim
+        return own, pool_keys(kept[:, :dim], kept[:, dim:], self.norm.positions.astype(np.float64))
+
+
+@pytest.mark.parametrize("kv_dtype", POOLED)
+@pytest.mark.parametrize(("block", "dim"), [(4, 64), (16, 48), (3, 16)])
+def test_pools_are_kept_in_place_of_their_last_tokens(make_kernels, isa, rng, block, dim, kv_dtype):
+    found = Pooled(rng, block, dim, kv_dtype)
+    values = found.stored(make_kernels(isa, 2), found.rows)
+    for threads, step, name in ((1, 1, isa), (3, 5, isa), (1, 70, "avx2")):
+        np.testing.assert_array_equal(found.stored(make_kernels(name, threads), step), values)
+    kept, tolerance = found.form.floats(values[0])[: found.rows], POOLED[kv_dtype]
+    keys, pools = found.expected()
+    is_last = np.arange(found.rows) % block == block - 1
+    np.testing.assert_allclose(kept[is_last, :dim], pools, rtol=tolerance, atol=tolerance)
+    np.testing.assert_allclose(kept[~is_last, :dim], keys[~is_last], rtol=tolerance, atol=tolerance)
+    np.testing.assert_allclose(
+        kept[~is_last, dim:], found.gates[~is_last], rtol=tolerance, atol=tolerance * 3
+    )
+    assert np.abs(pools).max() > 0.5  # of numbers near 0 nothing would be shown
+
+
+@pytest.mark.parametrize("kv_dtype", POOLED)
+@pytest.mark.parametrize("block", [4, 16])
+def test_the_best_pools_are_chosen_and_the_tail(make_kernels, isa, rng, block, kv_dtype):
+    index, form = Selection("pools", 9, 48, 6 * block, block=block), RowForm((48, 48), kv_dtype)
+    values = [form.kept(rng.standard_normal((1, 704, 96)).astype(np.float32)) for _ in PARTS]
+    tokens = sum(rows for rows, _ in PARTS)
+    q = rng.standard_normal((tokens, 9 * 48)).astype(np.float32)
+    weights = rng.standard_normal((tokens, 9)).astype(np.float32)
+    expected, row = [], 0
+    for slot, (rows, start) in enumerate(PARTS):
+        ends = slice(block - 1, (start + rows) // block * block, block)
+        keys = form.floats(values[slot][0])[ends, :48].astype(np.float64)
+        own = slice(row, row + rows)
+        scores = index_scores(
+            q[own].astype(np.float64).reshape(rows, 9, 48), weights[own].astype(np.float64), keys
+        )
+        for picked in best_pools(scores, start, start + rows, index.budget, block):
+            places = np.flatnonzero(picked)
+            expected.append(np.pad(places, (0, index.most_keys - len(places)), constant_values=-1))
+        row += rows
+    out = np.full((2, tokens, index.most_keys), -1, np.int32)
+    for number, kernels in enumerate((make_kernels(isa, 2), make_kernels("avx2", 1))):
+        scratch = workspace(choose_workspace_bytes(tokens, 700))
+        spans, cache = place(PARTS, nothing(values), values)
+        choose(kernels, q.copy(), weights, index, spans, cache, out[number], scratch)
+    np.testing.assert_array_equal(out[0], out[1])
+    np.testing.assert_array_equal(out[0], expected)
+    assert (out[0] == -1).any()  # rows that see little
+
+
+def test_attention_reads_pools_and_their_tail(kernels, rng):
+    heads, block, budget = Heads(4, 1, 128, 96), 4, 40
+    form, width = RowForm((96, 32), "f32"), budget + block - 1
+    caches = [form.kept(rng.standard_normal((1, 704, 128)).astype(np.float32)) for _ in PARTS]
+    positions = np.concatenate([np.arange(start, start + rows) for rows, start in PARTS])
+    tokens = len(positions)
+    q = rng.standard_normal((tokens, heads.attention_size)).astype(np.float32)
+    chosen, counts = np.zeros((tokens, width), np.int32), []
+    for row, position in enumerate(positions):
+        pools, tail = divmod(position + 1, block)
+        taken = np.sort(rng.choice(pools, min(pools, budget // block), replace=False))
+        places = np.concatenate([np.repeat(taken * block, block) + np.tile(np.arange(block), len(taken))])
+        places = np.concatenate([places, pools * block + np.arange(tail)])
+        chosen[row, : len(places)] = places
+        counts.append(len(places))
+    out = np.full((tokens, heads.output_size), np.nan, np.float32)
+    scratch = workspace(chosen_workspace_bytes(tokens, width, heads, "f32"))
+    placed = place(PARTS, caches, nothing(caches))
+    attention_chosen(kernels, q, heads, *placed, 0.07, chosen, out, scratch, block)
+    first = 0
+    for slot, (rows, _) in enumerate(PARTS):
+        for row in range(first, first + rows, 7):
+            keys = caches[slot][:, chosen[row, : counts[row]]]
+            expected = attention64(
+                q[row : row + 1].reshape(1, 4, 128), keys, keys[..., :96], counts[row] - 1, 0.07
+            )
+            np.testing.assert_allclose(out[row : row + 1], expected, rtol=1e-4, atol=2e-5)
+        first += rows
 
 
 @pytest.mark.parametrize("kv_dtype", ["f32", "int8"])
