@@ -190,3 +190,17 @@ def test_gpt_oss(tmp_path: Path) -> None:
     settings = EngineSettings(context=32, threads=1, prefault=False, device="cpu")
     with Engine.open(tmp_path / "a.krasis", settings) as engine:
         assert np.isfinite(engine.prefill([1, 2, 3])).all()
+
+
+def test_glm_5_3(tmp_path: Path) -> None:
+    """Mixed streams, both kinds of mixers, dense layers and experts; and it runs."""
+    sizes = {"num_hidden_layers": 5, "num_experts": 4, "hidden_size": 128, "moe_intermediate_size": 64}
+    sizes |= {"num_attention_heads": 2, "intermediate_size": 128, "vocab_size": 320, "num_experts_per_tok": 2}
+    make_bundle(
+        BundleRequest(BUNDLE_SHAPES["glm-5.3-flash"].changed(sizes), 5, gpu_group=64, pool_bytes=1 << 18),
+        tmp_path / "a.krasis",
+    )
+    assert verify_bundle(tmp_path / "a.krasis") == []
+    settings = EngineSettings(context=64, threads=1, prefault=False, device="cpu")
+    with Engine.open(tmp_path / "a.krasis", settings) as engine:
+        assert 0.5 < np.std(engine.prefill(list(range(20)))) < 2
