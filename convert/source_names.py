@@ -135,5 +135,10 @@ class SourceNames:
         return tuple(f"{root}{i}." for i in range(len(self._spec.layers), end))
 
     def _layer_root(self) -> str:
+        """What stands before the numbers of layers: of several such, what is there."""
         sources = (source.hf if self._kind == "hf" else source.gguf for source in self._family.names.values())
-        return next(name.partition("{i}")[0] for names in sources for name in names if "{i}" in name)
+        roots = dict.fromkeys(
+            name.partition("{i}")[0] for names in sources for name in names if "{i}" in name
+        )
+        there = (root for root in roots if any(name.startswith(root) for name in self._present))
+        return next(there, next(iter(roots)))
