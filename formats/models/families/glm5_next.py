@@ -66,9 +66,12 @@ def _mixers(config: Config) -> list[Mixer]:
     eps = config.number("rms_norm_eps", default=1e-5)
     attention = latent(config, rotary=None, latent_eps=eps)
     default = ["linear_attention" if i % 4 != 3 else "indexed_attention" for i in range(count)]
-    known = {"linear_attention": False} | dict.fromkeys(
-        ("indexed_attention", "full_attention", "deepseek_sparse_attention"), True
-    )
+    full_names = (
+        "full_attention",
+        "indexed_attention",
+        "deepseek_sparse_attention",
+    )  # by version of transformers
+    known = {"linear_attention": False} | dict.fromkeys(full_names, True)
     full = config.kinds("layer_types", count, known, default)
     reuses = config.kinds("indexer_types", count, {"full": False, "shared": True}, index_kinds(config))
     return [
