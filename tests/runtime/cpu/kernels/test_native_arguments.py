@@ -12,6 +12,8 @@ from krasis.runtime.cpu.native import (
     ActsStruct,
     AddRowsArgs,
     AttentionArgs,
+    ChooseArgs,
+    IndexArgs,
     LatentArgs,
     QkvArgs,
     RouteArgs,
@@ -334,3 +336,70 @@ def test_gemm_int8_heads(pool, memory):
     assert gemm(pool, two, memory, memory, 2, 32, memory, 32, 63) == ARGUMENT
     assert gemm(pool, two, memory, memory, 2, 48, memory, 48, 96) == SHAPE
     assert gemm(pool, acts(memory, tokens=3), memory, memory, 2, 32, memory, 32, 64) == SHAPE
+
+
+@pytest.mark.parametrize(
+    ("changes", "status"),
+    [
+        ({"block": 0}, ARGUMENT),
+        ({"block": -4}, ARGUMENT),
+        ({"block": 257}, ARGUMENT),
+        ({"block": 1}, ARGUMENT),  # of tokens there are no gates
+        ({"gates": None}, ARGUMENT),
+        ({"positions": None}, ARGUMENT),
+        ({"dim": 24}, SHAPE),
+        ({"capacity": 0}, RANGE),
+    ],
+)
+def test_keys_of_pools(pool, memory, changes, status):
+    values = dict.fromkeys(("k", "norm", "bias", "gates", "positions"), memory)
+    values |= {"tokens": 1, "heads": 2, "dim": 16, "block": 4, "capacity": 8, "num_spans": 1}
+    span = SpanStruct(first_row=0, rows=1, start=0, keys=memory, values=memory)
+    values |= {"spans": ctypes.addressof(span)}
+    refused("krasis_index_store", pool, IndexArgs(**values | changes), status)
+
+
+@pytest.mark.parametrize(
+    ("changes", "status"),
+    [
+        ({"block": 0}, ARGUMENT),
+        ({"block": 3}, ARGUMENT),  # of which a budget of 4 is no multiple
+        ({"block": 512, "budget": 512}, ARGUMENT),
+        ({"budget": 2**31 - 8}, ARGUMENT),
+        ({"chosen": None}, ARGUMENT),
+        ({"workspace": None, "start": 7}, MEMORY),
+    ],
+)
+def test_choice_of_pools(pool, memory, changes, status):
+    values = {"q": memory, "weights": memory, "chosen": memory, "workspace": memory}
+    values |= {"tokens": 1, "heads": 2, "dim": 16, "block": 4, "budget": 4, "capacity": 8, "num_spans": 1}
+    span = SpanStruct(first_row=0, rows=1, start=changes.pop("start", 0), keys=memory, values=memory)
+    values |= {"workspace_bytes": 1 << 12, "spans": ctypes.addressof(span)}
+    refused("krasis_choose", pool, ChooseArgs(**values | changes), status)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "status"),
+    [
+        ("krasis_hyper_sum", (None, 1, 4, 16, 0, 4, 0), ARGUMENT),
+        ("krasis_hyper_sum", (0, 1, 4, 16, 0, 3, 0), SHAPE),  # fewer shares than streams
+        ("krasis_hyper_sum", (0, 1, 65, 16, 0, 65, 0), SHAPE),
+        ("krasis_hyper_sum", (0, 1, 4, 24, 0, 4, 0), SHAPE),
+        ("krasis_hyper_sum", (0, -1, 4, 16, 0, 4, 0), SHAPE),
+        ("krasis_hyper_add", (0, None, 0, 1, 4, 16), ARGUMENT),
+        ("krasis_hyper_add", (0, 0, 0, 1, 0, 16), SHAPE),
+        ("krasis_hyper_weights", (0, 1, 4, 16, 0.0, 0, 25, 0, 0, 0.0, 20), SHAPE),
+        ("krasis_hyper_weights", (0, 1, 4, 16, 0.0, 0, 24, None, 0, 0.0, 20), ARGUMENT),
+        ("krasis_hyper_weights", (0, 1, 4, 16, 0.0, 0, 24, 0, 0, 0.0, -1), ARGUMENT),
+    ],
+)
+def test_mixed_streams(pool, memory, name, arguments, status):
+    """0 stands for an address where the function takes one."""
+    function = prototype(name)
+    types = function.argtypes[1:]
+    given = [
+        memory if kind is ctypes.c_void_p and one == 0 and one is not None else one
+        for one, kind in zip(arguments, types, strict=True)
+    ]
+    assert function(pool, *given) == status
+    assert function(None, *given) in (ARGUMENT, SHAPE)
