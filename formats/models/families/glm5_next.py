@@ -35,6 +35,7 @@ from krasis.formats.models.selection import Selection
 from krasis.formats.models.spec import Mixer, ModelSpec, Norm, Residual
 
 NAME = "glm5_next"
+_FULL = ("full_attention", "indexed_attention", "deepseek_sparse_attention")  # by version of transformers
 
 
 def spec_from_hf(config: Config) -> ModelSpec:
@@ -66,12 +67,7 @@ def _mixers(config: Config) -> list[Mixer]:
     eps = config.number("rms_norm_eps", default=1e-5)
     attention = latent(config, rotary=None, latent_eps=eps)
     default = ["linear_attention" if i % 4 != 3 else "indexed_attention" for i in range(count)]
-    full_names = (
-        "full_attention",
-        "indexed_attention",
-        "deepseek_sparse_attention",
-    )  # by version of transformers
-    known = {"linear_attention": False} | dict.fromkeys(full_names, True)
+    known = {"linear_attention": False} | dict.fromkeys(_FULL, True)
     full = config.kinds("layer_types", count, known, default)
     reuses = config.kinds("indexer_types", count, {"full": False, "shared": True}, index_kinds(config))
     return [
