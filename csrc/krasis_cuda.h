@@ -23,7 +23,7 @@
 extern "C" {
 #endif
 
-#define KRASIS_CUDA_ABI_VERSION 5
+#define KRASIS_CUDA_ABI_VERSION 6
 #define KRASIS_ERR_CUDA 100 /* a CUDA call failed */
 
 KRASIS_API int32_t krasis_cuda_abi_version(void);
@@ -34,7 +34,7 @@ KRASIS_API const char *krasis_cuda_last_error(void);
  * For every slot s of experts [expert_begin, expert_end):  out[s] = activations[s / slots_per_row] x W_e,
  * W_e [k, n] in Marlin layout, 4 bits, at expert_base[e] + codes_offset, its scales at expert_base[e] + scales_offset.
  * gated: n = 2 * intermediate, columns gate then up, and out[s] = activation(gate, up) has intermediate columns; with
- * biases, those are added first.
+ * biases, those are added first. Not gated, KRASIS_CUDA_RELU_SQUARED makes out relu(.)^2, after a bias.
  * scale_dtype KRASIS_CUDA_E8M0: MXFP4: codes are E2M1, scales bytes e for 2^(e - 127) of groups of 32. Weights are then
  * exact in bf16 for scales from 2^-62 to 2^65, in fp16 from 2^-19 to 2^5 (larger ones count as 2^5).
  * Sums and scales are fp32; out is rounded once. An expert whose expert_base is null is computed elsewhere: skipped.
@@ -67,7 +67,7 @@ typedef struct krasis_cuda_moe_gemm_args {
     int64_t *num_executed; /* increased by the slots computed; may be NULL */
     const float *bias;     /* [num_experts, n], gated: of gate, [num_experts, n/2]; NULL: none */
     const float *up_bias;  /* gated: [num_experts, n/2]; NULL exactly where bias is */
-    int32_t activation;    /* KRASIS_CUDA_SILU (0) or another with a gate */
+    int32_t activation;    /* gated: KRASIS_CUDA_SILU (0) or another; else 0: none, or KRASIS_CUDA_RELU_SQUARED */
     float limit, alpha;
     const int32_t *ids;        /* NULL: sorted_slots, block_experts and first_block count; else they may be NULL */
     const float *slot_weights; /* [num_slots] */

@@ -1,4 +1,4 @@
-/* krasis_cuda_delta.h: the gated delta rule, and short convolutions alone. Part of krasis_cuda.h. */
+/* krasis_cuda_delta.h: the gated delta rule, Mamba-2, and short convolutions alone. Part of krasis_cuda.h. */
 #ifndef KRASIS_CUDA_DELTA_H
 #define KRASIS_CUDA_DELTA_H
 
@@ -60,6 +60,37 @@ typedef struct krasis_cuda_gated_delta_args {
     int32_t reserved;
 } krasis_cuda_gated_delta_args;
 KRASIS_API int32_t krasis_cuda_gated_delta(const krasis_cuda_gated_delta_args *args, void *stream);
+
+/* Mamba-2. A row of x has z [heads * head_dim], then the channels of a convolution: inputs u [heads, head_dim], B and C
+ * [groups, state_dim] each. A channel becomes silu(its bias + the sum of conv_width taps over the row and those before
+ * it). Head h has B and C of group h / (heads / groups), the step s = max(min_step, softplus(steps[t, h] + dt_bias[h]))
+ * and the matrix S [state_dim, head_dim]. Of each row in turn:
+ *     S = exp(-exp(a_log[h]) s) S + B (s u)^T;  y = S^T C + skip[h] u
+ * and, by groups of heads, with g = y silu(z): out = g / rms(g) * gate_norm. In fp32 but for x, mixed and out, which
+ * are of dtype.
+ *
+ * State, fp32: S of all heads [heads, head_dim / 16, state_dim, 16], and the last conv_width - 1 rows before the
+ * convolution [conv_width - 1, channels], the oldest first; otherwise as krasis_cuda_gated_delta has it. head_dim:
+ * a multiple of 16; state_dim: a multiple of 2 up to 256; conv_width <= 8; ldx a multiple of 8; addresses multiples of
+ * 16 bytes. Rows go through one by one: a sequence gets the same bits however it is cut into calls. */
+typedef struct krasis_cuda_mamba2_args {
+    const void *x;  /* [tokens, ldx] of dtype, of which heads * head_dim + channels columns are used */
+    float *steps;   /* [tokens, heads]; overwritten */
+    void *mixed;    /* [tokens, channels] of dtype; overwritten */
+    float *scanned; /* [tokens, heads * head_dim]; overwritten */
+    void *out;      /* [tokens, heads * head_dim] of dtype */
+    int64_t ldx, tokens, heads, head_dim, state_dim, groups, conv_width;
+    const float *conv, *conv_bias;       /* [channels, conv_width], the newest row's last; [channels] or NULL */
+    const float *a_log, *dt_bias, *skip; /* [heads] */
+    const void *gate_norm;               /* [heads * head_dim] of norm_dtype */
+    int32_t dtype, norm_dtype;
+    float eps, min_step;
+    float *matrices, *columns;
+    int64_t start;
+    const krasis_cuda_row *rows; /* NULL; or [tokens], read when the kernel runs */
+    int64_t matrices_offset, columns_offset;
+} krasis_cuda_mamba2_args;
+KRASIS_API int32_t krasis_cuda_mamba2(const krasis_cuda_mamba2_args *args, void *stream);
 
 /* A gated short convolution: out = c * conv(b * x) of rows of b, c and x, by channel over the last `width` rows of a
  * sequence, in fp32 between. State, fp32: the last width - 1 products b * x [width - 1, channels], the oldest first, at

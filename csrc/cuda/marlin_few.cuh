@@ -227,7 +227,9 @@ struct FewWorker {
             const int64_t slot = slot_of(row);
             if (slot < 0) break;  // rows behind a padding row are padding
             float value = total(0, row, column);
-            if constexpr (kGated) {
+            if constexpr (!kGated) {
+                if (p.is_relu_squared) value = moe_relu_squared(value);
+            } else {
                 const float up = total(1, row, column);
                 if (p.is_silu) {
                     value *= simt::reciprocal(1.0f + simt::exp_float(-value)) * up;

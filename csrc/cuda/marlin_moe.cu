@@ -20,7 +20,8 @@ int32_t check_ids(const krasis_cuda_moe_gemm_args &a) {
     if (!is_few(a)) return KRASIS_ERR_SHAPE;
     if (a.hidden == nullptr) return KRASIS_OK;
     const bool sums = a.slot_weights && a.arrivals && a.top_k > 0 && a.num_slots % a.top_k == 0;
-    return sums && !a.gated && is_16_bit(a.out_dtype) ? KRASIS_OK : KRASIS_ERR_ARGUMENT;
+    return sums && !a.gated && a.activation == KRASIS_CUDA_SILU && is_16_bit(a.out_dtype) ? KRASIS_OK
+                                                                                          : KRASIS_ERR_ARGUMENT;
 }
 
 int32_t check(const krasis_cuda_moe_gemm_args &a) {
@@ -83,6 +84,7 @@ MoeGemmParams parameters(const krasis_cuda_moe_gemm_args &a) {
     p.bias = a.bias;
     p.up_bias = a.up_bias;
     p.is_silu = a.activation == KRASIS_CUDA_SILU;
+    p.is_relu_squared = a.activation == KRASIS_CUDA_RELU_SQUARED;
     moe_activation(a, p.activation);
     p.ids = a.ids;
     p.slot_weights = a.slot_weights;

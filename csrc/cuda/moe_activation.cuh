@@ -1,5 +1,5 @@
 // moe_activation.cuh: what stands between the two products of an expert, where it is not silu(gate) * up: one formula
-// without branches, so that it costs the kernels little room.
+// without branches, so that it costs the kernels little room. Experts without gate have relu(up)^2 alone.
 #pragma once
 
 #include "krasis_cuda.h"
@@ -19,7 +19,9 @@ KRASIS_DEVICE float moe_activate(const MoeActivation &a, float gate, float up) {
     return (gated > a.most_gated ? a.most_gated : gated) * (cut + a.offset);
 }
 
-// False: experts have no such activation.
+KRASIS_DEVICE float moe_relu_squared(float up) { return up > 0 ? up * up : 0; }
+
+// False: experts have no such activation. Without a gate silu stands for none.
 inline bool moe_activation(const krasis_cuda_moe_gemm_args &a, MoeActivation &out) {
     const float none = __builtin_inff();
     constexpr float kTwice = 2 * 0.7978845608f;  // 1 + tanh(y) is 2 sigmoid(2y); sqrt(2 / pi)
@@ -39,6 +41,8 @@ inline bool moe_activation(const krasis_cuda_moe_gemm_args &a, MoeActivation &ou
         case KRASIS_CUDA_SILU_CLAMPED_AFTER:
             out = {none, 1, 0, a.limit, a.limit, 0};
             return true;
+        case KRASIS_CUDA_RELU_SQUARED:
+            return !a.gated;
         default:
             return false;
     }

@@ -21,7 +21,7 @@ struct MoeGemmParams {
     int32_t group_shift;    // a group is 16 << group_shift along k (1, 2, 3); 0: one scale a channel
     int32_t gate_tiles;     // gated: column tiles of gate; otherwise 0
     int32_t column_blocks;  // blocks along n
-    bool scale_is_bf16, out_is_float, is_silu;
+    bool scale_is_bf16, out_is_float, is_silu, is_relu_squared;
     const float *bias, *up_bias;  // [num_experts, columns of gate or of the output]
     MoeActivation activation;     // unless is_silu
     const int32_t *ids;           // this and what follows is marlin_few.cuh's alone

@@ -16,7 +16,7 @@ from pathlib import Path
 from krasis.formats.errors import NativeError, ResourceError
 from krasis.formats.native import check, library_path
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 CUDA_NAME = "libkrasis_cuda.so"
 DOUBLE_NAME = "libkrasis_cuda_double.so"
 STATUS_CUDA = 100

@@ -28,6 +28,7 @@ constexpr Suite kSuites[] = {
     {"activation", test::run_activation},
     {"handover", test::run_handover},
     {"gated_delta", test::run_gated_delta},
+    {"mamba", test::run_mamba},
     {"short_conv", test::run_short_conv},
     {"streams", test::run_streams},
     {"int8_rows", test::run_int8_rows},

@@ -241,6 +241,9 @@ class MoeProblem {
                 value = activate(gate, up);
                 // No activation is steeper than 1.7 in the gate.
                 error = 1.7 * error * (1 + std::fabs(up)) + std::fabs(gate) * up_error + 2e-6 * std::fabs(value);
+            } else if (case_.activation == KRASIS_CUDA_RELU_SQUARED) {
+                error *= 2 * std::fabs(value) + error;
+                value = value > 0 ? value * value : 0;
             }
             // Halves below 2^-14 have absolute steps of 2^-24.
             CHECK(std::fabs(out_value(slot, c) - value) <= error + rounding * std::fabs(value) + 0x1p-24);

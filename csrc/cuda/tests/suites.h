@@ -17,6 +17,7 @@ void run_route_scores();
 void run_activation();
 void run_handover();
 void run_gated_delta();
+void run_mamba();
 void run_short_conv();
 void run_index();
 void run_streams();

@@ -133,11 +133,11 @@ void check_few_slots() {
 void check_biases_and_activations() {
     int i = 0;
     for (int32_t m_block : {16, 16, 32, 64, 128}) {
-        for (int32_t activation = KRASIS_CUDA_SILU; activation <= KRASIS_CUDA_SILU_CLAMPED_AFTER; ++activation) {
+        for (int32_t activation = KRASIS_CUDA_SILU; activation <= KRASIS_CUDA_RELU_SQUARED; ++activation) {
             Case c;
             c.m_block = m_block;
             c.k = 128;
-            c.gated = activation != KRASIS_CUDA_SILU || i % 2;
+            c.gated = activation == KRASIS_CUDA_SILU ? i % 2 : activation != KRASIS_CUDA_RELU_SQUARED;
             c.activation = activation;
             c.biased = i % 3 != 2;
             c.n = c.gated ? 384 : 192;
@@ -277,7 +277,7 @@ void check_refusals() {
     refused(KRASIS_ERR_ARGUMENT, [](Args &a) { a.slots_per_row = 0; });
     refused(KRASIS_ERR_RANGE, [](Args &a) { a.expert_end = a.num_experts + 1; });
     refused(KRASIS_ERR_RANGE, [](Args &a) { a.expert_begin = -1; });
-    refused(KRASIS_ERR_ARGUMENT, [](Args &a) { a.activation = KRASIS_CUDA_RELU_SQUARED; });
+    refused(KRASIS_ERR_ARGUMENT, [](Args &a) { a.gated = 1, a.activation = KRASIS_CUDA_RELU_SQUARED; });
     refused(KRASIS_ERR_ARGUMENT, [](Args &a) { a.activation = -1; });
     refused(KRASIS_ERR_ARGUMENT, [](Args &a) { a.scale_dtype = KRASIS_F32; });
     refused(KRASIS_ERR_ARGUMENT, [](Args &a) { a.up_bias = reinterpret_cast<const float *>(a.out); });

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from krasis.formats.errors import NativeError
+from krasis.runtime.gpu.kernels.native_conv import Mamba2Args as Mamba2Args
 from krasis.runtime.gpu.kernels.native_conv import ShortConvArgs as ShortConvArgs
 from krasis.runtime.gpu.kernels.native_fused import NormInt8Args as NormInt8Args
 from krasis.runtime.gpu.kernels.native_fused import NormRouteArgs as NormRouteArgs
@@ -357,6 +358,7 @@ PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "gate_rows": (_I32, (_PTR, _PTR)),
     "gated_delta": (_I32, (_PTR, _PTR)),
     "short_conv": (_I32, (_PTR, _PTR)),
+    "mamba2": (_I32, (_PTR, _PTR)),
     "router": (_I32, (_PTR, _PTR)),
     **STREAM_PROTOTYPES,
     "route": (_I32, (_PTR, _PTR)),
