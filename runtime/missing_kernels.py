@@ -20,6 +20,7 @@ _MAX_INDEX_SIZE = 32768  # channels of the heads of an index together
 _MOST_POOL_TOKENS = 256
 _MAX_LATENT_WIDTH = 576  # of a latent and the keys' common part
 _MOST_TAPS = 8  # of a convolution
+_PRODUCT_MULTIPLE = 64  # channels that a product on a GPU adds up
 _MAX_DELTA_DIM = 128  # channels of a head of the delta rule on a GPU
 _MIXERS: dict[type, str] = {
     LatentAttention: "latent attention (MLA)",
@@ -44,6 +45,7 @@ CPU_RUNS = frozenset(
         "hashed n-gram tables",
         "latent attention (MLA)",
         "Mamba-2 layers",
+        "Mamba-2 layers whose sizes tiles do not divide",
         "layers of one block",
         "experts between two projections",
         "the activation relu_squared",
@@ -88,10 +90,7 @@ CPU_RUNS = frozenset(
 GPU_RUNS = CPU_RUNS - {
     "mixed residual streams",
     "an index over pools",
-    "Mamba-2 layers",
-    "layers of one block",
-    "experts between two projections",
-    "the activation relu_squared",
+    "Mamba-2 layers whose sizes tiles do not divide",
     "linear attention with heads of more than 128 channels",
 }
 
@@ -118,6 +117,10 @@ def refuse_ranks(spec: ModelSpec, num_ranks: int) -> None:
             where="--gpus",
             got=num_ranks,
             limit=1,
+        )
+    if num_ranks > 1 and any(layer.mixer is None or layer.mlp is None for layer in spec.layers):
+        raise UnsupportedModelError(
+            "models of layers of one block run on one GPU only, yet", where="--gpus", got=num_ranks, limit=1
         )
 
 
@@ -305,6 +308,8 @@ def _of_mamba(mixer: Mamba2) -> Iterator[str]:
     for dim in (mixer.head_dim, mixer.state_dim):
         if dim > MAX_HEAD_DIM or dim % _HEAD_MULTIPLE:
             yield f"Mamba-2 layers with heads or states of {dim} channels"
+    if mixer.inner % _PRODUCT_MULTIPLE or (mixer.inner + mixer.conv_channels) % STRIP_ROWS:
+        yield "Mamba-2 layers whose sizes tiles do not divide"
     if mixer.conv_width > _MOST_TAPS:
         yield f"convolutions of {mixer.conv_width} tokens"
 

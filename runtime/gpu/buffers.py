@@ -73,6 +73,9 @@ class Buffers:
     shared_gate: torch.Tensor  # [P, 1] f32
     added: torch.Tensor  # [P, hidden] f32, what is normed before it is added
     residual: torch.Tensor  # [P, hidden] f32, meanwhile
+    latent_x: torch.Tensor  # [P, expert width] 16-bit, of experts between two projections, as the next two
+    latent_rows: torch.Tensor  # [P, expert width] f32, the same
+    latent_sum: torch.Tensor  # [P, expert width] f32, what they add up
     streams: torch.Tensor  # [P, streams * hidden] f32, the residual where there are several
     stream_logits: torch.Tensor  # [P, streams] f32, of how much each takes of what a block adds
     table_rows: torch.Tensor  # [P, table_columns] 16-bit, of hashed tables
@@ -81,7 +84,7 @@ class Buffers:
     stream_low: torch.Tensor  # [rows at once, rank] f32
     table_values: torch.Tensor  # [rows at once, hidden] f32
     gated: torch.Tensor  # [G * top_k, intermediate] 16-bit
-    slots: torch.Tensor  # [G * top_k, hidden] 16-bit
+    slots: torch.Tensor  # [G * top_k, expert width] 16-bit
     partial: torch.Tensor | None  # [G, hidden] f32 or 16-bit, with several ranks
     received: torch.Tensor | None  # the same, of other ranks: in 16 bits gathered_x
     ordered_x: torch.Tensor  # [T, hidden] 16-bit
@@ -111,12 +114,15 @@ _LOCAL = (
     "shared_gate",
     "added",
     "residual",
+    "latent_x",
+    "latent_rows",
+    "latent_sum",
     "streams",
     "stream_logits",
     "table_rows",
 )
 _STREAMS = ("streams", "stream_logits", "stream_normed", "stream_gates", "stream_low", "table_values")
-_OF_FEW = ("added", "residual", *_STREAMS)
+_OF_FEW = ("added", "residual", "latent_rows", "latent_sum", *_STREAMS)
 
 
 class Workspace:
@@ -240,6 +246,6 @@ def _index_buffers(rows: Callable[[str, torch.dtype], torch.Tensor]) -> IndexBuf
 
 
 def _of_few(rows: Callable[[str, torch.dtype], torch.Tensor], half: torch.dtype) -> dict[str, torch.Tensor]:
-    """What few models have: norms after blocks, several residual streams."""
+    """What few models have: norms after blocks, experts between projections, several residual streams."""
     found = {name: rows(name, torch.float32) for name in _OF_FEW}
-    return found | {"table_rows": rows("table_rows", half)}
+    return found | {name: rows(name, half) for name in ("table_rows", "latent_x")}

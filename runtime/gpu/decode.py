@@ -112,7 +112,7 @@ class HybridDecoder:
         self._executed = device.empty((1,), torch.int64)
         self._fetched = device.flags(1)  # that nobody waits for
         self._attention = device.empty((self._attention_bytes(),), torch.uint8)
-        self._arrivals = device.empty((2 + shape.hidden_size // COLUMNS,), torch.int32)
+        self._arrivals = device.empty((2 + shape.expert_width // COLUMNS,), torch.int32)
         model.kernels.fill(model.stream, self._arrivals)
         self._host_rows = device.pinned((self.max_rows, shape.hidden_size), torch.float32)
         self._host_executed = device.pinned((1,), torch.int64)

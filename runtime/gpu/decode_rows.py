@@ -90,7 +90,7 @@ class DecodeRows:
         b, residency, index = self.own, self.residency, block.index
         num_experts, hidden_size = block.router_weight.shape
         fits = len(b.hidden) == 1 and fits_norm_route(block.router, hidden_size, num_experts)
-        if not fits or block.router_norm is not None or block.norm is None:
+        if not fits or block.router_norm is not None or block.norm is None or block.latent is not None:
             return False
         choice = Choice(b.router_logits, b.ids, b.weights, self.arrivals[:1])
         if residency is not None:
@@ -180,7 +180,7 @@ class DecodeRows:
 
     def _send(self, block: GpuExperts) -> None:
         """The other ranks' experts and the CPU's begin."""
-        b = self.own
+        b = block.seen(self.own)
         if self.ranks is not None:
             self.ranks.send(self.stream, block.index, b.normed, b.ids, b.weights)
         if self.handover is not None:
@@ -189,17 +189,18 @@ class DecodeRows:
 
     def run_experts(self, block: GpuExperts) -> None:
         """See ``PassRows``: the GPU's own, then what other ranks made, then the CPU's result."""
+        hidden = block.seen(self.own).hidden
         if self.residency is not None:
             self._run_residents(block, self.residency)
         if self.ranks is not None:
-            self.ranks.receive(self.stream, block.index, self.own.hidden)
+            self.ranks.receive(self.stream, block.index, hidden)
         if self.ahead is not None:  # the CPU is computing
             self.ahead.fetch(self.stream, block.index)
         if self.handover is not None:
-            self.handover.receive(self.stream, block.index, self.own.hidden)
+            self.handover.receive(self.stream, block.index, hidden)
 
     def _run_residents(self, block: GpuExperts, residency: Residency) -> None:
-        b, product = self.own, self.product_of_experts
+        b, product = block.seen(self.own), self.product_of_experts
         residency.finish()  # a captured graph waits for no event
         step = Step(
             normed=b.normed,

@@ -234,7 +234,7 @@ class PrefillRows:
 
     def run_experts(self, block: GpuExperts) -> None:
         """See ``PassRows``."""
-        b, stream, count = self.buffers, self.stream, self.chunk.num_tokens
+        b, stream, count = block.seen(self.buffers), self.stream, self.chunk.num_tokens
         self.exchange.gather()
         step = Step(
             normed=b.normed,

@@ -134,7 +134,7 @@ def load_gpu_weights(weights: ModelWeights, device: Device, stream: Stream, num_
         lm_head=head,
         ropes={rope: (cos(), sin()) for rope, (cos, sin) in ropes.items()},
         expert_layout=layout,
-        record=layout.expert_record(shape.hidden_size, shape.expert_intermediate_size, shape.gated_experts),
+        record=layout.expert_record(shape.expert_width, shape.expert_intermediate_size, shape.gated_experts),
         num_bytes=block.num_bytes,
         end=GpuLayer({name: make() for name, make in gates.items()}),
     )

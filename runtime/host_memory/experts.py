@@ -84,7 +84,7 @@ def find_experts(bundle: Bundle, first_expert: int = 0, num_experts: int | None 
             limit=f"{shape.num_experts} experts a layer",
         )
     record_bytes = layout.expert_record(
-        shape.hidden_size, shape.expert_intermediate_size, shape.gated_experts
+        shape.expert_width, shape.expert_intermediate_size, shape.gated_experts
     ).record_bytes
     blob_shape = (shape.num_experts, record_bytes)
     layers = tuple(

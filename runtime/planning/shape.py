@@ -18,7 +18,8 @@ from krasis.formats.models.state import state
 from krasis.formats.models.uniform import spec_of
 from krasis.runtime.planning import latent_workspace
 
-_MIXERS = Attention | LatentAttention | GatedDelta | ChannelDelta | ShortConv | Mamba2 | None
+_WITH_STATES = GatedDelta | ChannelDelta | ShortConv | Mamba2
+_MIXERS = Attention | LatentAttention | _WITH_STATES | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,13 +28,15 @@ class ModelShape:
     expert_intermediate_size: of these. qkv_rows, attention_size: features that a mixer's projections give,
     and those of its result. mlp_intermediate: features between the products of an MLP that every token
     takes, a shared expert's or a dense layer's, 0 without any; mlp_columns: what its first product gives.
-    shared_gate: whether shared experts are gated. delta_channels, delta_heads: of the gated delta rule's
-    convolution, and its heads, 0 without any. gate_columns: float32 columns of a token beside such layers'
-    projections. has_states: whether rows of a sequence go through a state one after another anywhere.
+    shared_gate: whether shared experts are gated. delta_channels: 16-bit columns of a token between the
+    projections of a recurrent layer, as ``_mixed_columns`` has them; delta_heads: of the gated delta rule, 0
+    without any. gate_columns: float32 columns of a token beside such layers' projections. has_states: whether
+    rows of a sequence go through a state one after another anywhere.
     qkv_columns: 16-bit columns of a token between a mixer's projections on a GPU. kv_bytes: of one token's
     keys and values in a layer's cache. latent_heads, latent_rank: of latent attention, and expanded_bytes
     what its heads' keys and values take at a time, 0 without any; index: of its indices over tokens.
     post_norms: whether there are norms after blocks. gated_experts: whether experts have a gate matrix.
+    latent_experts: what experts between two projections work on, 0 of others.
     window: the most positions that a layer with a window sees, window_bytes: the most of one token's keys
     and values there; 0 without such layers.
     streams, stream_rank: of a gated residual, 0 of a plain one. table_columns: what a token looks up in
@@ -65,6 +68,7 @@ class ModelShape:
     post_norms: bool = False
     kv_bytes: int = 0
     gated_experts: bool = True
+    latent_experts: int = 0
     window: int = 0
     window_bytes: int = 0
     streams: int = 0
@@ -75,6 +79,11 @@ class ModelShape:
     def num_expert_layers(self) -> int:
         """How many layers have experts."""
         return len(self.expert_layers)
+
+    @property
+    def expert_width(self) -> int:
+        """Of what experts read and give."""
+        return self.latent_experts or self.hidden_size
 
 
 AnyModel = Architecture | ModelSpec | ModelShape
@@ -96,7 +105,7 @@ def shape_of(model: AnyModel) -> ModelShape:
     if not all(known):
         raise UnsupportedModelError("the runtime does not know all of the model's blocks", got=spec.family)
     experts = [layer.experts for layer in spec.layers if layer.experts is not None]
-    sizes = {(mlp.count, mlp.intermediate, mlp.router.top_k, mlp.gated) for mlp in experts}
+    sizes = {(mlp.count, mlp.intermediate, mlp.router.top_k, mlp.gated, mlp.latent) for mlp in experts}
     if len(sizes) != 1:
         got = ", ".join(f"{count} experts of {width}" for count, width, *_ in sorted(sizes)) or "none"
         raise UnsupportedModelError("the layers' experts are not all alike", got=got)
@@ -113,7 +122,7 @@ def largest_shape(model: AnyModel) -> ModelShape:
     mixed = [_mixer_columns(spec, layer) for layer in kinds]
     experts = [layer.experts for layer in kinds if layer.experts is not None]
     dense = [mlp for layer in kinds for mlp in _dense_mlps(layer)]
-    deltas = [layer.mixer for layer in kinds if isinstance(layer.mixer, GatedDelta | ChannelDelta)]
+    deltas = [layer.mixer for layer in kinds if isinstance(layer.mixer, GatedDelta | ChannelDelta | Mamba2)]
     windowed = [mixer for layer in kinds if isinstance(mixer := layer.mixer, Attention) and mixer.window]
     chunked = [mixer for mixer in deltas if isinstance(mixer, GatedDelta)]
     latent = [layer.mixer for layer in kinds if isinstance(layer.mixer, LatentAttention)]
@@ -131,10 +140,10 @@ def largest_shape(model: AnyModel) -> ModelShape:
         mlp_intermediate=max((mlp.intermediate for mlp in dense), default=0),
         mlp_columns=max((mlp.intermediate * (1 + mlp.activation.gated) for mlp in dense), default=0),
         shared_gate=any(mlp.shared_gate for mlp in experts),
-        delta_channels=max((mixer.conv_channels for mixer in deltas), default=0),
+        delta_channels=max(map(_mixed_columns, deltas), default=0),
         delta_heads=max((mixer.value_heads for mixer in chunked), default=0),
         gate_columns=max(map(_gate_columns, deltas), default=0),
-        has_states=any(isinstance(layer.mixer, GatedDelta | ChannelDelta | ShortConv) for layer in kinds),
+        has_states=any(isinstance(layer.mixer, _WITH_STATES) for layer in kinds),
         qkv_columns=max(_gpu_columns(spec, layer) for layer in kinds),
         latent_heads=max((mixer.heads for mixer in latent), default=0),
         latent_rank=max((mixer.kv_rank for mixer in latent), default=0),
@@ -145,6 +154,7 @@ def largest_shape(model: AnyModel) -> ModelShape:
         post_norms=any(layer.post_norms for layer in kinds),
         kv_bytes=max(sum(one.entry_bytes for one in state(layer.mixer).kept) for layer in kinds),
         gated_experts=all(mlp.gated for mlp in experts),
+        latent_experts=max((mlp.latent or 0 for mlp in experts), default=0),
         window=max((mixer.window or 0 for mixer in windowed), default=0),
         window_bytes=max(
             (round(state(replace(mixer, window=None)).token_bytes) for mixer in windowed), default=0
@@ -181,8 +191,15 @@ def _mixer_columns(spec: ModelSpec, layer: Layer) -> tuple[int, int]:
     return inner, max(one.shape[1] for one in outputs)
 
 
-def _gate_columns(mixer: GatedDelta | ChannelDelta) -> int:
+def _mixed_columns(mixer: GatedDelta | ChannelDelta | Mamba2) -> int:
+    """16-bit columns of a token: a convolution's channels, and of Mamba-2 what the scan gives in float32."""
+    return mixer.conv_channels + (2 * mixer.inner if isinstance(mixer, Mamba2) else 0)
+
+
+def _gate_columns(mixer: GatedDelta | ChannelDelta | Mamba2) -> int:
     """With those of the low rank in between, which begin aligned."""
+    if isinstance(mixer, Mamba2):
+        return mixer.heads
     if isinstance(mixer, GatedDelta):
         return 2 * mixer.value_heads
     return (

@@ -19,7 +19,8 @@ begins:
 Beside them live, through the whole layer: the f32 residual stream, its 16-bit norm, expert ids and weights,
 the gates of the delta rule (made of the router's input, before the projections take its place);
 with several ranks the gathered 16-bit norms, ids and weights of all tokens; with norms after blocks two more
-f32 rows; what an index over tokens chose, which layers that take the choice of another read;
+f32 rows; of experts between two projections what they read, in both types, and add up;
+what an index over tokens chose, which layers that take the choice of another read;
 with several residual streams these, of which hidden is what a block adds, what it reads, and the rows of
 hashed tables. The tables of slots sorted by expert are memory of their own (``Routing.allocate``):
 ``routing_bytes``.
@@ -102,9 +103,10 @@ def workspace_layout(
         cursor.add("gathered_weights", gathered, top_k, F32)
     if a.gate_columns:
         cursor.add("delta_gates", own, a.gate_columns, F32)
-    if a.post_norms:
-        cursor.add("added", own, a.hidden_size, F32)
-        cursor.add("residual", own, a.hidden_size, F32)
+    for name in ("added", "residual") if a.post_norms else ():
+        cursor.add(name, own, a.hidden_size, F32)
+    if a.latent_experts:
+        _add_latent_experts(cursor, a, own)
     if a.index is not None:
         cursor.add("chosen", own, a.index.budget, I32)
     if a.streams:
@@ -129,12 +131,19 @@ def workspace_layout(
     if num_ranks > 1:
         _add_sums(cursor, a, gathered, exact)
     cursor.add("gated", slots, a.expert_intermediate_size, HALF)
-    cursor.add("slots", slots, a.hidden_size, HALF)
+    cursor.add("slots", slots, a.expert_width, HALF)
     cursor.back_to(phases)
     cursor.add("logits", min(gathered, LOGIT_ROWS), padded_rows(a.vocab_size), F32)
     if num_ranks > 1:
         cursor.add("ordered_x", gathered, a.hidden_size, HALF)
     return WorkspaceLayout(MappingProxyType(cursor.regions), cursor.most_bytes)
+
+
+def _add_latent_experts(cursor: _Cursor, a: ModelShape, own: int) -> None:
+    """What experts between two projections read, in both types, and what they add up."""
+    cursor.add("latent_x", own, a.latent_experts, HALF)
+    cursor.add("latent_rows", own, a.latent_experts, F32)
+    cursor.add("latent_sum", own, a.latent_experts, F32)
 
 
 def _add_mlp(cursor: _Cursor, a: ModelShape, own: int) -> None:

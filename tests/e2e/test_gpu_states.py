@@ -1,6 +1,6 @@
-"""Short convolutions (LFM2), decays by channel (Kimi Linear), residual streams and hashed tables (Qwen4) on
-the device's double: sequences of one batch, going back to a copy of the state, and prefixes saved on either
-device. More in test_gpu_delta.py.
+"""Short convolutions (LFM2), decays by channel (Kimi Linear), Mamba-2 in layers of one block (Nemotron-H),
+residual streams and hashed tables (Qwen4) on the device's double: sequences of one batch, going back to a
+copy of the state, and prefixes saved on either device. More in test_gpu_delta.py.
 """
 
 from __future__ import annotations
@@ -28,14 +28,18 @@ from tests.support.tiny_checkpoints import tiny
 RelativeError = Callable[[np.ndarray, np.ndarray], float]
 OpenGpu = Callable[..., Any]
 TOKENS = np.random.default_rng(12).integers(0, 320, 60).tolist()
+SUPER = "nemotron_h between projections"
 LIMIT = 2e-3  # of f16: other numbers of rows are added up in another order
 
 
-@pytest.fixture(scope="module", params=["lfm2_moe", "kimi_linear", "qwen4_exp"])
+@pytest.fixture(scope="module", params=["lfm2_moe", "kimi_linear", "qwen4_exp", "nemotron_h", SUPER])
 def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp(request.param)
     changes = {"indexer_budget": 128} if request.param == "qwen4_exp" else {}
-    source = tiny(request.param, folder / "hf", **changes)
+    if request.param == SUPER:
+        blocks = ["mamba", "moe", "attention", "mlp", "mamba", "moe"]
+        changes = {"layers_block_type": blocks, "moe_latent_size": 64}
+    source = tiny(request.param.split()[0], folder / "hf", **changes)
     reporter, settings = Reporter(0), ConvertSettings(num_threads=1, gpu_group=64)
     convert(prepare([source], folder / "b.krasis", settings, reporter), reporter)
     return folder / "b.krasis"
@@ -123,10 +127,10 @@ def test_what_is_planned_is_what_is_allocated(bundle: Path, open_gpu: OpenGpu, o
     assert abs(taken + index_bytes - backend._parts.plan.placement.kv_bytes) < 1024
 
 
-def test_several_gpus_refuse_residual_streams(bundle: Path, gpu_kind: str) -> None:
+def test_several_gpus_refuse_residual_streams_and_layers_of_one_block(bundle: Path, gpu_kind: str) -> None:
     settings = EngineSettings(device=gpu_kind, context=64)
     with Bundle.open(bundle) as opened:
-        if opened.spec.residual is None:
+        if opened.spec.residual is None and opened.spec.family != "nemotron_h":
             refuse_ranks(opened.spec, 2)
             return
         open_on_two = backend_opener(settings, 2)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,18 +15,25 @@ from click.testing import CliRunner
 
 from krasis.convert.cli import main as convert
 from krasis.formats.bundle.reader import Bundle
+from krasis.formats.models.state import SNAPSHOTS, fixed_bytes
 from krasis.runtime import Engine, EngineSettings
 from krasis.runtime.cpu.weights import load_weights
 from tests.support.random_weights import dequantised_state, transformers_logits, write_checkpoint
 from tests.support.tiny_checkpoints import tiny
 from tests.support.tiny_ggufs import tiny_gguf
 
+RelativeError = Callable[[np.ndarray, np.ndarray], float]
+OpenGpu = Callable[..., Any]
 TOKENS = np.random.default_rng(8).integers(0, 256, 40).tolist()
 
 
 @pytest.mark.parametrize("kind", ["hf", "gguf"])
 def test_experts_between_two_projections(
-    kind: str, tmp_path: Path, relative_error: Callable[[np.ndarray, np.ndarray], float]
+    kind: str,
+    tmp_path: Path,
+    relative_error: RelativeError,
+    open_gpu: OpenGpu,
+    vram_for: Callable[..., int],
 ) -> None:
     blocks = ["mamba", "moe", "attention", *(["mlp"] if kind == "hf" else []), "moe"]
     changes = {"layers_block_type": blocks, "moe_latent_size": 64, "time_step_min": 1e-9}
@@ -40,6 +48,7 @@ def test_experts_between_two_projections(
     with Bundle.open(out) as bundle:
         state = dequantised_state(load_weights(bundle, "cpu"))
     expected = transformers_logits(write_checkpoint(state, config, tmp_path / "dequantised"), TOKENS)
+    _check_on_gpu(out, config, tmp_path / "dequantised-gpu", relative_error, open_gpu, vram_for)
     for limit, numbers in ((2e-2, {}), (1e-3, {"activations": "float32", "kv_dtype": "f32"})):
         settings = EngineSettings(device="cpu", context=64, threads=1, prefault=False, **numbers)
         with Engine.open(out, settings) as engine:
@@ -49,3 +58,29 @@ def test_experts_between_two_projections(
             parts = [engine.prefill(TOKENS[:30], all_logits=True)]
             parts += [engine.decode(token)[None] for token in TOKENS[30:]]
             assert relative_error(np.concatenate(parts), expected) <= limit
+
+
+def _check_on_gpu(
+    bundle: Path,
+    config: dict[str, Any],
+    folder: Path,
+    relative_error: RelativeError,
+    open_gpu: OpenGpu,
+    vram_for: Callable[..., int],
+) -> None:
+    """All experts in VRAM; then none, and decode's experts on the CPU, with activations of 8 bits."""
+    with Bundle.open(bundle) as opened:
+        state = dequantised_state(load_weights(opened, "gpu"))
+        copies_bytes = SNAPSHOTS * fixed_bytes(opened.spec)
+    streamed_bytes = vram_for(bundle, 64, group_experts=2) + copies_bytes
+    expected = transformers_logits(write_checkpoint(state, config, folder), TOKENS)
+    for dtype, vram_bytes, limit in (
+        ("f16", None, 2e-3),
+        ("bf16", None, 1.5e-2),
+        ("f16", streamed_bytes, 2e-2),
+    ):
+        engine = open_gpu(bundle, context=64, gpu_dtype=dtype, vram_bytes=vram_bytes)
+        parts = [engine.prefill(TOKENS[:30], all_logits=True)]
+        parts += [engine.decode(token)[None] for token in TOKENS[30:]]
+        assert relative_error(np.concatenate(parts), expected) <= limit
+        assert ("CPU" in engine._backend._parts.decoder.description) == (vram_bytes is not None)

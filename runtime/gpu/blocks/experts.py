@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from krasis.formats.models.mlps import Experts
+from krasis.runtime.gpu.blocks.latent_experts import LatentProducts
 from krasis.runtime.gpu.blocks.mlp import MlpProducts
 from krasis.runtime.gpu.blocks.rows import PassRows
+from krasis.runtime.gpu.buffers import Buffers
 from krasis.runtime.gpu.kernels.router_arguments import RouterVectors
 
 if TYPE_CHECKING:
@@ -19,7 +21,7 @@ class GpuExperts:
     """index: among the layers that have experts, by which residency, streams and hand-over are numbered.
     router, vectors: how logits become a choice. top_k: experts of a token. norm, eps, router_weight: of what
     the experts and the router read (between residual streams there is no norm); router_norm: of a router that
-    reads another norm, or None.
+    reads another norm, or None. latent: of experts between two projections.
     """
 
     def __init__(self, model: GpuModel, layer: int, mlp: Experts) -> None:
@@ -35,20 +37,29 @@ class GpuExperts:
             expert_scale=weights.optional("experts.router.expert_scale"),
         )
         self._shared = None if mlp.shared is None else MlpProducts(model, layer, "shared", mlp.shared)
+        self.latent = None if mlp.latent is None else LatentProducts(model, layer)
         self._shared_gate: torch.Tensor | None = weights.plain("shared.gate") if mlp.shared_gate else None
 
     def run(self, rows: PassRows) -> None:
         """See ``Block``."""
         b = rows.own
         if not rows.choose(self):
-            if rows.takes_x or self._shared is not None:
+            if rows.takes_x or self._shared is not None or self.latent is not None:
                 if self.norm is not None:
                     self._kernels.rms_norm(rows.stream, b.hidden, self.norm, self.eps, b.x)
                 rows.x_is_ready()
+            if self.latent is not None:
+                self.latent.begin(rows)
             self._choose(rows)
         if self._shared is not None:
             self._run_shared(rows, self._shared)
         rows.run_experts(self)
+        if self.latent is not None:
+            self.latent.end(rows)
+
+    def seen(self, buffers: Buffers) -> Buffers:
+        """Buffers in which normed and x are what the routed experts read, and hidden what they add to."""
+        return buffers if self.latent is None else self.latent.seen(buffers)
 
     def _choose(self, rows: PassRows) -> None:
         """normed, and the choice that the router makes of it, or of the residual itself."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from krasis.formats.errors import UnsupportedModelError
 from krasis.formats.models.mixers import Attention, LatentAttention
 from krasis.formats.models.mlps import Experts, GatedMlp, MlpBesideExperts
-from krasis.formats.models.recurrent import ChannelDelta, GatedDelta, ShortConv
+from krasis.formats.models.recurrent import ChannelDelta, GatedDelta, Mamba2, ShortConv
 from krasis.formats.models.spec import Layer
 from krasis.runtime.gpu.blocks.attention import GpuAttention
 from krasis.runtime.gpu.blocks.beside import GpuMlpBesideExperts
@@ -17,6 +17,7 @@ from krasis.runtime.gpu.blocks.experts import GpuExperts
 from krasis.runtime.gpu.blocks.gated_delta import GpuGatedDelta
 from krasis.runtime.gpu.blocks.hashed_table import GpuHashedTable
 from krasis.runtime.gpu.blocks.latent import GpuLatentAttention
+from krasis.runtime.gpu.blocks.mamba import GpuMamba2
 from krasis.runtime.gpu.blocks.mlp import GpuMlp
 from krasis.runtime.gpu.blocks.rows import Block
 from krasis.runtime.gpu.blocks.short_conv import GpuShortConv
@@ -33,6 +34,7 @@ BLOCKS: dict[type, Callable[[GpuModel, int, Any], Block]] = {
     GatedDelta: GpuGatedDelta,
     ChannelDelta: GpuChannelDelta,
     ShortConv: GpuShortConv,
+    Mamba2: GpuMamba2,
     LatentAttention: GpuLatentAttention,
     GatedMlp: GpuMlp,
     Experts: GpuExperts,

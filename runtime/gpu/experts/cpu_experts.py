@@ -46,10 +46,10 @@ class CpuExperts:
         self._cpu, self._residency, self._max_tokens = cpu, residency, max_tokens
         self._views = ResidentViews(residency, a.num_expert_layers, a.num_experts)
         self._host_kernels = Kernels(cpu.pool)
-        self._acts = Acts.allocate(max_tokens, a.hidden_size)
-        sizes = (a.hidden_size, a.expert_intermediate_size, a.num_experts, a.num_experts_per_token)
+        self._acts = Acts.allocate(max_tokens, a.expert_width)
+        sizes = (a.expert_width, a.expert_intermediate_size, a.num_experts, a.num_experts_per_token)
         self._scratch = workspace(moe_workspace_bytes(max_tokens, *sizes))
-        self._rows = device.pinned((max_tokens, a.hidden_size), torch.float32)
+        self._rows = device.pinned((max_tokens, a.expert_width), torch.float32)
         self._ids = device.pinned(choices, torch.int32)
         self._weights = device.pinned(choices, torch.float32)
         self._gpu_ids = device.empty(choices, torch.int32)

@@ -43,10 +43,10 @@ class Handover:
         self.num_layers = a.num_expert_layers
         self._numbers = a.expert_layers  # by which errors name a layer
         self.timeout_ns = int(timeout_s * 1e9)
-        self.normed = device.pinned((max_rows, a.hidden_size), torch.float32)
+        self.normed = device.pinned((max_rows, a.expert_width), torch.float32)
         self.ids = device.pinned((max_rows, a.num_experts_per_token), torch.int32)
         self.weights = device.pinned((max_rows, a.num_experts_per_token), torch.float32)
-        self.results = [device.pinned((max_rows, a.hidden_size), torch.float32) for _ in range(NUM_RESULTS)]
+        self.results = [device.pinned((max_rows, a.expert_width), torch.float32) for _ in range(NUM_RESULTS)]
         self._host_flags = device.flags(self.num_layers * FLAG_WORDS)
         self._device_flags = device.flags(self.num_layers * FLAG_WORDS)
         self._device_epoch = device.empty((1,), torch.int64)

@@ -87,8 +87,8 @@ class HostExperts:
         )
         self._result_bytes = handover.results[0][:num_rows].nbytes
         tier.pool.set_spin(SPIN_S)
-        acts = Acts.allocate(num_rows, a.hidden_size)
-        sizes = (a.hidden_size, a.expert_intermediate_size, a.num_experts, a.num_experts_per_token)
+        acts = Acts.allocate(num_rows, a.expert_width)
+        sizes = (a.expert_width, a.expert_intermediate_size, a.num_experts, a.num_experts_per_token)
         scratch = workspace(moe_workspace_bytes(num_rows, *sizes))
         normed, ids, weights = (tensor.numpy() for tensor in self._inputs)
         self._layers: list[_Layer] = []

@@ -9,6 +9,7 @@ from krasis.runtime.gpu.kernels.fused import FusedKernels
 from krasis.runtime.gpu.kernels.gated_delta import DeltaKernels
 from krasis.runtime.gpu.kernels.index import IndexKernels
 from krasis.runtime.gpu.kernels.latent import LatentKernels
+from krasis.runtime.gpu.kernels.mamba import MambaKernels
 from krasis.runtime.gpu.kernels.mlp import MlpKernels
 from krasis.runtime.gpu.kernels.moe import MoeKernels
 from krasis.runtime.gpu.kernels.move_positions import MoveKernels
@@ -25,6 +26,7 @@ class GpuKernels(
     AttentionKernels,
     DeltaKernels,
     ConvKernels,
+    MambaKernels,
     LatentKernels,
     IndexKernels,
     MlpKernels,

@@ -243,7 +243,7 @@ class MoeKernels(Launcher):
         shape = (num_experts, columns)
         args.bias = optional_pointer(bias, shape, F32, "moe_gemm.bias")
         args.up_bias = optional_pointer(up_bias, shape, F32, "moe_gemm.up_bias")
-        if gated:
+        if gated or not form.activation.gated:
             args.activation = ACTIVATION_CODES[form.activation.kind]
             args.limit, args.alpha = form.activation.limit, form.activation.alpha
         return present(bias, up_bias)
