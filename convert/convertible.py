@@ -9,7 +9,6 @@ from collections.abc import Collection, Iterator
 from krasis.formats.errors import UnsupportedModelError
 from krasis.formats.layouts.expert_record import SIZE_MULTIPLE
 from krasis.formats.layouts.int8_rows import K_MULTIPLE
-from krasis.formats.models.mlps import Experts
 from krasis.formats.models.registry import convertible_families, family_of
 from krasis.formats.models.spec import ModelSpec
 from krasis.formats.models.tensors import dense_tensors
@@ -58,14 +57,6 @@ def kernels_note(spec: ModelSpec, tiers: Collection[str]) -> str | None:
 def _unpackable(spec: ModelSpec) -> Iterator[str]:
     if not spec.expert_layers:
         yield "a model without experts"
-    for layer in dict.fromkeys(spec.layers):
-        if isinstance(layer.experts, Experts):
-            yield from _unpackable_experts(layer.experts)
-
-
-def _unpackable_experts(experts: Experts) -> Iterator[str]:
-    if experts.router.by_token:
-        yield "experts chosen by the token's id"
 
 
 def _sizes(spec: ModelSpec) -> Iterator[tuple[str, int, int]]:

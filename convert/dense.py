@@ -18,6 +18,7 @@ from krasis.convert.quality import UnitQuality
 from krasis.convert.slices import FLOAT_BYTES, TensorSlice, first_nonfinite_row
 from krasis.convert.source_parts import SourcePart, stacked_dtype
 from krasis.convert.sources import WeightSource
+from krasis.convert.token_tables import expert_numbers
 from krasis.convert.writer_thread import WriterThread
 from krasis.formats.bundle.writer import BlobSink, BundleWriter
 from krasis.formats.errors import FormatError
@@ -48,6 +49,8 @@ class DensePacker:
             name, parts = blob_name(tensor, unit.layer), self.source.dense(tensor, unit.layer)
             if tensor.store == "int8_rows":
                 digests |= self._int8(name, tensor.name, parts, padded_rows(tensor.shape[0]), quality)
+            elif tensor.store == "ids":
+                digests |= self._ids(name, parts, unit)
             else:
                 dtype = "F32" if tensor.store == "f32" else stacked_dtype(parts)
                 digests |= self._plain(name, parts, dtype, looked_at=not tensor.is_bias)
@@ -96,6 +99,19 @@ class DensePacker:
             for part in parts:
                 if looked_at:
                     self.alarms.look_at(part.piece)
+            self.thread.flush()
+            return {name: sink.close()}
+
+    def _ids(self, name: str, parts: list[SourcePart], unit: Unit) -> dict[str, str]:
+        """A table of expert numbers."""
+        if unit.layer is None:
+            raise FormatError("the model itself has no experts", where=name)
+        num_experts = self.source.spec.experts_of(unit.layer).count
+        with self.writer.open_blob(name) as sink:
+            for part in parts:
+                for block in _row_blocks(part, 1):
+                    self._read(block)
+                    self.thread.write(sink, expert_numbers(block, num_experts))
             self.thread.flush()
             return {name: sink.close()}
 

@@ -18,6 +18,7 @@ from krasis.convert.slices import Bytes, TensorSlice
 from krasis.convert.source_names import SourceNames
 from krasis.convert.source_parts import COLUMNS, SourcePart
 from krasis.convert.tensor_types import check_type
+from krasis.convert.token_tables import TABLE, check_ids_type
 from krasis.convert.vocabulary import check_vocabulary
 from krasis.formats.checkpoints.ggml_blocks import tensor_bytes
 from krasis.formats.checkpoints.quantised.weight import QuantisedWeight
@@ -286,10 +287,10 @@ class WeightSource:
         quantised = self._infos[tensor].quantised
         if quantised is not None:
             return quantised_slice(quantised, self._table.where(tensor), first_row, shape[0])
-        dtype = self._infos[tensor].dtype
+        info = self._infos[tensor]
+        dtype = info.dtype
         per_row = tensor_bytes(dtype, shape[1:] or (1,))
         begin = first_row * per_row
-        info = self._infos[tensor]
         return TensorSlice(
             tensor=tensor,
             where=self._table.where(tensor),
@@ -358,6 +359,9 @@ class WeightSource:
             raise FormatError("wrong shape", where=where, got=list(found), limit=list(shape))
         dtype = self._infos[tensor].dtype
         if self._infos[tensor].quantised is not None:
+            return
+        if ours == TABLE:
+            check_ids_type(dtype, where)
             return
         is_hf = self.kind == "hf"
         if not is_hf or ours or dtype != MXFP4:

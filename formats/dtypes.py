@@ -32,6 +32,7 @@ BUNDLE_DTYPES: dict[str, np.dtype[np.generic]] = {
     "F16": np.dtype("<f2"),
     "BF16": np.dtype("<u2"),
     "F32": np.dtype("<f4"),
+    "I32": np.dtype("<i4"),
 }
 
 NUMPY_DTYPES: dict[str, np.dtype[np.generic]] = {
@@ -39,7 +40,6 @@ NUMPY_DTYPES: dict[str, np.dtype[np.generic]] = {
     "BOOL": np.dtype(np.bool_),
     "I16": np.dtype("<i2"),
     "U16": np.dtype("<u2"),
-    "I32": np.dtype("<i4"),
     "U32": np.dtype("<u4"),
     "F64": np.dtype("<f8"),
     "I64": np.dtype("<i8"),

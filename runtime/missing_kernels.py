@@ -42,6 +42,8 @@ CPU_RUNS = frozenset(
         "gated residual streams",
         "mixed residual streams",
         "an index over pools",
+        "compressed attention (CSA, HCA)",
+        "experts chosen by the token's id",
         "hashed n-gram tables",
         "latent attention (MLA)",
         "Mamba-2 layers",
@@ -90,6 +92,8 @@ CPU_RUNS = frozenset(
 GPU_RUNS = CPU_RUNS - {
     "mixed residual streams",
     "an index over pools",
+    "compressed attention (CSA, HCA)",
+    "experts chosen by the token's id",
     "Mamba-2 layers whose sizes tiles do not divide",
     "linear attention with heads of more than 128 channels",
 }
@@ -190,6 +194,8 @@ def _of_layer(layer: Layer) -> Iterator[str]:
         yield from _of_attention(layer.mixer)
     if isinstance(layer.mixer, LatentAttention):
         yield from _of_latent(layer.mixer)
+    if isinstance(layer.mixer, CompressedAttention):
+        yield from _of_compressed(layer.mixer)
     if isinstance(layer.mixer, GatedDelta | ChannelDelta):
         yield from _of_delta(layer.mixer)
     if isinstance(layer.mixer, ShortConv):
@@ -268,6 +274,19 @@ def _of_latent(mixer: LatentAttention) -> Iterator[str]:
             yield f"latent attention of {channels} channels (a multiple of {STRIP_ROWS} is needed)"
     if mixer.rope is not None and mixer.rope.scaling.kind in ("llama3", "proportional"):
         yield f"{mixer.rope.scaling.kind} rope scaling"
+
+
+def _of_compressed(mixer: CompressedAttention) -> Iterator[str]:
+    if mixer.head_dim % STRIP_ROWS or mixer.group_rank % STRIP_ROWS:
+        yield f"compressed attention of {mixer.head_dim} and {mixer.group_rank} channels"
+    index = mixer.selection
+    if index is not None and (index.kind != "tokens" or index.reuses):
+        yield "compressed attention by an index of another kind"
+    for rope in (mixer.rope, None if index is None else index.rope):
+        if rope is not None and (rope.place != "last" or rope.style != "interleaved"):
+            yield "compressed attention that turns other than the last channels"
+        if rope is not None and rope.scaling.kind in ("llama3", "proportional"):
+            yield f"{rope.scaling.kind} rope scaling"
 
 
 def _of_token_index(index: Selection | None) -> Iterator[str]:

@@ -203,6 +203,16 @@ def route(logits: Array, router: Router, vectors: RouterVectors | None = None) -
     if router.groups > 1:
         chosen_by = np.where(_in_best_groups(chosen_by, router), chosen_by, -np.inf)
     ids = np.argsort(-chosen_by, axis=-1, kind="stable")[:, : router.top_k]
+    return ids.astype(np.int32), _shares(scores, ids, router, vectors)
+
+
+def route_by_token(logits: Array, router: Router, ids: Array) -> Array:
+    """Weights [T, top_k] of the experts ids [T, top_k] that tokens have by a table, as ``route`` has them."""
+    return _shares(_scores(logits, router.score), ids, router, RouterVectors())
+
+
+def _shares(scores: Array, ids: Array, router: Router, vectors: RouterVectors) -> Array:
+    """Weights [T, top_k] of chosen experts by the scores [T, experts]."""
     weights = np.take_along_axis(scores, ids, axis=-1)
     if router.score == "softmax_of_top":
         weights = softmax(weights)
@@ -210,13 +220,13 @@ def route(logits: Array, router: Router, vectors: RouterVectors | None = None) -
         weights = sigmoid(weights)
     if router.renormalise and router.score != "softmax_of_top":
         total = weights.sum(axis=-1, keepdims=True)
-        floor, epsilon = (np.asarray(x, logits.dtype) for x in (router.sum_floor, router.sum_epsilon))
+        floor, epsilon = (np.asarray(x, scores.dtype) for x in (router.sum_floor, router.sum_epsilon))
         weights = weights / (np.maximum(total, floor) + epsilon)
     if router.scale != 1.0:
-        weights = weights * np.asarray(router.scale, logits.dtype)
+        weights = weights * np.asarray(router.scale, scores.dtype)
     if vectors.expert_scale is not None:
-        weights = weights * vectors.expert_scale.astype(logits.dtype)[ids]
-    return ids.astype(np.int32), weights
+        weights = weights * vectors.expert_scale.astype(scores.dtype)[ids]
+    return weights
 
 
 def _scores(logits: Array, score: Score) -> Array:

@@ -161,3 +161,14 @@ class CompressedAttention(Record):
             )
         if self.ratio is None and (self.overlap or self.selection is not None):
             raise fail("nothing is compressed", self, "ratio", "none", "a ratio")
+
+    @property
+    def kept_parts(self) -> tuple[int, ...]:
+        """Channels of what is kept of each token beside its key: what entries are made of, keys and then
+        gates, each for the entry to come and for its own where they overlap; the same of the index.
+        """
+        if self.ratio is None:
+            return ()
+        times = 4 if self.overlap else 2
+        dims = (self.head_dim,) if self.selection is None else (self.head_dim, self.selection.dim)
+        return tuple(dim for dim in dims for _ in range(times))

@@ -150,17 +150,11 @@ def _latent(mixer: LatentAttention, item_bytes: int) -> State:
 
 
 def _compressed(mixer: CompressedAttention, item_bytes: int) -> State:
-    window = Kept(mixer.head_dim * item_bytes, window=mixer.window)
-    if mixer.ratio is None:
-        return State((window,))
-    kept = [window, Kept(mixer.head_dim * item_bytes, every=mixer.ratio)]
-    width = mixer.head_dim
-    if mixer.selection is not None:
-        kept.append(Kept(mixer.selection.dim * item_bytes, every=mixer.ratio))
-        width += mixer.selection.dim
-    # Tokens of the window that is still open, and of the one before where they overlap, with their gates.
-    slots = (2 if mixer.overlap else 1) * mixer.ratio
-    return State(tuple(kept), 2 * slots * width * item_bytes * (2 if mixer.overlap else 1))
+    # Keys of all tokens, for now, and of all what entries are made of: these take the place of one of theirs.
+    kept = [Kept(_row_bytes(item_bytes, mixer.head_dim))]
+    if mixer.ratio is not None:
+        kept.append(Kept(_row_bytes(item_bytes, *mixer.kept_parts)))
+    return State(tuple(kept))
 
 
 def _gated_delta(mixer: GatedDelta, item_bytes: int) -> State:

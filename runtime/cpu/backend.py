@@ -14,6 +14,7 @@ from krasis.runtime.backend import LayerProgress
 from krasis.runtime.batch import Batch, Logits
 from krasis.runtime.cpu.blocks import Block, CpuContext, Rows
 from krasis.runtime.cpu.buffers import Buffers
+from krasis.runtime.cpu.current import CurrentRows
 from krasis.runtime.cpu.delta_kernels import DeltaPlace
 from krasis.runtime.cpu.draft import CpuDraft, draft_spec
 from krasis.runtime.cpu.factors import cap_logits, without_factors
@@ -65,6 +66,7 @@ class CpuBackend:
         most_rows = max(self.prefill_chunk, min(settings.slots, PROGRAM_ROWS), 1 + (settings.draft or 0))
         self._buffers = Buffers(most_rows)
         self._ropes = tables_of(spec, self.capacity)
+        self._current = CurrentRows()
         context = self._new_context(tiles)
         self.drafter = self._new_drafter(weights, settings, context)
         self._buffers.reserve("hidden", spec.residual_width)
@@ -100,6 +102,8 @@ class CpuBackend:
             buffers=self._buffers,
             fixed=_fixed(self.state),
             fixed_begin=self.state.fixed_offset_bytes if isinstance(self.state, HybridStore) else 0,
+            store=self.state,
+            current=self._current,
             scratch=workspace(_workspace_bytes(self.spec, self._buffers.max_rows, self.state)),
         )
 
@@ -121,7 +125,7 @@ class CpuBackend:
         hidden = self._hidden(num_rows)
         # All that a pass has in the buffers from one layer to the next.
         kept = self._kept(hidden) if self._is_passing else []
-        outer = self._tables.begin(batch)
+        outer, current = self._tables.begin(batch), self._current.begin(batch)
         weights.embedding.rows_into(batch.tokens, hidden[:, : self.spec.hidden])
         for stream in range(self.spec.hidden, self.spec.residual_width, self.spec.hidden):
             hidden[:, stream : stream + self.spec.hidden] = hidden[:, : self.spec.hidden]
@@ -140,6 +144,7 @@ class CpuBackend:
                 self._pass(batch, slots, hidden)
         finally:
             self._tables.end(outer)
+            self._current.end(current)
         self.state.advance(batch.spans)
         logits = self._logits_of(hidden, batch)
         if self.drafter is not None:

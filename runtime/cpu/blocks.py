@@ -14,15 +14,18 @@ import numpy as np
 import numpy.typing as npt
 
 from krasis.formats.errors import NativeError, UnsupportedModelError
-from krasis.formats.models.mixers import Attention, LatentAttention
+from krasis.formats.models.mixers import Attention, CompressedAttention, LatentAttention
 from krasis.formats.models.mlps import Experts, GatedMlp, MlpBesideExperts
 from krasis.formats.models.recurrent import ChannelDelta, GatedDelta, Mamba2, ShortConv
 from krasis.formats.models.rope import Rope
 from krasis.formats.models.spec import Mixer, Mlp, ModelSpec
+from krasis.runtime import reference
 from krasis.runtime.cpu.acts import Acts
 from krasis.runtime.cpu.block_input import BlockInput
 from krasis.runtime.cpu.buffers import Buffers
 from krasis.runtime.cpu.channel_delta import CpuChannelDelta
+from krasis.runtime.cpu.compressed import CpuCompressedAttention
+from krasis.runtime.cpu.current import CurrentRows
 from krasis.runtime.cpu.delta_kernels import DeltaPlace, gate_rows
 from krasis.runtime.cpu.gated_delta import CpuGatedDelta
 from krasis.runtime.cpu.heads import Heads, QkNorms, Rotation
@@ -35,6 +38,7 @@ from krasis.runtime.cpu.rope import RopeTables
 from krasis.runtime.cpu.short_conv import CpuShortConv
 from krasis.runtime.cpu.spans import LayerCache, Round, Rounds, RowByRow, Spans
 from krasis.runtime.cpu.weights import Int8Weight, LayerWeights, expert_biases
+from krasis.runtime.state.kv_store import KvStore
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -43,7 +47,8 @@ FloatArray = npt.NDArray[np.float32]
 class CpuContext:
     """What the blocks of a model share. tiles: of the experts. ropes: tables by the record of a rotation.
     caches: where each layer's keys and values lie in a slot, fixed: where its matrices; fixed_begin:
-    where those of the first layer begin. scratch: the kernels' workspace.
+    where those of the first layer begin. scratch: the kernels' workspace. store: of the sequences. current:
+    the tokens that are computed.
     """
 
     spec: ModelSpec
@@ -52,6 +57,8 @@ class CpuContext:
     caches: tuple[LayerCache | None, ...]
     buffers: Buffers
     scratch: Array
+    store: KvStore
+    current: CurrentRows
     fixed: tuple[DeltaPlace | None, ...] = ()
     fixed_begin: int = 0
 
@@ -220,6 +227,7 @@ class CpuExperts:
         self._input = BlockInput(weights, "experts.norm", context.spec.norm.eps)
         self._router = weights.matrix("experts.router").data
         self._records = weights.records()
+        self._table = weights.table("experts.router.table", mlp.count) if mlp.router.by_token else None
         self._router_norm: FloatArray | None = None
         if mlp.router.input_norm:
             scale = weights.vector("experts.router.scale")
@@ -256,7 +264,10 @@ class CpuExperts:
         if self._router_norm is not None:
             kernels.rms_norm(rows.hidden, self._router_norm, context.spec.norm.eps, normed)
         kernels.gemm_float(normed, self._router, logits)
-        kernels.route(logits, mlp.router, ids, weights, *self._biases)
+        if self._table is None:
+            kernels.route(logits, mlp.router, ids, weights, *self._biases)
+        else:
+            kernels.step("look experts up", lambda: self._look_up(logits, ids, weights))
         inputs, added = acts, rows.hidden if out is None else out
         if self._latent is not None:
             inputs, added = self._latent.begin(kernels, acts)
@@ -284,6 +295,12 @@ class CpuExperts:
                 kernels.quantize(normed, acts)
         if self._shared is not None:
             self._add_shared(kernels, self._shared, rows, normed, acts)
+
+    def _look_up(self, logits: FloatArray, ids: Array, weights: FloatArray) -> None:
+        """Experts that the tokens' ids choose, and their weights by the logits."""
+        if self._table is not None:
+            ids[...] = self._table[self._context.current.of(len(logits))]
+            weights[...] = reference.route_by_token(logits, self._mlp.router, ids)
 
     def _add_shared(
         self, kernels: Kernels, shared: GatedProducts, rows: Rows, normed: FloatArray, acts: Acts
@@ -329,6 +346,7 @@ class CpuMlpBesideExperts:
 BLOCKS: dict[type, Callable[..., Block]] = {
     Attention: CpuAttention,
     LatentAttention: CpuLatentAttention,
+    CompressedAttention: CpuCompressedAttention,
     GatedDelta: CpuGatedDelta,
     ChannelDelta: CpuChannelDelta,
     ShortConv: CpuShortConv,

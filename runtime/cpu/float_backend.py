@@ -73,7 +73,7 @@ class FloatBackend:
         """See ``backend.Backend``."""
         weights = self._live_weights()
         self.state.begin(batch)
-        before = self._tables.begin(batch)
+        before, outer = self._tables.begin(batch), self._context.current.begin(batch)
         hidden = np.tile(weights.embedding.rows(batch.tokens), self._streams)
         try:
             for index, blocks in enumerate(self._layers):
@@ -83,6 +83,7 @@ class FloatBackend:
                     self.layer_done(index + 1, len(self._layers))
         finally:
             self._tables.end(before)
+            self._context.current.end(outer)
         self.state.advance(batch.spans)
         normed = float_end(self._context, weights, hidden[batch.wanted_rows()])
         logits = reference.gemm(normed, self._context.int8("lm_head", weights.lm_head))[:, : self.spec.vocab]
@@ -112,6 +113,7 @@ class FloatBackend:
         ends = np.cumsum([len(tokens) for tokens, _ in group])[:-1]
         for block in blocks:
             if has_experts(block):
+                self._context.current.tokens = np.concatenate([tokens for tokens, _ in group])
                 added = block.run(np.concatenate([rows for _, rows in group]), (), see)
                 parts = np.split(added, ends)
             else:

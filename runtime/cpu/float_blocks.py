@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from krasis.formats.errors import NativeError, UnsupportedModelError
 from krasis.formats.layouts import ExpertFormat, Int8RowsLayout
-from krasis.formats.models.mixers import Attention, LatentAttention
+from krasis.formats.models.mixers import Attention, CompressedAttention, LatentAttention
 from krasis.formats.models.mlps import Experts, GatedMlp, MlpBesideExperts
 from krasis.formats.models.recurrent import ChannelDelta, GatedDelta, Mamba2, ShortConv
 from krasis.formats.models.rope import Rope
@@ -20,6 +20,8 @@ from krasis.formats.models.spec import Mixer, Mlp, ModelSpec
 from krasis.runtime import reference
 from krasis.runtime.batch import Span
 from krasis.runtime.cpu import delta_reference as delta
+from krasis.runtime.cpu.current import CurrentRows
+from krasis.runtime.cpu.float_compressed import FloatCompressedAttention
 from krasis.runtime.cpu.float_conv import FloatShortConv
 from krasis.runtime.cpu.float_delta import FloatChannelDelta
 from krasis.runtime.cpu.float_latent import FloatLatentAttention
@@ -62,7 +64,7 @@ class UnpackedCache:
 @dataclass(frozen=True, slots=True)
 class FloatContext:
     """What the blocks of a model share. ropes: tables by the record of a rotation. chosen: by slot, the
-    positions that an index last picked, bool [rows, positions].
+    positions that an index last picked, bool [rows, positions]. current: the tokens that are computed.
     """
 
     spec: ModelSpec
@@ -71,6 +73,7 @@ class FloatContext:
     ropes: Mapping[Rope, RopeTables]
     unpacked: UnpackedCache
     chosen: dict[int, npt.NDArray[np.bool_]] = field(default_factory=dict)
+    current: CurrentRows = field(default_factory=CurrentRows)
 
     def dense(self, index: int, weights: LayerWeights, name: str) -> FloatArray:
         """[n, k] of an INT8 weight, without padding rows being cut off."""
@@ -161,6 +164,7 @@ class FloatExperts:
 
     def __init__(self, context: FloatContext, index: int, mlp: Experts, weights: LayerWeights) -> None:
         self._context, self._index, self._mlp, self._weights = context, index, mlp, weights
+        self._table = weights.table("experts.router.table", mlp.count) if mlp.router.by_token else None
 
     def run(
         self, hidden: FloatArray, spans: tuple[Span, ...], observe: reference.ExpertObserver | None = None
@@ -174,12 +178,7 @@ class FloatExperts:
             scale = weights.vector("experts.router.scale") * np.float32(context.spec.hidden**-0.5)
             scored = context.norm(hidden, scale)
         logits = reference.gemm(scored, to_float32(router.data, router.dtype))
-        vectors = reference.RouterVectors(
-            weights.optional_vector("experts.router.bias"),
-            weights.optional_vector("experts.router.correction_bias"),
-            weights.optional_vector("experts.router.expert_scale"),
-        )
-        ids, shares = reference.route(logits, mlp.router, vectors)
+        ids, shares = self._routed(logits)
         biases = expert_biases(weights)
         inputs = normed if mlp.latent is None else self._projected(normed, "experts.latent_input", mlp.latent)
         added = reference.moe(inputs, ids, shares, self._expert, observe, mlp.activation, biases)
@@ -192,6 +191,19 @@ class FloatExperts:
             gate = weights.matrix("shared.gate")
             shared = shared * reference.sigmoid(reference.gemm(normed, to_float32(gate.data, gate.dtype)))
         return added + shared
+
+    def _routed(self, logits: FloatArray) -> tuple[Array, Array]:
+        """Experts and their weights, [T, top_k] each."""
+        router, weights = self._mlp.router, self._weights
+        if self._table is not None:
+            ids = self._table[self._context.current.of(len(logits))]
+            return ids, reference.route_by_token(logits, router, ids)
+        vectors = reference.RouterVectors(
+            weights.optional_vector("experts.router.bias"),
+            weights.optional_vector("experts.router.correction_bias"),
+            weights.optional_vector("experts.router.expert_scale"),
+        )
+        return reference.route(logits, router, vectors)
 
     def _projected(self, x: FloatArray, name: str, rows: int) -> FloatArray:
         return reference.gemm(x, self._context.dense(self._index, self._weights, name)[:rows])
@@ -282,6 +294,7 @@ class FloatGatedDelta:
 FloatBlock = (
     FloatAttention
     | FloatLatentAttention
+    | FloatCompressedAttention
     | FloatGatedDelta
     | FloatChannelDelta
     | FloatShortConv
@@ -293,6 +306,7 @@ FloatBlock = (
 BLOCKS: dict[type, Callable[..., FloatBlock]] = {
     Attention: FloatAttention,
     LatentAttention: FloatLatentAttention,
+    CompressedAttention: FloatCompressedAttention,
     GatedDelta: FloatGatedDelta,
     ChannelDelta: FloatChannelDelta,
     ShortConv: FloatShortConv,

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from krasis.formats.errors import UnsupportedModelError
-from krasis.formats.models.mixers import Attention, LatentAttention
+from krasis.formats.models.mixers import Attention, CompressedAttention, LatentAttention
 from krasis.formats.models.rope import Rope, RopeScaling
 from krasis.formats.models.spec import ModelSpec
 
@@ -51,9 +51,11 @@ class RopeTables:
 
 def tables_of(spec: ModelSpec, num_positions: int) -> dict[Rope, RopeTables]:
     """Tables for each rotation that the model's layers have."""
-    rotating = [layer.mixer for layer in spec.layers if isinstance(layer.mixer, Attention | LatentAttention)]
+    kinds = Attention | LatentAttention | CompressedAttention
+    rotating = [layer.mixer for layer in spec.layers if isinstance(layer.mixer, kinds)]
     widths = {
-        mixer.rope: mixer.head_dim if isinstance(mixer, Attention) else mixer.rope_dim for mixer in rotating
+        mixer.rope: mixer.rope_dim if isinstance(mixer, LatentAttention) else mixer.head_dim
+        for mixer in rotating
     }
     widths = {index.rope: index.dim for mixer in rotating if (index := mixer.selection) is not None} | widths
     made: dict[tuple[Rope, int], RopeTables] = {}  # an index may turn other pairs by the same angles

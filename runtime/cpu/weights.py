@@ -102,6 +102,15 @@ class LayerWeights:
         found: FloatArray = self._of(name, np.ndarray)
         return found
 
+    def table(self, name: str, limit: int) -> npt.NDArray[np.int32]:
+        """Whole numbers, as they are mapped. Raises FormatError unless all are of 0..limit-1."""
+        found: npt.NDArray[np.int32] = self._of(name, np.ndarray)
+        lowest, highest = int(found.min()), int(found.max())
+        if lowest < 0 or highest >= limit:
+            got = lowest if lowest < 0 else highest
+            raise FormatError("a number is out of range", where=name, got=got, limit=f"0..{limit - 1}")
+        return found
+
     def optional_vector(self, name: str) -> FloatArray | None:
         """As ``vector``; None if the layer has no such tensor."""
         return self.vector(name) if name in self.tensors else None
@@ -230,6 +239,9 @@ class _Reader:
             return biases
         if tensor.store == "f32":
             return np.array(self.raw(name, ("F32",), tensor.shape, PLAIN))
+        if tensor.store == "ids":
+            numbers: Array = self.raw(name, ("I32",), tensor.shape, PLAIN)
+            return numbers
         if tensor.store not in ("plain", "table"):
             raise FormatError("weights of this kind are not read", where=name, got=tensor.store)
         weight = self.float_weight(name, tensor.shape)

@@ -53,6 +53,7 @@ from krasis.runtime.backend import Backend
 from krasis.runtime.batch import StateRows
 from krasis.runtime.state.kv_store import import_layer
 from krasis.runtime.state.prefix_parts import (
+    BY_TOKEN,
     DIGEST_PREFIX,
     FORMAT_NAME,
     FORMAT_VERSION,
@@ -60,7 +61,6 @@ from krasis.runtime.state.prefix_parts import (
     INDEX_NAMES,
     KV_NAMES,
     KV_TENSORS,
-    LATENT_NAMES,
     WINDOW_NAMES,
     Group,
     bundle_identity,
@@ -85,7 +85,7 @@ __all__ = [
 MAX_CONVERSATION_BYTES = 64 * MIB
 _KV_DTYPES = {tensor: name for name, tensor in KV_TENSORS.items()}
 _GROUP_NAMES = tuple(name for names in GROUPS for name in names)
-_BY_TOKEN = (KV_NAMES[0], LATENT_NAMES[0], INDEX_NAMES[0], WINDOW_NAMES[0])  # a file has one at least
+_BY_TOKEN = tuple(names[0] for names in BY_TOKEN)
 _NAMES = (*KV_NAMES, "tokens", "conversation", *_GROUP_NAMES[len(KV_NAMES) :])
 
 logger = logging.getLogger(__name__)

@@ -12,12 +12,12 @@ from krasis.formats.bundle.manifest import canonical_json
 from krasis.formats.bundle.reader import Bundle
 from krasis.formats.dtypes import NUMPY_DTYPES
 from krasis.formats.errors import UnsupportedModelError
-from krasis.formats.models.mixers import Attention, LatentAttention
+from krasis.formats.models.mixers import Attention, CompressedAttention, LatentAttention
 from krasis.formats.models.spec import ModelSpec
 from krasis.formats.models.state import table_numbers
 from krasis.runtime.backend import Backend
 from krasis.runtime.state.recurrent_places import state_shapes
-from krasis.runtime.state.row_form import is_indexed, row_forms
+from krasis.runtime.state.row_form import compressed_forms, is_indexed, row_forms
 
 FORMAT_NAME = "krasis-prefix"
 FORMAT_VERSION = "1"
@@ -27,7 +27,22 @@ WINDOW_NAMES = ("window_keys", "window_values")
 INDEX_NAMES = ("indexed_latents", "index_keys")
 CONV_NAMES = ("conv_columns",)
 TABLE_NAMES = ("table_matrices", "table_columns")  # of layers with a hashed table
-GROUPS = (KV_NAMES, LATENT_NAMES, INDEX_NAMES, WINDOW_NAMES, FIXED_NAMES, CONV_NAMES, TABLE_NAMES)
+# Of layers that compress: by windows that overlap, and by others.
+OVERLAP_NAMES = ("overlapping_keys", "overlapping_parts")
+COMPRESSED_NAMES = ("compressed_keys", "compressed_parts")
+GROUPS = (
+    KV_NAMES,
+    LATENT_NAMES,
+    INDEX_NAMES,
+    WINDOW_NAMES,
+    FIXED_NAMES,
+    CONV_NAMES,
+    TABLE_NAMES,
+    OVERLAP_NAMES,
+    COMPRESSED_NAMES,
+)
+# Groups that have something of each token, or of the last ones: a file has one at least.
+BY_TOKEN = (KV_NAMES, LATENT_NAMES, INDEX_NAMES, WINDOW_NAMES, OVERLAP_NAMES, COMPRESSED_NAMES)
 DIGEST_PREFIX = "xxh3_128."
 
 
@@ -77,8 +92,9 @@ def groups_of(
     """What the layers keep after so many tokens: keys and values; latents; latents and the keys of an index
     over them (index: else such layers are as the others); keys and values of the last positions of windows
     (windows: else of all, among the others); of those that overwrite a matrix, it and the last columns of
-    the convolution, with a hashed table what that keeps, too; of convolutions alone these. Raises
-    UnsupportedModelError where layers of a kind are not alike.
+    the convolution, with a hashed table what that keeps, too; of convolutions alone these; of layers that
+    compress keys and what entries are made of, as latents where they do not. Raises UnsupportedModelError
+    where layers of a kind are not alike.
     """
     found: dict[tuple[str, ...], Group] = {}
     for number, layer in enumerate(spec.layers):
@@ -106,6 +122,8 @@ def _group(
     windows: bool,
     keys_of_index: bool,
 ) -> Group:
+    if isinstance(mixer, CompressedAttention):
+        return _compressed(mixer, index, kv_dtype, num_tokens)
     forms = row_forms(mixer, kv_dtype) if isinstance(mixer, Attention | LatentAttention) else None
     if isinstance(mixer, Attention) and forms is not None:
         window = mixer.window if windows else None
@@ -128,3 +146,12 @@ def _group(
             return Group(INDEX_NAMES, KV_TENSORS[kv_dtype], (index,), (latents, keys))
         return Group(LATENT_NAMES, KV_TENSORS[kv_dtype], (index,), (latents,), (1, num_tokens, 0))
     raise UnsupportedModelError("prefixes are not saved of models of this kind", where=spec.family)
+
+
+def _compressed(mixer: CompressedAttention, index: int, kv_dtype: str, num_tokens: int) -> Group:
+    forms = compressed_forms(mixer, kv_dtype)
+    keys, parts = ((1, num_tokens, form.width) for form in forms)
+    dtype = KV_TENSORS[kv_dtype]
+    if mixer.ratio is None:
+        return Group(LATENT_NAMES, dtype, (index,), (keys,), parts)
+    return Group(OVERLAP_NAMES if mixer.overlap else COMPRESSED_NAMES, dtype, (index,), (keys, parts))

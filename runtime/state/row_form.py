@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from krasis.formats.models.mixers import Attention, LatentAttention
+from krasis.formats.models.mixers import Attention, CompressedAttention, LatentAttention
 from krasis.formats.models.spec import Mixer
 from krasis.runtime.batch import StateRows
 
@@ -65,6 +65,28 @@ class RowForm:
         scales = np.ascontiguousarray(rows[..., channels:]).view(np.float32)
         return codes * np.repeat(scales, self.parts, axis=-1)
 
+    def part(self, rows: StateRows, number: int) -> Floats:
+        """float32 [.., channels] of one part of rows [.., width]."""
+        begin = sum(self.parts[:number])
+        own = rows[..., begin : begin + self.parts[number]]
+        if self.dtype != "int8":
+            return own.astype(np.float32)
+        at = self._scale_place(number)
+        scales = np.ascontiguousarray(rows[..., at : at + _SCALE_BYTES]).view(np.float32)
+        return np.ascontiguousarray(own).view(np.int8).astype(np.float32) * scales
+
+    def put_part(self, rows: StateRows, number: int, x: Floats) -> None:
+        """Writes floats [.., channels] in the place of one part of rows [.., width]; the others stay."""
+        kept, channels = RowForm((self.parts[number],), self.dtype).kept(x), self.parts[number]
+        begin = sum(self.parts[:number])
+        rows[..., begin : begin + channels] = kept[..., :channels]
+        if self.dtype == "int8":
+            at = self._scale_place(number)
+            rows[..., at : at + _SCALE_BYTES] = kept[..., channels:]
+
+    def _scale_place(self, number: int) -> int:
+        return sum(self.parts) + number * _SCALE_BYTES
+
 
 def is_indexed(key: RowForm, value: RowForm) -> bool:
     """Whether what is kept beside a latent is the key of an index."""
@@ -73,10 +95,17 @@ def is_indexed(key: RowForm, value: RowForm) -> bool:
 
 def row_forms(mixer: Mixer | None, dtype: str) -> tuple[int, RowForm, RowForm] | None:
     """(heads, a key, a value) that a mixer keeps of a token; where keys hold the values, the value is the key
-    of an index, or has no channels."""
+    of an index, what is compressed later, or has no channels."""
     if isinstance(mixer, Attention):
         form = RowForm((mixer.head_dim,), dtype)
         return mixer.kv_heads, form, form
+    if isinstance(mixer, CompressedAttention):
+        return 1, *compressed_forms(mixer, dtype)
     if isinstance(mixer, LatentAttention):
         return 1, RowForm((mixer.kv_rank, mixer.rope_dim), dtype), RowForm(mixer.index_parts, dtype)
     return None
+
+
+def compressed_forms(mixer: CompressedAttention, dtype: str) -> tuple[RowForm, RowForm]:
+    """A key, and what entries are made of."""
+    return RowForm((mixer.head_dim,), dtype), RowForm(mixer.kept_parts, dtype)

@@ -19,7 +19,6 @@ CONFIGS = Path(__file__).parents[1] / "formats" / "models" / "configs"
 @pytest.mark.parametrize(
     ("name", "lacking"),
     [
-        ("deepseek-v4-flash", "compressed attention (CSA, HCA)"),  # quantised too: the smaller trouble
         ("llama-4-scout", "attention in chunks"),
     ],
 )

@@ -251,6 +251,39 @@ FIELDS["glm5_next"] = {
     "swiglu_limit": 0.5,  # so that some products are beyond it
     "num_nextn_predict_layers": None,
 }
+FIELDS["deepseek_v4"] = {
+    "num_hidden_layers": 5,
+    "head_dim": 64,
+    "num_key_value_heads": 1,
+    "q_lora_rank": 64,
+    "qk_rope_head_dim": 16,
+    "o_groups": 2,
+    "o_lora_rank": 32,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_hash_layers": 2,
+    "index_n_heads": 16,  # many, so that few scores are zeros, of which any may be chosen
+    "index_head_dim": 32,
+    "index_topk": 5,  # fewer entries than tests compute: it has to choose
+    "sliding_window": 16,
+    "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8},
+    "layer_types": [
+        "sliding_attention",
+        "compressed_sparse_attention",
+        "heavily_compressed_attention",
+        "compressed_sparse_attention",
+        "heavily_compressed_attention",
+    ],
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "factor": 8.0,
+        "original_max_position_embeddings": 64,
+        "beta_fast": 32,
+        "beta_slow": 1,
+    },
+    "swiglu_limit": 0.5,  # so that some products are beyond it
+    "num_nextn_predict_layers": None,
+}
 FIELDS_ABOUT_0 = ("qwen3_next", "qwen3_5_moe", "qwen4_exp")  # whose norms have weights about 0
 FIELDS |= {"qwen3_next": DELTA, "qwen3_5_moe": DELTA}
 FIELDS["qwen4_exp"] = DELTA | {
@@ -354,6 +387,9 @@ def reference_model(family: str, *, seed: int = 0, **changes: Any) -> Any:
         model = getattr(transformers, reference)(config).float()
         for name, weight in model.state_dict().items():
             is_tied_head = name == "lm_head.weight" and getattr(config, "tie_word_embeddings", False)
+            if name.endswith("tid2eid"):  # different experts of each token
+                scores = torch.rand(len(weight), fields["n_routed_experts"], generator=generator)
+                weight.copy_(scores.argsort(dim=1)[:, : weight.shape[1]])
             if not weight.is_floating_point() or is_tied_head:
                 continue
             noise = torch.randn(weight.shape, generator=generator)
@@ -368,10 +404,10 @@ def reference_model(family: str, *, seed: int = 0, **changes: Any) -> Any:
                 )  # decays of 0.4 to 0.95 a token: neither nothing nor all is kept
             elif name.endswith(("conv1d.weight", "conv.conv.weight")):
                 weight.copy_(noise * weight.shape[-1] ** -0.5)
+            elif name.endswith(("_hc.base", "compress_ape", "position_bias")):
+                weight.copy_(noise)  # as large as what they are added to
             elif name.endswith("bias"):
                 weight.copy_(0.1 * noise)
-            elif name.endswith(("_hc.base", "compress_ape")):  # as large as what they are added to
-                weight.copy_(noise)
             elif name.endswith(("layer_scalar", "router.scale", "per_expert_scale", "_hc.scale")):
                 weight.copy_(1 + 0.2 * noise)
             elif name.endswith(("embed_tokens.weight", "embeddings.weight")):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from krasis.formats.models.family import Family
+from collections.abc import Mapping
+
+from krasis.formats.models.family import DRAFTING, Family, Source
 from krasis.formats.models.hf import Config
 from krasis.formats.models.hf_blocks import experts, model, num_layers, sigmoid_router
 from krasis.formats.models.hf_rope import read_rope
@@ -111,6 +113,62 @@ def _rope(config: Config, head_dim: int, compressed: bool) -> Rope:
     return read_rope(changed, head_dim, partial=partial, style="interleaved", place="last")
 
 
+# Before the hub's names, and before those that transformers writes of all but the head.
+_ROOTS = ("", "model.")
+_LAYER = "layers.{i}."
+_ATTENTION = {
+    "q_a": "wq_a.weight",
+    "q_a_norm": "q_norm.weight",
+    "q_b": "wq_b.weight",
+    "kv": "wkv.weight",
+    "output_a": "wo_a.weight",
+    "output_b": "wo_b.weight",
+    "sinks": "attn_sink",
+}
+_COMPRESSOR = {"kv": "wkv.weight", "gate": "wgate.weight", "position": "ape", "norm": "norm.weight"}
+_EXPERT = {"gate": "w1", "down": "w2", "up": "w3"}
+
+
+def _names() -> Mapping[str, Source]:
+    attention, ffn = f"{_LAYER}attn.", f"{_LAYER}ffn."
+    names = {
+        "embedding": _source("embed.weight", "embed_tokens.weight"),
+        "final_norm": _source("norm.weight"),
+        "lm_head": Source(("head.weight", "lm_head.weight"), ()),
+        "attention.norm": _source(f"{_LAYER}attn_norm.weight"),
+        "experts.norm": _source(f"{_LAYER}ffn_norm.weight"),
+        # transformers 5.24 writes this norm under the name that a compressor's has.
+        "attention.kv_norm": _source(f"{attention}kv_norm.weight", f"{attention}norm.weight"),
+        "index.q": _source(f"{attention}indexer.wq_b.weight"),
+        "index.weights": _source(f"{attention}indexer.weights_proj.weight"),
+        "experts.router": _source(f"{ffn}gate.weight"),
+        "experts.router.correction_bias": _source(f"{ffn}gate.bias"),
+        "experts.router.table": _source(f"{ffn}gate.tid2eid"),
+    }
+    for ours, hf in _ATTENTION.items():
+        names[f"attention.{ours}"] = _source(f"{attention}{hf}")
+    for ours, hf in _COMPRESSOR.items():
+        names[f"compressor.{ours}"] = _source(f"{attention}compressor.{hf}")
+        names[f"index.compressor.{ours}"] = _source(f"{attention}indexer.compressor.{hf}")
+    for ours, hf in _EXPERT.items():
+        names[f"experts.{ours}"] = _source(f"{ffn}experts.{{e}}.{hf}.weight")
+        names[f"shared.{ours}_proj"] = _source(f"{ffn}shared_experts.{hf}.weight")
+    # All experts in one tensor, as transformers has them in memory.
+    down = names["experts.down"]
+    names["experts.down"] = Source((*down.hf, *_source(f"{ffn}experts.down_proj").hf), ())
+    names["experts.gate_up"] = _source(f"{ffn}experts.gate_up_proj")
+    for one in ("fn", "base", "scale"):
+        names[f"attention.residual.{one}"] = _source(f"{_LAYER}hc_attn_{one}")
+        names[f"mlp.residual.{one}"] = _source(f"{_LAYER}hc_ffn_{one}")
+        names[f"final_residual.{one}"] = _source(f"hc_head_{one}", f"hc_head.hc_{one}")
+    return names
+
+
+def _source(*hf: str) -> Source:
+    """hf: names below the model."""
+    return Source(tuple(f"{root}{name}" for root in _ROOTS for name in hf), ())
+
+
 FAMILY = Family(
     name=NAME,
     model_types=(NAME,),
@@ -118,4 +176,6 @@ FAMILY = Family(
     reference="DeepseekV4ForCausalLM",
     spec_from_hf=spec_from_hf,
     gguf="deepseek4",
+    names=_names(),
+    left_out=dict.fromkeys(("mtp.", "model.mtp."), DRAFTING),
 )

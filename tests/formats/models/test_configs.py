@@ -107,7 +107,7 @@ STATES = {
     "glm-5.3-flash": (17, 143 + 9.5),  # with its convolutions
     "kimi-linear-48b-a3b": (8, 42 + 2.8),
     "lfm2.5-8b-a1b": (12.3, 0.29),  # convolutions alone
-    "deepseek-v4-flash": (7, None),
+    "deepseek-v4-flash": (192.5, 0),  # 7 if windows were dropped; 21 x 6144, 20 x 3072 and 2 x 1024 bytes
     "qwen3.8-flash-next": (28, 113),
 }
 

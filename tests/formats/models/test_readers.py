@@ -389,7 +389,6 @@ def test_a_description_is_read_strictly(change, complaint):
 
 LACKS = {
     "ling-3-flash": "linear attention with gates of full rank",
-    "deepseek-v4-flash": "compressed attention",
     "llama-4-scout": "attention in chunks",
 }
 
