@@ -66,7 +66,7 @@ def float_hyper_end(context: FloatContext, weights: Mapping[str, Weight], hidden
     residual = context.spec.residual
     if residual is None:
         raise NativeError("the model has one residual stream", where="final_residual")
-    by_stream = hidden.reshape(len(hidden), residual.streams, -1)
+    by_stream = hidden.reshape(len(hidden), residual.streams, context.spec.hidden)
     if residual.end == "mean":
         mean: FloatArray = by_stream.mean(axis=1)
         return mean
