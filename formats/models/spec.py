@@ -219,9 +219,12 @@ class ModelSpec(Record):
     @property
     def densest_context(self) -> int | None:
         """Tokens up to which an index over tokens or pools picks all of them, so that attention needs none;
-        None for models without.
+        None for models without, and for those that compress: their attention always chooses.
         """
-        selections = [getattr(layer.mixer, "selection", None) for layer in dict.fromkeys(self.layers)]
+        mixers = (layer.mixer for layer in dict.fromkeys(self.layers))
+        selections = [
+            getattr(one, "selection", None) for one in mixers if not isinstance(one, CompressedAttention)
+        ]
         most = [one.most_keys for one in selections if one is not None and one.kind in ("tokens", "pools")]
         return min(most, default=None)
 

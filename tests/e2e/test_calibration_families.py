@@ -41,7 +41,8 @@ def middle(experts: Any, number: int, x: Any) -> Any:
     """What an expert's down multiplies, by the module's own parameters and activation."""
     if hasattr(experts, "_apply_gate") and hasattr(experts, "gate_up_proj_bias"):  # gpt-oss
         return experts._apply_gate(x @ experts.gate_up_proj[number] + experts.gate_up_proj_bias[number])
-    if hasattr(experts, "_apply_gate") and hasattr(experts, "swiglu_limit"):  # GLM-5.3
+    if hasattr(experts, "_apply_gate") and (hasattr(experts, "swiglu_limit") or hasattr(experts, "limit")):
+        # GLM-5.3, DeepSeek-V4
         return experts._apply_gate(x @ experts.gate_up_proj[number].T)
     gate, up = (x @ experts.gate_up_proj[number].T).chunk(2, dim=-1)
     return experts.act_fn(gate) * up
@@ -80,7 +81,7 @@ def given(model: Any, tokens: list[int], context: int) -> Inputs:
 
 
 @pytest.mark.parametrize(
-    "family", ["qwen3_next", "deepseek_v3", "gpt_oss", "gemma4", "qwen4_exp", "glm5_next"]
+    "family", ["qwen3_next", "deepseek_v3", "gpt_oss", "gemma4", "qwen4_exp", "glm5_next", "deepseek_v4"]
 )
 def test_means_are_those_of_transformers(family: str, tmp_path: Path) -> None:
     source, bundle, file = tiny(family, tmp_path / "hf"), tmp_path / "m.krasis", tmp_path / "c.h5"

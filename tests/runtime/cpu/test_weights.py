@@ -11,9 +11,10 @@ import pytest
 
 from krasis.formats.architecture import Architecture
 from krasis.formats.errors import FormatError, MismatchError
-from krasis.formats.models.spec import ModelSpec
+from krasis.formats.models.mlps import GatedMlp
+from krasis.formats.models.spec import Layer, ModelSpec
 from krasis.formats.models.uniform import spec_of
-from krasis.runtime.cpu.weights import load_weights
+from krasis.runtime.cpu.weights import LayerWeights, load_weights
 
 DTYPES: dict[str, Any] = {
     "I8": np.int8,
@@ -122,3 +123,15 @@ def test_layouts_of_the_wrong_kind_are_refused(shape: Architecture) -> None:
 def test_a_missing_tier_is_named(shape: Architecture) -> None:
     with pytest.raises(MismatchError, match="no gpu experts"):
         load_weights(sound(shape), "gpu")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("wrong", [-1, 8, 2**31 - 1])
+def test_numbers_of_experts_that_are_not_there(wrong: int) -> None:
+    """Kernels trust them."""
+    numbers = np.arange(8, dtype=np.int32).reshape(4, 2)
+    layer = Layer(None, GatedMlp(32))
+    weights = LayerWeights(layer, {"experts.router.table": numbers})
+    np.testing.assert_array_equal(weights.table("experts.router.table", 8), numbers)
+    numbers[2, 1] = wrong
+    with pytest.raises(FormatError, match=rf"experts\.router\.table.*got {wrong}; limit 0\.\.7"):
+        weights.table("experts.router.table", 8)
