@@ -127,9 +127,8 @@ class CompressedCore:
         if mixer.ratio is None:
             return Past(own, first, own[:0])
         ends = values[0, mixer.ratio - 1 : span.end // mixer.ratio * mixer.ratio : mixer.ratio]
-        entries = place.value.part(ends, self._entry_part(0))
         if mixer.selection is None or projected.index_q is None or projected.index_weights is None:
-            return Past(own, first, entries)
+            return Past(own, first, place.value.part(ends, self._entry_part(0)))
         index = mixer.selection
         q = projected.index_q[rows].reshape(span.rows, index.heads, index.dim)
         chosen = chosen_entries(
@@ -140,4 +139,6 @@ class CompressedCore:
             mixer.ratio,
             index.budget,
         )
-        return Past(own, first, entries, chosen)
+        if span.rows == 1:  # of a long past few are chosen: only these are looked at
+            ends, chosen = ends[chosen[0]], chosen[:, chosen[0]]
+        return Past(own, first, place.value.part(ends, self._entry_part(0)), chosen)
