@@ -12,21 +12,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from krasis.runtime.batch import Logits
+from krasis.runtime.batch import Logits, TokenIds
 
 
 class Drafter(Protocol):
-    """Guesses what follows, from what a backend's passes over slot 0 left behind. count: the most at once."""
+    """Guesses what follows, from what a backend's passes over a slot left behind. count: the most at once."""
 
     count: int
 
-    def propose(self, held: Sequence[int], token: int, count: int) -> list[int]:
-        """Up to count tokens that may follow ``token``, which follows the tokens held. Empty where it knows
-        too little.
+    def propose(self, held: Sequence[int] | TokenIds, token: int, count: int, slot: int = 0) -> list[int]:
+        """Up to count tokens that may follow ``token``, which follows the tokens that the slot holds. Empty
+        where it knows too little.
         """
         ...
 
-    def forget(self) -> None:
+    def forget(self, slot: int = 0) -> None:
         """The slot's state is another's from now on, and no pass has made it."""
         ...
 

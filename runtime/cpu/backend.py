@@ -112,7 +112,7 @@ class CpuBackend:
     ) -> CpuDraft | None:
         if weights.draft is None or not settings.draft:
             return None
-        own = KvStore(draft_spec(self.spec, weights.draft), self.capacity, settings.kv_dtype)
+        own = KvStore(draft_spec(self.spec, weights.draft), self.capacity, settings.kv_dtype, settings.slots)
         return CpuDraft(context, weights, own, settings.draft)
 
     def run(self, batch: Batch) -> Logits:
@@ -148,7 +148,7 @@ class CpuBackend:
         self.state.advance(batch.spans)
         logits = self._logits_of(hidden, batch)
         if self.drafter is not None:
-            self.drafter.follow(batch, hidden)
+            self.drafter.follow(batch, hidden, computes=not self._is_passing)
         for rows, before in kept:
             rows[:] = before
         return logits

@@ -10,8 +10,9 @@ import numpy as np
 
 from krasis.formats.errors import NativeError
 from krasis.formats.models.spec import ModelSpec
-from krasis.runtime.batch import Batch, one_sequence
+from krasis.runtime.batch import Batch, TokenIds, one_sequence
 from krasis.runtime.cpu.blocks import Block, CpuContext, FloatArray, Rows, cpu_block
+from krasis.runtime.cpu.followed import KEPT_ROWS, Followed
 from krasis.runtime.cpu.kernels import Kernels
 from krasis.runtime.cpu.native_arrays import aligned_empty
 from krasis.runtime.cpu.program import Program
@@ -21,8 +22,6 @@ from krasis.runtime.cpu.weights import LayerWeights, ModelWeights
 from krasis.runtime.settings import MAX_DRAFTS
 from krasis.runtime.state.kv_store import KvStore
 
-KEPT_ROWS = 16  # hidden states before those of the last pass: the end of an answer that is taken back
-
 
 def draft_spec(spec: ModelSpec, weights: LayerWeights) -> ModelSpec:
     """The drafting layer as a model of its own."""
@@ -31,7 +30,10 @@ def draft_spec(spec: ModelSpec, weights: LayerWeights) -> ModelSpec:
 
 class CpuDraft:
     """See ``drafting.Drafter``. Of position p it computes, from the model's hidden state there and the token
-    of p + 1, what the token of p + 2 may be; it has keys and values of its own.
+    of p + 1, what the token of p + 2 may be; it has keys and values of its own, of each of the model's slots.
+
+    Prompts it computes behind their passes; of tokens that come one at a time it keeps the hidden states, and
+    computes them when it guesses, or KEPT_ROWS of them together: which is cheap where nobody asks it.
 
     Where hidden states are missing (behind a saved prefix) it goes on from there: it then sees less, and
     guesses worse. Its memory's positions count from where it began. logits: float32 [1, >= vocab], by which
@@ -40,7 +42,7 @@ class CpuDraft:
 
     def __init__(self, context: CpuContext, weights: ModelWeights, store: KvStore, count: int) -> None:
         """context: of the model, whose buffers it shares and which are not made yet. store: of
-        ``draft_spec``, for itself.
+        ``draft_spec``, for itself, with as many slots as the model's.
         """
         layer = weights.draft
         if layer is None:
@@ -59,106 +61,81 @@ class CpuDraft:
         self._blocks: list[Block] = [
             cpu_block(self._context, 0, part, layer) for part in parts if part is not None
         ]
-        self._slot = store.open()
-        self._memory = SlotMemory(*store.memory(self._slot))
+        opened = [store.open() for _ in range(store.num_slots)]  # pages come as positions are written
+        self._memory = {slot: SlotMemory(*store.memory(slot)) for slot in opened}
+        self._followed = {slot: Followed(slot, hidden) for slot in opened}
         self._spans = Spans(1, store.keys_bytes, store.values_bytes)
         self._normed = aligned_empty((1, hidden), np.float32)
         self.logits = aligned_empty((1, weights.lm_head.num_rows), np.float32)
         self._kernels: Kernels | None = None
         self._programs: dict[int, Program] = {}
-        self._base = self._done = 0
-        self._saved_start, self._saved = 0, np.empty((0, hidden), np.float32)
 
     def start(self, kernels: Kernels) -> None:
         """Before the first pass: what runs native calls."""
         self._kernels = kernels
 
-    def forget(self) -> None:
+    def forget(self, slot: int = 0) -> None:
         """See ``Drafter``."""
-        self._saved = self._saved[:0]
+        self._followed[slot].forget()
 
-    def follow(self, batch: Batch, hidden: FloatArray) -> None:
-        """After a pass: hidden float32 [T, hidden], what the last layer left of its rows."""
-        span = next((one for one in batch.spans if one.slot == 0), None)
-        if span is None:
-            return
-        rows, tokens = hidden[span.first_row : span.end_row], batch.tokens[span.first_row : span.end_row]
-        if not span.cuts:
-            before = self._rows(span.start - 1, span.start) if self._goes_on(span.start) else rows[:0]
-            if not len(before):
-                self._base = self._done = span.start
-            known = np.concatenate([before, rows[:-1]])
-            if len(known):
-                self._compute(self._final(known), tokens[len(tokens) - len(known) :], self._done)
-            self._done = span.end - 1
-        self._save(span.start, rows)
+    def follow(self, batch: Batch, hidden: FloatArray, *, computes: bool = True) -> None:
+        """After a pass: hidden float32 [T, hidden], what the last layer left of its rows. computes: False
+        between the layers of another pass, whose buffers are not to be touched."""
+        for span in batch.spans:
+            one = self._followed[span.slot]
+            one.go_back(span.start)
+            one.add(hidden[span.first_row : span.end_row], batch.tokens[span.first_row : span.end_row])
+            is_due = span.rows > 1 or one.end - 1 - one.done >= KEPT_ROWS
+            if computes and is_due and not span.cuts:
+                self._compute_to(one, one.end - 1, one.tokens_of(one.done + 1, one.end))
+            one.drop()
 
-    def propose(self, held: Sequence[int], token: int, count: int) -> list[int]:
+    def propose(self, held: Sequence[int] | TokenIds, token: int, count: int, slot: int = 0) -> list[int]:
         """See ``Drafter``."""
-        at = len(held)
-        self._done = min(self._done, max(at - 1, 0))
-        if not self._has(self._done, at):
-            if not self._has(at - 1, at):
-                return []
-            self._base = self._done = at - 1
+        one, at = self._followed[slot], len(held)
+        one.go_back(at)
+        if not one.has(at - 1, at):
+            return []
         # The newest row may be of a position whose memory lies beyond the last that there is.
-        count = min(count, self._store.capacity - (at - self._base))
-        tokens = np.array([*held[self._done + 1 :], token], np.int64)
-        self._compute(self._final(self._rows(self._done, at)), tokens, self._done)
-        self._done = at
+        count = min(count, self._store.capacity - (at - one.base))
+        self._compute_to(one, at, np.append(one.tokens_of(one.done + 1, at), token))
         guesses = [self._best()] if count > 0 else []
         while len(guesses) < count:
             last = np.array(guesses[-1:], np.int64)
             self._buffers.rows("draft", 1, self._context.spec.hidden)[:] = self._normed
-            self._compute(1, last, at + len(guesses) - 1)
+            self._compute(one, last, at + len(guesses) - 1)
             guesses.append(self._best())
         return guesses
 
-    # ---- hidden states -----------------------------------------------------------------------------------
-
-    def _has(self, begin: int, end: int) -> bool:
-        """Whether the hidden states of positions begin..end-1 are kept."""
-        return self._saved_start <= begin < end <= self._saved_start + len(self._saved)
-
-    def _goes_on(self, start: int) -> bool:
-        """Whether all before a span that begins at start is known."""
-        self._done = min(self._done, max(start - 1, 0))
-        return start > 0 and self._done == start - 1 and self._has(start - 1, start)
-
-    def _rows(self, begin: int, end: int) -> FloatArray:
-        return self._saved[begin - self._saved_start : end - self._saved_start]
-
-    def _save(self, start: int, rows: FloatArray) -> None:
-        """Keeps the last rows of a pass and some before it."""
-        begin = max(self._saved_start, start - KEPT_ROWS)
-        before = self._rows(begin, start) if self._has(begin, start) else rows[:0]
-        taken = rows[-KEPT_ROWS:]
-        if len(taken) < len(rows):
-            before = rows[:0]
-        self._saved = np.concatenate([before, taken])
-        self._saved_start = start + len(rows) - len(self._saved)
-
     # ---- the layer ---------------------------------------------------------------------------------------
 
-    def _final(self, rows: FloatArray) -> int:
-        """Hidden states behind the model's final norm, in the buffer ``draft``; how many."""
+    def _compute_to(self, one: Followed, end: int, tokens: TokenIds) -> None:
+        """The memory of what is known before a position; tokens: those that follow."""
+        most, begin = self._buffers.max_rows, one.done
+        while one.done < end:
+            stop = min(one.done + most, end)
+            self._final(one.rows_of(one.done, stop))
+            self._compute(one, tokens[one.done - begin : stop - begin], one.done)
+            one.done = stop
+
+    def _final(self, rows: FloatArray) -> None:
+        """Hidden states behind the model's final norm, in the buffer ``draft``."""
         out = self._buffers.rows("draft", len(rows), self._context.spec.hidden)
         out[:] = rows
         self._live().rms_norm(out, self._weights.final_norm, self._context.spec.norm.eps, out)
-        return len(rows)
 
-    def _compute(self, num: int, tokens: Sequence[int] | np.ndarray, at: int) -> None:
-        """The layer's output of so many rows of ``draft``, whose tokens follow those of positions at.., in
+    def _compute(self, one: Followed, ids: TokenIds, at: int) -> None:
+        """The layer's output of rows of ``draft``, whose tokens ids follow those of positions at.., in
         ``_normed`` that of the last.
         """
-        ids, kernels = np.asarray(tokens, np.int64), self._live()
+        num, kernels = len(ids), self._live()
         hidden = self._context.spec.hidden
         self._weights.embedding.rows_into(ids, self._buffers.rows("draft_embedding", num, hidden))
-        batch = one_sequence(ids, at - self._base, "none", self._slot)
+        batch = one_sequence(ids, at - one.base, "none", one.slot)
         self._store.begin(batch)
         for tables in self._ropes.values():
             tables.ensure(batch.spans[0].end)
-        self._spans.set(batch.spans, {self._slot: self._memory})
+        self._spans.set(batch.spans, self._memory)
         if num > 1 + MAX_DRAFTS:
             self._run(kernels, num)
         else:

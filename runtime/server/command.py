@@ -162,6 +162,12 @@ logger = logging.getLogger(__name__)
     default="auto",
     help="As krasis-run.",
 )
+@click.option(
+    "--draft",
+    metavar="N",
+    type=int,
+    help="Guess N tokens ahead on the CPU, while one answer is made. [default: 1 where it pays]",
+)
 @click.option("--gpus", metavar="N", type=click.IntRange(1), help="Share the work among N GPUs. [default: 1]")
 @click.option("--vram", metavar="SIZE", help="Use at most so much of a GPU's memory.")
 @version_option()
@@ -200,7 +206,7 @@ def _serve(bundle: Path, options: dict[str, Any]) -> None:
         from krasis.runtime.server.ranks import follow_first
 
         order = _order(bundle, options)
-        follow_first(bundle, replace(order.engine, slots=order.core.num_slots, draft=0), options["gpus"])
+        follow_first(bundle, replace(order.engine, slots=order.core.num_slots), options["gpus"])
         return
     shared_sandbox().start()  # it gets ready while this process imports
     first = EngineProcess()
@@ -349,8 +355,13 @@ def _page(folder: Path | None, none: bool) -> Path | None:
 
 def _engine(options: dict[str, Any]) -> EngineSettings:
     from krasis.formats.units import parse_bytes
+    from krasis.runtime.distributed.launcher import is_launched_rank
     from krasis.runtime.settings import EngineSettings
 
+    if options["draft"] and (options["gpus"] is not None or is_launched_rank()):
+        from krasis.runtime.draft_option import not_on_gpus
+
+        raise not_on_gpus()
     return EngineSettings(
         context=options["ctx"],
         threads=options["threads"],
@@ -359,6 +370,7 @@ def _engine(options: dict[str, Any]) -> EngineSettings:
         vram_bytes=None if options["vram"] is None else parse_bytes(options["vram"], "--vram"),
         chat_template=None if options["chat_template"] is None else str(options["chat_template"]),
         rope_scaling=options["rope_scaling"],
+        draft=options["draft"],
     )
 
 

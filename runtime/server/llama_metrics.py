@@ -6,7 +6,7 @@ from krasis.runtime.serving.api import CoreStatus
 
 
 def llama_metrics(status: CoreStatus) -> str:
-    """Prometheus' text. Nothing is drafted here, so the figures of drafting are zero."""
+    """Prometheus' text."""
     sums = status.counters
     computed = max(sums.num_prompt_tokens - sums.num_prefix_hits, 0)
     counters: dict[str, tuple[str, float]] = {
@@ -17,15 +17,15 @@ def llama_metrics(status: CoreStatus) -> str:
         "tokens_predicted_seconds_total": ("Time in decode batches.", sums.decode_s),
         "n_decode_total": ("Passes and decode batches.", sums.num_passes + sums.num_decode_steps),
         "n_tokens_max": ("Most tokens in a slot.", max((one.num_tokens for one in status.slots), default=0)),
-        "spec_decode_num_draft_tokens_total": ("Tokens drafted.", 0),
-        "spec_decode_num_accepted_tokens_total": ("Drafted tokens kept.", 0),
-        "spec_decode_num_drafts_total": ("Drafts.", 0),
+        "spec_decode_num_draft_tokens_total": ("Tokens drafted.", sums.num_drafted),
+        "spec_decode_num_accepted_tokens_total": ("Drafted tokens kept.", sums.num_accepted),
+        "spec_decode_num_drafts_total": ("Drafts.", sums.num_drafts),
     }
     gauges: dict[str, tuple[str, float]] = {
         "prompt_tokens_seconds": ("Prompt tokens a second.", _rate(sums.num_pass_rows, sums.pass_s)),
         "predicted_tokens_seconds": (
             "Tokens a second.",
-            _rate(sums.num_decode_rows, sums.decode_s),
+            _rate(sums.num_decode_rows + sums.num_accepted, sums.decode_s),
         ),
         "requests_processing": ("Requests being computed.", status.num_running),
         "requests_deferred": ("Requests in the queue.", status.num_waiting),

@@ -80,6 +80,8 @@ def joined(ends: Sequence[End]) -> End:
         first,
         num_generated_tokens=sum(one.num_generated_tokens for one in ends),
         num_reasoning_tokens=sum(one.num_reasoning_tokens for one in ends),
+        num_drafted_tokens=sum(one.num_drafted_tokens for one in ends),
+        num_accepted_tokens=sum(one.num_accepted_tokens for one in ends),
         num_cached_tokens=min(one.num_cached_tokens for one in ends),
         prefill_s=max(one.prefill_s for one in ends),
         decode_s=max(one.decode_s for one in ends),

@@ -92,7 +92,8 @@ class Making:
 @dataclass(frozen=True, slots=True)
 class End:
     """The answer's end. reason: ``end``, ``stop`` or ``length``. stop_text: the stop text that was met.
-    is_full: it ended because the context is full."""
+    is_full: it ended because the context is full. num_drafted_tokens, num_accepted_tokens: guessed ahead, and
+    of these the right ones."""
 
     reason: str
     stop_text: str | None
@@ -103,6 +104,8 @@ class End:
     prefill_s: float
     decode_s: float
     is_full: bool = False
+    num_drafted_tokens: int = 0
+    num_accepted_tokens: int = 0
 
 
 Step = Picked | Text | Call | Scores | PromptScored | Making | End
@@ -212,6 +215,8 @@ class Turn:
             prefill_s=times.prefill_s,
             decode_s=times.decode_s,
             is_full=event.reason == "context",
+            num_drafted_tokens=usage.num_drafted,
+            num_accepted_tokens=usage.num_accepted,
         )
 
     def _failure(self, event: Failed) -> ApiError:

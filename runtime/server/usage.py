@@ -59,7 +59,10 @@ def timings(end: End) -> dict[str, Any]:
     """llama.cpp's: its page and many scripts read them. Milliseconds. The pass over the prompt gives the
     first token; the rate of the others is of their steps alone."""
     computed = end.num_prompt_tokens - end.num_cached_tokens
-    return _timings(end.num_cached_tokens, computed, end.prefill_s, end.num_generated_tokens, end.decode_s)
+    said = _timings(end.num_cached_tokens, computed, end.prefill_s, end.num_generated_tokens, end.decode_s)
+    if end.num_drafted_tokens:  # as llama.cpp: else the fields are not there
+        said |= {"draft_n": end.num_drafted_tokens, "draft_n_accepted": end.num_accepted_tokens}
+    return said
 
 
 def timings_while(making: Making) -> dict[str, Any]:

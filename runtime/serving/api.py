@@ -152,12 +152,15 @@ class Delta:
 @dataclass(frozen=True, slots=True)
 class Usage:
     """Tokens. num_cached: of the prompt's, found and not computed. num_reasoning: of those generated.
-    num_generated: those of deltas, and the end or stop token, if one came."""
+    num_generated: those of deltas, and the end or stop token, if one came. num_drafted: tokens that were
+    guessed ahead and computed; num_accepted: of these, the ones that were picked."""
 
     num_prompt: int = 0
     num_cached: int = 0
     num_generated: int = 0
     num_reasoning: int = 0
+    num_drafted: int = 0
+    num_accepted: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +225,9 @@ class Counters:
     """Sums since the start; none ever falls.
 
     num_passes: prefill passes; num_shared_passes: of these, with several prompts; num_pass_rows: their rows.
-    num_decode_steps, num_decode_rows: decode batches and their rows. pass_s, decode_s: seconds in both.
+    num_decode_steps, num_decode_rows: decode batches and the answers in them. num_drafts: of these batches,
+    those with guesses; num_drafted, num_accepted: these, and how many were right, each a token more. pass_s,
+    decode_s: seconds in both.
     num_joined: requests that waited for another's pass instead of computing.
     num_prefix_queries, num_prefix_hits: in tokens, as vLLM counts: prompt tokens looked up, and found.
     num_prompt_tokens, num_generated_tokens: of all requests. num_finished: by reason, ``failed`` among them.
@@ -239,6 +244,9 @@ class Counters:
     num_pass_rows: int = 0
     num_decode_steps: int = 0
     num_decode_rows: int = 0
+    num_drafts: int = 0
+    num_drafted: int = 0
+    num_accepted: int = 0
     pass_s: float = 0.0
     decode_s: float = 0.0
     num_joined: int = 0

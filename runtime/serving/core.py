@@ -13,13 +13,14 @@ from threading import Condition, Event, Thread, get_ident
 from typing import TypeVar
 
 from krasis.formats.bundle.reader import Bundle
-from krasis.formats.errors import KrasisError, NativeError
+from krasis.formats.errors import KrasisError
 from krasis.runtime.backend import LayerProgress
-from krasis.runtime.batch import Logits, batch_of
+from krasis.runtime.batch import Logits
 from krasis.runtime.serving.admission import check_request
 from krasis.runtime.serving.api import CoreClosedError, CoreStatus, QueueFullError, Request
 from krasis.runtime.serving.between import Between
 from krasis.runtime.serving.failures import as_krasis, is_lost
+from krasis.runtime.serving.guessing import Guessing, batch_of_run
 from krasis.runtime.serving.model_side import BatchBackend, CoreSettings, ModelSide
 from krasis.runtime.serving.orders import Orders
 from krasis.runtime.serving.prefix_folder import PrefixFolder
@@ -29,10 +30,9 @@ from krasis.runtime.serving.sequence import Sequence
 from krasis.runtime.serving.slot_actions import SlotActions
 from krasis.runtime.serving.slot_work import SlotWork
 from krasis.runtime.serving.spiller import Spiller
-from krasis.runtime.serving.steps import Keep, Limits, Part, Place, Run, Sleep
+from krasis.runtime.serving.steps import Job, Keep, Limits, Part, Place, Run, Sleep
 from krasis.runtime.serving.tally import Tally
 from krasis.runtime.serving.ticket import QueuedTicket
-from krasis.runtime.wider_cache import is_number, nonfinite_logits
 
 logger = logging.getLogger(__name__)
 
@@ -68,11 +68,12 @@ class EngineCore:
         self._scheduler = Scheduler(
             replace(limits, pass_rows=min(limits.pass_rows, backend.prefill_chunk)), num_slots, self._store
         )
-        self._slots = SlotWork(backend.state, model.num_layers, self._store)
+        self._tally = Tally()
+        self._guessing = Guessing(backend, self._scheduler, self._tally)
+        self._slots = SlotWork(backend.state, model.num_layers, self._store, self._guessing.forget)
         self._scheduler.cuts_tails = self._slots.cuts_tails
         for tokens, file in [] if folder is None else folder.prefixes():
             self._store.add_file(tokens, file, can_be_cut=self._slots.cuts_anywhere)
-        self._tally = Tally()
         self._between = Between(limits.between_s, getattr(backend, "decodes_between_layers", False))
         self._running: dict[str, Sequence] = {}  # of the core's thread: what it knows of, by the job's id
         self._changed = Condition()  # guards what follows
@@ -259,12 +260,14 @@ class EngineCore:
         self._tally.looked_up(job.num_prompt if job.reads_cache else 0, num_cached)
         self._running[job.id].progress(num_cached, self._clock())
 
-    def _run(self, run: Run) -> None:
+    def _run(self, run: Run, *, guesses: bool = True) -> None:
         begin_s = self._clock()
         self._scheduler.begin(run)
         for part in run.parts:
             self._running[part.job.id].begin(begin_s)
         try:
+            if guesses:
+                run = self._guessing.with_guesses(run, self._running[run.parts[0].job.id])
             logits = self._compute(run)
         except Exception as error:
             self._fail(run, error)  # whatever it is, it ends these requests and no other
@@ -281,21 +284,15 @@ class EngineCore:
             self._scheduler.cuts_tails = self._slots.cuts_tails
         row = 0
         for part in run.parts:
-            count = {"last": 1, "all": part.rows, "none": 0}[part.logits]
-            self._take(part, logits[row : row + count], now_s)
-            row += count
+            self._take(part, logits[row : row + part.num_logits], now_s)
+            row += part.num_logits
 
     def _compute(self, run: Run) -> Logits:
-        parts = []
-        for part in run.parts:
-            job, end = part.job, part.start + part.rows
-            if job.slot is None:
-                raise NativeError("a batch has a sequence without a slot", got=job.id)
-            parts.append((job.slot.number, part.start, job.ids.between(part.start, end), part.logits))
+        batch = batch_of_run(run)
         outer = self._backend.layer_done  # of the pass between whose layers this is, if there is one
         self._backend.layer_done = self._progress_of(run) if run.is_pass else None
         try:
-            return self._backend.run(batch_of(parts))
+            return self._backend.run(batch)
         finally:
             self._backend.layer_done = outer
 
@@ -321,7 +318,7 @@ class EngineCore:
         """A token for each answer under way, between two layers of a pass."""
         run, begin_s = self._scheduler.between(), self._clock()
         if run is not None:
-            self._run(run)
+            self._run(run, guesses=False)
         self._between.stepped(begin_s, self._clock())
 
     def _take(self, part: Part, logits: Logits, now_s: float) -> None:
@@ -335,16 +332,20 @@ class EngineCore:
             if sequence.ticket.is_cancelled:
                 sequence.cancel()
             elif not job.remaining:
-                if not is_number(logits[-1]):
-                    raise nonfinite_logits(self._backend.kv_dtype)
-                token = sequence.take(logits[-1], now_s)
-                if token is not None:
-                    job.ids.append(token)
+                self._guessing.take(part, sequence, logits, now_s)
         except Exception as error:
             logger.info("request %s failed", sequence.ticket.id, exc_info=True)
             sequence.fail(as_krasis(error))
+        if part.guesses:
+            self._settle(job)
         if sequence.is_over:
             self._over(sequence)
+
+    def _settle(self, job: Job) -> None:
+        """Takes a slot back over guesses that were not picked, before anybody else sees it."""
+        if job.slot is not None:
+            kept = self._slots.recover(job.slot, job.done)
+            self._scheduler.advance(job, kept - job.done)  # what cannot be had of it is computed again
 
     def _fail(self, run: Run, error: Exception) -> None:
         """Ends the requests of a batch that the backend could not compute; what they had before is kept."""

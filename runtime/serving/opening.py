@@ -68,7 +68,7 @@ def open_core(
     Raises what ``Engine.open`` raises, and ResourceError if the slots or prefix_dir cannot be had.
     """
     settings = settings or CoreSettings()
-    engine = replace(engine or EngineSettings(), slots=settings.num_slots, draft=0)
+    engine = replace(engine or EngineSettings(), slots=settings.num_slots)
     begin = time.perf_counter()
     with ExitStack() as undo:
         bundle = undo.enter_context(open_bundle(Path(path), engine))

@@ -99,14 +99,17 @@ class Scheduler:
     def ran(self, run: Run, begin_s: float, now_s: float) -> None:
         """``Run`` was done. The caller then adds a token to the ids of each job that goes on, or ends it."""
         for part in run.parts:
-            job, slot = part.job, part.job.slot
-            job.done += part.rows
-            if slot is not None:
-                slot.used_s = now_s
-                if job.keeps:
-                    slot.length = job.done
+            self.advance(part.job, part.rows)
+            if part.job.slot is not None:
+                part.job.slot.used_s = now_s
         if run.is_pass:
             self._pass_end_s, self._pass_s = now_s, now_s - begin_s
+
+    def advance(self, job: Job, rows: int = 1) -> None:
+        """So many more of a job's ids are computed; fewer, if rows is negative."""
+        job.done += rows
+        if job.slot is not None and job.keeps:
+            job.slot.length = job.done
 
     def end(self, job: Job, now_s: float, length: int | None = None) -> None:
         """The job is over, or was cancelled. Its slot keeps what was computed; length: only so much of it."""

@@ -27,7 +27,8 @@ from krasis.runtime.text.thinking import REASONING
 
 class Sequence:
     """The core's side of a request. job: what the scheduler sees of it. outcome: the reason of its end,
-    ``failed`` for an error, "" till then.
+    ``failed`` for an error, "" till then. num_drafted: tokens that were guessed and computed; num_accepted:
+    how many of them were right.
 
     context: the positions there are. Times are the caller's, in seconds.
     """
@@ -39,6 +40,7 @@ class Sequence:
         self.request, self.ticket = request, ticket
         self.job = _job(request, name, now_s)
         self.outcome = ""
+        self.num_drafted = self.num_accepted = 0
         self._ends = ends
         stops = StopStrings(ends.stops.texts, ends.stops.signs.values())
         self._stops, self._writer = stops, AnswerWriter(ends.stream, stops, ends.splitter)
@@ -60,10 +62,16 @@ class Sequence:
         return bool(self.outcome)
 
     @property
+    def room(self) -> int:
+        """Tokens that it may still have."""
+        return self._limit - len(self._answer)
+
+    @property
     def usage(self) -> Usage:
         """So far."""
         job, num_generated = self.job, len(self._answer) + self._num_ends
-        return Usage(job.num_prompt, job.num_cached, num_generated, self._num_reasoning)
+        drafts = (self.num_drafted, self.num_accepted)
+        return Usage(job.num_prompt, job.num_cached, num_generated, self._num_reasoning, *drafts)
 
     @property
     def timings(self) -> Timings:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 from krasis.formats.errors import KrasisError
@@ -24,10 +24,18 @@ CLOSED = -1
 
 
 class SlotWork:
-    """The slots of one state store. num_restored: prefixes that were copied into a slot."""
+    """The slots of one state store. num_restored: prefixes that were copied into a slot. refilled: is told of
+    slots, by the state store's numbers, that hold what was not computed there.
+    """
 
-    def __init__(self, state: StateStore, num_layers: int, store: PrefixStore) -> None:
-        self._state, self._store = state, store
+    def __init__(
+        self,
+        state: StateStore,
+        num_layers: int,
+        store: PrefixStore,
+        refilled: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        self._state, self._store, self._refilled = state, store, refilled
         self._copier = StateCopier(state, num_layers)
         self.num_restored = 0
 
@@ -50,6 +58,7 @@ class SlotWork:
         if source.slot is slot:
             return self._copier.cut(slot.number, source.length)
         slot.marks = None  # of what it held
+        self._refilled(slot.number)
         if source.slot is not None:
             self.num_restored += 1
             return self._copier.copy(source.slot.number, slot.number, source.length)
@@ -96,7 +105,8 @@ class SlotWork:
             self._store.put(held, layers, can_be_cut=can_be_cut, is_side=is_side)
 
     def recover(self, slot: Slot, length: int) -> int:
-        """After a failed batch: what lies before it is still right. Gives how many tokens are left."""
+        """After a failed batch, or one with guesses: what lies before length is right. Gives how many tokens
+        are left."""
         try:
             return self._copier.cut(slot.number, length)
         except (KrasisError, MemoryError) as error:
@@ -123,6 +133,7 @@ class SlotWork:
         if must_be_kept(slot, slots, self._store):
             self.keep(slot)
         slot.forget()
+        self._refilled(slot.number)
         try:
             self._copier.import_(slot.number, layers, len(ids), can_be_cut=self.cuts_anywhere)
         except (KrasisError, MemoryError):

@@ -135,12 +135,20 @@ class Keep:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Rows of one job in a batch: its ids start..start+rows-1."""
+    """Rows of one job in a batch: its ids start..start+rows-1. guesses: tokens that may follow, of an answer
+    that has the batch to itself; their logits are wanted too.
+    """
 
     job: Job
     start: int
     rows: int
     logits: WantedLogits
+    guesses: tuple[int, ...] = ()
+
+    @property
+    def num_logits(self) -> int:
+        """Rows of logits that the part gives."""
+        return {"last": 1, "all": self.rows, "none": 0}[self.logits] + len(self.guesses)
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,7 +47,14 @@ class Tally:
             else:
                 counts["num_decode_steps"] += 1
                 counts["num_decode_rows"] += len(run.parts)
+                counts["num_drafts"] += any(part.guesses for part in run.parts)
+                counts["num_drafted"] += sum(len(part.guesses) for part in run.parts)
                 self._decode_s += took_s
+
+    def accepted(self) -> None:
+        """A guess was right."""
+        with self._lock:
+            self._counts["num_accepted"] += 1
 
     def ended(self, sequence: Sequence) -> None:
         """A request is over."""

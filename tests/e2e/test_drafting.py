@@ -22,7 +22,7 @@ from krasis.runtime.cli.run import main as krasis_run
 from krasis.runtime.cpu.draft import CpuDraft, draft_spec
 from krasis.runtime.cpu.weights import ModelWeights, load_weights
 from tests.support.random_weights import dequantised_state, write_checkpoint
-from tests.support.tiny_drafting import made_sure, tiny_drafting
+from tests.support.tiny_drafting import Told, converted, made_sure, tiny_drafting
 
 FAMILIES = ("qwen3_next", "qwen3_5_moe", "glm4_moe", "deepseek_v3")
 PROMPT = np.random.default_rng(8).integers(0, 256, 45).tolist()
@@ -42,14 +42,6 @@ def bundle(checkpoint: Path) -> Path:
     return converted(checkpoint)
 
 
-def converted(checkpoint: Path) -> Path:
-    out = checkpoint.parent / "b.krasis"
-    arguments = [str(checkpoint), "-o", str(out), "--tiers", "cpu", "--quiet", "--force-text", "--mtp"]
-    done = CliRunner().invoke(convert, [*arguments, "--force-weights"], catch_exceptions=False)
-    assert done.exit_code == 0, done.output
-    return out
-
-
 def open_engine(bundle: Path, **changes: Any) -> Engine:
     settings: dict[str, Any] = {"context": 256, "threads": 1, "prefault": False, "device": "cpu", "draft": 0}
     return Engine.open(bundle, EngineSettings(**(settings | changes)))
@@ -60,28 +52,6 @@ def text_of(engine: Engine, kind: str, prompt: Sequence[int] = PROMPT) -> list[i
     for _ in answer:
         pass
     return answer.stats.tokens
-
-
-class Told:
-    """Guesses from a text that is known; every wrong-th guess is another token."""
-
-    def __init__(self, text: Sequence[int], count: int, wrong: int = 0) -> None:
-        self.text, self.count, self.wrong, self.num = list(text), count, wrong, 0
-
-    def propose(self, held: Sequence[int], token: int, count: int) -> list[int]:
-        assert [*held, token] == self.text[: len(held) + 1]
-        guesses = self.text[len(held) + 1 :][:count]
-        for number in range(len(guesses)):
-            self.num += 1
-            if self.wrong and self.num % self.wrong == 0:
-                guesses[number] = (guesses[number] + 1) % 256
-        return guesses
-
-    def follow(self, batch: object, hidden: object) -> None:
-        pass
-
-    def forget(self) -> None:
-        pass
 
 
 def count_passes(engine: Engine) -> list[int]:

@@ -1,13 +1,17 @@
-"""Tiny checkpoints that have a layer for multi-token prediction, named as the hub has it."""
+"""Tiny checkpoints that have a layer for multi-token prediction, named as the hub has it; and one who guesses
+what he was told."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from click.testing import CliRunner
 
+from krasis.convert.cli import main as convert
 from tests.support.random_weights import State
 from tests.support.tiny_checkpoints import FIELDS_ABOUT_0, tiny
 from tests.support.tiny_ggufs import read_tensors
@@ -95,3 +99,34 @@ def made_sure(folder: Path) -> Path:
     tensors["lm_head.weight"] = np.roll(embedding, 1, axis=0)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+def converted(checkpoint: Path) -> Path:
+    """A checkpoint's bundle, with the layer that drafts."""
+    out = checkpoint.parent / "b.krasis"
+    arguments = [str(checkpoint), "-o", str(out), "--tiers", "cpu", "--quiet", "--force-text", "--mtp"]
+    done = CliRunner().invoke(convert, [*arguments, "--force-weights"], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return out
+
+
+class Told:
+    """Guesses from a text that is known; every wrong-th guess is another token."""
+
+    def __init__(self, text: Sequence[int], count: int, wrong: int = 0) -> None:
+        self.text, self.count, self.wrong, self.num = list(text), count, wrong, 0
+
+    def propose(self, held: Sequence[int], token: int, count: int, slot: int = 0) -> list[int]:
+        assert [*held, token] == self.text[: len(held) + 1]
+        guesses = self.text[len(held) + 1 :][:count]
+        for number in range(len(guesses)):
+            self.num += 1
+            if self.wrong and self.num % self.wrong == 0:
+                guesses[number] = (guesses[number] + 1) % 256
+        return guesses
+
+    def follow(self, batch: object, hidden: object, *, computes: bool = True) -> None:
+        pass
+
+    def forget(self, slot: int = 0) -> None:
+        pass
