@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from krasis.formats.bundle.reader import Bundle
+from krasis.formats.models.drafting import draft_alone
 from krasis.formats.models.state import SNAPSHOTS, copy_bytes, sequence_bytes
 from krasis.formats.process.machine_limits import available_memory_bytes
 from krasis.runtime.host.filesystem import weights_to_hold_bytes
@@ -30,8 +31,9 @@ SHARE_OF_VRAM = 0.2
 """More would displace experts, and so make every answer slower for the sake of prompts that seldom come."""
 
 
-def tokens_in_ram(bundle: Bundle, tiers: tuple[str, ...], kv_dtype: str) -> int:
-    """Tokens whose keys and values RAM has room for beside the weights of those tiers."""
+def tokens_in_ram(bundle: Bundle, tiers: tuple[str, ...], kv_dtype: str, *, drafts: bool = False) -> int:
+    """Tokens whose keys and values RAM has room for beside the weights of those tiers. drafts: those of the
+    bundle's layer for multi-token prediction are kept too."""
     available = available_memory_bytes()
     if available is None:
         return LEAST_TOKENS
@@ -39,8 +41,11 @@ def tokens_in_ram(bundle: Bundle, tiers: tuple[str, ...], kv_dtype: str) -> int:
     room = max(SHARE_OF_SPARE_RAM * spare, SHARE_OF_RAM * available)
     spec, item_bytes = bundle.spec, np.dtype(KV_NUMPY[kv_dtype]).itemsize
 
+    own = draft_alone(spec, bundle.manifest.spec.layers[-1]) if drafts else None
+
     def needed(tokens: int) -> int:
         kept = sequence_bytes(spec, tokens, item_bytes, "rings")
+        kept += 0 if own is None else sequence_bytes(own, tokens, item_bytes, "rings")
         return kept + SNAPSHOTS * copy_bytes(spec, tokens, item_bytes)
 
     # One step more than the longest, which would else be cut to whole steps.

@@ -42,7 +42,8 @@ def open_backend(bundle: Bundle, settings: EngineSettings) -> Backend:
     weights = load_weights(bundle, settings.experts, draft=drafts > 0)
     settings = replace(settings, draft=drafts)
     if settings.context is None:
-        fitting = tokens_in_ram(bundle, ("dense", settings.experts), settings.kv_dtype)
+        tiers = ("dense", settings.experts)
+        fitting = tokens_in_ram(bundle, tiers, settings.kv_dtype, drafts=drafts > 0)
         settings = replace(settings, context=settings.context_for(bundle.spec.max_context, fitting))
     return _cpu_backend(settings.activations)(weights, settings)
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from krasis.formats.models.family import DraftNames, Source
 from krasis.formats.models.mixers import Attention, LatentAttention
-from krasis.formats.models.spec import ModelSpec
+from krasis.formats.models.spec import Layer, ModelSpec
 
 _HF, _GGUF = "model.layers.{i}.", "blk.{i}.nextn."
 COPIES = (
@@ -45,6 +45,11 @@ def _names(projection: str, embedding_norm: str, hidden_norm: str, norm: str) ->
         "draft.projection": source(projection, "eh_proj"),
         "draft.norm": source(norm, "shared_head_norm"),
     }
+
+
+def draft_alone(spec: ModelSpec, layer: Layer) -> ModelSpec:
+    """The layer that drafts as a model of its own: what it keeps of a sequence is that model's."""
+    return replace(spec, layers=(replace(layer, drafts=False),), draft_layers=0)
 
 
 def with_draft(spec: ModelSpec) -> ModelSpec | None:

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from krasis.formats.errors import NativeError
+from krasis.formats.models.drafting import draft_alone
 from krasis.formats.models.spec import ModelSpec
 from krasis.runtime.batch import Batch, TokenIds, one_sequence
 from krasis.runtime.cpu.blocks import Block, CpuContext, FloatArray, Rows, cpu_block
@@ -25,7 +26,7 @@ from krasis.runtime.state.kv_store import KvStore
 
 def draft_spec(spec: ModelSpec, weights: LayerWeights) -> ModelSpec:
     """The drafting layer as a model of its own."""
-    return replace(spec, layers=(replace(weights.layer, drafts=False),), draft_layers=0)
+    return draft_alone(spec, weights.layer)
 
 
 class CpuDraft:

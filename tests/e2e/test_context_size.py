@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -15,12 +16,14 @@ import pytest
 from click.testing import CliRunner
 
 from krasis.formats.bundle.reader import Bundle
+from krasis.formats.models.mixers import Attention
 from krasis.runtime import Engine, EngineSettings, context_size
 from krasis.runtime.cli.run import main
 from krasis.runtime.context_size import tokens_in_ram, tokens_in_vram
 from krasis.runtime.host.filesystem import filesystem_of_path
 from krasis.runtime.planning import assumptions, sizes_of_bundle
 from krasis.runtime.planning.presets import shape
+from tests.support.tiny_drafting import converted, tiny_drafting
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 -- a file in RAM is what is wanted
 TIERS = ("dense", "cpu")
@@ -58,6 +61,23 @@ def test_half_of_the_ram_that_weights_leave(bundle: Bundle, memory: Callable[...
         assert tokens_in_ram(bundle, TIERS, "f32") == 10240
         memory(held + room - 2, filesystem)
         assert tokens_in_ram(bundle, TIERS, "f16") == 20480 - 1024
+
+
+def test_the_layer_that_drafts_has_keys_of_its_own(
+    memory: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All layers of glm4_moe's tiny model are alike, the one that drafts among them."""
+    monkeypatch.setattr(context_size, "STEP_TOKENS", 1)
+    monkeypatch.setattr(context_size, "LEAST_TOKENS", 1)
+    with Bundle.open(converted(tiny_drafting("glm4_moe", tmp_path / "hf"))) as bundle:
+        layers = [one.mixer for one in bundle.manifest.spec.layers]
+        sizes = {(one.kv_heads, one.head_dim) for one in layers if isinstance(one, Attention)}
+        assert len(sizes) == 1
+        token_bytes = 2 * 2 * math.prod(sizes.pop())  # keys and values, f16
+        memory(2 * 12 * (len(layers) - 1) * token_bytes, "tmpfs")
+        monkeypatch.setattr(context_size, "weights_to_hold_bytes", lambda *_: 0)
+        assert tokens_in_ram(bundle, TIERS, "f16") == 12
+        assert tokens_in_ram(bundle, TIERS, "f16", drafts=True) == 12 * (len(layers) - 1) // len(layers)
 
 
 def test_windows_take_no_more_with_a_longer_context(
