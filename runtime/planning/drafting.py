@@ -26,8 +26,11 @@ def tokens_a_pass(num_drafts: int, acceptance: float = ACCEPTANCE) -> float:
     return sum(acceptance**right for right in range(num_drafts + 1))
 
 
-def draft_gain(sizes: ModelSizes, num_drafts: int, acceptance: float = ACCEPTANCE) -> float:
-    """How many times as fast decoding on the CPU is with guesses as without, by the bytes that it reads."""
+def draft_gain(
+    sizes: ModelSizes, num_drafts: int, acceptance: float = ACCEPTANCE, num_answers: int = 1
+) -> float:
+    """How many times as fast decoding on the CPU is with guesses as without, by the bytes that it reads.
+    num_answers: that a pass decodes together, each with its guesses."""
 
     def pass_bytes(num_rows: int) -> float:
         routed = (
@@ -42,5 +45,5 @@ def draft_gain(sizes: ModelSizes, num_drafts: int, acceptance: float = ACCEPTANC
     # The projection [hidden, 2 hidden] beside the layer's own.
     guess = layer.dense_bytes + of_experts + sizes.end_bytes + 2 * sizes.spec.hidden**2
     guess += 2 * fixed_bytes(sizes.spec)
-    with_drafts = pass_bytes(1 + num_drafts) + num_drafts * guess
-    return tokens_a_pass(num_drafts, acceptance) * pass_bytes(1) / with_drafts
+    with_drafts = pass_bytes(num_answers * (1 + num_drafts)) + num_answers * num_drafts * guess
+    return tokens_a_pass(num_drafts, acceptance) * pass_bytes(num_answers) / with_drafts

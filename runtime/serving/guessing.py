@@ -1,10 +1,9 @@
 """Guesses in the core's decode steps: a step computes the token that was picked and those that may follow.
 
-They are made while one answer alone is under way. Of a model whose passes are bound by the experts that they
-read, rows of other answers pay for themselves and guesses do not always: beside n answers a guess adds as
-many rows again, of which the wrong ones are lost, and what it would share, the rows of the others share
-already (``planning.drafting.draft_gain`` falls with n). None between the layers of another's prompt either:
-there a step delays that prompt.
+They are made while one answer alone is under way: what a guess would share with its token, the rows of other
+answers share already. By what passes read (``planning.drafting.draft_gain``) a guess then gains 1.13 to 1.17
+in Qwen3-Next 80B, GLM-4.5-Air and DeepSeek-V3, and beside a second answer 1.01 to 1.07: too little.
+None between the layers of another's prompt either: there a step delays that prompt.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from krasis.runtime.planning.drafting import distinct_experts, draft_gain, tokens_a_pass
+from krasis.runtime.planning.drafting import LEAST_GAIN, distinct_experts, draft_gain, tokens_a_pass
 from krasis.runtime.planning.presets import shape
 from krasis.runtime.planning.sizes import ModelSizes, sizes_of_shape
 
@@ -48,3 +48,10 @@ def test_a_state_that_is_copied_costs() -> None:
     sizes = sizes_of("qwen3-next-80b-a3b")
     attention_alone = replace(sizes.spec, layers=sizes.spec.layers[3::4])
     assert draft_gain(sizes, 1) < draft_gain(replace(sizes, spec=attention_alone), 1)
+
+
+@pytest.mark.parametrize("name", ["qwen3-next-80b-a3b", "glm-4.5-air", "deepseek-v3"])
+def test_in_company_a_guess_gains_less(name: str) -> None:
+    """Which is why the server guesses for one answer alone."""
+    alone, two, four = (draft_gain(sizes_of(name), 1, num_answers=count) for count in (1, 2, 4))
+    assert alone >= LEAST_GAIN > two > four
