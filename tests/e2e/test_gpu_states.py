@@ -36,9 +36,11 @@ LIMIT = 2e-3  # of f16: other numbers of rows are added up in another order
 def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp(request.param)
     changes = {"indexer_budget": 128} if request.param == "qwen4_exp" else {}
+    if request.param == "nemotron_h":
+        changes = {"mamba_num_heads": 12}  # whose channels are a multiple of 64
     if request.param == SUPER:
         blocks = ["mamba", "moe", "attention", "mlp", "mamba", "moe"]
-        changes = {"layers_block_type": blocks, "moe_latent_size": 64}
+        changes = {"layers_block_type": blocks, "moe_latent_size": 64, "mamba_num_heads": 12}
     source = tiny(request.param.split()[0], folder / "hf", **changes)
     reporter, settings = Reporter(0), ConvertSettings(num_threads=1, gpu_group=64)
     convert(prepare([source], folder / "b.krasis", settings, reporter), reporter)

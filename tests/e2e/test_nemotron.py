@@ -36,7 +36,12 @@ def test_experts_between_two_projections(
     vram_for: Callable[..., int],
 ) -> None:
     blocks = ["mamba", "moe", "attention", *(["mlp"] if kind == "hf" else []), "moe"]
-    changes = {"layers_block_type": blocks, "moe_latent_size": 64, "time_step_min": 1e-9}
+    changes = {
+        "mamba_num_heads": 12,
+        "layers_block_type": blocks,
+        "moe_latent_size": 64,
+        "time_step_min": 1e-9,
+    }
     source = tiny("nemotron_h", tmp_path / "hf", **changes)
     config = json.loads((source / "config.json").read_text("utf-8"))
     if kind == "gguf":

@@ -226,7 +226,7 @@ FIELDS["nemotron_h"] = {
     "num_hidden_layers": None,
     "n_routed_experts": 8,
     "moe_shared_expert_intermediate_size": 128,
-    "mamba_num_heads": 16,
+    "mamba_num_heads": 10,
     "mamba_head_dim": 16,
     "ssm_state_size": 64,
     "n_groups": 2,
