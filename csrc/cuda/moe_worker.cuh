@@ -310,35 +310,31 @@ struct MoeWorker {
         *reinterpret_cast<uint32_t *>(p.out + index * 2) = values;
     }
 
-    // Makes outputs of the sums where more than their units is to be done: in their place, of a gate's and an up tile's
-    // in the gate's, and in units of 1. Which activation it is is asked once: asked for each number, it takes a fifth
-    // of a prompt's product.
+    // Makes outputs of a gate's and an up tile's sums, in the gate's place and in units of 1. Which activation it is is
+    // asked once: asked for each number, it takes a fifth of a prompt's product.
     KRASIS_DEVICE void activate() {
-        if (p.gate_tiles == 0) {
-            if (!p.is_relu_squared) return;
-            each(0, [](float own, float) { return moe_relu_squared(own); });
-            each(1, [](float own, float) { return moe_relu_squared(own); });
-        } else if (p.is_silu) {
-            each(0, [](float gate, float up) { return gate * simt::reciprocal(1.0f + simt::exp_float(-gate)) * up; });
+        if (p.gate_tiles == 0) return;
+        if (p.is_silu) {
+            each_gated(
+                [](float gate, float up) { return gate * simt::reciprocal(1.0f + simt::exp_float(-gate)) * up; });
         } else {
-            each(0, [&](float gate, float up) { return moe_activate(p.activation, gate, up); });
+            each_gated([&](float gate, float up) { return moe_activate(p.activation, gate, up); });
         }
     }
 
-    // Tile i of the pair becomes what the activation makes of it and of the second.
     template <class Activation>
-    KRASIS_DEVICE void each(int i, Activation activation) {
+    KRASIS_DEVICE void each_gated(Activation activation) {
         KRASIS_UNROLL
         for (int word = 0; word < kWords; ++word) {
             KRASIS_UNROLL
             for (int t = 0; t < kRowTiles; ++t) {
                 KRASIS_UNROLL
                 for (int e = 0; e < 4; ++e) {
-                    float &own = sum[i][word][t][e];
-                    own = activation(own * unit[i][word][e / 2], sum[1][word][t][e] * unit[1][word][e / 2]);
+                    float &gate = sum[0][word][t][e];
+                    gate = activation(gate * unit[0][word][e / 2], sum[1][word][t][e] * unit[1][word][e / 2]);
                 }
             }
-            unit[i][word][0] = unit[i][word][1] = 1;
+            unit[0][word][0] = unit[0][word][1] = 1;
         }
     }
 
@@ -349,7 +345,10 @@ struct MoeWorker {
         for (int h = 0; h < 2; ++h) {
             float values[2];
             KRASIS_UNROLL
-            for (int e = 0; e < 2; ++e) values[e] = sum[i][word][t][2 * h + e] * unit[i][word][h];
+            for (int e = 0; e < 2; ++e) {
+                const float own = sum[i][word][t][2 * h + e] * unit[i][word][h];
+                values[e] = p.is_relu_squared ? moe_relu_squared(own) : own;  // without a branch
+            }
             const int64_t first = column + 16 * word + 8 * h;
             if (p.out_is_float) {
                 KRASIS_UNROLL
