@@ -46,7 +46,7 @@ mask takes a slower kernel (H100: 610-640 and 298-318 of 780 TFLOP/s).
 """
 
 ATTENTION_PIECE_BYTES = 192 * 2**20
-"""Most bytes of one attention call's result; the tokens behind the first piece have a prefix."""
+"""Most bytes of one attention call's result: as many heads as these hold."""
 
 GROUPED_SHARE = 0.5
 """Rate of experts' grouped products as a share of a matmul's (H100: 344 and 429 of 780 TFLOP/s)."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from krasis.runtime.planning import assumptions as assumed
 from krasis.runtime.planning.hardware import GpuSpec, HardwareSpec
 from krasis.runtime.planning.host_kv import read_bytes, staging_s
-from krasis.runtime.planning.mixing import expansion_macs, gpu_mixer_macs, mixer_macs, output_columns
+from krasis.runtime.planning.mixing import expansion_macs, gpu_mixer_macs, mixer_macs
 from krasis.runtime.planning.placement import rank_share
 from krasis.runtime.planning.sizes import ExpertSizes, LayerSizes, ModelSizes
 from krasis.runtime.planning.types import (
@@ -117,21 +117,13 @@ def dense_layer_s(
     """
     mixer = kind.layer.mixer
     peak = spec.bf16_tflops.value * 1e12 * num_ranks
-    whole = _whole_attention_tokens(output_columns(mixer), tokens) if start == 0 and num_ranks == 1 else 0
+    whole = tokens if start == 0 and num_ranks == 1 else 0  # of several ranks nearly all see a prefix
     whole_macs = gpu_mixer_macs(mixer, 0, whole)
     prefix_macs = gpu_mixer_macs(mixer, start, tokens) - whole_macs
     attention = whole_macs / assumed.WHOLE_ATTENTION_SHARE + prefix_macs / assumed.PREFIX_ATTENTION_SHARE
     read = sizes.read_bytes(kind) / (spec.memory_gbps.value * 1e9)
     products = tokens * kind.dense_macs + expansion_macs(mixer, start, tokens, num_ranks)
     return max(2 * products / peak, read), 2 * attention / peak
-
-
-def _whole_attention_tokens(columns: int, tokens: int) -> int:
-    """Attention runs in pieces of equal size. Returns the tokens of the first from position 0: only they have
-    no prefix. (Of several ranks, nearly all see one.)
-    """
-    num_pieces = math.ceil(tokens * 2 * columns / assumed.ATTENTION_PIECE_BYTES)
-    return tokens // max(1, num_pieces)
 
 
 def expert_products_s(experts: ExpertSizes, spec: GpuSpec, tokens: int, num_experts: float) -> float:

@@ -54,18 +54,6 @@ def _expands(mixer: Mixer | None, num_tokens: int) -> TypeGuard[LatentAttention]
     return isinstance(mixer, LatentAttention) and num_tokens >= latent_workspace.LEAST_EXPANDED
 
 
-def output_columns(mixer: Mixer | None) -> int:
-    """Features of attention's result, before its last projection; 0 for other mixers."""
-    match mixer:
-        case Attention():
-            return mixer.heads * mixer.value_width
-        case LatentAttention():
-            return mixer.heads * mixer.value_dim
-        case CompressedAttention():
-            return mixer.heads * mixer.head_dim
-    return 0
-
-
 def _pairs(start: int, num_tokens: int, most: int | None = None, chunk: int | None = None) -> int:
     """Pairs of a query and a key that it sees, of causal attention: at most the last ``most``, or those of
     its own chunk.

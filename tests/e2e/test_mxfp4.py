@@ -86,7 +86,8 @@ def test_logits_equal_transformers(
     limit: float,
 ) -> None:
     if on_gpu := changes["device"] == "gpu":
-        changes = changes | {"device": gpu_kind, "vram_bytes": 2**31}  # of a real one, a context takes 0.3 GB
+        # Of a real one's limit what the process already holds is taken off.
+        changes = changes | {"device": gpu_kind, "vram_bytes": 2**30 if gpu_kind == "double" else None}
     config = json.loads((folder.with_name("hf-bf16") / "config.json").read_text("utf-8"))
     with Bundle.open(bundle) as opened:
         state = dequantised_state(load_weights(opened, "cpu"))

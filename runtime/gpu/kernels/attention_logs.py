@@ -2,7 +2,8 @@
 to the keys before a chunk and to the chunk's own becomes attention to both.
 
 Each part is a call that cuDNN is fast at: all keys for all queries, and a causal square. Lower-right masks
-take a kernel of half the speed. So it is on Hopper and later; before, FlashAttention has one speed for both.
+take a kernel of half the speed. So it is on Hopper and its successors in data centres; elsewhere
+FlashAttention has one speed for both.
 """
 
 from __future__ import annotations
@@ -17,20 +18,23 @@ Logs = tuple[torch.Tensor, torch.Tensor]
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float | None, bool], Logs]
 """(queries, keys, values, scale, is_causal), a square if it is causal."""
 
-LEAST_ROWS = 1024
-"""Of a chunk and of its prefix: smaller ones gain less than further launches cost."""
-_HOPPER = (9, 0)
+LEAST_PAIRS = 2**26
+"""Of queries and keys in one call. Below, what is gained is less than what cuDNN takes to plan a new shape:
+65 ms on an H200, and over a second once, for the first of its kind.
+"""
+_MAJORS = (9, 10)
+"""Of GPUs' compute capabilities."""
 _MERGED_BYTES = 32 * 2**20  # of heads in float32 at a time
 
 
 def pays_apart(n: int, m: int) -> bool:
     """Whether the first m - n keys of m are worth a call of their own."""
-    return n >= LEAST_ROWS and m - n >= LEAST_ROWS
+    return n * (m - n) >= LEAST_PAIRS
 
 
 def gives_logs(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> bool:
     """Whether cuDNN takes them, and is faster; shapes as ``attention_and_logs``'s."""
-    if not queries.is_cuda or torch.cuda.get_device_capability(queries.device) < _HOPPER:
+    if not queries.is_cuda or torch.cuda.get_device_capability(queries.device)[0] not in _MAJORS:
         return False
     grouped = queries.shape[1] != keys.shape[1]
     return can_use_cudnn_attention(SDPAParams(queries, keys, values, None, 0.0, False, grouped))

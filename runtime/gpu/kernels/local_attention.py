@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from krasis.runtime.gpu.kernels.attention_logs import attention_and_logs, gives_logs
+from krasis.runtime.gpu.kernels.attention_logs import LEAST_PAIRS, attention_and_logs, gives_logs
 from krasis.runtime.gpu.kernels.wide_attention import wide_attention
 
 _EXACT_BYTES = 2**24  # of a piece's scores
@@ -58,7 +58,7 @@ def attention_with_sinks(
     """[1, heads, n, D] of queries [1, heads, n, D] that see all keys up to their own, keys and values
     [1, kv_heads, m, D] and sinks float32 [heads]."""
     scale = queries.shape[3] ** -0.5 if scale is None else scale
-    if gives_logs(queries, keys, values):
+    if queries.shape[2] * keys.shape[2] >= LEAST_PAIRS and gives_logs(queries, keys, values):
         mixed, logs = attention_and_logs(queries, keys, values, scale)
         return mixed * torch.sigmoid(logs - sinks[:, None])[..., None]  # float32, to be rounded once
     mixed = local_attention(queries[0].transpose(0, 1), keys[0], values[0], scale, None, sinks)
