@@ -31,6 +31,7 @@ GPU_TESTS = (
     "tests/e2e/test_gpu_windows.py",
     "tests/e2e/test_index.py",
     "tests/e2e/test_mxfp4.py",
+    "tests/e2e/test_nemotron.py",
 )
 FAILURE_CHARS = 200
 
