@@ -44,7 +44,7 @@ def num_drafts(bundle: Bundle, settings: EngineSettings) -> int:
             "the bundle has no layer that guesses tokens",
             where=str(bundle.path),
             got=f"--draft {asked}",
-            hint="convert the model again (krasis-convert --mtp), or leave out --draft",
+            hint="leave out --draft, or convert the model again (krasis-convert --mtp)",
         )
     if asked and settings.activations != "int8":
         raise UsageError("only the int8 kernels guess tokens", got=f'activations="{settings.activations}"')
