@@ -160,6 +160,9 @@ def causal_attention(
     """[1, heads, n, D] of queries [1, heads, n, D], keys and values [1, kv_heads, m, D], n <= m, the last
     query at the last key.
     """
+    if not queries.is_cuda and queries.dtype != torch.float32:
+        # In place of a GPU's sums, which are float32: 16-bit ones of a CPU round by how many rows there are.
+        return causal_attention(queries.float(), keys.float(), values.float(), scale).to(queries.dtype)
     n, m = queries.shape[2], keys.shape[2]
     grouped = queries.shape[1] != keys.shape[1]
     if n == 1:  # sees every key
