@@ -22,6 +22,9 @@ pytestmark = needs_double
 SIZES = {"64 experts": (1, 3), "5 experts": (1, 2, 3, 4)}
 CASES = [(shape, size) for shape, sizes in SIZES.items() for size in sizes]
 TOLERANCE = 1e-3
+DECODED = 5e-3
+"""Of tokens that experts on the CPU compute: activations of 8 bits round apart where a library's float32 sums
+differ by the number of rows, as on CPUs without AVX-512 (seen: 2.1e-3)."""
 SHORT_SUMS = 2e-3  # where partial sums are exchanged in 16 bits
 SEED = 11  # with 7, one prompt's router is so near a tie that 8-bit keys choose another expert: 10 %
 # A token of a pass, beside the same one decoded: by another copy of the experts, or on keys of 8 bits.
@@ -75,6 +78,11 @@ def outcomes(bundles: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
     }
 
 
+def tolerance(name: str) -> float:
+    """Of one of NAMES."""
+    return TOLERANCE if name.startswith("prompt") else DECODED
+
+
 @pytest.mark.parametrize(("shape", "num_ranks"), CASES)
 def test_each_sequence_is_as_alone(
     outcomes: Outcomes, relative_error: Callable[..., float], shape: str, num_ranks: int
@@ -82,7 +90,7 @@ def test_each_sequence_is_as_alone(
     found = outcomes[shape, num_ranks]
     for name in NAMES:
         assert found[name].shape == found[f"{name}_alone"].shape
-        assert relative_error(found[name], found[f"{name}_alone"]) < TOLERANCE, name
+        assert relative_error(found[name], found[f"{name}_alone"]) < tolerance(name), name
     assert relative_error(found["mixed"], found["mixed_alone"]) < MIXED[shape]
     assert found["lengths"].tolist() == [8, 21, 8, 11, 21]
 
@@ -93,7 +101,7 @@ def test_ranks_agree_with_one(
 ) -> None:
     one, several = outcomes[shape, 1], outcomes[shape, num_ranks]
     for name in NAMES:
-        assert relative_error(several[name], one[f"{name}_alone"]) < TOLERANCE, name
+        assert relative_error(several[name], one[f"{name}_alone"]) < tolerance(name), name
 
 
 def test_any_ranks_lack_of_memory_halves_the_batch_of_all(
