@@ -62,7 +62,7 @@ OF_DECODE = pytest.mark.parametrize(
 )
 # They differ in keys: norms of heads or flat, halves or neighbours rotated, or some channels; states beside.
 KINDS_OF_KEYS = ("qwen3_moe", "olmoe", "ernie4_5_moe", "glm4_moe", "qwen3_next")
-SEEDS = dict.fromkeys(LATENT, 3)  # with 2, one token in thirty has a near-tie of experts
+SEEDS = dict.fromkeys((*LATENT, "hy_v3"), 3)  # with 2, one token in thirty has a near-tie of experts
 # bf16's activations have 8 bits, f16's 11; experts on the CPU see int8 activations.
 LIMITS = {torch.bfloat16: 5e-3, torch.float16: 1e-3}
 INT8_LIMIT = 5e-3
